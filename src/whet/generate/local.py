@@ -1,0 +1,162 @@
+"""Answers from a transformers model in this process: batched, with a KV cache, finished rows dropped."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from whet.dials import Sampling
+from whet.generate.base import Request, Weights, draw
+from whet.models.roles import Role
+from whet.ops import token_logprobs
+from whet.records import Sample
+
+DROP_SHARE = 0.25
+"""The cache is compacted when this share of its rows has finished."""
+
+
+class LocalGenerator:
+    """Samples from a policy role. Work is cut into units of `unit` requests, so shapes do not depend on anything else.
+
+    `end_ids` stop an answer; the end token is part of it. Each prompt is read once, however many answers it gets.
+    """
+
+    def __init__(
+        self, role: Role, end_ids: Sequence[int], text: Callable[[Sequence[int]], str], *, unit: int = 256
+    ) -> None:
+        self.role, self.end_ids, self.text, self.unit = role, tuple(end_ids), text, unit
+        self.version = 0
+
+    def adopt(self, weights: Weights) -> None:
+        """The learner's own policy role: nothing is copied, and there is no cache between calls to go stale."""
+        self.role, self.version = weights.handle, weights.version
+
+    @torch.no_grad()
+    def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
+        """See `Generator.generate`. Within a call, requests of like prompt length share a unit."""
+        turn = sorted(range(len(requests)), key=lambda index: (len(requests[index].prompt.ids), index))
+        samples: list[Sample | None] = [None] * len(requests)
+        with self.role.active():
+            for start in range(0, len(turn), self.unit):
+                places = turn[start : start + self.unit]
+                for place, sample in zip(places, self._unit([requests[place] for place in places]), strict=True):
+                    samples[place] = sample
+        yield from (sample for sample in samples if sample is not None)
+
+    @torch.no_grad()
+    def score(self, ids: Sequence[Tensor]) -> list[Tensor]:
+        """See `Generator.score`: each sequence is read through the same cached forward that sampling uses."""
+        out = []
+        with self.role.active():
+            for one in ids:
+                given = {
+                    "attention_mask": torch.ones(1, len(one), dtype=torch.long),
+                    "past_key_values": _new_cache(self.role),
+                }
+                model = self.role.model
+                logits = model(input_ids=one[None].to(self.role.device), use_cache=True, **given).logits[0, :-1]
+                logits = logits if logits.dtype == torch.float64 else logits.float()
+                out.append(token_logprobs(logits, one[1:].to(logits.device)).cpu())
+        return out
+
+    def _next(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: object) -> Tensor:
+        """Logits (B, V) of the token after the last one, in float32 at least; the cache grows by ids.shape[1]."""
+        device, model = self.role.device, self.role.model
+        given = {"attention_mask": mask.to(device), "position_ids": positions.to(device), "past_key_values": cache}
+        if self.role.linear_head:
+            states = model.base_model(input_ids=ids.to(device), use_cache=True, **given).last_hidden_state
+            logits = model.get_output_embeddings()(states[:, -1])
+        else:
+            logits = model(input_ids=ids.to(device), use_cache=True, **given).logits[:, -1]
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def _unit(self, requests: Sequence[Request]) -> list[Sample]:
+        prompts = list(dict.fromkeys(request.prompt.ids for request in requests))
+        longest = max(map(len, prompts))
+        ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+            mask[row, longest - len(prompt) :] = 1
+        cache = _new_cache(self.role)
+        logits = self._next(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), cache)
+
+        number = {prompt: row for row, prompt in enumerate(prompts)}
+        owner = torch.tensor([number[request.prompt.ids] for request in requests])
+        live = list(range(len(requests)))  # which request each row of the batch belongs to
+        logits, mask = logits[owner.to(logits.device)], mask[owner]
+        cache.batch_select_indices(owner.to(self.role.device))
+        tokens: list[list[int]] = [[] for _ in requests]
+        logps: list[list[float]] = [[] for _ in requests]
+        ended = [False] * len(requests)
+        limit = max(request.sampling.max_new_tokens for request in requests)
+        for position in range(limit):
+            chosen, logp = _choose(logits, [requests[index] for index in live], position)
+            for index, token, value in zip(live, chosen.tolist(), logp.tolist(), strict=True):
+                if not ended[index]:
+                    tokens[index].append(token)
+                    logps[index].append(value)
+                    full = len(tokens[index]) >= requests[index].sampling.max_new_tokens
+                    ended[index] = full or token in self.end_ids
+            left = [row for row, index in enumerate(live) if not ended[index]]
+            if not left:
+                break
+            if len(live) - len(left) >= DROP_SHARE * len(live):
+                keep = torch.tensor(left)
+                cache.batch_select_indices(keep.to(self.role.device))
+                live, chosen, mask = [live[row] for row in left], chosen[keep.to(chosen.device)], mask[keep]
+            mask = torch.cat([mask, torch.ones(len(live), 1, dtype=mask.dtype)], 1)
+            logits = self._next(chosen[:, None].cpu(), mask, mask.sum(1, keepdim=True) - 1, cache)
+        return [
+            Sample(
+                request.draw, request.answer, tuple(ids_), tuple(logp_), self.version,
+                "stop" if ids_[-1] in self.end_ids else "length", self.text(ids_),
+            )
+            for request, ids_, logp_ in zip(requests, tokens, logps, strict=True)
+        ]  # fmt: skip
+
+
+def _new_cache(role: Role) -> object:
+    from transformers import DynamicCache
+
+    return DynamicCache(config=role.model.config)
+
+
+def _choose(logits: Tensor, requests: Sequence[Request], position: int) -> tuple[Tensor, Tensor]:
+    """(token, log-prob it was sampled with), each (B,). Rows with the same dials are treated together."""
+    dials = {request.sampling for request in requests}
+    token = torch.zeros(len(requests), dtype=torch.long, device=logits.device)
+    logp = torch.zeros(len(requests), dtype=logits.dtype, device=logits.device)
+    for sampling in dials:
+        rows = [row for row, request in enumerate(requests) if request.sampling == sampling]
+        index = torch.tensor(rows, device=logits.device)
+        if sampling.temperature == 0:
+            token[index] = logits[index].argmax(-1)
+            continue
+        processed = truncated_logprobs(logits[index], sampling)
+        chosen = draw(processed.exp(), [requests[row] for row in rows], position)
+        token[index], logp[index] = chosen, processed.gather(-1, chosen[:, None])[:, 0]
+    return token, logp
+
+
+def truncated_logprobs(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Log-probs (B, V) of the distribution that is really sampled from: temperature, then top-k, top-p, min-p.
+
+    top-p keeps the smallest set of most probable tokens whose probability reaches it; min-p keeps tokens with at
+    least that share of the most probable one's. What is left out has -inf; the rest is normalised again.
+    """
+    logp = (logits / sampling.temperature).log_softmax(-1)
+    if not sampling.truncates:
+        return logp
+    ordered, index = logp.sort(-1, descending=True, stable=True)
+    keep = torch.ones_like(ordered, dtype=torch.bool)
+    if sampling.top_k:
+        keep[:, sampling.top_k :] = False
+    if sampling.top_p < 1:
+        p = torch.where(keep, ordered.exp(), torch.zeros_like(ordered))
+        p = p / p.sum(-1, keepdim=True)
+        keep &= p.cumsum(-1) - p < sampling.top_p
+    if sampling.min_p:
+        keep &= ordered >= ordered[:, :1] + torch.tensor(sampling.min_p).log()
+    kept = torch.zeros_like(keep).scatter(-1, index, keep)
+    return logp.masked_fill(~kept, -torch.inf).log_softmax(-1)

@@ -1,0 +1,60 @@
+"""The Learner seam: who learns. The protocol, and what an update returns."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from whet.generate.base import Weights
+from whet.methods import Term
+from whet.ops import Counts
+from whet.records import Batch
+
+Work = Sequence[tuple[Term, Batch, Counts]]
+"""One update: the terms of the objective, each with its mini-batch and that mini-batch's global counts."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one update did: the new version, each term's loss, each role's gradient norm and learning rate.
+
+    `now` has, per stream, the columns that were read with gradient, detached, in the order of the mini-batch's rows.
+    """
+
+    version: int
+    losses: Mapping[str, float]
+    grad_norm: Mapping[str, float]
+    lr: Mapping[str, float]
+    now: Mapping[str, Mapping[str, Tensor]]
+
+
+class Learner(Protocol):
+    """Who learns. A mini-batch is handed over whole; how it is split is the learner's business and changes no number."""
+
+    version: int
+
+    def measure(self, batch: Batch, columns: frozenset[str]) -> Batch:
+        """The batch with these measured columns (see `records.columns`), without gradient or dropout."""
+
+    def update(self, work: Work) -> Step:
+        """All backwards, the norm clipped per role, one optimiser step; version + 1."""
+
+    def evaluate(self, work: Work) -> Step:
+        """The same losses and columns without gradient, dropout or step."""
+
+    def publish(self) -> Weights:
+        """The policy's weights for a generator, with their version."""
+
+    def blend(self, target: str, source: str, mix: float) -> None:
+        """target <- (1 - mix) target + mix source: an average of the policy, or a refreshed reference."""
+
+    def save(self, folder: Path) -> None:
+        """Everything the learner owns: safetensors and JSON, one form for every engine."""
+
+    def load(self, folder: Path) -> None:
+        """Back to the bit what `save` wrote. Raises CheckpointError when it does not fit."""
+
+    def export(self, role: str, folder: Path, tokenizer: Any = None, *, merge: bool = True) -> None:
+        """A standard Hugging Face folder of one role."""

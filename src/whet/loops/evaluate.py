@@ -1,0 +1,104 @@
+"""Evaluation: held-out losses, reward-model accuracy, win rates with a bootstrap interval, KL to another model."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from whet.dials import Sampling
+from whet.generate import Generator, Request
+from whet.learner import Learner
+from whet.methods import Term
+from whet.ops import address, addressed_uniform
+from whet.records import Batch, Element, Group, Prompt
+
+
+def held_out(
+    learner: Learner, terms: Sequence[Term], elements: Sequence[Element], *, batch: int = 64
+) -> dict[str, float]:
+    """The terms' losses over all held-out elements (global counts: the split changes nothing), and for rankings and
+    pairs the share of untied pairs that the model orders right, `accuracy`."""
+    parts = [Batch.of(elements[start : start + batch]) for start in range(0, len(elements), batch)]
+    counts = parts[0].counts()
+    for part in parts[1:]:
+        counts = counts + part.counts()
+    losses: dict[str, float] = {}
+    right = pairs = 0.0
+    columns = frozenset(name for term in terms for name in term.reads() if name == "ref_logp")
+    for part in parts:
+        part = learner.measure(part, columns) if columns else part
+        step = learner.evaluate([(term, part, counts) for term in terms])
+        for name, value in step.losses.items():
+            losses[name] = losses.get(name, 0.0) + value
+        scores = step.now.get("train", {}).get("score")
+        if scores is not None and "target" not in part.columns:
+            ranks = part["rank"] if "rank" in part.columns else part["place"] + 1
+            for rows in part.elements():
+                good, count = ordered_pairs(scores[rows].tolist(), ranks[rows].tolist())
+                right, pairs = right + good, pairs + count
+    return losses | ({"accuracy": right / pairs} if pairs else {})
+
+
+def ordered_pairs(scores: Sequence[float], ranks: Sequence[int]) -> tuple[float, int]:
+    """(pairs of different rank that the scores order right, pairs of different rank); equal scores count one half.
+
+    >>> ordered_pairs([1.0, 0.0, 0.0], [1, 2, 3])
+    (2.5, 3)
+    """
+    right, pairs = 0.0, 0
+    for i in range(len(scores)):
+        for j in range(len(scores)):
+            if ranks[i] < ranks[j]:
+                pairs += 1
+                right += 1.0 if scores[i] > scores[j] else 0.5 if scores[i] == scores[j] else 0.0
+    return right, pairs
+
+
+def win_rate(
+    ours: Sequence[float], theirs: Sequence[float], *, seed: int = 0, draws: int = 2000
+) -> tuple[float, float, float]:
+    """(share of prompts where ours scores higher, a tie counts one half; lower and upper end of its 95 % bootstrap interval).
+
+    >>> win_rate([1.0, 2.0], [0.0, 2.0])[0]
+    0.75
+    """
+    a, b = torch.tensor(ours, dtype=torch.float64), torch.tensor(theirs, dtype=torch.float64)
+    return interval((a > b).double() + 0.5 * (a == b).double(), seed=seed, draws=draws)
+
+
+def interval(values: Tensor | Sequence[float], *, seed: int = 0, draws: int = 2000) -> tuple[float, float, float]:
+    """(mean, lower end, upper end) with the 95 % percentile bootstrap over the values (n,)."""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    count = len(values)
+    places = torch.arange(draws)[:, None], torch.arange(count)
+    picked = (addressed_uniform(address(seed, "bootstrap"), *places) * count).long()
+    means = values[picked].mean(1)
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return float(values.mean()), low, high
+
+
+def answers(
+    generator: Generator,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    *,
+    count: int = 1,
+    seed: int = 0,
+    first: int = 0,
+) -> list[Group]:
+    """`count` answers for every prompt; prompt i is draw `first` + i."""
+    requests = [
+        Request(prompt, first + number, answer, sampling, seed)
+        for number, prompt in enumerate(prompts)
+        for answer in range(count)
+    ]
+    samples = list(generator.generate(requests))
+    return [
+        Group(prompt, tuple(samples[number * count : (number + 1) * count])) for number, prompt in enumerate(prompts)
+    ]
+
+
+def rank_agreement(scores: Sequence[Sequence[float]], ranks: Sequence[Sequence[int]]) -> float:
+    """The share of pairs with different rank that the scores order right, over all questions."""
+    totals = [ordered_pairs(own, given) for own, given in zip(scores, ranks, strict=True)]
+    return sum(right for right, _ in totals) / max(1, sum(pairs for _, pairs in totals))

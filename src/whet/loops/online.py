@@ -1,0 +1,241 @@
+"""The online loop: take prompts, collect answers, score, measure, credit, update, publish, record."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from whet.dials import Sampling
+from whet.generate import Generator, Request
+from whet.learner import Learner, Step
+from whet.loops import checkpoint, selfcheck
+from whet.loops.progress import Progress
+from whet.loops.record import Run, mean_of
+from whet.methods import Algorithm, clip_bounds, credited, diagnostics
+from whet.ops import address
+from whet.records import Batch, Element, Group, Prompt, Row, minibatches, order, pad, take_elements
+from whet.rewards import Weighted, score_all
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much: rollouts in all, prompts per rollout, answers per update, passes over each rollout, and when to save.
+
+    `stop_kl` ends a rollout's updates once KL(old || new) exceeds it (nats per token, a mean over a mini-batch).
+    `ema` is the weight of the past in an average of the policy. `equal_start` says that policy and reference began
+    with equal weights, which is then checked. `end_ids` are the tokens that end an answer; `canary` is the length of
+    the sequence that generator and learner both score after each push.
+    """
+
+    steps: int
+    prompts: int
+    minibatch: int
+    epochs: int = 1
+    seed: int = 0
+    ptx_batch: int = 0
+    stop_kl: float | None = None
+    ema: float | None = None
+    equal_start: bool = False
+    end_ids: tuple[int, ...] = ()
+    canary: int = 160
+    save_every: int = 0
+    keep: int = 2
+
+
+def train(
+    algorithm: Algorithm,
+    learner: Learner,
+    generator: Generator,
+    rewards: Sequence[Weighted],
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    plan: Plan,
+    run: Run,
+    *,
+    ptx: Sequence[Element] = (),
+    resume: bool = False,
+    title: str = "train",
+    quiet: bool = False,
+) -> None:
+    """Runs `plan.steps` rollouts with their updates; a resumed run goes on after its last checkpoint, to the same bits."""
+    draws = order([len(prompts)], plan.steps * plan.prompts, plan.seed)
+    stream = _Stream(ptx, plan)
+    found = checkpoint.latest(run.checkpoints) if resume else None
+    loop = checkpoint.load(found, learner) if found else {"step": 0, "state": algorithm.init()}
+    first, state = loop["step"], loop["state"]
+    generator.adopt(learner.publish())
+    with Progress(title, plan.steps, done=first, quiet=quiet) as progress:
+        for step in range(first, plan.steps):
+            began = time.perf_counter()
+            now = algorithm.at(state)
+            taken = range(step * plan.prompts, (step + 1) * plan.prompts)
+            groups = collect(
+                generator, [(draw, prompts[draws[draw][1]]) for draw in taken], now.answers, sampling, plan.seed
+            )
+            sampled = time.perf_counter()
+            batch = gathered(groups, rewards, sampling)
+            turns = [
+                minibatches(len(batch.rows), plan.minibatch, address(plan.seed, "minibatch", step, epoch))
+                for epoch in range(plan.epochs)
+            ]
+            batch = measured(learner, batch, turns[0], now.reads())
+            batch = credited(now, batch)
+            check_rollout(step, batch, plan, now)
+
+            rows, batch = updates(now, learner, batch, turns, stream, step, plan)
+            if plan.ema is not None:
+                learner.blend("ema", "policy", 1 - plan.ema)
+            weights = learner.publish()
+            generator.adopt(weights)
+            check_push(step, generator, learner, batch, plan.canary)
+
+            numbers = (
+                rollout_numbers(batch, [one.name for one in rewards])
+                | mean_of(rows)
+                | {f"state/{k}": v for k, v in state.items()}
+            )
+            last = mean_of([row for row in rows if row["epoch"] == rows[-1]["epoch"]])
+            state = algorithm.next(
+                state, {"kl": numbers.get("kl", 0.0), "kl_old": last["kl_old"], "sequences": len(batch.rows)}
+            )
+            done = step + 1
+            run.rollout(done, groups, batch, [one.name for one in rewards])
+            seconds = {"seconds": time.perf_counter() - began, "seconds/generate": sampled - began}
+            run.metrics(done, **numbers, **seconds)
+            progress.advance(numbers)
+            if plan.save_every and (done % plan.save_every == 0 or done == plan.steps):
+                checkpoint.save(run.checkpoints, done, learner, {"step": done, "state": dict(state)}, keep=plan.keep)
+
+
+def collect(
+    generator: Generator, drawn: Sequence[tuple[int, Prompt]], answers: int, sampling: Sampling, seed: int
+) -> list[Group]:
+    """`answers` samples for each (draw, prompt)."""
+    requests = [Request(prompt, draw, answer, sampling, seed) for draw, prompt in drawn for answer in range(answers)]
+    samples = list(generator.generate(requests))
+    return [Group(prompt, tuple(samples[i * answers : (i + 1) * answers])) for i, (_, prompt) in enumerate(drawn)]
+
+
+def gathered(groups: Sequence[Group], rewards: Sequence[Weighted], sampling: Sampling) -> Batch:
+    """The groups as a batch of rows with group, truncated, temperature, sampler_logp, rewards and token_score."""
+    pairs = [(number, group.prompt, sample) for number, group in enumerate(groups) for sample in group.samples]
+    rows = [
+        Row(torch.tensor(prompt.ids + sample.ids), len(prompt.ids), torch.ones(len(sample.ids), dtype=torch.bool))
+        for _, prompt, sample in pairs
+    ]
+    named, dense = score_all(rewards, groups)
+    return Batch.of(rows).with_columns(
+        group=torch.tensor([number for number, _, _ in pairs]),
+        truncated=torch.tensor([sample.truncated for _, _, sample in pairs]),
+        temperature=torch.full((len(rows),), sampling.temperature),
+        sampler_logp=pad([torch.tensor(sample.sampler_logp) for _, _, sample in pairs]),
+        rewards=torch.stack([named[one.name] for one in rewards], 1),
+        token_score=dense,
+    )
+
+
+def measured(learner: Learner, batch: Batch, turn: Sequence[Sequence[int]], columns: frozenset[str]) -> Batch:
+    """The batch with its measured columns, mini-batch by mini-batch of the first epoch.
+
+    The learner then splits as it will in the first updates, so the ratio there is 1 to the bit.
+    """
+    out: dict[str, torch.Tensor] = {}
+    for places in turn:
+        part = learner.measure(take_elements(batch, places), columns)
+        for name in columns:
+            values = part[name]
+            shape = batch["mask"].shape if values.ndim == 2 else batch["mask"].shape[:1]
+            whole = out.setdefault(name, torch.zeros(shape, dtype=values.dtype))
+            if values.ndim == 2:
+                whole[torch.tensor(places), : values.shape[1]] = values
+            else:
+                whole[torch.tensor(places)] = values
+    return batch.with_columns(**out)
+
+
+def updates(
+    algorithm: Algorithm,
+    learner: Learner,
+    batch: Batch,
+    turns: Sequence[Sequence[Sequence[int]]],
+    stream: "_Stream",
+    step: int,
+    plan: Plan,
+) -> tuple[list[dict[str, float]], Batch]:
+    """All updates of one rollout: (one row of numbers per update, the batch with the ratio it was last trained at)."""
+    bounds, rows, ratio = clip_bounds(algorithm), [], torch.ones_like(batch["old_logp"])
+    for epoch, turn in enumerate(turns):
+        for number, places in enumerate(turn):
+            mini = take_elements(batch, places)
+            streams = {"rollout": mini} | stream.batch(step, epoch * len(turn) + number, len(turn) * len(turns))
+            counts = {name: one.counts() for name, one in streams.items()}
+            update = learner.update([(term, streams[term.stream], counts[term.stream]) for term in algorithm.terms])
+            if epoch == 0 and number == 0:
+                selfcheck.ratio_is_one(step, mini, update.now["rollout"])
+            current = mini.with_columns(**update.now["rollout"])
+            own = (current["logp"] - current["old_logp"]).exp()
+            ratio[torch.tensor(places), : own.shape[1]] = own
+            rows.append(update_numbers(update) | diagnostics(current, bounds) | {"epoch": epoch})
+            if plan.stop_kl is not None and rows[-1]["kl_old"] > plan.stop_kl:
+                rows[-1]["stopped"] = 1.0
+                return rows, batch.with_columns(ratio=ratio)
+    return rows, batch.with_columns(ratio=ratio)
+
+
+def check_rollout(step: int, batch: Batch, plan: Plan, algorithm: Algorithm) -> None:
+    """The self-checks between measuring and training."""
+    selfcheck.tokens(step, batch, plan.end_ids if algorithm.truncated.rule != "mask" else ())
+    selfcheck.finite(step, {name: batch[name] for name in ("score", "advantage", "old_logp")})
+    selfcheck.sampler_agrees(step, batch)
+    if step == 0 and plan.equal_start and "ref_logp" in batch.columns:
+        selfcheck.kl_is_zero(step, batch)
+    if "old_value" not in batch.columns and algorithm.centred and algorithm.truncated.rule != "mask":
+        selfcheck.groups_centred(step, batch)
+
+
+def check_push(step: int, generator: Generator, learner: Learner, batch: Batch, length: int) -> None:
+    """The self-checks after a push: version, and a canary longer than a cache block (made of this rollout's tokens)."""
+    ids = torch.cat([row.ids for row in batch.rows])[:length]
+    row = Row(ids, 1, torch.ones(len(ids) - 1, dtype=torch.bool))
+    expected = learner.measure(Batch.of([row]), frozenset({"old_logp"}))["old_logp"][0]
+    selfcheck.published(step, generator, learner, ids, expected)
+
+
+def rollout_numbers(batch: Batch, names: Sequence[str]) -> dict[str, float]:
+    """What a rollout was like: score and its spread, each reward, KL per answer in nats, length in tokens, truncation."""
+    lengths = torch.tensor([float(row.response) for row in batch.rows])
+    out = {"score": float(batch["score"].mean()), "score_std": float(batch["score"].std(correction=0))}
+    if "ref_logp" in batch.columns:
+        out["kl"] = float(((batch["old_logp"] - batch["ref_logp"]) * batch["mask"]).sum(1).mean())
+    out |= {"length": float(lengths.mean()), "truncated": float(batch["truncated"].float().mean())}
+    out |= {f"reward/{name}": float(batch["rewards"][:, number].mean()) for number, name in enumerate(names)}
+    gap = (batch["sampler_logp"] - batch["old_logp"])[batch["mask"]].abs()
+    return out | {"sampler_gap": float(gap.mean()) if len(gap) else 0.0}
+
+
+def update_numbers(update: Step) -> dict[str, float]:
+    """An update's losses, gradient norms and learning rates under the names of the logs."""
+    norms = {f"grad_norm/{role}": norm for role, norm in update.grad_norm.items()}
+    return (
+        {f"loss/{name}": value for name, value in update.losses.items()}
+        | norms
+        | {f"lr/{r}": v for r, v in update.lr.items()}
+    )
+
+
+class _Stream:
+    """The ptx stream: which elements of the pre-training data go into which update, by address."""
+
+    def __init__(self, elements: Sequence[Element], plan: Plan) -> None:
+        self.elements, self.size, self.seed = elements, plan.ptx_batch, plan.seed
+        self.places: list[tuple[int, int]] = []
+
+    def batch(self, step: int, number: int, per_step: int) -> Mapping[str, Batch]:
+        """The "ptx" batch of update `number` of this step; nothing without ptx data."""
+        if not self.elements or not self.size:
+            return {}
+        first = (step * per_step + number) * self.size
+        if len(self.places) < first + self.size:
+            self.places = order([len(self.elements)], 2 * (first + self.size), address(self.seed, "ptx") >> 1)
+        return {"ptx": Batch.of([self.elements[index] for _, index in self.places[first : first + self.size]])}

@@ -1,0 +1,67 @@
+"""What the user sees while a run goes: progress, rate and time left, with a few numbers."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+
+class Progress:
+    """A progress bar on a terminal, a line now and then elsewhere, nothing when quiet.
+
+    Use as a context manager: `with Progress("ppo", 100) as progress: progress.advance({"score": 0.3})`.
+    """
+
+    def __init__(self, title: str, total: int, *, done: int = 0, quiet: bool = False) -> None:
+        self.title, self.total, self.done, self.quiet = title, total, done, quiet
+        self._bar: Any = None
+        self._task: Any = None
+        self._last = 0.0
+        self._began = 0.0
+
+    def __enter__(self) -> "Progress":
+        import time
+
+        self._began = self._last = time.monotonic()
+        self._first = self.done
+        if not self.quiet and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[facts]}"),
+            )
+            self._bar = Bar(*columns, console=Console(stderr=True))
+            self._bar.start()
+            self._task = self._bar.add_task(self.title, total=self.total, completed=self.done, facts="")
+        return self
+
+    def advance(self, numbers: Mapping[str, float], count: int = 1) -> None:
+        """`count` steps more are done; the first few numbers are shown."""
+        import time
+
+        self.done += count
+        if self.quiet:
+            return
+        facts = "  ".join(f"{name} {value:.4g}" for name, value in list(numbers.items())[:5])
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, facts=facts)
+            return
+        now = time.monotonic()
+        if now - self._last >= 10 or self.done == self.total:
+            self._last = now
+            rate = (self.done - self._first) / max(now - self._began, 1e-9)
+            left = (self.total - self.done) / max(rate, 1e-9)
+            print(
+                f"{self.title} {self.done}/{self.total}  {rate:.2f}/s  {left:.0f} s left  {facts}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,101 @@
+"""The run folder: the resolved recipe, the environment, metrics.jsonl, every rollout as Parquet, checkpoints."""
+
+import json
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from whet.models.load import write_json
+from whet.records import COLUMNS, Batch, Group
+
+PACKAGES = ("torch", "transformers", "peft", "numpy", "tokenizers", "safetensors")
+
+
+class Run:
+    """One run's folder. With `resume_at` the metrics and rollouts after that step are dropped: they will be made again."""
+
+    def __init__(self, folder: Path, *, resume_at: int | None = None, trackers: Sequence[Any] = ()) -> None:
+        self.folder, self.trackers = folder, tuple(trackers)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._metrics = folder / "metrics.jsonl"
+        if resume_at is not None and self._metrics.is_file():
+            kept = [line for line in self._metrics.read_text().splitlines() if json.loads(line)["step"] <= resume_at]
+            self._metrics.write_text("".join(line + "\n" for line in kept))
+            for path in (folder / "rollouts").glob("step-*.parquet"):
+                if int(path.stem.split("-")[1]) > resume_at:
+                    path.unlink()
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints are."""
+        return self.folder / "checkpoints"
+
+    def environment(self, recipe_text: str) -> None:
+        """recipe.yaml (resolved) and environment.json (versions, threads)."""
+        (self.folder / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
+        versions = {name: metadata.version(name) for name in PACKAGES}
+        about = {"python": sys.version.split()[0], "machine": platform.machine(), "threads": torch.get_num_threads()}
+        write_json(self.folder / "environment.json", about | versions)
+
+    def metrics(self, step: int, **numbers: float) -> None:
+        """One line of metrics.jsonl, and the same numbers to the trackers."""
+        line = {"step": step} | {name: _plain(value) for name, value in numbers.items()}
+        with self._metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        for tracker in self.trackers:
+            tracker.log({name: value for name, value in line.items() if name != "step"}, step=step)
+
+    def rollout(self, step: int, groups: Sequence[Group], batch: Batch, names: Sequence[str]) -> None:
+        """`rollouts/step-00000042.parquet`: one row an answer; per-token columns as lists, as long as the answer.
+
+        `names` are the rewards of the batch's `rewards` column.
+        """
+        import pyarrow
+        import pyarrow.parquet
+
+        samples = [(group.prompt, sample) for group in groups for sample in group.samples]
+        table: dict[str, list] = {
+            "prompt_id": [prompt.id for prompt, _ in samples],
+            "prompt": [prompt.text for prompt, _ in samples],
+            "completion": [sample.text for _, sample in samples],
+            "prompt_ids": [list(prompt.ids) for prompt, _ in samples],
+            "completion_ids": [list(sample.ids) for _, sample in samples],
+            "draw": [sample.draw for _, sample in samples],
+            "answer": [sample.answer for _, sample in samples],
+            "version": [sample.version for _, sample in samples],
+            "finish": [sample.finish for _, sample in samples],
+        }
+        for name, values in batch.columns.items():
+            if name in ("element", "place", "rewards"):
+                continue
+            rows = values.tolist()
+            if COLUMNS[name].per_token:
+                rows = [row[: batch.rows[number].response] for number, row in enumerate(rows)]
+            table[name] = rows
+        for number, name in enumerate(names):
+            table[f"reward/{name}"] = batch["rewards"][:, number].tolist()
+        folder = self.folder / "rollouts"
+        folder.mkdir(exist_ok=True)
+        aside = folder / f".writing-{step:08d}"
+        pyarrow.parquet.write_table(pyarrow.table(table), aside)
+        aside.rename(folder / f"step-{step:08d}.parquet")
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """All lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def mean_of(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of every number over the rows that have it."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: sum(row[name] for row in rows if name in row) / sum(name in row for row in rows) for name in names}
+
+
+def _plain(value: Any) -> float | int | str:
+    return value.item() if hasattr(value, "item") else value

@@ -1,0 +1,100 @@
+"""What a run checks about itself while it goes; a failed check stops it with the cause in words."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from whet.errors import RunStopped
+from whet.generate import Generator
+from whet.learner import Learner
+from whet.records import Batch
+
+GAP = {torch.float64: 1e-6, torch.float32: 2e-3}
+"""Largest mean |sampler_logp - old_logp| in nats by the learner's precision; half precision is allowed 0.1."""
+
+
+def stop(step: int, fact: str) -> None:
+    """Stop the run: at this step this was found."""
+    raise RunStopped(f"step {step}: {fact}")
+
+
+def tokens(step: int, batch: Batch, end_ids: Sequence[int]) -> None:
+    """There are tokens to train, and where an answer ends with an end token, that token is trained."""
+    if not bool(batch["mask"].any()):
+        stop(step, "not a single token of this batch is trained; is every answer truncated and masked, or empty?")
+    for number, row in enumerate(batch.rows):
+        if int(row.ids[-1]) in end_ids and not bool(row.mask[-1]):
+            stop(
+                step,
+                f"answer {number} ends with the end token but that token is not trained; the model would never learn to stop",
+            )
+
+
+def finite(step: int, columns: Mapping[str, Tensor]) -> None:
+    """No NaN and no infinity in any number that training reads."""
+    for name, values in columns.items():
+        if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+            stop(step, f"column {name} holds a NaN or an infinity")
+
+
+def sampler_agrees(step: int, batch: Batch) -> float:
+    """Generator and learner give the sampled tokens the same log-prob, within a bound; the mean gap in nats."""
+    mask = batch["mask"]
+    gap = float((batch["sampler_logp"] - batch["old_logp"])[mask].abs().mean()) if bool(mask.any()) else 0.0
+    bound = GAP.get(batch["old_logp"].dtype, 0.1)
+    if gap > bound:
+        stop(
+            step,
+            f"generator and learner disagree on the sampled tokens' log-probs by {gap:.4f} nats on average (bound {bound}); "
+            "are the generator's weights stale, or its temperature another?",
+        )
+    return gap
+
+
+def ratio_is_one(step: int, batch: Batch, now: Mapping[str, Tensor]) -> None:
+    """In the first mini-batch after a rollout the policy has not moved: logp is old_logp to the bit."""
+    if "logp" not in now:
+        return
+    mask = batch["mask"]
+    off = (now["logp"] - batch["old_logp"])[mask].abs()
+    if bool((off != 0).any()):
+        stop(
+            step,
+            f"the ratio is not 1 in the first mini-batch after the rollout (log-ratio up to {float(off.max()):.3g}); the "
+            "policy is not the one that was measured, or its forward pass is not deterministic",
+        )
+
+
+def kl_is_zero(step: int, batch: Batch) -> None:
+    """Where policy and reference began with equal weights, their log-probs are equal to the bit."""
+    off = (batch["old_logp"] - batch["ref_logp"])[batch["mask"]].abs()
+    if bool((off != 0).any()):
+        stop(
+            step,
+            f"policy and reference began with equal weights but differ by up to {float(off.max()):.3g} nats at the start",
+        )
+
+
+def groups_centred(step: int, batch: Batch) -> None:
+    """Where advantages are centred within a group, each group's sum to 0 (per answer, before any reweighting)."""
+    first = torch.where(
+        batch["mask"].any(1), batch["advantage"].gather(1, batch["mask"].int().argmax(1)[:, None])[:, 0], 0.0
+    )
+    sums = torch.zeros(int(batch["group"].max()) + 1, dtype=first.dtype).index_add(0, batch["group"], first)
+    if bool((sums.abs() > 1e-3).any()):
+        stop(step, f"the advantages of a group sum to {float(sums.abs().max()):.4f} instead of 0")
+
+
+def published(step: int, generator: Generator, learner: Learner, canary: Tensor, expected: Tensor) -> None:
+    """The generator has the learner's version, and scores a fixed sequence as the learner does."""
+    if generator.version != learner.version:
+        stop(step, f"the generator has weights of version {generator.version}, the learner is at {learner.version}")
+    got = generator.score([canary])[0]
+    gap = float((got - expected).abs().max())
+    bound = 10 * GAP.get(expected.dtype, 0.1)
+    if not gap <= bound:
+        stop(
+            step,
+            f"after the push the generator scores the canary {gap:.4f} nats off the learner's score (bound {bound})",
+        )

@@ -1,0 +1,216 @@
+"""Models and tokenizers from Hugging Face folders or names, and back into standard folders."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from whet.errors import ModelError
+from whet.ops import address
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from and how it is loaded. `dtype` "auto": bfloat16 on a GPU, float32 elsewhere.
+
+    `quantise` "4bit" loads the base in 4 bits (QLoRA); it needs a GPU and bitsandbytes.
+    """
+
+    path: str
+    dtype: str = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+    quantise: str = "none"
+
+    def torch_device(self) -> torch.device:
+        """The device this source asks for."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(self.device)
+
+    def torch_dtype(self) -> torch.dtype:
+        """The floating-point type this source asks for."""
+        if self.dtype == "auto":
+            return torch.bfloat16 if self.torch_device().type == "cuda" else torch.float32
+        return DTYPES[self.dtype]
+
+
+def load_tokenizer(source: Source, *, pad_token: str | None = None) -> Any:
+    """The tokenizer of a folder or name. Raises ModelError when there is none, or it has no pad token and none is named."""
+    from transformers import AutoTokenizer
+
+    _check_folder(source.path)
+    path = _adapter_base(source.path)[0] if not _has_tokenizer(source.path) else source.path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=source.trust_remote_code)
+    except Exception as error:  # transformers raises many kinds for a folder without a tokenizer
+        raise ModelError(f"{source.path}: no tokenizer can be loaded from here ({_first_line(error)})") from error
+    if pad_token is not None:
+        if pad_token not in tokenizer.get_vocab():
+            raise ModelError(f"--model.pad-token {pad_token!r}: the tokenizer of {source.path} has no such token")
+        tokenizer.pad_token = pad_token
+    if tokenizer.pad_token_id is None:
+        raise ModelError(
+            f"{source.path}: the tokenizer has no pad token, which the saved model needs to be batched by other tools; "
+            "name one of its tokens with --model.pad-token (one that never stands in a text, not the end token)"
+        )
+    return tokenizer
+
+
+def load_causal_lm(source: Source, tokenizer: Any = None) -> Any:
+    """The causal language model of a folder or name; an adapter-only folder is merged into its base.
+
+    Every dropout of the model's own is off. Raises ModelError when it cannot be loaded or when the tokenizer has ids
+    that the embedding does not.
+    """
+    from transformers import AutoModelForCausalLM
+
+    base, adapter = _adapter_base(source.path)
+    model = _loaded(AutoModelForCausalLM.from_pretrained, source, base)
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer is not None and len(tokenizer) > rows:
+        raise ModelError(
+            f"{source.path}: the tokenizer has {len(tokenizer)} ids but the model only {rows} embeddings; "
+            "the vocabulary does not fit, use the tokenizer that belongs to the model"
+        )
+    return _quiet(model)
+
+
+def load_scorer(source: Source, tokenizer: Any = None, *, seed: int = 0) -> Any:
+    """A sequence-classification model with one label: a saved reward model, or a causal LM with a fresh head.
+
+    A fresh head is drawn from N(0, 1 / (H + 1)) (Stiennon et al. 2020) at an address of `seed`.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    base, adapter = _adapter_base(source.path)
+    if adapter is not None and _is_scorer(adapter):
+        from peft import PeftModel
+
+        plain = _loaded(AutoModelForSequenceClassification.from_pretrained, source, base, num_labels=1)
+        return _quiet(PeftModel.from_pretrained(plain, adapter).merge_and_unload())
+    _check_folder(base)
+    config = AutoConfig.from_pretrained(base, trust_remote_code=source.trust_remote_code)
+    trained = any("SequenceClassification" in name or "RewardModel" in name for name in config.architectures or [])
+    if trained:
+        if config.num_labels != 1:
+            raise ModelError(f"{source.path}: a reward model has one label, this one has {config.num_labels}")
+        return _quiet(_loaded(AutoModelForSequenceClassification.from_pretrained, source, base))
+    if adapter is not None:
+        raise ModelError(f"{source.path}: merge the adapter into its base before putting a scalar head on it")
+    model = _quiet(_loaded(AutoModelForSequenceClassification.from_pretrained, source, base, num_labels=1))
+    head = scalar_head(model)
+    fresh = torch.Generator().manual_seed(address(seed, "head") >> 1)
+    with torch.no_grad():
+        drawn = torch.randn(head.weight.shape, generator=fresh) / (head.weight.shape[1] + 1) ** 0.5
+        head.weight.copy_(drawn.to(head.weight))
+        if head.bias is not None:
+            head.bias.zero_()
+    if tokenizer is not None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def scalar_head(model: Any) -> nn.Linear:
+    """The linear layer that gives the one label of a sequence-classification model."""
+    for name in ("score", "classifier"):
+        head = getattr(model, name, None)
+        if isinstance(head, nn.Linear):
+            return head
+        if head is not None and hasattr(head, "modules_to_save"):  # peft trains a copy of the head
+            return head.modules_to_save[head.active_adapters[0]]
+    raise ModelError(
+        f"{type(model).__name__}: no linear head called score or classifier; whet reads one-layer heads only"
+    )
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The list of decoder layers: the longest module list in the model."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise ModelError(f"{type(model).__name__}: found no list of decoder layers")
+    return max(lists, key=len)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file, indented, with a last newline."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _loaded(load: Callable[..., Any], source: Source, path: str, **options: Any) -> Any:
+    _check_folder(path)
+    device = source.torch_device()
+    if source.quantise == "4bit":
+        options["quantization_config"] = _four_bit(device)
+    try:
+        model = load(path, dtype=source.torch_dtype(), trust_remote_code=source.trust_remote_code, **options)
+    except ModelError:
+        raise
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for what is no model
+        raise ModelError(f"{source.path}: no such model can be loaded from here ({_first_line(error)})") from error
+    return model if source.quantise == "4bit" else model.to(device)
+
+
+def _four_bit(device: torch.device) -> Any:
+    if device.type != "cuda":
+        raise ModelError(
+            "model.quantise: a 4-bit base needs a GPU, and there is none here; leave it at none (LoRA works on CPU)"
+        )
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ModelError("model.quantise: a 4-bit base needs bitsandbytes; install whet[quantise]") from error
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+
+
+def _check_folder(path: str) -> None:
+    folder = Path(path)
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
+    if not folder.exists() and not looks_local:
+        return  # owner/name: a hub name
+    if not folder.is_dir():
+        raise ModelError(f"{path}: no such model folder; give a Hugging Face folder, or a hub name like owner/name")
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json", "tokenizer_config.json")):
+        raise ModelError(f"{path}: not a model folder, it has no config.json")
+
+
+def _has_tokenizer(path: str) -> bool:
+    return not Path(path).is_dir() or (Path(path) / "tokenizer_config.json").is_file()
+
+
+def _adapter_base(path: str) -> tuple[str, str | None]:
+    """(path of the base model, adapter folder or None)."""
+    file = Path(path) / "adapter_config.json"
+    if not file.is_file():
+        return path, None
+    return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"], path
+
+
+def _is_scorer(adapter: str) -> bool:
+    return json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8")).get("task_type") == "SEQ_CLS"
+
+
+def _quiet(model: Any) -> Any:
+    """The model with every dropout of its own at 0, in eval mode: whet's dropout is addressed, see models.dropout."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    return model.eval()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,131 @@
+"""The roles of a run: policy, reference, critic, reward. Each is a backbone with a head; together they may share one trunk."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from whet.errors import ModelError
+from whet.models.load import scalar_head, write_json
+
+Readout = Literal["last", "mean", "sum"]
+READOUT_FILE = "whet.json"
+
+
+@dataclass(eq=False)
+class Role:
+    """A model in one part of a run.
+
+    `model` is a Hugging Face causal LM (policy, reference) or one-label sequence classifier (critic, reward). With
+    LoRA, `wrapped` is the PeftModel around it and `adapter` the adapter that this role switches on ("" switches all
+    off, which is the base itself). On one trunk several roles hold the same `wrapped`. `head` is the scalar head where
+    the trunk's own head is not this role's. `readout` and `scale` say how a score is read, see `whet.models.readers`.
+    """
+
+    name: str
+    model: Any
+    trained: bool
+    wrapped: Any = None
+    adapter: str = ""
+    head: nn.Linear | None = None
+    readout: Readout = "last"
+    scale: float = 1.0
+    shift: float = 0.0
+    linear_head: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        if self.head is None and hasattr(self.model, "num_labels") and not self.causal:
+            self.head = scalar_head(self.model)
+        if self.causal and self.head is None:
+            self.linear_head = self._head_is_linear()
+        for parameter in self.parameters().values():
+            parameter.requires_grad_(self.trained)
+
+    @property
+    def causal(self) -> bool:
+        """The model has a language-model head."""
+        return self.model.get_output_embeddings() is not None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs go."""
+        return self.model.get_input_embeddings().weight.device
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters this role owns, by name: its adapter and head, or the whole model. Tied ones once."""
+        if self.wrapped is None:
+            return dict(self.model.named_parameters())
+        own = {
+            name: parameter
+            for name, parameter in self.model.named_parameters()
+            if self.adapter and f".{self.adapter}." in name and ("lora_" in name or "modules_to_save" in name)
+        }
+        if self.head is not None and not any(parameter is self.head.weight for parameter in own.values()):
+            own |= {f"head.{name}": parameter for name, parameter in self.head.named_parameters()}
+        return own
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Within the context the shared trunk computes this role."""
+        if self.wrapped is None:
+            yield
+        elif not self.adapter:
+            with self.wrapped.disable_adapter():
+                yield
+        else:
+            self.wrapped.set_adapter(self.adapter)
+            for parameter in self.parameters().values():
+                parameter.requires_grad_(self.trained)  # set_adapter freezes the others and wakes this one
+            yield
+
+    def hidden(self, ids: Tensor, **layout: Tensor) -> Tensor:
+        """Last hidden states of token ids (B, S) -> (B, S, H)."""
+        return self.model.base_model(input_ids=ids, use_cache=False, **layout).last_hidden_state
+
+    def logits(self, ids: Tensor, **layout: Tensor) -> Tensor:
+        """Logits of token ids (B, S) -> (B, S, V): the model's own way, where its head is more than a linear layer."""
+        return self.model(input_ids=ids, use_cache=False, **layout).logits
+
+    def export(self, folder: Path, tokenizer: Any = None, *, merge: bool = True) -> None:
+        """A standard Hugging Face folder: merged weights, or with `merge=False` the adapter alone."""
+        model = self.model
+        if self.wrapped is not None and merge:
+            import copy
+
+            self.wrapped.set_adapter(self.adapter)
+            model = copy.deepcopy(self.wrapped).merge_and_unload(adapter_names=[self.adapter])
+        elif self.wrapped is not None:
+            self.wrapped.save_pretrained(str(folder), selected_adapters=[self.adapter])
+            model = None
+        if model is not None:
+            model.save_pretrained(str(folder))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(folder))
+        if not self.causal:
+            write_json(folder / READOUT_FILE, {"readout": self.readout, "scale": self.scale, "shift": self.shift})
+
+    def _head_is_linear(self) -> bool:
+        """The logits are hidden @ weight.T + bias; some models scale or cap them, which must not be missed."""
+        head = self.model.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            return False
+        probe = torch.arange(3, device=self.device)[None]
+        with torch.no_grad(), self.active():
+            return bool(torch.allclose(self.logits(probe), head(self.hidden(probe)), rtol=1e-3, atol=1e-3))
+
+
+def readout_of(folder: str) -> Mapping[str, Any]:
+    """How the reward model in a folder is read: {"readout", "scale", "shift"}; last token, 1 and 0 for published ones."""
+    import json
+
+    file = Path(folder) / READOUT_FILE
+    given = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if given.get("readout", "last") not in ("last", "mean", "sum"):
+        raise ModelError(f"{file}: readout {given['readout']!r} is none of last, mean, sum")
+    return {"readout": "last", "scale": 1.0, "shift": 0.0} | {
+        key: given[key] for key in given if key in ("readout", "scale", "shift")
+    }

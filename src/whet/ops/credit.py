@@ -1,0 +1,88 @@
+"""Credit: from rewards a token, or scores an answer, to advantages.
+
+Shapes: rewards, values, mask, advantages (B, T); score, group (B,). Walking through time skips the holes of the mask
+(tokens that a tool wrote): the next state of a trained token is the next *trained* token. Rewards in holes do not count.
+"""
+
+import torch
+from torch import Tensor
+
+
+def monte_carlo(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Tensor:
+    """Return to go: G_t = r_t + gamma G_{t+1}, (B, T); 0 outside the mask.
+
+    >>> monte_carlo(torch.tensor([[1.0, 0.0, 2.0]]), torch.ones(1, 3, dtype=torch.bool), gamma=0.5)
+    tensor([[1.5000, 1.0000, 2.0000]])
+    """
+    return gae(rewards, torch.zeros_like(rewards), mask, gamma=gamma, lam=1.0)
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    final_value: Tensor | None = None,
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+) -> Tensor:
+    """Generalised advantage estimation (Schulman et al. 2016, equation 16), (B, T); 0 outside the mask.
+
+    delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lam A_{t+1}. After the last trained token V is
+    `final_value` (B,), 0 when None: an answer that ended earns nothing more. lam = 0 is one-step TD (more bias, less
+    variance), lam = 1 is Monte-Carlo return minus value (no bias from V, more variance).
+    """
+    running = torch.zeros(rewards.shape[0], dtype=rewards.dtype, device=rewards.device)
+    next_value = running if final_value is None else final_value
+    out = torch.zeros_like(rewards)
+    for t in reversed(range(rewards.shape[1])):
+        here = mask[:, t]
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = delta + gamma * lam * running
+        running = torch.where(here, advantage, running)
+        next_value = torch.where(here, values[:, t], next_value)
+        out[:, t] = torch.where(here, advantage, torch.zeros_like(advantage))
+    return out
+
+
+def _group_sums(score: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(index of each row's group 0 ... n-1, rows in each row's group, sum of each row's group), each (B,)."""
+    index = torch.unique(group, return_inverse=True)[1]
+    zeros = torch.zeros(int(index.max()) + 1 if index.numel() else 0, dtype=score.dtype, device=score.device)
+    count = zeros.scatter_add(0, index, torch.ones_like(score))[index]
+    return index, count, zeros.scatter_add(0, index, score)[index]
+
+
+def group_center(score: Tensor, group: Tensor) -> Tensor:
+    """score - mean of its group (Dr. GRPO), (B,). The mean includes the sample; a group of one gives 0."""
+    _, count, total = _group_sums(score, group)
+    return score - total / count
+
+
+def group_zscore(score: Tensor, group: Tensor, *, ddof: int = 1, eps: float = 1e-6) -> Tensor:
+    """(score - mean) / (std + eps) within its group (GRPO, Shao et al. 2024, section 4.1.2), (B,).
+
+    `ddof` 1 is the sample deviation (all peers), eps is added after the root (TRL 1e-4, verl 1e-6, OpenRLHF 1e-9).
+    A group of one, or one without spread, gives 0.
+    """
+    centred = group_center(score, group)
+    _, count, squares = _group_sums(centred**2, group)
+    deviation = (squares / (count - ddof).clamp(min=1)).sqrt()
+    return centred / (deviation + eps)
+
+
+def leave_one_out(score: Tensor, group: Tensor) -> Tensor:
+    """score - mean of the *others* of its group (RLOO, Ahmadian et al. 2024), (B,).
+
+    Raises ValueError for a group of one: it has no others.
+    """
+    _, count, total = _group_sums(score, group)
+    if (count < 2).any():
+        raise ValueError("leave_one_out needs at least two answers in every group, got a group of one")
+    return score - (total - score) / (count - 1)
+
+
+def broadcast(answer_advantage: Tensor, mask: Tensor) -> Tensor:
+    """One advantage an answer, given to each of its trained tokens: (B,) -> (B, T)."""
+    spread = answer_advantage[:, None].expand(mask.shape)
+    return torch.where(mask, spread, torch.zeros_like(spread))

@@ -1,0 +1,115 @@
+"""Log-probabilities and entropy of tokens, in nats, from logits or straight from hidden states.
+
+Shapes: N tokens, H hidden width, V vocabulary; a leading `...` stands for any batch shape.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+WORKSPACE = 1 << 24
+"""Most logits that `linear_logprobs` holds at once (entries, not bytes)."""
+
+
+def token_logprobs(logits: Tensor, ids: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """log softmax(logits / temperature)[ids]: logits (..., V), ids (...) -> (...), in nats per token.
+
+    >>> token_logprobs(torch.zeros(1, 4), torch.tensor([2])).exp()
+    tensor([0.2500])
+    """
+    return (logits / temperature).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+
+
+def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """-sum_v p_v log p_v of softmax(logits / temperature): (..., V) -> (...), in nats per token.
+
+    A logit of -inf has probability 0 and adds 0.
+    """
+    logp = (logits / temperature).log_softmax(-1)
+    return -torch.where(logp.isneginf(), torch.zeros_like(logp), logp.exp() * logp).sum(-1)
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: Tensor | float = 1.0,
+    with_entropy: bool = True,
+    workspace: int = WORKSPACE,
+) -> tuple[Tensor, Tensor | None]:
+    """(logp, entropy) of `ids` under softmax((hidden @ weight.T + bias) / temperature), each (N,), in nats.
+
+    The entropy is None where `with_entropy` is False and it would cost extra.
+
+    hidden (N, H), weight (V, H), bias (V,), ids (N,), temperature a number or (N,). The vocabulary is walked in
+    chunks of at most `workspace` logits, forward and backward, so the (N, V) logits never exist at once; the gradient
+    reaches hidden, weight and bias.
+    """
+    if not isinstance(temperature, Tensor):
+        temperature = torch.full((hidden.shape[0],), float(temperature), dtype=hidden.dtype, device=hidden.device)
+    chunk = max(1, workspace // max(1, hidden.shape[0]))
+    if chunk >= weight.shape[0]:
+        logp = _tempered(functional.linear(hidden, weight, bias), temperature).log_softmax(-1)
+        return logp.gather(-1, ids[:, None])[:, 0], -(logp.exp() * logp).sum(-1) if with_entropy else None
+    return _ChunkedLogprobs.apply(hidden, weight, bias, ids, temperature, chunk)
+
+
+def _tempered(logits: Tensor, temperature: Tensor) -> Tensor:
+    """logits / temperature, in float32 at least: half precision is too coarse for a log-sum-exp."""
+    return (logits if logits.dtype in (torch.float32, torch.float64) else logits.float()) / temperature[:, None]
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    """One pass over the vocabulary for log-sum-exp and entropy, a second one in the backward."""
+
+    @staticmethod
+    def _logits(hidden, weight, bias, temperature, start, stop):
+        piece = functional.linear(hidden, weight[start:stop], None if bias is None else bias[start:stop])
+        return _tempered(piece, temperature)
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, ids, temperature, chunk):
+        dtype = hidden.dtype if hidden.dtype in (torch.float32, torch.float64) else torch.float32
+        count = hidden.shape[0]
+        top = torch.full((count,), -torch.inf, dtype=dtype, device=hidden.device)
+        total, weighted = torch.zeros_like(top), torch.zeros_like(top)  # sum e^(l - top), sum e^(l - top) l
+        chosen = torch.zeros_like(top)
+        for start in range(0, weight.shape[0], chunk):
+            stop = min(start + chunk, weight.shape[0])
+            logits = _ChunkedLogprobs._logits(hidden, weight, bias, temperature, start, stop)
+            new_top = torch.maximum(top, logits.amax(-1))
+            old_scale, scaled = (top - new_top).exp(), (logits - new_top[:, None]).exp()
+            total = total * old_scale + scaled.sum(-1)
+            weighted = weighted * old_scale + (scaled * logits).sum(-1)
+            top = new_top
+            inside = (ids >= start) & (ids < stop)
+            picked = logits.gather(-1, (ids - start).clamp(0, stop - start - 1)[:, None])[:, 0]
+            chosen = torch.where(inside, picked, chosen)
+        log_total = top + total.log()
+        entropy_ = log_total - weighted / total
+        ctx.save_for_backward(hidden, weight, bias, ids, temperature, log_total, entropy_)
+        ctx.chunk = chunk
+        return chosen - log_total, entropy_
+
+    @staticmethod
+    def backward(ctx, grad_logp, grad_entropy):
+        hidden, weight, bias, ids, temperature, log_total, entropy_ = ctx.saved_tensors
+        grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
+        grad_bias = None if bias is None else torch.zeros_like(bias)
+        for start in range(0, weight.shape[0], ctx.chunk):
+            stop = min(start + ctx.chunk, weight.shape[0])
+            logp = _ChunkedLogprobs._logits(hidden, weight, bias, temperature, start, stop) - log_total[:, None]
+            p = logp.exp()
+            # d logp_y / d l = 1[y] - p;  d H / d l = -p (log p + H)
+            grad = -p * (grad_logp[:, None] + grad_entropy[:, None] * (logp + entropy_[:, None]))
+            inside = (ids >= start) & (ids < stop)
+            rows = inside.nonzero()[:, 0]
+            grad[rows, ids[rows] - start] += grad_logp[rows]
+            grad = (grad / temperature[:, None]).to(hidden.dtype)
+            grad_hidden += grad @ weight[start:stop]
+            grad_weight[start:stop] = grad.T @ hidden
+            if grad_bias is not None:
+                grad_bias[start:stop] = grad.sum(0)
+        return grad_hidden, grad_weight, grad_bias, None, None, None

@@ -1,0 +1,76 @@
+"""Losses that turn comparisons and scores of people into a reward model. One loss an element; reduction comes later.
+
+Shapes: E elements (pairs, rankings, answers), K answers in a ranking.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def nth(x: Tensor, place: Tensor, *, n: int) -> Tensor:
+    """The n-th row of every element: x (B,), place (B,) the row's place in its element -> (E,), elements in order."""
+    return x[place == n]
+
+
+def by_element(x: Tensor, element: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+    """(x laid out as (E, K), True where an element has a K-th row), for x, element, place (B,); padding is 0."""
+    shape = (int(element.max()) + 1, int(place.max()) + 1) if element.numel() else (0, 0)
+    out, valid = (
+        torch.zeros(shape, dtype=x.dtype, device=x.device),
+        torch.zeros(shape, dtype=torch.bool, device=x.device),
+    )
+    valid[element, place] = True
+    return out.index_put((element, place), x), valid
+
+
+def pairwise(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0) -> Tensor:
+    """-log sigmoid(chosen - rejected - margin), (E,) (Bradley-Terry; margin: Llama 2, Touvron et al. 2023, equation 2)."""
+    return -functional.logsigmoid(chosen - rejected - margin)
+
+
+def log_exp(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """log(1 + exp(rejected - chosen)), (E,): the same number as `pairwise`, under the name some recipes use."""
+    return functional.softplus(rejected - chosen)
+
+
+def k_way(scores: Tensor, ranks: Tensor, valid: Tensor | None = None, *, ties: str = "drop") -> Tensor:
+    """Mean over the pairs of one ranking of -log sigmoid(s_better - s_worse), (E,) (InstructGPT 2022, equation 1).
+
+    scores (E, K); ranks (E, K), 1 is best; valid (E, K) is False on the padding of shorter rankings.
+    `ties="drop"`: pairs of equal rank do not count, and the denominator is the number of pairs that are left (C(K, 2)
+    without ties); a ranking with ties only has loss 0. `ties="half"`: a tied pair costs half of either order, and the
+    denominator is always C(K, 2).
+
+    >>> k_way(torch.tensor([[1.0, 0.0]]), torch.tensor([[1, 2]]))
+    tensor([0.3133])
+    """
+    if ties not in ("drop", "half"):
+        raise ValueError(f'ties must be "drop" or "half", got {ties!r}')
+    valid = torch.ones_like(ranks, dtype=torch.bool) if valid is None else valid
+    both = valid[:, :, None] & valid[:, None, :]
+    better = both & (ranks[:, :, None] < ranks[:, None, :])
+    loss = -functional.logsigmoid(scores[:, :, None] - scores[:, None, :])
+    weight = better.to(scores.dtype)
+    if ties == "half":
+        equal = both & (ranks[:, :, None] == ranks[:, None, :])
+        itself = torch.eye(ranks.shape[1], dtype=torch.bool, device=ranks.device)
+        weight = weight + 0.5 * (equal & ~itself).to(scores.dtype)
+    total = torch.where(weight > 0, loss * weight, torch.zeros_like(loss)).sum((1, 2))
+    return total / weight.sum((1, 2)).clamp(min=1)
+
+
+def ranking_loss(score: Tensor, rank: Tensor, element: Tensor, place: Tensor, *, ties: str = "drop") -> Tensor:
+    """`k_way` for scores and ranks given row by row, (B,), with rankings of any length: (E,)."""
+    scores, valid = by_element(score, element, place)
+    return k_way(scores, by_element(rank, element, place)[0], valid, ties=ties)
+
+
+def regression(score: Tensor, target: Tensor) -> Tensor:
+    """(score - target)^2 / 2, elementwise: absolute scores as data."""
+    return 0.5 * (score - target) ** 2
+
+
+def centring(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """(chosen + rejected)^2, (E,): keeps the free constant of a reward model near 0 (Eisenstein et al. 2023)."""
+    return (chosen + rejected) ** 2

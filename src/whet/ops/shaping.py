@@ -1,0 +1,83 @@
+"""From one score an answer to one reward a token: where the score is placed, and how it is bounded.
+
+Shapes: score (B,), mask and results (B, T). Positions where the mask is False get 0; a row without a True position
+gets nothing at all.
+"""
+
+import torch
+from torch import Tensor
+
+
+def weighted_sum(rewards: Tensor, *, weights: tuple[float, ...]) -> Tensor:
+    """sum_r weights[r] rewards[:, r]: (B, R) -> (B,)."""
+    if rewards.shape[1] != len(weights):
+        raise ValueError(f"{rewards.shape[1]} rewards but {len(weights)} weights")
+    return rewards @ torch.tensor(weights, dtype=rewards.dtype, device=rewards.device)
+
+
+def clip_score(score: Tensor, *, bound: float) -> Tensor:
+    """clip(score, -bound, bound), elementwise (DeepSpeed-Chat: bound 5)."""
+    return score.clamp(-bound, bound)
+
+
+def penalise(score: Tensor, truncated: Tensor, *, amount: float) -> Tensor:
+    """score - amount where the answer was cut off at the limit, (B,): the price of a missing end token."""
+    return score - amount * truncated.to(score.dtype)
+
+
+def last_index(mask: Tensor) -> Tensor:
+    """The last True position of each row, (B,); 0 where there is none."""
+    steps = torch.arange(mask.shape[1], device=mask.device)
+    return torch.where(mask, steps, torch.zeros_like(steps)).amax(1)
+
+
+def terminal(score: Tensor, mask: Tensor) -> Tensor:
+    """The whole score on the last trained token, 0 before it.
+
+    DeepSpeed-Chat and TRL's PPO write one slot after it when the row has room; here it is on the token itself.
+
+    >>> terminal(torch.tensor([2.0]), torch.tensor([[True, True, False]]))
+    tensor([[0., 2., 0.]])
+    """
+    out = torch.zeros(mask.shape, dtype=score.dtype, device=score.device)
+    out.scatter_(1, last_index(mask)[:, None], score[:, None])
+    return torch.where(mask, out, torch.zeros_like(out))
+
+
+def uniform(score: Tensor, mask: Tensor) -> Tensor:
+    """score / |y| on each of the |y| trained tokens: they sum to the score."""
+    share = score / mask.sum(1).clamp(min=1)
+    return torch.where(mask, share[:, None], torch.zeros_like(share[:, None]))
+
+
+def linear(score: Tensor, mask: Tensor, *, normalised: bool = False) -> Tensor:
+    """w_t score with w_t = t / T, t = 1 ... T counted over the trained tokens.
+
+    Raw weights sum to (T + 1) / 2, so a longer answer earns more; `normalised=True` makes them sum to 1.
+    """
+    step = mask.cumsum(1).to(score.dtype)
+    length = mask.sum(1, keepdim=True).clamp(min=1).to(score.dtype)
+    weight = step / (length * (length + 1) / 2 if normalised else length)
+    return torch.where(mask, weight * score[:, None], torch.zeros_like(weight))
+
+
+def attention(score: Tensor, attention_weight: Tensor, mask: Tensor) -> Tensor:
+    """alpha_t score with alpha (B, T) >= 0 renormalised to sum to 1 over the trained tokens."""
+    kept = torch.where(mask, attention_weight, torch.zeros_like(attention_weight))
+    return kept / kept.sum(1, keepdim=True).clamp(min=torch.finfo(kept.dtype).tiny) * score[:, None]
+
+
+def dense(token_score: Tensor, mask: Tensor) -> Tensor:
+    """One score a token, (B, T), taken as it is on the trained tokens."""
+    return torch.where(mask, token_score, torch.zeros_like(token_score))
+
+
+def per_token(kl: Tensor, mask: Tensor) -> Tensor:
+    """A KL penalty that stays where it arose: (B, T) nats on the trained tokens."""
+    return torch.where(mask, kl, torch.zeros_like(kl))
+
+
+def per_sequence(kl: Tensor, mask: Tensor, *, mean: bool = True) -> Tensor:
+    """sum_t KL_t (divided by |y| when `mean`) on the last trained token: one penalty an answer."""
+    total = per_token(kl, mask).sum(1)
+    return terminal(total / mask.sum(1).clamp(min=1) if mean else total, mask)

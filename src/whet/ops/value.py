@@ -1,0 +1,31 @@
+"""The critic's loss, and how well it explains the returns. Shapes (B, T)."""
+
+import torch
+from torch import Tensor
+
+from whet.ops.masked import masked_mean
+
+
+def value_loss(value: Tensor, old_value: Tensor, returns: Tensor, *, clip: float | None = 0.2) -> Tensor:
+    """max((V - R)^2, (V_clipped - R)^2) / 2 with V_clipped = old_value + clip(V - old_value, -clip, clip).
+
+    (B, T). The form of OpenAI's PPO; `clip=None` is the plain squared error.
+
+    >>> value_loss(torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([1.0]))
+    tensor([0.3200])
+    """
+    squared = (value - returns) ** 2
+    if clip is not None:
+        clipped = old_value + (value - old_value).clamp(-clip, clip)
+        squared = torch.maximum(squared, (clipped - returns) ** 2)
+    return 0.5 * squared
+
+
+def explained_variance(value: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """1 - Var(R - V) / Var(R) over the mask, a scalar: 1 is perfect, 0 no better than a constant; 0 if R is constant."""
+    error = returns - value
+    spread = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
+    left = masked_mean((error - masked_mean(error, mask)) ** 2, mask)
+    return torch.where(
+        spread > 0, 1 - left / spread.clamp(min=torch.finfo(spread.dtype).tiny), torch.zeros_like(spread)
+    )

@@ -1,0 +1,80 @@
+"""The columns: every per-token or per-answer number, with its shape, its unit and who makes it at which hop.
+
+The learner, the Parquet rollouts and the viewer read this list; a new statistic is one line here and one reader.
+Shapes: B rows, T positions from the first response token.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column. `role` and `reads` say how the learner measures it: which role, and which bare column of it."""
+
+    name: str
+    shape: str
+    unit: str
+    hop: str
+    meaning: str
+    role: str | None = None
+    reads: str | None = None
+
+    @property
+    def per_token(self) -> bool:
+        """It has one number per position."""
+        return self.shape == "(B, T)"
+
+
+_ALL = (
+    Column("mask", "(B, T)", "bool", "record", "True where a token is trained"),
+    Column("element", "(B,)", "index", "record", "which element (answer, pair, ranking) a row belongs to"),
+    Column(
+        "place",
+        "(B,)",
+        "index",
+        "record",
+        "the row's place in its element: 0 chosen, 1 rejected; 0 ... K-1 in a ranking",
+    ),
+    Column("number", "(B,)", "index", "record", "the row's number in its mini-batch: the address of its dropout"),
+    Column("chosen_mask", "(B, T)", "bool", "record", "the mask on chosen answers, False on rejected ones"),
+    Column("rank", "(B,)", "rank", "record", "rank given by people, 1 is best, equal ranks are ties"),
+    Column("target", "(B,)", "score", "record", "absolute score given by people"),
+    Column("margin", "(B,)", "score", "record", "how much better the chosen answer was said to be"),
+    Column("probability", "(B,)", "probability", "record", "probability that the chosen answer is better"),
+    Column("group", "(B,)", "index", "generate", "which prompt an answer belongs to"),
+    Column("truncated", "(B,)", "bool", "generate", "the answer was cut off at the length limit"),
+    Column("temperature", "(B,)", "-", "generate", "temperature the answer was sampled at"),
+    Column("sampler_logp", "(B, T)", "nats", "generate", "log-prob reported by the generator"),
+    Column("rewards", "(B, R)", "reward", "reward", "one score per named reward, before they are combined"),
+    Column("token_score", "(B, T)", "reward", "reward", "dense scores, one per token"),
+    Column("score", "(B,)", "reward", "reward", "the combined score of an answer; in reward modelling the model's own"),
+    Column(
+        "old_logp", "(B, T)", "nats", "measure", "the policy's log-prob when the rollout was taken", "policy", "logp"
+    ),
+    Column("old_entropy", "(B, T)", "nats", "measure", "entropy of the policy then", "policy", "entropy"),
+    Column("ref_logp", "(B, T)", "nats", "measure", "the reference's log-prob", "reference", "logp"),
+    Column("old_value", "(B, T)", "reward", "measure", "the critic's value before each token, then", "critic", "value"),
+    Column(
+        "final_value", "(B,)", "reward", "measure", "the critic's value after the last token", "critic", "final_value"
+    ),
+    Column("kl", "(B, T)", "nats", "credit", "estimate of KL(policy || reference) per token"),
+    Column("token_reward", "(B, T)", "reward", "credit", "placed score minus KL penalty"),
+    Column("advantage", "(B, T)", "reward", "credit", "credit of each token, whitened if the method says so"),
+    Column("returns", "(B, T)", "reward", "credit", "advantage before whitening + value"),
+    Column("logp", "(B, T)", "nats", "update", "log-prob now, with gradient"),
+    Column("entropy", "(B, T)", "nats", "update", "entropy now, with gradient"),
+    Column("value", "(B, T)", "reward", "update", "value now, with gradient"),
+    Column("ratio", "(B, T)", "-", "update", "pi / pi_old on the sampled token"),
+)
+
+COLUMNS: dict[str, Column] = {column.name: column for column in _ALL}
+
+
+def measured(names: frozenset[str]) -> dict[str, list[Column]]:
+    """The columns among `names` that a learner measures, grouped by the role that is asked."""
+    roles: dict[str, list[Column]] = {}
+    for name in sorted(names):
+        column = COLUMNS[name]
+        if column.role is not None:
+            roles.setdefault(column.role, []).append(column)
+    return roles

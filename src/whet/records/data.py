@@ -1,0 +1,369 @@
+"""Rows of data files: read, checked one by one, and turned into records.
+
+Column names are the field's: `text`, `prompt`, `completion`, `messages`, `chosen`, `rejected`, `responses` + `ranks` or
+`scores`, `score`. A bad row raises DataError with its file and line, what was expected and what to do, before any
+model is loaded.
+"""
+
+import csv
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from whet.errors import DataError
+from whet.records.chat import Chat
+from whet.records.types import Labelled, Pair, Prompt, Ranking, Row
+
+
+@dataclass(frozen=True)
+class Located:
+    """A data row and where it stands: "my.jsonl:12" (lines and rows count from 1)."""
+
+    row: Mapping[str, Any]
+    where: str
+
+
+def read_rows(source: str) -> list[Located]:
+    """All rows of a JSONL, Parquet or CSV file, or of a `datasets` name ("name", "name:split").
+
+    Raises DataError for a missing or empty file, invalid UTF-8, invalid JSON, a line that is no object, and for two
+    rows with the same `id`.
+    """
+    path = Path(source)
+    readers = {".jsonl": _jsonl, ".json": _jsonl, ".parquet": _parquet, ".csv": _csv}
+    if path.suffix in readers:
+        if not path.is_file():
+            raise DataError(f"{source}: no such file")
+        rows = list(readers[path.suffix](path))
+    elif path.exists():
+        raise DataError(f"{source}: expected a .jsonl, .parquet or .csv file or the name of a dataset")
+    else:
+        rows = list(_hub(source))
+    if not rows:
+        raise DataError(f"{source}: the file is empty; at least one row is needed")
+    seen: dict[Any, str] = {}
+    for located in rows:
+        name = located.row.get("id")
+        if name is not None and str(name) in seen:
+            raise DataError(f"{located.where}: id {name!r} was already used at {seen[str(name)]}; ids must be unique")
+        seen[str(name)] = located.where
+    return rows
+
+
+def _jsonl(path: Path) -> Iterator[Located]:
+    with path.open("rb") as lines:
+        for number, raw in enumerate(lines, 1):
+            where = f"{path}:{number}"
+            try:
+                line = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{where}: not valid UTF-8 at byte {error.start} of the line; save the file as UTF-8"
+                ) from error
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"{where}: not valid JSON ({error.msg} at column {error.colno}); one object a line"
+                ) from error
+            if not isinstance(row, dict):
+                raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}")
+            yield Located(row, where)
+
+
+def _parquet(path: Path) -> Iterator[Located]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: not a readable Parquet file ({error})") from error
+    for number, row in enumerate(table.to_pylist(), 1):
+        yield Located(row, f"{path}:{number}")
+
+
+def _csv(path: Path) -> Iterator[Located]:
+    try:
+        with path.open(encoding="utf-8", newline="") as lines:
+            reader = csv.DictReader(lines)
+            for row in reader:
+                if None in row or None in row.values():
+                    raise DataError(f"{path}:{reader.line_num}: the row has another number of fields than the header")
+                yield Located(row, f"{path}:{reader.line_num}")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not valid UTF-8 at byte {error.start}; save the file as UTF-8") from error
+
+
+def _hub(source: str) -> Iterator[Located]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(f"{source}: no such file; for a dataset by name install whet[datasets]") from error
+    name, _, split = source.partition(":")
+    try:
+        rows = datasets.load_dataset(name, split=split or "train")
+    except Exception as error:  # whatever the hub client raises: offline, no such name, no such split
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{source}: neither a file nor a dataset that can be loaded ({reason})") from error
+    for number, row in enumerate(rows, 1):
+        yield Located(row, f"{source}:{number}")
+
+
+def _text(located: Located, name: str) -> str:
+    value = _field(located, name)
+    if not isinstance(value, str):
+        raise DataError(f"{located.where}: field {name!r} must be a string, got {type(value).__name__}")
+    if not value.strip():
+        raise DataError(f"{located.where}: field {name!r} is empty")
+    return value
+
+
+def _field(located: Located, name: str) -> Any:
+    if located.row.get(name) is None:
+        have = ", ".join(sorted(key for key, value in located.row.items() if value is not None)) or "nothing"
+        raise DataError(f"{located.where}: field {name!r} is missing (the row has {have})")
+    return located.row[name]
+
+
+def _number(located: Located, name: str, value: Any) -> float:
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise DataError(f"{located.where}: field {name!r} must be a finite number, got {value!r}")
+    return float(value)
+
+
+def _messages(located: Located, name: str) -> list[dict[str, str]]:
+    """The field as a list of messages; a string is one user message."""
+    value = _field(located, name)
+    if isinstance(value, str):
+        return [{"role": "user", "content": _text(located, name)}]
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{located.where}: field {name!r} must be a string or a list of messages, got {value!r:.80}")
+    for number, message in enumerate(value):
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or "role" not in message:
+            raise DataError(
+                f"{located.where}: field {name!r}, message {number}: expected "
+                f'{{"role": ..., "content": "..."}}, got {message!r:.80}'
+            )
+        if message["role"] not in ("system", "user", "assistant", "tool"):
+            raise DataError(
+                f"{located.where}: field {name!r}, message {number}: role {message['role']!r} is none of system, user, assistant, tool"
+            )
+        if not message["content"].strip():
+            raise DataError(f"{located.where}: field {name!r}, message {number}: the content is empty")
+    return value
+
+
+def _answer(located: Located, name: str) -> str:
+    """The field as one answer: a string, or a list with one assistant message."""
+    value = _field(located, name)
+    if isinstance(value, list):
+        messages = _messages(located, name)
+        if len(messages) != 1 or messages[0]["role"] != "assistant":
+            raise DataError(
+                f"{located.where}: field {name!r} must be one assistant message, got {len(messages)} messages"
+            )
+        return messages[0]["content"]
+    return _text(located, name)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Turns located rows into records for one tokenizer.
+
+    `max_tokens` is the longest sequence; `too_long` says what happens to a longer one: "error", "drop" (the row is
+    left out) or "cut" (its end is cut off). `turns` is "all" or "last".
+    """
+
+    chat: Chat
+    max_tokens: int
+    too_long: str = "error"
+    turns: str = "all"
+
+    def texts(self, rows: Sequence[Located]) -> list[Row]:
+        """`text` rows: every token is trained, the end token too; longer texts are cut into pieces."""
+        out = []
+        for located in rows:
+            tokenizer = self.chat.tokenizer
+            ids = [*tokenizer(_text(located, "text"))["input_ids"]]
+            if ids[-1:] != [tokenizer.eos_token_id]:
+                ids.append(tokenizer.eos_token_id)
+            for start in range(
+                0, len(ids) - 1, self.max_tokens - 1
+            ):  # a piece opens with the last token of the one before
+                piece = ids[start : start + self.max_tokens]
+                out.append(Row(torch.tensor(piece), 1, torch.ones(len(piece) - 1, dtype=torch.bool)))
+        return out
+
+    def prompts(self, rows: Sequence[Located]) -> list[Prompt]:
+        """`prompt` rows (a string or messages). The other fields reach reward functions as columns."""
+        out = []
+        for number, located in enumerate(rows):
+            messages = _messages(located, "prompt")
+            ids = self._located(located, lambda messages=messages: self.chat.prompt_ids(messages))
+            if len(ids) >= self.max_tokens:
+                if self.too_long == "drop":
+                    continue
+                raise self._long(located, "the prompt", len(ids))
+            out.append(Prompt(str(located.row.get("id", number)), tuple(ids), tuple(messages), located.row))
+        return self._some(out)
+
+    def demonstrations(self, rows: Sequence[Located]) -> list[Row]:
+        """`prompt` + `completion`, `messages`, or `text` rows, as they come: what SFT trains on."""
+        out = []
+        for located in rows:
+            if "text" in located.row and "messages" not in located.row and "prompt" not in located.row:
+                out.extend(self.texts([located]))
+                continue
+            if located.row.get("messages") is not None:
+                messages = _messages(located, "messages")
+            else:
+                messages = [
+                    *_messages(located, "prompt"),
+                    {"role": "assistant", "content": _answer(located, "completion")},
+                ]
+            row = self._located(located, lambda messages=messages: self.chat.row(messages, turns=self.turns))
+            out.extend(self._fit(located, row, "the conversation"))
+        return self._some(out)
+
+    def pairs(self, rows: Sequence[Located]) -> list[Pair]:
+        """`prompt`, `chosen`, `rejected` rows, or rankings (every untied pair of one). `probability`, `margin` optional.
+
+        Without `prompt`, chosen and rejected are whole conversations that share all but their last message.
+        """
+        out: list[Pair] = []
+        for located in rows:
+            if "responses" in located.row:
+                for ranking in self.rankings([located]):
+                    order = sorted(range(len(ranking.rows)), key=lambda index: ranking.ranks[index])
+                    for i, better in enumerate(order):
+                        for worse in order[i + 1 :]:
+                            if ranking.ranks[better] < ranking.ranks[worse]:
+                                out.append(Pair(ranking.rows[better], ranking.rows[worse]))
+                continue
+            messages, answers = self._two(located)
+            sides = [self._answer_row(located, messages, answer) for answer in answers]
+            if sides[0] is None or sides[1] is None:
+                continue
+            probability = _number(located, "probability", located.row.get("probability", 1.0))
+            if not 0 <= probability <= 1:
+                raise DataError(f"{located.where}: field 'probability' must lie in [0, 1], got {probability}")
+            out.append(
+                Pair(sides[0], sides[1], probability, _number(located, "margin", located.row.get("margin", 0.0)))
+            )
+        return self._some(out)
+
+    def rankings(self, rows: Sequence[Located]) -> list[Ranking]:
+        """`prompt`, `responses` and `ranks` (1 is best) or `scores` (higher is better); chosen / rejected pairs too."""
+        out = []
+        for located in rows:
+            if "chosen" in located.row:
+                messages, responses = self._two(located)
+                ranks = [1, 2]
+            else:
+                messages = _messages(located, "prompt")
+                responses, ranks = self._ranked(located)
+            sides = [self._answer_row(located, messages, answer) for answer in responses]
+            if all(side is not None for side in sides):
+                out.append(Ranking(tuple(sides), tuple(ranks)))
+        return self._some(out)
+
+    def labelled(self, rows: Sequence[Located]) -> list[Labelled]:
+        """`prompt`, `completion`, `score` rows."""
+        out = []
+        for located in rows:
+            score = _number(located, "score", _field(located, "score"))
+            row = self._answer_row(located, _messages(located, "prompt"), _answer(located, "completion"))
+            if row is not None:
+                out.append(Labelled(row, score))
+        return self._some(out)
+
+    def _two(self, located: Located) -> tuple[list[dict[str, str]], list[str]]:
+        if located.row.get("prompt") is not None:
+            return _messages(located, "prompt"), [_answer(located, "chosen"), _answer(located, "rejected")]
+        if isinstance(_field(located, "chosen"), str):
+            raise DataError(
+                f"{located.where}: field 'prompt' is missing; without it chosen and rejected must be lists of messages"
+            )
+        chosen, rejected = _messages(located, "chosen"), _messages(located, "rejected")
+        if chosen[:-1] != rejected[:-1] or len(chosen) < 2:
+            raise DataError(f"{located.where}: chosen and rejected must share every message but the last")
+        for name, messages in (("chosen", chosen), ("rejected", rejected)):
+            if messages[-1]["role"] != "assistant":
+                raise DataError(f"{located.where}: field {name!r} must end with an assistant message")
+        return chosen[:-1], [chosen[-1]["content"], rejected[-1]["content"]]
+
+    def _ranked(self, located: Located) -> tuple[list[str], list[int]]:
+        responses = _field(located, "responses")
+        if not isinstance(responses, list) or len(responses) < 2:
+            raise DataError(
+                f"{located.where}: field 'responses' must be a list of at least two answers, got {responses!r:.80}"
+            )
+        for number, answer in enumerate(responses):
+            if not isinstance(answer, str) or not answer.strip():
+                raise DataError(
+                    f"{located.where}: field 'responses', answer {number}: expected a non-empty string, got {answer!r:.80}"
+                )
+        name = "ranks" if located.row.get("ranks") is not None else "scores"
+        numbers = _field(located, name)
+        if not isinstance(numbers, list) or len(numbers) != len(responses):
+            got = len(numbers) if isinstance(numbers, list) else repr(numbers)
+            raise DataError(
+                f"{located.where}: field {name!r} must have one number per answer: {len(responses)} answers, got {got}"
+            )
+        values = [_number(located, name, value) for value in numbers]
+        return responses, ranks_of(values if name == "scores" else [-value for value in values])
+
+    def _answer_row(self, located: Located, messages: Sequence[Mapping[str, str]], answer: str) -> Row | None:
+        full = [*messages, {"role": "assistant", "content": answer}]
+        row = self._located(located, lambda: self.chat.row(full, turns="last"))
+        fitted = self._fit(located, row, "the prompt with its answer")
+        return fitted[0] if fitted else None
+
+    def _fit(self, located: Located, row: Row, what: str) -> list[Row]:
+        if row.length <= self.max_tokens:
+            return [row]
+        if self.too_long == "error":
+            raise self._long(located, what, row.length)
+        if self.too_long == "drop" or row.start >= self.max_tokens:
+            return []
+        mask = row.mask[: self.max_tokens - row.start]
+        return [Row(row.ids[: self.max_tokens], row.start, mask)] if bool(mask.any()) else []
+
+    def _long(self, located: Located, what: str, length: int) -> DataError:
+        return DataError(
+            f"{located.where}: {what} has {length} tokens, the limit is {self.max_tokens}; raise --data.max-tokens, "
+            "or leave such rows out with --data.too-long drop"
+        )
+
+    def _some(self, records: list) -> list:
+        if not records:
+            raise DataError(f"no row is left: all are longer than {self.max_tokens} tokens; raise --data.max-tokens")
+        return records
+
+    def _located(self, located: Located, make: Any) -> Any:
+        try:
+            return make()
+        except DataError as error:
+            raise DataError(f"{located.where}: {error}") from error
+
+
+def ranks_of(scores: Sequence[float]) -> list[int]:
+    """Ranks of scores, 1 for the highest; equal scores share a rank.
+
+    >>> ranks_of([0.5, 2.0, 0.5])
+    [2, 1, 2]
+    """
+    return [1 + sum(other > score for other in scores) for score in scores]

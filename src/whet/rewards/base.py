@@ -1,0 +1,125 @@
+"""The Reward seam: who scores. The protocol, and several rewards side by side."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from whet.errors import RewardError
+from whet.records import Group, Sample, pad
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one reward says of all answers, in the order of the groups' samples.
+
+    `answer` (B,) is one score an answer; `token` has, where the reward is dense, one (|ids|,) tensor an answer that
+    sums to it.
+    """
+
+    answer: Tensor
+    token: tuple[Tensor, ...] | None = None
+
+
+class Reward(Protocol):
+    """Who scores."""
+
+    def score(self, groups: Sequence[Group]) -> Scores:
+        """A score for every answer. Raises RewardError rather than return a wrong count, a wrong type or NaN."""
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """A reward with its name in the logs and its weight in the sum."""
+
+    name: str
+    reward: Reward
+    weight: float = 1.0
+
+
+def score_all(rewards: Sequence[Weighted], groups: Sequence[Group]) -> tuple[dict[str, Tensor], Tensor]:
+    """(name -> (B,) unweighted scores, (B, T) weighted sum of the dense ones).
+
+    The dense tensor is 0 where no reward is dense; its length T is the longest answer's.
+    """
+    answers = [sample for group in groups for sample in group.samples]
+    named: dict[str, Tensor] = {}
+    longest = max(len(sample.ids) for sample in answers)
+    total = torch.zeros(len(answers), longest)
+    for one in rewards:
+        scores = one.reward.score(groups)
+        named[one.name] = scores.answer
+        if scores.token is not None:
+            total = total + one.weight * pad(scores.token, longest)
+    return named, total
+
+
+def checked(values: object, answers: Sequence[Sample], name: str) -> Scores:
+    """What a user's function returned, as Scores.
+
+    Accepted: one number an answer; or for each answer a list with one number per token, or a list of (last token of
+    the segment, number). Raises RewardError for anything else, with what was got.
+    """
+    if isinstance(values, (Tensor,)) or hasattr(values, "tolist"):
+        values = values.tolist()
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise RewardError(f"reward {name}: expected a list with one score per answer, got {type(values).__name__}")
+    if len(values) != len(answers):
+        raise RewardError(f"reward {name}: {len(answers)} answers were given, {len(values)} scores came back")
+    if not any(isinstance(value, Sequence) for value in values):
+        return Scores(torch.tensor([_number(value, name, place) for place, value in enumerate(values)]))
+    token = tuple(
+        _dense(value, sample, name, place) for place, (value, sample) in enumerate(zip(values, answers, strict=True))
+    )
+    return Scores(torch.stack([one.sum() for one in token]), token)
+
+
+def _dense(value: object, sample: Sample, name: str, place: int) -> Tensor:
+    out = torch.zeros(len(sample.ids))
+    if not isinstance(value, Sequence):
+        raise RewardError(f"reward {name}: answer {place} got {value!r}, others a list; score all per token or none")
+    if value and isinstance(value[0], Sequence):
+        for last, number in value:
+            if not 0 <= last < len(out):
+                raise RewardError(f"reward {name}: answer {place} has {len(out)} tokens, a segment ends at {last}")
+            out[last] += _number(number, name, place)
+        return out
+    if len(value) != len(out):
+        raise RewardError(f"reward {name}: answer {place} has {len(out)} tokens, {len(value)} scores came back")
+    return torch.tensor([_number(number, name, place) for number in value])
+
+
+def _number(value: object, name: str, place: int) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if hasattr(value, "item"):
+            return _number(value.item(), name, place)
+        raise RewardError(f"reward {name}: answer {place} got {value!r}, expected a number")
+    if not math.isfinite(value):
+        raise RewardError(f"reward {name}: answer {place} got {value}, expected a finite number")
+    return float(value)
+
+
+def columns_of(groups: Sequence[Group]) -> tuple[list, list[str], Mapping[str, list]]:
+    """(prompts, completions, further columns) as reward functions take them, one entry per answer.
+
+    A single-turn prompt is its text, any other its list of messages. The columns are the prompt row's other fields,
+    and `completion_ids`.
+    """
+    prompts, completions, ids = [], [], []
+    rows = []
+    for group in groups:
+        single = len(group.prompt.messages) == 1
+        for sample in group.samples:
+            prompts.append(group.prompt.text if single else list(group.prompt.messages))
+            completions.append(sample.text)
+            ids.append(list(sample.ids))
+            rows.append(group.prompt.row)
+    names = set().union(*(row.keys() for row in rows)) - {"prompt"} if rows else set()
+    return (
+        prompts,
+        completions,
+        {"completion_ids": ids} | {name: [row.get(name) for row in rows] for name in sorted(names)},
+    )

@@ -1,0 +1,65 @@
+"""Rewards from Python functions, `f(prompts, completions, **columns) -> list[float]`, in the user's own file or module."""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from whet.errors import RecipeError, RewardError
+from whet.records import Group
+from whet.rewards.base import Scores, checked, columns_of
+
+
+class FunctionReward:
+    """A user's function as a Reward. Columns: the prompt row's other fields and `completion_ids`."""
+
+    def __init__(self, function: Callable[..., Any], name: str | None = None) -> None:
+        self.function = function
+        self.name = name or getattr(function, "__name__", "reward")
+
+    def score(self, groups: Sequence[Group]) -> Scores:
+        """See `Reward.score`; an exception of the function is told with its place in the user's file."""
+        prompts, completions, columns = columns_of(groups)
+        values = called(self.function, self.name, prompts=prompts, completions=completions, **columns)
+        return checked(values, [sample for group in groups for sample in group.samples], self.name)
+
+
+def called(function: Callable[..., Any], name: str, **given: Any) -> Any:
+    """The function's answer. Raises RewardError naming file and line when it raises."""
+    try:
+        return function(**given)
+    except Exception as error:
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        where = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else "?"
+        raise RewardError(f"reward {name} raised {type(error).__name__}: {error} (at {where})") from error
+
+
+def load_function(spec: str) -> Callable[..., Any]:
+    """The function named by "file.py:name" or "package.module:name". Raises RecipeError when there is none."""
+    place, _, name = spec.rpartition(":")
+    if not place:
+        raise RecipeError(f'{spec!r}: a function is named as "file.py:function" or "package.module:function"')
+    try:
+        if place.endswith(".py"):
+            path = Path(place)
+            if not path.is_file():
+                raise RecipeError(f"{spec}: no such file {place}")
+            found = importlib.util.spec_from_file_location(f"whet_user_{path.stem}", path.resolve())
+            assert found is not None and found.loader is not None
+            module = importlib.util.module_from_spec(found)
+            sys.modules[found.name] = module
+            found.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+    except RecipeError:
+        raise
+    except Exception as error:  # a user's module may fail in any way while it is imported
+        raise RecipeError(f"{spec}: importing {place} failed with {type(error).__name__}: {error}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise RecipeError(f"{spec}: {place} has no function {name!r}")
+    return function
