@@ -1,1 +1,1 @@
-"""Tests of the pure tensor functions, one file for each file of `whet.ops`; every number comes from outside the code."""
+"""The pure tensor functions, a test file for each file of `whet.ops`; every number comes from outside the code."""

@@ -39,6 +39,15 @@ def held_out(
     return losses | ({"accuracy": right / pairs} if pairs else {})
 
 
+def scores(learner: Learner, terms: Sequence[Term], elements: Sequence[Element], *, batch: int = 64) -> Tensor:
+    """The reward model's score of every row of these elements, in order, (n,)."""
+    out = []
+    for start in range(0, len(elements), batch):
+        part = Batch.of(elements[start : start + batch])
+        out.append(learner.evaluate([(term, part, part.counts()) for term in terms]).now["train"]["score"])
+    return torch.cat(out)
+
+
 def ordered_pairs(scores: Sequence[float], ranks: Sequence[int]) -> tuple[float, int]:
     """(pairs of different rank that the scores order right, pairs of different rank); equal scores count one half.
 

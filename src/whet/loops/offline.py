@@ -8,6 +8,7 @@ from whet.errors import RunStopped
 from whet.learner import Learner
 from whet.loops import checkpoint
 from whet.loops.evaluate import held_out
+from whet.loops.interrupt import Stop
 from whet.loops.progress import Progress
 from whet.loops.record import Run
 from whet.methods import Term
@@ -37,6 +38,7 @@ def train(
     weights: Sequence[float] | None = None,
     evaluation: Sequence[Element] = (),
     resume: bool = False,
+    stop: Stop | None = None,
     title: str = "train",
     quiet: bool = False,
 ) -> None:
@@ -66,5 +68,8 @@ def train(
                 numbers |= {f"eval/{name}": value for name, value in held_out(learner, terms, evaluation).items()}
             run.metrics(done, **numbers, tokens=counts.tokens, seconds=time.perf_counter() - began)
             progress.advance(numbers)
-            if plan.save_every and (done % plan.save_every == 0 or done == plan.steps):
+            asked = stop is not None and stop.asked
+            if asked or (plan.save_every and (done % plan.save_every == 0 or done == plan.steps)):
                 checkpoint.save(run.checkpoints, done, learner, {"step": done}, keep=plan.keep)
+            if asked and done < plan.steps:
+                raise KeyboardInterrupt

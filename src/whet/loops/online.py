@@ -10,6 +10,7 @@ from whet.dials import Sampling
 from whet.generate import Generator, Request
 from whet.learner import Learner, Step
 from whet.loops import checkpoint, selfcheck
+from whet.loops.interrupt import Stop
 from whet.loops.progress import Progress
 from whet.loops.record import Run, mean_of
 from whet.methods import Algorithm, clip_bounds, credited, diagnostics
@@ -55,6 +56,7 @@ def train(
     *,
     ptx: Sequence[Element] = (),
     resume: bool = False,
+    stop: Stop | None = None,
     title: str = "train",
     quiet: bool = False,
 ) -> None:
@@ -104,8 +106,11 @@ def train(
             seconds = {"seconds": time.perf_counter() - began, "seconds/generate": sampled - began}
             run.metrics(done, **numbers, **seconds)
             progress.advance(numbers)
-            if plan.save_every and (done % plan.save_every == 0 or done == plan.steps):
+            asked = stop is not None and stop.asked
+            if asked or (plan.save_every and (done % plan.save_every == 0 or done == plan.steps)):
                 checkpoint.save(run.checkpoints, done, learner, {"step": done, "state": dict(state)}, keep=plan.keep)
+            if asked and done < plan.steps:
+                raise KeyboardInterrupt
 
 
 def collect(

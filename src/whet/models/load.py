@@ -94,31 +94,63 @@ def load_scorer(source: Source, tokenizer: Any = None, *, seed: int = 0) -> Any:
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     base, adapter = _adapter_base(source.path)
-    if adapter is not None and _is_scorer(adapter):
+    if adapter is not None and is_scorer(adapter):
         from peft import PeftModel
 
         plain = _loaded(AutoModelForSequenceClassification.from_pretrained, source, base, num_labels=1)
         return _quiet(PeftModel.from_pretrained(plain, adapter).merge_and_unload())
     _check_folder(base)
     config = AutoConfig.from_pretrained(base, trust_remote_code=source.trust_remote_code)
-    trained = any("SequenceClassification" in name or "RewardModel" in name for name in config.architectures or [])
-    if trained:
+    if is_scorer(base):
         if config.num_labels != 1:
             raise ModelError(f"{source.path}: a reward model has one label, this one has {config.num_labels}")
         return _quiet(_loaded(AutoModelForSequenceClassification.from_pretrained, source, base))
     if adapter is not None:
         raise ModelError(f"{source.path}: merge the adapter into its base before putting a scalar head on it")
     model = _quiet(_loaded(AutoModelForSequenceClassification.from_pretrained, source, base, num_labels=1))
-    head = scalar_head(model)
+    draw_head(scalar_head(model), seed)
+    if tokenizer is not None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def draw_head(head: nn.Linear, seed: int) -> None:
+    """The head's weights drawn from N(0, 1 / (H + 1)) at an address of the seed."""
     fresh = torch.Generator().manual_seed(address(seed, "head") >> 1)
     with torch.no_grad():
         drawn = torch.randn(head.weight.shape, generator=fresh) / (head.weight.shape[1] + 1) ** 0.5
         head.weight.copy_(drawn.to(head.weight))
         if head.bias is not None:
             head.bias.zero_()
-    if tokenizer is not None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-    return model
+
+
+def positions(source: Source) -> int:
+    """The longest sequence a model of this source can read, by its configuration."""
+    from transformers import AutoConfig
+
+    base, _ = _adapter_base(source.path)
+    _check_folder(base)
+    try:
+        about = AutoConfig.from_pretrained(base, trust_remote_code=source.trust_remote_code)
+    except Exception as error:  # transformers raises many kinds for a folder without a model
+        raise ModelError(
+            f"{source.path}: no model configuration can be read from here ({_first_line(error)})"
+        ) from error
+    return int(getattr(about, "max_position_embeddings", None) or 1 << 20)
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Recompute activations in the backward pass; the model's own dropout stays off although it is in train mode."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+
+
+def quiet() -> None:
+    """No progress bars and no notes from transformers: a missing head is known here."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def scalar_head(model: Any) -> nn.Linear:
@@ -198,8 +230,19 @@ def _adapter_base(path: str) -> tuple[str, str | None]:
     return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"], path
 
 
-def _is_scorer(adapter: str) -> bool:
-    return json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8")).get("task_type") == "SEQ_CLS"
+def is_scorer(path: str) -> bool:
+    """The folder or name holds a sequence classifier, whole or as an adapter."""
+    from transformers import AutoConfig
+
+    base, adapter = _adapter_base(path)
+    if adapter is not None:
+        return (
+            json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8")).get("task_type")
+            == "SEQ_CLS"
+        )
+    _check_folder(base)
+    names = AutoConfig.from_pretrained(base).architectures or []
+    return any("SequenceClassification" in name or "RewardModel" in name for name in names)
 
 
 def _quiet(model: Any) -> Any:

@@ -1,6 +1,7 @@
 """LoRA by peft: one role's adapter on a model of its own, or several roles' adapters on one trunk."""
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -39,6 +40,69 @@ def attach(model: Any, lora: LoRA, names: tuple[str, ...], *, seed: int, scorer:
     return wrapped
 
 
+def is_adapter(source: str) -> bool:
+    """The folder holds an adapter alone."""
+    return (Path(source) / "adapter_config.json").is_file()
+
+
+def add_fresh(wrapped: Any, name: str, lora: LoRA, *, seed: int) -> None:
+    """One more fresh adapter on a trunk."""
+    from peft import LoraConfig
+
+    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM")
+    wrapped.add_adapter(name, config)
+    redraw(wrapped, name, seed)
+
+
+def add_from_folder(wrapped: Any, name: str, folder: str) -> nn.Linear:
+    """A saved reward adapter put on a causal trunk of the same base under this name; its scalar head is returned.
+
+    Raises ModelError when the folder's weights do not fit the trunk.
+    """
+    import torch
+    from peft import LoraConfig
+    from safetensors.torch import load_file
+
+    saved = LoraConfig.from_pretrained(folder)
+    targets = saved.target_modules if isinstance(saved.target_modules, str) else sorted(saved.target_modules)
+    wrapped.add_adapter(
+        name, LoraConfig(r=saved.r, lora_alpha=saved.lora_alpha, target_modules=targets, task_type="CAUSAL_LM")
+    )
+    own = dict(wrapped.named_parameters())
+    head, placed = None, 0
+    for key, value in load_file(str(Path(folder) / "adapter_model.safetensors")).items():
+        if key.endswith(("score.weight", "classifier.weight")):
+            head = value
+            continue
+        target = key.replace(".lora_A.", f".lora_A.{name}.").replace(".lora_B.", f".lora_B.{name}.")
+        if target not in own or own[target].shape != value.shape:
+            raise ModelError(
+                f"{folder}: its adapter does not fit the trunk (no place for {key}); it was trained on another base"
+            )
+        own[target].data.copy_(value)
+        placed += 1
+    expected = sum(f".lora_A.{name}." in key or f".lora_B.{name}." in key for key in own)
+    if head is None or placed != expected:
+        raise ModelError(
+            f"{folder}: expected a reward adapter with a scalar head and {expected} matrices, got {placed}"
+        )
+    out = nn.Linear(head.shape[1], 1, bias=False, dtype=torch.float32, device=next(iter(own.values())).device)
+    out.weight.data.copy_(head)
+    return out
+
+
+def save_adapter(wrapped: Any, name: str, folder: Path) -> None:
+    """One adapter in peft's form, in the folder itself whatever the adapter's name."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = get_peft_model_state_dict(wrapped, adapter_name=name)
+    save_file({key: value.contiguous() for key, value in weights.items()}, str(folder / "adapter_model.safetensors"))
+    wrapped.peft_config[name].save_pretrained(str(folder))
+
+
 def redraw(wrapped: nn.Module, adapter: str, seed: int) -> None:
     """A of every LoRA pair of this adapter drawn anew, uniform in +-1 / sqrt(width) at an address; B set to 0."""
     import torch
@@ -51,14 +115,6 @@ def redraw(wrapped: nn.Module, adapter: str, seed: int) -> None:
             parameter.data.copy_((drawn / parameter.shape[1] ** 0.5).to(parameter))
         elif f"lora_B.{adapter}." in name:
             parameter.data.zero_()
-
-
-def copy_adapter(wrapped: nn.Module, source: str, target: str) -> None:
-    """The weights of one adapter copied into another of the same shape."""
-    own = dict(wrapped.named_parameters())
-    for name, parameter in own.items():
-        if f".{source}." in name and "lora_" in name:
-            own[name.replace(f".{source}.", f".{target}.")].data.copy_(parameter.data)
 
 
 def _head_names(model: Any) -> list[str]:

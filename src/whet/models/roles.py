@@ -1,5 +1,7 @@
 """The roles of a run: policy, reference, critic, reward. Each is a backbone with a head; together they may share one trunk."""
 
+import copy
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from whet.errors import ModelError
 from whet.models.load import scalar_head, write_json
+from whet.models.lora import save_adapter
 
 Readout = Literal["last", "mean", "sum"]
 READOUT_FILE = "whet.json"
@@ -92,17 +95,12 @@ class Role:
 
     def export(self, folder: Path, tokenizer: Any = None, *, merge: bool = True) -> None:
         """A standard Hugging Face folder: merged weights, or with `merge=False` the adapter alone."""
-        model = self.model
-        if self.wrapped is not None and merge:
-            import copy
-
-            self.wrapped.set_adapter(self.adapter)
-            model = copy.deepcopy(self.wrapped).merge_and_unload(adapter_names=[self.adapter])
+        if self.wrapped is not None and not merge:
+            save_adapter(self.wrapped, self.adapter, folder)
         elif self.wrapped is not None:
-            self.wrapped.save_pretrained(str(folder), selected_adapters=[self.adapter])
-            model = None
-        if model is not None:
-            model.save_pretrained(str(folder))
+            copy.deepcopy(self.wrapped).merge_and_unload(adapter_names=[self.adapter]).save_pretrained(str(folder))
+        else:
+            self.model.save_pretrained(str(folder))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
         if not self.causal:
@@ -120,8 +118,6 @@ class Role:
 
 def readout_of(folder: str) -> Mapping[str, Any]:
     """How the reward model in a folder is read: {"readout", "scale", "shift"}; last token, 1 and 0 for published ones."""
-    import json
-
     file = Path(folder) / READOUT_FILE
     given = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if given.get("readout", "last") not in ("last", "mean", "sum"):

@@ -312,9 +312,9 @@ class Reader:
                 f"{located.where}: field 'responses' must be a list of at least two answers, got {responses!r:.80}"
             )
         for number, answer in enumerate(responses):
-            if not isinstance(answer, str) or not answer.strip():
+            if not isinstance(answer, str):  # an empty answer is one: the model stopped at once
                 raise DataError(
-                    f"{located.where}: field 'responses', answer {number}: expected a non-empty string, got {answer!r:.80}"
+                    f"{located.where}: field 'responses', answer {number}: expected a string, got {answer!r:.80}"
                 )
         name = "ranks" if located.row.get("ranks") is not None else "scores"
         numbers = _field(located, name)

@@ -174,11 +174,12 @@ class Batch:
     def elements(self) -> list[list[int]]:
         """The row numbers of each element, in order."""
         out: list[list[int]] = []
+        before = None
         for row, element in enumerate(self["element"].tolist()):
-            if row == 0 or element != last:
+            if element != before:
                 out.append([])
             out[-1].append(row)
-            last = element
+            before = element
         return out
 
     def take(self, rows: Sequence[int]) -> "Batch":

@@ -1,0 +1,30 @@
+"""whet sharpens language models on feedback: SFT, reward models, PPO and its successors, DPO and its relatives."""
+
+from typing import Any
+
+from whet.errors import (
+    CheckpointError,
+    DataError,
+    ModelError,
+    RecipeError,
+    RewardError,
+    RunStopped,
+    UserError,
+    WhetError,
+)
+
+__all__ = [
+    "CheckpointError", "DataError", "ModelError", "RecipeError", "RewardError", "RunStopped", "UserError", "WhetError",
+    "run",
+]  # fmt: skip
+
+
+def run(verb: str, recipe: str | None = None, *, resume: bool = False, quiet: bool = True, **fields: Any) -> Any:
+    """Any verb of the command line from Python: `whet.run("sft", model="DIR", data="my.jsonl", out="runs/mine")`.
+
+    Fields are the recipe's; nested ones are dicts or dotted names (`**{"kl.coef": 0.1}`). Returns the run folder, the
+    written file, or the numbers of eval.
+    """
+    from whet.cli.main import run as verb_of_the_door
+
+    return verb_of_the_door(verb, recipe, resume=resume, quiet=quiet, **fields)

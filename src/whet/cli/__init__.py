@@ -1,0 +1,1 @@
+"""The door: recipes, verbs and the command line."""

@@ -1,0 +1,66 @@
+"""The help texts: fields and their meaning read off the sources themselves, so that --help loads nothing heavy."""
+
+import ast
+import dataclasses
+from functools import cache
+from pathlib import Path
+
+from whet.cli.config import fields_of, section
+
+ROOT = Path(__file__).parent.parent
+
+
+@cache
+def field_docs(module: str) -> dict[str, dict[str, tuple[str, str]]]:
+    """Class name -> field -> (default, meaning) of a module's records: the string under each field is its meaning."""
+    out: dict[str, dict[str, tuple[str, str]]] = {}
+    for node in ast.parse((ROOT / module).read_text(encoding="utf-8")).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        own = out.setdefault(node.name, {})
+        for place, item in enumerate(node.body):
+            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+                after = node.body[place + 1] if place + 1 < len(node.body) else None
+                meaning = ""
+                if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+                    meaning = " ".join(str(after.value.value).split())
+                default = "" if item.value is None else ast.unparse(item.value)
+                own[item.target.id] = (default, meaning)
+    return out
+
+
+@cache
+def method_docs(module: str) -> dict[str, tuple[str, dict[str, str]]]:
+    """Function name -> (first line of its docstring, keyword -> default) of a methods module, without importing it."""
+    out = {}
+    for node in ast.parse((ROOT / module).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            defaults = [ast.unparse(value) if value else "" for value in node.args.kw_defaults]
+            dials = {argument.arg: default for argument, default in zip(node.args.kwonlyargs, defaults, strict=True)}
+            out[node.name] = ((ast.get_docstring(node) or "").split("\n")[0], dials)
+    return out
+
+
+def recipe_lines(kind: type, prefix: str = "") -> list[str]:
+    """One line per field of a recipe, nested ones with dots."""
+    docs = field_docs("cli/config.py") | field_docs("dials.py")
+    lines = []
+    for name, annotation in fields_of(kind).items():
+        inner = section(annotation)
+        default, meaning = docs[kind.__name__].get(name, ("", ""))
+        if inner is not None and dataclasses.is_dataclass(inner):
+            lines += recipe_lines(inner, f"{prefix}{name}.")
+        elif name != "method":
+            shown = "" if default in ("''", "", "None") or "field(" in default else f" [{default}]"
+            lines.append(f"  --{(prefix + name).replace('_', '-'):<30}{meaning}{shown}")
+    return lines
+
+
+def method_lines(module: str, names: list[str]) -> list[str]:
+    """The dials of the named methods of a module."""
+    lines = []
+    for name in names:
+        about, dials = method_docs(module)[name]
+        lines.append(f"  {name}: {about}")
+        lines += [f"    --method.{dial.replace('_', '-'):<26}[{default}]" for dial, default in dials.items()]
+    return lines

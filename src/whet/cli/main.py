@@ -1,0 +1,202 @@
+"""The command line: verbs, overrides, and errors as one message."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from whet.errors import RecipeError, UserError, WhetError
+
+OFFLINE = {
+    "pretrain": "next-token training on `text` rows",
+    "sft": "instruction tuning on prompt + completion, messages or text rows; the answers are trained",
+    "reward": "a reward model from rankings, pairs or absolute scores",
+    "dpo": "direct preference optimisation on pairs or rankings",
+    "ipo": "identity preference optimisation on pairs or rankings",
+}
+ONLINE = {
+    "ppo": "PPO against reward models or functions",
+    "ppo_kl": "PPO with an adaptive KL penalty instead of the clip",
+    "instructgpt": "PPO-ptx: PPO with the pre-training loss in the same update",
+    "deepspeed_chat": "PPO as DeepSpeed-Chat does it",
+    "unclipped": "PPO without its clip",
+    "policy_gradient": "the plain policy gradient with a critic",
+    "reinforce": "REINFORCE, no critic",
+    "grpo": "group-relative policy optimisation, no critic",
+}
+OTHERS = {
+    "sample": "K answers for every prompt of a file",
+    "rank": "answers become rankings, by a judge function or by their scores",
+    "eval": "win rate under a judge, a reward model's accuracy, or a held-out loss",
+    "demo": "the whole recipe on a little world, with a report",
+}
+FLAGS = ("resume", "debug", "quiet", "help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; the exit status is 0, 1 (a run failed), 2 (what was given cannot work) or 130 (Ctrl-C)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    try:
+        return _command(words)
+    except WhetError as error:
+        if debug:
+            raise
+        print(f"whet: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("whet: interrupted; continue with --resume", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader went away (`whet --help | head`); nothing is left to say
+        return 0
+    except OSError as error:
+        if debug:
+            raise
+        print(f"whet: {error}; what was written before is kept", file=sys.stderr)
+        return 1
+
+
+def run(verb: str, recipe: str | None = None, *, resume: bool = False, quiet: bool = True, **fields: Any) -> Any:
+    """A verb from Python: `run("sft", model="DIR", data="my.jsonl", out="runs/mine")`.
+
+    `fields` are the recipe's fields, nested ones as dicts, or with dots: `run("ppo", **{"kl.coef": 0.1})`.
+    Returns what the verb leaves: the run folder, the file, or the numbers of eval.
+    """
+    from whet.cli import config, verbs
+
+    options = verbs.Options(resume, quiet)
+    overrides = list(fields.items())
+    if verb in OFFLINE:
+        return verbs.run_offline(verb, config.resolve(config.Offline, verb, recipe, overrides), options)
+    if verb in ONLINE:
+        return verbs.run_online(verb, config.resolve(config.Online, verb, recipe, overrides), options)
+    if verb == "sample":
+        return verbs.run_sample(config.resolve(config.Sample, verb, recipe, overrides), options)
+    if verb == "rank":
+        return verbs.run_rank(config.resolve(config.Rank, verb, recipe, overrides), options)
+    if verb == "eval":
+        return verbs.run_eval(config.resolve(config.Eval, verb, recipe, overrides), options)
+    raise _unknown_verb(verb)
+
+
+def _command(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"whet {version('whet')}")
+        return 0
+    verb = words[0].replace("-", "_")
+    if verb not in {**OFFLINE, **ONLINE, **OTHERS}:
+        raise _unknown_verb(words[0])
+    recipe, overrides, flags = parsed(words[1:])
+    if "help" in flags:
+        print(_verb_help(verb))
+        return 0
+    if verb == "demo":
+        from whet.cli.demo.run import demo
+
+        return demo(dict(overrides))
+    result = run(verb, recipe, resume="resume" in flags, quiet="quiet" in flags, **_grouped(overrides))
+    if isinstance(result, dict):
+        width = max(map(len, result))
+        print("\n".join(f"{name:<{width}}  {value:.6g}" for name, value in result.items()))
+    else:
+        print(result)
+    return 0
+
+
+def parsed(words: Sequence[str]) -> tuple[str | None, list[tuple[str, Any]], set[str]]:
+    """(recipe file, overrides in order, flags) of the words behind a verb. Values are read as YAML scalars."""
+    import yaml
+
+    recipe, overrides, flags = None, [], set()
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word in ("-h", *(f"--{flag}" for flag in FLAGS)):
+            flags.add(word.lstrip("-").replace("h", "help", 1) if word == "-h" else word[2:])
+        elif word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            if not equals:
+                if not rest or (rest[0].startswith("--") and len(rest[0]) > 2):
+                    value = "true"
+                else:
+                    value = rest.pop(0)
+            overrides.append((name.replace("-", "_"), _scalar(value, yaml)))
+        elif recipe is None:
+            recipe = word
+        else:
+            raise RecipeError(f"unexpected word {word!r}; options are written --name value")
+    return recipe, overrides, flags
+
+
+def _scalar(value: str, yaml: Any) -> Any:
+    """A value of the command line: a YAML scalar or flow list; text that is no YAML stays text."""
+    try:
+        found = yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
+    return found if isinstance(found, (bool, int, float, list, dict)) or found is None else value
+
+
+def _grouped(overrides: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Overrides by name; `--reward` given several times becomes a list."""
+    out: dict[str, Any] = {}
+    for name, value in overrides:
+        if name == "reward" and name in out:
+            out[name] = [*(out[name] if isinstance(out[name], list) else [out[name]]), value]
+        else:
+            out[name] = value
+    return out
+
+
+def _unknown_verb(verb: str) -> RecipeError:
+    import difflib
+
+    known = [*OFFLINE, *ONLINE, *OTHERS]
+    near = difflib.get_close_matches(verb, known, n=1)
+    return RecipeError(
+        f"unknown verb {verb!r}; " + (f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}")
+    )
+
+
+def _overview() -> str:
+    lines = ["usage: whet VERB [RECIPE.yaml] [--field value ...] [--resume] [--quiet] [--debug]", ""]
+    for title, verbs in (("train on a file", OFFLINE), ("train on own answers", ONLINE), ("the rest", OTHERS)):
+        lines.append(f"{title}:")
+        lines += [f"  {verb.replace('_', '-'):<16} {about}" for verb, about in verbs.items()]
+        lines.append("")
+    return "\n".join(
+        lines + ["whet VERB --help lists the fields of a verb; every field can be set as --section.field value"]
+    )
+
+
+def _verb_help(verb: str) -> str:
+    from whet.cli import config, help
+
+    about = {**OFFLINE, **ONLINE, **OTHERS}[verb]
+    lines = [
+        f"usage: whet {verb.replace('_', '-')} [RECIPE.yaml] [--field value ...]",
+        "",
+        about,
+        "",
+        "fields [default]:",
+    ]
+    if verb == "demo":
+        return "\n".join(
+            [*lines, "  --seed        which world and which random choices [0]", "  --out         folder [runs/demo]"]
+        )
+    kinds = {"sample": config.Sample, "rank": config.Rank, "eval": config.Eval}
+    kind = kinds.get(verb, config.Offline if verb in OFFLINE else config.Online)
+    lines += help.recipe_lines(kind)
+    modules = {"reward": ("methods/reward.py", ["k_way", "pairwise", "log_exp", "absolute"])}
+    modules |= {name: ("methods/online.py", [name]) for name in ONLINE}
+    modules |= {name: ("methods/preference.py", [name]) for name in ("dpo", "ipo")}
+    if verb in modules:
+        lines += ["", "the method's dials [default]:", *help.method_lines(*modules[verb])]
+    return "\n".join([*lines, "", "flags: --resume (continue a run), --quiet, --debug (show tracebacks)"])

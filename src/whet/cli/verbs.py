@@ -1,0 +1,331 @@
+"""The verbs: each reads its recipe, checks everything that can be known before, runs, and leaves a folder or a file."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from whet.cli import build, config
+from whet.errors import RecipeError, UserError
+from whet.feedback import Question, ScoreRanker
+from whet.feedback.judge import RankJudge, ScoreJudge
+from whet.generate import Weights
+from whet.generate.local import LocalGenerator
+from whet.learner.local import LocalLearner
+from whet.loops import evaluate, offline, online
+from whet.loops.interrupt import graceful
+from whet.loops.record import Run
+from whet.methods import online as online_methods
+from whet.methods import preference, reward
+from whet.methods.part import Term, part
+from whet.models import load
+from whet.models.roles import Role
+from whet.ops import nll, token_mean
+from whet.records import Batch, Prompt, read_rows
+from whet.rewards.functions import called, load_function
+from whet.rewards.model import ModelReward
+
+SFT = (Term("policy", "train", part(nll), token_mean),)
+"""The objective of SFT and pre-training: the mean over all trained tokens of -log pi."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a call says beside the recipe: continue a run; show no progress."""
+
+    resume: bool = False
+    quiet: bool = False
+
+
+def run_offline(verb: str, recipe: config.Offline, options: Options) -> Path:
+    """pretrain, sft, reward, dpo, ipo: rows of a file through an objective. Returns the run folder."""
+    _threads(recipe.threads)
+    dials = dict(recipe.method)
+    name = dials.pop("name", "k_way") if verb == "reward" else verb
+    registry = {**preference.METHODS, **reward.METHODS}
+    terms = SFT if verb in ("pretrain", "sft") else build.chosen_method(registry, name, dials)
+    if verb in ("pretrain", "sft") and dials:
+        raise config.unknown(next(iter(dials)), list(config.fields_of(config.Offline)))
+    tokenizer, chat = build.tokenizer_and_chat(recipe.model)
+    if verb == "reward" and tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise RecipeError(
+            "model.pad_token: the pad token is the end token, and other tools would then read the saved reward model one token "
+            "early; name another token with --model.pad-token"
+        )
+    reader = build.reader_of(recipe.model, recipe.data, chat)
+    reading = {"pretrain": "texts", "sft": "demonstrations", "reward": reward.READS.get(name, "")}.get(verb, "pairs")
+    read: Callable[[Sequence[Any]], list] = getattr(reader, reading)
+    sources, weights = build.sources_of(recipe.data, read)
+    evaluation = build.evaluation_of(recipe.data, read)
+    steps = build.steps_of(recipe.train, sum(map(len, sources)))
+    run = _open(recipe, verb, options)
+
+    if verb == "reward":
+        role = build.scorer_role(
+            "reward",
+            recipe.model,
+            tokenizer,
+            trained=True,
+            seed=recipe.seed,
+            path=recipe.model.path,
+            readout=recipe.head.readout,
+        )
+    else:
+        role = build.causal_role("policy", recipe.model, tokenizer, trained=True, seed=recipe.seed)
+    roles = {role.name: role}
+    if any("ref_logp" in term.reads() for term in terms):
+        roles["reference"] = build.reference_role(recipe.model, role, recipe.reference, tokenizer)
+    learner = LocalLearner(
+        roles, {role.name: recipe.optim}, total=steps, budget=recipe.train.micro_tokens, packed=recipe.train.packing,
+        dropout=recipe.train.dropout, seed=recipe.seed,
+    )  # fmt: skip
+    plan = offline.Plan(
+        steps, recipe.train.batch, recipe.seed, recipe.data.shuffle, recipe.train.save_every,
+        recipe.train.eval_every or (steps if evaluation else 0), recipe.train.keep,
+    )  # fmt: skip
+    with graceful() as stop:
+        offline.train(
+            terms, learner, sources, plan, run, weights=weights, evaluation=evaluation, resume=options.resume,
+            stop=stop, title=verb, quiet=options.quiet,
+        )  # fmt: skip
+    if verb == "reward" and recipe.head.standardise:
+        _standardise(role, evaluate.scores(learner, terms, [element for source in sources for element in source]))
+    learner.export(role.name, run.folder / "model", tokenizer, merge=recipe.model.export == "merged")
+    return run.folder
+
+
+def run_online(verb: str, recipe: config.Online, options: Options) -> Path:
+    """ppo, grpo and the other online methods. Returns the run folder."""
+    _threads(recipe.threads)
+    algorithm = build.chosen_method(online_methods.METHODS, verb, recipe.method)
+    minibatch = build.check_arithmetic(recipe, algorithm, verb)
+    tokenizer, chat = build.tokenizer_and_chat(recipe.model)
+    reader = build.reader_of(recipe.model, recipe.data, chat, room=recipe.sampling.max_new_tokens)
+    sources, weights = build.sources_of(recipe.data, reader.prompts)
+    if weights is not None:
+        raise RecipeError("data.train: the online loop takes one file of prompts, got a list")
+    ptx = (
+        build.reader_of(recipe.model, config.Data(), chat).demonstrations(read_rows(recipe.ptx.data))
+        if recipe.ptx.data
+        else []
+    )
+    if recipe.trunk == "separate":
+        rewards = build.rewards_of(recipe, tokenizer)
+    run = _open(recipe, verb, options)
+    cast = build.cast(recipe, algorithm, tokenizer)
+    if recipe.trunk == "shared":
+        rewards = build.rewards_of(recipe, tokenizer, cast.roles["policy"])
+    algorithm = build.weighted(algorithm, rewards)
+    total = recipe.rollout.prompts * algorithm.answers
+    learner = LocalLearner(
+        cast.roles, cast.optims, total=recipe.rollout.steps * recipe.rollout.epochs * -(-total // minibatch),
+        budget=recipe.train.micro_tokens, packed=recipe.train.packing, seed=recipe.seed,
+    )  # fmt: skip
+    generator = LocalGenerator(cast.roles["policy"], chat.end_ids, chat.text)
+    plan = online.Plan(
+        steps=recipe.rollout.steps, prompts=recipe.rollout.prompts, minibatch=minibatch, epochs=recipe.rollout.epochs,
+        seed=recipe.seed, ptx_batch=recipe.ptx.batch, stop_kl=recipe.rollout.stop_kl, ema=recipe.rollout.ema,
+        equal_start=recipe.reference in (None, recipe.model.path), end_ids=chat.end_ids,
+        canary=min(160, load.positions(build.source_of(recipe.model))),
+        save_every=recipe.train.save_every, keep=recipe.train.keep,
+    )  # fmt: skip
+    with graceful() as stop:
+        online.train(
+            algorithm, learner, generator, rewards, sources[0], recipe.sampling, plan, run, ptx=ptx, resume=options.resume,
+            stop=stop, title=verb, quiet=options.quiet,
+        )  # fmt: skip
+    learner.export("policy", run.folder / "model", tokenizer, merge=recipe.model.export == "merged")
+    if "ema" in cast.roles:
+        learner.export("ema", run.folder / "ema", tokenizer)
+    return run.folder
+
+
+def run_sample(recipe: config.Sample, options: Options) -> Path:
+    """K answers for every prompt of a file: the rows with `responses`. Returns the file."""
+    _threads(recipe.threads)
+    out = _out_file(recipe.out, "sample")
+    groups, rows = _answers(recipe.model, recipe.data, recipe.sampling, recipe.count, recipe.seed)
+    _write_rows(
+        out,
+        [
+            {**row, "responses": [sample.text for sample in group.samples]}
+            for row, group in zip(rows, groups, strict=True)
+        ],
+    )
+    return out
+
+
+def run_rank(recipe: config.Rank, options: Options) -> Path:
+    """Answers become rankings: by a judge function, or by the `scores` the rows carry. Returns the file."""
+    out = _out_file(recipe.out, "rank")
+    ranker: Any = ScoreRanker()
+    if recipe.judge is not None:
+        function = load_function(recipe.judge)
+
+        def guarded(*given: Any, **named: Any) -> Any:
+            return called(lambda: function(*given, **named), recipe.judge or "")
+
+        ranker = ScoreJudge(guarded) if recipe.judge_form == "score" else RankJudge(guarded)
+    if not isinstance(recipe.data.train, str) or not recipe.data.train:
+        raise RecipeError("data.train: which answers? give --data with one file of `responses` rows")
+    rows = read_rows(recipe.data.train)
+    for located in rows:
+        answers = located.row.get("responses")
+        if not isinstance(answers, list) or len(answers) < 2 or not all(isinstance(answer, str) for answer in answers):
+            raise UserError(
+                f"{located.where}: field 'responses' must be a list of at least two answers, got {answers!r:.80}"
+            )
+        if recipe.judge is None and len(located.row.get("scores") or []) != len(answers):
+            raise UserError(f"{located.where}: without a judge the row needs 'scores', one per answer ({len(answers)})")
+    questions = [
+        Question(
+            one.row.get("prompt"),
+            tuple(one.row["responses"]),
+            {k: v for k, v in one.row.items() if k not in ("prompt", "responses")},
+        )
+        for one in rows
+    ]
+    ranks = ranker.rank(questions)
+    _write_rows(out, [{**one.row, "ranks": own} for one, own in zip(rows, ranks, strict=True)])
+    return out
+
+
+def run_eval(recipe: config.Eval, options: Options) -> dict[str, float]:
+    """Win rate against another model under a judge; or a reward model's accuracy; or the loss on held-out rows."""
+    _threads(recipe.threads)
+    if (recipe.against is None) != (recipe.judge is None):
+        raise RecipeError(
+            "eval: a win rate needs both --against (the other model) and --judge; for a loss or an accuracy give neither"
+        )
+    numbers = _win_rate(recipe) if recipe.judge is not None else _held_out(recipe)
+    if recipe.out:
+        Path(recipe.out).parent.mkdir(parents=True, exist_ok=True)
+        load.write_json(Path(recipe.out), numbers)
+    return numbers
+
+
+def _win_rate(recipe: config.Eval) -> dict[str, float]:
+    assert recipe.judge is not None and recipe.against is not None
+    ours, _ = _answers(recipe.model, recipe.data, recipe.sampling, 1, recipe.seed)
+    theirs, _ = _answers(_at(recipe.model, recipe.against), recipe.data, recipe.sampling, 1, recipe.seed)
+    if build.is_model(recipe.judge):
+        tokenizer, _ = build.tokenizer_and_chat(recipe.model)
+        role, chat = build.reward_role(recipe.judge, recipe.model, tokenizer, "judge")
+        judge: Any = ModelReward(role, chat=chat, budget=recipe.micro_tokens)
+    else:
+        judge = build.FunctionReward(load_function(recipe.judge))
+    scores = [judge.score(groups).answer.tolist() for groups in (ours, theirs)]
+    rate, low, high = evaluate.win_rate(*scores, seed=recipe.seed)
+    means = [evaluate.interval(one, seed=recipe.seed) for one in scores]
+    return {
+        "win_rate": rate, "win_rate_low": low, "win_rate_high": high, "score": means[0][0], "score_low": means[0][1],
+        "score_high": means[0][2], "score_against": means[1][0], "prompts": len(ours),
+    }  # fmt: skip
+
+
+def _held_out(recipe: config.Eval) -> dict[str, float]:
+    tokenizer, chat = build.tokenizer_and_chat(recipe.model)
+    reader = build.reader_of(recipe.model, recipe.data, chat)
+    if load.is_scorer(recipe.model.path):
+        role = build.scorer_role("reward", recipe.model, tokenizer, trained=False, seed=0, path=recipe.model.path)
+        terms, read = reward.k_way(), reader.rankings
+    else:
+        role = build.causal_role("policy", recipe.model, tokenizer, trained=False, seed=0)
+        terms, read = SFT, reader.demonstrations
+    elements = build.sources_of(recipe.data, read)[0][0]
+    learner = LocalLearner({role.name: role}, {}, total=1, budget=recipe.micro_tokens)
+    return {key.rpartition("/")[2]: value for key, value in evaluate.held_out(learner, terms, elements).items()}
+
+
+def _answers(
+    model: config.Model, data: config.Data, sampling: Any, count: int, seed: int
+) -> tuple[list, list[Mapping[str, Any]]]:
+    tokenizer, chat = build.tokenizer_and_chat(model)
+    reader = build.reader_of(model, data, chat, room=sampling.max_new_tokens)
+    prompts: list[Prompt] = build.sources_of(data, reader.prompts)[0][0]
+    role = build.causal_role("policy", model, tokenizer, trained=False, seed=seed)
+    generator = LocalGenerator(role, chat.end_ids, chat.text)
+    generator.adopt(Weights(0, role))
+    return evaluate.answers(generator, prompts, sampling, count=count, seed=seed), [prompt.row for prompt in prompts]
+
+
+def _standardise(role: Role, scores: torch.Tensor) -> None:
+    """Shift and scale the reward model so that these scores of its own (n,) get mean 0 and deviation 1."""
+    role.scale = 1.0 / max(float(scores.double().std()), 1e-6)
+    role.shift = -float(scores.double().mean()) * role.scale
+
+
+def _open(recipe: Any, verb: str, options: Options) -> Run:
+    """The run folder: a new one, or with --resume the one that is there, if its recipe is the same."""
+    folder = Path(recipe.out or f"runs/{verb}")
+    text = config.to_yaml(recipe)
+    saved = folder / "recipe.yaml"
+    if saved.is_file() and not options.resume:
+        raise RecipeError(
+            f"out: {folder} already holds a run; continue it with --resume or name another folder with --out"
+        )
+    if options.resume:
+        if not saved.is_file():
+            raise RecipeError(f"--resume: there is no run in {folder}")
+        if saved.read_text(encoding="utf-8") != text:
+            changed = _changed(config.read_yaml(saved), config.yaml_tree(text))
+            raise RecipeError(
+                f"--resume: the recipe of {folder} differs in {', '.join(changed)}; a resumed run goes on unchanged"
+            )
+    found = offline.checkpoint.latest(folder / "checkpoints") if options.resume else None
+    step = json.loads((found / "loop.json").read_text(encoding="utf-8"))["step"] if found else 0
+    run = Run(folder, resume_at=step if options.resume else None, trackers=_trackers(recipe.trackers, folder))
+    run.environment(text)
+    return run
+
+
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:
+    out = []
+    for key in {**old, **new}:
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            out += _changed(a, b, f"{where}{key}.")
+        elif a != b:
+            out.append(f"{where}{key}")
+    return out
+
+
+def _trackers(names: Sequence[str], folder: Path) -> list[Any]:
+    if not names:
+        return []
+    try:
+        from accelerate import Accelerator
+    except ImportError as error:
+        raise RecipeError("trackers: they need accelerate; install whet[trackers]") from error
+    accelerator = Accelerator(log_with=list(names), project_dir=str(folder), cpu=True)
+    accelerator.init_trackers(folder.name)
+    return [accelerator]
+
+
+def _threads(count: int) -> None:
+    if count:
+        torch.set_num_threads(count)
+
+
+def _out_file(out: str, verb: str) -> Path:
+    if not out:
+        raise RecipeError(f"out: which file shall {verb} write? give --out FILE.jsonl")
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A JSONL file, written aside and renamed, so that a half file never stands under the name."""
+    aside = path.with_name(f".{path.name}.writing")
+    aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    aside.rename(path)
+
+
+def _at(model: config.Model, path: str) -> config.Model:
+    from dataclasses import replace
+
+    return replace(model, path=path)

@@ -1,0 +1,108 @@
+"""From a score to token rewards: every placement by hand, with holes, an empty row and NaN in the padding."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from whet.ops import (
+    attention,
+    clip_score,
+    dense,
+    last_index,
+    linear,
+    penalise,
+    per_sequence,
+    per_token,
+    terminal,
+    uniform,
+    weighted_sum,
+)
+
+from .helpers import bits, close, f64, grad_of, nan
+
+MASK = bits("1101", "0000", "0110")  # a hole and a full end; nothing; a late start and a padded end
+SCORE = f64([6.0, 5.0, -2.0])
+EMPTY = [0.0] * 4
+
+
+@pytest.mark.parametrize("junk", [1e9, nan])
+@pytest.mark.parametrize(
+    ("place", "expected"),
+    [
+        (terminal, [[0, 0, 0, 6.0], EMPTY, [0, 0, -2.0, 0]]),
+        (uniform, [[2.0, 2.0, 0, 2.0], EMPTY, [0, -1.0, -1.0, 0]]),
+        # t / T: 1/3 2/3 3/3 and 1/2 2/2; normalised: 1/6 2/6 3/6 and 1/3 2/3
+        (linear, [[2.0, 4.0, 0, 6.0], EMPTY, [0, -1.0, -2.0, 0]]),
+        (lambda s, m: linear(s, m, normalised=True), [[1.0, 2.0, 0, 3.0], EMPTY, [0, -2 / 3, -4 / 3, 0]]),
+    ],
+)
+def test_a_score_is_placed_by_hand(place: Callable[..., Tensor], expected: list, junk: float) -> None:
+    close(place(SCORE, MASK), expected)
+    close(place(torch.where(MASK.any(1), SCORE, junk), MASK)[[0, 2]], [expected[0], expected[2]])
+
+
+@pytest.mark.parametrize("junk", [1e9, nan])
+def test_attention_shares_the_score_by_weights_renormalised_over_the_trained_tokens(junk: float) -> None:
+    alpha = f64([[0.1, 0.2, junk, 0.2], [junk] * 4, [junk, 0.3, 0.1, junk]])
+    close(attention(SCORE, alpha, MASK), [[1.2, 2.4, 0, 2.4], EMPTY, [0, -1.5, -0.5, 0]])  # 1/5 2/5 2/5 | 3/4 1/4
+
+
+@pytest.mark.parametrize("length", [1, 2, 7])
+def test_what_the_tokens_earn_together(length: int) -> None:
+    mask, score, alpha = torch.ones(1, length, dtype=torch.bool), f64([3.0]), torch.rand(1, length, dtype=torch.float64)
+    for placed in (terminal(score, mask), uniform(score, mask), linear(score, mask, normalised=True)):
+        close(placed.sum(), 3.0)
+    close(attention(score, alpha, mask).sum(), 3.0)
+    close(linear(score, mask).sum(), 3.0 * (length + 1) / 2)  # raw: a longer answer earns more
+
+
+KL = [[0.1, 0.2, nan, 0.6], [nan] * 4, [nan, -0.4, 0.1, nan]]
+
+
+@pytest.mark.parametrize(
+    ("place", "expected", "gradient"),
+    [
+        (dense, [[0.1, 0.2, 0, 0.6], EMPTY, [0, -0.4, 0.1, 0]], [1, 1, 1]),
+        (per_token, [[0.1, 0.2, 0, 0.6], EMPTY, [0, -0.4, 0.1, 0]], [1, 1, 1]),
+        (per_sequence, [[0, 0, 0, 0.3], EMPTY, [0, 0, -0.15, 0]], [1 / 3, 0, 1 / 2]),
+        (lambda x, m: per_sequence(x, m, mean=False), [[0, 0, 0, 0.9], EMPTY, [0, 0, -0.3, 0]], [1, 1, 1]),
+    ],
+)
+def test_numbers_per_token_by_hand_whatever_the_padding_holds(place, expected: list, gradient: list[float]) -> None:
+    close(place(f64(KL), MASK), expected)
+    close(grad_of(lambda x: place(x, MASK), f64(KL))[0], MASK * f64(gradient)[:, None])
+
+
+def test_the_gradient_of_attention_is_blind_to_the_padding() -> None:
+    # s a / (a + b) with a = 1, b = 3, s = 8: d / da = s b / (a + b)^2 = 1.5, d / db = -s a / (a + b)^2 = -0.5
+    alpha, mask = f64([[1.0, nan, 3.0, nan]]), bits("1010")
+    close(grad_of(lambda x: attention(f64([8.0]), x, mask)[:, :1], alpha)[0], [[1.5, 0.0, -0.5, 0.0]])
+
+
+def test_scores_keep_their_gradient() -> None:
+    close(grad_of(lambda s: linear(s, MASK), SCORE)[0], [2.0, 0.0, 1.5])  # (T + 1) / 2
+
+
+def test_last_index_skips_holes_and_is_zero_for_an_empty_row() -> None:
+    assert last_index(bits("1101", "1100", "0000", "0110", "1000")).tolist() == [3, 1, 0, 2, 0]
+
+
+def test_weighted_sum_by_hand() -> None:
+    close(weighted_sum(f64([[1.0, 10.0, 100.0], [2.0, 0.0, -1.0]]), weights=(1.0, 0.5, -0.25)), [-19.0, 2.25])
+
+
+@pytest.mark.parametrize("weights", [(1.0,), (1.0, 1.0, 1.0)])
+def test_weighted_sum_refuses_another_number_of_weights(weights: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match=f"2 rewards but {len(weights)} weights"):
+        weighted_sum(f64([[1.0, 2.0]]), weights=weights)
+
+
+def test_clip_score_bounds_both_sides() -> None:
+    close(clip_score(f64([-math.inf, -7.0, -5.0, -4.9, 0.0, 4.9, 7.0]), bound=5.0), [-5, -5, -5, -4.9, 0, 4.9, 5])
+
+
+def test_penalise_takes_the_amount_from_cut_answers_only() -> None:
+    close(penalise(f64([1.0, 1.0, -2.0]), torch.tensor([True, False, True]), amount=1.5), [-0.5, 1.0, -3.5])
