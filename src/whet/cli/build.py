@@ -214,27 +214,41 @@ def rewards_of(recipe: config.Online, tokenizer: Any, trunk: Role | None = None)
         raise RecipeError(
             'reward: what scores the answers? give --reward with a reward-model folder or "file.py:function"'
         )
-    out = []
+    out: list[Weighted] = []
     for number, one in enumerate(recipe.reward):
-        name = one.name or (Path(one.source).name if is_model(one.source) else one.source.rpartition(":")[2])
-        if any(name == other.name for other in out):
-            name = f"{name}_{number}"
-        if not is_model(one.source):
-            if one.dense:
-                raise RecipeError(f"reward.{name}.dense: a function decides itself; it returns one list per answer")
-            out.append(Weighted(name, FunctionReward(load_function(one.source), name), one.weight))
-            continue
+        if one.dense and not is_model(one.source):
+            raise RecipeError(f"reward.{number}.dense: a function decides itself; it returns one list per answer")
         if trunk is not None and lora.is_adapter(one.source):
             head = lora.add_from_folder(trunk.wrapped, f"reward{number}", one.source)
-            about = readout_of(one.source)
-            role = Role(name, trunk.model, False, wrapped=trunk.wrapped, adapter=f"reward{number}", head=head, **about)
-            out.append(Weighted(name, ModelReward(role, dense=one.dense), one.weight))
-            continue
-        role, chat = reward_role(one.source, recipe.model, tokenizer, name)
-        out.append(
-            Weighted(name, ModelReward(role, chat=chat, budget=recipe.train.micro_tokens, dense=one.dense), one.weight)
-        )
+            role = Role(
+                f"reward{number}", trunk.model, False, wrapped=trunk.wrapped, adapter=f"reward{number}", head=head,
+                **readout_of(one.source),
+            )  # fmt: skip
+            found = Weighted(name_of(one.source), ModelReward(role, budget=recipe.train.micro_tokens, dense=one.dense))
+        else:
+            found = reward(one.source, recipe.model, tokenizer, recipe.train.micro_tokens, dense=one.dense)
+        name = one.name or found.name
+        if any(name == other.name for other in out):
+            name = f"{name}_{number}"
+        out.append(replace(found, name=name, weight=one.weight))
     return out
+
+
+def reward(source: str, model: config.Model, tokenizer: Any, budget: int, *, dense: bool = False) -> Weighted:
+    """A function or a reward-model folder as a reward, under its own name."""
+    name = name_of(source)
+    if not is_model(source):
+        return Weighted(name, FunctionReward(load_function(source), name))
+    role, chat = reward_role(source, model, tokenizer, name)
+    return Weighted(name, ModelReward(role, chat=chat, budget=budget, dense=dense))
+
+
+def name_of(source: str) -> str:
+    """What the logs call a reward: the function's name, or the folder's (that of its run where the folder is "model")."""
+    if not is_model(source):
+        return source.rpartition(":")[2]
+    path = Path(source)
+    return path.parent.name if path.name == "model" and path.parent.name else path.name
 
 
 def reward_role(path: str, model: config.Model, tokenizer: Any, name: str) -> tuple[Role, Chat | None]:

@@ -245,16 +245,18 @@ class Rank:
 
 @dataclass(frozen=True)
 class Eval:
-    """Recipe of eval: win rate under a judge, reward-model accuracy, or held-out loss."""
+    """Recipe of eval: win rate under judges, reward-model accuracy, or held-out loss."""
 
     model: Model = Model()
     against: str | None = None
     """the other model of a win rate"""
-    judge: str | None = None
-    """"file.py:function" or a reward-model folder that scores the answers"""
+    judge: list[str] = field(default_factory=list)
+    """what scores the answers of a win rate: "file.py:function" or a reward-model folder; several are told apart"""
     data: Data = Data()
     """prompts (win rate), rankings or pairs (accuracy of a reward model), text or conversations (loss)"""
     sampling: Sampling = Sampling()
+    answers: str | None = None
+    """JSONL file for both models' answers with their scores and KL"""
     micro_tokens: Count = 8192
     """most tokens of one forward pass"""
     seed: NotNegativeInt = 0
@@ -396,8 +398,10 @@ def _expand(kind: type, tree: Any, where: str) -> Any:
         )
         if inner is not None:
             value = _expand(inner, value, name)
-        elif element is not None and (isinstance(value, list) or typing.get_origin(known[key]) is list):
-            value = [_expand(element, one, name) for one in (value if isinstance(value, list) else [value])]
+        elif typing.get_origin(known[key]) is list and not isinstance(value, list):
+            value = [_expand(element, value, name) if element else value]
+        elif element is not None and isinstance(value, list):
+            value = [_expand(element, one, name) for one in value]
         out[key] = value
     return out
 

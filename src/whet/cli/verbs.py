@@ -2,17 +2,17 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from whet.cli import build, config
+from whet.dials import Sampling
 from whet.errors import RecipeError, UserError
 from whet.feedback import Question, ScoreRanker
 from whet.feedback.judge import RankJudge, ScoreJudge
-from whet.generate import Weights
 from whet.generate.local import LocalGenerator
 from whet.learner.local import LocalLearner
 from whet.loops import evaluate, offline, online
@@ -23,10 +23,9 @@ from whet.methods import preference, reward
 from whet.methods.part import Term, part
 from whet.models import load
 from whet.models.roles import Role
-from whet.ops import nll, token_mean
-from whet.records import Batch, Prompt, read_rows
+from whet.ops import address, nll, token_mean
+from whet.records import Chat, Group, Prompt, read_rows
 from whet.rewards.functions import called, load_function
-from whet.rewards.model import ModelReward
 
 SFT = (Term("policy", "train", part(nll), token_mean),)
 """The objective of SFT and pre-training: the mean over all trained tokens of -log pi."""
@@ -147,14 +146,11 @@ def run_sample(recipe: config.Sample, options: Options) -> Path:
     """K answers for every prompt of a file: the rows with `responses`. Returns the file."""
     _threads(recipe.threads)
     out = _out_file(recipe.out, "sample")
-    groups, rows = _answers(recipe.model, recipe.data, recipe.sampling, recipe.count, recipe.seed)
-    _write_rows(
-        out,
-        [
-            {**row, "responses": [sample.text for sample in group.samples]}
-            for row, group in zip(rows, groups, strict=True)
-        ],
-    )
+    tokenizer, chat = build.tokenizer_and_chat(recipe.model)
+    prompts = _prompts(recipe.model, recipe.data, chat, recipe.sampling)
+    role = build.causal_role("policy", recipe.model, tokenizer, trained=False, seed=0)
+    groups = _answers(role, chat, prompts, recipe.sampling, recipe.count, recipe.seed)
+    _write_rows(out, [{**group.prompt.row, "responses": [sample.text for sample in group.samples]} for group in groups])
     return out
 
 
@@ -194,36 +190,58 @@ def run_rank(recipe: config.Rank, options: Options) -> Path:
 
 
 def run_eval(recipe: config.Eval, options: Options) -> dict[str, float]:
-    """Win rate against another model under a judge; or a reward model's accuracy; or the loss on held-out rows."""
+    """Win rate against another model under judges; or a reward model's accuracy; or the loss on held-out rows."""
     _threads(recipe.threads)
-    if (recipe.against is None) != (recipe.judge is None):
+    if (recipe.against is None) != (not recipe.judge):
         raise RecipeError(
-            "eval: a win rate needs both --against (the other model) and --judge; for a loss or an accuracy give neither"
+            "eval: a win rate needs both --against (the other model) and --judge; a loss or an accuracy needs neither"
         )
-    numbers = _win_rate(recipe) if recipe.judge is not None else _held_out(recipe)
+    numbers = _win_rates(recipe) if recipe.judge else _held_out(recipe)
     if recipe.out:
         Path(recipe.out).parent.mkdir(parents=True, exist_ok=True)
         load.write_json(Path(recipe.out), numbers)
     return numbers
 
 
-def _win_rate(recipe: config.Eval) -> dict[str, float]:
-    assert recipe.judge is not None and recipe.against is not None
-    ours, _ = _answers(recipe.model, recipe.data, recipe.sampling, 1, recipe.seed)
-    theirs, _ = _answers(_at(recipe.model, recipe.against), recipe.data, recipe.sampling, 1, recipe.seed)
-    if build.is_model(recipe.judge):
-        tokenizer, _ = build.tokenizer_and_chat(recipe.model)
-        role, chat = build.reward_role(recipe.judge, recipe.model, tokenizer, "judge")
-        judge: Any = ModelReward(role, chat=chat, budget=recipe.micro_tokens)
-    else:
-        judge = build.FunctionReward(load_function(recipe.judge))
-    scores = [judge.score(groups).answer.tolist() for groups in (ours, theirs)]
-    rate, low, high = evaluate.win_rate(*scores, seed=recipe.seed)
-    means = [evaluate.interval(one, seed=recipe.seed) for one in scores]
-    return {
-        "win_rate": rate, "win_rate_low": low, "win_rate_high": high, "score": means[0][0], "score_low": means[0][1],
-        "score_high": means[0][2], "score_against": means[1][0], "prompts": len(ours),
-    }  # fmt: skip
+def _win_rates(recipe: config.Eval) -> dict[str, float]:
+    """Both models answer every prompt once, independently; each judge scores; KL of the model to the other, in nats."""
+    assert recipe.against is not None
+    tokenizer, chat = build.tokenizer_and_chat(recipe.model)
+    judges = [build.reward(one, recipe.model, tokenizer, recipe.micro_tokens) for one in recipe.judge]
+    prompts = _prompts(recipe.model, recipe.data, chat, recipe.sampling)
+    role = build.causal_role("policy", recipe.model, tokenizer, trained=False, seed=0)
+    other_tokenizer, other_chat = build.tokenizer_and_chat(replace(recipe.model, path=recipe.against))
+    if other_tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise RecipeError(
+            f"against: {recipe.against} has another tokenizer than {recipe.model.path}; compare models of one family"
+        )
+    other = build.causal_role("reference", recipe.model, tokenizer, trained=False, seed=0, path=recipe.against)
+    ours = _answers(role, chat, prompts, recipe.sampling, 1, recipe.seed)
+    theirs = _answers(other, other_chat, prompts, recipe.sampling, 1, address(recipe.seed, "against"))
+    learner = LocalLearner({"policy": role, "reference": other}, {}, total=1, budget=recipe.micro_tokens)
+    divergence = evaluate.kl(learner, ours)
+    numbers: dict[str, float] = {"prompts": len(prompts), "kl": float(divergence.mean())}
+    rows = [
+        {
+            "prompt": group.prompt.row.get("prompt"),
+            "answer": group.samples[0].text,
+            "against": rival.samples[0].text,
+            "kl": kl,
+        }
+        for group, rival, kl in zip(ours, theirs, divergence.tolist(), strict=True)
+    ]
+    for judge in judges:
+        mine, rivals = judge.reward.score(ours).answer.tolist(), judge.reward.score(theirs).answer.tolist()
+        win, mean, rival = evaluate.win_rate(mine, rivals), evaluate.interval(mine), evaluate.interval(rivals)
+        for name, three in (("win_rate", win), ("score", mean), ("against", rival)):
+            numbers |= {
+                f"{judge.name}/{name}{end}": value for end, value in zip(("", "_low", "_high"), three, strict=True)
+            }
+        for row, score, score_against in zip(rows, mine, rivals, strict=True):
+            row |= {judge.name: score, f"{judge.name}/against": score_against}
+    if recipe.answers:
+        _write_rows(_out_file(recipe.answers, "eval"), rows)
+    return numbers
 
 
 def _held_out(recipe: config.Eval) -> dict[str, float]:
@@ -240,16 +258,17 @@ def _held_out(recipe: config.Eval) -> dict[str, float]:
     return {key.rpartition("/")[2]: value for key, value in evaluate.held_out(learner, terms, elements).items()}
 
 
-def _answers(
-    model: config.Model, data: config.Data, sampling: Any, count: int, seed: int
-) -> tuple[list, list[Mapping[str, Any]]]:
-    tokenizer, chat = build.tokenizer_and_chat(model)
+def _prompts(model: config.Model, data: config.Data, chat: Chat, sampling: Sampling) -> list[Prompt]:
+    """The prompts of a file, each with room for an answer."""
     reader = build.reader_of(model, data, chat, room=sampling.max_new_tokens)
-    prompts: list[Prompt] = build.sources_of(data, reader.prompts)[0][0]
-    role = build.causal_role("policy", model, tokenizer, trained=False, seed=seed)
+    return build.sources_of(data, reader.prompts)[0][0]
+
+
+def _answers(
+    role: Role, chat: Chat, prompts: Sequence[Prompt], sampling: Sampling, count: int, seed: int
+) -> list[Group]:
     generator = LocalGenerator(role, chat.end_ids, chat.text)
-    generator.adopt(Weights(0, role))
-    return evaluate.answers(generator, prompts, sampling, count=count, seed=seed), [prompt.row for prompt in prompts]
+    return evaluate.answers(generator, prompts, sampling, count=count, seed=seed)
 
 
 def _standardise(role: Role, scores: torch.Tensor) -> None:
@@ -323,9 +342,3 @@ def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     aside = path.with_name(f".{path.name}.writing")
     aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     aside.rename(path)
-
-
-def _at(model: config.Model, path: str) -> config.Model:
-    from dataclasses import replace
-
-    return replace(model, path=path)

@@ -39,6 +39,16 @@ def held_out(
     return losses | ({"accuracy": right / pairs} if pairs else {})
 
 
+def kl(learner: Learner, groups: Sequence[Group], *, batch: int = 64) -> Tensor:
+    """log policy(y) - log reference(y) of each answer the policy gave, in nats, (n,): its mean estimates KL(policy || reference)."""
+    rows = [row for group in groups for row in group.rows()]
+    out = []
+    for start in range(0, len(rows), batch):
+        part = learner.measure(Batch.of(rows[start : start + batch]), frozenset({"old_logp", "ref_logp"}))
+        out.append(((part["old_logp"] - part["ref_logp"]) * part["mask"]).sum(1))
+    return torch.cat(out)
+
+
 def scores(learner: Learner, terms: Sequence[Term], elements: Sequence[Element], *, batch: int = 64) -> Tensor:
     """The reward model's score of every row of these elements, in order, (n,)."""
     out = []

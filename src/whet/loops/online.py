@@ -125,10 +125,7 @@ def collect(
 def gathered(groups: Sequence[Group], rewards: Sequence[Weighted], sampling: Sampling) -> Batch:
     """The groups as a batch of rows with group, truncated, temperature, sampler_logp, rewards and token_score."""
     pairs = [(number, group.prompt, sample) for number, group in enumerate(groups) for sample in group.samples]
-    rows = [
-        Row(torch.tensor(prompt.ids + sample.ids), len(prompt.ids), torch.ones(len(sample.ids), dtype=torch.bool))
-        for _, prompt, sample in pairs
-    ]
+    rows = [row for group in groups for row in group.rows()]
     named, dense = score_all(rewards, groups)
     return Batch.of(rows).with_columns(
         group=torch.tensor([number for number, _, _ in pairs]),

@@ -193,16 +193,14 @@ class Reader:
     turns: str = "all"
 
     def texts(self, rows: Sequence[Located]) -> list[Row]:
-        """`text` rows: every token is trained, the end token too; longer texts are cut into pieces."""
-        out = []
-        for located in rows:
-            tokenizer = self.chat.tokenizer
-            ids = [*tokenizer(_text(located, "text"))["input_ids"]]
-            if ids[-1:] != [tokenizer.eos_token_id]:
-                ids.append(tokenizer.eos_token_id)
-            for start in range(
-                0, len(ids) - 1, self.max_tokens - 1
-            ):  # a piece opens with the last token of the one before
+        """`text` rows: every token is trained, the end token too; longer texts are cut into pieces.
+
+        A piece opens with the last token of the one before, so no transition is lost.
+        """
+        tokenizer, out = self.chat.tokenizer, []
+        for ids in tokenizer([_text(located, "text") for located in rows])["input_ids"]:
+            ids = ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
+            for start in range(0, len(ids) - 1, self.max_tokens - 1):
                 piece = ids[start : start + self.max_tokens]
                 out.append(Row(torch.tensor(piece), 1, torch.ones(len(piece) - 1, dtype=torch.bool)))
         return out

@@ -62,6 +62,17 @@ class Group:
     prompt: Prompt
     samples: tuple[Sample, ...]
 
+    def rows(self) -> list["Row"]:
+        """Prompt and answer as one row, for each answer; every token of the answer is trained."""
+        return [
+            Row(
+                torch.tensor(self.prompt.ids + one.ids),
+                len(self.prompt.ids),
+                torch.ones(len(one.ids), dtype=torch.bool),
+            )
+            for one in self.samples
+        ]
+
 
 @dataclass(frozen=True, eq=False)
 class Row:

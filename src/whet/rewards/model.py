@@ -1,7 +1,6 @@
 """Rewards from a trained reward model: whet's own, or any published sequence classifier with one label."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -27,7 +26,7 @@ class ModelReward:
     @torch.no_grad()
     def score(self, groups: Sequence[Group]) -> Scores:
         """See `Reward.score`."""
-        rows = [self._row(group, sample) for group in groups for sample in group.samples]
+        rows = [row for group in groups for row in self._rows(group)]
         batch = Batch.of(rows)
         answer, token = torch.zeros(len(rows)), [torch.zeros(0)] * len(rows)
         for places in micro_batches(batch, self.budget):
@@ -44,8 +43,8 @@ class ModelReward:
             raise RewardError(f"the reward model {self.role.name} gave a score that is not a finite number")
         return Scores(answer, tuple(token) if self.dense else None)
 
-    def _row(self, group: Group, sample: Any) -> Row:
-        if self.chat is not None:
-            return self.chat.row([*group.prompt.messages, {"role": "assistant", "content": sample.text}], turns="last")
-        ids = torch.tensor(group.prompt.ids + sample.ids)
-        return Row(ids, len(group.prompt.ids), torch.ones(len(sample.ids), dtype=torch.bool))
+    def _rows(self, group: Group) -> list[Row]:
+        if self.chat is None:
+            return group.rows()
+        answers = [[*group.prompt.messages, {"role": "assistant", "content": sample.text}] for sample in group.samples]
+        return [self.chat.row(messages, turns="last") for messages in answers]

@@ -313,7 +313,7 @@ def chatter(stream: random.Random) -> str:
 
 
 FIRST_TEXTS = {note: 0.6, proof_sheet: 0.4}
-LATER_TEXTS = {note: 0.15, proof_sheet: 0.45, forum: 0.32, chatter: 0.08}
+LATER_TEXTS = {note: 0.1, proof_sheet: 0.6, forum: 0.24, chatter: 0.06}
 """What the raw text is made of: shares in the first part of the curriculum, and after it."""
 
 FIRST_PART = 0.35

@@ -1,0 +1,1 @@
+"""Who learns: every number comes from outside the code."""

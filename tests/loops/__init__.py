@@ -1,0 +1,1 @@
+"""The loops over real tiny models: every number comes from outside the code."""

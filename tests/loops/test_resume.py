@@ -1,0 +1,215 @@
+"""A killed run goes on to the same bits: weights, metrics, rollouts; torn and failed checkpoints never cost the last good one."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+import torch
+from models import helpers as h
+
+from whet.cli.verbs import SFT
+from whet.dials import KL, Sampling
+from whet.errors import CheckpointError
+from whet.generate.local import LocalGenerator
+from whet.learner.local import LocalLearner
+from whet.loops import checkpoint, offline, online
+from whet.loops.interrupt import Stop
+from whet.loops.record import Run, read_metrics
+from whet.methods import online as methods
+from whet.rewards import Weighted
+
+
+class Killed(BaseException):
+    """The power went out."""
+
+
+class Fragile(LocalLearner):
+    """Dies in its update number `dies`."""
+
+    dies = 0
+
+    def update(self, work: Any) -> Any:
+        if self.version + 1 == self.dies:
+            raise Killed
+        return super().update(work)
+
+
+OPTIM = replace(h.FREE, lr=0.02, schedule="cosine", warmup=0.2)
+
+
+def sft(folder: Path, *, dies: int = 0, resume: bool = False, stop: Stop | None = None, kind: str = "adamw", dropout: float = 0.1) -> LocalLearner:
+    """Six updates, saved after each; fresh objects every time, as a new process has them."""
+    optim = replace(OPTIM, kind=kind)
+    own = Fragile({"policy": h.policy(dtype=torch.float32)}, {"policy": optim}, total=6, budget=30, dropout=dropout, seed=4)
+    own.dies = dies
+    plan = offline.Plan(6, 4, seed=4, save_every=1, eval_every=3)
+    run = opened(folder, resume)
+    offline.train(SFT, own, [h.rows()], plan, run, evaluation=h.rows()[:3], resume=resume, stop=stop, quiet=True)
+    return own
+
+
+def ppo(folder: Path, *, dies: int = 0, resume: bool = False, name: str = "instructgpt") -> LocalLearner:
+    """Three rollouts of four updates each, with ptx, an average and an adaptive controller."""
+    roles = {
+        "policy": h.policy(dtype=torch.float32), "reference": h.policy(dtype=torch.float32, name="reference"),
+        "critic": h.scorer(dtype=torch.float32, seed=2), "ema": h.policy(dtype=torch.float32, name="ema"),
+    }  # fmt: skip
+    method = methods.METHODS[name](kl=KL(controller="adaptive", target=0.5, horizon=20), answers=2)
+    own = Fragile(roles, {"policy": OPTIM, "critic": OPTIM}, total=12, budget=40)
+
+    class Dying(h.TableReward):
+        def score(self, groups: Any) -> Any:
+            if self.calls + 1 == dies:
+                raise Killed
+            return super().score(groups)
+
+    table = Dying(lambda ids: 0.5 * len(ids) - 0.25 * (sum(ids) % 5))
+    prompts = [h.prompt(i, range(3 + i, 5 + 3 * i)) for i in range(5)]
+    plan = online.Plan(3, 3, 3, 2, seed=4, ptx_batch=2 * (name == "instructgpt"), ema=0.8, save_every=1, canary=20, equal_start=True)
+    generator = LocalGenerator(own.roles["policy"], (1, 5, 9), str)
+    online.train(
+        method, own, generator, [Weighted("table", table)], prompts, Sampling(5), plan, opened(folder, resume), ptx=h.rows(), resume=resume, quiet=True
+    )  # fmt: skip
+    return own
+
+
+def opened(folder: Path, resume: bool) -> Run:
+    """The run folder as the command line opens it."""
+    found = checkpoint.latest(folder / "checkpoints") if resume else None
+    step = json.loads((found / "loop.json").read_text())["step"] if found else 0
+    return Run(folder, resume_at=step if resume else None)
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in read_metrics(folder)]
+
+
+def rollouts(folder: Path) -> dict[str, list]:
+    return {path.name: pyarrow.parquet.read_table(path).to_pylist() for path in sorted((folder / "rollouts").glob("*.parquet"))}
+
+
+def same(one: Path, other: Path, ours: LocalLearner, theirs: LocalLearner) -> None:
+    h.equal_weights(h.weights(ours), h.weights(theirs))
+    assert metrics(one) == metrics(other)
+    assert rollouts(one) == rollouts(other)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Callable], tuple[Path, LocalLearner]]:
+    """An uninterrupted run of each kind, made once."""
+    made: dict[Any, tuple[Path, LocalLearner]] = {}
+
+    def get(function: Callable, **given: Any) -> tuple[Path, LocalLearner]:
+        key = (function, *sorted(given.items()))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("whole")
+            made[key] = folder, function(folder, **given)
+        return made[key]
+
+    return get
+
+
+@pytest.mark.parametrize("given", [{}, {"dropout": 0.0}, {"kind": "muon"}], ids=["dropout", "plain", "muon"])
+@pytest.mark.parametrize("dies", [1, 4, 6])
+def test_a_killed_sft_run_resumes_to_the_bit(tmp_path: Path, whole: Any, dies: int, given: dict[str, Any]) -> None:
+    folder, expected = whole(sft, **given)
+    with pytest.raises(Killed):
+        sft(tmp_path, dies=dies, **given)
+    assert len(metrics(tmp_path)) == dies - 1
+    same(tmp_path, folder, sft(tmp_path, resume=True, **given), expected)
+
+
+@pytest.mark.parametrize("name", ["instructgpt", "ppo_kl"])
+@pytest.mark.parametrize("dies", [1, 2, 3])
+def test_a_killed_online_run_resumes_to_the_bit(tmp_path: Path, whole: Any, dies: int, name: str) -> None:
+    folder, expected = whole(ppo, name=name)
+    with pytest.raises(Killed):
+        ppo(tmp_path, dies=dies, name=name)
+    same(tmp_path, folder, ppo(tmp_path, resume=True, name=name), expected)
+    coefs = [line["state/penalty"] for line in metrics(folder)]
+    assert len(set(coefs)) == 3  # the controller's state was part of it
+
+
+def test_a_run_killed_twice_resumes_to_the_bit(tmp_path: Path, whole: Any) -> None:
+    folder, expected = whole(sft)
+    for dies in (3, 5):
+        with pytest.raises(Killed):
+            sft(tmp_path, dies=dies, resume=dies > 3)
+    same(tmp_path, folder, sft(tmp_path, resume=True), expected)
+
+
+@pytest.mark.parametrize("tear", ["cut", "missing", "flipped", "no manifest"])
+def test_a_torn_newest_checkpoint_falls_back_to_the_one_before(tmp_path: Path, whole: Any, tear: str) -> None:
+    folder, expected = whole(sft)
+    with pytest.raises(Killed):
+        sft(tmp_path, dies=5)
+    newest = checkpoint.latest(tmp_path / "checkpoints")
+    assert newest is not None and newest.name == "step-00000004"
+    weights = newest / "learner" / "policy.safetensors"
+    content = weights.read_bytes()
+    match tear:
+        case "cut":
+            weights.write_bytes(content[:-100])
+        case "missing":
+            weights.unlink()
+        case "flipped":
+            weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        case _:
+            (newest / "manifest.json").unlink()
+    good = checkpoint.latest(tmp_path / "checkpoints")
+    assert good is not None and good.name == "step-00000003"
+    same(tmp_path, folder, sft(tmp_path, resume=True), expected)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_good_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = LocalLearner.save
+
+    def full(self: LocalLearner, folder: Path) -> None:
+        original(self, folder)
+        if self.version == 3:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(LocalLearner, "save", full)
+    with pytest.raises(CheckpointError, match=r"No space left on device.*step-00000002"):
+        sft(tmp_path)
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-00000001", "step-00000002"]
+    good = checkpoint.latest(tmp_path / "checkpoints")
+    assert good is not None and good.name == "step-00000002"
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    sft(tmp_path)
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-00000005", "step-00000006"]
+
+
+def test_a_stop_that_was_asked_for_saves_and_resumes_to_the_bit(tmp_path: Path, whole: Any) -> None:
+    folder, expected = whole(sft)
+    stop = Stop()
+    stop.asked = True
+    with pytest.raises(KeyboardInterrupt):
+        sft(tmp_path, stop=stop)
+    assert len(metrics(tmp_path)) == 1
+    same(tmp_path, folder, sft(tmp_path, resume=True), expected)
+
+
+def test_nothing_but_safetensors_and_json_is_written(tmp_path: Path) -> None:
+    sft(tmp_path)
+    names = {path.suffix for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()}
+    assert names == {".safetensors", ".json"}
+
+
+def test_a_resumed_run_trains_no_step_twice(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        sft(tmp_path, dies=4)
+    own = sft(tmp_path, resume=True)
+    assert own.version == 6
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_dropout_acts_on_updates_and_not_on_evaluation(whole: Any) -> None:
+    (with_it, _), (without, _) = whole(sft), whole(sft, dropout=0.0)
+    assert metrics(with_it)[0]["loss"] != metrics(without)[0]["loss"]

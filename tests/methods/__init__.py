@@ -1,0 +1,1 @@
+"""The methods as values: every number comes from outside the code."""

@@ -1,0 +1,1 @@
+"""The room of transformers and peft: every number comes from outside the code."""
