@@ -77,7 +77,7 @@ class LoRA:
 
     rank: Count = 16
     """rank of the update of each matrix"""
-    alpha: Positive = 32.0
+    alpha: Count = 32
     """the update is scaled by alpha / rank"""
     targets: str | tuple[str, ...] = "all-linear"
     """module names that get an adapter; "all-linear" is every linear layer but the head"""

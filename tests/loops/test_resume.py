@@ -41,12 +41,12 @@ class Fragile(LocalLearner):
 OPTIM = replace(h.FREE, lr=0.02, schedule="cosine", warmup=0.2)
 
 
-def sft(folder: Path, *, dies: int = 0, resume: bool = False, stop: Stop | None = None, kind: str = "adamw", dropout: float = 0.1) -> LocalLearner:
+def sft(folder: Path, *, dies: int = 0, resume: bool = False, stop: Stop | None = None, kind: str = "adamw", dropout: float = 0.1, every: int = 1) -> LocalLearner:
     """Six updates, saved after each; fresh objects every time, as a new process has them."""
     optim = replace(OPTIM, kind=kind)
     own = Fragile({"policy": h.policy(dtype=torch.float32)}, {"policy": optim}, total=6, budget=30, dropout=dropout, seed=4)
     own.dies = dies
-    plan = offline.Plan(6, 4, seed=4, save_every=1, eval_every=3)
+    plan = offline.Plan(6, 4, seed=4, save_every=every, eval_every=3)
     run = opened(folder, resume)
     offline.train(SFT, own, [h.rows()], plan, run, evaluation=h.rows()[:3], resume=resume, stop=stop, quiet=True)
     return own
@@ -85,6 +85,8 @@ def opened(folder: Path, resume: bool) -> Run:
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
+    if not (folder / "metrics.jsonl").is_file():
+        return []
     return [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in read_metrics(folder)]
 
 
@@ -113,7 +115,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Callable], tupl
     return get
 
 
-@pytest.mark.parametrize("given", [{}, {"dropout": 0.0}, {"kind": "muon"}], ids=["dropout", "plain", "muon"])
+@pytest.mark.parametrize("given", [{}, {"dropout": 0.0}, {"kind": "muon"}, {"every": 2}], ids=["dropout", "plain", "muon", "rare"])
 @pytest.mark.parametrize("dies", [1, 4, 6])
 def test_a_killed_sft_run_resumes_to_the_bit(tmp_path: Path, whole: Any, dies: int, given: dict[str, Any]) -> None:
     folder, expected = whole(sft, **given)
@@ -213,3 +215,12 @@ def test_a_resumed_run_trains_no_step_twice(tmp_path: Path) -> None:
 def test_dropout_acts_on_updates_and_not_on_evaluation(whole: Any) -> None:
     (with_it, _), (without, _) = whole(sft), whole(sft, dropout=0.0)
     assert metrics(with_it)[0]["loss"] != metrics(without)[0]["loss"]
+
+
+def test_a_line_of_metrics_torn_by_the_kill_does_not_stop_the_resume(tmp_path: Path, whole: Any) -> None:
+    folder, expected = whole(sft)
+    with pytest.raises(Killed):
+        sft(tmp_path, dies=4)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "loss": 2.3')
+    same(tmp_path, folder, sft(tmp_path, resume=True), expected)

@@ -50,9 +50,9 @@ def policy(kind: str = "qwen3", *, seed: int = 0, dtype: torch.dtype = DOUBLE, n
     return Role(name, tiny.causal_lm(kind, seed=seed, dtype=dtype, **changes), name == "policy")
 
 
-def scorer(kind: str = "qwen3", *, seed: int = 0, dtype: torch.dtype = DOUBLE, name: str = "critic", **about: Any) -> Role:
+def scorer(kind: str = "qwen3", *, seed: int = 0, dtype: torch.dtype = DOUBLE, name: str = "critic", vocabulary: int = 27, **about: Any) -> Role:
     """A trained critic or reward model of its own."""
-    return Role(name, scorer_model(kind, seed=seed, dtype=dtype), True, **about)
+    return Role(name, scorer_model(kind, seed=seed, dtype=dtype, vocabulary=vocabulary), True, **about)
 
 
 def trunk(kind: str = "qwen3", *, dtype: torch.dtype = torch.float32, seed: int = 0, rank: int = 4) -> dict[str, Role]:

@@ -22,11 +22,17 @@ def kl(p: list[float], q: list[float]) -> float:
 
 
 @pytest.mark.parametrize(
-    ("estimator", "down", "up"),  # where the policy lies 0.5 above the reference, and 0.5 below it
-    [(k1, 0.5, -0.5), (k2, 0.125, 0.125), (k3, math.exp(-0.5) - 0.5, math.exp(0.5) - 1.5)],
+    ("estimator", "value", "slope"),  # where the policy lies 0.5 above the reference, 0.5 below it, and upon it
+    [
+        (k1, [0.5, -0.5, 0.0], [1.0, 1.0, 1.0]),
+        (k2, [0.125, 0.125, 0.0], [0.5, -0.5, 0.0]),
+        (k3, [math.exp(-0.5) - 0.5, math.exp(0.5) - 1.5, 0.0], [1 - math.exp(-0.5), 1 - math.exp(0.5), 0.0]),
+    ],
 )
-def test_estimators_by_hand(estimator: Callable[..., Tensor], down: float, up: float) -> None:
-    close(estimator(f64([[-1.0, -1.5, -3.0]]), f64([[-1.5, -1.0, -3.0]])), [[down, up, 0.0]])
+def test_estimators_by_hand_in_value_and_slope(estimator: Callable[..., Tensor], value: list, slope: list) -> None:
+    logp, ref_logp = f64([[-1.0, -1.5, -3.0]]), f64([[-1.5, -1.0, -3.0]])
+    close(estimator(logp, ref_logp), [value])
+    close(grad_of(lambda x: estimator(x, ref_logp), logp)[0], [slope])
 
 
 @pytest.mark.parametrize("estimator", [k1, k3])

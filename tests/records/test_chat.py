@@ -176,6 +176,12 @@ def test_what_a_template_refuses_is_told_in_its_own_words() -> None:
         chat_format(lines_tokenizer(picky)).row(talk("a", "b", system="good"))
 
 
+@pytest.mark.parametrize("template", ["{{ messages[0]['content'] }}", "{% for m in messages %}"])
+def test_a_template_that_cannot_write_an_answer_is_refused(template: str) -> None:
+    with pytest.raises((ModelError, DataError), match="template"):
+        chat_format(lines_tokenizer(), template)
+
+
 def test_a_tokenizer_without_a_template_is_refused_and_the_message_names_plain() -> None:
     with pytest.raises(ModelError, match=r"no chat template.*--chat-template plain.*none"):
         chat_format(lines_tokenizer(None))

@@ -252,6 +252,13 @@ def test_a_ranking_is_all_its_untied_pairs() -> None:
     assert words == [[16, 15], [16, 17]]  # no > yes, no > maybe
 
 
+def test_rankings_that_are_all_ties_have_no_pair_and_the_message_says_so() -> None:
+    with pytest.raises(DataError) as caught:
+        reader().pairs(at(ANSWERS | {"ranks": [1, 1, 1]}))
+    assert "tie" in str(caught.value)
+    assert "longer" not in str(caught.value)
+
+
 def test_an_answer_where_the_model_stopped_at_once_can_be_ranked() -> None:
     (ranking,) = reader().rankings(at({"prompt": "a", "responses": ["", "yes"], "ranks": [2, 1]}))
     assert drawn(ranking.rows) == ["<user> a <assistant> [<end>]", CHOSEN]

@@ -80,8 +80,8 @@ def test_one_number_an_answer_may_come_in_any_kind_of_list(returned: Any) -> Non
 
 DENSE = [
     ([[1.0, 0.0, 2.0], [3], [0.0, -1.0], [0.5, 0.5]], [[1.0, 0.0, 2.0], [3.0], [0.0, -1.0], [0.5, 0.5]], [3, 3, -1, 1]),
-    ([[(0, 1.0), (2, 2.0)], [(0, 3)], [(1, -1.0)], []], [[1.0, 0.0, 2.0], [3.0], [0.0, -1.0], [0.0, 0.0]], [3, 3, -1, 0]),
-    ([[(2, 1.0), (2, 0.5)], [], [], [[0, 4.0]]], [[0.0, 0.0, 1.5], [0.0], [0.0, 0.0], [4.0, 0.0]], [1.5, 0, 0, 4]),
+    ([[(0, 1.0), (2, 2.0)], [(0, 3)], [(1, -1.0)], [(0, 0.5)]], [[1.0, 0.0, 2.0], [3.0], [0.0, -1.0], [0.5, 0.0]], [3, 3, -1, 0.5]),
+    ([[(2, 1.0), (2, 0.5)], [[0, 1]], [(0, 0)], [[0, 4.0]]], [[0.0, 0.0, 1.5], [1.0], [0.0, 0.0], [4.0, 0.0]], [1.5, 1, 0, 4]),
 ]  # fmt: skip
 
 
@@ -95,6 +95,10 @@ def test_a_list_an_answer_is_dense_per_token_or_per_segment_and_sums_to_the_answ
     assert scores.answer.tolist() == [float(value) for value in answer]
 
 
+def test_an_answer_without_a_segment_scores_nothing_where_the_others_are_scored_by_segments() -> None:
+    assert scored([[(2, 1.0)], [], [(1, 1.0)], []]).answer.tolist() == [1.0, 0.0, 1.0, 0.0]
+
+
 WRONG = [
     (None, "expected a list with one score per answer, got NoneType"),
     (1.0, "expected a list with one score per answer, got float"),
@@ -105,7 +109,7 @@ WRONG = [
     ([1.0, math.nan, 2.0, 3.0], "answer 1 got nan, expected a finite number"),
     ([1.0, 2.0, 3.0, -math.inf], "answer 3 got -inf, expected a finite number"),
     ([1.0, None, 2.0, 3.0], "answer 1 got None, expected a number"),
-    (["good", 1.0, 2.0, 3.0], "answer 0 got 'good'"),
+    (["good", 1.0, 2.0, 3.0], "answer 0 got 'good', expected a number"),
     ([True, 1.0, 2.0, 3.0], "answer 0 got True, expected a number"),
     ([[1.0, 2.0, 3.0], 1.0, [1.0, 2.0], [1.0, 2.0]], "answer 1 got 1.0, others a list"),
     ([[1.0, 2.0], [1.0], [1.0, 2.0], [1.0, 2.0]], "answer 0 has 3 tokens, 2 scores came back"),

@@ -36,15 +36,18 @@ def test_a_scoring_judge_is_asked_once_for_all_answers_with_the_rows_columns() -
     ]
 
 
-def test_a_ranking_judge_is_asked_question_by_question() -> None:
+def test_a_ranking_judge_is_asked_question_by_question_with_the_rows_columns() -> None:
     asked = []
 
-    def judge(prompt: Any, responses: list[str]) -> list[int]:
-        asked.append((prompt, responses))
+    def judge(prompt: Any, responses: list[str], **columns: Any) -> list[int]:
+        asked.append((prompt, responses, columns))
         return [1, 2, 2][: len(responses)]
 
     assert RankJudge(judge).rank(QUESTIONS) == [[1, 2, 2], [1, 2]]
-    assert asked == [("a", ["yes", "no", "yes yes"]), ([{"role": "user", "content": "b"}], ["no", "no"])]
+    assert asked == [
+        ("a", ["yes", "no", "yes yes"], {"scores": [1, 0, 2], "target": "yes"}),
+        ([{"role": "user", "content": "b"}], ["no", "no"], {"scores": [0.5, 0.5]}),
+    ]
 
 
 SCORES = [
@@ -65,4 +68,4 @@ def test_a_scoring_judge_may_not_return_a_wrong_count_or_what_is_no_number(retur
 @pytest.mark.parametrize("returned", [[1, 2], [1, 2, 0], [1, 2, "3"], [1, 2, 3.5], [1, 2, math.nan], None])
 def test_a_ranking_judge_may_not_return_a_wrong_count_or_what_is_no_rank(returned: Any) -> None:
     with pytest.raises(RewardError, match="question 0"):
-        RankJudge(lambda prompt, responses: returned).rank(QUESTIONS)
+        RankJudge(lambda prompt, responses, **columns: returned).rank(QUESTIONS)

@@ -271,7 +271,8 @@ def check_arithmetic(recipe: config.Online, algorithm: Algorithm, verb: str) -> 
     minibatch = recipe.rollout.minibatch or total
     if minibatch > total:
         raise RecipeError(
-            f"rollout.minibatch: a rollout has {recipe.rollout.prompts} prompts x {algorithm.answers} answers = {total}; got {minibatch}"
+            f"rollout.minibatch: a rollout has {recipe.rollout.prompts} prompts x {algorithm.answers} answers = {total}; "
+            f"got {minibatch}"
         )
     if not algorithm.has_ratio() and (minibatch < total or recipe.rollout.epochs > 1):
         raise RecipeError(

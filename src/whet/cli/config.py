@@ -238,7 +238,7 @@ class Rank:
     judge: str | None = None
     """"file.py:function": f(prompts, completions, **columns) -> scores"""
     judge_form: Literal["score", "rank"] = "score"
-    """"rank": the function is f(prompt, responses) -> ranks"""
+    """"rank": the function is f(prompt, responses, **columns) -> ranks"""
     out: str = ""
     """JSONL file: the rows with `ranks`"""
 
@@ -342,7 +342,7 @@ def converted(tree: Mapping[str, Any], kind: Any, where: str) -> Any:
 def unknown(name: str, known: Sequence[str]) -> RecipeError:
     """The error for a field that does not exist, with the nearest one that does."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or difflib.get_close_matches(
-        name.rsplit(".", 1)[-1], [other for other in known], n=1, cutoff=0.5
+        name.rsplit(".", 1)[-1], list(known), n=1, cutoff=0.5
     )
     hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"
     return RecipeError(f"unknown field {name!r}; {hint}")

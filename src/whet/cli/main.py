@@ -172,7 +172,7 @@ def _overview() -> str:
         lines += [f"  {verb.replace('_', '-'):<16} {about}" for verb, about in verbs.items()]
         lines.append("")
     return "\n".join(
-        lines + ["whet VERB --help lists the fields of a verb; every field can be set as --section.field value"]
+        [*lines, "whet VERB --help lists the fields of a verb; every field can be set as --section.field value"]
     )
 
 

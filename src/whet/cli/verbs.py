@@ -249,11 +249,11 @@ def _held_out(recipe: config.Eval) -> dict[str, float]:
     reader = build.reader_of(recipe.model, recipe.data, chat)
     if load.is_scorer(recipe.model.path):
         role = build.scorer_role("reward", recipe.model, tokenizer, trained=False, seed=0, path=recipe.model.path)
-        terms, read = reward.k_way(), reader.rankings
+        terms, reading = reward.k_way(), "rankings"
     else:
         role = build.causal_role("policy", recipe.model, tokenizer, trained=False, seed=0)
-        terms, read = SFT, reader.demonstrations
-    elements = build.sources_of(recipe.data, read)[0][0]
+        terms, reading = SFT, "demonstrations"
+    elements = build.sources_of(recipe.data, getattr(reader, reading))[0][0]
     learner = LocalLearner({role.name: role}, {}, total=1, budget=recipe.micro_tokens)
     return {key.rpartition("/")[2]: value for key, value in evaluate.held_out(learner, terms, elements).items()}
 

@@ -34,7 +34,7 @@ class ScoreJudge:
 
 
 class RankJudge:
-    """Ranks by a function `f(prompt, responses) -> list[int]` that is asked question by question."""
+    """Ranks by a function `f(prompt, responses, **columns) -> list[int]` that is asked question by question."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -43,7 +43,7 @@ class RankJudge:
         """See `Ranker.rank`."""
         out = []
         for place, question in enumerate(questions):
-            ranks = list(self.function(question.prompt, list(question.responses)))
+            ranks = list(self.function(question.prompt, list(question.responses), **question.row))
             if len(ranks) != len(question.responses) or not all(isinstance(rank, int) and rank >= 1 for rank in ranks):
                 raise RewardError(
                     f"question {place}: expected {len(question.responses)} ranks from 1 up, got {ranks!r}"

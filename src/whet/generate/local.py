@@ -1,6 +1,7 @@
 """Answers from a transformers model in this process: batched, with a KV cache, finished rows dropped."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ class LocalGenerator:
                 out.append(token_logprobs(logits, one[1:].to(logits.device)).cpu())
         return out
 
-    def _next(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: object) -> Tensor:
+    def _next(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
         """Logits (B, V) of the token after the last one, in float32 at least; the cache grows by ids.shape[1]."""
         device, model = self.role.device, self.role.model
         given = {"attention_mask": mask.to(device), "position_ids": positions.to(device), "past_key_values": cache}
@@ -116,7 +117,7 @@ class LocalGenerator:
         ]  # fmt: skip
 
 
-def _new_cache(role: Role) -> object:
+def _new_cache(role: Role) -> Any:
     from transformers import DynamicCache
 
     return DynamicCache(config=role.model.config)
@@ -148,7 +149,7 @@ def truncated_logprobs(logits: Tensor, sampling: Sampling) -> Tensor:
     logp = (logits / sampling.temperature).log_softmax(-1)
     if not sampling.truncates:
         return logp
-    ordered, index = logp.sort(-1, descending=True, stable=True)
+    ordered, index = torch.sort(logp, dim=-1, descending=True, stable=True)
     keep = torch.ones_like(ordered, dtype=torch.bool)
     if sampling.top_k:
         keep[:, sampling.top_k :] = False

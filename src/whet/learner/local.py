@@ -114,7 +114,7 @@ class LocalLearner:
             save_file(weights, str(folder / f"{name}.safetensors"))
         for name, pairs in self._optimisers.items():
             own = {id(p): key for key, p in self.roles[name].parameters().items()}
-            state = {}
+            state: dict[str, Tensor] = {}
             for optimiser, _ in pairs:
                 for parameter, values in optimiser.state.items():
                     state |= {f"{own[id(parameter)]}|{key}": _tensor(value) for key, value in values.items()}

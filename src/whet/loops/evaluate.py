@@ -40,7 +40,7 @@ def held_out(
 
 
 def kl(learner: Learner, groups: Sequence[Group], *, batch: int = 64) -> Tensor:
-    """log policy(y) - log reference(y) of each answer the policy gave, in nats, (n,): its mean estimates KL(policy || reference)."""
+    """log policy(y) - log reference(y) of each answer of the policy, (n,), in nats; its mean estimates KL(policy || reference)."""
     rows = [row for group in groups for row in group.rows()]
     out = []
     for start in range(0, len(rows), batch):

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -64,7 +65,7 @@ def train(
     draws = order([len(prompts)], plan.steps * plan.prompts, plan.seed)
     stream = _Stream(ptx, plan)
     found = checkpoint.latest(run.checkpoints) if resume else None
-    loop = checkpoint.load(found, learner) if found else {"step": 0, "state": algorithm.init()}
+    loop: dict[str, Any] = checkpoint.load(found, learner) if found else {"step": 0, "state": algorithm.init()}
     first, state = loop["step"], loop["state"]
     generator.adopt(learner.publish())
     with Progress(title, plan.steps, done=first, quiet=quiet) as progress:
@@ -170,7 +171,7 @@ def updates(
     for epoch, turn in enumerate(turns):
         for number, places in enumerate(turn):
             mini = take_elements(batch, places)
-            streams = {"rollout": mini} | stream.batch(step, epoch * len(turn) + number, len(turn) * len(turns))
+            streams = {"rollout": mini, **stream.batch(step, epoch * len(turn) + number, len(turn) * len(turns))}
             counts = {name: one.counts() for name, one in streams.items()}
             update = learner.update([(term, streams[term.stream], counts[term.stream]) for term in algorithm.terms])
             if epoch == 0 and number == 0:

@@ -3,7 +3,7 @@
 collect -> combine rewards -> bound -> truncated -> place over tokens -> KL in the reward -> credit -> whiten -> terms
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
@@ -127,7 +127,9 @@ def credited(algorithm: Algorithm, batch: Batch) -> Batch:
     if algorithm.penalty is not None:
         kl = torch.where(mask, algorithm.penalty.estimator(batch.columns), torch.zeros_like(token_reward))
         batch = batch.with_columns(kl=kl)
-        token_reward = token_reward - algorithm.penalty.coef * algorithm.penalty.charge(batch.columns)
+        coef = algorithm.penalty.coef
+        assert isinstance(coef, (int, float)), "controllers are resolved with Algorithm.at before credit"
+        token_reward = token_reward - coef * algorithm.penalty.charge(batch.columns)
     batch = batch.with_columns(token_reward=token_reward)
     advantage = algorithm.credit(batch.columns)
     batch = batch.with_columns(advantage=advantage)
@@ -375,7 +377,7 @@ def grpo(
     )
 
 
-METHODS = {
+METHODS: Mapping[str, Callable[..., Algorithm]] = {
     "ppo": ppo,
     "ppo_kl": ppo_kl,
     "instructgpt": instructgpt,

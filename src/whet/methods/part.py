@@ -47,7 +47,8 @@ class Part:
 
 def part(op: Callable[..., Tensor], **given: Any) -> Part:
     """A part from an op: `given` names dials (keyword-only parameters) and, for columns not called like the op's
-    parameter, which column or part to read. An optional column is read only where it is named.
+    parameter, which column or part to read. An optional column is read only where it is named; a positional parameter
+    may be given a plain value too.
 
     >>> from whet.ops import clip, token_ratio
     >>> sorted(part(clip, ratio=part(token_ratio), low=0.1).reads())
@@ -59,8 +60,10 @@ def part(op: Callable[..., Tensor], **given: Any) -> Part:
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
             if name in given:
                 dials[name] = given.pop(name)
-        elif name in given:
+        elif isinstance(given.get(name), (str, Part)):
             columns[name] = given.pop(name)
+        elif name in given:
+            dials[name] = given.pop(name)
         elif parameter.default is inspect.Parameter.empty:
             columns[name] = name
     if given:
@@ -95,6 +98,7 @@ class Term:
 
     def share(self, columns: Mapping[str, Tensor], counts: Any) -> Tensor:
         """weight x reduce(loss): this batch's share of the mini-batch whose counts are given. A scalar."""
+        assert isinstance(self.weight, (int, float)), "controllers are resolved before a term is used"
         return self.weight * self.reduce(self.loss(columns), columns[self.mask], counts, **self.dials)
 
 

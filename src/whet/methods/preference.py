@@ -1,5 +1,6 @@
 """Preference methods: pairs go straight into the policy. Two slots: how an answer is scored, how a gap becomes a loss."""
 
+from collections.abc import Callable, Mapping
 from typing import Annotated, Literal
 
 import msgspec
@@ -56,5 +57,5 @@ def ipo(
     )
 
 
-METHODS = {"dpo": dpo, "ipo": ipo}
+METHODS: Mapping[str, Callable[..., tuple[Term, ...]]] = {"dpo": dpo, "ipo": ipo}
 """Every preference method by name; its keyword parameters are the dials of the recipe's `method:` section."""

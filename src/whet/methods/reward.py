@@ -1,5 +1,6 @@
 """Reward-model methods: from comparisons or scores to a scalar head."""
 
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 from whet import ops
@@ -43,7 +44,12 @@ def absolute() -> tuple[Term, ...]:
     return (Term("reward", "train", part(ops.regression), ops.element_mean),)
 
 
-METHODS = {"pairwise": pairwise, "log_exp": log_exp, "k_way": k_way, "absolute": absolute}
+METHODS: Mapping[str, Callable[..., tuple[Term, ...]]] = {
+    "pairwise": pairwise,
+    "log_exp": log_exp,
+    "k_way": k_way,
+    "absolute": absolute,
+}
 """Every reward-model method by name."""
 
 READS = {"pairwise": "pairs", "log_exp": "pairs", "k_way": "rankings", "absolute": "labelled"}

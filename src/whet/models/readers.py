@@ -133,7 +133,9 @@ def _padded(rows: Sequence[Row]) -> tuple[Tensor, dict[str, Tensor], _Where]:
     return (
         ids,
         {},
-        _Where(torch.arange(len(rows)) * ids.shape[1], torch.tensor([r.length for r in rows]), tuple(ids.shape)),
+        _Where(
+            torch.arange(len(rows)) * ids.shape[1], torch.tensor([r.length for r in rows]), (ids.shape[0], ids.shape[1])
+        ),
     )
 
 
@@ -145,7 +147,7 @@ def _packed(rows: Sequence[Row]) -> tuple[Tensor, dict[str, Tensor], _Where]:
     offsets = lengths.cumsum(0) - lengths
     positions = torch.arange(ids.shape[1]) - offsets[owner]
     seen = (owner[:, None] == owner[None, :]).tril()[None, None]
-    return ids, {"position_ids": positions[None], "attention_mask": seen}, _Where(offsets, lengths, tuple(ids.shape))
+    return ids, {"position_ids": positions[None], "attention_mask": seen}, _Where(offsets, lengths, (1, ids.shape[1]))
 
 
 def _record_mask(rows: Sequence[Row]) -> Tensor:

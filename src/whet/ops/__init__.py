@@ -35,12 +35,16 @@ from whet.ops.shaping import (
 )
 from whet.ops.value import explained_variance, value_loss
 
+# fmt: off
 __all__ = [
     "AdaptiveKL", "Controller", "Counts", "FixedKL", "HalvingKL", "address", "addressed_uniform", "answer_logp",
-    "attention", "broadcast", "by_element", "centring", "cispo", "clip", "clip_score", "dense", "dpo", "dual_clip", "element_mean",
-    "entropy", "exact_kl", "explained_variance", "fixed_length", "gae", "gap", "group_center", "group_zscore", "hinge", "implicit_reward", "ipo",
-    "k1", "k2", "k3", "k_way", "kl_penalised", "last_index", "leave_one_out", "linear", "linear_logprobs", "log_exp",
-    "masked_mean", "masked_sum", "monte_carlo", "nll", "nth", "pairwise", "penalise", "per_sequence", "per_token", "permutation",
-    "ranking_loss", "regression", "reinforce", "sequence_mean", "sequence_ratio", "sequence_sum", "sigmoid", "terminal", "token_logprobs",
-    "token_mean", "token_ratio", "unclipped", "uniform", "value_loss", "weighted_sum", "whiten",
-]  # fmt: skip
+    "attention", "broadcast", "by_element", "centring", "cispo", "clip", "clip_score", "dense", "dpo",
+    "dual_clip", "element_mean", "entropy", "exact_kl", "explained_variance", "fixed_length", "gae", "gap",
+    "group_center", "group_zscore", "hinge", "implicit_reward", "ipo", "k1", "k2", "k3", "k_way",
+    "kl_penalised", "last_index", "leave_one_out", "linear", "linear_logprobs", "log_exp", "masked_mean",
+    "masked_sum", "monte_carlo", "nll", "nth", "pairwise", "penalise", "per_sequence", "per_token",
+    "permutation", "ranking_loss", "regression", "reinforce", "sequence_mean", "sequence_ratio", "sequence_sum",
+    "sigmoid", "terminal", "token_logprobs", "token_mean", "token_ratio", "unclipped", "uniform", "value_loss",
+    "weighted_sum", "whiten",
+]
+# fmt: on

@@ -159,7 +159,8 @@ def _messages(located: Located, name: str) -> list[dict[str, str]]:
             )
         if message["role"] not in ("system", "user", "assistant", "tool"):
             raise DataError(
-                f"{located.where}: field {name!r}, message {number}: role {message['role']!r} is none of system, user, assistant, tool"
+                f"{located.where}: field {name!r}, message {number}: role {message['role']!r} is none of "
+                "system, user, assistant, tool"
             )
         if not message["content"].strip():
             raise DataError(f"{located.where}: field {name!r}, message {number}: the content is empty")
@@ -274,8 +275,9 @@ class Reader:
                 messages = _messages(located, "prompt")
                 responses, ranks = self._ranked(located)
             sides = [self._answer_row(located, messages, answer) for answer in responses]
-            if all(side is not None for side in sides):
-                out.append(Ranking(tuple(sides), tuple(ranks)))
+            whole = tuple(side for side in sides if side is not None)
+            if len(whole) == len(sides):
+                out.append(Ranking(whole, tuple(ranks)))
         return self._some(out)
 
     def labelled(self, rows: Sequence[Located]) -> list[Labelled]:

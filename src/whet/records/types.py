@@ -154,6 +154,8 @@ class Batch:
         place: list[int] = []
         extra: dict[str, list[float]] = {}
         for number, element in enumerate(elements):
+            own: tuple[Row, ...]
+            numbers: dict[str, list[float]]
             match element:
                 case Row():
                     own, numbers = (element,), {}

@@ -17,7 +17,7 @@ class FunctionReward:
 
     def __init__(self, function: Callable[..., Any], name: str | None = None) -> None:
         self.function = function
-        self.name = name or getattr(function, "__name__", "reward")
+        self.name = name or str(getattr(function, "__name__", "reward"))
 
     def score(self, groups: Sequence[Group]) -> Scores:
         """See `Reward.score`; an exception of the function is told with its place in the user's file."""
@@ -49,7 +49,8 @@ def load_function(spec: str) -> Callable[..., Any]:
             if not path.is_file():
                 raise RecipeError(f"{spec}: no such file {place}")
             found = importlib.util.spec_from_file_location(f"whet_user_{path.stem}", path.resolve())
-            assert found is not None and found.loader is not None
+            assert found is not None
+            assert found.loader is not None
             module = importlib.util.module_from_spec(found)
             sys.modules[found.name] = module
             found.loader.exec_module(module)

@@ -1,0 +1,243 @@
+"""The demo's story: base, SFT, K answers, ranking, reward model, PPO-ptx, evaluation under gold, report.
+
+Every phase is a verb of the command line with a recipe of `recipes/`; the world adds its data and its judge. Two side
+runs go on a second core meanwhile: PPO without ptx, and the over-optimisation of a small reward model.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import whet
+from whet.cli import config
+from whet.cli.demo import judge, world
+from whet.cli.demo.tell import tell
+from whet.errors import RecipeError, WhetError
+
+RECIPES = Path(__file__).parent / "recipes"
+GOLD = "whet.cli.demo.judge:gold"
+ANNOTATOR = "whet.cli.demo.run:annotator"
+ANSWER = 64
+"""longest answer, in tokens"""
+SMALL = 400
+"""rankings behind the reward model that is over-optimised"""
+
+
+def demo(options: Mapping[str, Any]) -> int:
+    """Runs the whole story into `out` (a new folder) for one seed, prints the table, writes summary.json and report.html."""
+    known = {"seed": 0, "out": "runs/demo"}
+    for name in options:
+        if name not in known:
+            raise config.unknown(name, list(known))
+    seed, out = options.get("seed", 0), Path(options.get("out", "runs/demo"))
+    if not isinstance(seed, int) or seed < 0:
+        raise RecipeError(f"seed: expected a number from 0 up, got {seed!r}")
+    if out.exists():
+        raise RecipeError(f"out: {out} already exists; name another folder with --out, or remove it")
+    began = time.perf_counter()
+    story = Story(out, seed)
+    story.prepare()
+    story.rank()
+    with Side(story) as side:
+        story.reinforce()
+        measured = story.evaluate(side)
+    numbers = measured | {"seconds": round(time.perf_counter() - began, 1)}
+    tell(out, numbers)
+    return 0
+
+
+class Story:
+    """The phases, each leaving its folder or file under `out`."""
+
+    def __init__(self, out: Path, seed: int) -> None:
+        self.out, self.seed, self.world = out, seed, out / "world"
+
+    def prepare(self) -> None:
+        """The world's files, the base model, and the SFT model."""
+        self.say("the market desk: texts, demonstrations, prompts")
+        world.write_world(self.world, self.seed)
+        self.say("base: pre-training on the desk's raw text")
+        self.verb("pretrain", "base", model=self.at("base"), data=self.at("raw.jsonl"))
+        self.say("sft: demonstrations")
+        mixture = [
+            {"path": self.at("demonstrations.jsonl"), "weight": 0.8},
+            {"path": self.at("raw.jsonl"), "weight": 0.2},
+        ]
+        self.verb(
+            "sft",
+            "sft",
+            model=self.model("base"),
+            data=mixture,
+            **{"data.eval": self.at("demonstrations_heldout.jsonl")},
+        )
+
+    def rank(self) -> None:
+        """K = 4 answers a prompt from the SFT model, their noisy rankings, and the reward model from them."""
+        self.say("four answers a prompt, ranked by the noisy person")
+        for name in ("prompts_rank", "prompts_rank_heldout"):
+            sampled = self.out / f"{name}_answers.jsonl"
+            whet.run(
+                "sample", model=self.model("sft"), data=self.at(f"{name}.jsonl"), count=4, seed=self.seed, threads=1,
+                max_new_tokens=ANSWER, out=str(sampled),
+            )  # fmt: skip
+            rows = [{**row, "seed": self.seed} for row in read(sampled)]
+            if name == "prompts_rank":
+                rows = [
+                    {**row, "responses": judge.with_edit(row["prompt"], row["responses"], self.seed)} for row in rows
+                ]
+            write(sampled, rows)
+            whet.run(
+                "rank",
+                data=str(sampled),
+                judge=ANNOTATOR,
+                judge_form="rank",
+                out=str(self.out / f"{name}_ranked.jsonl"),
+            )
+        whet.run("rank", data=str(sampled), judge=GOLD, out=str(self.out / "prompts_rank_heldout_gold.jsonl"))
+        self.say("reward: the reward model, K-way")
+        self.verb("reward", "reward", model=self.model("sft"), data=str(self.out / "prompts_rank_ranked.jsonl"))
+
+    def reinforce(self) -> None:
+        """PPO-ptx from the SFT model, the critic from the reward model, on prompts of its own."""
+        self.say("ppo: PPO-ptx against the reward model")
+        self.verb("instructgpt", "ppo", **self.against("reward"), ptx=self.at("raw.jsonl"))
+
+    def evaluate(self, side: "Side") -> dict[str, Any]:
+        """Everything the report tells, measured on held-out prompts and texts."""
+        self.say("evaluation under gold")
+        heldout = {"noisy": "prompts_rank_heldout_ranked", "noise_free": "prompts_rank_heldout_gold"}
+        accuracy = {
+            name: whet.run("eval", model=self.model("reward"), data=str(self.out / f"{file}.jsonl"), threads=1)[
+                "accuracy"
+            ]
+            for name, file in heldout.items()
+        }
+        models = {name: self.compared(name) for name in ("base", "ppo")}
+        raw = {name: self.raw_loss(name) for name in ("sft", "ppo")}
+        edits = self.edits()
+        side.wait()
+        raw["ppo_without_ptx"] = self.raw_loss("ppo_without_ptx")
+        return {
+            "seed": self.seed, "accuracy": accuracy, "ceiling": ceiling(read(self.out / "prompts_rank_heldout_gold.jsonl"), self.seed),
+            "models": models, "raw": raw, "edits": edits,
+        }  # fmt: skip
+
+    def compared(self, name: str) -> dict[str, float]:
+        """A model against SFT: gold, reward model, KL and win rates; the answers stay in `answers_NAME.jsonl`."""
+        return whet.run(
+            "eval", model=self.model(name), against=self.model("sft"), judge=[GOLD, self.model("reward")], seed=self.seed,
+            data=self.at("prompts_eval.jsonl"), max_new_tokens=ANSWER, threads=1, answers=str(self.out / f"answers_{name}.jsonl"),
+        )  # fmt: skip
+
+    def raw_loss(self, name: str) -> float:
+        """Loss on held-out raw text, nats per token."""
+        return whet.run("eval", model=self.model(name), data=self.at("raw_heldout.jsonl"), threads=1)["nll"]
+
+    def edits(self) -> dict[str, tuple[float, int]]:
+        """For each controlled edit: (share of edited SFT answers that the reward model rates worse, how many)."""
+        rows, kinds = [], []
+        for row in read(self.out / "prompts_rank_heldout_answers.jsonl"):
+            for kind in judge.EDITS:
+                answer = judge.edited(row["prompt"], row["responses"][0], kind, self.seed)
+                if answer is not None:
+                    rows.append({"prompt": row["prompt"], "chosen": row["responses"][0], "rejected": answer})
+                    kinds.append(kind)
+        out = {}
+        for kind in judge.EDITS:
+            own = [row for row, other in zip(rows, kinds, strict=True) if other == kind]
+            if own:
+                write(self.out / "edits.jsonl", own)
+                found = whet.run("eval", model=self.model("reward"), data=str(self.out / "edits.jsonl"), threads=1)
+                out[kind] = (found["accuracy"], len(own))
+        return out
+
+    def against(self, reward: str) -> dict[str, str]:
+        """What every reinforcement run is given."""
+        return {"model": self.model("sft"), "reward": self.model(reward), "data": self.at("prompts_ppo.jsonl")}
+
+    def verb(self, verb: str, name: str, **fields: Any) -> None:
+        """A verb with the demo's recipe of this name, into the run folder of this name."""
+        whet.run(verb, str(RECIPES / f"{name}.yaml"), seed=self.seed, out=str(self.out / name), quiet=False, **fields)
+
+    def at(self, name: str) -> str:
+        """A file of the world."""
+        return str(self.world / name)
+
+    def model(self, name: str) -> str:
+        """The model that a run left."""
+        return str(self.out / name / "model")
+
+    def say(self, text: str) -> None:
+        """A line on what comes now."""
+        print(f"\n== {text}", file=sys.stderr, flush=True)
+
+
+class Side:
+    """The two side runs, one after the other in processes of their own, so that a second core is used.
+
+    `small` reward model -> PPO without KL cost (over-optimisation), and PPO without ptx.
+    """
+
+    def __init__(self, story: Story) -> None:
+        self.story = story
+        self.log = (story.out / "side.log").open("w")
+
+    def __enter__(self) -> "Side":
+        rows = read(self.story.out / "prompts_rank_ranked.jsonl")[:SMALL]
+        small = self.story.out / "small_ranked.jsonl"
+        write(small, rows)
+        commands = [
+            self.command("reward", "small_reward", model=self.story.model("sft"), data=str(small)),
+            self.command("ppo", "over_optimised", **self.story.against("small_reward")),
+            self.command("ppo", "ppo_without_ptx", **self.story.against("reward")),
+        ]
+        script = (
+            "import subprocess, sys, json\nfor one in json.loads(sys.argv[1]):\n    subprocess.run(one, check=True)"
+        )
+        words = [sys.executable, "-c", script, json.dumps(commands)]
+        self.process = subprocess.Popen(words, stdout=self.log, stderr=self.log)
+        return self
+
+    def command(self, verb: str, name: str, **fields: str) -> list[str]:
+        """The words of one side run."""
+        words = [sys.executable, "-m", "whet", verb, str(RECIPES / f"{name}.yaml"), "--quiet"]
+        for key, value in {**fields, "seed": str(self.story.seed), "out": str(self.story.out / name)}.items():
+            words += [f"--{key}", value]
+        return words
+
+    def wait(self) -> None:
+        """Until both have ended. Raises WhetError when one failed."""
+        if self.process.wait():
+            raise WhetError(f"a side run failed; see {self.story.out / 'side.log'}")
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        self.process.wait()
+        self.log.close()
+
+
+def annotator(prompt: str, responses: Sequence[str], seed: int = 0, **columns: Any) -> list[int]:
+    """The noisy person: ranks of the answers to one prompt, in the form that `whet rank` asks for."""
+    return judge.annotate(prompt, responses, seed)
+
+
+def ceiling(rows: Sequence[Mapping[str, Any]], seed: int) -> float:
+    """The share of noisy pairs that gold itself orders right: no reward model can expect more."""
+    from whet.loops.evaluate import rank_agreement
+
+    scores = [judge.gold([row["prompt"]] * len(row["responses"]), row["responses"]) for row in rows]
+    return rank_agreement(scores, [judge.annotate(row["prompt"], row["responses"], seed) for row in rows])
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A JSONL file."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

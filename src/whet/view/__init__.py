@@ -1,0 +1,1 @@
+"""Reads run folders and shows them; changes nothing in them."""

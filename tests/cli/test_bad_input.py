@@ -1,0 +1,246 @@
+"""Whatever is wrong with what was given is told in one message, before anything is written."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from whet.cli.main import main
+from whet.errors import RewardError, WhetError
+
+from .helpers import on_disk, one_message, whet
+
+SFT = [{"prompt": "hello a", "completion": "yes b c"}, {"prompt": "b", "completion": "no"}] * 4
+JUDGES = {
+    "good": "return [float(len(text.split())) for text in completions]",
+    "raises": "if calls > 2: raise KeyError('target')\n    return [1.0] * len(completions)",
+    "short": "return [1.0] * (len(completions) if calls < 3 else 2)",
+    "nan": "return [1.0] * (len(completions) - 1) + [float('nan') if calls > 2 else 2.0]",
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder, some that are none, data and reward functions. Nothing in it changes."""
+    home = tmp_path_factory.mktemp("home")
+    tiny.folder(home / "m")
+    tiny.folder(home / "bare", template=None)
+    tiny.folder(home / "small", vocabulary=20)
+    tiny.folder(home / "padless")
+    tiny.tokenizer(pad=False).save_pretrained(home / "padless")
+    (home / "empty").mkdir()
+    shutil.copytree(home / "m", home / "wordless")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (home / "wordless" / name).unlink()
+    shutil.copytree(home / "m", home / "torn")
+    (home / "torn" / "model.safetensors").write_bytes((home / "m" / "model.safetensors").read_bytes()[:1000])
+    shutil.copytree(home / "m", home / "garbled")
+    (home / "garbled" / "config.json").write_text("{")
+    tiny.write_jsonl(home / "sft.jsonl", SFT)
+    tiny.write_jsonl(home / "prompts.jsonl", [{"prompt": "hello a", "target": "yes"}, {"prompt": "b c"}])
+    tiny.write_jsonl(home / "answers.jsonl", [{"prompt": "a", "responses": ["b", "c"], "scores": [1, 2]}])
+    for name, body in JUDGES.items():
+        text = f"calls = 0\ndef judge(prompts, completions, **columns):\n    global calls\n    calls += 1\n    {body}\n"
+        (home / f"{name}.py").write_text(text)
+    return home
+
+
+def said_no(home: Path, folder: Path, capsys: Any, verb: str, words: list[str], what: list[str]) -> None:
+    """Status 2, one message with these words, nothing written; with --debug the exception itself."""
+    known = {"HOME": str(home), "OUT": str(folder / "out")}
+    words = [word.replace("HOME", known["HOME"]).replace("OUT", known["OUT"]) for word in words]
+    before = on_disk(folder)
+    said = whet(capsys, verb, *words)
+    one_message(said.error, [fragment.replace("HOME", known["HOME"]) for fragment in what])
+    assert (said.status, said.out) == (2, "")
+    assert on_disk(folder) == before
+    with pytest.raises(WhetError):
+        main([verb, *words, "--debug"])
+    assert on_disk(folder) == before
+
+
+def sft(*words: str, model: str = "m", data: str = "HOME/sft.jsonl") -> list[str]:
+    return ["--model", f"HOME/{model}", "--data", data, "--out", "OUT", "--quiet", *words]
+
+
+def online(*words: str, reward: str = "good") -> list[str]:
+    given = ["--reward", f"HOME/{reward}.py:judge", "--max-new-tokens", "8", "--rollout.prompts", "2", "--rollout.steps", "1"]
+    return ["--model", "HOME/m", "--data", "HOME/prompts.jsonl", "--out", "OUT", "--quiet", *given, *words]
+
+
+CONTENTS: dict[str, tuple[str, bytes, list[str]]] = {
+    "an empty file": ("sft", b"", ["rows.jsonl: ", "empty"]),
+    "a file of blank lines": ("sft", b"\n\n", ["rows.jsonl: ", "empty"]),
+    "a missing field": ("sft", b'{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', ["rows.jsonl:2: ", "'completion'", "missing"]),
+    "an empty field": ("sft", b'{"prompt": "a", "completion": ""}\n', ["rows.jsonl:1: ", "'completion'", "empty"]),
+    "a null field": ("sft", b'{"prompt": null, "completion": "b"}\n', ["rows.jsonl:1: ", "'prompt'", "missing"]),
+    "a number for a text": ("sft", b'{"prompt": "a", "completion": 3}\n', ["rows.jsonl:1: ", "'completion'", "string", "int"]),
+    "a number for a prompt": ("sft", b'{"prompt": 3, "completion": "a"}\n', ["rows.jsonl:1: ", "'prompt'", "string", "3"]),
+    "a list for a row": ("sft", b"[1]\n", ["rows.jsonl:1: ", "object", "list"]),
+    "invalid UTF-8": ("sft", b'{"prompt": "a", "completion": "b"}\n{"prompt": "\xff"}', ["rows.jsonl:2: ", "UTF-8", "byte 12"]),
+    "invalid JSON": ("sft", b'{"prompt": "a", "completion": "b"}\n{"prompt": "a",}\n', ["rows.jsonl:2: ", "JSON", "column"]),
+    "a byte-order mark": ("sft", b'\xef\xbb\xbf{"prompt": "a"}\n', ["rows.jsonl:1: ", "BOM"]),
+    "duplicate ids": (
+        "sft", b'{"id": 1, "prompt": "a", "completion": "b"}\n{"id": 1, "prompt": "c", "completion": "b"}\n',
+        ["rows.jsonl:2: ", "id 1", "rows.jsonl:1", "unique"],
+    ),
+    "a conversation longer than the model": (
+        "sft", b'{"prompt": "a", "completion": "' + b"b " * 200 + b'"}\n',
+        ["rows.jsonl:1: ", "204 tokens", "128", "--data.max-tokens", "--data.too-long drop"],
+    ),
+    "a text row without text": ("pretrain", b'{"text": ""}\n', ["rows.jsonl:1: ", "'text'", "empty"]),
+    "a pair without its other side": ("dpo", b'{"prompt": "a", "chosen": "b"}\n', ["rows.jsonl:1: ", "'rejected'", "missing"]),
+    "a ranking with too few ranks": (
+        "reward", b'{"prompt": "a", "responses": ["b", "c"], "ranks": [1]}\n',
+        ["rows.jsonl:1: ", "'ranks'", "2 answers", "got 1"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CONTENTS)
+def test_a_bad_data_file_is_told_with_file_line_and_field(case: str, home: Path, tmp_path: Path, capsys: Any) -> None:
+    verb, content, what = CONTENTS[case]
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    said_no(home, tmp_path, capsys, verb, sft(data=str(tmp_path / "rows.jsonl")), what)
+
+
+GIVEN: dict[str, tuple[str, list[str], list[str]]] = {
+    "no model": ("sft", ["--data", "HOME/sft.jsonl", "--out", "OUT"], ["model.path", "--model"]),
+    "no data": ("sft", ["--model", "HOME/m", "--out", "OUT"], ["data.train", "--data"]),
+    "no such data file": ("sft", sft(data="HOME/nothing.jsonl"), ["HOME/nothing.jsonl", "no such file"]),
+    "no such evaluation file": ("sft", sft("--data.eval", "HOME/nothing.jsonl"), ["HOME/nothing.jsonl", "no such file"]),
+    "no such model folder": ("sft", sft(model="nothing"), ["HOME/nothing", "no such model folder"]),
+    "a folder that is no model": ("sft", sft(model="empty"), ["HOME/empty", "not a model folder", "config.json"]),
+    "a file for a model": ("sft", sft(model="sft.jsonl"), ["HOME/sft.jsonl", "folder"]),
+    "no tokenizer": ("sft", sft(model="wordless"), ["HOME/wordless", "tokenizer"]),
+    "torn weights": ("sft", sft(model="torn"), ["HOME/torn", "load"]),
+    "no chat template": ("sft", sft(model="bare"), ["HOME/bare", "chat template", "--chat-template plain"]),
+    "no such chat template": ("sft", sft("--chat-template", "palin", model="bare"), ["'palin'", '"plain"']),
+    "no pad token": ("sft", sft(model="padless"), ["HOME/padless", "pad token", "--model.pad-token"]),
+    "a pad token that is none": ("sft", sft("--model.pad-token", "<pda>"), ["--model.pad-token", "<pda>", "no such token"]),
+    "a vocabulary that does not fit": ("sft", sft(model="small"), ["HOME/small", "27", "20", "vocabulary does not fit"]),
+    "four bits on a CPU": ("sft", sft("--model.quantise", "4bit", "--model.device", "cpu", "--model.lora.rank", "2"), ["model.quantise", "GPU"]),
+    "adapters on modules that are not there": ("sft", sft("--model.lora.targets", "[nothing]"), ["model.lora", "nothing"]),
+    "a device that is none": ("sft", sft("--model.device", "gpu"), ["model.device", "gpu"]),
+    "more tokens than positions": ("sft", sft("--data.max-tokens", "500"), ["data.max_tokens", "128", "500"]),
+    "an answer over the limit": ("sft", sft("--data.max-tokens", "5"), ["sft.jsonl:1", "8 tokens", "limit is 5", "--data.max-tokens"]),
+    "every row over the limit": ("sft", sft("--data.max-tokens", "3", "--data.too-long", "drop"), ["no row is left", "--data.max-tokens"]),
+    "an unknown field": ("sft", sft("--train.bach", "3"), ["'train.bach'", "did you mean 'train.batch'?"]),
+    "an unknown section": ("sft", sft("--trian.batch", "3"), ["'trian'", "did you mean 'train'?"]),
+    "an unknown section online": ("ppo", online("--rolout.steps", "3"), ["rolout", "did you mean 'rollout'?"]),
+    "an unknown dial": ("grpo", online("--clpi", "3"), ["clpi", "did you mean 'method.clip'?"]),
+    "an unknown dial of dpo": ("dpo", sft("--bta", "3"), ["bta", "did you mean 'method.beta'?"]),
+    "an unknown reward method": ("reward", sft("--method.name", "pairwsie"), ["pairwsie", "did you mean 'pairwise'?"]),
+    "an unknown recipe": ("sft", ["mine.yaml", *sft()], ["mine.yaml", "no such recipe"]),
+    "a batch of nothing": ("sft", sft("--train.batch", "0"), ["train.batch", ">= 1", "got 0"]),
+    "a learning rate of nothing": ("sft", sft("--lr", "0"), ["optim.lr", "> 0", "got 0"]),
+    "a number that is none": ("sft", sft("--lr", "fast"), ["optim.lr", "'fast'"]),
+    "a group of one": ("grpo", online("--answers", "1"), ["method.answers", ">= 2", "got 1"]),
+    "no clip": ("grpo", online("--clip", "0"), ["method.clip", "> 0", "got 0"]),
+    "a negative clip": ("ppo", online("--clip", "-0.2"), ["method.clip", "> 0", "got -0.2"]),
+    "a minibatch over the batch": ("grpo", online("--rollout.minibatch", "64"), ["rollout.minibatch", "2 prompts", "8 answers", "16", "64"]),
+    "several updates without a ratio": ("reinforce", online("--rollout.epochs", "2"), ["rollout", "one update", "2 epochs"]),
+    "greedy answers": ("grpo", online("--sampling.temperature", "0"), ["sampling.temperature", "greedy"]),
+    "no room for an answer": ("grpo", online("--max-new-tokens", "127"), ["max_new_tokens", "128", "127"]),
+    "a language model for a reward": ("grpo", [*online(), "--reward", "HOME/m"], ["HOME/m", "reward"]),
+    "a language model for a judge": ("eval", ["--model", "HOME/m", "--against", "HOME/m", "--judge", "HOME/m", "--data", "HOME/prompts.jsonl"], ["HOME/m", "judge"]),
+    "a torn configuration": ("sft", sft(model="garbled"), ["HOME/garbled", "config.json", "JSON"]),
+    "a template that leaves answers out": ("sft", sft("--chat-template", "{{ messages[0]['content'] }}"), ["template", "assistant"]),
+    "a template that is no Jinja": ("sft", sft("--chat-template", "{% for m in messages %}"), ["template"]),
+    "a file for a run folder": ("sft", [*sft(), "--out", "HOME/sft.jsonl"], ["HOME/sft.jsonl"]),
+    "no reward": ("grpo", [word for word in online() if "judge" not in word and word != "--reward"], ["reward", "--reward"]),
+    "no such reward file": ("grpo", online(reward="nothing"), ["HOME/nothing.py", "no such file"]),
+    "no such reward function": ("grpo", [*online(), "--reward", "HOME/good.py:juge"], ["HOME/good.py", "'juge'"]),
+    "ptx without rows": ("instructgpt", online("--rollout.minibatch", "2"), ["ptx", "--ptx"]),
+    "a shared trunk without adapters": ("ppo", online("--rollout.minibatch", "2", "--trunk", "shared"), ["trunk", "model.lora"]),
+    "an average with adapters": ("ppo", online("--rollout.minibatch", "2", "--rollout.ema", "0.5", "--model.lora.rank", "2"), ["rollout.ema", "lora"]),
+    "two prompt files": ("grpo", [*online(), "--data", "[{path: HOME/prompts.jsonl}]"], ["data.train", "one file"]),
+    "--resume without a run": ("sft", sft("--resume"), ["--resume", "no run"]),
+    "rank without a file to write": ("rank", ["--data", "HOME/answers.jsonl"], ["out", "--out"]),
+    "rank without judge and scores": ("rank", ["--data", "HOME/sft.jsonl", "--out", "OUT"], ["sft.jsonl:1", "'responses'"]),
+    "a judge that is not there": ("rank", ["--data", "HOME/answers.jsonl", "--judge", "HOME/nothing.py:f", "--out", "OUT/a"], ["HOME/nothing.py"]),
+    "sample without room": ("sample", ["--model", "HOME/m", "--data", "HOME/prompts.jsonl", "--out", "OUT/a", "--max-new-tokens", "500"], ["max_new_tokens", "128"]),
+    "a win rate against nobody": ("eval", ["--model", "HOME/m", "--data", "HOME/prompts.jsonl", "--judge", "HOME/good.py:judge"], ["--against", "--judge"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", GIVEN)
+def test_what_cannot_work_is_told_before_anything_is_written(case: str, home: Path, tmp_path: Path, capsys: Any) -> None:
+    verb, words, what = GIVEN[case]
+    said_no(home, tmp_path, capsys, verb, words, what)
+
+
+SCORES: dict[str, tuple[Any, str]] = {
+    "too few": ([1], "'scores'"),
+    "no list": (5, "'scores'"),
+    "null": ([1, None], "'scores'"),
+    "words": (["good", "bad"], "'scores'"),
+    "not a number": ([float("nan"), 1], "'scores'"),
+}
+
+
+@pytest.mark.parametrize("case", SCORES)
+def test_scores_that_cannot_be_ranked_are_told_with_their_line(case: str, home: Path, tmp_path: Path, capsys: Any) -> None:
+    good = {"prompt": "a", "responses": ["b", "c"], "scores": [1, 2]}
+    tiny.write_jsonl(tmp_path / "rows.jsonl", [good, good | {"scores": SCORES[case][0]}])
+    words = ["--data", str(tmp_path / "rows.jsonl"), "--out", "OUT"]
+    said_no(home, tmp_path, capsys, "rank", words, ["rows.jsonl:2: ", SCORES[case][1]])
+
+
+def run_words(home: Path, folder: Path, *words: str) -> list[str]:
+    return [word.replace("HOME", str(home)).replace("OUT", str(folder / "out")) for word in words]
+
+
+def test_a_folder_with_a_run_is_not_written_over(home: Path, tmp_path: Path, capsys: Any) -> None:
+    words = run_words(home, tmp_path, *sft("--train.steps", "2"))
+    assert whet(capsys, "sft", *words).status == 0
+    said_no(home, tmp_path, capsys, "sft", words, ["out", "already holds a run", "--resume", "--out"])
+
+
+def test_resuming_with_another_recipe_names_what_differs(home: Path, tmp_path: Path, capsys: Any) -> None:
+    words = run_words(home, tmp_path, *sft("--train.steps", "2"))
+    assert whet(capsys, "sft", *words).status == 0
+    other = [*words, "--lr", "0.5", "--seed", "3", "--resume"]
+    said_no(home, tmp_path, capsys, "sft", other, ["--resume", "optim.lr", "seed", "unchanged"])
+
+
+FAILING = {
+    "raises": ["KeyError", "'target'", "raises.py:5"],
+    "short": ["16 answers", "2 scores"],
+    "nan": ["answer 15", "nan", "finite"],
+}
+
+
+@pytest.mark.parametrize("kind", FAILING)
+def test_a_reward_function_that_fails_leaves_the_rollouts_and_checkpoints_before(
+    kind: str, home: Path, tmp_path: Path, capsys: Any
+) -> None:
+    words = run_words(home, tmp_path, *online("--rollout.steps", "4", "--train.save-every", "1", reward=kind))
+    said = whet(capsys, "grpo", *words)
+    one_message(said.error, ["reward judge", *FAILING[kind]])
+    assert (said.status, said.out) == (1, "")
+    out = tmp_path / "out"
+    assert sorted(path.name for path in (out / "rollouts").iterdir()) == ["step-00000001.parquet", "step-00000002.parquet"]
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-00000001", "step-00000002"]
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
+    assert not (out / "model").exists()
+    with pytest.raises(RewardError):
+        main(["grpo", *run_words(home, tmp_path / "again", *online("--rollout.steps", "4", reward=kind)), "--debug"])
+    assert whet(capsys, "grpo", *words, "--resume").status == 0  # the third call is the first one of the new process
+    assert (out / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("body", "what"), [
+    ("raise KeyError('a')", ["KeyError", "broken.py:2"]), ("return [1.0]", ["2 answers", "1 scores"]),
+    ("return [1.0, float('nan')]", ["nan"]), ("return None", ["None"]),
+])  # fmt: skip
+def test_a_judge_that_fails_leaves_no_half_file(body: str, what: list, home: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "broken.py").write_text(f"def judge(prompts, completions, **columns):\n    {body}\n")
+    before = on_disk(tmp_path)
+    words = ["--data", f"{home}/answers.jsonl", "--judge", f"{tmp_path}/broken.py:judge", "--out", f"{tmp_path}/ranks.jsonl"]
+    said = whet(capsys, "rank", *words)
+    one_message(said.error, what)
+    assert (said.status, said.out) == (1, "")
+    assert on_disk(tmp_path) == before

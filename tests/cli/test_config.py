@@ -1,0 +1,207 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from whet.cli import build, config
+from whet.cli.config import Eval, Offline, Online, Rank, RewardSource, Sample, Source, resolve
+from whet.cli.main import OFFLINE, ONLINE, _grouped, parsed
+from whet.dials import LoRA, Optim
+from whet.errors import RecipeError
+from whet.methods import online, preference, reward
+
+
+def yaml(folder: Path, text: str) -> str:
+    (folder / "mine.yaml").write_text(text)
+    return str(folder / "mine.yaml")
+
+
+def line(kind: type, verb: str, *words: str) -> Any:
+    """The recipe of a command line."""
+    recipe, overrides, _ = parsed(words)
+    return resolve(kind, verb, recipe, list(_grouped(overrides).items()))
+
+
+def test_overrides_win_over_the_users_recipe_over_the_shipped_one_over_the_defaults(tmp_path: Path) -> None:
+    mine = yaml(tmp_path, "train: {batch: 8, packing: true}\noptim: {lr: 2.0e-5, warmup: 0.25}\n")
+    recipe = line(Offline, "sft", mine, "--optim.lr", "0.5", "--train.batch", "4")
+    assert (recipe.optim.lr, recipe.train.batch) == (0.5, 4)  # the override
+    assert (recipe.optim.warmup, recipe.train.packing) == (0.25, True)  # the user's
+    assert (recipe.train.epochs, recipe.optim.schedule) == (3.0, "cosine")  # the shipped
+    assert (recipe.train.micro_tokens, recipe.optim.betas, recipe.seed) == (8192, (0.9, 0.95), 0)  # the defaults
+
+
+@pytest.mark.parametrize("written", ["1e-3", "1E-3", "1.0e-3", "0.001", ".001"])
+def test_a_number_may_be_written_as_one_likes(written: str, tmp_path: Path) -> None:
+    assert line(Offline, "sft", "--lr", written).optim.lr == 0.001
+    assert line(Offline, "sft", yaml(tmp_path, f"optim: {{lr: {written}}}")).optim.lr == 0.001
+
+
+@pytest.mark.parametrize("words", [("--optim.lr=0.5",), ("--optim.lr", "0.5"), ("--lr", "0.5"), ("--lr", "1", "--lr", "0.5")])
+def test_an_override_has_several_forms_and_the_last_one_counts(words: tuple[str, ...]) -> None:
+    assert line(Offline, "sft", *words).optim.lr == 0.5
+
+
+def test_dashes_stand_for_underscores_and_a_flag_without_value_is_true() -> None:
+    recipe = line(Online, "ppo", "--model.trust-remote-code", "--max-new-tokens", "7", "--model.chat-template", "plain")
+    assert (recipe.model.trust_remote_code, recipe.sampling.max_new_tokens) == (True, 7)
+    assert recipe.model.chat_template == "plain"
+
+
+BARE = [
+    (Offline, "sft", ("--model", "DIR"), lambda r: r.model.path, "DIR"),
+    (Offline, "sft", ("--data", "a.jsonl"), lambda r: r.data.train, "a.jsonl"),
+    (Offline, "sft", ("--data", "[{path: a.jsonl, weight: 2}, {path: b.jsonl}]"), lambda r: r.data.train,
+     [Source("a.jsonl", 2.0), Source("b.jsonl", 1.0)]),
+    (Offline, "sft", ("--data.train", "[a.jsonl, b.jsonl]"), lambda r: r.data.train, [Source("a.jsonl"), Source("b.jsonl")]),
+    (Offline, "sft", ("--data", "[a.jsonl, b.jsonl]"), lambda r: r.data.train, [Source("a.jsonl"), Source("b.jsonl")]),
+    (Online, "ppo", ("--critic", "DIR"), lambda r: r.critic.path, "DIR"),
+    (Online, "instructgpt", ("--ptx", "a.jsonl"), lambda r: r.ptx.data, "a.jsonl"),
+    (Online, "ppo", ("--reward", "f.py:f"), lambda r: r.reward, [RewardSource("f.py:f")]),
+    (Online, "ppo", ("--reward", "f.py:f", "--reward", "DIR"), lambda r: r.reward, [RewardSource("f.py:f"), RewardSource("DIR")]),
+    (Online, "ppo", ("--reward", "{source: DIR, weight: 0.5, dense: true}"), lambda r: r.reward,
+     [RewardSource("DIR", 0.5, None, True)]),
+    (Sample, "sample", ("--model", "DIR", "--data", "a.jsonl"), lambda r: (r.model.path, r.data.train), ("DIR", "a.jsonl")),
+    (Eval, "eval", ("--model", "DIR"), lambda r: r.model.path, "DIR"),
+    (Rank, "rank", ("--data", "a.jsonl"), lambda r: r.data.train, "a.jsonl"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "verb", "words", "read", "expected"), BARE)
+def test_a_bare_value_for_a_section_is_its_main_field(kind: type, verb: str, words: tuple, read: Any, expected: Any) -> None:
+    assert read(line(kind, verb, *words)) == expected
+
+
+def test_bare_values_work_in_yaml_and_leave_the_rest_of_the_section_to_others(tmp_path: Path) -> None:
+    mine = yaml(tmp_path, "model: DIR\ndata: a.jsonl\nreward: [f.py:f, {source: g.py:g, weight: 2}]\n")
+    recipe = line(Online, "ppo", mine, "--model.dtype", "float32", "--data.max-tokens", "9")
+    assert (recipe.model.path, recipe.model.dtype) == ("DIR", "float32")
+    assert (recipe.data.train, recipe.data.max_tokens) == ("a.jsonl", 9)
+    assert recipe.reward == [RewardSource("f.py:f"), RewardSource("g.py:g", 2.0)]
+
+
+def test_part_of_an_optional_section_switches_it_on() -> None:
+    assert line(Offline, "sft").model.lora is None
+    assert line(Offline, "sft", "--model.lora.rank", "4").model.lora == LoRA(rank=4)
+    assert line(Online, "ppo", "--critic.optim", "null").critic.optim is None
+    assert line(Online, "ppo", "--critic.optim.lr", "0.5").critic.optim == Optim(lr=0.5, schedule="linear", final=0.1)
+
+
+def test_a_name_that_is_no_field_is_a_dial_of_the_method() -> None:
+    assert line(Online, "grpo", "--answers", "4", "--kl.coef", "0.1").method == {"answers": 4, "kl": {"coef": 0.1}}
+    assert line(Offline, "dpo", "--beta", "0.3").method == {"beta": 0.3}
+
+
+UNKNOWN = [
+    (Offline, "sft", ("--optim.rl", "1"), "unknown field 'optim.rl'; did you mean 'optim.lr'?"),
+    (Offline, "sft", ("--train.batchsize", "1"), "unknown field 'train.batchsize'; did you mean 'train.batch'?"),
+    (Offline, "sft", ("--model.lora.rang", "1"), "unknown field 'model.lora.rang'; did you mean 'model.lora.rank'?"),
+    (Offline, "sft", ("--data", "[{file: a}]"), "unknown field 'data.train.file'; "),
+    (Sample, "sample", ("--cuont", "1"), "unknown field 'cuont'; did you mean 'count'?"),
+    (Eval, "eval", ("--judg", "a"), "unknown field 'judg'; did you mean 'judge'?"),
+    (Online, "ppo", ("--reward", "{sauce: DIR}"), "unknown field 'reward.sauce'; did you mean 'reward.source'?"),
+    (Online, "ppo", ("--rollout.promts", "1"), "unknown field 'rollout.promts'; did you mean 'rollout.prompts'?"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "verb", "words", "what"), UNKNOWN)
+def test_an_unknown_field_is_named_with_the_nearest_one(kind: type, verb: str, words: tuple, what: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        line(kind, verb, *words)
+    assert str(caught.value).startswith(what)
+
+
+def test_an_unknown_field_of_a_recipe_file_is_named_too(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"unknown field 'trian'; did you mean 'train'\?"):
+        line(Offline, "sft", yaml(tmp_path, "trian: {batch: 3}"))
+
+
+WRONG = [
+    (Offline, "sft", ("--train.batch", "0"), "train.batch: ", "0"),
+    (Offline, "sft", ("--train.batch", "many"), "train.batch: ", "'many'"),
+    (Offline, "sft", ("--train.batch", "1.5"), "train.batch: ", "1.5"),
+    (Offline, "sft", ("--lr", "-1"), "optim.lr: ", "-1"),
+    (Offline, "sft", ("--lr",), "optim.lr: ", "True"),
+    (Offline, "sft", ("--optim.warmup", "1"), "optim.warmup: ", "1"),
+    (Offline, "sft", ("--model.dtype", "int8"), "model.dtype: ", "'int8'"),
+    (Offline, "sft", ("--data.too-long", "shorten"), "data.too_long: ", "'shorten'"),
+    (Offline, "sft", ("--seed", "-1"), "seed: ", "-1"),
+    (Offline, "sft", ("--model.lora.rank", "0"), "model.lora.rank: ", "0"),
+    (Offline, "sft", ("--train", "3"), "train: ", "3"),
+    (Online, "ppo", ("--sampling.temperature", "-1"), "sampling.temperature: ", "-1"),
+    (Online, "ppo", ("--trunk", "common"), "trunk: ", "'common'"),
+    (Online, "ppo", ("--reward", "[{weight: 2}]"), "reward", "source"),
+    (Online, "ppo", ("--reward", "[{source: DIR, weight: heavy}]"), "reward[0].weight: ", "got 'heavy'"),
+    (Online, "ppo", ("--critic.optim.lr", "0"), "critic.optim.lr: ", "0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "verb", "words", "field", "got"), WRONG)
+def test_an_impossible_value_is_named_with_its_field_and_what_was_got(
+    kind: type, verb: str, words: tuple, field: str, got: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        line(kind, verb, *words)
+    assert str(caught.value).startswith(field)
+    assert got in str(caught.value)
+
+
+DIALS = [
+    ("grpo", {"answers": 1}, "method.answers: expected `int` >= 2; got 1"),
+    ("grpo", {"clip": 0}, "method.clip: expected `float` > 0.0; got 0"),
+    ("grpo", {"clipp": 1}, "unknown field 'method.clipp'; did you mean 'method.clip'?"),
+    ("ppo", {"kl": {"coeff": 1}}, "unknown field 'method.kl.coeff'; did you mean 'method.kl.coef'?"),
+    ("ppo", {"kl": {"coef": -1}}, "method.kl.coef: expected `float` >= 0.0; got -1"),
+    ("ppo", {"kl": 0.1}, "method.kl: expected `object`, got `float`; got 0.1"),
+    ("ppo", {"place": "middle"}, "method.place: invalid enum value 'middle'; got 'middle'"),
+    ("dpo", {"label_smoothing": 0.5}, "method.label_smoothing: expected `float` < 0.5; got 0.5"),
+    ("k_wya", {}, "unknown field 'k_wya'; did you mean 'k_way'?"),
+]
+METHODS = {**online.METHODS, **preference.METHODS, **reward.METHODS}
+
+
+@pytest.mark.parametrize(("name", "dials", "what"), DIALS)
+def test_a_methods_dials_are_checked_by_its_own_signature(name: str, dials: dict, what: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        build.chosen_method(METHODS, name, dials)
+    assert str(caught.value) == what
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in config.SHIPPED.glob("*.yaml")))
+def test_every_shipped_recipe_resolves(name: str) -> None:
+    verb = name.partition("-")[0]
+    recipe = line(Offline if verb in OFFLINE else Online, verb, name)
+    assert recipe.optim.lr > 0
+    if verb in METHODS:
+        build.chosen_method(METHODS, verb, recipe.method)
+
+
+def test_every_training_verb_but_ones_like_another_has_a_shipped_recipe() -> None:
+    shipped = {path.stem for path in config.SHIPPED.glob("*.yaml")}
+    assert {*OFFLINE, *ONLINE} <= shipped
+
+
+def test_a_shipped_recipe_is_taken_by_its_name() -> None:
+    recipe = line(Offline, "sft", "sft-instructgpt")
+    assert (recipe.train.epochs, recipe.train.dropout, recipe.optim.lr) == (16.0, 0.2, 9.65e-6)
+
+
+def test_a_recipe_that_is_not_there_is_named_with_the_shipped_ones() -> None:
+    with pytest.raises(RecipeError, match=r"sft-instructgtp: no such recipe; the shipped ones are .*sft-instructgpt"):
+        line(Offline, "sft", "sft-instructgtp")
+
+
+@pytest.mark.parametrize(("text", "what"), [("a: [", "not valid YAML"), ("- a\n- b", "a recipe is a mapping of fields, got list")])
+def test_a_recipe_file_that_is_none_is_named(text: str, what: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=what):
+        line(Offline, "sft", yaml(tmp_path, text))
+
+
+def test_a_resolved_recipe_written_as_yaml_resolves_to_itself(tmp_path: Path) -> None:
+    recipe = line(Online, "grpo", "--model", "DIR", "--reward", "f.py:f", "--answers", "4", "--critic.optim.lr", "0.5")
+    assert line(Online, "grpo", yaml(tmp_path, config.to_yaml(recipe))) == recipe
+
+
+def test_a_second_word_that_is_no_option_is_refused() -> None:
+    with pytest.raises(RecipeError, match="unexpected word 'b.yaml'; options are written --name value"):
+        parsed(["a.yaml", "b.yaml"])

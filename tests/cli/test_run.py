@@ -1,0 +1,70 @@
+"""The verbs from Python: what each returns and leaves."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+
+import whet
+from whet.errors import RecipeError
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("home")
+    tiny.folder(home / "m")
+    tiny.write_jsonl(home / "sft.jsonl", [{"prompt": "hello", "completion": "yes"}, {"prompt": "a b", "completion": "no"}])
+    tiny.write_jsonl(home / "prompts.jsonl", [{"prompt": "hello", "level": 1}, {"prompt": "a b", "level": 2}])
+    (home / "judge.py").write_text(
+        "def count(prompts, completions, **columns):\n"
+        "    return [float(len(text.split())) for text in completions]\n"
+        "def last_first(prompt, responses, **columns):\n"
+        "    return list(range(len(responses), 0, -1))\n"
+    )
+    return home
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_training_returns_its_folder_with_recipe_metrics_and_a_model(home: Path, tmp_path: Path) -> None:
+    out = whet.run("sft", model=f"{home}/m", data=f"{home}/sft.jsonl", out=f"{tmp_path}/out", train={"steps": 3}, lr="1e-3")
+    assert out == tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {"recipe.yaml", "environment.json", "metrics.jsonl", "model"}
+    assert [line["step"] for line in rows(out / "metrics.jsonl")] == [1, 2, 3]
+    numbers = whet.run("eval", model=f"{out}/model", data=f"{home}/sft.jsonl")
+    assert set(numbers) == {"nll"}
+
+
+def test_sampling_and_ranking_write_rows_that_keep_what_they_had(home: Path, tmp_path: Path) -> None:
+    given = {"model": f"{home}/m", "data": f"{home}/prompts.jsonl", "max_new_tokens": 6}
+    answers = whet.run("sample", out=f"{tmp_path}/answers.jsonl", count=3, **given)
+    assert [(row["prompt"], row["level"], len(row["responses"])) for row in rows(answers)] == [("hello", 1, 3), ("a b", 2, 3)]
+    again = whet.run("sample", out=f"{tmp_path}/again.jsonl", count=3, **given)
+    assert again.read_bytes() == answers.read_bytes()
+    form = {"data": str(answers), "judge_form": "rank", "judge": f"{home}/judge.py:last_first"}
+    ranked = whet.run("rank", out=f"{tmp_path}/ranks.jsonl", **form)
+    assert [row["ranks"] for row in rows(ranked)] == [[3, 2, 1], [3, 2, 1]]
+    assert [{key: row[key] for key in row if key != "ranks"} for row in rows(ranked)] == rows(answers)
+
+
+def test_scores_of_the_rows_become_ranks(tmp_path: Path) -> None:
+    row = {"prompt": "a", "responses": ["b", "c", "d"], "scores": [0.5, 2, 0.5], "id": "x"}
+    tiny.write_jsonl(tmp_path / "answers.jsonl", [row])
+    out = whet.run("rank", data=f"{tmp_path}/answers.jsonl", out=f"{tmp_path}/new/ranks.jsonl")
+    assert rows(out) == [row | {"ranks": [2, 1, 2]}]
+
+
+def test_a_model_against_itself_wins_half_of_the_time(home: Path) -> None:
+    given = {"model": f"{home}/m", "against": f"{home}/m", "judge": f"{home}/judge.py:count", "max_new_tokens": 6}
+    numbers = whet.run("eval", data=f"{home}/prompts.jsonl", **given)
+    assert (numbers["win_rate"], numbers["win_rate_low"], numbers["win_rate_high"], numbers["prompts"]) == (0.5, 0.5, 0.5, 2)
+
+
+def test_an_unknown_verb_or_field_is_an_error_of_the_recipe(home: Path) -> None:
+    with pytest.raises(RecipeError, match="unknown verb 'gpro'; did you mean 'grpo'"):
+        whet.run("gpro")
+    with pytest.raises(RecipeError, match=r"unknown field 'train\.bach'; did you mean 'train\.batch'"):
+        whet.run("sft", model=f"{home}/m", data=f"{home}/sft.jsonl", **{"train.bach": 3})

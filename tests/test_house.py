@@ -1,0 +1,139 @@
+"""The house holds its own rules: imports only go down, every file has its caption, light imports stay light, docs are true.
+
+`python tests/test_house.py` writes the tree of captions into the README.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HOUSE = ROOT / "src" / "whet"
+FLOOR = {
+    "errors": -1, "dials": -1, "ops": 0, "records": 1, "methods": 2, "models": 3, "generate": 4, "rewards": 4, "feedback": 4,
+    "learner": 4, "loops": 6, "view": 7, "cli": 8,
+}  # fmt: skip
+SEAM_RECORDS = {("learner", "whet.generate.base")}
+"""What rooms of floor 4 may take from one another: the record that a learner publishes."""
+HEAVY = {
+    "transformers": {"models", "generate"}, "peft": {"models"}, "pyarrow": {"records", "loops", "cli"}, "datasets": {"records"},
+    "matplotlib": {"view"}, "jinja2": {"view"}, "yaml": {"cli"}, "rich": {"loops", "cli"}, "accelerate": {"cli"},
+    "tokenizers": {"cli"}, "safetensors": {"models", "learner"},
+}  # fmt: skip
+"""Which rooms may import a library at all. (cli/demo/world.py makes its own tokenizer and base model.)"""
+
+
+def files() -> list[Path]:
+    return sorted(HOUSE.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    return path.relative_to(HOUSE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module] + [f"{node.module}.{alias.name}" for alias in node.names if node.module == "whet"]
+    return names
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(HOUSE)))
+def test_imports_only_go_down(path: Path) -> None:
+    here = room(path)
+    if here.startswith("__"):
+        return  # the public names and `python -m whet` open the door from outside
+    for name in imported(path):
+        parts = name.split(".")
+        if parts[0] == "whet" and len(parts) > 1 and parts[1] in FLOOR and parts[1] != here:
+            if any(here == owner and name.startswith(allowed) for owner, allowed in SEAM_RECORDS):
+                continue
+            assert FLOOR[parts[1]] < FLOOR[here], f"{path}: {here} imports {name}"
+        if parts[0] in HEAVY and path.name != "world.py":
+            assert here in HEAVY[parts[0]], f"{path}: {here} may not know {parts[0]}"
+
+
+def test_ops_know_nothing_but_torch() -> None:
+    for path in (HOUSE / "ops").glob("*.py"):
+        foreign = {name.split(".")[0] for name in imported(path)} - {"torch", "whet", *sys.stdlib_module_names}
+        assert not foreign, f"{path}: {foreign}"
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(HOUSE)))
+def test_every_file_has_a_caption_and_every_public_name_a_docstring(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree), f"{path} has no caption"
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{path}: {node.name} has no docstring"
+
+
+def caption(path: Path) -> str:
+    lines = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0].split("\n")
+    return " ".join(lines).rstrip(".")
+
+
+def tree() -> str:
+    lines = ["src/whet/"]
+    for path in [HOUSE / "errors.py", HOUSE / "dials.py", *(p for name in FLOOR for p in sorted((HOUSE / name).rglob("*.py")))]:
+        inside = path.relative_to(HOUSE)
+        if path.name == "__init__.py":
+            lines.append(f"{inside.parent}/".ljust(28) + caption(path))
+        else:
+            lines.append(("  " * (len(inside.parts) - 1) + path.name).ljust(28) + caption(path))
+    return "\n".join(lines)
+
+
+def test_the_tree_in_the_readme_is_the_house() -> None:
+    found = re.search(r"```\n(src/whet/\n.*?)\n```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert found, "the README has no tree; run python tests/test_house.py"
+    assert found.group(1) == tree(), "run python tests/test_house.py"
+
+
+def test_importing_whet_loads_nothing_heavy() -> None:
+    code = "import sys, whet; print(sorted({'torch', 'transformers', 'peft', 'numpy', 'pyarrow'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_public_names_are_what_is_exported() -> None:
+    import whet
+    import whet.ops
+
+    for module in (whet, whet.ops):
+        assert sorted(module.__all__) == list(dict.fromkeys(sorted(module.__all__)))
+        for name in module.__all__:
+            assert getattr(module, name).__doc__
+
+
+def test_the_method_of_the_contributing_guide_works_as_it_stands_there() -> None:
+    import torch
+
+    from whet.methods import online
+
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    source = re.search(r"```python\n(def rloo.*?)```", text, re.DOTALL)
+    assert source
+    names = dict(vars(online))
+    exec(source.group(1), names)
+    algorithm = names["rloo"](answers=2)
+    columns = {
+        "token_reward": torch.tensor([[0.0, 1.0], [0.0, 4.0], [2.0, 0.0], [0.0, 0.0]]),
+        "group": torch.tensor([0, 0, 1, 1]),
+        "mask": torch.tensor([[True, True]] * 3 + [[True, False]]),
+    }
+    expected = torch.tensor([[-3.0, -3.0], [3.0, 3.0], [2.0, 2.0], [-2.0, 0.0]])
+    assert torch.equal(algorithm.credit(columns), expected)
+
+
+if __name__ == "__main__":
+    readme = (ROOT / "README.md").read_text()
+    block = f"```\n{tree()}\n```"
+    changed = re.sub(r"```\nsrc/whet/\n.*?\n```|^TREE$", lambda _: block, readme, count=1, flags=re.DOTALL | re.MULTILINE)
+    (ROOT / "README.md").write_text(changed)
