@@ -66,37 +66,73 @@ def sft(*words: str, model: str = "m", data: str = "HOME/sft.jsonl") -> list[str
 
 
 def online(*words: str, reward: str = "good") -> list[str]:
-    given = ["--reward", f"HOME/{reward}.py:judge", "--max-new-tokens", "8", "--rollout.prompts", "2", "--rollout.steps", "1"]
+    given = [
+        "--reward",
+        f"HOME/{reward}.py:judge",
+        "--max-new-tokens",
+        "8",
+        "--rollout.prompts",
+        "2",
+        "--rollout.steps",
+        "1",
+    ]
     return ["--model", "HOME/m", "--data", "HOME/prompts.jsonl", "--out", "OUT", "--quiet", *given, *words]
 
 
 CONTENTS: dict[str, tuple[str, bytes, list[str]]] = {
     "an empty file": ("sft", b"", ["rows.jsonl: ", "empty"]),
     "a file of blank lines": ("sft", b"\n\n", ["rows.jsonl: ", "empty"]),
-    "a missing field": ("sft", b'{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', ["rows.jsonl:2: ", "'completion'", "missing"]),
+    "a missing field": (
+        "sft",
+        b'{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n',
+        ["rows.jsonl:2: ", "'completion'", "missing"],
+    ),
     "an empty field": ("sft", b'{"prompt": "a", "completion": ""}\n', ["rows.jsonl:1: ", "'completion'", "empty"]),
     "a null field": ("sft", b'{"prompt": null, "completion": "b"}\n', ["rows.jsonl:1: ", "'prompt'", "missing"]),
-    "a number for a text": ("sft", b'{"prompt": "a", "completion": 3}\n', ["rows.jsonl:1: ", "'completion'", "string", "int"]),
-    "a number for a prompt": ("sft", b'{"prompt": 3, "completion": "a"}\n', ["rows.jsonl:1: ", "'prompt'", "string", "3"]),
+    "a number for a text": (
+        "sft",
+        b'{"prompt": "a", "completion": 3}\n',
+        ["rows.jsonl:1: ", "'completion'", "string", "int"],
+    ),
+    "a number for a prompt": (
+        "sft",
+        b'{"prompt": 3, "completion": "a"}\n',
+        ["rows.jsonl:1: ", "'prompt'", "string", "3"],
+    ),
     "a list for a row": ("sft", b"[1]\n", ["rows.jsonl:1: ", "object", "list"]),
-    "invalid UTF-8": ("sft", b'{"prompt": "a", "completion": "b"}\n{"prompt": "\xff"}', ["rows.jsonl:2: ", "UTF-8", "byte 12"]),
-    "invalid JSON": ("sft", b'{"prompt": "a", "completion": "b"}\n{"prompt": "a",}\n', ["rows.jsonl:2: ", "JSON", "column"]),
+    "invalid UTF-8": (
+        "sft",
+        b'{"prompt": "a", "completion": "b"}\n{"prompt": "\xff"}',
+        ["rows.jsonl:2: ", "UTF-8", "byte 12"],
+    ),
+    "invalid JSON": (
+        "sft",
+        b'{"prompt": "a", "completion": "b"}\n{"prompt": "a",}\n',
+        ["rows.jsonl:2: ", "JSON", "column"],
+    ),
     "a byte-order mark": ("sft", b'\xef\xbb\xbf{"prompt": "a"}\n', ["rows.jsonl:1: ", "BOM"]),
     "duplicate ids": (
-        "sft", b'{"id": 1, "prompt": "a", "completion": "b"}\n{"id": 1, "prompt": "c", "completion": "b"}\n',
+        "sft",
+        b'{"id": 1, "prompt": "a", "completion": "b"}\n{"id": 1, "prompt": "c", "completion": "b"}\n',
         ["rows.jsonl:2: ", "id 1", "rows.jsonl:1", "unique"],
     ),
     "a conversation longer than the model": (
-        "sft", b'{"prompt": "a", "completion": "' + b"b " * 200 + b'"}\n',
+        "sft",
+        b'{"prompt": "a", "completion": "' + b"b " * 200 + b'"}\n',
         ["rows.jsonl:1: ", "204 tokens", "128", "--data.max-tokens", "--data.too-long drop"],
     ),
     "a text row without text": ("pretrain", b'{"text": ""}\n', ["rows.jsonl:1: ", "'text'", "empty"]),
-    "a pair without its other side": ("dpo", b'{"prompt": "a", "chosen": "b"}\n', ["rows.jsonl:1: ", "'rejected'", "missing"]),
+    "a pair without its other side": (
+        "dpo",
+        b'{"prompt": "a", "chosen": "b"}\n',
+        ["rows.jsonl:1: ", "'rejected'", "missing"],
+    ),
     "a ranking with too few ranks": (
-        "reward", b'{"prompt": "a", "responses": ["b", "c"], "ranks": [1]}\n',
+        "reward",
+        b'{"prompt": "a", "responses": ["b", "c"], "ranks": [1]}\n',
         ["rows.jsonl:1: ", "'ranks'", "2 answers", "got 1"],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CONTENTS)
@@ -110,7 +146,11 @@ GIVEN: dict[str, tuple[str, list[str], list[str]]] = {
     "no model": ("sft", ["--data", "HOME/sft.jsonl", "--out", "OUT"], ["model.path", "--model"]),
     "no data": ("sft", ["--model", "HOME/m", "--out", "OUT"], ["data.train", "--data"]),
     "no such data file": ("sft", sft(data="HOME/nothing.jsonl"), ["HOME/nothing.jsonl", "no such file"]),
-    "no such evaluation file": ("sft", sft("--data.eval", "HOME/nothing.jsonl"), ["HOME/nothing.jsonl", "no such file"]),
+    "no such evaluation file": (
+        "sft",
+        sft("--data.eval", "HOME/nothing.jsonl"),
+        ["HOME/nothing.jsonl", "no such file"],
+    ),
     "no such model folder": ("sft", sft(model="nothing"), ["HOME/nothing", "no such model folder"]),
     "a folder that is no model": ("sft", sft(model="empty"), ["HOME/empty", "not a model folder", "config.json"]),
     "a file for a model": ("sft", sft(model="sft.jsonl"), ["HOME/sft.jsonl", "folder"]),
@@ -119,14 +159,38 @@ GIVEN: dict[str, tuple[str, list[str], list[str]]] = {
     "no chat template": ("sft", sft(model="bare"), ["HOME/bare", "chat template", "--chat-template plain"]),
     "no such chat template": ("sft", sft("--chat-template", "palin", model="bare"), ["'palin'", '"plain"']),
     "no pad token": ("sft", sft(model="padless"), ["HOME/padless", "pad token", "--model.pad-token"]),
-    "a pad token that is none": ("sft", sft("--model.pad-token", "<pda>"), ["--model.pad-token", "<pda>", "no such token"]),
-    "a vocabulary that does not fit": ("sft", sft(model="small"), ["HOME/small", "27", "20", "vocabulary does not fit"]),
-    "four bits on a CPU": ("sft", sft("--model.quantise", "4bit", "--model.device", "cpu", "--model.lora.rank", "2"), ["model.quantise", "GPU"]),
-    "adapters on modules that are not there": ("sft", sft("--model.lora.targets", "[nothing]"), ["model.lora", "nothing"]),
+    "a pad token that is none": (
+        "sft",
+        sft("--model.pad-token", "<pda>"),
+        ["--model.pad-token", "<pda>", "no such token"],
+    ),
+    "a vocabulary that does not fit": (
+        "sft",
+        sft(model="small"),
+        ["HOME/small", "27", "20", "vocabulary does not fit"],
+    ),
+    "four bits on a CPU": (
+        "sft",
+        sft("--model.quantise", "4bit", "--model.device", "cpu", "--model.lora.rank", "2"),
+        ["model.quantise", "GPU"],
+    ),
+    "adapters on modules that are not there": (
+        "sft",
+        sft("--model.lora.targets", "[nothing]"),
+        ["model.lora", "nothing"],
+    ),
     "a device that is none": ("sft", sft("--model.device", "gpu"), ["model.device", "gpu"]),
     "more tokens than positions": ("sft", sft("--data.max-tokens", "500"), ["data.max_tokens", "128", "500"]),
-    "an answer over the limit": ("sft", sft("--data.max-tokens", "5"), ["sft.jsonl:1", "8 tokens", "limit is 5", "--data.max-tokens"]),
-    "every row over the limit": ("sft", sft("--data.max-tokens", "3", "--data.too-long", "drop"), ["no row is left", "--data.max-tokens"]),
+    "an answer over the limit": (
+        "sft",
+        sft("--data.max-tokens", "5"),
+        ["sft.jsonl:1", "8 tokens", "limit is 5", "--data.max-tokens"],
+    ),
+    "every row over the limit": (
+        "sft",
+        sft("--data.max-tokens", "3", "--data.too-long", "drop"),
+        ["no row is left", "--data.max-tokens"],
+    ),
     "an unknown field": ("sft", sft("--train.bach", "3"), ["'train.bach'", "did you mean 'train.batch'?"]),
     "an unknown section": ("sft", sft("--trian.batch", "3"), ["'trian'", "did you mean 'train'?"]),
     "an unknown section online": ("ppo", online("--rolout.steps", "3"), ["rolout", "did you mean 'rollout'?"]),
@@ -140,34 +204,91 @@ GIVEN: dict[str, tuple[str, list[str], list[str]]] = {
     "a group of one": ("grpo", online("--answers", "1"), ["method.answers", ">= 2", "got 1"]),
     "no clip": ("grpo", online("--clip", "0"), ["method.clip", "> 0", "got 0"]),
     "a negative clip": ("ppo", online("--clip", "-0.2"), ["method.clip", "> 0", "got -0.2"]),
-    "a minibatch over the batch": ("grpo", online("--rollout.minibatch", "64"), ["rollout.minibatch", "2 prompts", "8 answers", "16", "64"]),
-    "several updates without a ratio": ("reinforce", online("--rollout.epochs", "2"), ["rollout", "one update", "2 epochs"]),
+    "a minibatch over the batch": (
+        "grpo",
+        online("--rollout.minibatch", "64"),
+        ["rollout.minibatch", "2 prompts", "8 answers", "16", "64"],
+    ),
+    "several updates without a ratio": (
+        "reinforce",
+        online("--rollout.epochs", "2"),
+        ["rollout", "one update", "2 epochs"],
+    ),
     "greedy answers": ("grpo", online("--sampling.temperature", "0"), ["sampling.temperature", "greedy"]),
     "no room for an answer": ("grpo", online("--max-new-tokens", "127"), ["max_new_tokens", "128", "127"]),
     "a language model for a reward": ("grpo", [*online(), "--reward", "HOME/m"], ["HOME/m", "reward"]),
-    "a language model for a judge": ("eval", ["--model", "HOME/m", "--against", "HOME/m", "--judge", "HOME/m", "--data", "HOME/prompts.jsonl"], ["HOME/m", "judge"]),
+    "a language model for a judge": (
+        "eval",
+        [
+            "--model",
+            "HOME/m",
+            "--against",
+            "HOME/m",
+            "--judge",
+            "HOME/m",
+            "--data",
+            "HOME/prompts.jsonl",
+            "--max-new-tokens",
+            "8",
+        ],
+        ["HOME/m", "judge"],
+    ),
     "a torn configuration": ("sft", sft(model="garbled"), ["HOME/garbled", "config.json", "JSON"]),
-    "a template that leaves answers out": ("sft", sft("--chat-template", "{{ messages[0]['content'] }}"), ["template", "assistant"]),
+    "a template that leaves answers out": (
+        "sft",
+        sft("--chat-template", "{{ messages[0]['content'] }}"),
+        ["template", "assistant"],
+    ),
     "a template that is no Jinja": ("sft", sft("--chat-template", "{% for m in messages %}"), ["template"]),
     "a file for a run folder": ("sft", [*sft(), "--out", "HOME/sft.jsonl"], ["HOME/sft.jsonl"]),
-    "no reward": ("grpo", [word for word in online() if "judge" not in word and word != "--reward"], ["reward", "--reward"]),
+    "no reward": (
+        "grpo",
+        [word for word in online() if "judge" not in word and word != "--reward"],
+        ["reward", "--reward"],
+    ),
     "no such reward file": ("grpo", online(reward="nothing"), ["HOME/nothing.py", "no such file"]),
     "no such reward function": ("grpo", [*online(), "--reward", "HOME/good.py:juge"], ["HOME/good.py", "'juge'"]),
     "ptx without rows": ("instructgpt", online("--rollout.minibatch", "2"), ["ptx", "--ptx"]),
-    "a shared trunk without adapters": ("ppo", online("--rollout.minibatch", "2", "--trunk", "shared"), ["trunk", "model.lora"]),
-    "an average with adapters": ("ppo", online("--rollout.minibatch", "2", "--rollout.ema", "0.5", "--model.lora.rank", "2"), ["rollout.ema", "lora"]),
+    "a shared trunk without adapters": (
+        "ppo",
+        online("--rollout.minibatch", "2", "--trunk", "shared"),
+        ["trunk", "model.lora"],
+    ),
+    "an average with adapters": (
+        "ppo",
+        online("--rollout.minibatch", "2", "--rollout.ema", "0.5", "--model.lora.rank", "2"),
+        ["rollout.ema", "lora"],
+    ),
     "two prompt files": ("grpo", [*online(), "--data", "[{path: HOME/prompts.jsonl}]"], ["data.train", "one file"]),
     "--resume without a run": ("sft", sft("--resume"), ["--resume", "no run"]),
     "rank without a file to write": ("rank", ["--data", "HOME/answers.jsonl"], ["out", "--out"]),
-    "rank without judge and scores": ("rank", ["--data", "HOME/sft.jsonl", "--out", "OUT"], ["sft.jsonl:1", "'responses'"]),
-    "a judge that is not there": ("rank", ["--data", "HOME/answers.jsonl", "--judge", "HOME/nothing.py:f", "--out", "OUT/a"], ["HOME/nothing.py"]),
-    "sample without room": ("sample", ["--model", "HOME/m", "--data", "HOME/prompts.jsonl", "--out", "OUT/a", "--max-new-tokens", "500"], ["max_new_tokens", "128"]),
-    "a win rate against nobody": ("eval", ["--model", "HOME/m", "--data", "HOME/prompts.jsonl", "--judge", "HOME/good.py:judge"], ["--against", "--judge"]),
-}  # fmt: skip
+    "rank without judge and scores": (
+        "rank",
+        ["--data", "HOME/sft.jsonl", "--out", "OUT"],
+        ["sft.jsonl:1", "'responses'"],
+    ),
+    "a judge that is not there": (
+        "rank",
+        ["--data", "HOME/answers.jsonl", "--judge", "HOME/nothing.py:f", "--out", "OUT/a"],
+        ["HOME/nothing.py"],
+    ),
+    "sample without room": (
+        "sample",
+        ["--model", "HOME/m", "--data", "HOME/prompts.jsonl", "--out", "OUT/a", "--max-new-tokens", "500"],
+        ["max_new_tokens", "128"],
+    ),
+    "a win rate against nobody": (
+        "eval",
+        ["--model", "HOME/m", "--data", "HOME/prompts.jsonl", "--judge", "HOME/good.py:judge"],
+        ["--against", "--judge"],
+    ),
+}
 
 
 @pytest.mark.parametrize("case", GIVEN)
-def test_what_cannot_work_is_told_before_anything_is_written(case: str, home: Path, tmp_path: Path, capsys: Any) -> None:
+def test_what_cannot_work_is_told_before_anything_is_written(
+    case: str, home: Path, tmp_path: Path, capsys: Any
+) -> None:
     verb, words, what = GIVEN[case]
     said_no(home, tmp_path, capsys, verb, words, what)
 
@@ -182,7 +303,9 @@ SCORES: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("case", SCORES)
-def test_scores_that_cannot_be_ranked_are_told_with_their_line(case: str, home: Path, tmp_path: Path, capsys: Any) -> None:
+def test_scores_that_cannot_be_ranked_are_told_with_their_line(
+    case: str, home: Path, tmp_path: Path, capsys: Any
+) -> None:
     good = {"prompt": "a", "responses": ["b", "c"], "scores": [1, 2]}
     tiny.write_jsonl(tmp_path / "rows.jsonl", [good, good | {"scores": SCORES[case][0]}])
     words = ["--data", str(tmp_path / "rows.jsonl"), "--out", "OUT"]
@@ -222,7 +345,10 @@ def test_a_reward_function_that_fails_leaves_the_rollouts_and_checkpoints_before
     one_message(said.error, ["reward judge", *FAILING[kind]])
     assert (said.status, said.out) == (1, "")
     out = tmp_path / "out"
-    assert sorted(path.name for path in (out / "rollouts").iterdir()) == ["step-00000001.parquet", "step-00000002.parquet"]
+    assert sorted(path.name for path in (out / "rollouts").iterdir()) == [
+        "step-00000001.parquet",
+        "step-00000002.parquet",
+    ]
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-00000001", "step-00000002"]
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
     assert not (out / "model").exists()
@@ -232,14 +358,26 @@ def test_a_reward_function_that_fails_leaves_the_rollouts_and_checkpoints_before
     assert (out / "model" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize(("body", "what"), [
-    ("raise KeyError('a')", ["KeyError", "broken.py:2"]), ("return [1.0]", ["2 answers", "1 scores"]),
-    ("return [1.0, float('nan')]", ["nan"]), ("return None", ["None"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [
+        ("raise KeyError('a')", ["KeyError", "broken.py:2"]),
+        ("return [1.0]", ["2 answers", "1 scores"]),
+        ("return [1.0, float('nan')]", ["nan"]),
+        ("return None", ["None"]),
+    ],
+)
 def test_a_judge_that_fails_leaves_no_half_file(body: str, what: list, home: Path, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "broken.py").write_text(f"def judge(prompts, completions, **columns):\n    {body}\n")
     before = on_disk(tmp_path)
-    words = ["--data", f"{home}/answers.jsonl", "--judge", f"{tmp_path}/broken.py:judge", "--out", f"{tmp_path}/ranks.jsonl"]
+    words = [
+        "--data",
+        f"{home}/answers.jsonl",
+        "--judge",
+        f"{tmp_path}/broken.py:judge",
+        "--out",
+        f"{tmp_path}/ranks.jsonl",
+    ]
     said = whet(capsys, "rank", *words)
     one_message(said.error, what)
     assert (said.status, said.out) == (1, "")

@@ -37,7 +37,9 @@ def test_a_number_may_be_written_as_one_likes(written: str, tmp_path: Path) -> N
     assert line(Offline, "sft", yaml(tmp_path, f"optim: {{lr: {written}}}")).optim.lr == 0.001
 
 
-@pytest.mark.parametrize("words", [("--optim.lr=0.5",), ("--optim.lr", "0.5"), ("--lr", "0.5"), ("--lr", "1", "--lr", "0.5")])
+@pytest.mark.parametrize(
+    "words", [("--optim.lr=0.5",), ("--optim.lr", "0.5"), ("--lr", "0.5"), ("--lr", "1", "--lr", "0.5")]
+)
 def test_an_override_has_several_forms_and_the_last_one_counts(words: tuple[str, ...]) -> None:
     assert line(Offline, "sft", *words).optim.lr == 0.5
 
@@ -68,7 +70,9 @@ BARE = [
 
 
 @pytest.mark.parametrize(("kind", "verb", "words", "read", "expected"), BARE)
-def test_a_bare_value_for_a_section_is_its_main_field(kind: type, verb: str, words: tuple, read: Any, expected: Any) -> None:
+def test_a_bare_value_for_a_section_is_its_main_field(
+    kind: type, verb: str, words: tuple, read: Any, expected: Any
+) -> None:
     assert read(line(kind, verb, *words)) == expected
 
 
@@ -191,7 +195,9 @@ def test_a_recipe_that_is_not_there_is_named_with_the_shipped_ones() -> None:
         line(Offline, "sft", "sft-instructgtp")
 
 
-@pytest.mark.parametrize(("text", "what"), [("a: [", "not valid YAML"), ("- a\n- b", "a recipe is a mapping of fields, got list")])
+@pytest.mark.parametrize(
+    ("text", "what"), [("a: [", "not valid YAML"), ("- a\n- b", "a recipe is a mapping of fields, got list")]
+)
 def test_a_recipe_file_that_is_none_is_named(text: str, what: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=what):
         line(Offline, "sft", yaml(tmp_path, text))
@@ -203,5 +209,5 @@ def test_a_resolved_recipe_written_as_yaml_resolves_to_itself(tmp_path: Path) ->
 
 
 def test_a_second_word_that_is_no_option_is_refused() -> None:
-    with pytest.raises(RecipeError, match="unexpected word 'b.yaml'; options are written --name value"):
+    with pytest.raises(RecipeError, match=r"unexpected word 'b\.yaml'; options are written --name value"):
         parsed(["a.yaml", "b.yaml"])

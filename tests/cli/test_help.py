@@ -77,6 +77,8 @@ def test_an_unknown_verb_is_named_with_the_nearest_one_without_a_traceback_unles
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
-    done = subprocess.run(f"{sys.executable} -m whet ppo --help | head -1", shell=True, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        f"{sys.executable} -m whet ppo --help | head -1", shell=True, capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "usage: whet ppo [RECIPE.yaml] [--field value ...]\n"

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,24 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("home")
     tiny.folder(home / "m")
     words = tiny.WORDS
-    rows = [{"prompt": f"{a} {b}", "completion": f"{b} {a} yes"} for a, b in zip(words, words[1:], strict=False)]
+    rows = [{"prompt": f"{a} {b}", "completion": f"{b} {a} yes"} for a, b in pairwise(words)]
     tiny.write_jsonl(home / "sft.jsonl", rows)
     return home
 
 
 def words(home: Path, out: Path, steps: int, *more: str) -> list[str]:
-    given = ["--train.steps", str(steps), "--train.batch", "4", "--train.dropout", "0.1", "--lr", "1e-3", "--threads", "1"]
+    given = [
+        "--train.steps",
+        str(steps),
+        "--train.batch",
+        "4",
+        "--train.dropout",
+        "0.1",
+        "--lr",
+        "1e-3",
+        "--threads",
+        "1",
+    ]
     return ["--model", f"{home}/m", "--data", f"{home}/sft.jsonl", "--out", str(out), "--quiet", *given, *more]
 
 
@@ -70,7 +82,9 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_resuming_gives_the_same
         patch.setattr(safetensors.torch, "save_file", full)
         said = whet(capsys, "sft", *words(home, out, 6, "--train.save-every", "2"))
     good = out / "checkpoints" / "step-00000002"
-    one_message(said.error, ["step-00000004", "No space left on device", f"the last good checkpoint is {good}", "--resume"])
+    one_message(
+        said.error, ["step-00000004", "No space left on device", f"the last good checkpoint is {good}", "--resume"]
+    )
     assert said.status == 1
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000002"]
     assert checkpoint.latest(out / "checkpoints") == good

@@ -1,6 +1,7 @@
 """The verbs from Python: what each returns and leaves."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from whet.errors import RecipeError
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("home")
     tiny.folder(home / "m")
-    tiny.write_jsonl(home / "sft.jsonl", [{"prompt": "hello", "completion": "yes"}, {"prompt": "a b", "completion": "no"}])
+    tiny.write_jsonl(
+        home / "sft.jsonl", [{"prompt": "hello", "completion": "yes"}, {"prompt": "a b", "completion": "no"}]
+    )
     tiny.write_jsonl(home / "prompts.jsonl", [{"prompt": "hello", "level": 1}, {"prompt": "a b", "level": 2}])
     (home / "judge.py").write_text(
         "def count(prompts, completions, **columns):\n"
@@ -30,7 +33,9 @@ def rows(path: Path) -> list[dict]:
 
 
 def test_training_returns_its_folder_with_recipe_metrics_and_a_model(home: Path, tmp_path: Path) -> None:
-    out = whet.run("sft", model=f"{home}/m", data=f"{home}/sft.jsonl", out=f"{tmp_path}/out", train={"steps": 3}, lr="1e-3")
+    out = whet.run(
+        "sft", model=f"{home}/m", data=f"{home}/sft.jsonl", out=f"{tmp_path}/out", train={"steps": 3}, lr="1e-3"
+    )
     assert out == tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {"recipe.yaml", "environment.json", "metrics.jsonl", "model"}
     assert [line["step"] for line in rows(out / "metrics.jsonl")] == [1, 2, 3]
@@ -38,10 +43,21 @@ def test_training_returns_its_folder_with_recipe_metrics_and_a_model(home: Path,
     assert set(numbers) == {"nll"}
 
 
+def test_a_reward_model_of_a_single_answer_has_no_deviation_to_scale_by(home: Path, tmp_path: Path) -> None:
+    tiny.write_jsonl(tmp_path / "one.jsonl", [{"prompt": "a", "completion": "yes", "score": 1}])
+    given = {"model": f"{home}/m", "data": f"{tmp_path}/one.jsonl", "method": {"name": "absolute"}}
+    out = whet.run("reward", out=f"{tmp_path}/out", train={"steps": 1}, **given)
+    about = json.loads((out / "model" / "whet.json").read_text())
+    assert all(math.isfinite(about[name]) for name in ("scale", "shift"))
+
+
 def test_sampling_and_ranking_write_rows_that_keep_what_they_had(home: Path, tmp_path: Path) -> None:
     given = {"model": f"{home}/m", "data": f"{home}/prompts.jsonl", "max_new_tokens": 6}
     answers = whet.run("sample", out=f"{tmp_path}/answers.jsonl", count=3, **given)
-    assert [(row["prompt"], row["level"], len(row["responses"])) for row in rows(answers)] == [("hello", 1, 3), ("a b", 2, 3)]
+    assert [(row["prompt"], row["level"], len(row["responses"])) for row in rows(answers)] == [
+        ("hello", 1, 3),
+        ("a b", 2, 3),
+    ]
     again = whet.run("sample", out=f"{tmp_path}/again.jsonl", count=3, **given)
     assert again.read_bytes() == answers.read_bytes()
     form = {"data": str(answers), "judge_form": "rank", "judge": f"{home}/judge.py:last_first"}
@@ -57,10 +73,12 @@ def test_scores_of_the_rows_become_ranks(tmp_path: Path) -> None:
     assert rows(out) == [row | {"ranks": [2, 1, 2]}]
 
 
-def test_a_model_against_itself_wins_half_of_the_time(home: Path) -> None:
-    given = {"model": f"{home}/m", "against": f"{home}/m", "judge": f"{home}/judge.py:count", "max_new_tokens": 6}
+def test_a_model_is_no_better_than_itself_and_no_nat_away(home: Path) -> None:
+    greedy = {"max_new_tokens": 6, "temperature": 0}
+    given = {"model": f"{home}/m", "against": f"{home}/m", "judge": f"{home}/judge.py:count", "sampling": greedy}
     numbers = whet.run("eval", data=f"{home}/prompts.jsonl", **given)
-    assert (numbers["win_rate"], numbers["win_rate_low"], numbers["win_rate_high"], numbers["prompts"]) == (0.5, 0.5, 0.5, 2)
+    assert [numbers[f"count/win_rate{end}"] for end in ("", "_low", "_high")] == [0.5, 0.5, 0.5]
+    assert (numbers["kl"], numbers["prompts"], numbers["count/score"] - numbers["count/against"]) == (0.0, 2, 0.0)
 
 
 def test_an_unknown_verb_or_field_is_an_error_of_the_recipe(home: Path) -> None:

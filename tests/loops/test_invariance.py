@@ -71,7 +71,9 @@ def learner(scenario: Scenario, dtype: torch.dtype, *, kind: str = "qwen3", **di
     return h.Recorder(cast, optims, total=8, **({"budget": 40} | dials))
 
 
-def trained(scenario: Scenario, dtype: torch.dtype, *, updates: int = 2, kind: str = "qwen3", **dials: Any) -> h.Recorder:
+def trained(
+    scenario: Scenario, dtype: torch.dtype, *, updates: int = 2, kind: str = "qwen3", **dials: Any
+) -> h.Recorder:
     """The learner after `updates` updates of the real loop: in the last one policy and rollout differ."""
     own = learner(scenario, dtype, kind=kind, **dials)
     with TemporaryDirectory() as folder:
@@ -84,7 +86,9 @@ def trained(scenario: Scenario, dtype: torch.dtype, *, updates: int = 2, kind: s
         epochs = updates if method.has_ratio() else 1
         total = len(PROMPTS) * method.answers
         plan = online.Plan(1, len(PROMPTS), total, epochs, ptx_batch=5, canary=20)
-        table = Weighted("table", h.TableReward(lambda ids: 0.5 * len(ids) - 0.25 * (sum(ids) % 5), dense=method.penalty is not None))
+        table = Weighted(
+            "table", h.TableReward(lambda ids: 0.5 * len(ids) - 0.25 * (sum(ids) % 5), dense=method.penalty is not None)
+        )
         generator = LocalGenerator(own.roles["policy"], (1, 5, 9), str)
         ptx = h.rows() if any(term.stream == "ptx" for term in method.terms) else []
         online.train(method, own, generator, [table], PROMPTS, Sampling(6, 0.9), plan, run, ptx=ptx, quiet=True)
@@ -96,7 +100,9 @@ def recorded(name: str, precision: str) -> h.Recorder:
     return trained(SCENARIOS[name], DTYPES[precision][0])
 
 
-def replayed(name: str, precision: str, change: Callable[[Batch], Batch] = lambda batch: batch, **dials: Any) -> h.Recorder:
+def replayed(
+    name: str, precision: str, change: Callable[[Batch], Batch] = lambda batch: batch, **dials: Any
+) -> h.Recorder:
     """The recorded update once more from the same weights, handed over otherwise."""
     base = recorded(name, precision)
     again = learner(SCENARIOS[name], DTYPES[precision][0], **dials)
@@ -187,9 +193,8 @@ def test_the_recorded_update_is_not_trivial(name: str) -> None:
     base = recorded(name, "float64")
     _, batch, counts = base.work[0]
     assert len({one.length for one in batch.rows}) > 2
-    assert counts == Counts(
-        sum(int(one.mask.sum()) for one in batch.rows), len(batch.rows), len(SCENARIOS[name].elements()) if "old_logp" not in batch.columns else len(batch.rows)
-    )  # fmt: skip
+    elements = len(batch.rows) if "old_logp" in batch.columns else len(SCENARIOS[name].elements())
+    assert counts == Counts(sum(int(one.mask.sum()) for one in batch.rows), len(batch.rows), elements)
     if "old_logp" in batch.columns:
         ratio = (base.step.now["rollout"]["logp"] - batch["old_logp"]).exp()[batch["mask"]]
         assert float((ratio - 1).abs().max()) > 0.2

@@ -25,10 +25,12 @@ PROMPTS = [h.prompt(0, (2, 3)), h.prompt(1, (4, 4, 2))]
 ANSWERS = [(END,)] + [pair for pair in product(range(VOCABULARY), repeat=2) if pair[0] != END]
 """Every answer of one or two tokens: the end token stops it, two tokens are the limit."""
 
+STEPS = {"reinforce": 240, "ppo": 100}
+
 
 def reward(ids: tuple[int, ...]) -> float:
-    """A score for each answer, between -0.6 and 0.6, without any structure a model could have by itself."""
-    return 0.6 * float(torch.sin(torch.tensor(7.0 * ANSWERS.index(tuple(ids)) + 1.0)))
+    """A score for each answer, of spread 0.6 about -0.3, without any structure a model could have by itself."""
+    return 0.6 * float(torch.sin(torch.tensor(7.0 * ANSWERS.index(tuple(ids)) + 1.0))) - 0.3
 
 
 def distribution(model: torch.nn.Module) -> Tensor:
@@ -64,30 +66,27 @@ def models() -> tuple[Role, Role]:
 def test_the_enumeration_is_complete() -> None:
     policy, reference = models()
     assert torch.allclose(distribution(policy.model).exp().sum(-1), torch.ones(2, dtype=torch.float64), atol=1e-6)
-    assert gap(policy.model, optimum(reference.model)) > 0.3
+    assert gap(policy.model, optimum(reference.model)) > 0.2
 
 
 @pytest.mark.parametrize("name", ["reinforce", "ppo"])
 def test_kl_in_the_reward_leads_to_the_optimal_policy(tmp_path: Path, name: str) -> None:
     policy, reference = models()
     target = optimum(reference.model)
-    roles, method = {"policy": policy, "reference": reference}, methods.METHODS[name](kl=KL(coef=BETA), answers=128)
-    optim = Optim(lr=0.003, schedule="cosine", final=0.02, max_grad_norm=1.0)
+    roles, method = {"policy": policy, "reference": reference}, methods.METHODS[name](kl=KL(coef=BETA), answers=64)
+    optim = Optim(lr=0.01, final=0.02)
     optims, epochs, steps = {"policy": optim}, 1, STEPS[name]
     if name == "ppo":
         roles["critic"] = h.scorer(dtype=torch.float32, seed=2, vocabulary=VOCABULARY)
         optims["critic"] = replace(optim, lr=0.01)
-        method = methods.ppo(kl=KL(coef=BETA), answers=128, lam=1.0, value_clip=None)
+        method = methods.ppo(kl=KL(coef=BETA), answers=64, lam=1.0, value_clip=None)
         epochs = 2
     learner = LocalLearner(roles, optims, total=steps * epochs, budget=1 << 14)
     generator = LocalGenerator(policy, (END,), str)
-    plan = online.Plan(steps, 2, 256, epochs, canary=20, equal_start=True, end_ids=(END,))
+    plan = online.Plan(steps, 2, 128, epochs, canary=20, equal_start=True, end_ids=(END,))
     table = Weighted("table", h.TableReward(reward))
     online.train(method, learner, generator, [table], PROMPTS, Sampling(2), plan, Run(tmp_path), quiet=True)
     assert gap(policy.model, target) < 0.01
-
-
-STEPS = {"reinforce": 150, "ppo": 80}
 
 
 def test_dpo_on_exact_soft_labels_finds_the_optimal_policy(tmp_path: Path) -> None:
@@ -95,7 +94,9 @@ def test_dpo_on_exact_soft_labels_finds_the_optimal_policy(tmp_path: Path) -> No
     target = optimum(reference.model)
     pairs = []
     for prompt in PROMPTS:
-        rows = [Row(torch.tensor(prompt.ids + a), len(prompt.ids), torch.ones(len(a), dtype=torch.bool)) for a in ANSWERS]
+        rows = [
+            Row(torch.tensor(prompt.ids + a), len(prompt.ids), torch.ones(len(a), dtype=torch.bool)) for a in ANSWERS
+        ]
         for i in range(len(ANSWERS)):
             for j in range(i):
                 chance = torch.sigmoid(torch.tensor(reward(ANSWERS[i]) - reward(ANSWERS[j])))

@@ -55,7 +55,17 @@ def go(
     given = {"steps": 1, "prompts": 3, "minibatch": 3 * method.answers, "canary": 20, "end_ids": tuple(end_ids)} | plan
     table = reward or h.TableReward(lambda ids: 0.5 * len(ids) - 0.25 * (sum(ids) % 5))
     source = generator(own.roles["policy"], end_ids, str)
-    online.train(method, own, source, [Weighted("table", table)], PROMPTS, sampling, online.Plan(**given), Run(folder), quiet=True)
+    online.train(
+        method,
+        own,
+        source,
+        [Weighted("table", table)],
+        PROMPTS,
+        sampling,
+        online.Plan(**given),
+        Run(folder),
+        quiet=True,
+    )
     return own
 
 
@@ -69,8 +79,16 @@ def rollout(folder: Path, step: int = 1) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("dials", [{"budget": 1}, {"budget": 64}, {"budget": 64, "packed": True}], ids=str)
 @pytest.mark.parametrize("make", [separate, h.trunk], ids=["separate copies", "one trunk"])
-def test_on_the_first_step_ratio_is_one_and_kl_is_zero_to_the_bit(tmp_path: Path, make: Any, dials: dict, temperature: float) -> None:
-    own = go(tmp_path, methods.ppo(answers=2), learner=learner_of(make(), **dials), sampling=Sampling(6, temperature), equal_start=True)
+def test_on_the_first_step_ratio_is_one_and_kl_is_zero_to_the_bit(
+    tmp_path: Path, make: Any, dials: dict, temperature: float
+) -> None:
+    own = go(
+        tmp_path,
+        methods.ppo(answers=2),
+        learner=learner_of(make(), **dials),
+        sampling=Sampling(6, temperature),
+        equal_start=True,
+    )
     batch = own.work[0][1]
     mask = batch["mask"]
     assert int(mask.sum()) > 6
@@ -184,7 +202,10 @@ def test_an_untrained_end_token_stops_the_run(tmp_path: Path, monkeypatch: pytes
 
     def gathered(*given: Any) -> Batch:
         batch = original(*given)
-        cut = tuple(replace(row, mask=row.mask.clone().index_fill(0, torch.tensor([row.response - 1]), False)) for row in batch.rows)
+        cut = tuple(
+            replace(row, mask=row.mask.clone().index_fill(0, torch.tensor([row.response - 1]), False))
+            for row in batch.rows
+        )
         return replace(batch, rows=cut)
 
     monkeypatch.setattr(online, "gathered", gathered)
@@ -242,7 +263,9 @@ def test_an_average_of_the_policy_follows_it_by_hand(tmp_path: Path) -> None:
     own = go(tmp_path, methods.ppo(), roles, steps=2, ema=0.9)
     first, second = (one["policy"] for one in own.trail)
     for key, value in own.roles["ema"].parameters().items():
-        torch.testing.assert_close(value.detach(), 0.9 * (0.9 * start[key] + 0.1 * first[key]) + 0.1 * second[key], rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(
+            value.detach(), 0.9 * (0.9 * start[key] + 0.1 * first[key]) + 0.1 * second[key], rtol=1e-12, atol=1e-14
+        )
 
 
 @pytest.mark.parametrize(("name", "versions"), [("ppo", 2 * 2 * 2), ("reinforce", 2)])
@@ -263,7 +286,18 @@ def test_a_rollout_is_written_with_per_token_columns_as_long_as_each_answer(tmp_
     answers = rollout(tmp_path)
     assert len(answers) == 12
     assert len({len(answer["completion_ids"]) for answer in answers}) > 1
-    expected = {"mask", "old_logp", "ref_logp", "sampler_logp", "old_value", "kl", "token_reward", "advantage", "returns", "ratio"}
+    expected = {
+        "mask",
+        "old_logp",
+        "ref_logp",
+        "sampler_logp",
+        "old_value",
+        "kl",
+        "token_reward",
+        "advantage",
+        "returns",
+        "ratio",
+    }
     for answer in answers:
         per_token = {name for name in answer if name in COLUMNS and COLUMNS[name].per_token}
         assert expected <= per_token

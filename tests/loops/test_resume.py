@@ -41,10 +41,21 @@ class Fragile(LocalLearner):
 OPTIM = replace(h.FREE, lr=0.02, schedule="cosine", warmup=0.2)
 
 
-def sft(folder: Path, *, dies: int = 0, resume: bool = False, stop: Stop | None = None, kind: str = "adamw", dropout: float = 0.1, every: int = 1) -> LocalLearner:
+def sft(
+    folder: Path,
+    *,
+    dies: int = 0,
+    resume: bool = False,
+    stop: Stop | None = None,
+    kind: str = "adamw",
+    dropout: float = 0.1,
+    every: int = 1,
+) -> LocalLearner:
     """Six updates, saved after each; fresh objects every time, as a new process has them."""
     optim = replace(OPTIM, kind=kind)
-    own = Fragile({"policy": h.policy(dtype=torch.float32)}, {"policy": optim}, total=6, budget=30, dropout=dropout, seed=4)
+    own = Fragile(
+        {"policy": h.policy(dtype=torch.float32)}, {"policy": optim}, total=6, budget=30, dropout=dropout, seed=4
+    )
     own.dies = dies
     plan = offline.Plan(6, 4, seed=4, save_every=every, eval_every=3)
     run = opened(folder, resume)
@@ -69,11 +80,14 @@ def ppo(folder: Path, *, dies: int = 0, resume: bool = False, name: str = "instr
 
     table = Dying(lambda ids: 0.5 * len(ids) - 0.25 * (sum(ids) % 5))
     prompts = [h.prompt(i, range(3 + i, 5 + 3 * i)) for i in range(5)]
-    plan = online.Plan(3, 3, 3, 2, seed=4, ptx_batch=2 * (name == "instructgpt"), ema=0.8, save_every=1, canary=20, equal_start=True)
+    plan = online.Plan(
+        3, 3, 3, 2, seed=4, ptx_batch=2 * (name == "instructgpt"), ema=0.8, save_every=1, canary=20, equal_start=True
+    )
     generator = LocalGenerator(own.roles["policy"], (1, 5, 9), str)
+    rewards, run = [Weighted("table", table)], opened(folder, resume)
     online.train(
-        method, own, generator, [Weighted("table", table)], prompts, Sampling(5), plan, opened(folder, resume), ptx=h.rows(), resume=resume, quiet=True
-    )  # fmt: skip
+        method, own, generator, rewards, prompts, Sampling(5), plan, run, ptx=h.rows(), resume=resume, quiet=True
+    )
     return own
 
 
@@ -91,7 +105,10 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def rollouts(folder: Path) -> dict[str, list]:
-    return {path.name: pyarrow.parquet.read_table(path).to_pylist() for path in sorted((folder / "rollouts").glob("*.parquet"))}
+    return {
+        path.name: pyarrow.parquet.read_table(path).to_pylist()
+        for path in sorted((folder / "rollouts").glob("*.parquet"))
+    }
 
 
 def same(one: Path, other: Path, ours: LocalLearner, theirs: LocalLearner) -> None:
@@ -115,7 +132,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Callable], tupl
     return get
 
 
-@pytest.mark.parametrize("given", [{}, {"dropout": 0.0}, {"kind": "muon"}, {"every": 2}], ids=["dropout", "plain", "muon", "rare"])
+@pytest.mark.parametrize(
+    "given", [{}, {"dropout": 0.0}, {"kind": "muon"}, {"every": 2}], ids=["dropout", "plain", "muon", "rare"]
+)
 @pytest.mark.parametrize("dies", [1, 4, 6])
 def test_a_killed_sft_run_resumes_to_the_bit(tmp_path: Path, whole: Any, dies: int, given: dict[str, Any]) -> None:
     folder, expected = whole(sft, **given)
@@ -150,7 +169,8 @@ def test_a_torn_newest_checkpoint_falls_back_to_the_one_before(tmp_path: Path, w
     with pytest.raises(Killed):
         sft(tmp_path, dies=5)
     newest = checkpoint.latest(tmp_path / "checkpoints")
-    assert newest is not None and newest.name == "step-00000004"
+    assert newest is not None
+    assert newest.name == "step-00000004"
     weights = newest / "learner" / "policy.safetensors"
     content = weights.read_bytes()
     match tear:
@@ -163,11 +183,14 @@ def test_a_torn_newest_checkpoint_falls_back_to_the_one_before(tmp_path: Path, w
         case _:
             (newest / "manifest.json").unlink()
     good = checkpoint.latest(tmp_path / "checkpoints")
-    assert good is not None and good.name == "step-00000003"
+    assert good is not None
+    assert good.name == "step-00000003"
     same(tmp_path, folder, sft(tmp_path, resume=True), expected)
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_last_good_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_good_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original = LocalLearner.save
 
     def full(self: LocalLearner, folder: Path) -> None:
@@ -180,7 +203,8 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_good_one(tmp_path: 
         sft(tmp_path)
     assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-00000001", "step-00000002"]
     good = checkpoint.latest(tmp_path / "checkpoints")
-    assert good is not None and good.name == "step-00000002"
+    assert good is not None
+    assert good.name == "step-00000002"
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:

@@ -45,12 +45,48 @@ def gemma2(*, seed: int = 0, dtype: torch.dtype = DOUBLE, **changes: Any) -> Any
     return AutoModelForCausalLM.from_config(Gemma2Config(**(given | changes))).to(dtype).eval()
 
 
-def policy(kind: str = "qwen3", *, seed: int = 0, dtype: torch.dtype = DOUBLE, name: str = "policy", **changes: Any) -> Role:
+def opt() -> Any:
+    """A model with dropout of its own that is a number rather than a module."""
+    from transformers import AutoModelForCausalLM, OPTConfig
+
+    torch.manual_seed(0)
+    given = {
+        "vocab_size": 27,
+        "hidden_size": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "word_embed_proj_dim": 32,
+    }
+    return AutoModelForCausalLM.from_config(
+        OPTConfig(
+            **given,
+            max_position_embeddings=128,
+            init_std=0.2,
+            dropout=0.1,
+            bos_token_id=None,
+            eos_token_id=1,
+            pad_token_id=0,
+        )
+    )
+
+
+def policy(
+    kind: str = "qwen3", *, seed: int = 0, dtype: torch.dtype = DOUBLE, name: str = "policy", **changes: Any
+) -> Role:
     """A policy of its own (or, by `name`, a frozen reference)."""
     return Role(name, tiny.causal_lm(kind, seed=seed, dtype=dtype, **changes), name == "policy")
 
 
-def scorer(kind: str = "qwen3", *, seed: int = 0, dtype: torch.dtype = DOUBLE, name: str = "critic", vocabulary: int = 27, **about: Any) -> Role:
+def scorer(
+    kind: str = "qwen3",
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = DOUBLE,
+    name: str = "critic",
+    vocabulary: int = 27,
+    **about: Any,
+) -> Role:
     """A trained critic or reward model of its own."""
     return Role(name, scorer_model(kind, seed=seed, dtype=dtype, vocabulary=vocabulary), True, **about)
 
@@ -84,9 +120,7 @@ def rows() -> list[Row]:
 
 def pairs() -> list[Pair]:
     """Pairs of unlike lengths with soft labels and margins."""
-    return [
-        Pair(row(i, 2 + i % 3, 1 + i), row(50 + i, 2 + i % 3, 5 - i), 0.5 + 0.1 * i, 0.25 * i) for i in range(5)
-    ]
+    return [Pair(row(i, 2 + i % 3, 1 + i), row(50 + i, 2 + i % 3, 5 - i), 0.5 + 0.1 * i, 0.25 * i) for i in range(5)]
 
 
 def rankings() -> list[Ranking]:
@@ -105,7 +139,9 @@ def labelled() -> list[Labelled]:
 
 def prompt(number: int, ids: Sequence[int]) -> Prompt:
     """A prompt of these ids."""
-    return Prompt(str(number), tuple(ids), ({"role": "user", "content": f"question {number}"},), {"prompt": f"question {number}"})
+    return Prompt(
+        str(number), tuple(ids), ({"role": "user", "content": f"question {number}"},), {"prompt": f"question {number}"}
+    )
 
 
 def full_logits(model: Any, ids: Tensor, **given: Any) -> Tensor:
@@ -149,7 +185,12 @@ def weights(learner: LocalLearner) -> dict[str, dict[str, Tensor]]:
 def gradients(learner: LocalLearner) -> dict[str, Tensor]:
     """Each trained role's gradient as one vector."""
     return {
-        name: torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten().clone() for p in role.parameters().values()])
+        name: torch.cat(
+            [
+                torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten().clone()
+                for p in role.parameters().values()
+            ]
+        )
         for name, role in learner.roles.items()
         if role.trained
     }

@@ -27,10 +27,14 @@ def laid_out(role: Role, batch: Batch, names: frozenset[str], layout: str) -> di
             return read(role, batch, names, packed=layout == "packed")
         single = [read(role, batch.take([number]), names) for number in range(len(batch.rows))]
     width = batch["mask"].shape[1]
-    return {
-        name: torch.cat([torch.nn.functional.pad(one[name], (0, width - one[name].shape[1])) if one[name].ndim == 2 else one[name] for one in single])
-        for name in names
-    }  # fmt: skip
+
+    def joined(name: str) -> Tensor:
+        parts = [one[name] for one in single]
+        if parts[0].ndim == 2:
+            parts = [torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts]
+        return torch.cat(parts)
+
+    return {name: joined(name) for name in names}
 
 
 def by_hand(model: Any, row: Row, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -43,7 +47,9 @@ def by_hand(model: Any, row: Row, temperature: float = 1.0) -> tuple[Tensor, Ten
 def scores_by_hand(model: Any, row: Row) -> Tensor:
     """The scalar head on every position, by transformers' own classifier fed with each prefix as a whole: (S,)."""
     with torch.no_grad():
-        return torch.stack([model(input_ids=row.ids[None, : end + 1]).logits[0, 0] for end in range(row.length)]).double()
+        return torch.stack(
+            [model(input_ids=row.ids[None, : end + 1]).logits[0, 0] for end in range(row.length)]
+        ).double()
 
 
 def close(actual: Tensor, expected: Tensor, within: float) -> None:
@@ -53,7 +59,9 @@ def close(actual: Tensor, expected: Tensor, within: float) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("dtype", "within"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_log_probs_and_entropy_are_those_of_the_full_forward(kind: str, dtype: torch.dtype, within: float, layout: str) -> None:
+def test_log_probs_and_entropy_are_those_of_the_full_forward(
+    kind: str, dtype: torch.dtype, within: float, layout: str
+) -> None:
     batch = Batch.of(h.rows())
     role = h.policy(kind, dtype=dtype)
     got = laid_out(role, batch, LANGUAGE, layout)
@@ -167,7 +175,11 @@ def test_packing_does_not_depend_on_how_attention_is_computed(implementation: st
     role, batch = Role("policy", model, True), Batch.of(h.rows())
     assert model.config._attn_implementation == implementation
     within = 1e-10 if implementation == "sdpa" else 1e-5  # eager attention takes its softmax in float32
-    close(laid_out(role, batch, LANGUAGE, "packed")["logp"], laid_out(role, batch, LANGUAGE, "one at a time")["logp"], within)
+    close(
+        laid_out(role, batch, LANGUAGE, "packed")["logp"],
+        laid_out(role, batch, LANGUAGE, "one at a time")["logp"],
+        within,
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -180,7 +192,9 @@ def test_the_gradient_of_a_column_is_that_of_the_full_forward(kind: str) -> None
     total = torch.zeros((), dtype=torch.float64)
     for number, row in enumerate(batch.rows):
         logp = role.model(input_ids=row.ids[None]).logits[0, row.start - 1 : -1].log_softmax(-1)
-        total = total + (logp.gather(1, row.ids[row.start :, None])[:, 0] * row.mask * weight[number, : row.response]).sum()
+        total = (
+            total + (logp.gather(1, row.ids[row.start :, None])[:, 0] * row.mask * weight[number, : row.response]).sum()
+        )
     total.backward()
     for name, parameter in role.parameters().items():
         close(got[name], parameter.grad, 1e-7)

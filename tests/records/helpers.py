@@ -28,7 +28,11 @@ def lines_tokenizer(template: str | None = None) -> Any:
     cut = [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split("\n", "isolated")]
     inner.pre_tokenizer = pre_tokenizers.Sequence(cut)
     out = PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token="<eos>", unk_token="<unk>", pad_token="<pad>", additional_special_tokens=SPECIAL
+        tokenizer_object=inner,
+        eos_token="<eos>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        additional_special_tokens=SPECIAL,
     )
     out.chat_template = template
     return out

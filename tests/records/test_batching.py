@@ -1,4 +1,5 @@
 from collections import Counter
+from itertools import chain
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def test_a_source_of_weight_next_to_nothing_is_hardly_drawn() -> None:
 def test_minibatches_hold_every_element_once_and_the_last_may_be_smaller() -> None:
     turns = minibatches(10, 4, key=7)
     assert [len(turn) for turn in turns] == [4, 4, 2]
-    assert sorted(sum(turns, [])) == list(range(10))
+    assert sorted(chain(*turns)) == list(range(10))
     assert minibatches(10, 4, key=7) == turns != minibatches(10, 4, key=8)
 
 
@@ -81,7 +82,11 @@ def mixed() -> Batch:
     """The rows of `elements`, each a plain element of several rows (one batch has one kind of element in training)."""
     rows, index = [], []
     for number, element in enumerate(elements()):
-        own = [element] if hasattr(element, "ids") else getattr(element, "rows", None) or [element.chosen, element.rejected]
+        own = (
+            [element]
+            if hasattr(element, "ids")
+            else getattr(element, "rows", None) or [element.chosen, element.rejected]
+        )
         rows += own
         index += [number] * len(own)
     return Batch.of(rows).with_columns(element=torch.tensor(index))
@@ -96,7 +101,7 @@ def test_micro_batches_put_like_lengths_together_within_the_budget(budget: int, 
 def test_micro_batches_never_split_an_element_and_hold_every_row_once(budget: int) -> None:
     batch = mixed()
     micros = micro_batches(batch, budget)
-    assert sorted(sum(micros, [])) == list(range(11))
+    assert sorted(chain(*micros)) == list(range(11))
     where = {place: number for number, micro in enumerate(micros) for place in micro}
     assert all(len({where[place] for place in element}) == 1 for element in batch.elements())
     for micro in micros:

@@ -95,7 +95,12 @@ def test_the_answers_and_their_end_tokens_are_trained_and_nothing_else(
 
 @pytest.mark.parametrize(
     ("name", "messages"),
-    [(name, one) for name in FORMATS for one in (ONE, TWO, talk("a", "b", system="good")) if (name, one) != ("none", TWO)],
+    [
+        (name, one)
+        for name in FORMATS
+        for one in (ONE, TWO, talk("a", "b", system="good"))
+        if (name, one) != ("none", TWO)
+    ],
 )
 def test_the_prompts_ids_are_those_the_row_begins_with(name: str, messages: list) -> None:
     chat = chat_of(name)

@@ -59,6 +59,13 @@ def test_a_long_field_of_a_csv_is_read(tmp_path: Path) -> None:
     assert len(read_rows(str(tmp_path / "rows.csv"))[0].row["text"]) == 200_000
 
 
+def test_a_csv_as_spreadsheets_save_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes(b"\xef\xbb\xbfprompt,completion\r\nhello,yes\r\n")
+    assert [dict(one.row) for one in read_rows(str(tmp_path / "rows.csv"))] == [
+        {"prompt": "hello", "completion": "yes"}
+    ]
+
+
 FILES = [
     ("empty.jsonl", b"", ": the file is empty"),
     ("empty.csv", b"prompt,completion\n", ": the file is empty"),
@@ -75,7 +82,9 @@ FILES = [
 
 
 @pytest.mark.parametrize(("name", "content", "what"), FILES)
-def test_a_file_that_cannot_be_read_is_named_with_its_line(name: str, content: bytes, what: str, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_named_with_its_line(
+    name: str, content: bytes, what: str, tmp_path: Path
+) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError) as caught:
         read_rows(str(tmp_path / name))
@@ -158,6 +167,11 @@ def test_a_long_text_is_cut_into_pieces_that_lose_no_transition(limit: int, expe
 
 def test_a_text_that_ends_with_the_end_token_gets_no_second_one() -> None:
     assert drawn(reader().texts(at({"text": "a b <eos>"}))) == ["a [b] [<eos>]"]
+
+
+def test_texts_without_a_single_transition_are_refused() -> None:
+    with pytest.raises(DataError):
+        reader().texts(at({"text": "<eos>"}))
 
 
 DEMONSTRATIONS = [
@@ -294,7 +308,11 @@ def test_a_pair_whose_one_side_is_too_long_is_dropped_whole() -> None:
 
 
 NO_ROOM = [
-    ("error", 7, r"^my\.jsonl:1: the conversation has 8 tokens, the limit is 7; .*--data\.max-tokens.*--data\.too-long drop$"),
+    (
+        "error",
+        7,
+        r"^my\.jsonl:1: the conversation has 8 tokens, the limit is 7; .*--data\.max-tokens.*--data\.too-long drop$",
+    ),
     ("drop", 4, r"^no row is left: all are longer than 4 tokens; raise --data\.max-tokens$"),
     ("cut", 3, r"^no row is left"),
 ]

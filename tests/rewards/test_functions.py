@@ -7,7 +7,7 @@ import numpy
 import pytest
 import torch
 
-from whet.errors import RecipeError, RewardError
+from whet.errors import RecipeError, RewardError, WhetError
 from whet.records import Group, Prompt, Sample
 from whet.rewards import Scores, Weighted, score_all
 from whet.rewards.functions import FunctionReward, load_function
@@ -57,6 +57,13 @@ def test_a_function_sees_prompts_completions_ids_and_every_further_column() -> N
 def test_a_column_may_have_any_name(name: str) -> None:
     reward = FunctionReward(lambda prompts, completions, **columns: [float(value == "x") for value in columns[name]])
     assert reward.score(groups(**{name: "x"})).answer.tolist() == [1.0, 1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", ["prompts", "completions", "completion_ids"])
+def test_a_column_called_like_what_every_function_gets_is_refused_by_its_name(name: str) -> None:
+    reward = FunctionReward(lambda **given: [1.0] * 4)
+    with pytest.raises(WhetError, match=f"'{name}'"):
+        reward.score(groups(**{name: "x"}))
 
 
 SCALARS = [
@@ -133,11 +140,12 @@ def test_what_a_function_may_not_return_is_named_with_its_answer(returned: Any, 
     assert str(caught.value).startswith("reward judge: " + what)
 
 
+JUDGE = "def judge(prompts, completions, **columns):\n"
 RAISING = {
-    "by itself": ("import json\ndef judge(prompts, completions, **columns):\n    return 1 / 0\n", 3, "ZeroDivisionError: division by zero"),
-    "in a helper": ("import json\ndef inner():\n    raise KeyError('a')\ndef judge(prompts, completions, **columns):\n    return inner()\n", 3, "KeyError: 'a'"),
-    "in a library": ("import json\ndef judge(prompts, completions, **columns):\n    return json.loads('no')\n", 3, "JSONDecodeError"),
-}  # fmt: skip
+    "by itself": (f"\n{JUDGE}    return 1 / 0\n", 3, "ZeroDivisionError: division by zero"),
+    "in a helper": (f"\ndef inner():\n    raise KeyError('a')\n{JUDGE}    return inner()\n", 3, "KeyError: 'a'"),
+    "in a library": (f"import json\n{JUDGE}    return json.loads('no')\n", 3, "JSONDecodeError"),
+}
 
 
 @pytest.mark.parametrize("kind", RAISING)
@@ -180,7 +188,9 @@ def test_several_rewards_stand_side_by_side_under_their_names_and_dense_ones_are
 
 
 def test_without_a_dense_reward_the_dense_sum_is_zero_and_as_wide_as_the_longest_answer() -> None:
-    _, token = score_all([Weighted("one", FunctionReward(lambda prompts, completions, **columns: [1, 2, 3, 4]))], groups())
+    _, token = score_all(
+        [Weighted("one", FunctionReward(lambda prompts, completions, **columns: [1, 2, 3, 4]))], groups()
+    )
     assert torch.equal(token, torch.zeros(4, 3))
 
 
@@ -205,7 +215,9 @@ def test_a_function_that_cannot_be_loaded_is_named(spec: str, what: str) -> None
         load_function(spec)
 
 
-@pytest.mark.parametrize(("source", "what"), [("import nothing_like_it\n", "ModuleNotFoundError"), ("def (\n", "SyntaxError")])
+@pytest.mark.parametrize(
+    ("source", "what"), [("import nothing_like_it\n", "ModuleNotFoundError"), ("def (\n", "SyntaxError")]
+)
 def test_a_file_that_cannot_be_imported_is_named_with_the_cause(source: str, what: str, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(source)
     with pytest.raises(RecipeError, match=rf"mine\.py:judge: importing .*mine\.py failed with {what}"):

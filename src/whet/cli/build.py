@@ -1,6 +1,7 @@
 """From a recipe to the objects that the loops take. Configuration stops here; everything that can be refused is refused here."""
 
 import copy
+import difflib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -25,14 +26,22 @@ from whet.rewards.functions import FunctionReward, load_function
 from whet.rewards.model import ModelReward
 
 
-def chosen_method(registry: Mapping[str, Callable[..., Any]], name: str, dials: Mapping[str, Any]) -> Any:
-    """The method of this name with these dials, each checked against the function's own signature."""
+def chosen_method(
+    registry: Mapping[str, Callable[..., Any]], name: str, dials: Mapping[str, Any], others: Sequence[str] = ()
+) -> Any:
+    """The method of this name with these dials, each checked against the function's own signature.
+
+    `others` are the recipe's other fields: what is neither is named with the nearest of both.
+    """
     if name not in registry:
         raise config.unknown(name, list(registry))
     function = registry[name]
     parameters = inspect.signature(function, eval_str=True).parameters
     for dial in dials:
         if dial not in parameters:
+            near = difflib.get_close_matches(dial, [*parameters, *others], n=1)
+            if near and near[0] in others:
+                raise config.unknown(dial, others)
             raise config.unknown(f"method.{dial}", [f"method.{known}" for known in parameters])
     for dial, value in dials.items():
         annotation = parameters[dial].annotation
@@ -113,8 +122,8 @@ def scorer_role(
     about = dict(readout_of(path))
     if readout is not None:
         about = {"readout": readout}
-    if name == "critic":
-        about = {}
+    if name == "critic":  # a value is no sum over tokens; only what a last-token score is in its own unit carries over
+        about = {key: about[key] for key in ("scale", "shift")} if about["readout"] == "last" else {}
     if not trained or recipe.lora is None:
         return Role(name, model, trained, **about)
     wrapped = lora.attach(model, recipe.lora, (name,), seed=seed, scorer=True)
@@ -254,6 +263,8 @@ def name_of(source: str) -> str:
 def reward_role(path: str, model: config.Model, tokenizer: Any, name: str) -> tuple[Role, Chat | None]:
     """A frozen reward model, and the format of its own tokenizer where that is another than the policy's."""
     source = source_of(model, path)
+    if not load.is_scorer(path):
+        raise ModelError(f"{path}: not a reward model, it has no scalar head; train one with whet reward")
     own = load.load_tokenizer(source)
     same = own.get_vocab() == tokenizer.get_vocab() and own.chat_template == tokenizer.chat_template
     role = scorer_role(name, replace(model, lora=None, quantise="none"), own, trained=False, seed=0, path=path)

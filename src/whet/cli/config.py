@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -334,8 +335,14 @@ def converted(tree: Mapping[str, Any], kind: Any, where: str) -> Any:
         what, _, path = str(error).partition(" - at `$")
         name = (where + path.rstrip("`").replace("[...]", "")).strip(".")
         got: Any = tree
-        for key in path.rstrip("`").strip(".").split("."):
-            got = got.get(key, "?") if isinstance(got, Mapping) else got
+        for key, place in re.findall(r"([^.\[\]]+)|\[(\d+)\]", path.rstrip("`")):
+            got = (
+                got.get(key)
+                if isinstance(got, Mapping)
+                else got[int(place)]
+                if place and isinstance(got, list)
+                else got
+            )
         raise RecipeError(f"{name or 'recipe'}: {what[:1].lower()}{what[1:]}; got {got!r}") from error
 
 
@@ -379,7 +386,9 @@ def _nested(kind: type, name: str, value: Any) -> dict[str, Any]:
 def _expand(kind: type, tree: Any, where: str) -> Any:
     """The tree with bare values put into their section's main field, and every key checked to exist."""
     if not isinstance(tree, Mapping):
-        return {MAIN_FIELD[kind]: tree} if kind in MAIN_FIELD and tree is not None else tree
+        if kind not in MAIN_FIELD or tree is None:
+            return tree
+        tree = {MAIN_FIELD[kind]: tree}
     known = fields_of(kind)
     out = {}
     for key, value in tree.items():

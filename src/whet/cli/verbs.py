@@ -24,7 +24,7 @@ from whet.methods.part import Term, part
 from whet.models import load
 from whet.models.roles import Role
 from whet.ops import address, nll, token_mean
-from whet.records import Chat, Group, Prompt, read_rows
+from whet.records import Chat, Group, Prompt, numbers, read_rows
 from whet.rewards.functions import called, load_function
 
 SFT = (Term("policy", "train", part(nll), token_mean),)
@@ -42,10 +42,15 @@ class Options:
 def run_offline(verb: str, recipe: config.Offline, options: Options) -> Path:
     """pretrain, sft, reward, dpo, ipo: rows of a file through an objective. Returns the run folder."""
     _threads(recipe.threads)
+    folder = _folder(recipe, verb, options)
     dials = dict(recipe.method)
     name = dials.pop("name", "k_way") if verb == "reward" else verb
     registry = {**preference.METHODS, **reward.METHODS}
-    terms = SFT if verb in ("pretrain", "sft") else build.chosen_method(registry, name, dials)
+    terms = (
+        SFT
+        if verb in ("pretrain", "sft")
+        else build.chosen_method(registry, name, dials, list(config.fields_of(config.Offline)))
+    )
     if verb in ("pretrain", "sft") and dials:
         raise config.unknown(next(iter(dials)), list(config.fields_of(config.Offline)))
     tokenizer, chat = build.tokenizer_and_chat(recipe.model)
@@ -60,7 +65,6 @@ def run_offline(verb: str, recipe: config.Offline, options: Options) -> Path:
     sources, weights = build.sources_of(recipe.data, read)
     evaluation = build.evaluation_of(recipe.data, read)
     steps = build.steps_of(recipe.train, sum(map(len, sources)))
-    run = _open(recipe, verb, options)
 
     if verb == "reward":
         role = build.scorer_role(
@@ -85,6 +89,7 @@ def run_offline(verb: str, recipe: config.Offline, options: Options) -> Path:
         steps, recipe.train.batch, recipe.seed, recipe.data.shuffle, recipe.train.save_every,
         recipe.train.eval_every or (steps if evaluation else 0), recipe.train.keep,
     )  # fmt: skip
+    run = _open(folder, recipe, options)
     with graceful() as stop:
         offline.train(
             terms, learner, sources, plan, run, weights=weights, evaluation=evaluation, resume=options.resume,
@@ -99,7 +104,8 @@ def run_offline(verb: str, recipe: config.Offline, options: Options) -> Path:
 def run_online(verb: str, recipe: config.Online, options: Options) -> Path:
     """ppo, grpo and the other online methods. Returns the run folder."""
     _threads(recipe.threads)
-    algorithm = build.chosen_method(online_methods.METHODS, verb, recipe.method)
+    folder = _folder(recipe, verb, options)
+    algorithm = build.chosen_method(online_methods.METHODS, verb, recipe.method, list(config.fields_of(config.Online)))
     minibatch = build.check_arithmetic(recipe, algorithm, verb)
     tokenizer, chat = build.tokenizer_and_chat(recipe.model)
     reader = build.reader_of(recipe.model, recipe.data, chat, room=recipe.sampling.max_new_tokens)
@@ -113,7 +119,6 @@ def run_online(verb: str, recipe: config.Online, options: Options) -> Path:
     )
     if recipe.trunk == "separate":
         rewards = build.rewards_of(recipe, tokenizer)
-    run = _open(recipe, verb, options)
     cast = build.cast(recipe, algorithm, tokenizer)
     if recipe.trunk == "shared":
         rewards = build.rewards_of(recipe, tokenizer, cast.roles["policy"])
@@ -131,6 +136,7 @@ def run_online(verb: str, recipe: config.Online, options: Options) -> Path:
         canary=min(160, load.positions(build.source_of(recipe.model))),
         save_every=recipe.train.save_every, keep=recipe.train.keep,
     )  # fmt: skip
+    run = _open(folder, recipe, options)
     with graceful() as stop:
         online.train(
             algorithm, learner, generator, rewards, sources[0], recipe.sampling, plan, run, ptx=ptx, resume=options.resume,
@@ -162,7 +168,7 @@ def run_rank(recipe: config.Rank, options: Options) -> Path:
         function = load_function(recipe.judge)
 
         def guarded(*given: Any, **named: Any) -> Any:
-            return called(lambda: function(*given, **named), recipe.judge or "")
+            return called(function, recipe.judge or "", *given, **named)
 
         ranker = ScoreJudge(guarded) if recipe.judge_form == "score" else RankJudge(guarded)
     if not isinstance(recipe.data.train, str) or not recipe.data.train:
@@ -174,8 +180,8 @@ def run_rank(recipe: config.Rank, options: Options) -> Path:
             raise UserError(
                 f"{located.where}: field 'responses' must be a list of at least two answers, got {answers!r:.80}"
             )
-        if recipe.judge is None and len(located.row.get("scores") or []) != len(answers):
-            raise UserError(f"{located.where}: without a judge the row needs 'scores', one per answer ({len(answers)})")
+        if recipe.judge is None:
+            numbers(located, "scores", len(answers))
     questions = [
         Question(
             one.row.get("prompt"),
@@ -273,14 +279,15 @@ def _answers(
 
 def _standardise(role: Role, scores: torch.Tensor) -> None:
     """Shift and scale the reward model so that these scores of its own (n,) get mean 0 and deviation 1."""
-    role.scale = 1.0 / max(float(scores.double().std()), 1e-6)
+    role.scale = 1.0 / max(float(scores.double().std(correction=0)), 1e-6)
     role.shift = -float(scores.double().mean()) * role.scale
 
 
-def _open(recipe: Any, verb: str, options: Options) -> Run:
-    """The run folder: a new one, or with --resume the one that is there, if its recipe is the same."""
+def _folder(recipe: Any, verb: str, options: Options) -> Path:
+    """The run folder, checked but not made: free, or with --resume one whose recipe is the same."""
     folder = Path(recipe.out or f"runs/{verb}")
-    text = config.to_yaml(recipe)
+    if folder.exists() and not folder.is_dir():
+        raise RecipeError(f"out: {folder} is a file; name a folder with --out")
     saved = folder / "recipe.yaml"
     if saved.is_file() and not options.resume:
         raise RecipeError(
@@ -289,15 +296,21 @@ def _open(recipe: Any, verb: str, options: Options) -> Run:
     if options.resume:
         if not saved.is_file():
             raise RecipeError(f"--resume: there is no run in {folder}")
+        text = config.to_yaml(recipe)
         if saved.read_text(encoding="utf-8") != text:
             changed = _changed(config.read_yaml(saved), config.yaml_tree(text))
             raise RecipeError(
                 f"--resume: the recipe of {folder} differs in {', '.join(changed)}; a resumed run goes on unchanged"
             )
+    return folder
+
+
+def _open(folder: Path, recipe: Any, options: Options) -> Run:
+    """The run's record, made once everything that can be refused has been."""
     found = offline.checkpoint.latest(folder / "checkpoints") if options.resume else None
     step = json.loads((found / "loop.json").read_text(encoding="utf-8"))["step"] if found else 0
     run = Run(folder, resume_at=step if options.resume else None, trackers=_trackers(recipe.trackers, folder))
-    run.environment(text)
+    run.environment(config.to_yaml(recipe))
     return run
 
 
@@ -332,13 +345,12 @@ def _threads(count: int) -> None:
 def _out_file(out: str, verb: str) -> Path:
     if not out:
         raise RecipeError(f"out: which file shall {verb} write? give --out FILE.jsonl")
-    path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+    return Path(out)
 
 
 def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """A JSONL file, written aside and renamed, so that a half file never stands under the name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.writing")
     aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     aside.rename(path)

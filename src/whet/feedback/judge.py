@@ -1,5 +1,6 @@
 """Ranking by a judge: a function that scores answers, or one that ranks them itself."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,9 +23,14 @@ class ScoreJudge:
         columns = {
             name: [question.row.get(name) for question in questions for _ in question.responses] for name in names
         }
-        scores = list(self.function(prompts=prompts, completions=completions, **columns))
+        scores = self.function(prompts=prompts, completions=completions, **columns)
+        if not isinstance(scores, Sequence) or isinstance(scores, str):
+            raise RewardError(f"the judge: expected a list with one score per answer, got {scores!r:.80}")
         if len(scores) != len(completions):
             raise RewardError(f"the judge got {len(completions)} answers and returned {len(scores)} scores")
+        for place, score in enumerate(scores):
+            if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
+                raise RewardError(f"the judge: answer {place} got {score!r}, expected a finite number")
         out, start = [], 0
         for question in questions:
             stop = start + len(question.responses)
@@ -43,10 +49,11 @@ class RankJudge:
         """See `Ranker.rank`."""
         out = []
         for place, question in enumerate(questions):
-            ranks = list(self.function(question.prompt, list(question.responses), **question.row))
-            if len(ranks) != len(question.responses) or not all(isinstance(rank, int) and rank >= 1 for rank in ranks):
+            ranks = self.function(question.prompt, list(question.responses), **question.row)
+            right = isinstance(ranks, Sequence) and len(ranks) == len(question.responses)
+            if not right or not all(isinstance(rank, int) and rank >= 1 for rank in ranks):
                 raise RewardError(
-                    f"question {place}: expected {len(question.responses)} ranks from 1 up, got {ranks!r}"
+                    f"question {place}: expected {len(question.responses)} ranks from 1 up, got {ranks!r:.80}"
                 )
-            out.append(ranks)
+            out.append(list(ranks))
         return out

@@ -51,9 +51,9 @@ def draw(probabilities: Tensor, requests: Sequence[Request], position: int) -> T
 
     probabilities (B, V) -> (B,). The number depends on (seed, draw, answer, position) alone.
     """
-    key = address(requests[0].seed, "sample")
+    seeds = torch.tensor([request.seed & (1 << 63) - 1 for request in requests])
     places = [torch.tensor([getattr(request, name) for request in requests]) for name in ("draw", "answer")]
-    chance = addressed_uniform(key, *places, torch.tensor(position)).to(probabilities.device)
+    chance = addressed_uniform(address("sample"), seeds, *places, torch.tensor(position)).to(probabilities.device)
     cumulative = probabilities.double().cumsum(-1)
     token = torch.searchsorted(cumulative, (chance * cumulative[:, -1])[:, None], right=True)[:, 0]
     # rounding must not select a token without probability at the end of the row

@@ -1,6 +1,7 @@
 """Learning in this process: micro-batches under a token budget, one optimiser per trained role."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from whet.dials import Optim
 from whet.errors import CheckpointError, RunStopped
 from whet.generate.base import Weights
 from whet.learner.base import Step, Work
+from whet.models.dropout import Dropout
 from whet.models.load import decoder_layers, write_json
-from whet.models.readers import BARE, Dropout, read
+from whet.models.readers import BARE, read
 from whet.models.roles import Role
 from whet.ops import address
 from whet.records import Batch, measured, micro_batches
@@ -119,11 +121,8 @@ class LocalLearner:
                 for parameter, values in optimiser.state.items():
                     state |= {f"{own[id(parameter)]}|{key}": _tensor(value) for key, value in values.items()}
             save_file(state, str(folder / f"{name}.optimiser.safetensors"))
-        frozen = {name: _fingerprint(role) for name, role in self.roles.items() if name not in self._changing()}
-        write_json(
-            folder / "learner.json",
-            {"version": self.version, "total": self.total, "blended": sorted(self._blended), "frozen": frozen},
-        )
+        about = {"version": self.version, "total": self.total, "blended": sorted(self._blended)}
+        write_json(folder / "learner.json", about | {"frozen": self._frozen(), "optimisers": self._kinds()})
 
     def load(self, folder: Path) -> None:
         """See `Learner.load`."""
@@ -132,11 +131,12 @@ class LocalLearner:
         from safetensors.torch import load_file
 
         about = json.loads((folder / "learner.json").read_text(encoding="utf-8"))
-        for name, mark in about["frozen"].items():
-            if name in self.roles and _fingerprint(self.roles[name]) != mark:
-                raise CheckpointError(
-                    f"{folder}: the {name} is not the one this run began with; give the same model folder"
-                )
+        mine, theirs = self._frozen(), about["frozen"]
+        for name in mine:
+            if name in theirs and mine[name] != theirs[name]:
+                raise CheckpointError(f"{folder}: the frozen weights of the {name} are not those this run began with")
+        if about["optimisers"] != self._kinds():
+            raise CheckpointError(f"{folder}: its optimisers are {about['optimisers']}, this run's {self._kinds()}")
         self.version, self._blended = about["version"], set(about["blended"])
         for name in self._changing():
             own, saved = self.roles[name].parameters(), load_file(str(folder / f"{name}.safetensors"))
@@ -161,6 +161,22 @@ class LocalLearner:
         """See `Learner.export`."""
         self.roles[role].export(folder, tokenizer, merge=merge)
 
+    def _frozen(self) -> dict[str, str]:
+        """A mark for the weights of each role that no update changes: a frozen model, or the base under an adapter."""
+        marks: dict[int, str] = {}
+        out = {}
+        for name, role in self.roles.items():
+            if role.wrapped is not None:
+                if id(role.model) not in marks:
+                    marks[id(role.model)] = _fingerprint(role.base_parameters())
+                out[name] = marks[id(role.model)]
+            elif name not in self._changing():
+                out[name] = _fingerprint(role.parameters())
+        return out
+
+    def _kinds(self) -> dict[str, list[str]]:
+        return {name: [type(one).__name__ for one, _ in pairs] for name, pairs in self._optimisers.items()}
+
     def _trained(self) -> list[Role]:
         return [role for role in self.roles.values() if role.trained]
 
@@ -181,11 +197,12 @@ class LocalLearner:
             wanted = frozenset().union(*(term.reads() for term, _, _ in items)) & set(BARE) - batch.columns.keys()
             for rows in micro_batches(batch, self.budget):
                 micro = batch.take(rows)
-                fresh = read(self.roles[name], micro, wanted, packed=self.packed, dropout=dropout)
-                columns = {key: value.to(self.roles[name].device) for key, value in micro.columns.items()} | fresh
-                shares = [(term.label, term.share(columns, counts)) for term, _, counts in items]
-                if train:
-                    torch.stack([share for _, share in shares]).sum().backward()
+                with dropout or nullcontext():
+                    fresh = read(self.roles[name], micro, wanted, packed=self.packed, dropout=dropout)
+                    columns = {key: value.to(self.roles[name].device) for key, value in micro.columns.items()} | fresh
+                    shares = [(term.label, term.share(columns, counts)) for term, _, counts in items]
+                    if train:
+                        torch.stack([share for _, share in shares]).sum().backward()
                 for label, share in shares:
                     losses[label] = losses.get(label, 0.0) + float(share.detach())
                 _collect(now, {key: value.detach() for key, value in fresh.items()}, rows, batch)
@@ -236,10 +253,10 @@ def _tensor(value: Any) -> Tensor:
     return value.detach().contiguous() if isinstance(value, Tensor) else torch.tensor(value)
 
 
-def _fingerprint(role: Role) -> str:
-    """A mark that changes when any frozen parameter does: its name, shape, sum and weighted sum."""
+def _fingerprint(parameters: Mapping[str, Tensor]) -> str:
+    """A mark that changes when any of these does: their names, shapes, sums and weighted sums."""
     parts: list[str] = []
-    for name, parameter in role.parameters().items():
+    for name, parameter in parameters.items():
         flat = parameter.detach().double().flatten()
         ramp = torch.linspace(1, 2, flat.numel(), dtype=torch.float64, device=flat.device)
         parts.append(f"{name}{tuple(parameter.shape)}{float(flat.sum())!r}{float((flat * ramp).sum())!r}")

@@ -9,7 +9,7 @@ from whet.dials import Sampling
 from whet.generate import Generator, Request
 from whet.learner import Learner
 from whet.methods import Term
-from whet.ops import address, addressed_uniform
+from whet.ops import Counts, address, addressed_uniform
 from whet.records import Batch, Element, Group, Prompt
 
 
@@ -19,15 +19,13 @@ def held_out(
     """The terms' losses over all held-out elements (global counts: the split changes nothing), and for rankings and
     pairs the share of untied pairs that the model orders right, `accuracy`."""
     parts = [Batch.of(elements[start : start + batch]) for start in range(0, len(elements), batch)]
-    counts = parts[0].counts()
-    for part in parts[1:]:
-        counts = counts + part.counts()
+    counts = [sum((part.counts(term.mask) for part in parts), Counts(0, 0, 0)) for term in terms]
     losses: dict[str, float] = {}
     right = pairs = 0.0
     columns = frozenset(name for term in terms for name in term.reads() if name == "ref_logp")
     for part in parts:
         part = learner.measure(part, columns) if columns else part
-        step = learner.evaluate([(term, part, counts) for term in terms])
+        step = learner.evaluate([(term, part, own) for term, own in zip(terms, counts, strict=True)])
         for name, value in step.losses.items():
             losses[name] = losses.get(name, 0.0) + value
         scores = step.now.get("train", {}).get("score")
@@ -54,7 +52,7 @@ def scores(learner: Learner, terms: Sequence[Term], elements: Sequence[Element],
     out = []
     for start in range(0, len(elements), batch):
         part = Batch.of(elements[start : start + batch])
-        out.append(learner.evaluate([(term, part, part.counts()) for term in terms]).now["train"]["score"])
+        out.append(learner.evaluate([(term, part, part.counts(term.mask)) for term in terms]).now["train"]["score"])
     return torch.cat(out)
 
 

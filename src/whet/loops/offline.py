@@ -59,7 +59,7 @@ def train(
             if counts.tokens == 0:
                 raise RunStopped(f"step {step}: not a single token of this batch is trained; look at the data's masks")
             batch = learner.measure(batch, columns) if columns else batch
-            update = learner.update([(term, batch, counts) for term in terms])
+            update = learner.update([(term, batch, batch.counts(term.mask)) for term in terms])
             done = step + 1
             numbers = {"loss": sum(update.losses.values()), **update.losses}
             numbers |= {f"grad_norm/{role}": norm for role, norm in update.grad_norm.items()}

@@ -62,6 +62,8 @@ def train(
     quiet: bool = False,
 ) -> None:
     """Runs `plan.steps` rollouts with their updates; a resumed run goes on after its last checkpoint, to the same bits."""
+    if not algorithm.has_ratio() and (plan.epochs > 1 or plan.minibatch < plan.prompts * algorithm.answers):
+        raise ValueError("a method without ratio takes exactly one update per rollout")
     draws = order([len(prompts)], plan.steps * plan.prompts, plan.seed)
     stream = _Stream(ptx, plan)
     found = checkpoint.latest(run.checkpoints) if resume else None
@@ -172,8 +174,8 @@ def updates(
         for number, places in enumerate(turn):
             mini = take_elements(batch, places)
             streams = {"rollout": mini, **stream.batch(step, epoch * len(turn) + number, len(turn) * len(turns))}
-            counts = {name: one.counts() for name, one in streams.items()}
-            update = learner.update([(term, streams[term.stream], counts[term.stream]) for term in algorithm.terms])
+            work = [(term, streams[term.stream], streams[term.stream].counts(term.mask)) for term in algorithm.terms]
+            update = learner.update(work)
             if epoch == 0 and number == 0:
                 selfcheck.ratio_is_one(step, mini, update.now["rollout"])
             current = mini.with_columns(**update.now["rollout"])

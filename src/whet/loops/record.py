@@ -24,8 +24,8 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         self._metrics = folder / "metrics.jsonl"
         if resume_at is not None and self._metrics.is_file():
-            kept = [line for line in self._metrics.read_text().splitlines() if json.loads(line)["step"] <= resume_at]
-            self._metrics.write_text("".join(line + "\n" for line in kept))
+            kept = [row for row in read_metrics(folder) if row["step"] <= resume_at]
+            self._metrics.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
             for path in (folder / "rollouts").glob("step-*.parquet"):
                 if int(path.stem.split("-")[1]) > resume_at:
                     path.unlink()
@@ -87,8 +87,14 @@ class Run:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """All lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    """All lines of a run's metrics.jsonl; a last one that was cut off in the middle is left out."""
+    rows = []
+    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
 
 
 def mean_of(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -5,7 +5,7 @@ padding, packing or workers, and a recomputed forward draws the same one.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -40,3 +40,29 @@ def residual_dropout(model: nn.Module, rate: float, key: int, rows: Tensor, posi
     finally:
         for handle in handles:
             handle.remove()
+
+
+class Dropout:
+    """Residual dropout of one update: its rate, and the key that its masks are drawn from.
+
+    As a context manager it keeps the masks on until it is left, so that a backward pass that recomputes its forward
+    (gradient checkpointing) draws them again. Outside of one they are on for a single forward.
+    """
+
+    def __init__(self, rate: float, key: int) -> None:
+        self.rate, self.key = rate, key
+        self._held: ExitStack | None = None
+
+    def put_on(self, model: nn.Module, rows: Tensor, positions: Tensor, otherwise: ExitStack) -> None:
+        """Dropout for one forward of this layout, until this context is left, or `otherwise` where there is none."""
+        stack = otherwise if self._held is None else self._held
+        stack.enter_context(residual_dropout(model, self.rate, self.key, rows, positions))
+
+    def __enter__(self) -> "Dropout":
+        self._held = ExitStack()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._held is not None
+        self._held.close()
+        self._held = None

@@ -32,7 +32,14 @@ class Source:
         """The device this source asks for."""
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.device)
+        try:
+            device = torch.device(self.device)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise ModelError(
+                f"model.device: {self.device!r} is no device of this machine ({_first_line(error)})"
+            ) from error
+        return device
 
     def torch_dtype(self) -> torch.dtype:
         """The floating-point type this source asks for."""
@@ -46,7 +53,9 @@ def load_tokenizer(source: Source, *, pad_token: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     _check_folder(source.path)
-    path = _adapter_base(source.path)[0] if not _has_tokenizer(source.path) else source.path
+    path = source.path if _has_tokenizer(source.path) else _adapter_base(source.path)[0]
+    if not _has_tokenizer(path):  # transformers would make an empty one of the model's type, without a word
+        raise ModelError(f"{source.path}: no tokenizer here; save it beside the model (tokenizer.save_pretrained)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=source.trust_remote_code)
     except Exception as error:  # transformers raises many kinds for a folder without a tokenizer
@@ -77,12 +86,7 @@ def load_causal_lm(source: Source, tokenizer: Any = None) -> Any:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    rows = model.get_input_embeddings().weight.shape[0]
-    if tokenizer is not None and len(tokenizer) > rows:
-        raise ModelError(
-            f"{source.path}: the tokenizer has {len(tokenizer)} ids but the model only {rows} embeddings; "
-            "the vocabulary does not fit, use the tokenizer that belongs to the model"
-        )
+    _check_vocabulary(source, model, tokenizer)
     return _quiet(model)
 
 
@@ -104,14 +108,26 @@ def load_scorer(source: Source, tokenizer: Any = None, *, seed: int = 0) -> Any:
     if is_scorer(base):
         if config.num_labels != 1:
             raise ModelError(f"{source.path}: a reward model has one label, this one has {config.num_labels}")
-        return _quiet(_loaded(AutoModelForSequenceClassification.from_pretrained, source, base))
+        model = _quiet(_loaded(AutoModelForSequenceClassification.from_pretrained, source, base))
+        _check_vocabulary(source, model, tokenizer)
+        return model
     if adapter is not None:
         raise ModelError(f"{source.path}: merge the adapter into its base before putting a scalar head on it")
     model = _quiet(_loaded(AutoModelForSequenceClassification.from_pretrained, source, base, num_labels=1))
+    _check_vocabulary(source, model, tokenizer)
     draw_head(scalar_head(model), seed)
     if tokenizer is not None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model
+
+
+def _check_vocabulary(source: Source, model: Any, tokenizer: Any) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer is not None and len(tokenizer) > rows:
+        raise ModelError(
+            f"{source.path}: the tokenizer has {len(tokenizer)} ids but the model only {rows} embeddings; "
+            "the vocabulary does not fit, use the tokenizer that belongs to the model"
+        )
 
 
 def draw_head(head: nn.Linear, seed: int) -> None:
@@ -167,11 +183,11 @@ def scalar_head(model: Any) -> nn.Linear:
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The list of decoder layers: the longest module list in the model."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    """The decoder layers: the outermost module list, the longest one of them (experts lie deeper)."""
+    lists = [(name.count("."), -len(one), one) for name, one in model.named_modules() if isinstance(one, nn.ModuleList)]
     if not lists:
         raise ModelError(f"{type(model).__name__}: found no list of decoder layers")
-    return max(lists, key=len)
+    return min(lists, key=lambda found: found[:2])[2]
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -185,11 +201,22 @@ def _loaded(load: Callable[..., Any], source: Source, path: str, **options: Any)
     if source.quantise == "4bit":
         options["quantization_config"] = _four_bit(device)
     try:
-        model = load(path, dtype=source.torch_dtype(), trust_remote_code=source.trust_remote_code, **options)
+        model, about = load(
+            path,
+            dtype=source.torch_dtype(),
+            trust_remote_code=source.trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
     except ModelError:
         raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for what is no model
         raise ModelError(f"{source.path}: no such model can be loaded from here ({_first_line(error)})") from error
+    # a scalar head may be new; anything else that is missing would be drawn at random, without a word
+    lost = [key for key in about["missing_keys"] if not key.startswith(("score.", "classifier."))]
+    if lost or about["mismatched_keys"]:
+        wrong = ", ".join([*map(str, sorted(lost)), *map(str, about["mismatched_keys"])][:3])
+        raise ModelError(f"{source.path}: weights of the model are missing or of another shape ({wrong}, ...)")
     return model if source.quantise == "4bit" else model.to(device)
 
 
@@ -219,7 +246,8 @@ def _check_folder(path: str) -> None:
 
 
 def _has_tokenizer(path: str) -> bool:
-    return not Path(path).is_dir() or (Path(path) / "tokenizer_config.json").is_file()
+    names = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
+    return not Path(path).is_dir() or any((Path(path) / name).is_file() for name in names)
 
 
 def _adapter_base(path: str) -> tuple[str, str | None]:
@@ -250,8 +278,9 @@ def _quiet(model: Any) -> Any:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or "layerdrop" in name):
+                setattr(module, name, 0.0)
     return model.eval()
 
 

@@ -66,9 +66,13 @@ def add_from_folder(wrapped: Any, name: str, folder: str) -> nn.Linear:
 
     saved = LoraConfig.from_pretrained(folder)
     targets = saved.target_modules if isinstance(saved.target_modules, str) else sorted(saved.target_modules)
-    wrapped.add_adapter(
-        name, LoraConfig(r=saved.r, lora_alpha=saved.lora_alpha, target_modules=targets, task_type="CAUSAL_LM")
-    )
+    config = LoraConfig(r=saved.r, lora_alpha=saved.lora_alpha, target_modules=targets, task_type="CAUSAL_LM")
+    try:
+        wrapped.add_adapter(name, config)
+    except ValueError as error:
+        raise ModelError(
+            f"{folder}: its adapter does not fit the trunk ({error}); it was trained on another base"
+        ) from error
     own = dict(wrapped.named_parameters())
     head, placed = None, 0
     for key, value in load_file(str(Path(folder) / "adapter_model.safetensors")).items():

@@ -5,27 +5,20 @@ there; scores are read on the tokens themselves. Only response positions are rea
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from whet.models.dropout import residual_dropout
+from whet.models.dropout import Dropout
 from whet.models.roles import Role
 from whet.ops import entropy, linear_logprobs, token_logprobs
 from whet.records import Batch, Row, pad_ids
 
 BARE = ("logp", "entropy", "value", "final_value", "score", "token_score")
 """The columns that can be read: the first two from a causal LM, the others from a scalar head."""
-
-
-@dataclass(frozen=True)
-class Dropout:
-    """Residual dropout for one forward: its rate and the key of this update."""
-
-    rate: float
-    key: int
 
 
 def read(
@@ -41,8 +34,10 @@ def read(
     layout = {name: tensor.to(role.device) for name, tensor in layout.items()}
     numbers = batch.columns["number"] if "number" in batch.columns else torch.arange(len(batch.rows))
     row_of, position_of = where.addresses(numbers)
-    rate, key = (dropout.rate, dropout.key) if dropout else (0.0, 0)
-    with role.active(), residual_dropout(role.model, rate, key, row_of.to(role.device), position_of.to(role.device)):
+    with ExitStack() as stack:
+        stack.enter_context(role.active())
+        if dropout is not None:
+            dropout.put_on(role.model, row_of.to(role.device), position_of.to(role.device), stack)
         if names & {"logp", "entropy"} and not role.linear_head:
             flat = role.logits(ids, **layout).flatten(0, 1)
         else:
@@ -69,7 +64,7 @@ def _columns(role: Role, batch: Batch, names: frozenset[str], where: "_Where", f
         if role.head is None:
             raise ValueError(f"the {role.name} has no scalar head, so it has no {', '.join(sorted(names))}")
         if "value" in names:
-            out["value"] = spread(_scalar(role, flat[at - 1]))
+            out["value"] = spread(_scalar(role, flat[at - 1]) * role.scale + role.shift)
         if (names & {"final_value", "score"} and role.readout == "last") or "final_value" in names:
             last = where.offsets + torch.tensor(
                 [r.start + int(r.mask.nonzero()[-1]) if r.mask.any() else r.length - 1 for r in batch.rows]
@@ -140,14 +135,15 @@ def _padded(rows: Sequence[Row]) -> tuple[Tensor, dict[str, Tensor], _Where]:
 
 
 def _packed(rows: Sequence[Row]) -> tuple[Tensor, dict[str, Tensor], _Where]:
-    """One row of all ids, positions that start anew, and a mask (1, 1, S, S) that is True where a token may look."""
+    """One row of all ids with positions that start anew; transformers then lets no row look at another.
+
+    A mask made here would miss what each layer adds to it (a sliding window) and what each attention expects of it.
+    """
     lengths = torch.tensor([row.length for row in rows])
     ids = torch.cat([row.ids for row in rows])[None]
-    owner = torch.repeat_interleave(torch.arange(len(rows)), lengths)
     offsets = lengths.cumsum(0) - lengths
-    positions = torch.arange(ids.shape[1]) - offsets[owner]
-    seen = (owner[:, None] == owner[None, :]).tril()[None, None]
-    return ids, {"position_ids": positions[None], "attention_mask": seen}, _Where(offsets, lengths, (1, ids.shape[1]))
+    positions = torch.arange(ids.shape[1]) - torch.repeat_interleave(offsets, lengths)
+    return ids, {"position_ids": positions[None]}, _Where(offsets, lengths, (1, ids.shape[1]))
 
 
 def _record_mask(rows: Sequence[Row]) -> Tensor:

@@ -71,6 +71,11 @@ class Role:
             own |= {f"head.{name}": parameter for name, parameter in self.head.named_parameters()}
         return own
 
+    def base_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters under all adapters, which no role trains."""
+        named = self.model.named_parameters()
+        return {name: p for name, p in named if "lora_" not in name and "modules_to_save" not in name}
+
     @contextmanager
     def active(self) -> Iterator[None]:
         """Within the context the shared trunk computes this role."""
@@ -107,13 +112,29 @@ class Role:
             write_json(folder / READOUT_FILE, {"readout": self.readout, "scale": self.scale, "shift": self.shift})
 
     def _head_is_linear(self) -> bool:
-        """The logits are hidden @ weight.T + bias; some models scale or cap them, which must not be missed."""
+        """The logits are head(last hidden state) and nothing more.
+
+        Some models scale or cap them, which must not be missed: so the head's input is compared with the hidden state,
+        and its output is replaced by large numbers that must come out as the logits unchanged.
+        """
         head = self.model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             return False
-        probe = torch.arange(3, device=self.device)[None]
-        with torch.no_grad(), self.active():
-            return bool(torch.allclose(self.logits(probe), head(self.hidden(probe)), rtol=1e-3, atol=1e-3))
+        probe, seen = torch.arange(3, device=self.device)[None], {}
+
+        def watch(_module: nn.Module, given: tuple, output: Tensor) -> Tensor:
+            seen["input"] = given[0]
+            seen["output"] = torch.linspace(-300, 300, output.numel()).reshape(output.shape).to(output)
+            return seen["output"]
+
+        handle = head.register_forward_hook(watch)
+        try:
+            with torch.no_grad(), self.active():
+                logits, hidden = self.logits(probe), self.hidden(probe)
+        finally:
+            handle.remove()
+        same_input = seen["input"].shape == hidden.shape and torch.allclose(seen["input"], hidden, rtol=1e-3, atol=1e-4)
+        return same_input and bool((logits == seen["output"].to(logits)).all())
 
 
 def readout_of(folder: str) -> Mapping[str, Any]:

@@ -17,7 +17,7 @@ from whet.records.types import Row
 PLAIN = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}### Assistant:\n"
-    "{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}\n"
+    "{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}{{ '\\n' }}"
     "{% elif message['role'] == 'user' %}### Human:\n{{ message['content'] }}\n"
     "{% else %}{{ message['content'] }}\n{% endif %}"
     "{% endfor %}"
@@ -131,6 +131,10 @@ def chat_format(tokenizer: Any, template: str | None = None) -> Chat:
     probe = Chat(tokenizer, False, (tokenizer.eos_token_id,))
     question = {"role": "user", "content": "question"}
     closed = probe._render([question, {"role": "assistant", "content": mark}], opened=False)
+    if mark not in closed:
+        raise ModelError(
+            f"{name}: the chat template does not write the assistant's message; give another with --chat-template"
+        )
     tail = probe._ids(closed[closed.rindex(mark) + len(mark) :])
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     ends = [token for token in tail[:1] if token in special]

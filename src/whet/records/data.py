@@ -51,7 +51,8 @@ def read_rows(source: str) -> list[Located]:
         name = located.row.get("id")
         if name is not None and str(name) in seen:
             raise DataError(f"{located.where}: id {name!r} was already used at {seen[str(name)]}; ids must be unique")
-        seen[str(name)] = located.where
+        if name is not None:
+            seen[str(name)] = located.where
     return rows
 
 
@@ -91,8 +92,9 @@ def _parquet(path: Path) -> Iterator[Located]:
 
 
 def _csv(path: Path) -> Iterator[Located]:
+    csv.field_size_limit(1 << 30)
     try:
-        with path.open(encoding="utf-8", newline="") as lines:
+        with path.open(encoding="utf-8-sig", newline="") as lines:
             reader = csv.DictReader(lines)
             for row in reader:
                 if None in row or None in row.values():
@@ -100,6 +102,8 @@ def _csv(path: Path) -> Iterator[Located]:
                 yield Located(row, f"{path}:{reader.line_num}")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not valid UTF-8 at byte {error.start}; save the file as UTF-8") from error
+    except csv.Error as error:
+        raise DataError(f"{path}: not valid CSV ({error})") from error
 
 
 def _hub(source: str) -> Iterator[Located]:
@@ -142,6 +146,15 @@ def _number(located: Located, name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise DataError(f"{located.where}: field {name!r} must be a finite number, got {value!r}")
     return float(value)
+
+
+def numbers(located: Located, name: str, count: int) -> list[float]:
+    """The field as a list of `count` finite numbers, one per answer. Raises DataError for anything else."""
+    values = _field(located, name)
+    if not isinstance(values, list) or len(values) != count:
+        got = len(values) if isinstance(values, list) else repr(values)
+        raise DataError(f"{located.where}: field {name!r} must have one number per answer: {count} answers, got {got}")
+    return [_number(located, name, value) for value in values]
 
 
 def _messages(located: Located, name: str) -> list[dict[str, str]]:
@@ -204,7 +217,7 @@ class Reader:
             for start in range(0, len(ids) - 1, self.max_tokens - 1):
                 piece = ids[start : start + self.max_tokens]
                 out.append(Row(torch.tensor(piece), 1, torch.ones(len(piece) - 1, dtype=torch.bool)))
-        return out
+        return self._some(out, "no text has two tokens")
 
     def prompts(self, rows: Sequence[Located]) -> list[Prompt]:
         """`prompt` rows (a string or messages). The other fields reach reward functions as columns."""
@@ -221,6 +234,8 @@ class Reader:
 
     def demonstrations(self, rows: Sequence[Located]) -> list[Row]:
         """`prompt` + `completion`, `messages`, or `text` rows, as they come: what SFT trains on."""
+        if all("text" in located.row and located.row.keys().isdisjoint(("messages", "prompt")) for located in rows):
+            return self.texts(rows)
         out = []
         for located in rows:
             if "text" in located.row and "messages" not in located.row and "prompt" not in located.row:
@@ -243,9 +258,11 @@ class Reader:
         Without `prompt`, chosen and rejected are whole conversations that share all but their last message.
         """
         out: list[Pair] = []
+        tied = False
         for located in rows:
             if "responses" in located.row:
-                for ranking in self.rankings([located]):
+                for ranking in self._rankings([located]):
+                    tied = tied or len(set(ranking.ranks)) == 1
                     order = sorted(range(len(ranking.rows)), key=lambda index: ranking.ranks[index])
                     for i, better in enumerate(order):
                         for worse in order[i + 1 :]:
@@ -262,10 +279,13 @@ class Reader:
             out.append(
                 Pair(sides[0], sides[1], probability, _number(located, "margin", located.row.get("margin", 0.0)))
             )
-        return self._some(out)
+        return self._some(out, "every ranking has ties alone, and no pair comes from those" if tied else "")
 
     def rankings(self, rows: Sequence[Located]) -> list[Ranking]:
         """`prompt`, `responses` and `ranks` (1 is best) or `scores` (higher is better); chosen / rejected pairs too."""
+        return self._some(self._rankings(rows))
+
+    def _rankings(self, rows: Sequence[Located]) -> list[Ranking]:
         out = []
         for located in rows:
             if "chosen" in located.row:
@@ -278,7 +298,7 @@ class Reader:
             whole = tuple(side for side in sides if side is not None)
             if len(whole) == len(sides):
                 out.append(Ranking(whole, tuple(ranks)))
-        return self._some(out)
+        return out
 
     def labelled(self, rows: Sequence[Located]) -> list[Labelled]:
         """`prompt`, `completion`, `score` rows."""
@@ -317,13 +337,7 @@ class Reader:
                     f"{located.where}: field 'responses', answer {number}: expected a string, got {answer!r:.80}"
                 )
         name = "ranks" if located.row.get("ranks") is not None else "scores"
-        numbers = _field(located, name)
-        if not isinstance(numbers, list) or len(numbers) != len(responses):
-            got = len(numbers) if isinstance(numbers, list) else repr(numbers)
-            raise DataError(
-                f"{located.where}: field {name!r} must have one number per answer: {len(responses)} answers, got {got}"
-            )
-        values = [_number(located, name, value) for value in numbers]
+        values = numbers(located, name, len(responses))
         return responses, ranks_of(values if name == "scores" else [-value for value in values])
 
     def _answer_row(self, located: Located, messages: Sequence[Mapping[str, str]], answer: str) -> Row | None:
@@ -348,9 +362,10 @@ class Reader:
             "or leave such rows out with --data.too-long drop"
         )
 
-    def _some(self, records: list) -> list:
+    def _some(self, records: list, why: str = "") -> list:
         if not records:
-            raise DataError(f"no row is left: all are longer than {self.max_tokens} tokens; raise --data.max-tokens")
+            why = why or f"all are longer than {self.max_tokens} tokens; raise --data.max-tokens"
+            raise DataError(f"no row is left: {why}")
         return records
 
     def _located(self, located: Located, make: Any) -> Any:

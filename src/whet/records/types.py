@@ -206,9 +206,9 @@ class Batch:
         columns["element"] = torch.unique_consecutive(columns["element"], return_inverse=True)[1]
         return Batch(kept, columns)
 
-    def counts(self) -> Counts:
-        """Trained tokens, sequences with any, and elements."""
-        tokens = self["mask"].sum(1)
+    def counts(self, mask: str = "mask") -> Counts:
+        """Tokens where this mask is True, sequences with any, and elements."""
+        tokens = self[mask].sum(1)
         elements = torch.unique_consecutive(self["element"]).numel()
         return Counts(int(tokens.sum()), int((tokens > 0).sum()), elements)
 

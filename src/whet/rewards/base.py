@@ -69,20 +69,29 @@ def checked(values: object, answers: Sequence[Sample], name: str) -> Scores:
         raise RewardError(f"reward {name}: expected a list with one score per answer, got {type(values).__name__}")
     if len(values) != len(answers):
         raise RewardError(f"reward {name}: {len(answers)} answers were given, {len(values)} scores came back")
-    if not any(isinstance(value, Sequence) for value in values):
+    values = [value.tolist() if getattr(value, "ndim", 0) and value.shape != (1,) else value for value in values]
+    listed = [isinstance(value, Sequence) and not isinstance(value, str) for value in values]
+    if not any(listed):
         return Scores(torch.tensor([_number(value, name, place) for place, value in enumerate(values)]))
+    segments = any(isinstance(one, Sequence) for value in values if isinstance(value, Sequence) for one in value)
     token = tuple(
-        _dense(value, sample, name, place) for place, (value, sample) in enumerate(zip(values, answers, strict=True))
+        _dense(value, sample, name, place, segments)
+        for place, (value, sample) in enumerate(zip(values, answers, strict=True))
     )
     return Scores(torch.stack([one.sum() for one in token]), token)
 
 
-def _dense(value: object, sample: Sample, name: str, place: int) -> Tensor:
+def _dense(value: object, sample: Sample, name: str, place: int, segments: bool) -> Tensor:
     out = torch.zeros(len(sample.ids))
-    if not isinstance(value, Sequence):
+    if not isinstance(value, Sequence) or isinstance(value, str):
         raise RewardError(f"reward {name}: answer {place} got {value!r}, others a list; score all per token or none")
-    if value and isinstance(value[0], Sequence):
-        for last, number in value:
+    if segments:
+        for one in value:
+            if not isinstance(one, Sequence) or isinstance(one, str) or len(one) != 2 or type(one[0]) is not int:
+                raise RewardError(
+                    f"reward {name}: answer {place}: a segment is (its last token, its score), got {one!r}"
+                )
+            last, number = one
             if not 0 <= last < len(out):
                 raise RewardError(f"reward {name}: answer {place} has {len(out)} tokens, a segment ends at {last}")
             out[last] += _number(number, name, place)
@@ -118,6 +127,8 @@ def columns_of(groups: Sequence[Group]) -> tuple[list, list[str], Mapping[str, l
             ids.append(list(sample.ids))
             rows.append(group.prompt.row)
     names = set().union(*(row.keys() for row in rows)) - {"prompt"} if rows else set()
+    for name in sorted(names & {"prompts", "completions", "completion_ids"}):
+        raise RewardError(f"the prompt rows have a column {name!r}, which reward functions get from whet; rename it")
     return (
         prompts,
         completions,

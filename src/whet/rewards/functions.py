@@ -26,16 +26,19 @@ class FunctionReward:
         return checked(values, [sample for group in groups for sample in group.samples], self.name)
 
 
-def called(function: Callable[..., Any], name: str, **given: Any) -> Any:
-    """The function's answer. Raises RewardError naming file and line when it raises."""
+def called(function: Callable[..., Any], label: str, /, *given: Any, **named: Any) -> Any:
+    """The function's answer. Raises RewardError naming the line of the user's file when it raises."""
     try:
-        return function(**given)
+        return function(*given, **named)
     except Exception as error:
+        code = getattr(function, "__code__", None)
+        where = f"{code.co_filename}:{code.co_firstlineno}" if code else "?"
         trace = error.__traceback__
-        while trace is not None and trace.tb_next is not None:
+        while trace is not None:  # the deepest frame in the user's own file: libraries below it say little
+            if code and trace.tb_frame.f_code.co_filename == code.co_filename:
+                where = f"{code.co_filename}:{trace.tb_lineno}"
             trace = trace.tb_next
-        where = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else "?"
-        raise RewardError(f"reward {name} raised {type(error).__name__}: {error} (at {where})") from error
+        raise RewardError(f"reward {label} raised {type(error).__name__}: {error} (at {where})") from error
 
 
 def load_function(spec: str) -> Callable[..., Any]:

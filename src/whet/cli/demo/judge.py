@@ -118,7 +118,7 @@ def find(prompt: str, completion: str) -> Findings:
     facts, asked = read_prompt(prompt)
     said = [SENTENCES.get(text) for text in split_sentences(completion)]
     known = [sentence for sentence in said if sentence is not None]
-    claims = [sentence for sentence in known if sentence.attribute is not None]
+    claims = [sentence for sentence in known if sentence.attribute]
     new = list(dict.fromkeys(claims))
     true = [claim for claim in new if claim.value == facts.get(claim.attribute)]
     false = [claim for claim in claims if claim.value != facts.get(claim.attribute)]

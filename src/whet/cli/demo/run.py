@@ -1,7 +1,7 @@
 """The demo's story: base, SFT, K answers, ranking, reward model, PPO-ptx, evaluation under gold, report.
 
-Every phase is a verb of the command line with a recipe of `recipes/`; the world adds its data and its judge. Two side
-runs go on a second core meanwhile: PPO without ptx, and the over-optimisation of a small reward model.
+Every phase is a verb of the command line with a recipe of `recipes/`; the world adds its data and its judge. Side runs
+go on a second core meanwhile: the over-optimisation of a small reward model, and PPO without ptx.
 """
 
 import json
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from whet.errors import RecipeError, WhetError
 RECIPES = Path(__file__).parent / "recipes"
 GOLD = "whet.cli.demo.judge:gold"
 ANNOTATOR = "whet.cli.demo.run:annotator"
-ANSWER = 64
+ANSWER = 56
 """longest answer, in tokens"""
 SMALL = 400
 """rankings behind the reward model that is over-optimised"""
@@ -43,7 +44,8 @@ def demo(options: Mapping[str, Any]) -> int:
     story.prepare()
     story.rank()
     with Side(story) as side:
-        story.reinforce()
+        story.over_optimise(side)
+        story.reinforce(side)
         measured = story.evaluate(side)
     numbers = measured | {"seconds": round(time.perf_counter() - began, 1)}
     tell(out, numbers)
@@ -63,20 +65,11 @@ class Story:
         self.say("base: pre-training on the desk's raw text")
         self.verb("pretrain", "base", model=self.at("base"), data=self.at("raw.jsonl"))
         self.say("sft: demonstrations")
-        mixture = [
-            {"path": self.at("demonstrations.jsonl"), "weight": 0.8},
-            {"path": self.at("raw.jsonl"), "weight": 0.2},
-        ]
-        self.verb(
-            "sft",
-            "sft",
-            model=self.model("base"),
-            data=mixture,
-            **{"data.eval": self.at("demonstrations_heldout.jsonl")},
-        )
+        evaluation = {"data.eval": self.at("demonstrations_heldout.jsonl")}
+        self.verb("sft", "sft", model=self.model("base"), data=self.at("demonstrations.jsonl"), **evaluation)
 
     def rank(self) -> None:
-        """K = 4 answers a prompt from the SFT model, their noisy rankings, and the reward model from them."""
+        """K = 4 answers a prompt from the SFT model, and their noisy rankings; in some, one answer is an edited one."""
         self.say("four answers a prompt, ranked by the noisy person")
         for name in ("prompts_rank", "prompts_rank_heldout"):
             sampled = self.out / f"{name}_answers.jsonl"
@@ -84,32 +77,37 @@ class Story:
                 "sample", model=self.model("sft"), data=self.at(f"{name}.jsonl"), count=4, seed=self.seed, threads=1,
                 max_new_tokens=ANSWER, out=str(sampled),
             )  # fmt: skip
-            rows = [{**row, "seed": self.seed} for row in read(sampled)]
-            if name == "prompts_rank":
-                rows = [
-                    {**row, "responses": judge.with_edit(row["prompt"], row["responses"], self.seed)} for row in rows
-                ]
-            write(sampled, rows)
-            whet.run(
-                "rank",
-                data=str(sampled),
-                judge=ANNOTATOR,
-                judge_form="rank",
-                out=str(self.out / f"{name}_ranked.jsonl"),
-            )
-        whet.run("rank", data=str(sampled), judge=GOLD, out=str(self.out / "prompts_rank_heldout_gold.jsonl"))
-        self.say("reward: the reward model, K-way")
-        self.verb("reward", "reward", model=self.model("sft"), data=str(self.out / "prompts_rank_ranked.jsonl"))
+        answers = read(self.out / "prompts_rank_answers.jsonl")
+        edited = [{**row, "responses": judge.with_edit(row["prompt"], row["responses"], self.seed)} for row in answers]
+        heldout = read(self.out / "prompts_rank_heldout_answers.jsonl")
+        for name, rows in (("ranked", edited), ("small_ranked", answers[:SMALL]), ("heldout_ranked", heldout)):
+            asked = self.out / f"{name}_asked.jsonl"
+            write(asked, [{**row, "seed": self.seed} for row in rows])
+            whet.run("rank", data=str(asked), judge=ANNOTATOR, judge_form="rank", out=str(self.out / f"{name}.jsonl"))
+        whet.run(
+            "rank",
+            data=str(self.out / "heldout_ranked_asked.jsonl"),
+            judge=GOLD,
+            out=str(self.out / "heldout_gold.jsonl"),
+        )
 
-    def reinforce(self) -> None:
-        """PPO-ptx from the SFT model, the critic from the reward model, on prompts of its own."""
+    def over_optimise(self, side: "Side") -> None:
+        """On the side: a reward model from few rankings, and PPO that follows it with nothing to hold it back."""
+        side.add("reward", "small_reward", model=self.model("sft"), data=str(self.out / "small_ranked.jsonl"))
+        side.add("ppo", "over_optimised", **self.against("small_reward"))
+
+    def reinforce(self, side: "Side") -> None:
+        """The reward model, and PPO-ptx from the SFT model, its critic from the reward model, on prompts of its own."""
+        self.say("reward: the reward model, K-way")
+        self.verb("reward", "reward", model=self.model("sft"), data=str(self.out / "ranked.jsonl"))
+        side.add("ppo", "ppo_without_ptx", **self.against("reward"))
         self.say("ppo: PPO-ptx against the reward model")
         self.verb("instructgpt", "ppo", **self.against("reward"), ptx=self.at("raw.jsonl"))
 
     def evaluate(self, side: "Side") -> dict[str, Any]:
         """Everything the report tells, measured on held-out prompts and texts."""
         self.say("evaluation under gold")
-        heldout = {"noisy": "prompts_rank_heldout_ranked", "noise_free": "prompts_rank_heldout_gold"}
+        heldout = {"noisy": "heldout_ranked", "noise_free": "heldout_gold"}
         accuracy = {
             name: whet.run("eval", model=self.model("reward"), data=str(self.out / f"{file}.jsonl"), threads=1)[
                 "accuracy"
@@ -122,7 +120,7 @@ class Story:
         side.wait()
         raw["ppo_without_ptx"] = self.raw_loss("ppo_without_ptx")
         return {
-            "seed": self.seed, "accuracy": accuracy, "ceiling": ceiling(read(self.out / "prompts_rank_heldout_gold.jsonl"), self.seed),
+            "seed": self.seed, "accuracy": accuracy, "ceiling": ceiling(read(self.out / "heldout_gold.jsonl"), self.seed),
             "models": models, "raw": raw, "edits": edits,
         }  # fmt: skip
 
@@ -177,47 +175,35 @@ class Story:
 
 
 class Side:
-    """The two side runs, one after the other in processes of their own, so that a second core is used.
-
-    `small` reward model -> PPO without KL cost (over-optimisation), and PPO without ptx.
-    """
+    """Side runs, one after the other in processes of their own, so that a second core is used."""
 
     def __init__(self, story: Story) -> None:
         self.story = story
-        self.log = (story.out / "side.log").open("w")
+        self.runs: list[Future[int]] = []
+        self.worker = ThreadPoolExecutor(max_workers=1)
 
-    def __enter__(self) -> "Side":
-        rows = read(self.story.out / "prompts_rank_ranked.jsonl")[:SMALL]
-        small = self.story.out / "small_ranked.jsonl"
-        write(small, rows)
-        commands = [
-            self.command("reward", "small_reward", model=self.story.model("sft"), data=str(small)),
-            self.command("ppo", "over_optimised", **self.story.against("small_reward")),
-            self.command("ppo", "ppo_without_ptx", **self.story.against("reward")),
-        ]
-        script = (
-            "import subprocess, sys, json\nfor one in json.loads(sys.argv[1]):\n    subprocess.run(one, check=True)"
-        )
-        words = [sys.executable, "-c", script, json.dumps(commands)]
-        self.process = subprocess.Popen(words, stdout=self.log, stderr=self.log)
-        return self
-
-    def command(self, verb: str, name: str, **fields: str) -> list[str]:
-        """The words of one side run."""
+    def add(self, verb: str, name: str, **fields: str) -> None:
+        """One more run, once those before it have ended; its output goes to `side.log`."""
         words = [sys.executable, "-m", "whet", verb, str(RECIPES / f"{name}.yaml"), "--quiet"]
         for key, value in {**fields, "seed": str(self.story.seed), "out": str(self.story.out / name)}.items():
             words += [f"--{key}", value]
-        return words
+        self.runs.append(self.worker.submit(self._run, words))
 
     def wait(self) -> None:
-        """Until both have ended. Raises WhetError when one failed."""
-        if self.process.wait():
-            raise WhetError(f"a side run failed; see {self.story.out / 'side.log'}")
+        """Until all have ended. Raises WhetError when one failed."""
+        for one in self.runs:
+            if one.result():
+                raise WhetError(f"a side run failed; see {self.story.out / 'side.log'}")
+
+    def _run(self, words: Sequence[str]) -> int:
+        with (self.story.out / "side.log").open("a") as log:
+            return subprocess.run(words, stdout=log, stderr=log, check=False).returncode
+
+    def __enter__(self) -> "Side":
+        return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.terminate()
-        self.process.wait()
-        self.log.close()
+        self.worker.shutdown(wait=True, cancel_futures=True)
 
 
 def annotator(prompt: str, responses: Sequence[str], seed: int = 0, **columns: Any) -> list[int]:

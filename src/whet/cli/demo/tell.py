@@ -134,8 +134,8 @@ def sections(
             [
                 Prose(
                     f"It orders {summary['reward_model_accuracy']:.1%} of held-out pairs as the judge does without noise, and "
-                    f"{numbers['accuracy']['noisy']:.1%} as the noisy person does; the judge itself reaches {numbers['ceiling']:.1%} there, "
-                    "so no model can expect more. Pair accuracy hides what was not learned, so answers are edited in one known way each:"
+                    f"{numbers['accuracy']['noisy']:.1%} as the noisy person does; the judge itself reaches "
+                    f"{numbers['ceiling']:.1%} there, so no model can expect more. Pair accuracy hides what was not learned, so answers are edited in one known way each:"
                 ),
                 Table(("edit", "share rated worse", "answers"), edit_rows),
             ],

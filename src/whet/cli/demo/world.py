@@ -105,7 +105,7 @@ class Sentence:
 
     kind: str
     """`fact`, `silence`, `greeting`, `goodbye`, `rude` or `filler`."""
-    attribute: str | None = None
+    attribute: str = ""
     """The attribute that a fact or a silence is about."""
     value: str | None = None
     """The value that a fact states."""

@@ -1,0 +1,118 @@
+"""How many samples and real tokens (padding not counted) the loops train per CPU second on a fixed workload.
+
+    python -m benchmarks.throughput [sft dpo reward ppo grpo sample] [--world DIR]
+
+`--world DIR` takes `model/`, `sft.jsonl` (prompt, completion), `pref.jsonl` (prompt, chosen, rejected) and `prompts.jsonl`
+from a folder, so that a peer can be run on the very same work; without it a world is made: a Qwen3 of hidden width 128 with 4
+layers and 2,048 words, and rows of log-normal lengths. Start-up is not counted: the first updates are left out. One thread.
+Absolute numbers of a shared machine mean little; compare two programs in one run.
+"""
+
+import argparse
+import json
+import random
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROWS = {"sft": 512, "dpo": 256, "reward": 256}
+WARM = 4
+"""steps that are not counted"""
+
+
+def make_world(folder: Path, seed: int = 0) -> None:
+    """A model folder and the rows of every workload."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+
+    stream = random.Random(f"bench {seed}")
+    words = [f"w{number}" for number in range(2040)]
+    inner = Tokenizer(
+        models.WordLevel({w: n for n, w in enumerate(["<pad>", "<eos>", "<unk>", "<user>", "<bot>", *words])}, "<unk>")
+    )
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}<user> {{ m['content'] }} {% else %}<bot> {{ m['content'] }} <eos> {% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<bot> {% endif %}"
+    )
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=2048, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=32, max_position_embeddings=512, tie_word_embeddings=True, eos_token_id=1, pad_token_id=0, bos_token_id=None,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+
+    def text(median: float, low: int, high: int) -> str:
+        return " ".join(stream.choices(words, k=int(min(high, max(low, stream.lognormvariate(0, 0.6) * median)))))
+
+    rows = [{"prompt": text(40, 8, 120), "completion": text(60, 8, 128)} for _ in range(512)]
+    pairs = [{"prompt": text(40, 8, 120), "chosen": text(60, 8, 128), "rejected": text(60, 8, 128)} for _ in range(256)]
+    prompts = [{"prompt": text(40, 8, 120)} for _ in range(256)]
+    for name, own in (("sft", rows), ("pref", pairs), ("prompts", prompts)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+
+
+def measured(workload: str, world: Path, out: Path) -> dict[str, Any]:
+    """One workload run through its verb; throughput over the steps after the first `WARM`."""
+    import whet
+    from whet.loops import record
+
+    stamps: list[float] = []
+    write = record.Run.metrics
+
+    def stamped(run: Any, step: int, **numbers: float) -> None:
+        stamps.append(time.process_time())
+        write(run, step, **numbers)
+
+    record.Run.metrics = stamped  # type: ignore[method-assign]
+    common: dict[str, Any] = {"model": str(world / "model"), "out": str(out / workload), "threads": 1, "lr": 1e-5}
+    online = {"data": str(world / "prompts.jsonl"), "max_new_tokens": 128}
+    function = {"reward": f"{__name__}:length"}
+    if workload == "sft":
+        whet.run("sft", data=str(world / "sft.jsonl"), **common, **{"train.batch": 16, "train.epochs": 1})
+    elif workload in ("dpo", "reward"):
+        method = {"method.name": "pairwise"} if workload == "reward" else {}
+        whet.run(workload, data=str(world / "pref.jsonl"), **common, **method, **{"train.batch": 16, "train.epochs": 1})
+    elif workload == "grpo":
+        rollout = {"rollout.steps": 10, "rollout.prompts": 8, "answers": 8, "beta": 0.0}
+        whet.run("grpo", **common, **online, **function, **rollout)
+    elif workload == "ppo":
+        rollout = {"rollout.steps": 7, "rollout.prompts": 64, "rollout.minibatch": 16, "rollout.epochs": 4}
+        whet.run("ppo", **common, **online, **function, **rollout)
+    rows = record.read_metrics(out / workload)[WARM:]
+    record.Run.metrics = write  # type: ignore[method-assign]
+    seconds = stamps[-1] - stamps[WARM - 1]
+    samples = {"sft": 16, "dpo": 16, "reward": 16, "grpo": 64, "ppo": 64}[workload] * len(rows)
+    tokens = sum(row.get("tokens", row.get("length", 0) * (64 if workload in ("grpo", "ppo") else 0)) for row in rows)
+    return {
+        "workload": workload, "steps": len(rows), "samples_per_cpu_s": round(samples / seconds, 2),
+        "trained_tokens_per_cpu_s": round(tokens / seconds, 1), "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }  # fmt: skip
+
+
+def length(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """A reward that costs nothing: the number of words."""
+    return [len(completion.split()) / 64 for completion in completions]
+
+
+def main() -> None:
+    """Prints one JSON line per workload."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workloads", nargs="*", default=["sft", "dpo", "reward", "ppo", "grpo"])
+    parser.add_argument("--world", type=Path)
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        world = chosen.world or Path(folder) / "world"
+        if chosen.world is None:
+            make_world(world)
+        for workload in chosen.workloads:
+            print(json.dumps(measured(workload, world, Path(folder))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""Folders in, folders out: heads, readouts, and what is refused with which words."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from whet.errors import ModelError
+from whet.models import load
+from whet.models.readers import read
+from whet.models.roles import Role, readout_of
+from whet.records import Batch
+
+from . import helpers as h
+
+
+def source(path: Path, **given: Any) -> load.Source:
+    return load.Source(str(path), device="cpu", **given)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "gpt2"])
+def test_a_saved_score_is_that_of_the_published_class(tmp_path: Path, kind: str) -> None:
+    """What is written is read by AutoModelForSequenceClassification, right-padded, to the same logits."""
+    from transformers import AutoModelForSequenceClassification
+
+    tiny.folder(tmp_path / "base", kind)
+    model = load.load_scorer(source(tmp_path / "base"), tiny.tokenizer(), seed=3)
+    role = Role("reward", model, True)
+    batch = Batch.of([h.row(i, 2, 1 + i) for i in range(5)])
+    expected = read(role, batch, frozenset({"score"}))["score"].detach()
+    role.export(tmp_path / "out", tiny.tokenizer())
+    published = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    ids = torch.nn.utils.rnn.pad_sequence([row.ids for row in batch.rows], batch_first=True, padding_value=0)
+    with torch.no_grad():
+        logits = published(input_ids=ids, attention_mask=(ids != 0).long()).logits[:, 0]
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_fresh_head_is_the_same_at_the_same_seed(tmp_path: Path) -> None:
+    tiny.folder(tmp_path)
+    heads = []
+    for number, seed in enumerate((0, 0, 1)):
+        torch.manual_seed(number)
+        heads.append(load.scalar_head(load.load_scorer(source(tmp_path), tiny.tokenizer(), seed=seed)).weight.detach())
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+
+
+def test_a_fresh_head_has_variance_one_over_width_plus_one() -> None:
+    head = torch.nn.Linear(20_000, 1)
+    load.draw_head(head, 0)
+    assert abs(float(head.weight.detach().var()) * 20_001 - 1) < 5 * (2 / 20_000) ** 0.5
+    assert abs(float(head.weight.detach().mean())) < 5 / 20_000
+    assert not head.bias.detach().any()
+
+
+@pytest.mark.parametrize("readout", ["last", "mean", "sum"])
+def test_readout_scale_and_shift_are_saved_and_reloaded(tmp_path: Path, readout: Any) -> None:
+    tiny.folder(tmp_path / "base")
+    model = load.load_scorer(source(tmp_path / "base"), tiny.tokenizer())
+    role = Role("reward", model, True, readout=readout, scale=0.3, shift=-1.5)
+    batch, names = Batch.of(h.rows()), frozenset({"score"})
+    expected = read(role, batch, names)["score"].detach()
+    role.export(tmp_path / "out", tiny.tokenizer())
+    about = readout_of(str(tmp_path / "out"))
+    assert about == {"readout": readout, "scale": 0.3, "shift": -1.5}
+    again = Role("reward", load.load_scorer(source(tmp_path / "out"), tiny.tokenizer()), False, **about)
+    assert torch.equal(read(again, batch, names)["score"], expected)
+
+
+def test_a_published_reward_model_is_read_at_its_last_token(tmp_path: Path) -> None:
+    assert readout_of(str(tmp_path)) == {"readout": "last", "scale": 1.0, "shift": 0.0}
+    (tmp_path / "whet.json").write_text('{"readout": "first"}')
+    with pytest.raises(ModelError, match="none of last, mean, sum"):
+        readout_of(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "gpt2"])
+def test_a_model_goes_through_a_folder_unchanged(tmp_path: Path, kind: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    tiny.folder(tmp_path / "base", kind)
+    role = Role("policy", load.load_causal_lm(source(tmp_path / "base"), tiny.tokenizer()), True)
+    role.export(tmp_path / "out", tiny.tokenizer())
+    published = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for (name, ours), theirs in zip(role.model.state_dict().items(), published.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert not (tmp_path / "out" / "whet.json").exists()
+
+
+def test_every_dropout_of_the_model_is_off(tmp_path: Path) -> None:
+    tiny.folder(tmp_path, "gpt2")
+    model = load.load_causal_lm(source(tmp_path)).train()
+    ids = torch.arange(2, 20)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: path / "missing", "no such model folder"),
+        (lambda path: path, "not a model folder"),
+    ],
+)
+@pytest.mark.parametrize("function", [load.load_causal_lm, load.load_tokenizer, load.load_scorer, load.positions])
+def test_what_is_no_model_folder_is_refused(tmp_path: Path, function: Any, make: Any, words: str) -> None:
+    with pytest.raises(ModelError, match=words):
+        function(source(make(tmp_path)))
+
+
+def test_a_vocabulary_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    tiny.folder(tmp_path, vocabulary=20)
+    with pytest.raises(ModelError, match=r"27 ids.*20 embeddings"):
+        load.load_causal_lm(source(tmp_path), tiny.tokenizer())
+
+
+def test_a_scorer_whose_vocabulary_does_not_fit_is_refused(tmp_path: Path) -> None:
+    tiny.folder(tmp_path, vocabulary=20)
+    with pytest.raises(ModelError, match=r"27 ids.*20 embeddings"):
+        load.load_scorer(source(tmp_path), tiny.tokenizer())
+
+
+def test_a_tokenizer_without_pad_token_is_refused_unless_one_is_named(tmp_path: Path) -> None:
+    tiny.tokenizer(pad=False).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="no pad token"):
+        load.load_tokenizer(source(tmp_path))
+    assert load.load_tokenizer(source(tmp_path), pad_token="<unk>").pad_token == "<unk>"
+    with pytest.raises(ModelError, match="no such token"):
+        load.load_tokenizer(source(tmp_path), pad_token="<nope>")
+
+
+def test_a_classifier_with_two_labels_is_no_reward_model(tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    config = tiny.config()
+    config.num_labels = 2
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="has 2"):
+        load.load_scorer(source(tmp_path))
+
+
+def test_a_torn_model_file_is_refused(tmp_path: Path) -> None:
+    tiny.folder(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:200])
+    with pytest.raises(ModelError, match="no such model can be loaded"):
+        load.load_causal_lm(source(tmp_path))
+
+
+def test_a_folder_that_lacks_weights_of_its_own_model_is_refused(tmp_path: Path) -> None:
+    """transformers would draw the missing ones at random and go on."""
+    from safetensors.torch import load_file, save_file
+
+    tiny.folder(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(
+        {k: v for k, v in weights.items() if "layers.1.mlp" not in k},
+        tmp_path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(ModelError):
+        load.load_causal_lm(source(tmp_path))
+
+
+def test_a_four_bit_base_without_gpu_is_refused(tmp_path: Path) -> None:
+    tiny.folder(tmp_path)
+    with pytest.raises(ModelError, match="needs a GPU"):
+        load.load_causal_lm(source(tmp_path, quantise="4bit"))
+
+
+def test_positions_are_those_of_the_configuration(tmp_path: Path) -> None:
+    for kind in ("qwen3", "llama", "gpt2"):
+        tiny.folder(tmp_path / kind, kind)
+        assert load.positions(source(tmp_path / kind)) == 128
+    about = json.loads((tmp_path / "llama" / "config.json").read_text())
+    assert about["max_position_embeddings"] == 128
