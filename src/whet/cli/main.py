@@ -188,9 +188,8 @@ def _verb_help(verb: str) -> str:
         "fields [default]:",
     ]
     if verb == "demo":
-        return "\n".join(
-            [*lines, "  --seed        which world and which random choices [0]", "  --out         folder [runs/demo]"]
-        )
+        lines += ["  --seed     which world and which random choices [0]", "  --out      a new folder [runs/demo]"]
+        return "\n".join([*lines, "  --quick    a short form, which only shows that everything runs [False]"])
     kinds = {"sample": config.Sample, "rank": config.Rank, "eval": config.Eval}
     kind = kinds.get(verb, config.Offline if verb in OFFLINE else config.Online)
     lines += help.recipe_lines(kind)

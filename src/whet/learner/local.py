@@ -131,9 +131,8 @@ class LocalLearner:
         from safetensors.torch import load_file
 
         about = json.loads((folder / "learner.json").read_text(encoding="utf-8"))
-        mine, theirs = self._frozen(), about["frozen"]
-        for name in mine:
-            if name in theirs and mine[name] != theirs[name]:
+        for name, mark in self._frozen().items():
+            if about["frozen"].get(name, mark) != mark:
                 raise CheckpointError(f"{folder}: the frozen weights of the {name} are not those this run began with")
         if about["optimisers"] != self._kinds():
             raise CheckpointError(f"{folder}: its optimisers are {about['optimisers']}, this run's {self._kinds()}")

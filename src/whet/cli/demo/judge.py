@@ -276,7 +276,7 @@ def _swap(stream: random.Random, texts: Texts, facts: Facts, asked: Sequence[str
 
 def _repeat(stream: random.Random, texts: Texts, facts: Facts, asked: Sequence[str]) -> Texts | None:
     """Say one statement once more, at once or later."""
-    claims = [index for index, text in enumerate(texts) if SENTENCES[text].attribute is not None]
+    claims = [index for index, text in enumerate(texts) if SENTENCES[text].attribute]
     if not claims:
         return None
     index = stream.choice(claims)

@@ -26,11 +26,16 @@ ANSWER = 56
 """longest answer, in tokens"""
 SMALL = 400
 """rankings behind the reward model that is over-optimised"""
+QUICK_SIZES = world.Sizes(320, 40, 320, 40, 64, 32, 64, 32)
+"""rows of the world in the quick form, which only shows that everything runs"""
 
 
 def demo(options: Mapping[str, Any]) -> int:
-    """Runs the whole story into `out` (a new folder) for one seed, prints the table, writes summary.json and report.html."""
-    known = {"seed": 0, "out": "runs/demo"}
+    """Runs the whole story into `out` (a new folder) for one seed, prints the table, writes summary.json and report.html.
+
+    `quick` is a short form on a small world: it shows that everything runs, and nothing else.
+    """
+    known = {"seed": 0, "out": "runs/demo", "quick": False}
     for name in options:
         if name not in known:
             raise config.unknown(name, list(known))
@@ -40,7 +45,7 @@ def demo(options: Mapping[str, Any]) -> int:
     if out.exists():
         raise RecipeError(f"out: {out} already exists; name another folder with --out, or remove it")
     began = time.perf_counter()
-    story = Story(out, seed)
+    story = Story(out, seed, quick=bool(options.get("quick", False)))
     story.prepare()
     story.rank()
     with Side(story) as side:
@@ -55,13 +60,13 @@ def demo(options: Mapping[str, Any]) -> int:
 class Story:
     """The phases, each leaving its folder or file under `out`."""
 
-    def __init__(self, out: Path, seed: int) -> None:
-        self.out, self.seed, self.world = out, seed, out / "world"
+    def __init__(self, out: Path, seed: int, *, quick: bool = False) -> None:
+        self.out, self.seed, self.quick, self.world = out, seed, quick, out / "world"
 
     def prepare(self) -> None:
         """The world's files, the base model, and the SFT model."""
         self.say("the market desk: texts, demonstrations, prompts")
-        world.write_world(self.world, self.seed)
+        world.write_world(self.world, self.seed, QUICK_SIZES if self.quick else world.Sizes())
         self.say("base: pre-training on the desk's raw text")
         self.verb("pretrain", "base", model=self.at("base"), data=self.at("raw.jsonl"))
         self.say("sft: demonstrations")
@@ -159,7 +164,15 @@ class Story:
 
     def verb(self, verb: str, name: str, **fields: Any) -> None:
         """A verb with the demo's recipe of this name, into the run folder of this name."""
-        whet.run(verb, str(RECIPES / f"{name}.yaml"), seed=self.seed, out=str(self.out / name), quiet=False, **fields)
+        given = fields | self.shortened(verb)
+        whet.run(verb, str(RECIPES / f"{name}.yaml"), seed=self.seed, out=str(self.out / name), quiet=False, **given)
+
+    def shortened(self, verb: str) -> dict[str, Any]:
+        """What the quick form changes in a recipe."""
+        if not self.quick:
+            return {}
+        online = {"rollout.steps": 3, "rollout.prompts": 16, "rollout.minibatch": 8}
+        return online if verb in ("ppo", "instructgpt") else {"train.steps": 10}
 
     def at(self, name: str) -> str:
         """A file of the world."""
@@ -185,8 +198,9 @@ class Side:
     def add(self, verb: str, name: str, **fields: str) -> None:
         """One more run, once those before it have ended; its output goes to `side.log`."""
         words = [sys.executable, "-m", "whet", verb, str(RECIPES / f"{name}.yaml"), "--quiet"]
-        for key, value in {**fields, "seed": str(self.story.seed), "out": str(self.story.out / name)}.items():
-            words += [f"--{key}", value]
+        own = {"seed": self.story.seed, "out": self.story.out / name, **self.story.shortened(verb)}
+        for key, value in {**fields, **own}.items():
+            words += [f"--{key}", str(value)]
         self.runs.append(self.worker.submit(self._run, words))
 
     def wait(self) -> None:

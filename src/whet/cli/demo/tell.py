@@ -1,6 +1,7 @@
 """What the demo tells: the table on the terminal, summary.json, and the report with plots and samples."""
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,8 @@ def sections(
                 Prose(
                     f"It orders {summary['reward_model_accuracy']:.1%} of held-out pairs as the judge does without noise, and "
                     f"{numbers['accuracy']['noisy']:.1%} as the noisy person does; the judge itself reaches "
-                    f"{numbers['ceiling']:.1%} there, so no model can expect more. Pair accuracy hides what was not learned, so answers are edited in one known way each:"
+                    f"{numbers['ceiling']:.1%} there, so no model can expect more. "
+                    "Pair accuracy hides what was not learned, so answers are edited in one known way each:"
                 ),
                 Table(("edit", "share rated worse", "answers"), edit_rows),
             ],
@@ -265,7 +267,7 @@ def _print(summary: Mapping[str, Any]) -> None:
         shown.add_column(head, justify="left" if place == 0 else "right")
     for row in table_rows(summary):
         shown.add_row(*row)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(shown)
     noisy, ceiling = summary["reward_model_accuracy_noisy"], summary["reward_model_ceiling_noisy"]
     console.print(

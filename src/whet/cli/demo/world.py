@@ -291,7 +291,7 @@ def _claim(stream: random.Random, card: Card, attribute: str) -> str:
 
 def _mark(card: Card, sentence: Sentence, said: set[Sentence]) -> str:
     """Return the proofreader's word for a sentence, where those in `said` stand before it."""
-    if sentence.attribute is None:
+    if not sentence.attribute:
         return {"greeting": "kind", "goodbye": "kind", "rude": "rude", "filler": "idle"}[sentence.kind]
     if sentence.value != card.facts.get(sentence.attribute):
         return "wrong" if sentence.attribute in card.facts else "invented"

@@ -1,0 +1,57 @@
+"""The demo's story in its quick form: every phase runs through the verbs, and the report tells the run's own numbers."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from whet.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("demo") / "run"
+    assert main(["demo", "--seed", "1", "--quick", "--out", str(out)]) == 0
+    return out
+
+
+def test_the_summary_has_its_fields(story: Path) -> None:
+    summary = json.loads((story / "summary.json").read_text())
+    assert summary["seed"] == 1
+    assert summary["seconds"] > 0
+    assert 0 <= summary["reward_model_accuracy"] <= 1
+    assert list(summary["models"]) == ["base", "sft", "ppo"]
+    for found in summary["models"].values():
+        assert found.keys() == {"gold", "gold_ci", "reward_model", "kl_to_sft", "win_rate_vs_sft", "win_rate_ci"}
+        low, high = found["gold_ci"]
+        assert low <= found["gold"] <= high
+    assert summary["models"]["sft"]["win_rate_vs_sft"] == 0.5
+
+
+def test_the_report_is_one_page_that_loads_nothing(story: Path) -> None:
+    page = (story / "report.html").read_text()
+    assert page.count("<svg") == 7
+    assert not re.search(r'(src|href)="(?!#)', page)
+    summary = json.loads((story / "summary.json").read_text())
+    assert f"{summary['models']['ppo']['gold']:.2f}" in page
+
+
+def test_the_judge_reached_training_through_rankings_alone(story: Path) -> None:
+    """No recipe of a run that trained names the judge or a column of its scores."""
+    for run in ("base", "sft", "reward", "ppo", "ppo_without_ptx", "small_reward", "over_optimised"):
+        assert "judge" not in (story / run / "recipe.yaml").read_text()
+    assert set(json.loads((story / "ranked.jsonl").read_text().splitlines()[0])) == {"prompt", "responses", "seed", "ranks"}
+
+
+def test_prompts_of_ppo_are_others_than_those_of_sft_and_the_ranking(story: Path) -> None:
+    def prompts(path: Path) -> set[str]:
+        return {json.loads(line)["prompt"] for line in path.read_text().splitlines()}
+
+    ppo = prompts(story / "world" / "prompts_ppo.jsonl")
+    assert not ppo & (prompts(story / "world" / "demonstrations.jsonl") | prompts(story / "ranked.jsonl"))
+
+
+def test_an_existing_folder_is_not_touched(story: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--out", str(story)]) == 2
+    assert "already exists" in capsys.readouterr().err
