@@ -82,7 +82,11 @@ def caption(path: Path) -> str:
 
 def tree() -> str:
     lines = ["src/whet/"]
-    for path in [HOUSE / "errors.py", HOUSE / "dials.py", *(p for name in FLOOR for p in sorted((HOUSE / name).rglob("*.py")))]:
+    for path in [
+        HOUSE / "errors.py",
+        HOUSE / "dials.py",
+        *(p for name in FLOOR for p in sorted((HOUSE / name).rglob("*.py"))),
+    ]:
         inside = path.relative_to(HOUSE)
         if path.name == "__init__.py":
             lines.append(f"{inside.parent}/".ljust(28) + caption(path))
@@ -99,7 +103,9 @@ def test_the_tree_in_the_readme_is_the_house() -> None:
 
 def test_importing_whet_loads_nothing_heavy() -> None:
     code = "import sys, whet; print(sorted({'torch', 'transformers', 'peft', 'numpy', 'pyarrow'} & sys.modules.keys()))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 def test_public_names_are_what_is_exported() -> None:
@@ -135,5 +141,7 @@ def test_the_method_of_the_contributing_guide_works_as_it_stands_there() -> None
 if __name__ == "__main__":
     readme = (ROOT / "README.md").read_text()
     block = f"```\n{tree()}\n```"
-    changed = re.sub(r"```\nsrc/whet/\n.*?\n```|^TREE$", lambda _: block, readme, count=1, flags=re.DOTALL | re.MULTILINE)
+    changed = re.sub(
+        r"```\nsrc/whet/\n.*?\n```|^TREE$", lambda _: block, readme, count=1, flags=re.DOTALL | re.MULTILINE
+    )
     (ROOT / "README.md").write_text(changed)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-WORDS = "a b c d e f g h yes no maybe please thanks hello good bad one two three four".split()
+WORDS = "a b c d e f g h yes no maybe please thanks hello good bad one two three four".split()  # noqa: SIM905
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}> {% if m['role'] == 'assistant' %}"
     "{% generation %}{{ m['content'] }} <end>{% endgeneration %}{% else %}{{ m['content'] }}{% endif %} {% endfor %}"
@@ -41,7 +41,14 @@ def config(kind: str = "qwen3", vocabulary: int = 27, **changes: Any) -> Any:
         return Qwen3Config(**(common | {"head_dim": 8, "tie_word_embeddings": True} | changes))
     if kind == "llama":
         return LlamaConfig(**(common | {"tie_word_embeddings": False} | changes))
-    small = {"vocab_size": vocabulary, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.2}
+    small = {
+        "vocab_size": vocabulary,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 128,
+        "initializer_range": 0.2,
+    }
     return GPT2Config(**(small | {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0} | changes))
 
 

@@ -259,7 +259,11 @@ GIVEN: dict[str, tuple[str, list[str], list[str]]] = {
         online("--rollout.minibatch", "2", "--rollout.ema", "0.5", "--model.lora.rank", "2"),
         ["rollout.ema", "lora"],
     ),
-    "two prompt files": ("grpo", [*online(), "--data", "[{path: HOME/prompts.jsonl}]"], ["data.train", "one file"]),
+    "two prompt files": (
+        "grpo",
+        [*online(), "--data", "[{path: HOME/prompts.jsonl}]"],
+        ["data.train", "`str`", "HOME/prompts.jsonl"],
+    ),
     "--resume without a run": ("sft", sft("--resume"), ["--resume", "no run"]),
     "rank without a file to write": ("rank", ["--data", "HOME/answers.jsonl"], ["out", "--out"]),
     "rank without judge and scores": (

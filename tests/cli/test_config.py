@@ -93,7 +93,7 @@ def test_part_of_an_optional_section_switches_it_on() -> None:
 
 def test_a_name_that_is_no_field_is_a_dial_of_the_method() -> None:
     assert line(Online, "grpo", "--answers", "4", "--kl.coef", "0.1").method == {"answers": 4, "kl": {"coef": 0.1}}
-    assert line(Offline, "dpo", "--beta", "0.3").method == {"beta": 0.3}
+    assert line(config.offline("dpo"), "dpo", "--beta", "0.3").method == {"beta": 0.3}
 
 
 UNKNOWN = [
@@ -174,7 +174,7 @@ def test_a_methods_dials_are_checked_by_its_own_signature(name: str, dials: dict
 @pytest.mark.parametrize("name", sorted(path.stem for path in config.SHIPPED.glob("*.yaml")))
 def test_every_shipped_recipe_resolves(name: str) -> None:
     verb = name.partition("-")[0]
-    recipe = line(Offline if verb in OFFLINE else Online, verb, name)
+    recipe = line(config.offline(verb) if verb in OFFLINE else Online, verb, name)
     assert recipe.optim.lr > 0
     if verb in METHODS:
         build.chosen_method(METHODS, verb, recipe.method)

@@ -41,7 +41,12 @@ def test_the_judge_reached_training_through_rankings_alone(story: Path) -> None:
     """No recipe of a run that trained names the judge or a column of its scores."""
     for run in ("base", "sft", "reward", "ppo", "ppo_without_ptx", "small_reward", "over_optimised"):
         assert "judge" not in (story / run / "recipe.yaml").read_text()
-    assert set(json.loads((story / "ranked.jsonl").read_text().splitlines()[0])) == {"prompt", "responses", "seed", "ranks"}
+    assert set(json.loads((story / "ranked.jsonl").read_text().splitlines()[0])) == {
+        "prompt",
+        "responses",
+        "seed",
+        "ranks",
+    }
 
 
 def test_prompts_of_ppo_are_others_than_those_of_sft_and_the_ranking(story: Path) -> None:

@@ -71,7 +71,7 @@ def tokenizer_and_chat(model: config.Model) -> tuple[Any, Chat]:
     return tokenizer, chat_format(tokenizer, model.chat_template)
 
 
-def reader_of(model: config.Model, data: config.Data, chat: Chat, *, room: int = 0) -> Reader:
+def reader_of(model: config.Model, data: config.Data | config.Rows, chat: Chat, *, room: int = 0) -> Reader:
     """The reader of this recipe's rows; `room` positions are kept free for an answer."""
     limit = load.positions(source_of(model))
     longest = min(data.max_tokens or limit, limit) - room
@@ -81,15 +81,20 @@ def reader_of(model: config.Model, data: config.Data, chat: Chat, *, room: int =
         raise RecipeError(
             f"sampling.max_new_tokens: the model has {limit} positions, {room} for the answer leave none for a prompt"
         )
-    return Reader(chat, longest, data.too_long, data.turns)
+    return Reader(chat, longest, data.too_long, data.turns if isinstance(data, config.Data) else "all")
+
+
+def rows_of(data: config.Rows, read: Callable[[Sequence[Any]], list]) -> list:
+    """The records of the one file of a recipe."""
+    if not data.train:
+        raise RecipeError("data.train: which rows? give --data with a file or a dataset's name")
+    return read(read_rows(data.train))
 
 
 def sources_of(data: config.Data, read: Callable[[Sequence[Any]], list]) -> tuple[list[list], list[float] | None]:
     """(the elements of every training source, their weights or None for a single file)."""
-    if not data.train:
-        raise RecipeError("data.train: which rows? give --data with a file or a dataset's name")
     if isinstance(data.train, str):
-        return [read(read_rows(data.train))], None
+        return [rows_of(config.Rows(data.train), read)], None
     return [read(read_rows(one.path)) for one in data.train], [one.weight for one in data.train]
 
 
@@ -264,7 +269,7 @@ def reward_role(path: str, model: config.Model, tokenizer: Any, name: str) -> tu
     """A frozen reward model, and the format of its own tokenizer where that is another than the policy's."""
     source = source_of(model, path)
     if not load.is_scorer(path):
-        raise ModelError(f"{path}: not a reward model, it has no scalar head; train one with whet reward")
+        raise ModelError(f"{path}: no reward model and no judge, it has no scalar head; train one with whet reward")
     own = load.load_tokenizer(source)
     same = own.get_vocab() == tokenizer.get_vocab() and own.chat_template == tokenizer.chat_template
     role = scorer_role(name, replace(model, lora=None, quantise="none"), own, trained=False, seed=0, path=path)

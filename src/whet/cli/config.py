@@ -73,7 +73,33 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Train:
+class Rows:
+    """Which rows, where nothing is trained on their texts."""
+
+    train: str = ""
+    """a .jsonl, .parquet or .csv file, or a dataset's name ("name:split")"""
+    max_tokens: Annotated[int, msgspec.Meta(ge=2)] | None = None
+    """longest prompt; default: what the model's positions allow beside an answer"""
+    too_long: Literal["error", "drop"] = "error"
+    """what happens to a longer row"""
+
+
+@dataclass(frozen=True)
+class Loop:
+    """How the work is cut, and what is kept."""
+
+    micro_tokens: Count = 8192
+    """most tokens of one forward pass, padding counted; changes memory and speed, never a number"""
+    packing: bool = False
+    """lay rows behind one another instead of padding them"""
+    save_every: NotNegativeInt = 0
+    """updates (online: rollouts) between checkpoints; 0: only when interrupted"""
+    keep: Count = 2
+    """checkpoints that stay"""
+
+
+@dataclass(frozen=True)
+class Train(Loop):
     """How long, and in which portions."""
 
     epochs: Positive = 1.0
@@ -82,16 +108,8 @@ class Train:
     """updates in all; overrides epochs"""
     batch: Count = 32
     """elements (conversations, pairs, rankings) per update"""
-    micro_tokens: Count = 8192
-    """most tokens of one forward pass, padding counted; changes memory and speed, never a number"""
-    packing: bool = False
-    """lay rows behind one another instead of padding them"""
     dropout: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
     """residual dropout with addressed masks"""
-    save_every: NotNegativeInt = 0
-    """updates (online: rollouts) between checkpoints; 0: only when interrupted"""
-    keep: Count = 2
-    """checkpoints that stay"""
     eval_every: NotNegativeInt = 0
     """updates between evaluations on data.eval; 0: at the end"""
 
@@ -108,15 +126,10 @@ class Head:
 
 @dataclass(frozen=True)
 class Offline:
-    """Recipe of pretrain, sft, reward, dpo, ipo."""
+    """Recipe of pretrain and sft, and what reward, dpo and ipo share with them."""
 
     model: Model = Model()
     data: Data = Data()
-    method: dict[str, Any] = field(default_factory=dict)
-    """the method's own dials"""
-    reference: str | None = None
-    """reference model of dpo and ipo; default: the model itself"""
-    head: Head = Head()
     optim: Optim = Optim()
     train: Train = Train()
     seed: NotNegativeInt = 0
@@ -127,6 +140,25 @@ class Offline:
     """CPU threads; 0 leaves torch's own choice"""
     trackers: tuple[str, ...] = ()
     """tensorboard, wandb, trackio, mlflow, ... (needs whet[trackers])"""
+
+
+@dataclass(frozen=True)
+class RewardModel(Offline):
+    """Recipe of reward."""
+
+    method: dict[str, Any] = field(default_factory=dict)
+    """`name` (k_way, pairwise, log_exp, absolute) and its own dials"""
+    head: Head = Head()
+
+
+@dataclass(frozen=True)
+class Preference(Offline):
+    """Recipe of dpo and ipo."""
+
+    method: dict[str, Any] = field(default_factory=dict)
+    """the method's own dials"""
+    reference: str | None = None
+    """the reference model; default: the model itself"""
 
 
 @dataclass(frozen=True)
@@ -191,7 +223,7 @@ class Online:
     critic: Critic = Critic()
     reward: list[RewardSource] = field(default_factory=list)
     """what scores the answers; several are summed by weight"""
-    data: Data = Data()
+    data: Rows = Rows()
     """`prompt` rows; their other fields reach reward functions"""
     ptx: Ptx = Ptx()
     method: dict[str, Any] = field(default_factory=dict)
@@ -199,7 +231,7 @@ class Online:
     sampling: Sampling = Sampling()
     rollout: Rollout = Rollout()
     optim: Optim = Optim()
-    train: Train = Train()
+    train: Loop = Loop()
     trunk: Literal["separate", "shared"] = "separate"
     """"shared": one base model in memory, policy, critic and reward as adapters on it, the reference without (needs lora)"""
     seed: NotNegativeInt = 0
@@ -217,7 +249,7 @@ class Sample:
     """Recipe of sample: K answers per prompt."""
 
     model: Model = Model()
-    data: Data = Data()
+    data: Rows = Rows()
     """`prompt` rows"""
     count: Count = 4
     """answers per prompt"""
@@ -234,7 +266,7 @@ class Sample:
 class Rank:
     """Recipe of rank: `responses` rows become ranking rows."""
 
-    data: Data = Data()
+    data: Rows = Rows()
     """rows with `prompt` and `responses`, and `scores` when there is no judge"""
     judge: str | None = None
     """"file.py:function": f(prompts, completions, **columns) -> scores"""
@@ -253,7 +285,7 @@ class Eval:
     """the other model of a win rate"""
     judge: list[str] = field(default_factory=list)
     """what scores the answers of a win rate: "file.py:function" or a reward-model folder; several are told apart"""
-    data: Data = Data()
+    data: Rows = Rows()
     """prompts (win rate), rankings or pairs (accuracy of a reward model), text or conversations (loss)"""
     sampling: Sampling = Sampling()
     answers: str | None = None
@@ -268,7 +300,20 @@ class Eval:
     """CPU threads; 0 leaves torch's own choice"""
 
 
-MAIN_FIELD = {Model: "path", Data: "train", RewardSource: "source", Source: "path", Critic: "path", Ptx: "data"}
+def offline(verb: str) -> type[Offline]:
+    """The recipe of a verb that trains on a file."""
+    return {"reward": RewardModel, "dpo": Preference, "ipo": Preference}.get(verb, Offline)
+
+
+MAIN_FIELD: Mapping[type, str] = {
+    Model: "path",
+    Data: "train",
+    Rows: "train",
+    RewardSource: "source",
+    Source: "path",
+    Critic: "path",
+    Ptx: "data",
+}
 """What a bare value given for a whole section means: `--model DIR` is `--model.path DIR`."""
 
 SHORT = {"chat_template": "model.chat_template", "lr": "optim.lr", "max_new_tokens": "sampling.max_new_tokens"}

@@ -44,10 +44,11 @@ def method_docs(module: str) -> dict[str, tuple[str, dict[str, str]]]:
 def recipe_lines(kind: type, prefix: str = "") -> list[str]:
     """One line per field of a recipe, nested ones with dots."""
     docs = field_docs("cli/config.py") | field_docs("dials.py")
+    own = {name: told for one in reversed(kind.__mro__) for name, told in docs.get(one.__name__, {}).items()}
     lines = []
     for name, annotation in fields_of(kind).items():
         inner = section(annotation)
-        default, meaning = docs[kind.__name__].get(name, ("", ""))
+        default, meaning = own.get(name, ("", ""))
         if inner is not None and dataclasses.is_dataclass(inner):
             lines += recipe_lines(inner, f"{prefix}{name}.")
         elif name != "method":

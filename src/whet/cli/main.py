@@ -69,7 +69,7 @@ def run(verb: str, recipe: str | None = None, *, resume: bool = False, quiet: bo
     options = verbs.Options(resume, quiet)
     overrides = list(fields.items())
     if verb in OFFLINE:
-        return verbs.run_offline(verb, config.resolve(config.Offline, verb, recipe, overrides), options)
+        return verbs.run_offline(verb, config.resolve(config.offline(verb), verb, recipe, overrides), options)
     if verb in ONLINE:
         return verbs.run_online(verb, config.resolve(config.Online, verb, recipe, overrides), options)
     if verb == "sample":
@@ -191,7 +191,7 @@ def _verb_help(verb: str) -> str:
         lines += ["  --seed     which world and which random choices [0]", "  --out      a new folder [runs/demo]"]
         return "\n".join([*lines, "  --quick    a short form, which only shows that everything runs [False]"])
     kinds = {"sample": config.Sample, "rank": config.Rank, "eval": config.Eval}
-    kind = kinds.get(verb, config.Offline if verb in OFFLINE else config.Online)
+    kind = kinds.get(verb, config.offline(verb) if verb in OFFLINE else config.Online)
     lines += help.recipe_lines(kind)
     modules = {"reward": ("methods/reward.py", ["k_way", "pairwise", "log_exp", "absolute"])}
     modules |= {name: ("methods/online.py", [name]) for name in ONLINE}

@@ -43,18 +43,14 @@ def run_offline(verb: str, recipe: config.Offline, options: Options) -> Path:
     """pretrain, sft, reward, dpo, ipo: rows of a file through an objective. Returns the run folder."""
     _threads(recipe.threads)
     folder = _folder(recipe, verb, options)
-    dials = dict(recipe.method)
-    name = dials.pop("name", "k_way") if verb == "reward" else verb
-    registry = {**preference.METHODS, **reward.METHODS}
-    terms = (
-        SFT
-        if verb in ("pretrain", "sft")
-        else build.chosen_method(registry, name, dials, list(config.fields_of(config.Offline)))
-    )
-    if verb in ("pretrain", "sft") and dials:
-        raise config.unknown(next(iter(dials)), list(config.fields_of(config.Offline)))
+    name, terms = verb, SFT
+    if isinstance(recipe, config.RewardModel | config.Preference):
+        dials = dict(recipe.method)
+        name = dials.pop("name", "k_way") if isinstance(recipe, config.RewardModel) else verb
+        registry = reward.METHODS if isinstance(recipe, config.RewardModel) else preference.METHODS
+        terms = build.chosen_method(registry, name, dials, list(config.fields_of(type(recipe))))
     tokenizer, chat = build.tokenizer_and_chat(recipe.model)
-    if verb == "reward" and tokenizer.pad_token_id == tokenizer.eos_token_id:
+    if isinstance(recipe, config.RewardModel) and tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise RecipeError(
             "model.pad_token: the pad token is the end token, and other tools would then read the saved reward model one token "
             "early; name another token with --model.pad-token"
@@ -66,7 +62,7 @@ def run_offline(verb: str, recipe: config.Offline, options: Options) -> Path:
     evaluation = build.evaluation_of(recipe.data, read)
     steps = build.steps_of(recipe.train, sum(map(len, sources)))
 
-    if verb == "reward":
+    if isinstance(recipe, config.RewardModel):
         role = build.scorer_role(
             "reward",
             recipe.model,
@@ -79,7 +75,7 @@ def run_offline(verb: str, recipe: config.Offline, options: Options) -> Path:
     else:
         role = build.causal_role("policy", recipe.model, tokenizer, trained=True, seed=recipe.seed)
     roles = {role.name: role}
-    if any("ref_logp" in term.reads() for term in terms):
+    if isinstance(recipe, config.Preference):
         roles["reference"] = build.reference_role(recipe.model, role, recipe.reference, tokenizer)
     learner = LocalLearner(
         roles, {role.name: recipe.optim}, total=steps, budget=recipe.train.micro_tokens, packed=recipe.train.packing,
@@ -95,7 +91,7 @@ def run_offline(verb: str, recipe: config.Offline, options: Options) -> Path:
             terms, learner, sources, plan, run, weights=weights, evaluation=evaluation, resume=options.resume,
             stop=stop, title=verb, quiet=options.quiet,
         )  # fmt: skip
-    if verb == "reward" and recipe.head.standardise:
+    if isinstance(recipe, config.RewardModel) and recipe.head.standardise:
         _standardise(role, evaluate.scores(learner, terms, [element for source in sources for element in source]))
     learner.export(role.name, run.folder / "model", tokenizer, merge=recipe.model.export == "merged")
     return run.folder
@@ -109,11 +105,9 @@ def run_online(verb: str, recipe: config.Online, options: Options) -> Path:
     minibatch = build.check_arithmetic(recipe, algorithm, verb)
     tokenizer, chat = build.tokenizer_and_chat(recipe.model)
     reader = build.reader_of(recipe.model, recipe.data, chat, room=recipe.sampling.max_new_tokens)
-    sources, weights = build.sources_of(recipe.data, reader.prompts)
-    if weights is not None:
-        raise RecipeError("data.train: the online loop takes one file of prompts, got a list")
+    prompts = build.rows_of(recipe.data, reader.prompts)
     ptx = (
-        build.reader_of(recipe.model, config.Data(), chat).demonstrations(read_rows(recipe.ptx.data))
+        build.reader_of(recipe.model, config.Rows(), chat).demonstrations(read_rows(recipe.ptx.data))
         if recipe.ptx.data
         else []
     )
@@ -139,7 +133,7 @@ def run_online(verb: str, recipe: config.Online, options: Options) -> Path:
     run = _open(folder, recipe, options)
     with graceful() as stop:
         online.train(
-            algorithm, learner, generator, rewards, sources[0], recipe.sampling, plan, run, ptx=ptx, resume=options.resume,
+            algorithm, learner, generator, rewards, prompts, recipe.sampling, plan, run, ptx=ptx, resume=options.resume,
             stop=stop, title=verb, quiet=options.quiet,
         )  # fmt: skip
     learner.export("policy", run.folder / "model", tokenizer, merge=recipe.model.export == "merged")
@@ -171,7 +165,7 @@ def run_rank(recipe: config.Rank, options: Options) -> Path:
             return called(function, recipe.judge or "", *given, **named)
 
         ranker = ScoreJudge(guarded) if recipe.judge_form == "score" else RankJudge(guarded)
-    if not isinstance(recipe.data.train, str) or not recipe.data.train:
+    if not recipe.data.train:
         raise RecipeError("data.train: which answers? give --data with one file of `responses` rows")
     rows = read_rows(recipe.data.train)
     for located in rows:
@@ -259,15 +253,15 @@ def _held_out(recipe: config.Eval) -> dict[str, float]:
     else:
         role = build.causal_role("policy", recipe.model, tokenizer, trained=False, seed=0)
         terms, reading = SFT, "demonstrations"
-    elements = build.sources_of(recipe.data, getattr(reader, reading))[0][0]
+    elements = build.rows_of(recipe.data, getattr(reader, reading))
     learner = LocalLearner({role.name: role}, {}, total=1, budget=recipe.micro_tokens)
     return {key.rpartition("/")[2]: value for key, value in evaluate.held_out(learner, terms, elements).items()}
 
 
-def _prompts(model: config.Model, data: config.Data, chat: Chat, sampling: Sampling) -> list[Prompt]:
+def _prompts(model: config.Model, data: config.Rows, chat: Chat, sampling: Sampling) -> list[Prompt]:
     """The prompts of a file, each with room for an answer."""
     reader = build.reader_of(model, data, chat, room=sampling.max_new_tokens)
-    return build.sources_of(data, reader.prompts)[0][0]
+    return build.rows_of(data, reader.prompts)
 
 
 def _answers(
