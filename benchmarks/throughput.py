@@ -17,8 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROWS = {"sft": 512, "dpo": 256, "reward": 256}
-WARM = 4
+WARM = {"sft": 4, "dpo": 3, "reward": 3, "grpo": 2, "ppo": 1}
 """steps that are not counted"""
 
 
@@ -58,7 +57,7 @@ def make_world(folder: Path, seed: int = 0) -> None:
 
 
 def measured(workload: str, world: Path, out: Path) -> dict[str, Any]:
-    """One workload run through its verb; throughput over the steps after the first `WARM`."""
+    """One workload run through its verb; throughput over the steps after the first few (`WARM`)."""
     import whet
     from whet.loops import record
 
@@ -79,14 +78,14 @@ def measured(workload: str, world: Path, out: Path) -> dict[str, Any]:
         method = {"method.name": "pairwise"} if workload == "reward" else {}
         whet.run(workload, data=str(world / "pref.jsonl"), **common, **method, **{"train.batch": 16, "train.epochs": 1})
     elif workload == "grpo":
-        rollout = {"rollout.steps": 10, "rollout.prompts": 8, "answers": 8, "beta": 0.0}
+        rollout = {"rollout.steps": 6, "rollout.prompts": 8, "answers": 8, "beta": 0.0}
         whet.run("grpo", **common, **online, **function, **rollout)
     elif workload == "ppo":
-        rollout = {"rollout.steps": 7, "rollout.prompts": 64, "rollout.minibatch": 16, "rollout.epochs": 4}
+        rollout = {"rollout.steps": 3, "rollout.prompts": 64, "rollout.minibatch": 16, "rollout.epochs": 4}
         whet.run("ppo", **common, **online, **function, **rollout)
-    rows = record.read_metrics(out / workload)[WARM:]
+    rows = record.read_metrics(out / workload)[WARM[workload] :]
     record.Run.metrics = write  # type: ignore[method-assign]
-    seconds = stamps[-1] - stamps[WARM - 1]
+    seconds = stamps[-1] - stamps[WARM[workload] - 1]
     samples = {"sft": 16, "dpo": 16, "reward": 16, "grpo": 64, "ppo": 64}[workload] * len(rows)
     tokens = sum(row.get("tokens", row.get("length", 0) * (64 if workload in ("grpo", "ppo") else 0)) for row in rows)
     return {

@@ -1,6 +1,7 @@
 """The verbs: each reads its recipe, checks everything that can be known before, runs, and leaves a folder or a file."""
 
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -326,8 +327,16 @@ def _trackers(names: Sequence[str], folder: Path) -> list[Any]:
         from accelerate import Accelerator
     except ImportError as error:
         raise RecipeError("trackers: they need accelerate; install whet[trackers]") from error
-    accelerator = Accelerator(log_with=list(names), project_dir=str(folder), cpu=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a tracker that is not installed is an error here, not a warning
+        try:
+            accelerator = Accelerator(log_with=list(names), project_dir=str(folder), cpu=True)
+        except ValueError as error:
+            raise RecipeError(f"trackers: {error}") from error
     accelerator.init_trackers(folder.name)
+    missing = set(names) - {tracker.name for tracker in accelerator.trackers}
+    if missing:
+        raise RecipeError(f"trackers: {', '.join(sorted(missing))} is not installed; pip install it, or leave it out")
     return [accelerator]
 
 
