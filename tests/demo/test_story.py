@@ -57,6 +57,18 @@ def test_prompts_of_ppo_are_others_than_those_of_sft_and_the_ranking(story: Path
     assert not ppo & (prompts(story / "world" / "demonstrations.jsonl") | prompts(story / "ranked.jsonl"))
 
 
-def test_an_existing_folder_is_not_touched(story: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", "--out", str(story)]) == 2
-    assert "already exists" in capsys.readouterr().err
+def test_a_folder_that_is_no_demo_is_not_touched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine").write_text("precious")
+    assert main(["demo", "--out", str(tmp_path)]) == 2
+    assert "is no earlier demo" in capsys.readouterr().err
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_an_earlier_demo_is_set_aside(tmp_path: Path) -> None:
+    from whet.cli.demo.run import _set_aside
+
+    for number in (1, 2):
+        (tmp_path / "demo" / "world").mkdir(parents=True)
+        (tmp_path / "demo" / "summary.json").write_text(str(number))
+        _set_aside(tmp_path / "demo")
+    assert [(tmp_path / f"demo.{n}" / "summary.json").read_text() for n in (1, 2)] == ["1", "2"]

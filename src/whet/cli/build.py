@@ -61,7 +61,10 @@ def source_of(model: config.Model, path: str | None = None) -> load.Source:
     name = path or model.path
     if not name:
         raise RecipeError("model.path: which model? give --model with a Hugging Face folder or a hub name")
-    return load.Source(name, model.dtype, model.device, model.trust_remote_code, model.quantise)
+    dtype = model.dtype
+    if dtype == "auto" and model.lora is None and model.quantise == "none":
+        dtype = "float32"  # weights that are trained themselves lose small updates in half precision
+    return load.Source(name, dtype, model.device, model.trust_remote_code, model.quantise)
 
 
 def tokenizer_and_chat(model: config.Model) -> tuple[Any, Chat]:

@@ -25,7 +25,7 @@ class Model:
     path: str = ""
     """Hugging Face folder or hub name"""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
-    """"auto" is bfloat16 on a GPU, float32 elsewhere"""
+    """"auto" is float32, and bfloat16 under adapters on a GPU"""
     device: str = "auto"
     """"cpu", "cuda", "cuda:1", ...; "auto" takes a GPU where there is one"""
     trust_remote_code: bool = False
@@ -207,6 +207,8 @@ class Rollout:
     """answers per update; default: all of a rollout"""
     epochs: Count = 1
     """passes over each rollout"""
+    answers_at_once: Count = 256
+    """answers that are generated together"""
     stop_kl: Positive | None = None
     """end a rollout's updates once KL(old || new) exceeds this, in nats per token"""
     ema: Share | None = None
@@ -254,6 +256,8 @@ class Sample:
     count: Count = 4
     """answers per prompt"""
     sampling: Sampling = Sampling()
+    answers_at_once: Count = 256
+    """answers that are generated together"""
     seed: NotNegativeInt = 0
     """every random choice is a function of it"""
     out: str = ""
@@ -288,6 +292,8 @@ class Eval:
     data: Rows = Rows()
     """prompts (win rate), rankings or pairs (accuracy of a reward model), text or conversations (loss)"""
     sampling: Sampling = Sampling()
+    answers_at_once: Count = 256
+    """answers that are generated together"""
     answers: str | None = None
     """JSONL file for both models' answers with their scores and KL"""
     micro_tokens: Count = 8192

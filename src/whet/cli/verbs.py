@@ -123,7 +123,7 @@ def run_online(verb: str, recipe: config.Online, options: Options) -> Path:
         cast.roles, cast.optims, total=recipe.rollout.steps * recipe.rollout.epochs * -(-total // minibatch),
         budget=recipe.train.micro_tokens, packed=recipe.train.packing, seed=recipe.seed,
     )  # fmt: skip
-    generator = LocalGenerator(cast.roles["policy"], chat.end_ids, chat.text)
+    generator = LocalGenerator(cast.roles["policy"], chat.end_ids, chat.text, unit=recipe.rollout.answers_at_once)
     plan = online.Plan(
         steps=recipe.rollout.steps, prompts=recipe.rollout.prompts, minibatch=minibatch, epochs=recipe.rollout.epochs,
         seed=recipe.seed, ptx_batch=recipe.ptx.batch, stop_kl=recipe.rollout.stop_kl, ema=recipe.rollout.ema,
@@ -150,7 +150,7 @@ def run_sample(recipe: config.Sample, options: Options) -> Path:
     tokenizer, chat = build.tokenizer_and_chat(recipe.model)
     prompts = _prompts(recipe.model, recipe.data, chat, recipe.sampling)
     role = build.causal_role("policy", recipe.model, tokenizer, trained=False, seed=0)
-    groups = _answers(role, chat, prompts, recipe.sampling, recipe.count, recipe.seed)
+    groups = _answers(recipe, role, chat, prompts, recipe.count, recipe.seed)
     _write_rows(out, [{**group.prompt.row, "responses": [sample.text for sample in group.samples]} for group in groups])
     return out
 
@@ -217,8 +217,8 @@ def _win_rates(recipe: config.Eval) -> dict[str, float]:
             f"against: {recipe.against} has another tokenizer than {recipe.model.path}; compare models of one family"
         )
     other = build.causal_role("reference", recipe.model, tokenizer, trained=False, seed=0, path=recipe.against)
-    ours = _answers(role, chat, prompts, recipe.sampling, 1, recipe.seed)
-    theirs = _answers(other, other_chat, prompts, recipe.sampling, 1, address(recipe.seed, "against"))
+    ours = _answers(recipe, role, chat, prompts, 1, recipe.seed)
+    theirs = _answers(recipe, other, other_chat, prompts, 1, address(recipe.seed, "against"))
     learner = LocalLearner({"policy": role, "reference": other}, {}, total=1, budget=recipe.micro_tokens)
     divergence = evaluate.kl(learner, ours)
     numbers: dict[str, float] = {"prompts": len(prompts), "kl": float(divergence.mean())}
@@ -266,10 +266,10 @@ def _prompts(model: config.Model, data: config.Rows, chat: Chat, sampling: Sampl
 
 
 def _answers(
-    role: Role, chat: Chat, prompts: Sequence[Prompt], sampling: Sampling, count: int, seed: int
+    recipe: config.Sample | config.Eval, role: Role, chat: Chat, prompts: Sequence[Prompt], count: int, seed: int
 ) -> list[Group]:
-    generator = LocalGenerator(role, chat.end_ids, chat.text)
-    return evaluate.answers(generator, prompts, sampling, count=count, seed=seed)
+    generator = LocalGenerator(role, chat.end_ids, chat.text, unit=recipe.answers_at_once)
+    return evaluate.answers(generator, prompts, recipe.sampling, count=count, seed=seed)
 
 
 def _standardise(role: Role, scores: torch.Tensor) -> None:

@@ -153,8 +153,7 @@ class LocalLearner:
             }
             for key, value in saved.items():
                 parameter = own[key.split("|")[0]]
-                on = value if key.endswith("|step") else value.to(parameter.device)
-                mine[id(parameter)].state[parameter][key.split("|")[1]] = on
+                mine[id(parameter)].state[parameter][key.split("|")[1]] = value.to(parameter.device)
 
     def export(self, role: str, folder: Path, tokenizer: Any = None, *, merge: bool = True) -> None:
         """See `Learner.export`."""

@@ -4,6 +4,7 @@ Every phase is a verb of the command line with a recipe of `recipes/`; the world
 go on a second core meanwhile: the over-optimisation of a small reward model, and PPO without ptx.
 """
 
+import itertools
 import json
 import subprocess
 import sys
@@ -31,7 +32,7 @@ QUICK_SIZES = world.Sizes(320, 40, 320, 40, 64, 32, 64, 32)
 
 
 def demo(options: Mapping[str, Any]) -> int:
-    """Runs the whole story into `out` (a new folder) for one seed, prints the table, writes summary.json and report.html.
+    """Runs the whole story into `out` for one seed, prints the table, writes summary.json and report.html.
 
     `quick` is a short form on a small world: it shows that everything runs, and nothing else.
     """
@@ -43,7 +44,7 @@ def demo(options: Mapping[str, Any]) -> int:
     if not isinstance(seed, int) or seed < 0:
         raise RecipeError(f"seed: expected a number from 0 up, got {seed!r}")
     if out.exists():
-        raise RecipeError(f"out: {out} already exists; name another folder with --out, or remove it")
+        _set_aside(out)
     began = time.perf_counter()
     story = Story(out, seed, quick=bool(options.get("quick", False)))
     story.prepare()
@@ -55,6 +56,15 @@ def demo(options: Mapping[str, Any]) -> int:
     numbers = measured | {"seconds": round(time.perf_counter() - began, 1)}
     tell(out, numbers)
     return 0
+
+
+def _set_aside(out: Path) -> None:
+    """An earlier demo's folder is renamed, so that nothing of it is lost; any other folder is not touched."""
+    if not (out / "world").is_dir():
+        raise RecipeError(f"out: {out} already exists and is no earlier demo; name another folder with --out")
+    number = next(n for n in itertools.count(1) if not out.with_name(f"{out.name}.{n}").exists())
+    out.rename(out.with_name(f"{out.name}.{number}"))
+    print(f"the earlier demo is now in {out.with_name(f'{out.name}.{number}')}", file=sys.stderr)
 
 
 class Story:

@@ -107,8 +107,8 @@ LEAD = (
 ASPECTS = {
     "settled": "asked facts settled (share)", "honest": "admits that the card lacks a fact", "invented": "invents a fact the card lacks",
     "silent": "says nothing about a fact the card lacks", "wrong_value": "states a wrong value", "denied": "denies a fact the card has",
-    "unasked": "unasked facts", "repeated": "repeats itself", "rude": "rude", "filler": "filler", "broken": "a sentence that is none",
-    "perfect": "perfect answers",
+    "unasked": "unasked facts", "repeated": "repeats itself", "rude": "rude", "filler": "filler",
+    "broken": "has a sentence that is none", "perfect": "perfect answers",
 }  # fmt: skip
 
 
@@ -148,8 +148,8 @@ def sections(
             "Proxy and gold",
             [
                 Prose(
-                    "Left: the run above. Right: a reward model from 400 rankings only, and nothing that holds the policy near SFT, neither "
-                    "a KL cost nor the pre-training term (over-optimisation, Gao, Schulman and Hilton 2022). "
+                    "Left: the run above. Right: a reward model from 400 rankings only, and nothing that holds the policy near SFT, "
+                    "neither a KL cost nor the pre-training term (over-optimisation, Gao, Schulman and Hilton 2022). "
                     + _turn(over)
                 ),
                 Figures([_proxy_plot("PPO-ptx", main), _proxy_plot("over-optimised", over)]),
@@ -206,7 +206,8 @@ def _limits(blind: Sequence[str], rates: Mapping[str, Mapping[str, float]]) -> s
     return (
         told
         + f"After PPO {ppo['wrong_value']:.0%} of the answers still state a wrong value, {ppo['denied']:.0%} deny a fact that "
-        f"the card has, and where the card lacks an asked fact {ppo['silent']:.0%} pass over it in silence instead of saying so; {ppo['broken']:.0%} hold a sentence that is none. "
+        f"the card has, and where the card lacks an asked fact {ppo['silent']:.0%} pass over it in silence instead of saying so; "
+        f"{ppo['broken']:.0%} hold a sentence that is none. "
         "The models know this one desk and its few hundred words; nothing here says how they would do elsewhere."
     )
 
