@@ -28,7 +28,8 @@ def test_by_hand_and_by_scipy(temperature: float, p: list[float]) -> None:
 
 def test_the_default_temperature_is_one() -> None:
     close(token_logprobs(LOGITS[None], torch.tensor([1])), [math.log(0.2)])
-    close(entropy(f64([[0.0] * 8, [0.0] * 8])), [math.log(8)] * 2)
+    close(entropy(LOGITS[None]), [stats.entropy([0.1, 0.2, 0.3, 0.4])])
+    close(entropy(f64([[0.0] * 8, [7.0] * 8])), [math.log(8)] * 2)
 
 
 def test_a_logit_of_minus_infinity_has_probability_zero_and_adds_nothing() -> None:
@@ -113,7 +114,14 @@ def test_logits_of_thousands_do_not_overflow(order: list[int], chunk: int) -> No
     close(h, Categorical(logits=logits).entropy(), within=1e-10)
 
 
-def test_one_entropy_more_only_where_it_costs_nothing() -> None:
+@pytest.mark.parametrize("workspace", [1, 100])
+def test_no_tokens_no_numbers(workspace: int) -> None:
+    hidden, weight, _, ids, _ = problem()
+    logp, h = linear_logprobs(hidden[:0], weight, ids[:0], workspace=workspace)
+    assert (logp.shape, h.shape) == ((0,), (0,))
+
+
+def test_an_entropy_nobody_asked_for_is_none_or_right() -> None:
     hidden, weight, _, ids, _ = problem()
     expected = Categorical(logits=hidden @ weight.T)
     for chunk in CHUNKS:

@@ -188,7 +188,8 @@ def _verb_help(verb: str) -> str:
         "fields [default]:",
     ]
     if verb == "demo":
-        lines += ["  --seed     which world and which random choices [0]", "  --out      folder; an earlier demo there is set aside [runs/demo]"]
+        lines.append("  --seed     which world and which random choices [0]")
+        lines.append("  --out      folder; an earlier demo there is set aside [runs/demo]")
         return "\n".join([*lines, "  --quick    a short form, which only shows that everything runs [False]"])
     kinds = {"sample": config.Sample, "rank": config.Rank, "eval": config.Eval}
     kind = kinds.get(verb, config.offline(verb) if verb in OFFLINE else config.Online)
