@@ -119,7 +119,7 @@ CONTENTS: dict[str, tuple[str, bytes, list[str]]] = {
     "a conversation longer than the model": (
         "sft",
         b'{"prompt": "a", "completion": "' + b"b " * 200 + b'"}\n',
-        ["rows.jsonl:1: ", "204 tokens", "128", "--data.max-tokens", "--data.too-long drop"],
+        ["rows.jsonl:1: ", "204 tokens", "128", "no more positions", "--data.too-long drop"],
     ),
     "a text row without text": ("pretrain", b'{"text": ""}\n', ["rows.jsonl:1: ", "'text'", "empty"]),
     "a pair without its other side": (

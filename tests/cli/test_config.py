@@ -157,7 +157,11 @@ DIALS = [
     ("ppo", {"kl": {"coeff": 1}}, "unknown field 'method.kl.coeff'; did you mean 'method.kl.coef'?"),
     ("ppo", {"kl": {"coef": -1}}, "method.kl.coef: expected `float` >= 0.0; got -1"),
     ("ppo", {"kl": 0.1}, "method.kl: expected `object`, got `float`; got 0.1"),
-    ("ppo", {"place": "middle"}, "method.place: invalid enum value 'middle'; got 'middle'"),
+    (
+        "ppo",
+        {"place": "middle"},
+        "method.place: invalid enum value 'middle'; known are terminal, uniform, linear; got 'middle'",
+    ),
     ("dpo", {"label_smoothing": 0.5}, "method.label_smoothing: expected `float` < 0.5; got 0.5"),
     ("k_wya", {}, "unknown field 'k_wya'; did you mean 'k_way'?"),
 ]

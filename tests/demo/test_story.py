@@ -44,6 +44,7 @@ def test_the_judge_reached_training_through_rankings_alone(story: Path) -> None:
     assert set(json.loads((story / "ranked.jsonl").read_text().splitlines()[0])) == {
         "prompt",
         "responses",
+        "finish",
         "seed",
         "ranks",
     }

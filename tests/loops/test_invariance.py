@@ -60,7 +60,7 @@ def roles(scenario: Scenario, dtype: torch.dtype, kind: str = "qwen3") -> dict[s
         "policy": lambda: h.policy(kind, dtype=dtype),
         "reference": lambda: h.policy(kind, dtype=dtype, name="reference", seed=1),
         "critic": lambda: h.scorer(kind, dtype=dtype, seed=2),
-        "reward": lambda: h.scorer(kind, dtype=dtype, name="reward", seed=2, readout="mean", scale=0.5, shift=0.25),
+        "reward": lambda: h.scorer(kind, dtype=dtype, name="reward", seed=2, readout="mean", shift=0.25),
     }
     return {name: make[name]() for name in scenario.roles}
 

@@ -291,10 +291,14 @@ def test_whitening_leaves_masked_answers_out() -> None:
 
 
 def test_a_truncated_answer_is_bootstrapped_with_the_critics_value() -> None:
+    """The value stands for all that would have followed, the score included: a cut-off answer is not paid twice."""
     got = credit(METHODS["ppo"](kl=LOW, gamma=0.9, lam=0.8, whiten=False, truncated=Truncated("bootstrap")))
+    rewards = [
+        [*row[:-1], row[-1] - score] if cut else row
+        for row, score, cut in zip(rewards_by_hand(), SCORES, CUT, strict=True)
+    ]
     close(
-        got["advantage"],
-        gae_by_hand(rewards_by_hand(), 0.9, 0.8, [f if cut else 0.0 for f, cut in zip(FINAL, CUT, strict=True)]),
+        got["advantage"], gae_by_hand(rewards, 0.9, 0.8, [f if cut else 0.0 for f, cut in zip(FINAL, CUT, strict=True)])
     )
 
 

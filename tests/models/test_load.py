@@ -58,21 +58,21 @@ def test_a_fresh_head_has_variance_one_over_width_plus_one() -> None:
 
 
 @pytest.mark.parametrize("readout", ["last", "mean", "sum"])
-def test_readout_scale_and_shift_are_saved_and_reloaded(tmp_path: Path, readout: Any) -> None:
+def test_readout_and_shift_are_saved_and_reloaded(tmp_path: Path, readout: Any) -> None:
     tiny.folder(tmp_path / "base")
     model = load.load_scorer(source(tmp_path / "base"), tiny.tokenizer())
-    role = Role("reward", model, True, readout=readout, scale=0.3, shift=-1.5)
+    role = Role("reward", model, True, readout=readout, shift=-1.5)
     batch, names = Batch.of(h.rows()), frozenset({"score"})
     expected = read(role, batch, names)["score"].detach()
     role.export(tmp_path / "out", tiny.tokenizer())
     about = readout_of(str(tmp_path / "out"))
-    assert about == {"readout": readout, "scale": 0.3, "shift": -1.5}
+    assert about == {"readout": readout, "shift": -1.5}
     again = Role("reward", load.load_scorer(source(tmp_path / "out"), tiny.tokenizer()), False, **about)
     assert torch.equal(read(again, batch, names)["score"], expected)
 
 
 def test_a_published_reward_model_is_read_at_its_last_token(tmp_path: Path) -> None:
-    assert readout_of(str(tmp_path)) == {"readout": "last", "scale": 1.0, "shift": 0.0}
+    assert readout_of(str(tmp_path)) == {"readout": "last", "shift": 0.0}
     (tmp_path / "whet.json").write_text('{"readout": "first"}')
     with pytest.raises(ModelError, match="none of last, mean, sum"):
         readout_of(str(tmp_path))

@@ -100,15 +100,28 @@ def test_values_and_scores_are_the_classifier_on_each_prefix(kind: str, layout: 
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("readout", "scale", "shift"), [("mean", 1.0, 0.0), ("sum", 2.0, -0.5), ("last", 0.5, 3.0)])
-def test_a_score_is_read_out_scaled_and_shifted(readout: Any, scale: float, shift: float, layout: str) -> None:
+@pytest.mark.parametrize(("readout", "shift"), [("mean", 0.25), ("sum", -0.5), ("last", 3.0)])
+def test_a_score_is_read_out_and_shifted(readout: Any, shift: float, layout: str) -> None:
     batch = Batch.of(h.rows())
-    role = h.scorer(seed=2, readout=readout, scale=scale, shift=shift)
+    role = h.scorer(seed=2, readout=readout, shift=shift)
     got = laid_out(role, batch, frozenset({"score"}), layout)["score"]
     for number, row in enumerate(batch.rows):
         own = scores_by_hand(role.model, row)[row.start :][row.mask]
         raw = {"mean": own.mean(), "sum": own.sum(), "last": own[-1]}[readout]
-        close(got[number], raw * scale + shift, 1e-10)
+        close(got[number], raw + shift, 1e-10)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_read_on_one_position_carries_the_shift(layout: str) -> None:
+    """A critic that starts from a standardised reward model speaks its unit everywhere, after the last token too."""
+    batch, names = Batch.of(h.rows()), frozenset({"value", "final_value", "score", "token_score"})
+    plain, moved = (laid_out(h.scorer(seed=2, shift=shift), batch, names, layout) for shift in (0.0, 5.0))
+    for number, row in enumerate(batch.rows):
+        own = slice(0, row.response), row.mask
+        for name in ("value", "token_score"):
+            close(moved[name][number][own[0]][own[1]], plain[name][number][own[0]][own[1]] + 5.0, 1e-10)
+    for name in ("score", "final_value"):
+        close(moved[name], plain[name] + 5.0, 1e-10)
 
 
 @pytest.mark.parametrize("kind", KINDS)

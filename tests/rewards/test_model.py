@@ -26,6 +26,20 @@ def role(folder: Path, **given: Any) -> Role:
     return Role("reward", load_scorer(Source(str(folder), dtype="float32", device="cpu"), seed=3), False, **given)
 
 
+def test_an_answer_that_was_cut_off_is_read_without_an_end_token(folder: Path) -> None:
+    """Through its own tokenizer too: the model must not take it for a finished one."""
+    from dataclasses import replace
+
+    whole = groups(chat_format(tiny.tokenizer()))[0]
+    cut = replace(whole, samples=(replace(whole.samples[0], ids=whole.samples[0].ids[:-1], finish="length"),))
+    same = ModelReward(role(folder)).score([cut]).answer
+    other = ModelReward(role(folder), chat=chat_format(tiny.tokenizer())).score([cut]).answer
+    assert same.tolist() == pytest.approx(
+        by_transformers(folder, [list(cut.prompt.ids + cut.samples[0].ids)]), abs=1e-5
+    )
+    assert other.tolist() == pytest.approx(same.tolist(), abs=1e-6)
+
+
 def groups(chat: Any) -> list[Group]:
     out = []
     for number, (question, answers) in enumerate(
@@ -72,13 +86,13 @@ def test_a_published_reward_model_reads_the_text_through_its_own_tokenizer(folde
     assert got.tolist() == pytest.approx(by_transformers(folder, rows), abs=1e-5)
 
 
-def test_scale_and_shift_act_on_the_score(folder: Path) -> None:
+def test_the_shift_acts_on_the_score(folder: Path) -> None:
     given = groups(chat_format(tiny.tokenizer()))
     plain, moved = (
         ModelReward(role(folder)).score(given).answer,
-        ModelReward(role(folder, scale=2.0, shift=-1.0)).score(given).answer,
+        ModelReward(role(folder, shift=-1.0)).score(given).answer,
     )
-    assert moved.tolist() == pytest.approx((2 * plain - 1).tolist(), abs=1e-6)
+    assert moved.tolist() == pytest.approx((plain - 1).tolist(), abs=1e-6)
 
 
 def test_a_dense_reward_model_scores_every_token_and_sums_to_the_answer(folder: Path) -> None:

@@ -16,11 +16,11 @@ from torch import nn
 from whet import ops
 from whet.cli import config
 from whet.dials import Optim
-from whet.errors import ModelError, RecipeError
-from whet.methods import Algorithm, part
+from whet.errors import DataError, ModelError, RecipeError
+from whet.methods import Algorithm, Term, part
 from whet.models import load, lora
 from whet.models.roles import Role, readout_of
-from whet.records import Chat, Element, Reader, chat_format, read_rows
+from whet.records import Chat, Element, Prompt, Reader, chat_format, read_rows
 from whet.rewards import Weighted
 from whet.rewards.functions import FunctionReward, load_function
 from whet.rewards.model import ModelReward
@@ -56,35 +56,40 @@ def chosen_method(
     return function(**{key: getattr(given, key) for key in dials})
 
 
-def source_of(model: config.Model, path: str | None = None) -> load.Source:
+def source_of(model: config.Frozen, path: str | None = None) -> load.Source:
     """How a model of this recipe is loaded; frozen roles come from other paths with the same options."""
     name = path or model.path
     if not name:
         raise RecipeError("model.path: which model? give --model with a Hugging Face folder or a hub name")
     dtype = model.dtype
-    if dtype == "auto" and model.lora is None and model.quantise == "none":
+    adapters = isinstance(model, config.Model) and model.lora is not None
+    if dtype == "auto" and not adapters and model.quantise == "none":
         dtype = "float32"  # weights that are trained themselves lose small updates in half precision
     return load.Source(name, dtype, model.device, model.trust_remote_code, model.quantise)
 
 
-def tokenizer_and_chat(model: config.Model) -> tuple[Any, Chat]:
+def tokenizer_and_chat(model: config.Frozen) -> tuple[Any, Chat]:
     """The model's tokenizer and the format of its conversations."""
     load.quiet()
     tokenizer = load.load_tokenizer(source_of(model), pad_token=model.pad_token)
     return tokenizer, chat_format(tokenizer, model.chat_template)
 
 
-def reader_of(model: config.Model, data: config.Data | config.Rows, chat: Chat, *, room: int = 0) -> Reader:
+def reader_of(model: config.Frozen, data: config.Data | config.Rows, chat: Chat, *, room: int = 0) -> Reader:
     """The reader of this recipe's rows; `room` positions are kept free for an answer."""
     limit = load.positions(source_of(model))
-    longest = min(data.max_tokens or limit, limit) - room
+    longest = min(data.max_tokens or limit, limit - room)
     if data.max_tokens and data.max_tokens > limit:
         raise RecipeError(f"data.max_tokens: the model has {limit} positions; got {data.max_tokens}")
     if longest < 2:
         raise RecipeError(
-            f"sampling.max_new_tokens: the model has {limit} positions, {room} for the answer leave none for a prompt"
+            f"sampling.max_new_tokens: the model has {limit} positions for prompt and answer; got {room}, lower it with "
+            "--max-new-tokens"
         )
-    return Reader(chat, longest, data.too_long, data.turns if isinstance(data, config.Data) else "all")
+    mend = "raise --data.max-tokens" if longest < limit - room else "the model has no more positions"
+    if room:
+        mend = "lower --max-new-tokens" if mend.startswith("the") else mend
+    return Reader(chat, longest, mend, data.too_long, data.turns if isinstance(data, config.Data) else "all")
 
 
 def rows_of(data: config.Rows, read: Callable[[Sequence[Any]], list]) -> list:
@@ -101,41 +106,67 @@ def sources_of(data: config.Data, read: Callable[[Sequence[Any]], list]) -> tupl
     return [read(read_rows(one.path)) for one in data.train], [one.weight for one in data.train]
 
 
+def guarded(read: Callable[[Sequence[Any]], list], terms: Sequence[Term], name: str) -> Callable[[Sequence[Any]], list]:
+    """The reading, with rows refused whose `margin` or `probability` no term of the method reads."""
+    reads = frozenset().union(*(term.reads() for term in terms))
+
+    def checked(rows: Sequence[Any]) -> list:
+        for column in ("margin", "probability"):
+            first = next((one for one in rows if column in one.row), None)
+            if first is not None and column not in reads:
+                raise DataError(
+                    f"{first.where}: {name} does not read the field {column!r}; leave it out or take another method"
+                )
+        return read(rows)
+
+    return checked
+
+
 def evaluation_of(data: config.Data, read: Callable[[Sequence[Any]], list]) -> list[Element]:
     """The held-out elements; none without data.eval."""
     return read(read_rows(data.eval)) if data.eval else []
 
 
 def causal_role(
-    name: str, recipe: config.Model, tokenizer: Any, *, trained: bool, seed: int, path: str | None = None
+    name: str, recipe: config.Frozen, tokenizer: Any, *, trained: bool, seed: int, path: str | None = None
 ) -> Role:
     """A policy or reference of its own, with a fresh adapter where it is trained and the recipe has LoRA."""
     model = load.load_causal_lm(source_of(recipe, path), tokenizer)
-    if trained and recipe.gradient_checkpointing:
-        load.checkpoint_activations(model)
     if not trained:
         return Role(name, model, False)
+    assert isinstance(recipe, config.Model)
     _can_train(recipe)
+    if recipe.gradient_checkpointing:
+        load.checkpoint_activations(model)
     if recipe.lora is None:
         return Role(name, model, True)
     return Role(name, model, True, wrapped=lora.attach(model, recipe.lora, (name,), seed=seed), adapter=name)
 
 
 def scorer_role(
-    name: str, recipe: config.Model, tokenizer: Any, *, trained: bool, seed: int, path: str, readout: str | None = None
+    name: str, recipe: config.Frozen, tokenizer: Any, *, trained: bool, seed: int, path: str, readout: str | None = None
 ) -> Role:
-    """A reward model or critic of its own. A saved reward model is read as its folder says, a fresh one by `readout`."""
-    source = source_of(recipe, path)
-    model = load.load_scorer(source, tokenizer, seed=seed)
-    about = dict(readout_of(path))
-    if readout is not None:
+    """A reward model or critic of its own. A saved one is read as its folder says, unless `readout` names another way."""
+    model = load.load_scorer(source_of(recipe, path), tokenizer, seed=seed)
+    about = value_of(path) if name == "critic" else dict(readout_of(path))
+    if readout not in (None, about.get("readout")):
         about = {"readout": readout}
-    if name == "critic":  # a value is no sum over tokens; only what a last-token score is in its own unit carries over
-        about = {key: about[key] for key in ("scale", "shift")} if about["readout"] == "last" else {}
-    if not trained or recipe.lora is None:
-        return Role(name, model, trained, **about)
+    if not trained:
+        return Role(name, model, False, **about)
+    assert isinstance(recipe, config.Model)
+    _can_train(recipe)
+    if recipe.gradient_checkpointing:
+        load.checkpoint_activations(model)
+    if recipe.lora is None:
+        return Role(name, model, True, **about)
     wrapped = lora.attach(model, recipe.lora, (name,), seed=seed, scorer=True)
     return Role(name, model, True, wrapped=wrapped, adapter=name, **about)
+
+
+def value_of(path: str) -> dict[str, Any]:
+    """How a critic that starts from this folder is read: a last-token score is in a value's unit, a sum is not."""
+    about = readout_of(path)
+    return {"shift": about["shift"]} if about["readout"] == "last" else {}
 
 
 def reference_role(recipe: config.Model, policy: Role, path: str | None, tokenizer: Any) -> Role:
@@ -164,18 +195,30 @@ def cast(recipe: config.Online, algorithm: Algorithm, tokenizer: Any) -> Cast:
     if "reference" in algorithm.roles():
         roles["reference"] = reference_role(recipe.model, policy, recipe.reference, tokenizer)
     if "critic" in algorithm.roles():
-        start = recipe.critic.path or next(
-            (one.source for one in recipe.reward if is_model(one.source)), recipe.model.path
-        )
+        start = recipe.critic.path or _first_reward_model(recipe, tokenizer) or recipe.model.path
+        if recipe.critic.path and not same_tokenizer(source_of(recipe.model, start), tokenizer):
+            raise ModelError(
+                f"critic.path: {start} has another tokenizer than the policy, so it cannot read its tokens"
+            )
         roles["critic"] = scorer_role("critic", recipe.model, tokenizer, trained=True, seed=recipe.seed, path=start)
     return _with_average(recipe, roles)
+
+
+def _first_reward_model(recipe: config.Online, tokenizer: Any) -> str | None:
+    """The first reward model that reads the policy's own tokens."""
+    folders = [one.source for one in recipe.reward if is_model(one.source)]
+    return next((one for one in folders if same_tokenizer(source_of(recipe.model, one), tokenizer)), None)
+
+
+def same_tokenizer(source: load.Source, tokenizer: Any) -> bool:
+    """The folder's tokenizer gives the same ids for the same conversations."""
+    own = load.load_tokenizer(source)
+    return own.get_vocab() == tokenizer.get_vocab() and own.chat_template == tokenizer.chat_template
 
 
 def _with_average(recipe: config.Online, roles: dict[str, Role]) -> Cast:
     if recipe.rollout.ema is not None:
         policy = roles["policy"]
-        if policy.wrapped is not None:
-            raise RecipeError("rollout.ema: an average of the policy needs all weights trained; leave model.lora out")
         roles["ema"] = Role("ema", copy.deepcopy(policy.model), False)
     optims = {name: recipe.optim for name, role in roles.items() if role.trained}
     if "critic" in roles:
@@ -203,12 +246,13 @@ def _shared(recipe: config.Online, algorithm: Algorithm, tokenizer: Any) -> Cast
         roles["reference"] = Role("reference", model, False, wrapped=wrapped)
     if "critic" in algorithm.roles():
         folder = recipe.critic.path or next((one.source for one in recipe.reward if lora.is_adapter(one.source)), None)
+        about: dict[str, Any] = {}
         if folder is not None:
-            head = lora.add_from_folder(wrapped, "critic", folder)
+            head, about = lora.add_from_folder(wrapped, "critic", folder), value_of(folder)
         else:
             lora.add_fresh(wrapped, "critic", recipe.model.lora, seed=recipe.seed)
             head = fresh_head(model, recipe.seed)
-        roles["critic"] = Role("critic", model, True, wrapped=wrapped, adapter="critic", head=head)
+        roles["critic"] = Role("critic", model, True, wrapped=wrapped, adapter="critic", head=head, **about)
     return _with_average(recipe, roles)
 
 
@@ -227,10 +271,6 @@ def is_model(source: str) -> bool:
 
 def rewards_of(recipe: config.Online, tokenizer: Any, trunk: Role | None = None) -> list[Weighted]:
     """The rewards of a recipe. Adapter-only reward models of the same base lie on the shared trunk."""
-    if not recipe.reward:
-        raise RecipeError(
-            'reward: what scores the answers? give --reward with a reward-model folder or "file.py:function"'
-        )
     out: list[Weighted] = []
     for number, one in enumerate(recipe.reward):
         if one.dense and not is_model(one.source):
@@ -244,14 +284,20 @@ def rewards_of(recipe: config.Online, tokenizer: Any, trunk: Role | None = None)
             found = Weighted(name_of(one.source), ModelReward(role, budget=recipe.train.micro_tokens, dense=one.dense))
         else:
             found = reward(one.source, recipe.model, tokenizer, recipe.train.micro_tokens, dense=one.dense)
-        name = one.name or found.name
-        if any(name == other.name for other in out):
-            name = f"{name}_{number}"
-        out.append(replace(found, name=name, weight=one.weight))
+        out.append(replace(found, name=one.name or found.name, weight=one.weight))
+    return distinct(out)
+
+
+def distinct(rewards: Sequence[Weighted]) -> list[Weighted]:
+    """The rewards with a number behind each name that was there before."""
+    out: list[Weighted] = []
+    for number, one in enumerate(rewards):
+        taken = any(one.name == other.name for other in out)
+        out.append(replace(one, name=f"{one.name}_{number}") if taken else one)
     return out
 
 
-def reward(source: str, model: config.Model, tokenizer: Any, budget: int, *, dense: bool = False) -> Weighted:
+def reward(source: str, model: config.Frozen, tokenizer: Any, budget: int, *, dense: bool = False) -> Weighted:
     """A function or a reward-model folder as a reward, under its own name."""
     name = name_of(source)
     if not is_model(source):
@@ -268,20 +314,29 @@ def name_of(source: str) -> str:
     return path.parent.name if path.name == "model" and path.parent.name else path.name
 
 
-def reward_role(path: str, model: config.Model, tokenizer: Any, name: str) -> tuple[Role, Chat | None]:
+def reward_role(path: str, model: config.Frozen, tokenizer: Any, name: str) -> tuple[Role, Chat | None]:
     """A frozen reward model, and the format of its own tokenizer where that is another than the policy's."""
     source = source_of(model, path)
     if not load.is_scorer(path):
         raise ModelError(f"{path}: no reward model and no judge, it has no scalar head; train one with whet reward")
     own = load.load_tokenizer(source)
-    same = own.get_vocab() == tokenizer.get_vocab() and own.chat_template == tokenizer.chat_template
-    role = scorer_role(name, replace(model, lora=None, quantise="none"), own, trained=False, seed=0, path=path)
-    return role, None if same else chat_format(own)
+    role = scorer_role(name, replace(model, quantise="none"), own, trained=False, seed=0, path=path)
+    return role, None if same_tokenizer(source, tokenizer) else chat_format(own)
 
 
 def weighted(algorithm: Algorithm, rewards: Sequence[Weighted]) -> Algorithm:
     """The method with the rewards' weights in its `combine` slot."""
     return replace(algorithm, combine=part(ops.weighted_sum, weights=tuple(one.weight for one in rewards)))
+
+
+def check_columns(prompts: Sequence[Prompt]) -> None:
+    """Refuses prompt rows whose columns would hide what reward functions get from whet."""
+    for prompt in prompts:
+        for name in ("prompts", "completions", "completion_ids"):
+            if name in prompt.row:
+                raise RecipeError(
+                    f"data.train: the prompt rows have a column {name!r}, which reward functions get from whet; rename it"
+                )
 
 
 def check_arithmetic(recipe: config.Online, algorithm: Algorithm, verb: str) -> int:
@@ -291,13 +346,19 @@ def check_arithmetic(recipe: config.Online, algorithm: Algorithm, verb: str) -> 
     if minibatch > total:
         raise RecipeError(
             f"rollout.minibatch: a rollout has {recipe.rollout.prompts} prompts x {algorithm.answers} answers = {total}; "
-            f"got {minibatch}"
+            f"got {minibatch}; set --rollout.minibatch too"
         )
     if not algorithm.has_ratio() and (minibatch < total or recipe.rollout.epochs > 1):
         raise RecipeError(
             f"rollout: {verb} has no ratio to correct for a moved policy, so it takes one update per rollout; "
             f"leave rollout.minibatch out and rollout.epochs at 1 (got {minibatch} of {total}, {recipe.rollout.epochs} epochs)"
         )
+    if any(one.dense for one in recipe.reward) and "token_reward" not in algorithm.credit.reads():
+        raise RecipeError(
+            f"reward.dense: {verb} credits whole answers, so scores per token would be added up; leave it out"
+        )
+    if recipe.rollout.ema is not None and recipe.model.lora is not None:
+        raise RecipeError("rollout.ema: an average of the policy needs all weights trained; leave model.lora out")
     if recipe.sampling.temperature == 0:
         raise RecipeError(
             "sampling.temperature: greedy answers have no other side to learn from; use a temperature above 0"
@@ -321,5 +382,7 @@ def steps_of(train: config.Train, elements: int) -> int:
 
 
 def _can_train(recipe: config.Model) -> None:
+    if recipe.export == "adapter" and recipe.lora is None:
+        raise RecipeError("model.export: there is no adapter to export without model.lora; leave it at merged")
     if recipe.quantise != "none" and recipe.lora is None:
         raise ModelError("model.quantise: a 4-bit base is frozen; train adapters on it with --model.lora.rank 16")

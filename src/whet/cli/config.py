@@ -19,8 +19,8 @@ SHIPPED = Path(__file__).parent.parent / "recipes"
 
 
 @dataclass(frozen=True)
-class Model:
-    """Which model, and how it is loaded and trained."""
+class Frozen:
+    """Which model, and how it is loaded."""
 
     path: str = ""
     """Hugging Face folder or hub name"""
@@ -36,6 +36,12 @@ class Model:
     """"plain" (### Human / ### Assistant), "none" (prompt and completion joined), a Jinja file; default: the tokenizer's own"""
     pad_token: str | None = None
     """a token to pad with, for tokenizers that have none"""
+
+
+@dataclass(frozen=True)
+class Model(Frozen):
+    """Which model, and how it is loaded and trained."""
+
     lora: LoRA | None = None
     """train adapters instead of all weights"""
     export: Literal["merged", "adapter"] = "merged"
@@ -93,7 +99,7 @@ class Loop:
     packing: bool = False
     """lay rows behind one another instead of padding them"""
     save_every: NotNegativeInt = 0
-    """updates (online: rollouts) between checkpoints; 0: only when interrupted"""
+    """updates (online: rollouts) between checkpoints; one is always saved at the end, when interrupted and when a step fails"""
     keep: Count = 2
     """checkpoints that stay"""
 
@@ -118,8 +124,8 @@ class Train(Loop):
 class Head:
     """The scalar head of a reward model."""
 
-    readout: Literal["last", "mean", "sum"] = "last"
-    """the score is read on the last token, or is the mean or sum of all answer tokens'"""
+    readout: Literal["last", "mean", "sum"] | None = None
+    """the score is read on the last token, or is the mean or sum of all answer tokens'; default: as saved, last when new"""
     standardise: bool = False
     """afterwards shift and scale the scores to mean 0 and deviation 1 over the training answers"""
 
@@ -210,7 +216,7 @@ class Rollout:
     answers_at_once: Count = 256
     """answers that are generated together"""
     stop_kl: Positive | None = None
-    """end a rollout's updates once KL(old || new) exceeds this, in nats per token"""
+    """end a rollout's updates once a mini-batch's KL(old || new) exceeds this, in nats per token (it needs several updates)"""
     ema: Share | None = None
     """keep an average of the policy with this weight of the past; it is exported beside the policy"""
 
@@ -250,7 +256,7 @@ class Online:
 class Sample:
     """Recipe of sample: K answers per prompt."""
 
-    model: Model = Model()
+    model: Frozen = Frozen()
     data: Rows = Rows()
     """`prompt` rows"""
     count: Count = 4
@@ -284,7 +290,7 @@ class Rank:
 class Eval:
     """Recipe of eval: win rate under judges, reward-model accuracy, or held-out loss."""
 
-    model: Model = Model()
+    model: Frozen = Frozen()
     against: str | None = None
     """the other model of a win rate"""
     judge: list[str] = field(default_factory=list)
@@ -312,6 +318,7 @@ def offline(verb: str) -> type[Offline]:
 
 
 MAIN_FIELD: Mapping[type, str] = {
+    Frozen: "path",
     Model: "path",
     Data: "train",
     Rows: "train",
@@ -394,13 +401,30 @@ def converted(tree: Mapping[str, Any], kind: Any, where: str) -> Any:
                 if place and isinstance(got, list)
                 else got
             )
-        raise RecipeError(f"{name or 'recipe'}: {what[:1].lower()}{what[1:]}; got {got!r}") from error
+        told = _choices_at(kind, path.rstrip("`").strip("."))
+        known = f"; known are {', '.join(told)}" if told else ""
+        raise RecipeError(f"{name or 'recipe'}: {what[:1].lower()}{what[1:]}{known}; got {got!r}") from error
+
+
+def _choices_at(kind: Any, path: str) -> tuple[str, ...]:
+    """The choices of the field at a dotted path of a record."""
+    for key in path.split("."):
+        if not (isinstance(kind, type) and (dataclasses.is_dataclass(kind) or issubclass(kind, msgspec.Struct))):
+            return ()
+        hints = typing.get_type_hints(kind, include_extras=True)
+        if key not in hints:
+            return ()
+        annotation, kind = hints[key], section(hints[key])
+    return choices(annotation)
 
 
 def unknown(name: str, known: Sequence[str]) -> RecipeError:
     """The error for a field that does not exist, with the nearest one that does."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or difflib.get_close_matches(
-        name.rsplit(".", 1)[-1], list(known), n=1, cutoff=0.5
+    near = [other for other in known if other.rpartition(".")[2] == name]
+    near = (
+        near
+        or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        or difflib.get_close_matches(name.rsplit(".", 1)[-1], list(known), n=1, cutoff=0.5)
     )
     hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"
     return RecipeError(f"unknown field {name!r}; {hint}")
@@ -420,6 +444,21 @@ def section(annotation: Any) -> type | None:
         else (annotation,)
     )
     return next((option for option in options if dataclasses.is_dataclass(option)), None)  # type: ignore[return-value]
+
+
+def choices(annotation: Any) -> tuple[str, ...]:
+    """The values a field may have, where they are listed: those of its Literal."""
+    parts = (annotation, *typing.get_args(annotation))
+    return next((tuple(map(str, typing.get_args(one))) for one in parts if typing.get_origin(one) is Literal), ())
+
+
+def leaves(kind: type, prefix: str = "") -> list[str]:
+    """Every field of a recipe with its dots."""
+    out = []
+    for name, annotation in fields_of(kind).items():
+        inner = section(annotation)
+        out += [f"{prefix}{name}", *(leaves(inner, f"{prefix}{name}.") if inner else ())]
+    return out
 
 
 def _nested(kind: type, name: str, value: Any) -> dict[str, Any]:

@@ -2,10 +2,13 @@
 
 import ast
 import dataclasses
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-from whet.cli.config import fields_of, section
+from whet.cli.config import choices, fields_of, section
+from whet.dials import KL, Truncated
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,27 +44,38 @@ def method_docs(module: str) -> dict[str, tuple[str, dict[str, str]]]:
     return out
 
 
-def recipe_lines(kind: type, prefix: str = "") -> list[str]:
-    """One line per field of a recipe, nested ones with dots."""
+def recipe_lines(kind: type, defaults: Any, prefix: str = "") -> list[str]:
+    """One line per field of a recipe, nested ones with dots: its meaning, its choices, and the verb's own default."""
     docs = field_docs("cli/config.py") | field_docs("dials.py")
     own = {name: told for one in reversed(kind.__mro__) for name, told in docs.get(one.__name__, {}).items()}
     lines = []
     for name, annotation in fields_of(kind).items():
-        inner = section(annotation)
-        default, meaning = own.get(name, ("", ""))
+        inner, value = section(annotation), getattr(defaults, name, None)
         if inner is not None and dataclasses.is_dataclass(inner):
-            lines += recipe_lines(inner, f"{prefix}{name}.")
+            lines += recipe_lines(inner, inner() if value is None else value, f"{prefix}{name}.")
         elif name != "method":
-            shown = "" if default in ("''", "", "None") or "field(" in default else f" [{default}]"
-            lines.append(f"  --{(prefix + name).replace('_', '-'):<30}{meaning}{shown}")
+            shown = "" if value in ("", None, [], ()) else f" [{value}]"
+            lines.append(_line(prefix + name, own.get(name, ("", ""))[1], annotation, shown))
     return lines
 
 
-def method_lines(module: str, names: list[str]) -> list[str]:
-    """The dials of the named methods of a module."""
+def _line(name: str, meaning: str, annotation: Any, shown: str) -> str:
+    told = choices(annotation)
+    one_of = f" ({' | '.join(told)})" if told else ""
+    return f"  --{name.replace('_', '-'):<30}{meaning}{one_of}{shown}"
+
+
+def method_lines(module: str, names: list[str], given: Mapping[str, Any]) -> list[str]:
+    """The dials of the named methods of a module; records among them (`kl`, `truncated`) field by field."""
     lines = []
     for name in names:
         about, dials = method_docs(module)[name]
         lines.append(f"  {name}: {about}")
-        lines += [f"    --method.{dial.replace('_', '-'):<26}[{default}]" for dial, default in dials.items()]
+        for dial, default in dials.items():
+            record = {"KL": KL, "Truncated": Truncated}.get(default.partition("(")[0])
+            if record is None:
+                lines.append(f"  --method.{dial.replace('_', '-'):<23}[{given.get(dial, default)}]")
+            else:
+                value = eval(default, {"KL": KL, "Truncated": Truncated})
+                lines += recipe_lines(record, value, f"method.{dial}.")
     return lines

@@ -43,10 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"whet: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if debug:
             raise
-        print("whet: interrupted; continue with --resume", file=sys.stderr)
+        print(f"whet: interrupted; {error or 'nothing was saved since the last checkpoint'}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         sys.stderr.close()  # the reader went away (`whet --help | head`); nothing is left to say
@@ -78,6 +78,10 @@ def run(verb: str, recipe: str | None = None, *, resume: bool = False, quiet: bo
         return verbs.run_rank(config.resolve(config.Rank, verb, recipe, overrides), options)
     if verb == "eval":
         return verbs.run_eval(config.resolve(config.Eval, verb, recipe, overrides), options)
+    if verb == "demo":
+        from whet.cli.demo.run import demo
+
+        return demo(fields)
     raise _unknown_verb(verb)
 
 
@@ -97,10 +101,12 @@ def _command(words: list[str]) -> int:
     if "help" in flags:
         print(_verb_help(verb))
         return 0
+    if verb in OTHERS and "resume" in flags:
+        raise RecipeError(f"--resume: {verb} has nothing to resume; call it again")
     if verb == "demo":
-        from whet.cli.demo.run import demo
-
-        return demo(dict(overrides))
+        if recipe is not None:
+            raise RecipeError(f"{recipe}: demo takes no recipe; its own are in the package")
+        return run(verb, **_grouped(overrides))
     result = run(verb, recipe, resume="resume" in flags, quiet="quiet" in flags, **_grouped(overrides))
     if isinstance(result, dict):
         width = max(map(len, result))
@@ -145,10 +151,10 @@ def _scalar(value: str, yaml: Any) -> Any:
 
 
 def _grouped(overrides: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """Overrides by name; `--reward` given several times becomes a list."""
+    """Overrides by name, the last one counts; `--reward A --reward B` and `--judge A --judge B` become lists."""
     out: dict[str, Any] = {}
     for name, value in overrides:
-        if name == "reward" and name in out:
+        if name in ("reward", "judge") and name in out:
             out[name] = [*(out[name] if isinstance(out[name], list) else [out[name]]), value]
         else:
             out[name] = value
@@ -193,10 +199,15 @@ def _verb_help(verb: str) -> str:
         return "\n".join([*lines, "  --quick    a short form, which only shows that everything runs [False]"])
     kinds = {"sample": config.Sample, "rank": config.Rank, "eval": config.Eval}
     kind = kinds.get(verb, config.offline(verb) if verb in OFFLINE else config.Online)
-    lines += help.recipe_lines(kind)
+    defaults = config.resolve(kind, verb, None, [])
+    lines += help.recipe_lines(kind, defaults)
     modules = {"reward": ("methods/reward.py", ["k_way", "pairwise", "log_exp", "absolute"])}
     modules |= {name: ("methods/online.py", [name]) for name in ONLINE}
     modules |= {name: ("methods/preference.py", [name]) for name in ("dpo", "ipo")}
     if verb in modules:
-        lines += ["", "the method's dials [default]:", *help.method_lines(*modules[verb])]
+        lines += [
+            "",
+            "the method's dials [default]:",
+            *help.method_lines(*modules[verb], getattr(defaults, "method", {})),
+        ]
     return "\n".join([*lines, "", "flags: --resume (continue a run), --quiet, --debug (show tracebacks)"])

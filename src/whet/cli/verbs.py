@@ -1,6 +1,7 @@
 """The verbs: each reads its recipe, checks everything that can be known before, runs, and leaves a folder or a file."""
 
 import json
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from whet.models import load
 from whet.models.roles import Role
 from whet.ops import address, nll, token_mean
 from whet.records import Chat, Group, Prompt, numbers, read_rows
+from whet.records.files import write_json, write_jsonl
 from whet.rewards.functions import called, load_function
 
 SFT = (Term("policy", "train", part(nll), token_mean),)
@@ -49,7 +51,7 @@ def run_offline(verb: str, recipe: config.Offline, options: Options) -> Path:
         dials = dict(recipe.method)
         name = dials.pop("name", "k_way") if isinstance(recipe, config.RewardModel) else verb
         registry = reward.METHODS if isinstance(recipe, config.RewardModel) else preference.METHODS
-        terms = build.chosen_method(registry, name, dials, list(config.fields_of(type(recipe))))
+        terms = build.chosen_method(registry, name, dials, config.leaves(type(recipe)))
     tokenizer, chat = build.tokenizer_and_chat(recipe.model)
     if isinstance(recipe, config.RewardModel) and tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise RecipeError(
@@ -59,6 +61,7 @@ def run_offline(verb: str, recipe: config.Offline, options: Options) -> Path:
     reader = build.reader_of(recipe.model, recipe.data, chat)
     reading = {"pretrain": "texts", "sft": "demonstrations", "reward": reward.READS.get(name, "")}.get(verb, "pairs")
     read: Callable[[Sequence[Any]], list] = getattr(reader, reading)
+    read = build.guarded(read, terms, name) if terms is not SFT else read
     sources, weights = build.sources_of(recipe.data, read)
     evaluation = build.evaluation_of(recipe.data, read)
     steps = build.steps_of(recipe.train, sum(map(len, sources)))
@@ -92,6 +95,7 @@ def run_offline(verb: str, recipe: config.Offline, options: Options) -> Path:
             terms, learner, sources, plan, run, weights=weights, evaluation=evaluation, resume=options.resume,
             stop=stop, title=verb, quiet=options.quiet,
         )  # fmt: skip
+    _close(run)
     if isinstance(recipe, config.RewardModel) and recipe.head.standardise:
         _standardise(role, evaluate.scores(learner, terms, [element for source in sources for element in source]))
     learner.export(role.name, run.folder / "model", tokenizer, merge=recipe.model.export == "merged")
@@ -102,11 +106,16 @@ def run_online(verb: str, recipe: config.Online, options: Options) -> Path:
     """ppo, grpo and the other online methods. Returns the run folder."""
     _threads(recipe.threads)
     folder = _folder(recipe, verb, options)
-    algorithm = build.chosen_method(online_methods.METHODS, verb, recipe.method, list(config.fields_of(config.Online)))
+    algorithm = build.chosen_method(online_methods.METHODS, verb, recipe.method, config.leaves(config.Online))
+    if not recipe.reward:
+        raise RecipeError(
+            'reward: what scores the answers? give --reward with a reward-model folder or "file.py:function"'
+        )
     minibatch = build.check_arithmetic(recipe, algorithm, verb)
     tokenizer, chat = build.tokenizer_and_chat(recipe.model)
     reader = build.reader_of(recipe.model, recipe.data, chat, room=recipe.sampling.max_new_tokens)
     prompts = build.rows_of(recipe.data, reader.prompts)
+    build.check_columns(prompts)
     ptx = (
         build.reader_of(recipe.model, config.Rows(), chat).demonstrations(read_rows(recipe.ptx.data))
         if recipe.ptx.data
@@ -128,7 +137,7 @@ def run_online(verb: str, recipe: config.Online, options: Options) -> Path:
         steps=recipe.rollout.steps, prompts=recipe.rollout.prompts, minibatch=minibatch, epochs=recipe.rollout.epochs,
         seed=recipe.seed, ptx_batch=recipe.ptx.batch, stop_kl=recipe.rollout.stop_kl, ema=recipe.rollout.ema,
         equal_start=recipe.reference in (None, recipe.model.path), end_ids=chat.end_ids,
-        canary=min(160, load.positions(build.source_of(recipe.model))),
+        canary=min(160, load.positions(build.source_of(recipe.model))), half=build.source_of(recipe.model).half,
         save_every=recipe.train.save_every, keep=recipe.train.keep,
     )  # fmt: skip
     run = _open(folder, recipe, options)
@@ -137,6 +146,7 @@ def run_online(verb: str, recipe: config.Online, options: Options) -> Path:
             algorithm, learner, generator, rewards, prompts, recipe.sampling, plan, run, ptx=ptx, resume=options.resume,
             stop=stop, title=verb, quiet=options.quiet,
         )  # fmt: skip
+    _close(run)
     learner.export("policy", run.folder / "model", tokenizer, merge=recipe.model.export == "merged")
     if "ema" in cast.roles:
         learner.export("ema", run.folder / "ema", tokenizer)
@@ -151,7 +161,17 @@ def run_sample(recipe: config.Sample, options: Options) -> Path:
     prompts = _prompts(recipe.model, recipe.data, chat, recipe.sampling)
     role = build.causal_role("policy", recipe.model, tokenizer, trained=False, seed=0)
     groups = _answers(recipe, role, chat, prompts, recipe.count, recipe.seed)
-    _write_rows(out, [{**group.prompt.row, "responses": [sample.text for sample in group.samples]} for group in groups])
+    write_jsonl(
+        out,
+        [
+            {
+                **group.prompt.row,
+                "responses": [sample.text for sample in group.samples],
+                "finish": [sample.finish for sample in group.samples],
+            }
+            for group in groups
+        ],
+    )
     return out
 
 
@@ -186,7 +206,7 @@ def run_rank(recipe: config.Rank, options: Options) -> Path:
         for one in rows
     ]
     ranks = ranker.rank(questions)
-    _write_rows(out, [{**one.row, "ranks": own} for one, own in zip(rows, ranks, strict=True)])
+    write_jsonl(out, [{**one.row, "ranks": own} for one, own in zip(rows, ranks, strict=True)])
     return out
 
 
@@ -199,8 +219,7 @@ def run_eval(recipe: config.Eval, options: Options) -> dict[str, float]:
         )
     numbers = _win_rates(recipe) if recipe.judge else _held_out(recipe)
     if recipe.out:
-        Path(recipe.out).parent.mkdir(parents=True, exist_ok=True)
-        load.write_json(Path(recipe.out), numbers)
+        write_json(Path(recipe.out), numbers)
     return numbers
 
 
@@ -208,7 +227,7 @@ def _win_rates(recipe: config.Eval) -> dict[str, float]:
     """Both models answer every prompt once, independently; each judge scores; KL of the model to the other, in nats."""
     assert recipe.against is not None
     tokenizer, chat = build.tokenizer_and_chat(recipe.model)
-    judges = [build.reward(one, recipe.model, tokenizer, recipe.micro_tokens) for one in recipe.judge]
+    judges = build.distinct([build.reward(one, recipe.model, tokenizer, recipe.micro_tokens) for one in recipe.judge])
     prompts = _prompts(recipe.model, recipe.data, chat, recipe.sampling)
     role = build.causal_role("policy", recipe.model, tokenizer, trained=False, seed=0)
     other_tokenizer, other_chat = build.tokenizer_and_chat(replace(recipe.model, path=recipe.against))
@@ -220,8 +239,12 @@ def _win_rates(recipe: config.Eval) -> dict[str, float]:
     ours = _answers(recipe, role, chat, prompts, 1, recipe.seed)
     theirs = _answers(recipe, other, other_chat, prompts, 1, address(recipe.seed, "against"))
     learner = LocalLearner({"policy": role, "reference": other}, {}, total=1, budget=recipe.micro_tokens)
-    divergence = evaluate.kl(learner, ours)
-    numbers: dict[str, float] = {"prompts": len(prompts), "kl": float(divergence.mean())}
+    exact = (
+        recipe.sampling.temperature > 0 and not recipe.sampling.truncates
+    )  # else the samples are not the policy's own
+    divergence = evaluate.kl(learner, ours, recipe.sampling.temperature).tolist() if exact else [None] * len(ours)
+    numbers: dict[str, float] = {"prompts": len(prompts)}
+    numbers |= {"kl": sum(divergence) / len(divergence)} if exact else {}
     rows = [
         {
             "prompt": group.prompt.row.get("prompt"),
@@ -229,7 +252,7 @@ def _win_rates(recipe: config.Eval) -> dict[str, float]:
             "against": rival.samples[0].text,
             "kl": kl,
         }
-        for group, rival, kl in zip(ours, theirs, divergence.tolist(), strict=True)
+        for group, rival, kl in zip(ours, theirs, divergence, strict=True)
     ]
     for judge in judges:
         mine, rivals = judge.reward.score(ours).answer.tolist(), judge.reward.score(theirs).answer.tolist()
@@ -241,7 +264,7 @@ def _win_rates(recipe: config.Eval) -> dict[str, float]:
         for row, score, score_against in zip(rows, mine, rivals, strict=True):
             row |= {judge.name: score, f"{judge.name}/against": score_against}
     if recipe.answers:
-        _write_rows(_out_file(recipe.answers, "eval"), rows)
+        write_jsonl(_out_file(recipe.answers, "eval"), rows)
     return numbers
 
 
@@ -259,7 +282,7 @@ def _held_out(recipe: config.Eval) -> dict[str, float]:
     return {key.rpartition("/")[2]: value for key, value in evaluate.held_out(learner, terms, elements).items()}
 
 
-def _prompts(model: config.Model, data: config.Rows, chat: Chat, sampling: Sampling) -> list[Prompt]:
+def _prompts(model: config.Frozen, data: config.Rows, chat: Chat, sampling: Sampling) -> list[Prompt]:
     """The prompts of a file, each with room for an answer."""
     reader = build.reader_of(model, data, chat, room=sampling.max_new_tokens)
     return build.rows_of(data, reader.prompts)
@@ -272,10 +295,18 @@ def _answers(
     return evaluate.answers(generator, prompts, recipe.sampling, count=count, seed=seed)
 
 
+@torch.no_grad()
 def _standardise(role: Role, scores: torch.Tensor) -> None:
-    """Shift and scale the reward model so that these scores of its own (n,) get mean 0 and deviation 1."""
-    role.scale = 1.0 / max(float(scores.double().std(correction=0)), 1e-6)
-    role.shift = -float(scores.double().mean()) * role.scale
+    """Scale the head and shift the reward model so that these scores of its own (n,) get mean 0 and deviation 1.
+
+    The scale is in the head's weights, so other tools read the same scores but for the shift, which ranks nothing.
+    """
+    assert role.head is not None
+    scale = 1.0 / max(float(scores.double().std(correction=0)), 1e-6)
+    role.head.weight.mul_(scale)
+    if role.head.bias is not None:
+        role.head.bias.mul_(scale)
+    role.shift = (role.shift - float(scores.double().mean())) * scale
 
 
 def _folder(recipe: Any, verb: str, options: Options) -> Path:
@@ -284,7 +315,8 @@ def _folder(recipe: Any, verb: str, options: Options) -> Path:
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"out: {folder} is a file; name a folder with --out")
     saved = folder / "recipe.yaml"
-    if saved.is_file() and not options.resume:
+    began = (folder / "metrics.jsonl").is_file() or (folder / "checkpoints").is_dir()
+    if saved.is_file() and began and not options.resume:
         raise RecipeError(
             f"out: {folder} already holds a run; continue it with --resume or name another folder with --out"
         )
@@ -303,6 +335,8 @@ def _folder(recipe: Any, verb: str, options: Options) -> Path:
 def _open(folder: Path, recipe: Any, options: Options) -> Run:
     """The run's record, made once everything that can be refused has been."""
     found = offline.checkpoint.latest(folder / "checkpoints") if options.resume else None
+    if options.resume and found is None:
+        print(f"whet: no checkpoint was saved in {folder} yet; the run starts over", file=sys.stderr)
     step = json.loads((found / "loop.json").read_text(encoding="utf-8"))["step"] if found else 0
     run = Run(folder, resume_at=step if options.resume else None, trackers=_trackers(recipe.trackers, folder))
     run.environment(config.to_yaml(recipe))
@@ -318,6 +352,12 @@ def _changed(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") ->
         elif a != b:
             out.append(f"{where}{key}")
     return out
+
+
+def _close(run: Run) -> None:
+    """The trackers' last points are written."""
+    for tracker in run.trackers:
+        tracker.end_training()
 
 
 def _trackers(names: Sequence[str], folder: Path) -> list[Any]:
@@ -348,12 +388,6 @@ def _threads(count: int) -> None:
 def _out_file(out: str, verb: str) -> Path:
     if not out:
         raise RecipeError(f"out: which file shall {verb} write? give --out FILE.jsonl")
+    if Path(out).exists():
+        raise RecipeError(f"out: {out} already exists; name another file with --out, or remove it")
     return Path(out)
-
-
-def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A JSONL file, written aside and renamed, so that a half file never stands under the name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.writing")
-    aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    aside.rename(path)

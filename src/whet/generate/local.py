@@ -37,7 +37,7 @@ class LocalGenerator:
         """See `Generator.generate`. Within a call, requests of like prompt length share a unit."""
         turn = sorted(range(len(requests)), key=lambda index: (len(requests[index].prompt.ids), index))
         samples: list[Sample | None] = [None] * len(requests)
-        with self.role.active():
+        with self.role.sampling():
             for start in range(0, len(turn), self.unit):
                 places = turn[start : start + self.unit]
                 for place, sample in zip(places, self._unit([requests[place] for place in places]), strict=True):
@@ -48,7 +48,7 @@ class LocalGenerator:
     def score(self, ids: Sequence[Tensor]) -> list[Tensor]:
         """See `Generator.score`: each sequence is read through the same cached forward that sampling uses."""
         out = []
-        with self.role.active():
+        with self.role.sampling():
             for one in ids:
                 given = {
                     "attention_mask": torch.ones(1, len(one), dtype=torch.long),

@@ -11,7 +11,8 @@ from typing import Any
 
 from whet.errors import CheckpointError
 from whet.learner import Learner
-from whet.models.load import write_json
+from whet.loops.interrupt import Stop
+from whet.records.files import write_json
 
 MANIFEST = "manifest.json"
 
@@ -45,6 +46,41 @@ def save(folder: Path, step: int, learner: Learner, loop: Mapping[str, Any], *, 
     for old in _all(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+class Keeper:
+    """Saves a run when it is time, at its end, when a stop is asked for, and when a step fails before any weight moved.
+
+    Use as a context manager around the steps; `state` is what the loop wants back, without its step.
+    """
+
+    def __init__(
+        self, folder: Path, learner: Learner, *, every: int, total: int, keep: int, first: int, stop: Stop | None
+    ) -> None:
+        self.folder, self.learner, self.every, self.total, self.keep = folder, learner, every, total, keep
+        self.stop, self.step, self.saved, self.version = stop, first, first, learner.version
+        self.state: Mapping[str, Any] = {}
+
+    def done(self, step: int, state: Mapping[str, Any]) -> None:
+        """Step number `step` is complete. Raises KeyboardInterrupt, once all is saved, when a stop was asked for."""
+        self.step, self.state, self.version = step, state, self.learner.version
+        asked = self.stop is not None and self.stop.asked
+        if asked or step == self.total or (self.every and step % self.every == 0):
+            self._save()
+        if asked and step < self.total:
+            raise KeyboardInterrupt(f"the checkpoint of step {step} is saved; continue with --resume")
+
+    def __enter__(self) -> "Keeper":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
+        whole = self.learner.version == self.version and self.step > self.saved
+        if isinstance(error, Exception) and not isinstance(error, CheckpointError) and whole:
+            self._save()
+
+    def _save(self) -> None:
+        save(self.folder, self.step, self.learner, {"step": self.step, **self.state}, keep=self.keep)
+        self.saved = self.step
 
 
 def latest(folder: Path) -> Path | None:

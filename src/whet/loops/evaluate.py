@@ -37,12 +37,17 @@ def held_out(
     return losses | ({"accuracy": right / pairs} if pairs else {})
 
 
-def kl(learner: Learner, groups: Sequence[Group], *, batch: int = 64) -> Tensor:
-    """log policy(y) - log reference(y) of each answer of the policy, (n,), in nats; its mean estimates KL(policy || reference)."""
+def kl(learner: Learner, groups: Sequence[Group], temperature: float = 1.0, *, batch: int = 64) -> Tensor:
+    """log policy(y) - log reference(y) of each answer of the policy, (n,), in nats; its mean estimates KL(policy || reference).
+
+    Both are the distributions at this temperature, the one the answers were sampled at.
+    """
     rows = [row for group in groups for row in group.rows()]
     out = []
     for start in range(0, len(rows), batch):
-        part = learner.measure(Batch.of(rows[start : start + batch]), frozenset({"old_logp", "ref_logp"}))
+        part = Batch.of(rows[start : start + batch])
+        part = part.with_columns(temperature=torch.full((len(part.rows),), temperature))
+        part = learner.measure(part, frozenset({"old_logp", "ref_logp"}))
         out.append(((part["old_logp"] - part["ref_logp"]) * part["mask"]).sum(1))
     return torch.cat(out)
 

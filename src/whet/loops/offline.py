@@ -4,9 +4,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from whet.errors import RunStopped
 from whet.learner import Learner
-from whet.loops import checkpoint
+from whet.loops import checkpoint, selfcheck
 from whet.loops.evaluate import held_out
 from whet.loops.interrupt import Stop
 from whet.loops.progress import Progress
@@ -17,7 +16,10 @@ from whet.records import COLUMNS, Batch, Element, order
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and in which order: updates in all, elements per update, and when to save and to evaluate (0: never)."""
+    """How long and in which order: updates in all, elements per update, and when to save (0: at the end) and evaluate (0: never).
+
+    `end_ids` are the tokens that end an answer: where a row ends with one, it must be trained.
+    """
 
     steps: int
     batch: int
@@ -26,6 +28,7 @@ class Plan:
     save_every: int = 0
     eval_every: int = 0
     keep: int = 2
+    end_ids: tuple[int, ...] = ()
 
 
 def train(
@@ -49,15 +52,16 @@ def train(
     columns = frozenset(name for term in terms for name in term.reads() if COLUMNS[name].role is not None)
     found = checkpoint.latest(run.checkpoints) if resume else None
     first = checkpoint.load(found, learner)["step"] if found else 0
-    with Progress(title, plan.steps, done=first, quiet=quiet) as progress:
+    keeper = checkpoint.Keeper(
+        run.checkpoints, learner, every=plan.save_every, total=plan.steps, keep=plan.keep, first=first, stop=stop
+    )
+    with keeper, Progress(title, plan.steps, done=first, quiet=quiet) as progress:
         for step in range(first, plan.steps):
             began = time.perf_counter()
             batch = Batch.of(
                 [sources[source][index] for source, index in places[step * plan.batch : (step + 1) * plan.batch]]
             )
-            counts = batch.counts()
-            if counts.tokens == 0:
-                raise RunStopped(f"step {step}: not a single token of this batch is trained; look at the data's masks")
+            selfcheck.tokens(step, batch, plan.end_ids)
             batch = learner.measure(batch, columns) if columns else batch
             update = learner.update([(term, batch, batch.counts(term.mask)) for term in terms])
             done = step + 1
@@ -66,10 +70,6 @@ def train(
             numbers |= {f"lr/{role}": rate for role, rate in update.lr.items()}
             if plan.eval_every and evaluation and (done % plan.eval_every == 0 or done == plan.steps):
                 numbers |= {f"eval/{name}": value for name, value in held_out(learner, terms, evaluation).items()}
-            run.metrics(done, **numbers, tokens=counts.tokens, seconds=time.perf_counter() - began)
+            run.metrics(done, **numbers, tokens=batch.counts().tokens, seconds=time.perf_counter() - began)
             progress.advance(numbers)
-            asked = stop is not None and stop.asked
-            if asked or (plan.save_every and (done % plan.save_every == 0 or done == plan.steps)):
-                checkpoint.save(run.checkpoints, done, learner, {"step": done}, keep=plan.keep)
-            if asked and done < plan.steps:
-                raise KeyboardInterrupt
+            keeper.done(done, {})

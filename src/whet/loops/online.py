@@ -15,7 +15,7 @@ from whet.loops.interrupt import Stop
 from whet.loops.progress import Progress
 from whet.loops.record import Run, mean_of
 from whet.methods import Algorithm, clip_bounds, credited, diagnostics
-from whet.ops import address
+from whet.ops import address, masked_mean, masked_sum
 from whet.records import Batch, Element, Group, Prompt, Row, minibatches, order, pad, take_elements
 from whet.rewards import Weighted, score_all
 
@@ -27,7 +27,7 @@ class Plan:
     `stop_kl` ends a rollout's updates once KL(old || new) exceeds it (nats per token, a mean over a mini-batch).
     `ema` is the weight of the past in an average of the policy. `equal_start` says that policy and reference began
     with equal weights, which is then checked. `end_ids` are the tokens that end an answer; `canary` is the length of
-    the sequence that generator and learner both score after each push.
+    the sequence that generator and learner both score after each push; `half` says that weights are in half precision.
     """
 
     steps: int
@@ -41,6 +41,7 @@ class Plan:
     equal_start: bool = False
     end_ids: tuple[int, ...] = ()
     canary: int = 160
+    half: bool = False
     save_every: int = 0
     keep: int = 2
 
@@ -70,7 +71,10 @@ def train(
     loop: dict[str, Any] = checkpoint.load(found, learner) if found else {"step": 0, "state": algorithm.init()}
     first, state = loop["step"], loop["state"]
     generator.adopt(learner.publish())
-    with Progress(title, plan.steps, done=first, quiet=quiet) as progress:
+    keeper = checkpoint.Keeper(
+        run.checkpoints, learner, every=plan.save_every, total=plan.steps, keep=plan.keep, first=first, stop=stop
+    )
+    with keeper, Progress(title, plan.steps, done=first, quiet=quiet) as progress:
         for step in range(first, plan.steps):
             began = time.perf_counter()
             now = algorithm.at(state)
@@ -84,7 +88,7 @@ def train(
                 minibatches(len(batch.rows), plan.minibatch, address(plan.seed, "minibatch", step, epoch))
                 for epoch in range(plan.epochs)
             ]
-            batch = measured(learner, batch, turns[0], now.reads())
+            batch = measured(learner, batch, turns[0], now.reads() | {"old_entropy"})
             batch = credited(now, batch)
             check_rollout(step, batch, plan, now)
 
@@ -93,27 +97,21 @@ def train(
                 learner.blend("ema", "policy", 1 - plan.ema)
             weights = learner.publish()
             generator.adopt(weights)
-            check_push(step, generator, learner, batch, plan.canary)
+            check_push(step, generator, learner, batch, plan)
 
             numbers = (
                 rollout_numbers(batch, [one.name for one in rewards])
                 | mean_of(rows)
                 | {f"state/{k}": v for k, v in state.items()}
             )
-            last = mean_of([row for row in rows if row["epoch"] == rows[-1]["epoch"]])
-            state = algorithm.next(
-                state, {"kl": numbers.get("kl", 0.0), "kl_old": last["kl_old"], "sequences": len(batch.rows)}
-            )
+            moved = moved_from(learner, batch) if algorithm.steered() else 0.0
+            state = algorithm.next(state, {"kl": numbers.get("kl", 0.0), "kl_old": moved, "sequences": len(batch.rows)})
             done = step + 1
             run.rollout(done, groups, batch, [one.name for one in rewards])
             seconds = {"seconds": time.perf_counter() - began, "seconds/generate": sampled - began}
             run.metrics(done, **numbers, **seconds)
             progress.advance(numbers)
-            asked = stop is not None and stop.asked
-            if asked or (plan.save_every and (done % plan.save_every == 0 or done == plan.steps)):
-                checkpoint.save(run.checkpoints, done, learner, {"step": done, "state": dict(state)}, keep=plan.keep)
-            if asked and done < plan.steps:
-                raise KeyboardInterrupt
+            keeper.done(done, {"state": dict(state)})
 
 
 def collect(
@@ -188,31 +186,41 @@ def updates(
     return rows, batch.with_columns(ratio=ratio)
 
 
+def moved_from(learner: Learner, batch: Batch) -> float:
+    """KL(old || new) after a rollout's last update: the mean over its tokens of ratio - 1 - log ratio, in nats."""
+    now = learner.measure(batch, frozenset({"old_logp"}))["old_logp"]
+    log_ratio = now - batch["old_logp"]
+    return float(masked_mean(torch.expm1(log_ratio) - log_ratio, batch["mask"]))
+
+
 def check_rollout(step: int, batch: Batch, plan: Plan, algorithm: Algorithm) -> None:
     """The self-checks between measuring and training."""
-    selfcheck.tokens(step, batch, plan.end_ids if algorithm.truncated.rule != "mask" else ())
-    selfcheck.finite(step, {name: batch[name] for name in ("score", "advantage", "old_logp")})
-    selfcheck.sampler_agrees(step, batch)
+    selfcheck.tokens(step, batch, plan.end_ids)
+    selfcheck.finite(step, batch.columns)
+    selfcheck.sampler_agrees(step, batch, plan.half)
     if step == 0 and plan.equal_start and "ref_logp" in batch.columns:
         selfcheck.kl_is_zero(step, batch)
     if "old_value" not in batch.columns and algorithm.centred and algorithm.truncated.rule != "mask":
         selfcheck.groups_centred(step, batch)
 
 
-def check_push(step: int, generator: Generator, learner: Learner, batch: Batch, length: int) -> None:
+def check_push(step: int, generator: Generator, learner: Learner, batch: Batch, plan: Plan) -> None:
     """The self-checks after a push: version, and a canary longer than a cache block (made of this rollout's tokens)."""
-    ids = torch.cat([row.ids for row in batch.rows])[:length]
+    ids = torch.cat([row.ids for row in batch.rows])[: plan.canary]
     row = Row(ids, 1, torch.ones(len(ids) - 1, dtype=torch.bool))
     expected = learner.measure(Batch.of([row]), frozenset({"old_logp"}))["old_logp"][0]
-    selfcheck.published(step, generator, learner, ids, expected)
+    selfcheck.published(step, generator, learner, ids, expected, plan.half)
 
 
 def rollout_numbers(batch: Batch, names: Sequence[str]) -> dict[str, float]:
-    """What a rollout was like: score and its spread, each reward, KL per answer in nats, length in tokens, truncation."""
+    """What a rollout was like: score and its spread, each reward, KL in nats per trained answer, entropy in nats per token, length in
+    tokens, share cut off."""
     lengths = torch.tensor([float(row.response) for row in batch.rows])
     out = {"score": float(batch["score"].mean()), "score_std": float(batch["score"].std(correction=0))}
     if "ref_logp" in batch.columns:
-        out["kl"] = float(((batch["old_logp"] - batch["ref_logp"]) * batch["mask"]).sum(1).mean())
+        total = masked_sum(batch["old_logp"] - batch["ref_logp"], batch["mask"], 1)
+        out["kl"] = float(total.sum() / batch["mask"].any(1).sum().clamp(min=1))
+    out["entropy"] = float(masked_mean(batch["old_entropy"], batch["mask"]))
     out |= {"length": float(lengths.mean()), "truncated": float(batch["truncated"].float().mean())}
     out |= {f"reward/{name}": float(batch["rewards"][:, number].mean()) for number, name in enumerate(names)}
     gap = (batch["sampler_logp"] - batch["old_logp"])[batch["mask"]].abs()

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from whet.models.load import write_json
 from whet.records import COLUMNS, Batch, Group
+from whet.records.files import write_json
 
 PACKAGES = ("torch", "transformers", "peft", "numpy", "tokenizers", "safetensors")
 

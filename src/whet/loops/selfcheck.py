@@ -11,7 +11,9 @@ from whet.learner import Learner
 from whet.records import Batch
 
 GAP = {torch.float64: 1e-6, torch.float32: 2e-3}
-"""Largest mean |sampler_logp - old_logp| in nats by the learner's precision; half precision is allowed 0.1."""
+"""Largest mean |sampler_logp - old_logp| in nats, by the precision of the log-probs."""
+HALF = 0.1
+"""The same where the weights are in half precision."""
 
 
 def stop(step: int, fact: str) -> None:
@@ -24,7 +26,8 @@ def tokens(step: int, batch: Batch, end_ids: Sequence[int]) -> None:
     if not bool(batch["mask"].any()):
         stop(step, "not a single token of this batch is trained; is every answer truncated and masked, or empty?")
     for number, row in enumerate(batch.rows):
-        if int(row.ids[-1]) in end_ids and not bool(row.mask[-1]):
+        trained = bool(row.mask[-1]) and bool(batch["mask"][number, row.response - 1])
+        if int(row.ids[-1]) in end_ids and not trained:
             stop(
                 step,
                 f"answer {number} ends with the end token but that token is not trained; the model would never learn to stop",
@@ -38,11 +41,11 @@ def finite(step: int, columns: Mapping[str, Tensor]) -> None:
             stop(step, f"column {name} holds a NaN or an infinity")
 
 
-def sampler_agrees(step: int, batch: Batch) -> float:
+def sampler_agrees(step: int, batch: Batch, half: bool = False) -> float:
     """Generator and learner give the sampled tokens the same log-prob, within a bound; the mean gap in nats."""
     mask = batch["mask"]
     gap = float((batch["sampler_logp"] - batch["old_logp"])[mask].abs().mean()) if bool(mask.any()) else 0.0
-    bound = GAP.get(batch["old_logp"].dtype, 0.1)
+    bound = HALF if half else GAP[batch["old_logp"].dtype]
     if gap > bound:
         stop(
             step,
@@ -81,18 +84,22 @@ def groups_centred(step: int, batch: Batch) -> None:
     first = torch.where(
         batch["mask"].any(1), batch["advantage"].gather(1, batch["mask"].int().argmax(1)[:, None])[:, 0], 0.0
     )
-    sums = torch.zeros(int(batch["group"].max()) + 1, dtype=first.dtype).index_add(0, batch["group"], first)
-    if bool((sums.abs() > 1e-3).any()):
-        stop(step, f"the advantages of a group sum to {float(sums.abs().max()):.4f} instead of 0")
+    zeros = torch.zeros(int(batch["group"].max()) + 1, dtype=first.dtype)
+    sums, sizes = zeros.index_add(0, batch["group"], first), zeros.index_add(0, batch["group"], first.abs())
+    off = sums.abs() / sizes.clamp(min=1e-3)
+    if bool((off > 1e-3).any()):
+        stop(step, f"the advantages of a group sum to {float(off.max()):.4f} of their sizes instead of 0")
 
 
-def published(step: int, generator: Generator, learner: Learner, canary: Tensor, expected: Tensor) -> None:
+def published(
+    step: int, generator: Generator, learner: Learner, canary: Tensor, expected: Tensor, half: bool = False
+) -> None:
     """The generator has the learner's version, and scores a fixed sequence as the learner does."""
     if generator.version != learner.version:
         stop(step, f"the generator has weights of version {generator.version}, the learner is at {learner.version}")
     got = generator.score([canary])[0]
     gap = float((got - expected).abs().max())
-    bound = 10 * GAP.get(expected.dtype, 0.1)
+    bound = 10 * (HALF if half else GAP[expected.dtype])
     if not gap <= bound:
         stop(
             step,

@@ -76,6 +76,10 @@ class Algorithm:
         losses = [term.loss for term in self.terms if term.role == "policy" and "advantage" in term.reads()]
         return all("old_logp" in loss.reads() for loss in losses)
 
+    def steered(self) -> bool:
+        """A controller reads how far the updates moved the policy."""
+        return any(name != "penalty" for name in self._controllers())
+
     def init(self) -> State:
         """The small state at the start: the coefficient of every controller."""
         return {name: controller.coef for name, controller in self._controllers().items()}
@@ -122,7 +126,12 @@ def credited(algorithm: Algorithm, batch: Batch) -> Batch:
             score=ops.penalise(batch["score"], batch["truncated"], amount=algorithm.truncated.amount)
         )
     dense = batch["token_score"]
-    outcome = batch.with_columns(score=batch["score"] - dense.sum(1))  # what is dense stays where it arose
+    placed = batch["score"] - dense.sum(1)  # what is dense stays where it arose
+    if (
+        algorithm.truncated.rule == "bootstrap"
+    ):  # the critic's value stands for all that would have followed, the score too
+        placed = torch.where(batch["truncated"], torch.zeros_like(placed), placed)
+    outcome = batch.with_columns(score=placed)
     token_reward = algorithm.place(outcome.columns) + ops.dense(dense, mask)
     if algorithm.penalty is not None:
         kl = torch.where(mask, algorithm.penalty.estimator(batch.columns), torch.zeros_like(token_reward))
@@ -233,7 +242,7 @@ def ppo_kl(
 ) -> Algorithm:
     """PPO with an adaptive KL penalty instead of the clip (Schulman et al. 2017, section 4).
 
-    -ratio A + beta KL(old || new); beta is halved when that KL, a mean over tokens in the last epoch, is below
+    -ratio A + beta KL(old || new); beta is halved when that KL, a mean over the rollout's tokens after its last update, is below
     target / 1.5, and doubled when above 1.5 target (nats per token). `kl` is the cost towards the reference, as in ppo.
     """
     base = ppo(kl=kl, gamma=gamma, lam=lam, value_clip=value_clip, whiten=whiten, truncated=truncated, answers=answers)
@@ -255,7 +264,7 @@ def instructgpt(
     """PPO-ptx (Ouyang et al. 2022, equation 2): ppo plus ptx_weight x the pre-training loss in the same gradient.
 
     The ptx loss is a mean per token here, and so is PPO's; the paper's coefficient 27.8 belongs to its own
-    normalisation and is not comparable.
+    normalisation and is not comparable. `ptx_weight` 0 leaves the term out.
     """
     base = ppo(
         kl=kl,
@@ -267,7 +276,8 @@ def instructgpt(
         truncated=truncated,
         answers=answers,
     )
-    return replace(base, terms=(*base.terms, Term("policy", "ptx", part(ops.nll), ops.token_mean, ptx_weight)))
+    ptx = Term("policy", "ptx", part(ops.nll), ops.token_mean, ptx_weight)
+    return replace(base, terms=(*base.terms, ptx)) if ptx_weight > 0 else base
 
 
 def deepspeed_chat(
@@ -357,7 +367,8 @@ def grpo(
     """GRPO (Shao et al. 2024, equation 3): A = (score - group mean) / group deviation, clip, beta k3 in the loss.
 
     Sample deviation (n - 1), eps added to it. `beta` 0 leaves the term out, and with it the reference. `scale=False`
-    only centres. Each answer weighs the same (sequence_mean), as in the paper.
+    only centres. Each answer weighs the same (sequence_mean), as in the paper. Credit is per answer: scores that a
+    function gives per token are added up.
     """
     if truncated.rule == "bootstrap":
         raise RecipeError("truncated.rule: bootstrap needs a critic, and grpo has none; use keep, mask or penalise")

@@ -7,6 +7,7 @@ import msgspec
 
 from whet import ops
 from whet.dials import NotNegative, Positive
+from whet.errors import RecipeError
 from whet.methods.part import Part, Term, part
 
 
@@ -33,6 +34,8 @@ def dpo(
     `mean` divides each answer's log-prob by its length; `link="hinge"` is SLiC's; `sft_weight` adds the SFT loss on
     the chosen answer.
     """
+    if link == "hinge" and label_smoothing > 0:
+        raise RecipeError("method.label_smoothing: the hinge link has no smoothing; leave it at 0")
     gap = _gap(beta, mean)
     if link == "sigmoid":
         probability = part(ops.nth, x="probability", n=0)

@@ -41,6 +41,11 @@ class Source:
             ) from error
         return device
 
+    @property
+    def half(self) -> bool:
+        """The weights are in half precision."""
+        return self.torch_dtype() in (torch.bfloat16, torch.float16)
+
     def torch_dtype(self) -> torch.dtype:
         """The floating-point type this source asks for."""
         if self.dtype == "auto":
@@ -67,7 +72,7 @@ def load_tokenizer(source: Source, *, pad_token: str | None = None) -> Any:
     if tokenizer.pad_token_id is None:
         raise ModelError(
             f"{source.path}: the tokenizer has no pad token, which the saved model needs to be batched by other tools; "
-            "name one of its tokens with --model.pad-token (one that never stands in a text, not the end token)"
+            "name one of its tokens with --model.pad-token (for a reward model not the end token)"
         )
     return tokenizer
 
@@ -95,7 +100,7 @@ def load_scorer(source: Source, tokenizer: Any = None, *, seed: int = 0) -> Any:
 
     A fresh head is drawn from N(0, 1 / (H + 1)) (Stiennon et al. 2020) at an address of `seed`.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
 
     base, adapter = _adapter_base(source.path)
     if adapter is not None and is_scorer(adapter):
@@ -103,9 +108,8 @@ def load_scorer(source: Source, tokenizer: Any = None, *, seed: int = 0) -> Any:
 
         plain = _loaded(AutoModelForSequenceClassification.from_pretrained, source, base, num_labels=1)
         return _quiet(PeftModel.from_pretrained(plain, adapter).merge_and_unload())
-    _check_folder(base)
-    config = AutoConfig.from_pretrained(base, trust_remote_code=source.trust_remote_code)
-    if is_scorer(base):
+    config = _configuration(base, source.trust_remote_code)
+    if is_scorer(base, source.trust_remote_code):
         if config.num_labels != 1:
             raise ModelError(f"{source.path}: a reward model has one label, this one has {config.num_labels}")
         model = _quiet(_loaded(AutoModelForSequenceClassification.from_pretrained, source, base))
@@ -142,17 +146,19 @@ def draw_head(head: nn.Linear, seed: int) -> None:
 
 def positions(source: Source) -> int:
     """The longest sequence a model of this source can read, by its configuration."""
+    base, _ = _adapter_base(source.path)
+    about = _configuration(base, source.trust_remote_code)
+    return int(getattr(about, "max_position_embeddings", None) or 1 << 20)
+
+
+def _configuration(path: str, trust_remote_code: bool = False) -> Any:
     from transformers import AutoConfig
 
-    base, _ = _adapter_base(source.path)
-    _check_folder(base)
+    _check_folder(path)
     try:
-        about = AutoConfig.from_pretrained(base, trust_remote_code=source.trust_remote_code)
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds for a folder without a model
-        raise ModelError(
-            f"{source.path}: no model configuration can be read from here ({_first_line(error)})"
-        ) from error
-    return int(getattr(about, "max_position_embeddings", None) or 1 << 20)
+        raise ModelError(f"{path}: no model configuration can be read from here ({_first_line(error)})") from error
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -188,11 +194,6 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     if not lists:
         raise ModelError(f"{type(model).__name__}: found no list of decoder layers")
     return min(lists, key=lambda found: found[:2])[2]
-
-
-def write_json(path: Path, value: Any) -> None:
-    """A JSON file, indented, with a last newline."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _loaded(load: Callable[..., Any], source: Source, path: str, **options: Any) -> Any:
@@ -258,18 +259,15 @@ def _adapter_base(path: str) -> tuple[str, str | None]:
     return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"], path
 
 
-def is_scorer(path: str) -> bool:
+def is_scorer(path: str, trust_remote_code: bool = False) -> bool:
     """The folder or name holds a sequence classifier, whole or as an adapter."""
-    from transformers import AutoConfig
-
     base, adapter = _adapter_base(path)
     if adapter is not None:
         return (
             json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8")).get("task_type")
             == "SEQ_CLS"
         )
-    _check_folder(base)
-    names = AutoConfig.from_pretrained(base).architectures or []
+    names = _configuration(base, trust_remote_code).architectures or []
     return any("SequenceClassification" in name or "RewardModel" in name for name in names)
 
 

@@ -104,7 +104,11 @@ def save_adapter(wrapped: Any, name: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     weights = get_peft_model_state_dict(wrapped, adapter_name=name)
     save_file({key: value.contiguous() for key, value in weights.items()}, str(folder / "adapter_model.safetensors"))
-    wrapped.peft_config[name].save_pretrained(str(folder))
+    config = wrapped.peft_config[name]
+    base = Path(config.base_model_name_or_path or "")
+    if base.is_dir():
+        config.base_model_name_or_path = str(base.resolve())
+    config.save_pretrained(str(folder))
 
 
 def redraw(wrapped: nn.Module, adapter: str, seed: int) -> None:

@@ -63,24 +63,20 @@ def _columns(role: Role, batch: Batch, names: frozenset[str], where: "_Where", f
     if names & {"value", "final_value", "score", "token_score"}:
         if role.head is None:
             raise ValueError(f"the {role.name} has no scalar head, so it has no {', '.join(sorted(names))}")
+        # a sum over tokens is shifted once; what is read on one position carries the shift itself
+        each, once = (0.0, role.shift) if role.readout == "sum" else (role.shift, 0.0)
         if "value" in names:
-            out["value"] = spread(_scalar(role, flat[at - 1]) * role.scale + role.shift)
-        if (names & {"final_value", "score"} and role.readout == "last") or "final_value" in names:
-            last = where.offsets + torch.tensor(
-                [r.start + int(r.mask.nonzero()[-1]) if r.mask.any() else r.length - 1 for r in batch.rows]
-            )
-            ends = _scalar(role, flat[last])
-            out |= dict.fromkeys(names & {"final_value"}, ends)
-            if "score" in names and role.readout == "last":
-                out["score"] = ends
+            out["value"] = spread(_scalar(role, flat[at - 1]) + each)
+        if "final_value" in names or ("score" in names and role.readout == "last"):
+            last = where.offsets + torch.tensor([_last(one) for one in batch.rows])
+            out |= dict.fromkeys(names & {"final_value", "score"}, _scalar(role, flat[last]) + each)
         if "token_score" in names or ("score" in names and role.readout != "last"):
-            dense = spread(_scalar(role, flat[at]))
+            dense = spread(_scalar(role, flat[at]) + each)
             out |= {"token_score": dense} if "token_score" in names else {}
             if "score" in names and role.readout != "last":
                 total = dense.sum(1)
-                out["score"] = total / mask.sum(1).clamp(min=1).to(total) if role.readout == "mean" else total
-        if "score" in out:
-            out["score"] = out["score"] * role.scale + role.shift
+                mean = role.readout == "mean"
+                out["score"] = total / mask.sum(1).clamp(min=1).to(total) if mean else total + once
     return out
 
 
@@ -108,12 +104,16 @@ def _scalar(role: Role, states: Tensor) -> Tensor:
     return out if out.dtype == torch.float64 else out.float()
 
 
+def _last(row: Row) -> int:
+    """The position of a row's last trained token, or of its last token where none is."""
+    return row.start + int(row.mask.nonzero()[-1]) if bool(row.mask.any()) else row.length - 1
+
+
 @dataclass(frozen=True)
 class _Where:
-    """Where each row stands in the flattened (B x S) positions: offset and length, (B,), and the layout's shape."""
+    """Where each row begins in the flattened (B x S) positions, (B,), and the layout's shape."""
 
     offsets: Tensor
-    lengths: Tensor
     shape: tuple[int, int]
 
     def addresses(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,9 +128,7 @@ def _padded(rows: Sequence[Row]) -> tuple[Tensor, dict[str, Tensor], _Where]:
     return (
         ids,
         {},
-        _Where(
-            torch.arange(len(rows)) * ids.shape[1], torch.tensor([r.length for r in rows]), (ids.shape[0], ids.shape[1])
-        ),
+        _Where(torch.arange(len(rows)) * ids.shape[1], (ids.shape[0], ids.shape[1])),
     )
 
 
@@ -143,7 +141,7 @@ def _packed(rows: Sequence[Row]) -> tuple[Tensor, dict[str, Tensor], _Where]:
     ids = torch.cat([row.ids for row in rows])[None]
     offsets = lengths.cumsum(0) - lengths
     positions = torch.arange(ids.shape[1]) - torch.repeat_interleave(offsets, lengths)
-    return ids, {"position_ids": positions[None]}, _Where(offsets, lengths, (1, ids.shape[1]))
+    return ids, {"position_ids": positions[None]}, _Where(offsets, (1, ids.shape[1]))
 
 
 def _record_mask(rows: Sequence[Row]) -> Tensor:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from whet.errors import ModelError
-from whet.models.load import scalar_head, write_json
+from whet.models.load import scalar_head
 from whet.models.lora import save_adapter
+from whet.records.files import write_json
 
 Readout = Literal["last", "mean", "sum"]
 READOUT_FILE = "whet.json"
@@ -26,7 +27,8 @@ class Role:
     `model` is a Hugging Face causal LM (policy, reference) or one-label sequence classifier (critic, reward). With
     LoRA, `wrapped` is the PeftModel around it and `adapter` the adapter that this role switches on ("" switches all
     off, which is the base itself). On one trunk several roles hold the same `wrapped`. `head` is the scalar head where
-    the trunk's own head is not this role's. `readout` and `scale` say how a score is read, see `whet.models.readers`.
+    the trunk's own head is not this role's. `readout` says how a score is read (see `whet.models.readers`), and `shift` is
+    added to it.
     """
 
     name: str
@@ -36,7 +38,6 @@ class Role:
     adapter: str = ""
     head: nn.Linear | None = None
     readout: Readout = "last"
-    scale: float = 1.0
     shift: float = 0.0
     linear_head: bool = field(init=False, default=False)
 
@@ -90,6 +91,17 @@ class Role:
                 parameter.requires_grad_(self.trained)  # set_adapter freezes the others and wakes this one
             yield
 
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Within the context the model keeps its cache: under gradient checkpointing transformers drops it in train mode."""
+        trains = self.model.training
+        self.model.eval()
+        try:
+            with self.active():
+                yield
+        finally:
+            self.model.train(trains)
+
     def hidden(self, ids: Tensor, **layout: Tensor) -> Tensor:
         """Last hidden states of token ids (B, S) -> (B, S, H)."""
         return self.model.base_model(input_ids=ids, use_cache=False, **layout).last_hidden_state
@@ -108,8 +120,16 @@ class Role:
             self.model.save_pretrained(str(folder))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
+            self._tell_pad_token(folder, tokenizer.pad_token_id)
         if not self.causal:
-            write_json(folder / READOUT_FILE, {"readout": self.readout, "scale": self.scale, "shift": self.shift})
+            write_json(folder / READOUT_FILE, {"readout": self.readout, "shift": self.shift})
+
+    @staticmethod
+    def _tell_pad_token(folder: Path, pad_token_id: int) -> None:
+        """The saved configuration names the pad token, so that other tools can batch the model."""
+        file = folder / "config.json"
+        if file.is_file():
+            write_json(file, json.loads(file.read_text(encoding="utf-8")) | {"pad_token_id": pad_token_id})
 
     def _head_is_linear(self) -> bool:
         """The logits are head(last hidden state) and nothing more.
@@ -138,11 +158,9 @@ class Role:
 
 
 def readout_of(folder: str) -> Mapping[str, Any]:
-    """How the reward model in a folder is read: {"readout", "scale", "shift"}; last token, 1 and 0 for published ones."""
+    """How the reward model in a folder is read: {"readout", "shift"}; last token and 0 for published ones."""
     file = Path(folder) / READOUT_FILE
     given = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if given.get("readout", "last") not in ("last", "mean", "sum"):
         raise ModelError(f"{file}: readout {given['readout']!r} is none of last, mean, sum")
-    return {"readout": "last", "scale": 1.0, "shift": 0.0} | {
-        key: given[key] for key in given if key in ("readout", "scale", "shift")
-    }
+    return {"readout": given.get("readout", "last"), "shift": float(given.get("shift", 0.0))}

@@ -68,7 +68,12 @@ def group_zscore(score: Tensor, group: Tensor, *, ddof: int = 1, eps: float = 1e
     centred = group_center(score, group)
     _, count, squares = _group_sums(centred**2, group)
     deviation = (squares / (count - ddof).clamp(min=1)).sqrt()
-    return centred / (deviation + eps)
+    index = torch.unique(group, return_inverse=True)[1]
+    ends = [
+        torch.zeros_like(score).scatter_reduce(0, index, score, how, include_self=False)[index]
+        for how in ("amax", "amin")
+    ]
+    return torch.where(ends[0] > ends[1], centred / (deviation + eps), torch.zeros_like(score))  # a mean is rounded
 
 
 def leave_one_out(score: Tensor, group: Tensor) -> Tensor:

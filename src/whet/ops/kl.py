@@ -36,7 +36,8 @@ def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
 def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     """KL(p || q) = sum_v p_v (log p_v - log q_v) of two full distributions given as logits: (..., V) -> (...)."""
     logp, ref_logp = logits.log_softmax(-1), ref_logits.log_softmax(-1)
-    return torch.where(logp.isneginf(), torch.zeros_like(logp), logp.exp() * (logp - ref_logp)).sum(-1)
+    gap = (logp - ref_logp).masked_fill(logp.isneginf(), 0.0)  # before it is multiplied, for the gradient's sake
+    return (logp.exp() * gap).sum(-1)
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,12 @@ def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
 
     A logit of -inf has probability 0 and adds 0.
     """
-    logp = (logits / temperature).log_softmax(-1)
-    return -torch.where(logp.isneginf(), torch.zeros_like(logp), logp.exp() * logp).sum(-1)
+    return _entropy((logits / temperature).log_softmax(-1))
+
+
+def _entropy(logp: Tensor) -> Tensor:
+    """-sum p log p of log-probs (..., V) -> (...); what has none is left out before it is multiplied, for the gradient's sake."""
+    return -(logp.exp() * logp.masked_fill(logp.isneginf(), 0.0)).sum(-1)
 
 
 def linear_logprobs(
@@ -52,7 +56,7 @@ def linear_logprobs(
     chunk = max(1, workspace // max(1, hidden.shape[0]))
     if chunk >= weight.shape[0]:
         logp = _tempered(functional.linear(hidden, weight, bias), temperature).log_softmax(-1)
-        return logp.gather(-1, ids[:, None])[:, 0], -(logp.exp() * logp).sum(-1) if with_entropy else None
+        return logp.gather(-1, ids[:, None])[:, 0], _entropy(logp) if with_entropy else None
     return _ChunkedLogprobs.apply(hidden, weight, bias, ids, temperature, chunk)
 
 
@@ -80,9 +84,10 @@ class _ChunkedLogprobs(torch.autograd.Function):
             stop = min(start + chunk, weight.shape[0])
             logits = _ChunkedLogprobs._logits(hidden, weight, bias, temperature, start, stop)
             new_top = torch.maximum(top, logits.amax(-1))
-            old_scale, scaled = (top - new_top).exp(), (logits - new_top[:, None]).exp()
+            base = new_top.masked_fill(new_top.isneginf(), 0.0)  # everything so far was ruled out
+            old_scale, scaled = (top - base).exp(), (logits - base[:, None]).exp()
             total = total * old_scale + scaled.sum(-1)
-            weighted = weighted * old_scale + (scaled * logits).sum(-1)
+            weighted = weighted * old_scale + (scaled * logits.masked_fill(logits.isneginf(), 0.0)).sum(-1)
             top = new_top
             inside = (ids >= start) & (ids < stop)
             picked = logits.gather(-1, (ids - start).clamp(0, stop - start - 1)[:, None])[:, 0]
@@ -103,7 +108,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
             logp = _ChunkedLogprobs._logits(hidden, weight, bias, temperature, start, stop) - log_total[:, None]
             p = logp.exp()
             # d logp_y / d l = 1[y] - p;  d H / d l = -p (log p + H)
-            grad = -p * (grad_logp[:, None] + grad_entropy[:, None] * (logp + entropy_[:, None]))
+            finite = logp.masked_fill(logp.isneginf(), 0.0)
+            grad = -p * (grad_logp[:, None] + grad_entropy[:, None] * (finite + entropy_[:, None]))
             inside = (ids >= start) & (ids < stop)
             rows = inside.nonzero()[:, 0]
             grad[rows, ids[rows] - start] += grad_logp[rows]

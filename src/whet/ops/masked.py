@@ -27,13 +27,19 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True, ddof: int = 1, e
 
     x: (B, T); mask: (B, T). `ddof` 1 divides the variance by n - 1 (TRL, verl), 0 by n (OpenRLHF). With
     `shift_mean=False` only the scale changes: x / (std + eps); the mean is never added back to a shifted x.
-    Fewer than two True positions: x unchanged in scale, shifted to 0 if `shift_mean`.
+    Without spread (or with too few True positions for it): 0 where shifted, x itself where not.
     """
+    kept = torch.where(mask, x, torch.zeros_like(x))
+    centred = torch.where(mask, kept - masked_mean(kept, mask), torch.zeros_like(x))
     count = mask.sum()
-    mean = masked_mean(x, mask)
-    if count <= ddof:
-        scaled = x - mean if shift_mean else x
-    else:
-        deviation = (masked_sum((x - mean) ** 2, mask) / (count - ddof)).sqrt()
-        scaled = (x - mean if shift_mean else x) / (deviation + eps)
-    return torch.where(mask, scaled, torch.zeros_like(x))
+    if count <= max(ddof, 1) or bool(constant(x, mask)):
+        return torch.zeros_like(x) if shift_mean else kept
+    deviation = (centred.square().sum() / (count - ddof)).sqrt()
+    return (centred if shift_mean else kept) / (deviation + eps)
+
+
+def constant(x: Tensor, mask: Tensor) -> Tensor:
+    """All True positions hold the same number, or there are none: told by comparing them, since a mean is rounded."""
+    limit = torch.finfo(x.dtype).max
+    same = torch.where(mask, x, -limit).max() == torch.where(mask, x, limit).min()
+    return same | ~mask.any()

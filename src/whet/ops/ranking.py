@@ -48,6 +48,7 @@ def k_way(scores: Tensor, ranks: Tensor, valid: Tensor | None = None, *, ties: s
     if ties not in ("drop", "half"):
         raise ValueError(f'ties must be "drop" or "half", got {ties!r}')
     valid = torch.ones_like(ranks, dtype=torch.bool) if valid is None else valid
+    scores = scores.masked_fill(~valid, 0.0)
     both = valid[:, :, None] & valid[:, None, :]
     better = both & (ranks[:, :, None] < ranks[:, None, :])
     loss = -functional.logsigmoid(scores[:, :, None] - scores[:, None, :])

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from whet.ops.masked import masked_mean
+from whet.ops.masked import constant, masked_mean
 
 
 def value_loss(value: Tensor, old_value: Tensor, returns: Tensor, *, clip: float | None = 0.2) -> Tensor:
@@ -26,6 +26,5 @@ def explained_variance(value: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     error = returns - value
     spread = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
     left = masked_mean((error - masked_mean(error, mask)) ** 2, mask)
-    return torch.where(
-        spread > 0, 1 - left / spread.clamp(min=torch.finfo(spread.dtype).tiny), torch.zeros_like(spread)
-    )
+    explained = 1 - left / spread.clamp(min=torch.finfo(spread.dtype).tiny)
+    return torch.where(constant(returns, mask), torch.zeros_like(spread), explained)

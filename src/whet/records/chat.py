@@ -26,7 +26,10 @@ PLAIN = (
 """A chat template for base models that have none."""
 
 RAW = "none"
-"""The format without any template: prompt and completion are joined as they are."""
+"""The name of the format without any template: prompt and completion are joined as they are."""
+
+JOINED = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+"""What a tokenizer carries for that format, so that a saved model is read as it was trained."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,8 @@ def chat_format(tokenizer: Any, template: str | None = None) -> Chat:
     name = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{name}: the tokenizer has no end-of-sequence token, so no answer could ever end")
-    if template == RAW:
+    if template == RAW or (template is None and tokenizer.chat_template == JOINED):
+        tokenizer.chat_template = JOINED
         return Chat(tokenizer, True, (tokenizer.eos_token_id,))
     if template is not None:
         if template == "plain":

@@ -52,7 +52,15 @@ _ALL = (
         "old_logp", "(B, T)", "nats", "measure", "the policy's log-prob when the rollout was taken", "policy", "logp"
     ),
     Column("old_entropy", "(B, T)", "nats", "measure", "entropy of the policy then", "policy", "entropy"),
-    Column("ref_logp", "(B, T)", "nats", "measure", "the reference's log-prob", "reference", "logp"),
+    Column(
+        "ref_logp",
+        "(B, T)",
+        "nats",
+        "measure",
+        "the reference's log-prob at the sample's own temperature",
+        "reference",
+        "logp",
+    ),
     Column("old_value", "(B, T)", "reward", "measure", "the critic's value before each token, then", "critic", "value"),
     Column(
         "final_value", "(B,)", "reward", "measure", "the critic's value after the last token", "critic", "final_value"

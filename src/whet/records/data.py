@@ -6,6 +6,7 @@ model is loaded.
 """
 
 import csv
+import difflib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,6 +47,7 @@ def read_rows(source: str) -> list[Located]:
         rows = list(_hub(source))
     if not rows:
         raise DataError(f"{source}: the file is empty; at least one row is needed")
+    rows = [Located({key: value for key, value in one.row.items() if value is not None}, one.where) for one in rows]
     seen: dict[Any, str] = {}
     for located in rows:
         name = located.row.get("id")
@@ -107,6 +109,14 @@ def _csv(path: Path) -> Iterator[Located]:
 
 
 def _hub(source: str) -> Iterator[Located]:
+    path = Path(source.partition(":")[0])
+    if path.suffix or source.startswith((".", "/", "~")):
+        near = (
+            difflib.get_close_matches(path.name, [one.name for one in path.parent.glob("*")], n=1)
+            if path.parent.is_dir()
+            else []
+        )
+        raise DataError(f"{source}: no such file" + (f"; did you mean {path.with_name(near[0])}?" if near else ""))
     try:
         import datasets
     except ImportError as error:
@@ -180,6 +190,16 @@ def _messages(located: Located, name: str) -> list[dict[str, str]]:
     return value
 
 
+def _ended(located: Located, count: int) -> list[bool]:
+    """Which answers ended by themselves: the `finish` column of sampled rows says "length" of those cut off."""
+    finish = located.row.get("finish")
+    if finish is None:
+        return [True] * count
+    if not isinstance(finish, list) or len(finish) != count:
+        raise DataError(f"{located.where}: field 'finish' must have one entry per answer ({count}), got {finish!r:.80}")
+    return [one != "length" for one in finish]
+
+
 def _answer(located: Located, name: str) -> str:
     """The field as one answer: a string, or a list with one assistant message."""
     value = _field(located, name)
@@ -197,12 +217,14 @@ def _answer(located: Located, name: str) -> str:
 class Reader:
     """Turns located rows into records for one tokenizer.
 
-    `max_tokens` is the longest sequence; `too_long` says what happens to a longer one: "error", "drop" (the row is
+    `max_tokens` is the longest sequence, `mend` what a message advises about it;
+    `too_long` says what happens to a longer one: "error", "drop" (the row is
     left out) or "cut" (its end is cut off). `turns` is "all" or "last".
     """
 
     chat: Chat
     max_tokens: int
+    mend: str = "raise --data.max-tokens"
     too_long: str = "error"
     turns: str = "all"
 
@@ -225,7 +247,7 @@ class Reader:
         for number, located in enumerate(rows):
             messages = _messages(located, "prompt")
             ids = self._located(located, lambda messages=messages: self.chat.prompt_ids(messages))
-            if len(ids) >= self.max_tokens:
+            if len(ids) > self.max_tokens:
                 if self.too_long == "drop":
                     continue
                 raise self._long(located, "the prompt", len(ids))
@@ -294,7 +316,8 @@ class Reader:
             else:
                 messages = _messages(located, "prompt")
                 responses, ranks = self._ranked(located)
-            sides = [self._answer_row(located, messages, answer) for answer in responses]
+            ended = _ended(located, len(responses))
+            sides = [self._answer_row(located, messages, *one) for one in zip(responses, ended, strict=True)]
             whole = tuple(side for side in sides if side is not None)
             if len(whole) == len(sides):
                 out.append(Ranking(whole, tuple(ranks)))
@@ -340,9 +363,12 @@ class Reader:
         values = numbers(located, name, len(responses))
         return responses, ranks_of(values if name == "scores" else [-value for value in values])
 
-    def _answer_row(self, located: Located, messages: Sequence[Mapping[str, str]], answer: str) -> Row | None:
+    def _answer_row(
+        self, located: Located, messages: Sequence[Mapping[str, str]], answer: str, ended: bool = True
+    ) -> Row | None:
         full = [*messages, {"role": "assistant", "content": answer}]
         row = self._located(located, lambda: self.chat.row(full, turns="last"))
+        row = row if ended or row.response == 1 else row.without_end()
         fitted = self._fit(located, row, "the prompt with its answer")
         return fitted[0] if fitted else None
 
@@ -358,13 +384,13 @@ class Reader:
 
     def _long(self, located: Located, what: str, length: int) -> DataError:
         return DataError(
-            f"{located.where}: {what} has {length} tokens, the limit is {self.max_tokens}; raise --data.max-tokens, "
+            f"{located.where}: {what} has {length} tokens, the limit is {self.max_tokens}; {self.mend}, "
             "or leave such rows out with --data.too-long drop"
         )
 
     def _some(self, records: list, why: str = "") -> list:
         if not records:
-            why = why or f"all are longer than {self.max_tokens} tokens; raise --data.max-tokens"
+            why = why or f"all are longer than {self.max_tokens} tokens; {self.mend}"
             raise DataError(f"no row is left: {why}")
         return records
 

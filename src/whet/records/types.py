@@ -100,6 +100,10 @@ class Row:
         """Tokens from the first response position on."""
         return self.mask.shape[0]
 
+    def without_end(self) -> "Row":
+        """The same row without its last token: an answer that was cut off before its end."""
+        return Row(self.ids[:-1], self.start, self.mask[:-1])
+
 
 @dataclass(frozen=True, eq=False)
 class Pair:

@@ -46,5 +46,8 @@ class ModelReward:
     def _rows(self, group: Group) -> list[Row]:
         if self.chat is None:
             return group.rows()
-        answers = [[*group.prompt.messages, {"role": "assistant", "content": sample.text}] for sample in group.samples]
-        return [self.chat.row(messages, turns="last") for messages in answers]
+        out = []
+        for sample in group.samples:
+            row = self.chat.row([*group.prompt.messages, {"role": "assistant", "content": sample.text}], turns="last")
+            out.append(row.without_end() if sample.truncated else row)
+        return out

@@ -19,6 +19,8 @@ from whet.cli import config
 from whet.cli.demo import judge, world
 from whet.cli.demo.tell import tell
 from whet.errors import RecipeError, WhetError
+from whet.models.load import quiet
+from whet.records.files import write_jsonl
 
 RECIPES = Path(__file__).parent / "recipes"
 GOLD = "whet.cli.demo.judge:gold"
@@ -46,6 +48,7 @@ def demo(options: Mapping[str, Any]) -> int:
     if out.exists():
         _set_aside(out)
     began = time.perf_counter()
+    quiet()
     story = Story(out, seed, quick=bool(options.get("quick", False)))
     story.prepare()
     story.rank()
@@ -97,7 +100,7 @@ class Story:
         heldout = read(self.out / "prompts_rank_heldout_answers.jsonl")
         for name, rows in (("ranked", edited), ("small_ranked", answers[:SMALL]), ("heldout_ranked", heldout)):
             asked = self.out / f"{name}_asked.jsonl"
-            write(asked, [{**row, "seed": self.seed} for row in rows])
+            write_jsonl(asked, [{**row, "seed": self.seed} for row in rows])
             whet.run("rank", data=str(asked), judge=ANNOTATOR, judge_form="rank", out=str(self.out / f"{name}.jsonl"))
         whet.run(
             "rank",
@@ -163,7 +166,7 @@ class Story:
         for kind in judge.EDITS:
             own = [row for row, other in zip(rows, kinds, strict=True) if other == kind]
             if own:
-                write(self.out / "edits.jsonl", own)
+                write_jsonl(self.out / "edits.jsonl", own)
                 found = whet.run("eval", model=self.model("reward"), data=str(self.out / "edits.jsonl"), threads=1)
                 out[kind] = (found["accuracy"], len(own))
         return out
@@ -246,8 +249,3 @@ def ceiling(rows: Sequence[Mapping[str, Any]], seed: int) -> float:
 def read(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSONL file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A JSONL file."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -8,7 +8,7 @@ from typing import Any
 
 from whet.cli.demo import judge
 from whet.loops.record import read_metrics
-from whet.models.load import write_json
+from whet.records.files import write_json
 from whet.view.plots import Plot, smoothed
 from whet.view.report import Figures, Prose, Section, Table, Talk, page
 
@@ -26,6 +26,7 @@ SHOWN = (
     "repeated",
     "rude",
     "filler",
+    "broken",
     "perfect",
 )
 
@@ -104,6 +105,13 @@ LEAD = (
     "much to improve, and a win rate against it says so."
 )
 
+GOLD_WORDS = (
+    "Gold is the judge's score of an answer: +1 for each of the two asked facts settled (its value, or honestly that the card lacks it), "
+    "-1 for one passed over, -2 for each false statement, +0.5 each for a greeting and a goodbye, and something off for rudeness, filler, "
+    "repetition, unasked facts and broken sentences; 3 is the best. The reward model's score, the proxy, has mean 0 and deviation 1 over "
+    "the answers it was trained on."
+)
+
 ASPECTS = {
     "settled": "asked facts settled (share)", "honest": "admits that the card lacks a fact", "invented": "invents a fact the card lacks",
     "silent": "says nothing about a fact the card lacks", "wrong_value": "states a wrong value", "denied": "denies a fact the card has",
@@ -120,17 +128,27 @@ def sections(
     rates, edits, raw = summary["aspects"], numbers["edits"], numbers["raw"]
     models = ("base", "sft", "ppo")
     aspect_rows = [[ASPECTS[name], *(f"{rates[model][name]:.2f}" for model in models)] for name in SHOWN]
-    edit_rows = [[kind.replace("_", " "), f"{share:.2f}", str(count)] for kind, (share, count) in edits.items()]
+    edit_rows = [
+        [kind.replace("_", " "), f"{share:.2f}", str(count), "yes" if kind in judge.RANKED_EDITS else "no"]
+        for kind, (share, count) in edits.items()
+    ]
     raw_rows = [
         [name.replace("_", " "), f"{value:.4f}", f"{100 * (value / raw['sft'] - 1):+.1f} %"]
         for name, value in raw.items()
     ]
     blind = [kind.replace("_", " ") for kind, (share, _) in edits.items() if share < 0.65]
     return [
-        Section("Result", [Table(HEADS, table_rows(summary)), Prose(_result(summary))]),
+        Section("Result", [Prose(GOLD_WORDS), Table(HEADS, table_rows(summary)), Prose(_result(summary))]),
         Section(
             "What the answers do",
-            [Prose("Rates per aspect on 400 held-out prompts, told by the judge."), Table(("", *models), aspect_rows)],
+            [
+                Prose(
+                    "Rates per aspect on the held-out prompts, told by the judge. Admitting, inventing and passing over in silence are "
+                    "rates among the prompts that ask for a fact the card lacks, about half of them. Words in brackets, as [wrong], are "
+                    "proofreader's marks that the base model learned from its raw text."
+                ),
+                Table(("", *models), aspect_rows),
+            ],
         ),
         Section(
             "The reward model",
@@ -139,9 +157,11 @@ def sections(
                     f"It orders {summary['reward_model_accuracy']:.1%} of held-out pairs as the judge does without noise, and "
                     f"{numbers['accuracy']['noisy']:.1%} as the noisy person does; the judge itself reaches "
                     f"{numbers['ceiling']:.1%} there, so no model can expect more. "
-                    "Pair accuracy hides what was not learned, so answers are edited in one known way each:"
+                    "Pair accuracy hides what was not learned, so held-out answers are edited in one known way each. Where the last "
+                    f"column says yes, edits of that kind also stand among the ranked answers ({judge.EDITED_SHARE:.0%} of the "
+                    "rankings hold one), since samples of one model seldom show such a flaw alone."
                 ),
-                Table(("edit", "share rated worse", "answers"), edit_rows),
+                Table(("edit", "share rated worse", "answers", "among the rankings"), edit_rows),
             ],
         ),
         Section(
@@ -157,7 +177,12 @@ def sections(
         ),
         Section(
             "What ptx does",
-            [Prose("Loss on held-out raw text, nats per token."), Table(("", "loss", "against SFT"), raw_rows)],
+            [
+                Prose(
+                    "Loss on held-out raw text, nats per token. SFT forgets some of it; the pre-training term brings it back."
+                ),
+                Table(("", "loss", "against SFT"), raw_rows),
+            ],
         ),
         Section("Training", [Figures(_training_plots(out))]),
         Section("What these models cannot do", [Prose(_limits(blind, rates))]),
