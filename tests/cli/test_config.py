@@ -4,8 +4,10 @@ from typing import Any
 import pytest
 
 from whet.cli import build, config
-from whet.cli.config import Eval, Offline, Online, Rank, RewardSource, Sample, Source, resolve
+from whet.cli import recipe as fields
+from whet.cli.config import resolve
 from whet.cli.main import OFFLINE, ONLINE, _grouped, parsed
+from whet.cli.recipe import Eval, Offline, Online, Rank, RewardSource, Sample, Source
 from whet.dials import LoRA, Optim
 from whet.errors import RecipeError
 from whet.methods import online, preference, reward
@@ -93,7 +95,7 @@ def test_part_of_an_optional_section_switches_it_on() -> None:
 
 def test_a_name_that_is_no_field_is_a_dial_of_the_method() -> None:
     assert line(Online, "grpo", "--answers", "4", "--kl.coef", "0.1").method == {"answers": 4, "kl": {"coef": 0.1}}
-    assert line(config.offline("dpo"), "dpo", "--beta", "0.3").method == {"beta": 0.3}
+    assert line(fields.kind_of("dpo"), "dpo", "--beta", "0.3").method == {"beta": 0.3}
 
 
 UNKNOWN = [
@@ -178,7 +180,7 @@ def test_a_methods_dials_are_checked_by_its_own_signature(name: str, dials: dict
 @pytest.mark.parametrize("name", sorted(path.stem for path in config.SHIPPED.glob("*.yaml")))
 def test_every_shipped_recipe_resolves(name: str) -> None:
     verb = name.partition("-")[0]
-    recipe = line(config.offline(verb) if verb in OFFLINE else Online, verb, name)
+    recipe = line(fields.kind_of(verb), verb, name)
     assert recipe.optim.lr > 0
     if verb in METHODS:
         build.chosen_method(METHODS, verb, recipe.method)

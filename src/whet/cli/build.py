@@ -15,6 +15,7 @@ from torch import nn
 
 from whet import ops
 from whet.cli import config
+from whet.cli import recipe as fields
 from whet.dials import Optim
 from whet.errors import DataError, ModelError, RecipeError
 from whet.methods import Algorithm, Term, part
@@ -56,26 +57,26 @@ def chosen_method(
     return function(**{key: getattr(given, key) for key in dials})
 
 
-def source_of(model: config.Frozen, path: str | None = None) -> load.Source:
+def source_of(model: fields.Frozen, path: str | None = None) -> load.Source:
     """How a model of this recipe is loaded; frozen roles come from other paths with the same options."""
     name = path or model.path
     if not name:
         raise RecipeError("model.path: which model? give --model with a Hugging Face folder or a hub name")
     dtype = model.dtype
-    adapters = isinstance(model, config.Model) and model.lora is not None
+    adapters = isinstance(model, fields.Model) and model.lora is not None
     if dtype == "auto" and not adapters and model.quantise == "none":
         dtype = "float32"  # weights that are trained themselves lose small updates in half precision
     return load.Source(name, dtype, model.device, model.trust_remote_code, model.quantise)
 
 
-def tokenizer_and_chat(model: config.Frozen) -> tuple[Any, Chat]:
+def tokenizer_and_chat(model: fields.Frozen) -> tuple[Any, Chat]:
     """The model's tokenizer and the format of its conversations."""
     load.quiet()
     tokenizer = load.load_tokenizer(source_of(model), pad_token=model.pad_token)
     return tokenizer, chat_format(tokenizer, model.chat_template)
 
 
-def reader_of(model: config.Frozen, data: config.Data | config.Rows, chat: Chat, *, room: int = 0) -> Reader:
+def reader_of(model: fields.Frozen, data: fields.Data | fields.Rows, chat: Chat, *, room: int = 0) -> Reader:
     """The reader of this recipe's rows; `room` positions are kept free for an answer."""
     limit = load.positions(source_of(model))
     longest = min(data.max_tokens or limit, limit - room)
@@ -89,20 +90,20 @@ def reader_of(model: config.Frozen, data: config.Data | config.Rows, chat: Chat,
     mend = "raise --data.max-tokens" if longest < limit - room else "the model has no more positions"
     if room:
         mend = "lower --max-new-tokens" if mend.startswith("the") else mend
-    return Reader(chat, longest, mend, data.too_long, data.turns if isinstance(data, config.Data) else "all")
+    return Reader(chat, longest, mend, data.too_long, data.turns if isinstance(data, fields.Data) else "all")
 
 
-def rows_of(data: config.Rows, read: Callable[[Sequence[Any]], list]) -> list:
+def rows_of(data: fields.Rows, read: Callable[[Sequence[Any]], list]) -> list:
     """The records of the one file of a recipe."""
     if not data.train:
         raise RecipeError("data.train: which rows? give --data with a file or a dataset's name")
     return read(read_rows(data.train))
 
 
-def sources_of(data: config.Data, read: Callable[[Sequence[Any]], list]) -> tuple[list[list], list[float] | None]:
+def sources_of(data: fields.Data, read: Callable[[Sequence[Any]], list]) -> tuple[list[list], list[float] | None]:
     """(the elements of every training source, their weights or None for a single file)."""
     if isinstance(data.train, str):
-        return [rows_of(config.Rows(data.train), read)], None
+        return [rows_of(fields.Rows(data.train), read)], None
     return [read(read_rows(one.path)) for one in data.train], [one.weight for one in data.train]
 
 
@@ -122,19 +123,19 @@ def guarded(read: Callable[[Sequence[Any]], list], terms: Sequence[Term], name: 
     return checked
 
 
-def evaluation_of(data: config.Data, read: Callable[[Sequence[Any]], list]) -> list[Element]:
+def evaluation_of(data: fields.Data, read: Callable[[Sequence[Any]], list]) -> list[Element]:
     """The held-out elements; none without data.eval."""
     return read(read_rows(data.eval)) if data.eval else []
 
 
 def causal_role(
-    name: str, recipe: config.Frozen, tokenizer: Any, *, trained: bool, seed: int, path: str | None = None
+    name: str, recipe: fields.Frozen, tokenizer: Any, *, trained: bool, seed: int, path: str | None = None
 ) -> Role:
     """A policy or reference of its own, with a fresh adapter where it is trained and the recipe has LoRA."""
     model = load.load_causal_lm(source_of(recipe, path), tokenizer)
     if not trained:
         return Role(name, model, False)
-    assert isinstance(recipe, config.Model)
+    assert isinstance(recipe, fields.Model)
     _can_train(recipe)
     if recipe.gradient_checkpointing:
         load.checkpoint_activations(model)
@@ -144,7 +145,7 @@ def causal_role(
 
 
 def scorer_role(
-    name: str, recipe: config.Frozen, tokenizer: Any, *, trained: bool, seed: int, path: str, readout: str | None = None
+    name: str, recipe: fields.Frozen, tokenizer: Any, *, trained: bool, seed: int, path: str, readout: str | None = None
 ) -> Role:
     """A reward model or critic of its own. A saved one is read as its folder says, unless `readout` names another way."""
     model = load.load_scorer(source_of(recipe, path), tokenizer, seed=seed)
@@ -153,7 +154,7 @@ def scorer_role(
         about = {"readout": readout}
     if not trained:
         return Role(name, model, False, **about)
-    assert isinstance(recipe, config.Model)
+    assert isinstance(recipe, fields.Model)
     _can_train(recipe)
     if recipe.gradient_checkpointing:
         load.checkpoint_activations(model)
@@ -169,7 +170,7 @@ def value_of(path: str) -> dict[str, Any]:
     return {"shift": about["shift"]} if about["readout"] == "last" else {}
 
 
-def reference_role(recipe: config.Model, policy: Role, path: str | None, tokenizer: Any) -> Role:
+def reference_role(recipe: fields.Model, policy: Role, path: str | None, tokenizer: Any) -> Role:
     """The reference: the policy's own base where adapters are trained on it, else a frozen copy."""
     if policy.wrapped is not None and path in (None, recipe.path):
         return Role("reference", policy.model, False, wrapped=policy.wrapped)
@@ -186,7 +187,7 @@ class Cast:
     optims: dict[str, Optim]
 
 
-def cast(recipe: config.Online, algorithm: Algorithm, tokenizer: Any) -> Cast:
+def cast(recipe: fields.Online, algorithm: Algorithm, tokenizer: Any) -> Cast:
     """All roles that the method needs, as separate copies or on one trunk."""
     if recipe.trunk == "shared":
         return _shared(recipe, algorithm, tokenizer)
@@ -204,7 +205,7 @@ def cast(recipe: config.Online, algorithm: Algorithm, tokenizer: Any) -> Cast:
     return _with_average(recipe, roles)
 
 
-def _first_reward_model(recipe: config.Online, tokenizer: Any) -> str | None:
+def _first_reward_model(recipe: fields.Online, tokenizer: Any) -> str | None:
     """The first reward model that reads the policy's own tokens."""
     folders = [one.source for one in recipe.reward if is_model(one.source)]
     return next((one for one in folders if same_tokenizer(source_of(recipe.model, one), tokenizer)), None)
@@ -216,7 +217,7 @@ def same_tokenizer(source: load.Source, tokenizer: Any) -> bool:
     return own.get_vocab() == tokenizer.get_vocab() and own.chat_template == tokenizer.chat_template
 
 
-def _with_average(recipe: config.Online, roles: dict[str, Role]) -> Cast:
+def _with_average(recipe: fields.Online, roles: dict[str, Role]) -> Cast:
     if recipe.rollout.ema is not None:
         policy = roles["policy"]
         roles["ema"] = Role("ema", copy.deepcopy(policy.model), False)
@@ -226,7 +227,7 @@ def _with_average(recipe: config.Online, roles: dict[str, Role]) -> Cast:
     return Cast(roles, optims)
 
 
-def _shared(recipe: config.Online, algorithm: Algorithm, tokenizer: Any) -> Cast:
+def _shared(recipe: fields.Online, algorithm: Algorithm, tokenizer: Any) -> Cast:
     """One base model in memory; the policy and the critic are adapters, the reference is the base itself.
 
     A reward model that was saved as an adapter of the same base lies on the trunk too, and the critic starts from it.
@@ -269,7 +270,7 @@ def is_model(source: str) -> bool:
     return ":" not in Path(source).name
 
 
-def rewards_of(recipe: config.Online, tokenizer: Any, trunk: Role | None = None) -> list[Weighted]:
+def rewards_of(recipe: fields.Online, tokenizer: Any, trunk: Role | None = None) -> list[Weighted]:
     """The rewards of a recipe. Adapter-only reward models of the same base lie on the shared trunk."""
     out: list[Weighted] = []
     for number, one in enumerate(recipe.reward):
@@ -297,7 +298,7 @@ def distinct(rewards: Sequence[Weighted]) -> list[Weighted]:
     return out
 
 
-def reward(source: str, model: config.Frozen, tokenizer: Any, budget: int, *, dense: bool = False) -> Weighted:
+def reward(source: str, model: fields.Frozen, tokenizer: Any, budget: int, *, dense: bool = False) -> Weighted:
     """A function or a reward-model folder as a reward, under its own name."""
     name = name_of(source)
     if not is_model(source):
@@ -314,7 +315,7 @@ def name_of(source: str) -> str:
     return path.parent.name if path.name == "model" and path.parent.name else path.name
 
 
-def reward_role(path: str, model: config.Frozen, tokenizer: Any, name: str) -> tuple[Role, Chat | None]:
+def reward_role(path: str, model: fields.Frozen, tokenizer: Any, name: str) -> tuple[Role, Chat | None]:
     """A frozen reward model, and the format of its own tokenizer where that is another than the policy's."""
     source = source_of(model, path)
     if not load.is_scorer(path):
@@ -339,7 +340,7 @@ def check_columns(prompts: Sequence[Prompt]) -> None:
                 )
 
 
-def check_arithmetic(recipe: config.Online, algorithm: Algorithm, verb: str) -> int:
+def check_arithmetic(recipe: fields.Online, algorithm: Algorithm, verb: str) -> int:
     """Refuses impossible numbers; the answers per update."""
     total = recipe.rollout.prompts * algorithm.answers
     minibatch = recipe.rollout.minibatch or total
@@ -376,12 +377,12 @@ def check_arithmetic(recipe: config.Online, algorithm: Algorithm, verb: str) -> 
     return minibatch
 
 
-def steps_of(train: config.Train, elements: int) -> int:
+def steps_of(train: fields.Train, elements: int) -> int:
     """Updates of an offline run."""
     return train.steps or max(1, math.ceil(train.epochs * elements / train.batch))
 
 
-def _can_train(recipe: config.Model) -> None:
+def _can_train(recipe: fields.Model) -> None:
     if recipe.export == "adapter" and recipe.lora is None:
         raise RecipeError("model.export: there is no adapter to export without model.lora; leave it at merged")
     if recipe.quantise != "none" and recipe.lora is None:

@@ -46,7 +46,7 @@ def method_docs(module: str) -> dict[str, tuple[str, dict[str, str]]]:
 
 def recipe_lines(kind: type, defaults: Any, prefix: str = "") -> list[str]:
     """One line per field of a recipe, nested ones with dots: its meaning, its choices, and the verb's own default."""
-    docs = field_docs("cli/config.py") | field_docs("dials.py")
+    docs = field_docs("cli/recipe.py") | field_docs("dials.py")
     own = {name: told for one in reversed(kind.__mro__) for name, told in docs.get(one.__name__, {}).items()}
     lines = []
     for name, annotation in fields_of(kind).items():

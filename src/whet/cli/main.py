@@ -1,7 +1,7 @@
 """The command line: verbs, overrides, and errors as one message."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from whet.errors import RecipeError, UserError, WhetError
@@ -64,25 +64,23 @@ def run(verb: str, recipe: str | None = None, *, resume: bool = False, quiet: bo
     `fields` are the recipe's fields, nested ones as dicts, or with dots: `run("ppo", **{"kl.coef": 0.1})`.
     Returns what the verb leaves: the run folder, the file, or the numbers of eval.
     """
-    from whet.cli import config, verbs
-
-    options = verbs.Options(resume, quiet)
-    overrides = list(fields.items())
-    if verb in OFFLINE:
-        return verbs.run_offline(verb, config.resolve(config.offline(verb), verb, recipe, overrides), options)
-    if verb in ONLINE:
-        return verbs.run_online(verb, config.resolve(config.Online, verb, recipe, overrides), options)
-    if verb == "sample":
-        return verbs.run_sample(config.resolve(config.Sample, verb, recipe, overrides), options)
-    if verb == "rank":
-        return verbs.run_rank(config.resolve(config.Rank, verb, recipe, overrides), options)
-    if verb == "eval":
-        return verbs.run_eval(config.resolve(config.Eval, verb, recipe, overrides), options)
     if verb == "demo":
         from whet.cli.demo.run import demo
 
         return demo(fields)
-    raise _unknown_verb(verb)
+    if verb not in {**OFFLINE, **ONLINE, **OTHERS}:
+        raise _unknown_verb(verb)
+    from whet.cli import config, verbs
+    from whet.cli.recipe import kind_of
+
+    resolved = config.resolve(kind_of(verb), verb, recipe, list(fields.items()))
+    options = verbs.Options(resume, quiet)
+    if verb in OFFLINE:
+        return verbs.run_offline(verb, resolved, options)
+    if verb in ONLINE:
+        return verbs.run_online(verb, resolved, options)
+    others: dict[str, Callable[..., Any]] = {"sample": verbs.run_sample, "rank": verbs.run_rank, "eval": verbs.run_eval}
+    return others[verb](resolved, options)
 
 
 def _command(words: list[str]) -> int:
@@ -184,6 +182,7 @@ def _overview() -> str:
 
 def _verb_help(verb: str) -> str:
     from whet.cli import config, help
+    from whet.cli.recipe import kind_of
 
     about = {**OFFLINE, **ONLINE, **OTHERS}[verb]
     lines = [
@@ -197,8 +196,7 @@ def _verb_help(verb: str) -> str:
         lines.append("  --seed     which world and which random choices [0]")
         lines.append("  --out      folder; an earlier demo there is set aside [runs/demo]")
         return "\n".join([*lines, "  --quick    a short form, which only shows that everything runs [False]"])
-    kinds = {"sample": config.Sample, "rank": config.Rank, "eval": config.Eval}
-    kind = kinds.get(verb, config.offline(verb) if verb in OFFLINE else config.Online)
+    kind = kind_of(verb)
     defaults = config.resolve(kind, verb, None, [])
     lines += help.recipe_lines(kind, defaults)
     modules = {"reward": ("methods/reward.py", ["k_way", "pairwise", "log_exp", "absolute"])}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from whet.cli import build, config
+from whet.cli import recipe as fields
 from whet.dials import Sampling
 from whet.errors import RecipeError, UserError
 from whet.feedback import Question, ScoreRanker
@@ -42,18 +43,18 @@ class Options:
     quiet: bool = False
 
 
-def run_offline(verb: str, recipe: config.Offline, options: Options) -> Path:
+def run_offline(verb: str, recipe: fields.Offline, options: Options) -> Path:
     """pretrain, sft, reward, dpo, ipo: rows of a file through an objective. Returns the run folder."""
     _threads(recipe.threads)
     folder = _folder(recipe, verb, options)
     name, terms = verb, SFT
-    if isinstance(recipe, config.RewardModel | config.Preference):
+    if isinstance(recipe, fields.RewardModel | fields.Preference):
         dials = dict(recipe.method)
-        name = dials.pop("name", "k_way") if isinstance(recipe, config.RewardModel) else verb
-        registry = reward.METHODS if isinstance(recipe, config.RewardModel) else preference.METHODS
+        name = dials.pop("name", "k_way") if isinstance(recipe, fields.RewardModel) else verb
+        registry = reward.METHODS if isinstance(recipe, fields.RewardModel) else preference.METHODS
         terms = build.chosen_method(registry, name, dials, config.leaves(type(recipe)))
     tokenizer, chat = build.tokenizer_and_chat(recipe.model)
-    if isinstance(recipe, config.RewardModel) and tokenizer.pad_token_id == tokenizer.eos_token_id:
+    if isinstance(recipe, fields.RewardModel) and tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise RecipeError(
             "model.pad_token: the pad token is the end token, and other tools would then read the saved reward model one token "
             "early; name another token with --model.pad-token"
@@ -66,7 +67,7 @@ def run_offline(verb: str, recipe: config.Offline, options: Options) -> Path:
     evaluation = build.evaluation_of(recipe.data, read)
     steps = build.steps_of(recipe.train, sum(map(len, sources)))
 
-    if isinstance(recipe, config.RewardModel):
+    if isinstance(recipe, fields.RewardModel):
         role = build.scorer_role(
             "reward",
             recipe.model,
@@ -79,7 +80,7 @@ def run_offline(verb: str, recipe: config.Offline, options: Options) -> Path:
     else:
         role = build.causal_role("policy", recipe.model, tokenizer, trained=True, seed=recipe.seed)
     roles = {role.name: role}
-    if isinstance(recipe, config.Preference):
+    if isinstance(recipe, fields.Preference):
         roles["reference"] = build.reference_role(recipe.model, role, recipe.reference, tokenizer)
     learner = LocalLearner(
         roles, {role.name: recipe.optim}, total=steps, budget=recipe.train.micro_tokens, packed=recipe.train.packing,
@@ -96,17 +97,17 @@ def run_offline(verb: str, recipe: config.Offline, options: Options) -> Path:
             stop=stop, title=verb, quiet=options.quiet,
         )  # fmt: skip
     _close(run)
-    if isinstance(recipe, config.RewardModel) and recipe.head.standardise:
+    if isinstance(recipe, fields.RewardModel) and recipe.head.standardise:
         _standardise(role, evaluate.scores(learner, terms, [element for source in sources for element in source]))
     learner.export(role.name, run.folder / "model", tokenizer, merge=recipe.model.export == "merged")
     return run.folder
 
 
-def run_online(verb: str, recipe: config.Online, options: Options) -> Path:
+def run_online(verb: str, recipe: fields.Online, options: Options) -> Path:
     """ppo, grpo and the other online methods. Returns the run folder."""
     _threads(recipe.threads)
     folder = _folder(recipe, verb, options)
-    algorithm = build.chosen_method(online_methods.METHODS, verb, recipe.method, config.leaves(config.Online))
+    algorithm = build.chosen_method(online_methods.METHODS, verb, recipe.method, config.leaves(fields.Online))
     if not recipe.reward:
         raise RecipeError(
             'reward: what scores the answers? give --reward with a reward-model folder or "file.py:function"'
@@ -117,7 +118,7 @@ def run_online(verb: str, recipe: config.Online, options: Options) -> Path:
     prompts = build.rows_of(recipe.data, reader.prompts)
     build.check_columns(prompts)
     ptx = (
-        build.reader_of(recipe.model, config.Rows(), chat).demonstrations(read_rows(recipe.ptx.data))
+        build.reader_of(recipe.model, fields.Rows(), chat).demonstrations(read_rows(recipe.ptx.data))
         if recipe.ptx.data
         else []
     )
@@ -153,7 +154,7 @@ def run_online(verb: str, recipe: config.Online, options: Options) -> Path:
     return run.folder
 
 
-def run_sample(recipe: config.Sample, options: Options) -> Path:
+def run_sample(recipe: fields.Sample, options: Options) -> Path:
     """K answers for every prompt of a file: the rows with `responses`. Returns the file."""
     _threads(recipe.threads)
     out = _out_file(recipe.out, "sample")
@@ -175,7 +176,7 @@ def run_sample(recipe: config.Sample, options: Options) -> Path:
     return out
 
 
-def run_rank(recipe: config.Rank, options: Options) -> Path:
+def run_rank(recipe: fields.Rank, options: Options) -> Path:
     """Answers become rankings: by a judge function, or by the `scores` the rows carry. Returns the file."""
     out = _out_file(recipe.out, "rank")
     ranker: Any = ScoreRanker()
@@ -210,7 +211,7 @@ def run_rank(recipe: config.Rank, options: Options) -> Path:
     return out
 
 
-def run_eval(recipe: config.Eval, options: Options) -> dict[str, float]:
+def run_eval(recipe: fields.Eval, options: Options) -> dict[str, float]:
     """Win rate against another model under judges; or a reward model's accuracy; or the loss on held-out rows."""
     _threads(recipe.threads)
     if (recipe.against is None) != (not recipe.judge):
@@ -223,7 +224,7 @@ def run_eval(recipe: config.Eval, options: Options) -> dict[str, float]:
     return numbers
 
 
-def _win_rates(recipe: config.Eval) -> dict[str, float]:
+def _win_rates(recipe: fields.Eval) -> dict[str, float]:
     """Both models answer every prompt once, independently; each judge scores; KL of the model to the other, in nats."""
     assert recipe.against is not None
     tokenizer, chat = build.tokenizer_and_chat(recipe.model)
@@ -268,7 +269,7 @@ def _win_rates(recipe: config.Eval) -> dict[str, float]:
     return numbers
 
 
-def _held_out(recipe: config.Eval) -> dict[str, float]:
+def _held_out(recipe: fields.Eval) -> dict[str, float]:
     tokenizer, chat = build.tokenizer_and_chat(recipe.model)
     reader = build.reader_of(recipe.model, recipe.data, chat)
     if load.is_scorer(recipe.model.path):
@@ -282,14 +283,14 @@ def _held_out(recipe: config.Eval) -> dict[str, float]:
     return {key.rpartition("/")[2]: value for key, value in evaluate.held_out(learner, terms, elements).items()}
 
 
-def _prompts(model: config.Frozen, data: config.Rows, chat: Chat, sampling: Sampling) -> list[Prompt]:
+def _prompts(model: fields.Frozen, data: fields.Rows, chat: Chat, sampling: Sampling) -> list[Prompt]:
     """The prompts of a file, each with room for an answer."""
     reader = build.reader_of(model, data, chat, room=sampling.max_new_tokens)
     return build.rows_of(data, reader.prompts)
 
 
 def _answers(
-    recipe: config.Sample | config.Eval, role: Role, chat: Chat, prompts: Sequence[Prompt], count: int, seed: int
+    recipe: fields.Sample | fields.Eval, role: Role, chat: Chat, prompts: Sequence[Prompt], count: int, seed: int
 ) -> list[Group]:
     generator = LocalGenerator(role, chat.end_ids, chat.text, unit=recipe.answers_at_once)
     return evaluate.answers(generator, prompts, recipe.sampling, count=count, seed=seed)

@@ -1,0 +1,322 @@
+"""The fields of every recipe: frozen records, light to import, each field with its meaning, unit and range."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from whet.dials import Count, LoRA, NotNegativeInt, Optim, Positive, Sampling, Share
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Which model, and how it is loaded."""
+
+    path: str = ""
+    """Hugging Face folder or hub name"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    """"auto" is float32, and bfloat16 under adapters on a GPU"""
+    device: str = "auto"
+    """"cpu", "cuda", "cuda:1", ...; "auto" takes a GPU where there is one"""
+    trust_remote_code: bool = False
+    """run code that comes with the model"""
+    quantise: Literal["none", "4bit"] = "none"
+    """"4bit" loads the base in 4 bits for LoRA (QLoRA); needs a GPU"""
+    chat_template: str | None = None
+    """"plain" (### Human / ### Assistant), "none" (prompt and completion joined), a Jinja file; default: the tokenizer's own"""
+    pad_token: str | None = None
+    """a token to pad with, for tokenizers that have none"""
+
+
+@dataclass(frozen=True)
+class Model(Frozen):
+    """Which model, and how it is loaded and trained."""
+
+    lora: LoRA | None = None
+    """train adapters instead of all weights"""
+    export: Literal["merged", "adapter"] = "merged"
+    """what the result of a LoRA run holds"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, more time"""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data file and its share of the draws."""
+
+    path: str
+    """a .jsonl, .parquet or .csv file, or a dataset's name ("name:split")"""
+    weight: Positive = 1.0
+    """relative share when several are mixed"""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which rows, and what is done with long ones."""
+
+    train: str | list[Source] = ""
+    """a file or dataset; a list of {path, weight} is mixed by weight"""
+    eval: str | None = None
+    """held-out rows of the same form"""
+    max_tokens: Annotated[int, msgspec.Meta(ge=2)] | None = None
+    """longest sequence; default: what the model's positions allow"""
+    too_long: Literal["error", "drop", "cut"] = "error"
+    """what happens to a longer row"""
+    turns: Literal["all", "last"] = "all"
+    """which assistant turns of a conversation are trained"""
+    shuffle: bool = True
+    """a new order each epoch"""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows, where nothing is trained on their texts."""
+
+    train: str = ""
+    """a .jsonl, .parquet or .csv file, or a dataset's name ("name:split")"""
+    max_tokens: Annotated[int, msgspec.Meta(ge=2)] | None = None
+    """longest prompt; default: what the model's positions allow beside an answer"""
+    too_long: Literal["error", "drop"] = "error"
+    """what happens to a longer row"""
+
+
+@dataclass(frozen=True)
+class Loop:
+    """How the work is cut, and what is kept."""
+
+    micro_tokens: Count = 8192
+    """most tokens of one forward pass, padding counted; changes memory and speed, never a number"""
+    packing: bool = False
+    """lay rows behind one another instead of padding them"""
+    save_every: NotNegativeInt = 0
+    """updates (online: rollouts) between checkpoints; one is always saved at the end, when interrupted and when a step fails"""
+    keep: Count = 2
+    """checkpoints that stay"""
+
+
+@dataclass(frozen=True)
+class Train(Loop):
+    """How long, and in which portions."""
+
+    epochs: Positive = 1.0
+    """passes over the data"""
+    steps: Count | None = None
+    """updates in all; overrides epochs"""
+    batch: Count = 32
+    """elements (conversations, pairs, rankings) per update"""
+    dropout: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
+    """residual dropout with addressed masks"""
+    eval_every: NotNegativeInt = 0
+    """updates between evaluations on data.eval; 0: at the end"""
+
+
+@dataclass(frozen=True)
+class Head:
+    """The scalar head of a reward model."""
+
+    readout: Literal["last", "mean", "sum"] | None = None
+    """the score is read on the last token, or is the mean or sum of all answer tokens'; default: as saved, last when new"""
+    standardise: bool = False
+    """afterwards shift and scale the scores to mean 0 and deviation 1 over the training answers"""
+
+
+@dataclass(frozen=True)
+class Offline:
+    """Recipe of pretrain and sft, and what reward, dpo and ipo share with them."""
+
+    model: Model = Model()
+    data: Data = Data()
+    optim: Optim = Optim()
+    train: Train = Train()
+    seed: NotNegativeInt = 0
+    """every random choice is a function of it"""
+    out: str = ""
+    """run folder"""
+    threads: NotNegativeInt = 0
+    """CPU threads; 0 leaves torch's own choice"""
+    trackers: tuple[str, ...] = ()
+    """tensorboard, wandb, trackio, mlflow, ... (needs whet[trackers])"""
+
+
+@dataclass(frozen=True)
+class RewardModel(Offline):
+    """Recipe of reward."""
+
+    method: dict[str, Any] = field(default_factory=dict)
+    """`name` (k_way, pairwise, log_exp, absolute) and its own dials"""
+    head: Head = Head()
+
+
+@dataclass(frozen=True)
+class Preference(Offline):
+    """Recipe of dpo and ipo."""
+
+    method: dict[str, Any] = field(default_factory=dict)
+    """the method's own dials"""
+    reference: str | None = None
+    """the reference model; default: the model itself"""
+
+
+@dataclass(frozen=True)
+class RewardSource:
+    """One reward: a model folder, or a function."""
+
+    source: str
+    """a reward-model folder, or "file.py:function" """
+    weight: float = 1.0
+    """its share of the score"""
+    name: str | None = None
+    """its name in the logs"""
+    dense: bool = False
+    """a reward model gives its score at every token"""
+
+
+@dataclass(frozen=True)
+class Critic:
+    """The critic of methods that have one."""
+
+    path: str | None = None
+    """where it starts; default: the first reward model, else the model with a fresh head"""
+    optim: Optim | None = None
+    """its optimiser; default: the policy's"""
+
+
+@dataclass(frozen=True)
+class Ptx:
+    """The pre-training stream of PPO-ptx."""
+
+    data: str | None = None
+    """`text` (or completion) rows"""
+    batch: Count = 32
+    """rows per update"""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """How experience is gathered and used."""
+
+    steps: Count = 100
+    """rollouts in all"""
+    prompts: Count = 64
+    """prompts per rollout"""
+    minibatch: Count | None = None
+    """answers per update; default: all of a rollout"""
+    epochs: Count = 1
+    """passes over each rollout"""
+    answers_at_once: Count = 256
+    """answers that are generated together"""
+    stop_kl: Positive | None = None
+    """end a rollout's updates once a mini-batch's KL(old || new) exceeds this, in nats per token (it needs several updates)"""
+    ema: Share | None = None
+    """keep an average of the policy with this weight of the past; it is exported beside the policy"""
+
+
+@dataclass(frozen=True)
+class Online:
+    """Recipe of ppo, ppo_kl, instructgpt, deepspeed_chat, grpo, reinforce, ..."""
+
+    model: Model = Model()
+    reference: str | None = None
+    """reference model; default: the model itself"""
+    critic: Critic = Critic()
+    reward: list[RewardSource] = field(default_factory=list)
+    """what scores the answers; several are summed by weight"""
+    data: Rows = Rows()
+    """`prompt` rows; their other fields reach reward functions"""
+    ptx: Ptx = Ptx()
+    method: dict[str, Any] = field(default_factory=dict)
+    """the method's own dials"""
+    sampling: Sampling = Sampling()
+    rollout: Rollout = Rollout()
+    optim: Optim = Optim()
+    train: Loop = Loop()
+    trunk: Literal["separate", "shared"] = "separate"
+    """"shared": one base model in memory, policy, critic and reward as adapters on it, the reference without (needs lora)"""
+    seed: NotNegativeInt = 0
+    """every random choice is a function of it"""
+    out: str = ""
+    """run folder"""
+    threads: NotNegativeInt = 0
+    """CPU threads; 0 leaves torch's own choice"""
+    trackers: tuple[str, ...] = ()
+    """tensorboard, wandb, trackio, mlflow, ... (needs whet[trackers])"""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Recipe of sample: K answers per prompt."""
+
+    model: Frozen = Frozen()
+    data: Rows = Rows()
+    """`prompt` rows"""
+    count: Count = 4
+    """answers per prompt"""
+    sampling: Sampling = Sampling()
+    answers_at_once: Count = 256
+    """answers that are generated together"""
+    seed: NotNegativeInt = 0
+    """every random choice is a function of it"""
+    out: str = ""
+    """JSONL file: the rows with `responses`"""
+    threads: NotNegativeInt = 0
+    """CPU threads; 0 leaves torch's own choice"""
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Recipe of rank: `responses` rows become ranking rows."""
+
+    data: Rows = Rows()
+    """rows with `prompt` and `responses`, and `scores` when there is no judge"""
+    judge: str | None = None
+    """"file.py:function": f(prompts, completions, **columns) -> scores"""
+    judge_form: Literal["score", "rank"] = "score"
+    """"rank": the function is f(prompt, responses, **columns) -> ranks"""
+    out: str = ""
+    """JSONL file: the rows with `ranks`"""
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Recipe of eval: win rate under judges, reward-model accuracy, or held-out loss."""
+
+    model: Frozen = Frozen()
+    against: str | None = None
+    """the other model of a win rate"""
+    judge: list[str] = field(default_factory=list)
+    """what scores the answers of a win rate: "file.py:function" or a reward-model folder; several are told apart"""
+    data: Rows = Rows()
+    """prompts (win rate), rankings or pairs (accuracy of a reward model), text or conversations (loss)"""
+    sampling: Sampling = Sampling()
+    answers_at_once: Count = 256
+    """answers that are generated together"""
+    answers: str | None = None
+    """JSONL file for both models' answers with their scores and KL"""
+    micro_tokens: Count = 8192
+    """most tokens of one forward pass"""
+    seed: NotNegativeInt = 0
+    """every random choice is a function of it"""
+    out: str | None = None
+    """JSON file for the numbers"""
+    threads: NotNegativeInt = 0
+    """CPU threads; 0 leaves torch's own choice"""
+
+
+def kind_of(verb: str) -> type:
+    """The record of a verb's recipe."""
+    others = {"sample": Sample, "rank": Rank, "eval": Eval, "reward": RewardModel, "dpo": Preference, "ipo": Preference}
+    return others.get(verb, Offline if verb in ("pretrain", "sft") else Online)
+
+
+MAIN_FIELD: Mapping[type, str] = {
+    Frozen: "path",
+    Model: "path",
+    Data: "train",
+    Rows: "train",
+    RewardSource: "source",
+    Source: "path",
+    Critic: "path",
+    Ptx: "data",
+}
+"""What a bare value given for a whole section means: `--model DIR` is `--model.path DIR`."""
