@@ -94,6 +94,14 @@ def test_whiten_without_variance_is_zero() -> None:
     close(whiten(f64([[3.0, 3.0, 3.0, 9.0]]), bits("1110")), [[0.0] * 4])
 
 
+@pytest.mark.parametrize("junk", [9.0, -9.0, nan])
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_the_rounding_of_a_mean_is_no_variance(junk: float, ddof: int) -> None:
+    x = torch.tensor([[0.1] * 7 + [junk]])  # in float32 their mean is another number
+    assert whiten(x, bits("11111110"), ddof=ddof).tolist() == [[0.0] * 8]
+    assert torch.equal(whiten(x, bits("11111110"), ddof=ddof, shift_mean=False)[:, :7], x[:, :7])
+
+
 def test_the_gradient_of_whiten_goes_through_mean_and_deviation() -> None:
     # z = 0 -1 1 of deviation 1 and weights w = 5 -2 6 of mean 3: (w - mean w - z (w . z) / (n - 1)) / deviation
     weights, mask = f64([[5.0, -2.0, 6.0, 9.0]]), bits("1110")

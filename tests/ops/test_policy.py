@@ -23,6 +23,8 @@ CLIPPED = [  # ratio, A, loss and its derivative by the ratio at low 0.2, high 0
     (1.25, -2.0, 2.5, 2.0),
     (1.5, -2.0, 3.0, 2.0),  # min(-3.0, -2.6)
     (1.5, 0.0, 0.0, 0.0),
+    (1.5, 0.5, -0.65, 0.0),
+    (1.5, -0.5, 0.75, 0.5),
 ]
 DUAL = [  # the same where A >= 0 or ratio <= bound = 1.75
     *CLIPPED,

@@ -76,6 +76,11 @@ def test_numbers_per_token_by_hand_whatever_the_padding_holds(place, expected: l
     close(grad_of(lambda x: place(x, MASK), f64(KL))[0], MASK * f64(gradient)[:, None])
 
 
+def test_an_answer_of_one_token_pays_its_kl_once() -> None:
+    for mean in (True, False):
+        close(per_sequence(f64([[0.5, nan], [nan, 0.25]]), bits("10", "01"), mean=mean), [[0.5, 0.0], [0.0, 0.25]])
+
+
 def test_the_gradient_of_attention_is_blind_to_the_padding() -> None:
     # s a / (a + b) with a = 1, b = 3, s = 8: d / da = s b / (a + b)^2 = 1.5, d / db = -s a / (a + b)^2 = -0.5
     alpha, mask = f64([[1.0, nan, 3.0, nan]]), bits("1010")
@@ -88,6 +93,7 @@ def test_last_index_skips_holes_and_is_zero_for_an_empty_row() -> None:
 
 def test_weighted_sum_by_hand() -> None:
     close(weighted_sum(f64([[1.0, 10.0, 100.0], [2.0, 0.0, -1.0]]), weights=(1.0, 0.5, -0.25)), [-19.0, 2.25])
+    close(grad_of(lambda r: weighted_sum(r, weights=(2.0, -3.0)), f64([[1.0, 1.0]]))[0], [[2.0, -3.0]])
 
 
 @pytest.mark.parametrize("weights", [(1.0,), (1.0, 1.0, 1.0)])
@@ -101,4 +107,6 @@ def test_clip_score_bounds_both_sides() -> None:
 
 
 def test_penalise_takes_the_amount_from_cut_answers_only() -> None:
-    close(penalise(f64([1.0, 1.0, -2.0]), torch.tensor([True, False, True]), amount=1.5), [-0.5, 1.0, -3.5])
+    score, truncated = f64([1.0, 1.0, -2.0]), torch.tensor([True, False, True])
+    close(penalise(score, truncated, amount=1.5), [-0.5, 1.0, -3.5])
+    close(grad_of(lambda s: penalise(s, truncated, amount=1.5), score)[0], [1.0, 1.0, 1.0])

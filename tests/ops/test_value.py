@@ -60,6 +60,7 @@ def test_explained_variance_is_zero_where_the_returns_are_constant(mask: str) ->
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_explained_variance_is_zero_for_constant_returns_that_binary_cannot_write(dtype: torch.dtype) -> None:
-    returns = torch.full((1, 7), 0.1, dtype=dtype)
-    value = torch.arange(7, dtype=dtype)[None]
-    assert explained_variance(value, returns, bits("1" * 7)).abs() < 1e-6
+    value = torch.arange(8, dtype=dtype)[None]
+    for junk in (9.0, -9.0, nan):
+        returns = torch.tensor([[0.1] * 7 + [junk]], dtype=dtype)
+        assert explained_variance(value, returns, bits("11111110")) == 0
