@@ -9,10 +9,10 @@ import torch
 from models import helpers as h
 
 from whet.dials import Sampling
-from whet.generate import Request, ScriptedGenerator, Weights
+from whet.generate import Request, ScriptedGenerator
 from whet.generate.local import LocalGenerator
 from whet.models.roles import Role
-from whet.records import Sample
+from whet.records import Sample, Weights
 
 END = (1, 5)
 PROMPTS = [h.prompt(i, ids) for i, ids in enumerate([(2,), (3, 4, 6, 7, 8, 9), (10, 11), (12, 13, 14)])]

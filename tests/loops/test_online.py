@@ -12,7 +12,7 @@ from models import helpers as h
 
 from whet.dials import KL, Sampling, Truncated
 from whet.errors import RunStopped
-from whet.generate import Request, Weights
+from whet.generate import Request
 from whet.generate.local import LocalGenerator
 from whet.learner.local import LocalLearner
 from whet.loops import online, selfcheck
@@ -20,7 +20,7 @@ from whet.loops.record import Run, read_metrics
 from whet.methods import Algorithm, credited
 from whet.methods import online as methods
 from whet.models.roles import Role
-from whet.records import COLUMNS, Batch, Group
+from whet.records import COLUMNS, Batch, Group, Weights
 from whet.rewards import Scores, Weighted
 
 END = (1, 5, 9)

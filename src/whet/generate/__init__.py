@@ -1,5 +1,5 @@
 """Who answers: the Generator seam and its adapters."""
 
-from whet.generate.base import Generator, Request, ScriptedGenerator, Weights
+from whet.generate.base import Generator, Request, ScriptedGenerator
 
-__all__ = ["Generator", "Request", "ScriptedGenerator", "Weights"]
+__all__ = ["Generator", "Request", "ScriptedGenerator"]

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from whet.dials import Sampling
 from whet.ops import address, addressed_uniform
-from whet.records import Prompt, Sample
+from whet.records import Prompt, Sample, Weights
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,6 @@ class Request:
     answer: int
     sampling: Sampling
     seed: int
-
-
-@dataclass(frozen=True)
-class Weights:
-    """What a learner hands to a generator: the version, and a handle (here the policy role itself)."""
-
-    version: int
-    handle: Any
 
 
 class Generator(Protocol):

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from whet.dials import Sampling
-from whet.generate.base import Request, Weights, draw
+from whet.generate.base import Request, draw
 from whet.models.roles import Role
 from whet.ops import token_logprobs
-from whet.records import Sample
+from whet.records import Sample, Weights
 
 DROP_SHARE = 0.25
 """The cache is compacted when this share of its rows has finished."""

@@ -7,10 +7,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from whet.generate.base import Weights
 from whet.methods import Term
 from whet.ops import Counts
-from whet.records import Batch
+from whet.records import Batch, Weights
 
 Work = Sequence[tuple[Term, Batch, Counts]]
 """One update: the terms of the objective, each with its mini-batch and that mini-batch's global counts."""

@@ -10,14 +10,13 @@ from torch import Tensor
 
 from whet.dials import Optim
 from whet.errors import CheckpointError, RunStopped
-from whet.generate.base import Weights
 from whet.learner.base import Step, Work
 from whet.models.dropout import Dropout
 from whet.models.load import decoder_layers
 from whet.models.readers import BARE, read
 from whet.models.roles import Role
 from whet.ops import address
-from whet.records import Batch, measured, micro_batches
+from whet.records import Batch, Weights, measured, micro_batches
 from whet.records.files import write_json
 
 

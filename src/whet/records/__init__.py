@@ -4,10 +4,10 @@ from whet.records.batching import micro_batches, minibatches, order, pad_ids, ta
 from whet.records.chat import PLAIN, Chat, chat_format
 from whet.records.columns import COLUMNS, Column, measured
 from whet.records.data import Located, Reader, numbers, ranks_of, read_rows
-from whet.records.types import Batch, Element, Group, Labelled, Pair, Prompt, Ranking, Row, Sample, pad
+from whet.records.types import Batch, Element, Group, Labelled, Pair, Prompt, Ranking, Row, Sample, Weights, pad
 
 __all__ = [
     "COLUMNS", "PLAIN", "Batch", "Chat", "Column", "Element", "Group", "Labelled", "Located", "Pair", "Prompt",
-    "Ranking", "Reader", "Row", "Sample", "chat_format", "measured", "micro_batches", "minibatches", "numbers", "order", "pad",
+    "Ranking", "Reader", "Row", "Sample", "Weights", "chat_format", "measured", "micro_batches", "minibatches", "numbers", "order", "pad",
     "pad_ids", "ranks_of", "read_rows", "take_elements",
 ]  # fmt: skip

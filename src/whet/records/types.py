@@ -74,6 +74,14 @@ class Group:
         ]
 
 
+@dataclass(frozen=True)
+class Weights:
+    """What a learner hands to a generator: the version, and a handle (here the policy role itself)."""
+
+    version: int
+    handle: Any
+
+
 @dataclass(frozen=True, eq=False)
 class Row:
     """One token sequence: ids (S,) int64, `start` the first response position (>= 1), mask (S - start,) bool.
