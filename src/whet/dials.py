@@ -95,10 +95,10 @@ class KL:
     """KL to aim at, in nats per answer"""
     horizon: Count = 10_000
     """answers over which the adaptive controller acts"""
-    estimator: Literal["k1", "k2", "k3"] = "k1"
-    """how the KL is estimated on the sampled tokens"""
-    where: Literal["token", "sequence"] = "token"
-    """"token" charges each token its own; "sequence" charges sum KL / length on the last one"""
+    estimator: Literal["k1", "k2", "k3", "exact"] = "k1"
+    """how the KL is estimated on the sampled tokens; "exact" sums over the whole vocabulary"""
+    where: Literal["token", "sequence", "sequence_sum"] = "token"
+    """"token" charges each token its own; "sequence" charges sum KL / length on the last one, "sequence_sum" sum KL"""
 
 
 @dataclass(frozen=True)
@@ -110,3 +110,29 @@ class Truncated:
     after its last token stands for all that would have followed, its score included"""
     amount: NotNegative = 1.0
     """what a missing end token costs under "penalise", in units of the score"""
+
+
+@dataclass(frozen=True)
+class Value:
+    """The critic's loss: squared error to the returns, clipped around the old value."""
+
+    clip: Positive | None = 0.2
+    """how far the value may move from the old one; null is free"""
+    weight: Positive = 1.0
+    """its weight beside the policy's loss; the critic is a model of its own, so this scales its gradient alone"""
+    lam: Share | None = None
+    """lambda of the critic's own target (VAPO: 1); null is the credit's"""
+
+
+@dataclass(frozen=True)
+class Entropy:
+    """A bonus for the entropy of the policy's distributions, in nats per token."""
+
+    coef: NotNegative = 0.001
+    """its weight; with a target, the weight it starts with"""
+    target: Positive | None = None
+    """its weight rises while the rollouts' entropy is at or below this, and falls above it; null keeps it fixed"""
+    step: Positive = 0.005
+    """how much the weight rises or falls after each rollout"""
+    most: Positive = 1.0
+    """largest weight"""

@@ -2,10 +2,10 @@
 
 import copy
 import difflib
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,23 @@ import msgspec
 import torch
 from torch import nn
 
-from whet import ops
+from whet import catalogue, ops
+from whet.choices import (
+    DIALS,
+    NARROWER,
+    ONLINE_SLOTS,
+    PLAIN_SLOTS,
+    PREFERENCE_SLOTS,
+    REWARD_SLOTS,
+    Choice,
+    named,
+)
 from whet.cli import config
 from whet.cli import recipe as fields
-from whet.dials import Optim
+from whet.dials import NotNegative, Optim
 from whet.errors import DataError, ModelError, RecipeError
-from whet.methods import Algorithm, Term, part
+from whet.methods import Algorithm, Objective
+from whet.methods.compose import dials_of, found
 from whet.models import load, lora
 from whet.models.roles import Role, readout_of
 from whet.records import Chat, Element, Prompt, Reader, chat_format, read_rows
@@ -27,34 +38,76 @@ from whet.rewards.functions import FunctionReward, load_function
 from whet.rewards.model import ModelReward
 
 
-def chosen_method(
-    registry: Mapping[str, Callable[..., Any]], name: str, dials: Mapping[str, Any], others: Sequence[str] = ()
-) -> Any:
-    """The method of this name with these dials, each checked against the function's own signature.
+def checked(verb: str, method: Mapping[str, Any], others: Sequence[str] = ()) -> dict[str, Any]:
+    """The slots of a recipe's method, each name, type and range checked; records and parts keep their plain form.
 
     `others` are the recipe's other fields: what is neither is named with the nearest of both.
     """
-    if name not in registry:
-        raise config.unknown(name, list(registry))
-    function = registry[name]
-    parameters = inspect.signature(function, eval_str=True).parameters
-    for dial in dials:
-        if dial not in parameters:
-            near = difflib.get_close_matches(dial, [*parameters, *others], n=1)
+    known = catalogue.slots_of(verb, method.get("name"))
+    table = REWARD_SLOTS if verb == "reward" else {**ONLINE_SLOTS, **PREFERENCE_SLOTS}
+    out: dict[str, Any] = {}
+    for slot, value in method.items():
+        if slot == "name" and verb == "reward":
+            continue
+        if slot not in known:
+            near = difflib.get_close_matches(slot, [*known, *others], n=1)
             if near and near[0] in others:
-                raise config.unknown(dial, others)
-            raise config.unknown(f"method.{dial}", [f"method.{known}" for known in parameters])
-    for dial, value in dials.items():
-        annotation = parameters[dial].annotation
-        if isinstance(value, Mapping):
-            inner = config.section(annotation)
-            known = config.fields_of(inner) if inner else {}
-            for key in value:
-                if key not in known:
-                    raise config.unknown(f"method.{dial}.{key}", [f"method.{dial}.{other}" for other in known])
-    form = msgspec.defstruct(name, [(p.name, p.annotation, p.default) for p in parameters.values()], frozen=True)
-    given = config.converted(dials, form, "method")
-    return function(**{key: getattr(given, key) for key in dials})
+                raise config.unknown(slot, others)
+            raise config.unknown(f"method.{slot}", [f"method.{one}" for one in known])
+        if slot in PLAIN_SLOTS:
+            out[slot] = _checked_plain(slot, value)
+        elif isinstance(value, list):
+            if slot != "loss" or verb == "reward" or not value:
+                raise RecipeError(f"method.{slot}: it holds one part; got a list of {len(value)}")
+            out[slot] = [_checked_part(slot, one, table[slot], {"weight": 1.0}) for one in map(named, value)]
+        elif (
+            value is None
+            and known[slot] is not None
+            and slot not in ("whiten", "ratio", "normalise", "overlong", "bound", "select")
+        ):
+            raise RecipeError(f"method.{slot}: it cannot be left out; known are {', '.join(table[slot])}")
+        else:
+            out[slot] = value if value is None else _checked_part(slot, value, table[slot], {})
+    if verb == "reward" and out["loss"]["name"] != method["name"]:
+        raise RecipeError(
+            f"method.loss.name: --method.name picks loss and rows together; got {out['loss']['name']!r} with {method['name']!r}"
+        )
+    return out
+
+
+def _checked_plain(slot: str, value: Any) -> Any:
+    kind = PLAIN_SLOTS[slot][0]
+    inner = config.section(kind)
+    if inner is not None and isinstance(value, Mapping):
+        for key in value:
+            if key not in config.fields_of(inner):
+                raise config.unknown(
+                    f"method.{slot}.{key}", [f"method.{slot}.{other}" for other in config.fields_of(inner)]
+                )
+    form = msgspec.defstruct("method", [(slot, kind)], frozen=True)
+    return getattr(config.converted({slot: value}, form, "method"), slot)
+
+
+def _checked_part(slot: str, spec: Any, known: Mapping[str, Choice], more: Mapping[str, Any]) -> dict[str, Any]:
+    """The spec of a part with its dials checked by their word's type and range; `more` are dials of the slot itself."""
+    if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
+        raise RecipeError(f"method.{slot}: expected the name of a part, or {{name: ..., dial: ...}}; got {spec!r}")
+    choice = found(slot, known, spec["name"])
+    own = dials_of(choice)
+    fields_ = []
+    for dial in spec:
+        if dial == "name":
+            continue
+        if dial not in own and dial not in more:
+            names = [f"method.{slot}.{one}" for one in (*own, *more)]
+            if not names:
+                raise RecipeError(f"method.{slot}.{dial}: {spec['name']} has no dials; leave it out")
+            raise config.unknown(f"method.{slot}.{dial}", names)
+        kind = NARROWER.get(choice.op, {}).get(dial) or (NotNegative if dial in more else DIALS[dial][0])
+        fields_.append((dial, kind))
+    form = msgspec.defstruct("part", fields_, frozen=True)
+    given = config.converted({key: value for key, value in spec.items() if key != "name"}, form, f"method.{slot}")
+    return {"name": spec["name"]} | {dial: getattr(given, dial) for dial, _ in fields_}
 
 
 def source_of(model: fields.Frozen, path: str | None = None) -> load.Source:
@@ -90,7 +143,9 @@ def reader_of(model: fields.Frozen, data: fields.Data | fields.Rows, chat: Chat,
     mend = "raise --data.max-tokens" if longest < limit - room else "the model has no more positions"
     if room:
         mend = "lower --max-new-tokens" if mend.startswith("the") else mend
-    return Reader(chat, longest, mend, data.too_long, data.turns if isinstance(data, fields.Data) else "all")
+    return Reader(
+        chat, longest, mend, data.too_long, *((data.turns, data.separator) if isinstance(data, fields.Data) else ())
+    )
 
 
 def rows_of(data: fields.Rows, read: Callable[[Sequence[Any]], list]) -> list:
@@ -107,9 +162,9 @@ def sources_of(data: fields.Data, read: Callable[[Sequence[Any]], list]) -> tupl
     return [read(read_rows(one.path)) for one in data.train], [one.weight for one in data.train]
 
 
-def guarded(read: Callable[[Sequence[Any]], list], terms: Sequence[Term], name: str) -> Callable[[Sequence[Any]], list]:
+def guarded(read: Callable[[Sequence[Any]], list], objective: Objective, name: str) -> Callable[[Sequence[Any]], list]:
     """The reading, with rows refused whose `margin` or `probability` no term of the method reads."""
-    reads = frozenset().union(*(term.reads() for term in terms))
+    reads = objective.reads()
 
     def checked(rows: Sequence[Any]) -> list:
         for column in ("margin", "probability"):
@@ -276,16 +331,19 @@ def rewards_of(recipe: fields.Online, tokenizer: Any, trunk: Role | None = None)
     for number, one in enumerate(recipe.reward):
         if one.dense and not is_model(one.source):
             raise RecipeError(f"reward.{number}.dense: a function decides itself; it returns one list per answer")
+        ends = step_ends(tokenizer, one.step)
         if trunk is not None and lora.is_adapter(one.source):
             head = lora.add_from_folder(trunk.wrapped, f"reward{number}", one.source)
             role = Role(
                 f"reward{number}", trunk.model, False, wrapped=trunk.wrapped, adapter=f"reward{number}", head=head,
                 **readout_of(one.source),
             )  # fmt: skip
-            found = Weighted(name_of(one.source), ModelReward(role, budget=recipe.train.micro_tokens, dense=one.dense))
+            scored = Weighted(
+                name_of(one.source), ModelReward(role, budget=recipe.train.micro_tokens, dense=one.dense, ends=ends)
+            )
         else:
-            found = reward(one.source, recipe.model, tokenizer, recipe.train.micro_tokens, dense=one.dense)
-        out.append(replace(found, name=one.name or found.name, weight=one.weight))
+            scored = reward(one.source, recipe.model, tokenizer, recipe.train.micro_tokens, dense=one.dense, ends=ends)
+        out.append(replace(scored, name=one.name or scored.name, weight=one.weight))
     return distinct(out)
 
 
@@ -298,13 +356,28 @@ def distinct(rewards: Sequence[Weighted]) -> list[Weighted]:
     return out
 
 
-def reward(source: str, model: fields.Frozen, tokenizer: Any, budget: int, *, dense: bool = False) -> Weighted:
+def step_ends(tokenizer: Any, separator: str | None) -> Callable[[int], bool] | None:
+    """Whether a step ends with a token: it has the separator in its text. None where no separator was given."""
+    if separator is None:
+        return None
+    return cache(lambda token: separator in tokenizer.decode([token]))
+
+
+def reward(
+    source: str,
+    model: fields.Frozen,
+    tokenizer: Any,
+    budget: int,
+    *,
+    dense: bool = False,
+    ends: Callable[[int], bool] | None = None,
+) -> Weighted:
     """A function or a reward-model folder as a reward, under its own name."""
     name = name_of(source)
     if not is_model(source):
         return Weighted(name, FunctionReward(load_function(source), name))
     role, chat = reward_role(source, model, tokenizer, name)
-    return Weighted(name, ModelReward(role, chat=chat, budget=budget, dense=dense))
+    return Weighted(name, ModelReward(role, chat=chat, budget=budget, dense=dense, ends=ends))
 
 
 def name_of(source: str) -> str:
@@ -325,11 +398,6 @@ def reward_role(path: str, model: fields.Frozen, tokenizer: Any, name: str) -> t
     return role, None if same_tokenizer(source, tokenizer) else chat_format(own)
 
 
-def weighted(algorithm: Algorithm, rewards: Sequence[Weighted]) -> Algorithm:
-    """The method with the rewards' weights in its `combine` slot."""
-    return replace(algorithm, combine=part(ops.weighted_sum, weights=tuple(one.weight for one in rewards)))
-
-
 def check_columns(prompts: Sequence[Prompt]) -> None:
     """Refuses prompt rows whose columns would hide what reward functions get from whet."""
     for prompt in prompts:
@@ -342,11 +410,13 @@ def check_columns(prompts: Sequence[Prompt]) -> None:
 
 def check_arithmetic(recipe: fields.Online, algorithm: Algorithm, verb: str) -> int:
     """Refuses impossible numbers; the answers per update."""
-    total = recipe.rollout.prompts * algorithm.answers
+    answers = algorithm.collect.answers
+    total = recipe.rollout.prompts * (1 if algorithm.pairs else answers)
     minibatch = recipe.rollout.minibatch or total
     if minibatch > total:
+        made = "pair each" if algorithm.pairs else f"x {answers} answers"
         raise RecipeError(
-            f"rollout.minibatch: a rollout has {recipe.rollout.prompts} prompts x {algorithm.answers} answers = {total}; "
+            f"rollout.minibatch: a rollout has {recipe.rollout.prompts} prompts {made} = {total}; "
             f"got {minibatch}; set --rollout.minibatch too"
         )
     if not algorithm.has_ratio() and (minibatch < total or recipe.rollout.epochs > 1):
@@ -354,9 +424,17 @@ def check_arithmetic(recipe: fields.Online, algorithm: Algorithm, verb: str) -> 
             f"rollout: {verb} has no ratio to correct for a moved policy, so it takes one update per rollout; "
             f"leave rollout.minibatch out and rollout.epochs at 1 (got {minibatch} of {total}, {recipe.rollout.epochs} epochs)"
         )
-    if any(one.dense for one in recipe.reward) and "token_reward" not in algorithm.credit.reads():
+    whole = algorithm.credit is None or algorithm.credit.op is ops.broadcast
+    if any(one.dense for one in recipe.reward) and whole:
         raise RecipeError(
             f"reward.dense: {verb} credits whole answers, so scores per token would be added up; leave it out"
+        )
+    for number, one in enumerate(recipe.reward):
+        if one.step is not None and not one.dense:
+            raise RecipeError(f"reward.{number}.step: it says where a dense reward has its scores; set dense too")
+    if len(recipe.reward) == 1 and algorithm.combine.op is not ops.weighted_sum:
+        raise RecipeError(
+            "method.combine: a single reward has no spread to be careful about; give several, or weighted_sum"
         )
     if recipe.rollout.ema is not None and recipe.model.lora is not None:
         raise RecipeError("rollout.ema: an average of the policy needs all weights trained; leave model.lora out")
@@ -364,10 +442,11 @@ def check_arithmetic(recipe: fields.Online, algorithm: Algorithm, verb: str) -> 
         raise RecipeError(
             "sampling.temperature: greedy answers have no other side to learn from; use a temperature above 0"
         )
-    if recipe.sampling.truncates:
+    if recipe.rollout.refresh.mix != 1.0 and not recipe.rollout.refresh.every:
+        raise RecipeError("rollout.refresh.mix: the reference is never refreshed; set rollout.refresh.every")
+    if recipe.rollout.refresh.every and (recipe.model.lora is not None or "reference" not in algorithm.roles()):
         raise RecipeError(
-            "sampling: under top_p, top_k or min_p the policy's own log-probs are not those of the distribution sampled from; "
-            "train at top_p 1, top_k 0, min_p 0"
+            "rollout.refresh: it needs a reference that is a model of its own: a method with a KL, and no adapters"
         )
     needs_ptx = any(term.stream == "ptx" for term in algorithm.terms)
     if needs_ptx and not recipe.ptx.data:
@@ -375,6 +454,35 @@ def check_arithmetic(recipe: fields.Online, algorithm: Algorithm, verb: str) -> 
     if recipe.ptx.data and not needs_ptx:
         raise RecipeError(f"ptx.data: {verb} has no ptx term; use the instructgpt method for it")
     return minibatch
+
+
+def reading(name: str, objective: Objective) -> str:
+    """Which records a method is trained on: the name of a reading of `whet.records.Reader`."""
+    return "unpaired" if "good" in objective.reads() else catalogue.READS.get(name, "pairs")
+
+
+def check_reference(recipe: fields.Preference, objective: Objective) -> None:
+    """Refuses options of the reference where there is none, or none of its own."""
+    has = "ref_logp" in objective.reads()
+    refresh = recipe.refresh
+    if not has and (recipe.reference is not None or recipe.precompute or refresh.every):
+        raise RecipeError("reference: this method has none; leave reference, precompute and refresh out")
+    if refresh.every and (recipe.precompute or recipe.model.lora is not None):
+        raise RecipeError("refresh: the reference must be a model of its own; leave precompute and model.lora out")
+    if refresh.mix != 1.0 and not refresh.every:
+        raise RecipeError("refresh.mix: the reference is never refreshed; set refresh.every")
+
+
+def cautions(recipe: fields.Online, algorithm: Algorithm) -> list[str]:
+    """What a run should be warned of before it starts."""
+    out = []
+    sampled = algorithm.penalty is not None and algorithm.penalty.estimator.op is not ops.dense
+    if recipe.sampling.truncates and sampled:
+        out.append(
+            "method.kl: under top_p, top_k or min_p a KL estimated on the sampled tokens is biased, since some tokens are never "
+            "sampled; --kl.estimator exact sums over the whole vocabulary"
+        )
+    return out
 
 
 def steps_of(train: fields.Train, elements: int) -> int:

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from whet import catalogue
+from whet.choices import changed
 from whet.cli.recipe import MAIN_FIELD
 from whet.errors import RecipeError
 
@@ -26,10 +28,10 @@ def resolve(kind: type, verb: str, recipe: str | None, overrides: Sequence[tuple
 
     Raises RecipeError naming the field, the value got and the fix.
     """
-    tree: dict[str, Any] = {}
     shipped = SHIPPED / f"{verb}.yaml"
-    if shipped.is_file():
-        _merge(tree, _expand(kind, read_yaml(shipped), ""))
+    if not shipped.is_file():
+        shipped = SHIPPED / f"{catalogue.shipped_recipe(verb)}.yaml"
+    layers = [_expand(kind, read_yaml(shipped), "")] if shipped.is_file() else []
     if recipe is not None:
         path = Path(recipe)
         if not path.is_file() and (SHIPPED / f"{recipe}.yaml").is_file():
@@ -38,10 +40,36 @@ def resolve(kind: type, verb: str, recipe: str | None, overrides: Sequence[tuple
             raise RecipeError(
                 f"{recipe}: no such recipe; the shipped ones are {', '.join(sorted(p.stem for p in SHIPPED.glob('*.yaml')))}"
             )
-        _merge(tree, _expand(kind, read_yaml(path), ""))
-    for name, value in overrides:
-        _merge(tree, _expand(kind, _nested(kind, name.replace("-", "_"), value), ""))
+        layers.append(_expand(kind, read_yaml(path), ""))
+    layers += [_expand(kind, _nested(kind, name.replace("-", "_"), value), "") for name, value in overrides]
+    tree: dict[str, Any] = {}
+    methods = [_method_of(layer) for layer in layers]
+    for layer in layers:
+        _merge(tree, {key: value for key, value in layer.items() if key != "method"})
+    if "method" in fields_of(kind):
+        tree["method"] = _composed(verb, methods)
     return converted(tree, kind, "")
+
+
+def _method_of(layer: Mapping[str, Any]) -> Mapping[str, Any]:
+    method = layer.get("method") or {}
+    if not isinstance(method, Mapping):
+        raise RecipeError(f"method: expected a mapping of slots, such as {{kl: {{coef: 0.1}}}}; got {method!r}")
+    return method
+
+
+def _composed(verb: str, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The verb's method with every layer's changes, slot by slot; a reward model's method is picked by its `name`."""
+    out: dict[str, Any] = {}
+    if verb == "reward":
+        names = [layer["name"] for layer in layers if "name" in layer]
+        out["name"] = names[-1] if names else "k_way"
+        if out["name"] not in catalogue.REWARD:
+            raise unknown(str(out["name"]), list(catalogue.REWARD))
+    slots = dict(catalogue.slots_of(verb, out.get("name")))
+    for layer in layers:
+        slots = changed(slots, {key: value for key, value in layer.items() if key != "name" or verb != "reward"})
+    return out | slots
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

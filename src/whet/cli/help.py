@@ -7,8 +7,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from whet.catalogue import REWARD
+from whet.choices import DIALS, HIDDEN, ONLINE_SLOTS, PLAIN_SLOTS, PREFERENCE_SLOTS, REWARD_SLOTS, Choice
 from whet.cli.config import choices, fields_of, section
-from whet.dials import KL, Truncated
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,14 +34,15 @@ def field_docs(module: str) -> dict[str, dict[str, tuple[str, str]]]:
 
 
 @cache
-def method_docs(module: str) -> dict[str, tuple[str, dict[str, str]]]:
-    """Function name -> (first line of its docstring, keyword -> default) of a methods module, without importing it."""
+def op_dials() -> dict[str, dict[str, str]]:
+    """Op name -> keyword-only parameter -> default as written, read off the sources of `ops`."""
     out = {}
-    for node in ast.parse((ROOT / module).read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-            defaults = [ast.unparse(value) if value else "" for value in node.args.kw_defaults]
-            dials = {argument.arg: default for argument, default in zip(node.args.kwonlyargs, defaults, strict=True)}
-            out[node.name] = ((ast.get_docstring(node) or "").split("\n")[0], dials)
+    for path in sorted((ROOT / "ops").glob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef):
+                defaults = [ast.unparse(value) if value else "" for value in node.args.kw_defaults]
+                names = [argument.arg for argument in node.args.kwonlyargs]
+                out[node.name] = dict(zip(names, defaults, strict=True))
     return out
 
 
@@ -65,17 +67,36 @@ def _line(name: str, meaning: str, annotation: Any, shown: str) -> str:
     return f"  --{name.replace('_', '-'):<30}{meaning}{one_of}{shown}"
 
 
-def method_lines(module: str, names: list[str], given: Mapping[str, Any]) -> list[str]:
-    """The dials of the named methods of a module; records among them (`kl`, `truncated`) field by field."""
+def method_lines(verb: str, slots: Mapping[str, Any]) -> list[str]:
+    """One line per slot with what stands in it and what may, and one per dial of the parts that stand there."""
+    table = REWARD_SLOTS if verb == "reward" else {**PREFERENCE_SLOTS, **ONLINE_SLOTS}
     lines = []
-    for name in names:
-        about, dials = method_docs(module)[name]
-        lines.append(f"  {name}: {about}")
-        for dial, default in dials.items():
-            record = {"KL": KL, "Truncated": Truncated}.get(default.partition("(")[0])
-            if record is None:
-                lines.append(f"  --method.{dial.replace('_', '-'):<23}[{given.get(dial, default)}]")
+    if verb == "reward":
+        lines.append(f"  --{'method.name':<30}which rows and loss ({' | '.join(REWARD)}) [{slots['name']}]")
+    for slot, value in slots.items():
+        if slot in PLAIN_SLOTS:
+            kind, meaning = PLAIN_SLOTS[slot]
+            inner = section(kind)
+            if inner is None:
+                lines.append(_line(f"method.{slot}", meaning, kind, f" [{value}]"))
             else:
-                value = eval(default, {"KL": KL, "Truncated": Truncated})
-                lines += recipe_lines(record, value, f"method.{dial}.")
+                lines.append(_line(f"method.{slot}", meaning, kind, " [null]" if value is None else ""))
+                defaults = inner() if value is None else inner(**value)
+                lines += recipe_lines(inner, defaults, f"method.{slot}.")
+        elif slot in table:
+            shown = [one["name"] for one in value] if isinstance(value, list) else value and value["name"]
+            lines.append(
+                f"  --{('method.' + slot).replace('_', '-'):<30}{' | '.join(table[slot])} [{'null' if shown is None else shown}]"
+            )
+            for spec in value if isinstance(value, list) else [value] if value else []:
+                lines += _dial_lines(slot, spec, table[slot][spec["name"]])
     return lines
+
+
+def _dial_lines(slot: str, spec: Mapping[str, Any], choice: Choice) -> list[str]:
+    own = {name: told for name, told in op_dials()[choice.op].items() if name not in HIDDEN + choice.hidden}
+    own |= {name: str(value) for name, value in choice.extra.items()}
+    return [
+        _line(f"method.{slot}.{name}", DIALS[name][1], DIALS[name][0], f" [{spec.get(name, told)}]")
+        for name, told in own.items()
+    ]

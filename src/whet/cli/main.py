@@ -4,25 +4,16 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from whet import catalogue
 from whet.errors import RecipeError, UserError, WhetError
 
 OFFLINE = {
     "pretrain": "next-token training on `text` rows",
     "sft": "instruction tuning on prompt + completion, messages or text rows; the answers are trained",
-    "reward": "a reward model from rankings, pairs or absolute scores",
-    "dpo": "direct preference optimisation on pairs or rankings",
-    "ipo": "identity preference optimisation on pairs or rankings",
+    "reward": "a reward model from rankings, pairs, absolute scores or step labels",
+    **{name: one.about for name, one in catalogue.PREFERENCE.items()},
 }
-ONLINE = {
-    "ppo": "PPO against reward models or functions",
-    "ppo_kl": "PPO with an adaptive KL penalty instead of the clip",
-    "instructgpt": "PPO-ptx: PPO with the pre-training loss in the same update",
-    "deepspeed_chat": "PPO as DeepSpeed-Chat does it",
-    "unclipped": "PPO without its clip",
-    "policy_gradient": "the plain policy gradient with a critic",
-    "reinforce": "REINFORCE, no critic",
-    "grpo": "group-relative policy optimisation, no critic",
-}
+ONLINE = {name: one.about for name, one in {**catalogue.ONLINE, **catalogue.ONLINE_PREFERENCE}.items()}
 OTHERS = {
     "sample": "K answers for every prompt of a file",
     "rank": "answers become rankings, by a judge function or by their scores",
@@ -173,7 +164,7 @@ def _overview() -> str:
     lines = ["usage: whet VERB [RECIPE.yaml] [--field value ...] [--resume] [--quiet] [--debug]", ""]
     for title, verbs in (("train on a file", OFFLINE), ("train on own answers", ONLINE), ("the rest", OTHERS)):
         lines.append(f"{title}:")
-        lines += [f"  {verb.replace('_', '-'):<16} {about}" for verb, about in verbs.items()]
+        lines += [f"  {verb.replace('_', '-'):<22} {about}" for verb, about in verbs.items()]
         lines.append("")
     return "\n".join(
         [*lines, "whet VERB --help lists the fields of a verb; every field can be set as --section.field value"]
@@ -199,13 +190,6 @@ def _verb_help(verb: str) -> str:
     kind = kind_of(verb)
     defaults = config.resolve(kind, verb, None, [])
     lines += help.recipe_lines(kind, defaults)
-    modules = {"reward": ("methods/reward.py", ["k_way", "pairwise", "log_exp", "absolute"])}
-    modules |= {name: ("methods/online.py", [name]) for name in ONLINE}
-    modules |= {name: ("methods/preference.py", [name]) for name in ("dpo", "ipo")}
-    if verb in modules:
-        lines += [
-            "",
-            "the method's dials [default]:",
-            *help.method_lines(*modules[verb], getattr(defaults, "method", {})),
-        ]
+    if getattr(defaults, "method", None):
+        lines += ["", "the method's slots [default]:", *help.method_lines(verb, defaults.method)]
     return "\n".join([*lines, "", "flags: --resume (continue a run), --quiet, --debug (show tracebacks)"])

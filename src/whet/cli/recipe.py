@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from whet.catalogue import PREFERENCE
 from whet.dials import Count, LoRA, NotNegativeInt, Optim, Positive, Sampling, Share
 
 
@@ -65,6 +66,8 @@ class Data:
     """what happens to a longer row"""
     turns: Literal["all", "last"] = "all"
     """which assistant turns of a conversation are trained"""
+    separator: str = "\n"
+    """what stands between the steps of `completions` rows (reward --method.name process)"""
     shuffle: bool = True
     """a new order each epoch"""
 
@@ -122,8 +125,18 @@ class Head:
 
 
 @dataclass(frozen=True)
+class Refresh:
+    """A reference that follows the policy (TR-DPO, Gorbatovski et al. 2024; iterative GRPO, Shao et al. 2024)."""
+
+    every: NotNegativeInt = 0
+    """updates (online: rollouts) between refreshes; 0 is never"""
+    mix: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+    """reference <- (1 - mix) reference + mix policy; TR-DPO: 0.6"""
+
+
+@dataclass(frozen=True)
 class Offline:
-    """Recipe of pretrain and sft, and what reward, dpo and ipo share with them."""
+    """Recipe of pretrain and sft, and what reward and the preference methods share with them."""
 
     model: Model = Model()
     data: Data = Data()
@@ -144,18 +157,21 @@ class RewardModel(Offline):
     """Recipe of reward."""
 
     method: dict[str, Any] = field(default_factory=dict)
-    """`name` (k_way, pairwise, log_exp, absolute) and its own dials"""
+    """`name` (k_way, pairwise, log_exp, absolute, process) and its slots"""
     head: Head = Head()
 
 
 @dataclass(frozen=True)
 class Preference(Offline):
-    """Recipe of dpo and ipo."""
+    """Recipe of the preference methods: dpo, orpo, kto, ..."""
 
     method: dict[str, Any] = field(default_factory=dict)
-    """the method's own dials"""
+    """the method's slots"""
     reference: str | None = None
     """the reference model; default: the model itself"""
+    precompute: bool = False
+    """measure the reference once before training instead of at every update"""
+    refresh: Refresh = Refresh()
 
 
 @dataclass(frozen=True)
@@ -170,6 +186,8 @@ class RewardSource:
     """its name in the logs"""
     dense: bool = False
     """a reward model gives its score at every token"""
+    step: str | None = None
+    """with dense: only at tokens with this text in them (such as "\\n"), which end a step, and at the answer's end"""
 
 
 @dataclass(frozen=True)
@@ -201,7 +219,7 @@ class Rollout:
     prompts: Count = 64
     """prompts per rollout"""
     minibatch: Count | None = None
-    """answers per update; default: all of a rollout"""
+    """answers (in online preference methods: pairs) per update; default: all of a rollout"""
     epochs: Count = 1
     """passes over each rollout"""
     answers_at_once: Count = 256
@@ -210,11 +228,12 @@ class Rollout:
     """end a rollout's updates once a mini-batch's KL(old || new) exceeds this, in nats per token (it needs several updates)"""
     ema: Share | None = None
     """keep an average of the policy with this weight of the past; it is exported beside the policy"""
+    refresh: Refresh = Refresh()
 
 
 @dataclass(frozen=True)
 class Online:
-    """Recipe of ppo, ppo_kl, instructgpt, deepspeed_chat, grpo, reinforce, ..."""
+    """Recipe of the online methods: ppo, grpo, rloo, online_dpo, ..."""
 
     model: Model = Model()
     reference: str | None = None
@@ -226,7 +245,7 @@ class Online:
     """`prompt` rows; their other fields reach reward functions"""
     ptx: Ptx = Ptx()
     method: dict[str, Any] = field(default_factory=dict)
-    """the method's own dials"""
+    """the method's slots"""
     sampling: Sampling = Sampling()
     rollout: Rollout = Rollout()
     optim: Optim = Optim()
@@ -252,6 +271,12 @@ class Sample:
     """`prompt` rows"""
     count: Count = 4
     """answers per prompt"""
+    reward: list[RewardSource] = field(default_factory=list)
+    """what scores the answers; several are summed by weight"""
+    keep: Literal["all", "best"] = "all"
+    """"best" writes the answer with the highest score alone, as prompt and completion: best of n as SFT data"""
+    micro_tokens: Count = 8192
+    """most tokens of one forward pass of a reward model"""
     sampling: Sampling = Sampling()
     answers_at_once: Count = 256
     """answers that are generated together"""
@@ -305,8 +330,8 @@ class Eval:
 
 def kind_of(verb: str) -> type:
     """The record of a verb's recipe."""
-    others = {"sample": Sample, "rank": Rank, "eval": Eval, "reward": RewardModel, "dpo": Preference, "ipo": Preference}
-    return others.get(verb, Offline if verb in ("pretrain", "sft") else Online)
+    others = {"sample": Sample, "rank": Rank, "eval": Eval, "reward": RewardModel, "pretrain": Offline, "sft": Offline}
+    return others.get(verb, Preference if verb in PREFERENCE else Online)
 
 
 MAIN_FIELD: Mapping[type, str] = {

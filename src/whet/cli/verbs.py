@@ -21,9 +21,7 @@ from whet.learner.local import LocalLearner
 from whet.loops import evaluate, offline, online
 from whet.loops.interrupt import graceful
 from whet.loops.record import Run
-from whet.methods import online as online_methods
-from whet.methods import preference, reward
-from whet.methods.part import Term, part
+from whet.methods import Objective, Term, compose, part
 from whet.models import load
 from whet.models.roles import Role
 from whet.ops import address, nll, token_mean
@@ -31,7 +29,7 @@ from whet.records import Chat, Group, Prompt, numbers, read_rows
 from whet.records.files import write_json, write_jsonl
 from whet.rewards.functions import called, load_function
 
-SFT = (Term("policy", "train", part(nll), token_mean),)
+SFT = Objective((Term("policy", "train", part(nll), token_mean, name="nll"),))
 """The objective of SFT and pre-training: the mean over all trained tokens of -log pi."""
 
 
@@ -47,12 +45,13 @@ def run_offline(verb: str, recipe: fields.Offline, options: Options) -> Path:
     """pretrain, sft, reward, dpo, ipo: rows of a file through an objective. Returns the run folder."""
     _threads(recipe.threads)
     folder = _folder(recipe, verb, options)
-    name, terms = verb, SFT
+    name, objective = verb, SFT
     if isinstance(recipe, fields.RewardModel | fields.Preference):
-        dials = dict(recipe.method)
-        name = dials.pop("name", "k_way") if isinstance(recipe, fields.RewardModel) else verb
-        registry = reward.METHODS if isinstance(recipe, fields.RewardModel) else preference.METHODS
-        terms = build.chosen_method(registry, name, dials, config.leaves(type(recipe)))
+        slots = build.checked(verb, recipe.method, config.leaves(type(recipe)))
+        name = recipe.method["name"] if isinstance(recipe, fields.RewardModel) else verb
+        objective = compose.reward_of(slots) if isinstance(recipe, fields.RewardModel) else compose.preference_of(slots)
+    if isinstance(recipe, fields.Preference):
+        build.check_reference(recipe, objective)
     tokenizer, chat = build.tokenizer_and_chat(recipe.model)
     if isinstance(recipe, fields.RewardModel) and tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise RecipeError(
@@ -60,9 +59,9 @@ def run_offline(verb: str, recipe: fields.Offline, options: Options) -> Path:
             "early; name another token with --model.pad-token"
         )
     reader = build.reader_of(recipe.model, recipe.data, chat)
-    reading = {"pretrain": "texts", "sft": "demonstrations", "reward": reward.READS.get(name, "")}.get(verb, "pairs")
+    reading = {"pretrain": "texts", "sft": "demonstrations"}.get(verb) or build.reading(name, objective)
     read: Callable[[Sequence[Any]], list] = getattr(reader, reading)
-    read = build.guarded(read, terms, name) if terms is not SFT else read
+    read = build.guarded(read, objective, name) if objective is not SFT else read
     sources, weights = build.sources_of(recipe.data, read)
     evaluation = build.evaluation_of(recipe.data, read)
     steps = build.steps_of(recipe.train, sum(map(len, sources)))
@@ -80,7 +79,7 @@ def run_offline(verb: str, recipe: fields.Offline, options: Options) -> Path:
     else:
         role = build.causal_role("policy", recipe.model, tokenizer, trained=True, seed=recipe.seed)
     roles = {role.name: role}
-    if isinstance(recipe, fields.Preference):
+    if isinstance(recipe, fields.Preference) and "ref_logp" in objective.reads():
         roles["reference"] = build.reference_role(recipe.model, role, recipe.reference, tokenizer)
     learner = LocalLearner(
         roles, {role.name: recipe.optim}, total=steps, budget=recipe.train.micro_tokens, packed=recipe.train.packing,
@@ -90,15 +89,18 @@ def run_offline(verb: str, recipe: fields.Offline, options: Options) -> Path:
         steps, recipe.train.batch, recipe.seed, recipe.data.shuffle, recipe.train.save_every,
         recipe.train.eval_every or (steps if evaluation else 0), recipe.train.keep,
     )  # fmt: skip
+    if isinstance(recipe, fields.Preference):
+        every, mix = recipe.refresh.every, recipe.refresh.mix
+        plan = replace(plan, refresh=every, refresh_mix=mix, precompute=recipe.precompute)
     run = _open(folder, recipe, options)
     with graceful() as stop:
         offline.train(
-            terms, learner, sources, plan, run, weights=weights, evaluation=evaluation, resume=options.resume,
+            objective, learner, sources, plan, run, weights=weights, evaluation=evaluation, resume=options.resume,
             stop=stop, title=verb, quiet=options.quiet,
         )  # fmt: skip
     _close(run)
     if isinstance(recipe, fields.RewardModel) and recipe.head.standardise:
-        _standardise(role, evaluate.scores(learner, terms, [element for source in sources for element in source]))
+        _standardise(role, evaluate.scores(learner, objective, [element for source in sources for element in source]))
     learner.export(role.name, run.folder / "model", tokenizer, merge=recipe.model.export == "merged")
     return run.folder
 
@@ -107,7 +109,9 @@ def run_online(verb: str, recipe: fields.Online, options: Options) -> Path:
     """ppo, grpo and the other online methods. Returns the run folder."""
     _threads(recipe.threads)
     folder = _folder(recipe, verb, options)
-    algorithm = build.chosen_method(online_methods.METHODS, verb, recipe.method, config.leaves(fields.Online))
+    slots = build.checked(verb, recipe.method, config.leaves(fields.Online))
+    longest, weights = recipe.sampling.max_new_tokens, [one.weight for one in recipe.reward] or [1.0]
+    algorithm = compose.online_of(slots, longest=longest, weights=weights)
     if not recipe.reward:
         raise RecipeError(
             'reward: what scores the answers? give --reward with a reward-model folder or "file.py:function"'
@@ -127,8 +131,9 @@ def run_online(verb: str, recipe: fields.Online, options: Options) -> Path:
     cast = build.cast(recipe, algorithm, tokenizer)
     if recipe.trunk == "shared":
         rewards = build.rewards_of(recipe, tokenizer, cast.roles["policy"])
-    algorithm = build.weighted(algorithm, rewards)
-    total = recipe.rollout.prompts * algorithm.answers
+    for caution in build.cautions(recipe, algorithm):
+        print(f"whet: {caution}", file=sys.stderr)
+    total = recipe.rollout.prompts * (1 if algorithm.pairs else algorithm.collect.answers)
     learner = LocalLearner(
         cast.roles, cast.optims, total=recipe.rollout.steps * recipe.rollout.epochs * -(-total // minibatch),
         budget=recipe.train.micro_tokens, packed=recipe.train.packing, seed=recipe.seed,
@@ -139,7 +144,8 @@ def run_online(verb: str, recipe: fields.Online, options: Options) -> Path:
         seed=recipe.seed, ptx_batch=recipe.ptx.batch, stop_kl=recipe.rollout.stop_kl, ema=recipe.rollout.ema,
         equal_start=recipe.reference in (None, recipe.model.path), end_ids=chat.end_ids,
         canary=min(160, load.positions(build.source_of(recipe.model))), half=build.source_of(recipe.model).half,
-        save_every=recipe.train.save_every, keep=recipe.train.keep,
+        save_every=recipe.train.save_every, keep=recipe.train.keep, refresh=recipe.rollout.refresh.every,
+        refresh_mix=recipe.rollout.refresh.mix,
     )  # fmt: skip
     run = _open(folder, recipe, options)
     with graceful() as stop:
@@ -155,25 +161,40 @@ def run_online(verb: str, recipe: fields.Online, options: Options) -> Path:
 
 
 def run_sample(recipe: fields.Sample, options: Options) -> Path:
-    """K answers for every prompt of a file: the rows with `responses`. Returns the file."""
+    """K answers for every prompt of a file: the rows with `responses`, and `scores` where rewards are given; or the best
+    alone as `prompt` and `completion`. Returns the file."""
     _threads(recipe.threads)
     out = _out_file(recipe.out, "sample")
+    if recipe.keep == "best" and not recipe.reward:
+        raise RecipeError("keep: which answer is the best? give --reward with a reward-model folder or a function")
     tokenizer, chat = build.tokenizer_and_chat(recipe.model)
+    rewards = [
+        (one.weight, build.reward(one.source, recipe.model, tokenizer, recipe.micro_tokens)) for one in recipe.reward
+    ]
     prompts = _prompts(recipe.model, recipe.data, chat, recipe.sampling)
     role = build.causal_role("policy", recipe.model, tokenizer, trained=False, seed=0)
     groups = _answers(recipe, role, chat, prompts, recipe.count, recipe.seed)
-    write_jsonl(
-        out,
-        [
-            {
-                **group.prompt.row,
-                "responses": [sample.text for sample in group.samples],
-                "finish": [sample.finish for sample in group.samples],
-            }
-            for group in groups
-        ],
-    )
+    rows: list[dict[str, Any]] = [
+        {
+            **group.prompt.row,
+            "responses": [sample.text for sample in group.samples],
+            "finish": [sample.finish for sample in group.samples],
+        }
+        for group in groups
+    ]
+    if rewards:
+        each = [weight * one.reward.score(groups).answer.double() for weight, one in rewards]
+        for row, scores in zip(rows, torch.stack(each).sum(0).reshape(len(rows), -1).tolist(), strict=True):
+            row["scores"] = scores
+    write_jsonl(out, [_best(row) for row in rows] if recipe.keep == "best" else rows)
     return out
+
+
+def _best(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A demonstration made of a row's best answer: one that ended before one that was cut off, then by score."""
+    order = sorted(range(len(row["scores"])), key=lambda n: (row["finish"][n] == "length", -row["scores"][n]))
+    kept = {key: value for key, value in row.items() if key not in ("responses", "finish", "scores")}
+    return kept | {"completion": row["responses"][order[0]], "score": row["scores"][order[0]]}
 
 
 def run_rank(recipe: fields.Rank, options: Options) -> Path:
@@ -274,13 +295,13 @@ def _held_out(recipe: fields.Eval) -> dict[str, float]:
     reader = build.reader_of(recipe.model, recipe.data, chat)
     if load.is_scorer(recipe.model.path):
         role = build.scorer_role("reward", recipe.model, tokenizer, trained=False, seed=0, path=recipe.model.path)
-        terms, reading = reward.k_way(), "rankings"
+        objective, reading = compose.reward("k_way"), "rankings"
     else:
         role = build.causal_role("policy", recipe.model, tokenizer, trained=False, seed=0)
-        terms, reading = SFT, "demonstrations"
+        objective, reading = SFT, "demonstrations"
     elements = build.rows_of(recipe.data, getattr(reader, reading))
     learner = LocalLearner({role.name: role}, {}, total=1, budget=recipe.micro_tokens)
-    return {key.rpartition("/")[2]: value for key, value in evaluate.held_out(learner, terms, elements).items()}
+    return {key.rpartition("/")[2]: value for key, value in evaluate.held_out(learner, objective, elements).items()}
 
 
 def _prompts(model: fields.Frozen, data: fields.Rows, chat: Chat, sampling: Sampling) -> list[Prompt]:

@@ -89,14 +89,16 @@ class LocalGenerator:
         cache.batch_select_indices(owner.to(self.role.device))
         tokens: list[list[int]] = [[] for _ in requests]
         logps: list[list[float]] = [[] for _ in requests]
+        supports: list[list[tuple[int, ...]]] = [[] for _ in requests]
         ended = [False] * len(requests)
         limit = max(request.sampling.max_new_tokens for request in requests)
         for position in range(limit):
-            chosen, logp = _choose(logits, [requests[index] for index in live], position)
-            for index, token, value in zip(live, chosen.tolist(), logp.tolist(), strict=True):
+            chosen, logp, support = _choose(logits, [requests[index] for index in live], position)
+            for index, token, value, could in zip(live, chosen.tolist(), logp.tolist(), support, strict=True):
                 if not ended[index]:
                     tokens[index].append(token)
                     logps[index].append(value)
+                    supports[index].append(could)
                     full = len(tokens[index]) >= requests[index].sampling.max_new_tokens
                     ended[index] = full or token in self.end_ids
             left = [row for row, index in enumerate(live) if not ended[index]]
@@ -112,8 +114,9 @@ class LocalGenerator:
             Sample(
                 request.draw, request.answer, tuple(ids_), tuple(logp_), self.version,
                 "stop" if ids_[-1] in self.end_ids else "length", self.text(ids_),
+                tuple(support_) if request.sampling.truncates and request.sampling.temperature > 0 else None,
             )
-            for request, ids_, logp_ in zip(requests, tokens, logps, strict=True)
+            for request, ids_, logp_, support_ in zip(requests, tokens, logps, supports, strict=True)
         ]  # fmt: skip
 
 
@@ -123,11 +126,15 @@ def _new_cache(role: Role) -> Any:
     return DynamicCache(config=role.model.config)
 
 
-def _choose(logits: Tensor, requests: Sequence[Request], position: int) -> tuple[Tensor, Tensor]:
-    """(token, log-prob it was sampled with), each (B,). Rows with the same dials are treated together."""
+def _choose(logits: Tensor, requests: Sequence[Request], position: int) -> tuple[Tensor, Tensor, list[tuple[int, ...]]]:
+    """(token, log-prob it was sampled with, the tokens that could be drawn where some could not), each per row.
+
+    Rows with the same dials are treated together.
+    """
     dials = {request.sampling for request in requests}
     token = torch.zeros(len(requests), dtype=torch.long, device=logits.device)
     logp = torch.zeros(len(requests), dtype=logits.dtype, device=logits.device)
+    support: list[tuple[int, ...]] = [()] * len(requests)
     for sampling in dials:
         rows = [row for row, request in enumerate(requests) if request.sampling == sampling]
         index = torch.tensor(rows, device=logits.device)
@@ -137,7 +144,10 @@ def _choose(logits: Tensor, requests: Sequence[Request], position: int) -> tuple
         processed = truncated_logprobs(logits[index], sampling)
         chosen = draw(processed.exp(), [requests[row] for row in rows], position)
         token[index], logp[index] = chosen, processed.gather(-1, chosen[:, None])[:, 0]
-    return token, logp
+        if sampling.truncates:
+            for row, kept in zip(rows, ~processed.isneginf(), strict=True):
+                support[row] = tuple(kept.nonzero()[:, 0].tolist())
+    return token, logp, support
 
 
 def truncated_logprobs(logits: Tensor, sampling: Sampling) -> Tensor:

@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from whet.methods import Term
+from whet.methods import Part, Term
 from whet.ops import Counts
-from whet.records import Batch, Weights
+from whet.records import COLUMNS, Batch, Weights
 
 Work = Sequence[tuple[Term, Batch, Counts]]
 """One update: the terms of the objective, each with its mini-batch and that mini-batch's global counts."""
@@ -57,3 +57,11 @@ class Learner(Protocol):
 
     def export(self, role: str, folder: Path, tokenizer: Any = None, *, merge: bool = True) -> None:
         """A standard Hugging Face folder of one role."""
+
+
+def look_across(learner: Learner, select: Sequence[tuple[str, Part]], batch: Batch) -> Batch:
+    """The mini-batch with the columns that look across it, computed at the learner's weights of now without gradient."""
+    fresh = frozenset(name for _, one in select for name in one.reads() if COLUMNS[name].hop == "select")
+    fresh = frozenset(name for name in fresh if COLUMNS[name].role is not None)
+    seen = learner.measure(batch, fresh) if fresh else batch
+    return batch.with_columns(**{name: one(seen.columns) for name, one in select})

@@ -52,11 +52,10 @@ class LocalLearner:
         """See `Learner.measure`. The micro-batches are those of `update`, so unchanged weights give unchanged bits."""
         out: dict[str, Tensor] = {}
         for name, wanted in measured(columns).items():
-            role = self.roles[name]
             bare = frozenset(column.reads or "" for column in wanted)
             now: dict[str, Tensor] = {}
             for rows in micro_batches(batch, self.budget):
-                _collect(now, read(role, batch.take(rows), bare, packed=self.packed), rows, batch)
+                _collect(now, self._read(name, batch.take(rows), bare), rows, batch)
             out |= {column.name: now[column.reads or ""] for column in wanted}
         return batch.with_columns(**out)
 
@@ -159,6 +158,12 @@ class LocalLearner:
         """See `Learner.export`."""
         self.roles[role].export(folder, tokenizer, merge=merge)
 
+    def _read(
+        self, name: str, batch: Batch, columns: frozenset[str], dropout: Dropout | None = None
+    ) -> dict[str, Tensor]:
+        reference = self.roles.get("reference")
+        return read(self.roles[name], batch, columns, packed=self.packed, dropout=dropout, reference=reference)
+
     def _frozen(self) -> dict[str, str]:
         """A mark for the weights of each role that no update changes: a frozen model, or the base under an adapter."""
         marks: dict[int, str] = {}
@@ -192,11 +197,11 @@ class LocalLearner:
         for (name, _), items in together.items():
             batch = items[0][1].with_columns(number=torch.arange(len(items[0][1].rows)))
             now = streams.setdefault(items[0][0].stream, {})
-            wanted = frozenset().union(*(term.reads() for term, _, _ in items)) & set(BARE) - batch.columns.keys()
+            wanted = frozenset().union(*(term.reads() for term, _, _ in items)) & BARE - batch.columns.keys()
             for rows in micro_batches(batch, self.budget):
                 micro = batch.take(rows)
                 with dropout or nullcontext():
-                    fresh = read(self.roles[name], micro, wanted, packed=self.packed, dropout=dropout)
+                    fresh = self._read(name, micro, wanted, dropout)
                     columns = {key: value.to(self.roles[name].device) for key, value in micro.columns.items()} | fresh
                     shares = [(term.label, term.share(columns, counts)) for term, _, counts in items]
                     if train:

@@ -7,24 +7,26 @@ from torch import Tensor
 
 from whet.dials import Sampling
 from whet.generate import Generator, Request
-from whet.learner import Learner
-from whet.methods import Term
+from whet.learner import Learner, look_across
+from whet.methods import Objective
 from whet.ops import Counts, address, addressed_uniform
 from whet.records import Batch, Element, Group, Prompt
 
 
 def held_out(
-    learner: Learner, terms: Sequence[Term], elements: Sequence[Element], *, batch: int = 64
+    learner: Learner, objective: Objective, elements: Sequence[Element], *, batch: int = 64
 ) -> dict[str, float]:
-    """The terms' losses over all held-out elements (global counts: the split changes nothing), and for rankings and
+    """The objective's losses over all held-out elements (global counts: the split changes nothing), and for rankings and
     pairs the share of untied pairs that the model orders right, `accuracy`."""
     parts = [Batch.of(elements[start : start + batch]) for start in range(0, len(elements), batch)]
+    terms = objective.terms
     counts = [sum((part.counts(term.mask) for part in parts), Counts(0, 0, 0)) for term in terms]
     losses: dict[str, float] = {}
     right = pairs = 0.0
-    columns = frozenset(name for term in terms for name in term.reads() if name == "ref_logp")
+    columns = objective.reads() & {"ref_logp"}
     for part in parts:
         part = learner.measure(part, columns) if columns else part
+        part = look_across(learner, objective.select, part)
         step = learner.evaluate([(term, part, own) for term, own in zip(terms, counts, strict=True)])
         for name, value in step.losses.items():
             losses[name] = losses.get(name, 0.0) + value
@@ -52,12 +54,14 @@ def kl(learner: Learner, groups: Sequence[Group], temperature: float = 1.0, *, b
     return torch.cat(out)
 
 
-def scores(learner: Learner, terms: Sequence[Term], elements: Sequence[Element], *, batch: int = 64) -> Tensor:
+def scores(learner: Learner, objective: Objective, elements: Sequence[Element], *, batch: int = 64) -> Tensor:
     """The reward model's score of every row of these elements, in order, (n,)."""
     out = []
     for start in range(0, len(elements), batch):
         part = Batch.of(elements[start : start + batch])
-        out.append(learner.evaluate([(term, part, part.counts(term.mask)) for term in terms]).now["train"]["score"])
+        out.append(
+            learner.evaluate([(term, part, part.counts(term.mask)) for term in objective.terms]).now["train"]["score"]
+        )
     return torch.cat(out)
 
 

@@ -2,21 +2,22 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from whet.dials import Sampling
 from whet.generate import Generator, Request
-from whet.learner import Learner, Step
+from whet.learner import Learner, Step, look_across
 from whet.loops import checkpoint, selfcheck
 from whet.loops.interrupt import Stop
 from whet.loops.progress import Progress
 from whet.loops.record import Run, mean_of
-from whet.methods import Algorithm, clip_bounds, credited, diagnostics
+from whet.methods import Algorithm, clip_bounds, credited, diagnostics, outcome, paired, shaped, spread
+from whet.methods.part import mean_reward
 from whet.ops import address, masked_mean, masked_sum
-from whet.records import Batch, Element, Group, Prompt, Row, minibatches, order, pad, take_elements
+from whet.records import Batch, Element, Group, Prompt, Row, minibatches, order, pad, pad_support, take_elements
 from whet.rewards import Weighted, score_all
 
 
@@ -26,7 +27,8 @@ class Plan:
 
     `stop_kl` ends a rollout's updates once KL(old || new) exceeds it (nats per token, a mean over a mini-batch).
     `ema` is the weight of the past in an average of the policy. `equal_start` says that policy and reference began
-    with equal weights, which is then checked. `end_ids` are the tokens that end an answer; `canary` is the length of
+    with equal weights, which is then checked. Every `refresh` rollouts the
+    reference moves by `refresh_mix` towards the policy. `end_ids` are the tokens that end an answer; `canary` is the length of
     the sequence that generator and learner both score after each push; `half` says that weights are in half precision.
     """
 
@@ -44,6 +46,8 @@ class Plan:
     half: bool = False
     save_every: int = 0
     keep: int = 2
+    refresh: int = 0
+    refresh_mix: float = 1.0
 
 
 def train(
@@ -63,13 +67,15 @@ def train(
     quiet: bool = False,
 ) -> None:
     """Runs `plan.steps` rollouts with their updates; a resumed run goes on after its last checkpoint, to the same bits."""
-    if not algorithm.has_ratio() and (plan.epochs > 1 or plan.minibatch < plan.prompts * algorithm.answers):
+    if not algorithm.has_ratio() and (plan.epochs > 1 or plan.minibatch < plan.prompts * algorithm.collect.answers):
         raise ValueError("a method without ratio takes exactly one update per rollout")
-    draws = order([len(prompts)], plan.steps * plan.prompts, plan.seed)
+    hand = _Hand(prompts, plan, algorithm.collect.refill)
     stream = _Stream(ptx, plan)
     found = checkpoint.latest(run.checkpoints) if resume else None
-    loop: dict[str, Any] = checkpoint.load(found, learner) if found else {"step": 0, "state": algorithm.init()}
-    first, state = loop["step"], loop["state"]
+    loop: dict[str, Any] = (
+        checkpoint.load(found, learner) if found else {"step": 0, "state": algorithm.init(), "drawn": 0}
+    )
+    first, state, hand.drawn = loop["step"], loop["state"], loop["drawn"]
     generator.adopt(learner.publish())
     keeper = checkpoint.Keeper(
         run.checkpoints, learner, every=plan.save_every, total=plan.steps, keep=plan.keep, first=first, stop=stop
@@ -77,41 +83,114 @@ def train(
     with keeper, Progress(title, plan.steps, done=first, quiet=quiet) as progress:
         for step in range(first, plan.steps):
             began = time.perf_counter()
-            now = algorithm.at(state)
-            taken = range(step * plan.prompts, (step + 1) * plan.prompts)
-            groups = collect(
-                generator, [(draw, prompts[draws[draw][1]]) for draw in taken], now.answers, sampling, plan.seed
-            )
+            groups, batch, numbers = collected(algorithm.at(state), generator, rewards, hand, sampling, plan)
             sampled = time.perf_counter()
-            batch = gathered(groups, rewards, sampling)
+            state = algorithm.observe(state, outcome(algorithm, batch))
+            now = algorithm.at(state)
+            whole = batch = with_baseline(now, generator, rewards, groups, batch, sampling, plan)
+            if now.pairs:
+                whole = credited(now, batch)
+                batch = paired(whole)
             turns = [
-                minibatches(len(batch.rows), plan.minibatch, address(plan.seed, "minibatch", step, epoch))
+                minibatches(len(batch.elements()), plan.minibatch, address(plan.seed, "minibatch", step, epoch))
                 for epoch in range(plan.epochs)
             ]
             batch = measured(learner, batch, turns[0], now.reads() | {"old_entropy"})
-            batch = credited(now, batch)
-            check_rollout(step, batch, plan, now)
-
-            rows, batch = updates(now, learner, batch, turns, stream, step, plan)
+            if not now.pairs:
+                whole = batch = credited(now, batch)
+            rows: list[dict[str, float]] = []
+            if batch.rows:
+                check_rollout(step, batch, plan, now)
+                rows, batch = updates(now, learner, batch, turns, stream, step, plan)
             if plan.ema is not None:
                 learner.blend("ema", "policy", 1 - plan.ema)
+            if plan.refresh and (step + 1) % plan.refresh == 0:
+                learner.blend("reference", "policy", plan.refresh_mix)
             weights = learner.publish()
             generator.adopt(weights)
-            check_push(step, generator, learner, batch, plan)
+            check_push(step, generator, learner, whole, plan)
 
-            numbers = (
-                rollout_numbers(batch, [one.name for one in rewards])
-                | mean_of(rows)
-                | {f"state/{k}": v for k, v in state.items()}
+            names = [one.name for one in rewards]
+            numbers |= rollout_numbers(whole, names) | policy_numbers(batch) | mean_of(rows)
+            numbers |= {f"state/{key}": value for key, value in state.items()}
+            moved = moved_from(learner, batch) if algorithm.steered() and batch.rows else 0.0
+            seen = {"kl": numbers.get("kl", 0.0), "kl_old": moved, "entropy": numbers.get("entropy", 0.0)}
+            state = algorithm.next(
+                state, seen | {"reward": numbers.get("implicit_reward", 0.0), "sequences": len(whole.rows)}
             )
-            moved = moved_from(learner, batch) if algorithm.steered() else 0.0
-            state = algorithm.next(state, {"kl": numbers.get("kl", 0.0), "kl_old": moved, "sequences": len(batch.rows)})
             done = step + 1
-            run.rollout(done, groups, batch, [one.name for one in rewards])
+            run.rollout(done, groups, whole if now.pairs else batch, names)
             seconds = {"seconds": time.perf_counter() - began, "seconds/generate": sampled - began}
             run.metrics(done, **numbers, **seconds)
             progress.advance(numbers)
-            keeper.done(done, {"state": dict(state)})
+            keeper.done(done, {"state": dict(state), "drawn": hand.drawn})
+
+
+class _Hand:
+    """Prompts in the order in which they are handed out; `drawn` counts them, so that a refilled run resumes as well."""
+
+    def __init__(self, prompts: Sequence[Prompt], plan: Plan, refill: int) -> None:
+        self.prompts, self.drawn = prompts, 0
+        self.order = order([len(prompts)], plan.steps * plan.prompts * (1 + refill), plan.seed)
+
+    def take(self, count: int) -> list[tuple[int, Prompt]]:
+        """The next `count` prompts with their running numbers."""
+        taken = range(self.drawn, self.drawn + count)
+        self.drawn += count
+        return [(draw, self.prompts[self.order[draw][1]]) for draw in taken]
+
+
+def collected(
+    algorithm: Algorithm,
+    generator: Generator,
+    rewards: Sequence[Weighted],
+    hand: "_Hand",
+    sampling: Sampling,
+    plan: Plan,
+) -> tuple[list[Group], Batch, dict[str, float]]:
+    """(the groups of a rollout, their batch, what collecting took).
+
+    With `refill`, groups whose answers all have the same rewards teach nothing and are replaced by those of further
+    prompts, for at most that many rounds (DAPO's dynamic sampling, bounded); what is still missing is made up of the
+    first ones without spread, so that a rollout always has its size.
+    """
+    kept: list[tuple[Group, Batch]] = []
+    spare: list[tuple[Group, Batch]] = []
+    rounds = algorithm.collect.refill
+    turn = 0
+    while len(kept) < plan.prompts and turn <= rounds:
+        turn += 1
+        drawn = hand.take(plan.prompts - len(kept))
+        groups = collect(generator, drawn, algorithm.collect.answers, sampling, plan.seed)
+        batch = gathered(groups, rewards, sampling)
+        if not rounds:
+            return groups, batch, {}
+        useful = spread(algorithm, batch)
+        for number, group in enumerate(groups):
+            rows = (batch["group"] == number).nonzero()[:, 0].tolist()
+            (kept if bool(useful[rows[0]]) else spare).append((group, batch.take(rows)))
+    numbers = {"groups_refilled": float(len(spare)), "rounds": float(turn), "groups_with_spread": float(len(kept))}
+    chosen = kept + spare[: plan.prompts - len(kept)]
+    return [group for group, _ in chosen], Batch.joined([one for _, one in chosen]), numbers
+
+
+def with_baseline(
+    algorithm: Algorithm,
+    generator: Generator,
+    rewards: Sequence[Weighted],
+    groups: Sequence[Group],
+    batch: Batch,
+    sampling: Sampling,
+    plan: Plan,
+) -> Batch:
+    """The batch with `baseline`, the score of a greedy answer to each prompt, where the method asks for one (ReMax)."""
+    if not algorithm.collect.greedy:
+        return batch
+    greedy = replace(sampling, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0)
+    drawn = [(group.samples[0].draw, group.prompt) for group in groups]
+    answers = collect(generator, drawn, 1, greedy, plan.seed)
+    score = shaped(algorithm, gathered(answers, rewards, greedy))["score"]
+    return batch.with_columns(baseline=score[batch["group"]])
 
 
 def collect(
@@ -124,10 +203,13 @@ def collect(
 
 
 def gathered(groups: Sequence[Group], rewards: Sequence[Weighted], sampling: Sampling) -> Batch:
-    """The groups as a batch of rows with group, truncated, temperature, sampler_logp, rewards and token_score."""
+    """The groups as a batch of rows with group, truncated, temperature, sampler_logp, rewards, token_score, step, and the
+    support where some tokens could not be drawn."""
     pairs = [(number, group.prompt, sample) for number, group in enumerate(groups) for sample in group.samples]
     rows = [row for group in groups for row in group.rows()]
-    named, dense = score_all(rewards, groups)
+    named, dense, step = score_all(rewards, groups)
+    supports = [sample.support for _, _, sample in pairs]
+    extra = {"support": pad_support([one for one in supports if one is not None])} if None not in supports else {}
     return Batch.of(rows).with_columns(
         group=torch.tensor([number for number, _, _ in pairs]),
         truncated=torch.tensor([sample.truncated for _, _, sample in pairs]),
@@ -135,6 +217,8 @@ def gathered(groups: Sequence[Group], rewards: Sequence[Weighted], sampling: Sam
         sampler_logp=pad([torch.tensor(sample.sampler_logp) for _, _, sample in pairs]),
         rewards=torch.stack([named[one.name] for one in rewards], 1),
         token_score=dense,
+        step=step,
+        **extra,
     )
 
 
@@ -171,6 +255,7 @@ def updates(
     for epoch, turn in enumerate(turns):
         for number, places in enumerate(turn):
             mini = take_elements(batch, places)
+            mini = look_across(learner, algorithm.select, mini)
             streams = {"rollout": mini, **stream.batch(step, epoch * len(turn) + number, len(turn) * len(turns))}
             work = [(term, streams[term.stream], streams[term.stream].counts(term.mask)) for term in algorithm.terms]
             update = learner.update(work)
@@ -180,6 +265,8 @@ def updates(
             own = (current["logp"] - current["old_logp"]).exp()
             ratio[torch.tensor(places), : own.shape[1]] = own
             rows.append(update_numbers(update) | diagnostics(current, bounds) | {"epoch": epoch})
+            if algorithm.pairs:
+                rows[-1]["implicit_reward"] = mean_reward(algorithm.terms, current.columns)
             if plan.stop_kl is not None and rows[-1]["kl_old"] > plan.stop_kl:
                 rows[-1]["stopped"] = 1.0
                 return rows, batch.with_columns(ratio=ratio)
@@ -197,7 +284,8 @@ def check_rollout(step: int, batch: Batch, plan: Plan, algorithm: Algorithm) -> 
     """The self-checks between measuring and training."""
     selfcheck.tokens(step, batch, plan.end_ids)
     selfcheck.finite(step, batch.columns)
-    selfcheck.sampler_agrees(step, batch, plan.half)
+    if algorithm.correct is None:  # else the gap is expected, and weighed
+        selfcheck.sampler_agrees(step, batch, plan.half)
     if step == 0 and plan.equal_start and "ref_logp" in batch.columns:
         selfcheck.kl_is_zero(step, batch)
     if "old_value" not in batch.columns and algorithm.centred and algorithm.truncated.rule != "mask":
@@ -213,16 +301,24 @@ def check_push(step: int, generator: Generator, learner: Learner, batch: Batch, 
 
 
 def rollout_numbers(batch: Batch, names: Sequence[str]) -> dict[str, float]:
-    """What a rollout was like: score and its spread, each reward, KL in nats per trained answer, entropy in nats per token, length in
-    tokens, share cut off."""
+    """What a rollout's answers were like: score and its spread, each reward, length in tokens, share cut off."""
     lengths = torch.tensor([float(row.response) for row in batch.rows])
     out = {"score": float(batch["score"].mean()), "score_std": float(batch["score"].std(correction=0))}
+    out |= {"length": float(lengths.mean()), "truncated": float(batch["truncated"].float().mean())}
+    return out | {f"reward/{name}": float(batch["rewards"][:, number].mean()) for number, name in enumerate(names)}
+
+
+def policy_numbers(batch: Batch) -> dict[str, float]:
+    """What the policy was like on a rollout: KL to the reference in nats per trained answer, entropy in nats per token,
+    and how far the sampler's log-probs are from the learner's."""
+    if not batch.rows:
+        return {}
+    out = {}
     if "ref_logp" in batch.columns:
-        total = masked_sum(batch["old_logp"] - batch["ref_logp"], batch["mask"], 1)
+        own = batch["old_full_logp"] if "old_full_logp" in batch.columns else batch["old_logp"]
+        total = masked_sum(own - batch["ref_logp"], batch["mask"], 1)
         out["kl"] = float(total.sum() / batch["mask"].any(1).sum().clamp(min=1))
     out["entropy"] = float(masked_mean(batch["old_entropy"], batch["mask"]))
-    out |= {"length": float(lengths.mean()), "truncated": float(batch["truncated"].float().mean())}
-    out |= {f"reward/{name}": float(batch["rewards"][:, number].mean()) for number, name in enumerate(names)}
     gap = (batch["sampler_logp"] - batch["old_logp"])[batch["mask"]].abs()
     return out | {"sampler_gap": float(gap.mean()) if len(gap) else 0.0}
 

@@ -71,7 +71,8 @@ def ratio_is_one(step: int, batch: Batch, now: Mapping[str, Tensor]) -> None:
 
 def kl_is_zero(step: int, batch: Batch) -> None:
     """Where policy and reference began with equal weights, their log-probs are equal to the bit."""
-    off = (batch["old_logp"] - batch["ref_logp"])[batch["mask"]].abs()
+    own = batch["old_full_logp"] if "old_full_logp" in batch.columns else batch["old_logp"]
+    off = (own - batch["ref_logp"])[batch["mask"]].abs()
     if bool((off != 0).any()):
         stop(
             step,

@@ -1,6 +1,36 @@
 """An algorithm is a value: a frozen record of named parts."""
 
-from whet.methods.online import Algorithm, Penalty, clip_bounds, credited, diagnostics
-from whet.methods.part import Part, Term, part
+from whet.methods.algorithm import (
+    Algorithm,
+    Collect,
+    Penalty,
+    clip_bounds,
+    credited,
+    diagnostics,
+    outcome,
+    paired,
+    shaped,
+    spread,
+)
+from whet.methods.compose import online, preference, reward
+from whet.methods.part import Objective, Part, Term, part
 
-__all__ = ["Algorithm", "Part", "Penalty", "Term", "clip_bounds", "credited", "diagnostics", "part"]
+__all__ = [
+    "Algorithm",
+    "Collect",
+    "Objective",
+    "Part",
+    "Penalty",
+    "Term",
+    "clip_bounds",
+    "credited",
+    "diagnostics",
+    "online",
+    "outcome",
+    "paired",
+    "part",
+    "preference",
+    "reward",
+    "shaped",
+    "spread",
+]

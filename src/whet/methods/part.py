@@ -5,13 +5,13 @@ keyword-only parameters are dials; nothing else is written down, so a part canno
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
-from whet.ops import Controller, FixedKL
+from whet.ops import Controller, FixedKL, implicit_reward
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ class Term:
     """One summand of the objective: a loss on a stream of batches, for one role, with weight and reduction.
 
     `loss` gives (B, T) or, for elements, (E,); `reduce` is an op of `whet.ops.reduce`; `mask` names the column that
-    says which positions count. A `Controller` as weight or dial becomes a number through `Algorithm.at`.
+    says which positions count. A `Controller` as weight or dial becomes a number through `settled`. `name` is what the
+    logs call it; the loss's op where it is empty.
     """
 
     role: str
@@ -86,11 +87,12 @@ class Term:
     weight: float | Controller = 1.0
     mask: str = "mask"
     dials: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
 
     @property
     def label(self) -> str:
-        """What the logs call this term: role, stream and op."""
-        return f"{self.role}/{self.stream}/{self.loss.op.__name__}"
+        """What the logs call this term: role, stream and name."""
+        return f"{self.role}/{self.stream}/{self.name or self.loss.op.__name__}"
 
     def reads(self) -> frozenset[str]:
         """Columns of the loss, and the mask."""
@@ -102,17 +104,76 @@ class Term:
         return self.weight * self.reduce(self.loss(columns), columns[self.mask], counts, **self.dials)
 
 
-def controllers(term: Term) -> dict[str, Controller]:
-    """The controllers among the weight and the dials of a term, by name."""
-    found = {"weight": term.weight} if not isinstance(term.weight, (int, float)) else {}
-    return found | {name: dial for name, dial in term.loss.dials.items() if hasattr(dial, "next")}
+State = Mapping[str, float]
+"""What changes between updates: small, JSON, one number a controller."""
 
 
-def resolved(term: Term, values: Mapping[str, float]) -> Term:
-    """The term with its controllers replaced by these numbers."""
-    weight = values.get("weight", term.weight)
-    dials = {name: values.get(name, dial) if hasattr(dial, "next") else dial for name, dial in term.loss.dials.items()}
-    return replace(term, weight=weight, loss=replace(term.loss, dials=dials))
+def steered(terms: Sequence[Term]) -> dict[str, Controller]:
+    """Every controller among the weights and dials of these terms, by the name its number has in the state."""
+    found: dict[str, Controller] = {}
+    for place, term in enumerate(terms):
+        if not isinstance(term.weight, (int, float)):
+            found[f"term{place}.weight"] = term.weight
+        for one in term.loss.walk():
+            found |= {f"term{place}.{name}": dial for name, dial in one.dials.items() if hasattr(dial, "next")}
+    return found
+
+
+def settled(terms: Sequence[Term], state: State) -> tuple[Term, ...]:
+    """The terms with plain numbers from the state in place of their controllers."""
+    out = []
+    for place, term in enumerate(terms):
+        values = {key.split(".")[1]: value for key, value in state.items() if key.startswith(f"term{place}.")}
+        out.append(replace(term, weight=values.get("weight", term.weight), loss=_with_numbers(term.loss, values)))
+    return tuple(out)
+
+
+def _with_numbers(one: Part, values: Mapping[str, float]) -> Part:
+    columns = {
+        name: _with_numbers(source, values) if isinstance(source, Part) else source
+        for name, source in one.columns.items()
+    }
+    dials = {name: values.get(name, dial) if hasattr(dial, "next") else dial for name, dial in one.dials.items()}
+    return Part(one.op, columns, dials)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What one update minimises: its terms, and what is looked up across the whole mini-batch before it.
+
+    `select` are (column, part) pairs, computed once per mini-batch at the weights of then, without gradient.
+    """
+
+    terms: tuple[Term, ...]
+    select: tuple[tuple[str, Part], ...] = ()
+
+    def reads(self) -> frozenset[str]:
+        """Every column that the terms and the look across the mini-batch need."""
+        return frozenset().union(*(term.reads() for term in self.terms), *(one.reads() for _, one in self.select))
+
+    def init(self) -> State:
+        """The small state at the start."""
+        return {name: controller.coef for name, controller in steered(self.terms).items()}
+
+    def at(self, state: State) -> "Objective":
+        """The objective with plain numbers in place of its controllers."""
+        return replace(self, terms=settled(self.terms, state))
+
+    def next(self, state: State, measured: Mapping[str, float]) -> State:
+        """The state after an update at which `measured` was seen: "reward", the mean implicit reward."""
+        return {
+            name: controller.next(state[name], measured[controller.by], 0)
+            for name, controller in steered(self.terms).items()
+        }
+
+
+def mean_reward(terms: Sequence[Term], columns: Mapping[str, Any]) -> float:
+    """The mean implicit reward of a mini-batch's answers as its update saw them: what running means follow; 0 without any."""
+    for term in terms:
+        for one in term.loss.walk():
+            if one.op is implicit_reward:
+                return float(one(columns).mean())
+    return 0.0
 
 
 def fixed(value: float | Controller) -> Controller:

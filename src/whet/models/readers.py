@@ -4,7 +4,7 @@ Token t of a response is predicted from the hidden state one position before it:
 there; scores are read on the tokens themselves. Only response positions are read, so the head never runs over prompts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -14,21 +14,38 @@ from torch.nn import functional
 
 from whet.models.dropout import Dropout
 from whet.models.roles import Role
-from whet.ops import entropy, linear_logprobs, token_logprobs
+from whet.ops import entropy, exact_kl, linear_collision, linear_kl, linear_logprobs, token_logprobs
 from whet.records import Batch, Row, pad_ids
 
-BARE = ("logp", "entropy", "value", "final_value", "score", "token_score")
-"""The columns that can be read: the first two from a causal LM, the others from a scalar head."""
+LANGUAGE = frozenset({"logp", "full_logp", "entropy", "collision", "exact_kl"})
+ATTENTION: dict[str, Callable[[Tensor], Tensor]] = {
+    "attention_mean": lambda weights: weights.mean(1),
+    "attention_max": lambda weights: weights.amax(1),
+}
+SCALAR = frozenset({"value", "final_value", "score", "token_score"})
+BARE = LANGUAGE | ATTENTION.keys() | SCALAR
+"""The columns that can be read: off a causal LM's head, its attention, or a scalar head."""
 
 
 def read(
-    role: Role, batch: Batch, names: frozenset[str], *, packed: bool = False, dropout: Dropout | None = None
+    role: Role,
+    batch: Batch,
+    names: frozenset[str],
+    *,
+    packed: bool = False,
+    dropout: Dropout | None = None,
+    reference: Role | None = None,
 ) -> dict[str, Tensor]:
     """These bare columns of the batch as this role's model gives them, with gradient where it is enabled.
 
     (B, T) per token, 0 outside each row's mask; (B,) for score and final_value. `packed` lays the rows out behind
-    one another with a block-causal mask instead of padding them.
+    one another with a block-causal mask instead of padding them. `reference` is whom exact_kl compares with. Where the
+    batch has a support, logp and entropy are of the distribution that was drawn from, and full_logp of the whole one.
     """
+    if names & ATTENTION.keys():
+        rest = names - ATTENTION.keys()
+        out = read(role, batch, rest, packed=packed, dropout=dropout, reference=reference) if rest else {}
+        return out | _attention(role, batch, names & ATTENTION.keys())
     ids, layout, where = (_packed if packed else _padded)(batch.rows)
     ids = ids.to(role.device)
     layout = {name: tensor.to(role.device) for name, tensor in layout.items()}
@@ -38,14 +55,49 @@ def read(
         stack.enter_context(role.active())
         if dropout is not None:
             dropout.put_on(role.model, row_of.to(role.device), position_of.to(role.device), stack)
-        if names & {"logp", "entropy"} and not role.linear_head:
-            flat = role.logits(ids, **layout).flatten(0, 1)
-        else:
-            flat = role.hidden(ids, **layout).flatten(0, 1)
-        return _columns(role, batch, names, where, flat)
+        flat = _states(role, names, ids, layout)
+    other = None
+    if "exact_kl" in names:
+        if reference is None:
+            raise ValueError("the exact KL needs the reference beside the policy, and there is none")
+        with torch.no_grad(), reference.active():
+            other = _states(reference, names, ids.to(reference.device), layout)
+    with role.active():
+        return _columns(role, batch, names, where, flat, reference, other)
 
 
-def _columns(role: Role, batch: Batch, names: frozenset[str], where: "_Where", flat: Tensor) -> dict[str, Tensor]:
+def _states(role: Role, names: frozenset[str], ids: Tensor, layout: dict[str, Tensor]) -> Tensor:
+    """Hidden states of every position, flat; logits where the model's head is more than a linear layer."""
+    language = bool(names & LANGUAGE) and not role.linear_head
+    return (role.logits if language else role.hidden)(ids, **layout).flatten(0, 1)
+
+
+@torch.no_grad()
+def _attention(role: Role, batch: Batch, names: frozenset[str]) -> dict[str, Tensor]:
+    """The last layer's attention of each answer's last trained token to its trained tokens, heads joined, sum 1: (B, T)."""
+    ids, mask = pad_ids(batch.rows).to(role.device), _record_mask(batch.rows)
+    last = torch.tensor([_last(one) for one in batch.rows])
+    with role.active():
+        weights = role.attention(ids)[torch.arange(len(last)), :, last]  # (B, heads, S)
+    starts = torch.tensor([one.start for one in batch.rows])
+    places = (starts[:, None] + torch.arange(mask.shape[1])).clamp(max=ids.shape[1] - 1)
+    out = {}
+    for name in names:
+        joined = ATTENTION[name](weights.double()).cpu().gather(1, places)
+        kept = torch.where(mask, joined, torch.zeros_like(joined))
+        out[name] = (kept / kept.sum(1, keepdim=True).clamp(min=torch.finfo(kept.dtype).tiny)).to(weights.dtype)
+    return out
+
+
+def _columns(
+    role: Role,
+    batch: Batch,
+    names: frozenset[str],
+    where: "_Where",
+    flat: Tensor,
+    reference: Role | None,
+    other: Tensor | None,
+) -> dict[str, Tensor]:
     mask = _record_mask(batch.rows)
     row, step = mask.nonzero(as_tuple=True)
     starts = torch.tensor([r.start for r in batch.rows])
@@ -57,10 +109,14 @@ def _columns(role: Role, batch: Batch, names: frozenset[str], where: "_Where", f
         target = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
         return target.index_put((row.to(values.device), step.to(values.device)), values)
 
-    if names & {"logp", "entropy"}:
+    if names & LANGUAGE:
         temperature = batch["temperature"][row] if "temperature" in batch.columns else torch.ones(len(row))
-        out |= _language(role, flat[at - 1], tokens, temperature, names, spread)
-    if names & {"value", "final_value", "score", "token_score"}:
+        support = batch["support"][row, step] if "support" in batch.columns else None
+        read_off = _language(role, flat[at - 1], tokens, temperature, support, names)
+        if reference is not None and other is not None:
+            read_off["exact_kl"] = _exact_kl(role, flat[at - 1], reference, other[at - 1], temperature)
+        out |= {name: spread(values) for name, values in read_off.items()}
+    if names & SCALAR:
         if role.head is None:
             raise ValueError(f"the {role.name} has no scalar head, so it has no {', '.join(sorted(names))}")
         # a sum over tokens is shifted once; what is read on one position carries the shift itself
@@ -81,19 +137,57 @@ def _columns(role: Role, batch: Batch, names: frozenset[str], where: "_Where", f
 
 
 def _language(
-    role: Role, states: Tensor, tokens: Tensor, temperature: Tensor, names: frozenset[str], spread
+    role: Role, states: Tensor, tokens: Tensor, temperature: Tensor, support: Tensor | None, names: frozenset[str]
 ) -> dict[str, Tensor]:
+    """logp, full_logp, entropy and collision of the trained tokens, (N,) each, as far as they are named."""
     tokens, temperature = tokens.to(states.device), temperature.to(states)
+    support = None if support is None else support.to(states.device)
+    out: dict[str, Tensor] = {}
     if role.linear_head:
         head = role.model.get_output_embeddings()
-        logp, uncertainty = linear_logprobs(
-            states, head.weight, tokens, bias=head.bias, temperature=temperature, with_entropy="entropy" in names
+        weight, bias = head.weight, head.bias
+    else:  # the states are logits already
+        states, weight, bias = states.to(_precise(states)), None, None
+
+    def logprobs(within: Tensor | None, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+        if weight is not None:
+            return linear_logprobs(
+                states, weight, tokens, bias=bias, temperature=temperature, support=within, with_entropy=with_entropy
+            )
+        logits = states / temperature[:, None]
+        uncertainty = entropy(logits, support=within) if with_entropy else None
+        return token_logprobs(logits, tokens, support=within), uncertainty
+
+    if names & {"logp", "entropy", "full_logp"}:
+        logp, uncertainty = logprobs(support, "entropy" in names)
+        out |= {"logp": logp} if "logp" in names else {}
+        out |= {"entropy": uncertainty} if uncertainty is not None and "entropy" in names else {}
+        if "full_logp" in names:
+            out["full_logp"] = logp if support is None else logprobs(None, False)[0]
+    if "collision" in names:
+        own = torch.eye(states.shape[1], dtype=states.dtype, device=states.device) if weight is None else weight
+        out["collision"] = linear_collision(
+            states, own, bias=bias, temperature=temperature.to(_precise(states)), support=support
         )
-    else:
-        logits = (states if states.dtype == torch.float64 else states.float()) / temperature[:, None]
-        logp, uncertainty = token_logprobs(logits, tokens), entropy(logits) if "entropy" in names else None
-    out = {"logp": spread(logp)} if "logp" in names else {}
-    return out | ({"entropy": spread(uncertainty)} if uncertainty is not None and "entropy" in names else {})
+    return out
+
+
+def _exact_kl(role: Role, states: Tensor, reference: Role, other: Tensor, temperature: Tensor) -> Tensor:
+    """KL(policy || reference) at every trained token over the whole vocabulary, (N,)."""
+    if not (role.linear_head and reference.linear_head):
+        scale = temperature.to(states)[:, None]
+        own, theirs = states.to(_precise(states)), other.to(states.device).to(_precise(states))
+        return exact_kl(own / scale, theirs / scale)
+    head, ref_head = role.model.get_output_embeddings(), reference.model.get_output_embeddings()
+    return linear_kl(
+        states, head.weight, other, ref_head.weight, bias=head.bias, ref_bias=ref_head.bias,
+        temperature=temperature.to(_precise(states)),
+    )  # fmt: skip
+
+
+def _precise(x: Tensor) -> torch.dtype:
+    """The precision in which log-probs are taken: float32 at least."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _scalar(role: Role, states: Tensor) -> Tensor:

@@ -110,6 +110,20 @@ class Role:
         """Logits of token ids (B, S) -> (B, S, V): the model's own way, where its head is more than a linear layer."""
         return self.model(input_ids=ids, use_cache=False, **layout).logits
 
+    def attention(self, ids: Tensor) -> Tensor:
+        """The last layer's attention weights of token ids (B, S) -> (B, heads, S, S).
+
+        Fast kernels never hold these weights, so the plain one computes this pass.
+        """
+        config = self.model.config
+        before = config._attn_implementation
+        self.model.set_attn_implementation("eager")
+        try:
+            found = self.model.base_model(input_ids=ids, use_cache=False, output_attentions=True).attentions
+        finally:
+            self.model.set_attn_implementation(before)
+        return found[-1]
+
     def export(self, folder: Path, tokenizer: Any = None, *, merge: bool = True) -> None:
         """A standard Hugging Face folder: merged weights, or with `merge=False` the adapter alone."""
         if self.wrapped is not None and not merge:

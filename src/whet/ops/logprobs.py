@@ -11,21 +11,37 @@ WORKSPACE = 1 << 24
 """Most logits that `linear_logprobs` holds at once (entries, not bytes)."""
 
 
-def token_logprobs(logits: Tensor, ids: Tensor, *, temperature: float = 1.0) -> Tensor:
+def token_logprobs(logits: Tensor, ids: Tensor, *, temperature: float = 1.0, support: Tensor | None = None) -> Tensor:
     """log softmax(logits / temperature)[ids]: logits (..., V), ids (...) -> (...), in nats per token.
+
+    With `support` (..., S), token ids with -1 behind them, the softmax runs over those tokens alone: the log-prob of the
+    distribution that was drawn from under top-p, top-k or min-p. A row of -1 alone means the whole vocabulary.
 
     >>> token_logprobs(torch.zeros(1, 4), torch.tensor([2])).exp()
     tensor([0.2500])
     """
-    return (logits / temperature).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    return _within(logits / temperature, support).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
 
 
-def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+def _within(logits: Tensor, support: Tensor | None, start: int = 0) -> Tensor:
+    """The logits (..., V) of tokens start ... start + V - 1, with -inf on those outside `support` (..., S)."""
+    if support is None:
+        return logits
+    local = support - start
+    inside = (local >= 0) & (local < logits.shape[-1])
+    extra = torch.zeros(*logits.shape[:-1], logits.shape[-1] + 1, dtype=torch.bool, device=logits.device)
+    keep = extra.scatter(-1, torch.where(inside, local, logits.shape[-1]), True)[..., :-1]
+    return logits.masked_fill(~(keep | (support < 0).all(-1, keepdim=True)), -torch.inf)
+
+
+def entropy(logits: Tensor, *, temperature: float = 1.0, support: Tensor | None = None) -> Tensor:
     """-sum_v p_v log p_v of softmax(logits / temperature): (..., V) -> (...), in nats per token.
+
+    `support` as in `token_logprobs`.
 
     A logit of -inf has probability 0 and adds 0.
     """
-    return _entropy((logits / temperature).log_softmax(-1))
+    return _entropy(_within(logits / temperature, support).log_softmax(-1))
 
 
 def _entropy(logp: Tensor) -> Tensor:
@@ -40,12 +56,14 @@ def linear_logprobs(
     *,
     bias: Tensor | None = None,
     temperature: Tensor | float = 1.0,
+    support: Tensor | None = None,
     with_entropy: bool = True,
     workspace: int = WORKSPACE,
 ) -> tuple[Tensor, Tensor | None]:
     """(logp, entropy) of `ids` under softmax((hidden @ weight.T + bias) / temperature), each (N,), in nats.
 
-    The entropy is None where `with_entropy` is False and it would cost extra.
+    The entropy is None where `with_entropy` is False and it would cost extra. With `support` (N, S) both are of the
+    distribution over those tokens alone (see `token_logprobs`).
 
     hidden (N, H), weight (V, H), bias (V,), ids (N,), temperature a number or (N,). The vocabulary is walked in
     chunks of at most `workspace` logits, forward and backward, so the (N, V) logits never exist at once; the gradient
@@ -55,9 +73,9 @@ def linear_logprobs(
         temperature = torch.full((hidden.shape[0],), float(temperature), dtype=hidden.dtype, device=hidden.device)
     chunk = max(1, workspace // max(1, hidden.shape[0]))
     if chunk >= weight.shape[0]:
-        logp = _tempered(functional.linear(hidden, weight, bias), temperature).log_softmax(-1)
+        logp = _within(_tempered(functional.linear(hidden, weight, bias), temperature), support).log_softmax(-1)
         return logp.gather(-1, ids[:, None])[:, 0], _entropy(logp) if with_entropy else None
-    return _ChunkedLogprobs.apply(hidden, weight, bias, ids, temperature, chunk)
+    return _ChunkedLogprobs.apply(hidden, weight, bias, ids, temperature, support, chunk)
 
 
 def _tempered(logits: Tensor, temperature: Tensor) -> Tensor:
@@ -69,12 +87,12 @@ class _ChunkedLogprobs(torch.autograd.Function):
     """One pass over the vocabulary for log-sum-exp and entropy, a second one in the backward."""
 
     @staticmethod
-    def _logits(hidden, weight, bias, temperature, start, stop):
+    def _logits(hidden, weight, bias, temperature, support, start, stop):
         piece = functional.linear(hidden, weight[start:stop], None if bias is None else bias[start:stop])
-        return _tempered(piece, temperature)
+        return _within(_tempered(piece, temperature), support, start)
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, ids, temperature, chunk):
+    def forward(ctx, hidden, weight, bias, ids, temperature, support, chunk):
         dtype = hidden.dtype if hidden.dtype in (torch.float32, torch.float64) else torch.float32
         count = hidden.shape[0]
         top = torch.full((count,), -torch.inf, dtype=dtype, device=hidden.device)
@@ -82,7 +100,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         chosen = torch.zeros_like(top)
         for start in range(0, weight.shape[0], chunk):
             stop = min(start + chunk, weight.shape[0])
-            logits = _ChunkedLogprobs._logits(hidden, weight, bias, temperature, start, stop)
+            logits = _ChunkedLogprobs._logits(hidden, weight, bias, temperature, support, start, stop)
             new_top = torch.maximum(top, logits.amax(-1))
             base = new_top.masked_fill(new_top.isneginf(), 0.0)  # everything so far was ruled out
             old_scale, scaled = (top - base).exp(), (logits - base[:, None]).exp()
@@ -94,18 +112,20 @@ class _ChunkedLogprobs(torch.autograd.Function):
             chosen = torch.where(inside, picked, chosen)
         log_total = top + total.log()
         entropy_ = log_total - weighted / total
-        ctx.save_for_backward(hidden, weight, bias, ids, temperature, log_total, entropy_)
+        ctx.save_for_backward(hidden, weight, bias, ids, temperature, support, log_total, entropy_)
         ctx.chunk = chunk
         return chosen - log_total, entropy_
 
     @staticmethod
     def backward(ctx, grad_logp, grad_entropy):
-        hidden, weight, bias, ids, temperature, log_total, entropy_ = ctx.saved_tensors
+        hidden, weight, bias, ids, temperature, support, log_total, entropy_ = ctx.saved_tensors
         grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
         grad_bias = None if bias is None else torch.zeros_like(bias)
         for start in range(0, weight.shape[0], ctx.chunk):
             stop = min(start + ctx.chunk, weight.shape[0])
-            logp = _ChunkedLogprobs._logits(hidden, weight, bias, temperature, start, stop) - log_total[:, None]
+            logp = (
+                _ChunkedLogprobs._logits(hidden, weight, bias, temperature, support, start, stop) - log_total[:, None]
+            )
             p = logp.exp()
             # d logp_y / d l = 1[y] - p;  d H / d l = -p (log p + H)
             finite = logp.masked_fill(logp.isneginf(), 0.0)
@@ -118,4 +138,25 @@ class _ChunkedLogprobs(torch.autograd.Function):
             grad_weight[start:stop] = grad.T @ hidden
             if grad_bias is not None:
                 grad_bias[start:stop] = grad.sum(0)
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+
+
+@torch.no_grad()
+def linear_collision(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: Tensor,
+    support: Tensor | None = None,
+    workspace: int = WORKSPACE,
+) -> Tensor:
+    """sum_v p_v^2 of the distribution of `linear_logprobs`, (N,): the chance that two draws agree. No gradient."""
+    chunk = max(1, workspace // weight.shape[0])
+    out = torch.zeros(hidden.shape[0], dtype=temperature.dtype, device=hidden.device)
+    for start in range(0, hidden.shape[0], chunk):
+        here = slice(start, start + chunk)
+        logits = _tempered(functional.linear(hidden[here], weight, bias), temperature[here])
+        logp = _within(logits, None if support is None else support[here]).log_softmax(-1)
+        out[here] = (2 * logp).exp().sum(-1)
+    return out

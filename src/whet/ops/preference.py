@@ -3,6 +3,8 @@
 Shapes: logp, ref_logp, mask (B, T); answer scores (B,); gaps and losses (E,), in nats.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -15,12 +17,42 @@ def answer_logp(logp: Tensor, mask: Tensor, *, mean: bool = False) -> Tensor:
     return masked_mean(logp, mask, 1) if mean else masked_sum(logp, mask, 1)
 
 
-def implicit_reward(logp: Tensor, ref_logp: Tensor, mask: Tensor, *, beta: float, mean: bool = False) -> Tensor:
-    """beta (log pi(y) - log pi_ref(y)), (B,): the reward for which the policy is optimal, up to a constant per prompt.
+def implicit_reward(
+    logp: Tensor,
+    ref_logp: Tensor,
+    mask: Tensor,
+    *,
+    beta: float,
+    mean: bool = False,
+    divergence: str = "reverse_kl",
+    alpha: float = 0.5,
+) -> Tensor:
+    """beta s(u) with u = log pi(y) - log pi_ref(y), (B,): the reward for which the policy is optimal, up to a constant per prompt.
 
-    `mean=True` divides both by the answer's length.
+    s is the divergence's link (f-DPO, Wang et al. 2023): "reverse_kl" u, "forward_kl" -exp(-u), "js" log sigmoid(u),
+    "alpha" exp((alpha - 1) u) / (alpha - 1). `mean=True` divides u by the answer's length. Raises ValueError for another name.
     """
-    return beta * answer_logp(logp - ref_logp, mask, mean=mean)
+    u = answer_logp(logp - ref_logp, mask, mean=mean)
+    if divergence == "reverse_kl" or (divergence == "alpha" and abs(alpha - 1) < 1e-6):
+        return beta * u
+    if divergence == "forward_kl":
+        return -beta * (-u).exp()
+    if divergence == "js":
+        return beta * functional.logsigmoid(u)
+    if divergence == "alpha":
+        return beta * ((alpha - 1) * u).exp() / (alpha - 1)
+    raise ValueError(f"divergence {divergence!r} is none of reverse_kl, forward_kl, js, alpha")
+
+
+def policy_score(logp: Tensor, mask: Tensor, *, beta: float, mean: bool = False) -> Tensor:
+    """beta log pi(y), (B,), its mean per token with `mean`: a score without reference (CPO; SimPO with `mean`)."""
+    return beta * answer_logp(logp, mask, mean=mean)
+
+
+def log_odds(logp: Tensor, mask: Tensor) -> Tensor:
+    """log(p / (1 - p)) with p = exp of the answer's mean log-prob, (B,) (ORPO, Hong et al. 2024, equation 4)."""
+    mean = answer_logp(logp, mask, mean=True)
+    return mean - torch.log(-torch.expm1(mean))
 
 
 def gap(score: Tensor, place: Tensor) -> Tensor:
@@ -28,13 +60,16 @@ def gap(score: Tensor, place: Tensor) -> Tensor:
     return score[place == 0] - score[place == 1]
 
 
-def sigmoid(gap: Tensor, probability: Tensor | float = 1.0, *, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of sigmoid(gap) with the probability that the chosen answer is better, (E,).
+def sigmoid(
+    gap: Tensor, probability: Tensor | float = 1.0, *, label_smoothing: float = 0.0, margin: float = 0.0
+) -> Tensor:
+    """Cross-entropy of sigmoid(gap - margin) with the probability that the chosen answer is better, (E,).
 
     -p log sigmoid(gap) - (1 - p) log sigmoid(-gap). `probability` 1 is a hard label; `label_smoothing` e turns p into
-    (1 - e) p + e (1 - p) (cDPO, Mitchell 2023).
+    (1 - e) p + e (1 - p) (cDPO, Mitchell 2023); `margin` is SimPO's gamma (Meng et al. 2024, equation 6).
     """
     p = probability + label_smoothing * (1 - 2 * probability)
+    gap = gap - margin
     return -p * functional.logsigmoid(gap) - (1 - p) * functional.logsigmoid(-gap)
 
 
@@ -46,6 +81,95 @@ def hinge(gap: Tensor) -> Tensor:
 def ipo(gap: Tensor, *, beta: float) -> Tensor:
     """(gap / beta - 1 / (2 beta))^2, (E,) for a gap that already carries beta (IPO, Azar et al. 2023, equation 17)."""
     return (gap / beta - 0.5 / beta) ** 2
+
+
+def exo_pair(gap: Tensor, *, label_smoothing: float = 1e-3) -> Tensor:
+    """KL(sigmoid(gap) || 1 - e) of two-way distributions, (E,) (EXO, Ji et al. 2024, equation 16); e > 0 is the smoothing."""
+    keep, swap = math.log1p(-label_smoothing), math.log(label_smoothing)
+    better, worse = functional.logsigmoid(gap), functional.logsigmoid(-gap)
+    return better.exp() * (better - keep) + worse.exp() * (worse - swap)
+
+
+def nca_pair(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """-log sigmoid(w) - (log sigmoid(-w) + log sigmoid(-l)) / 2, (E,) for rewards w and l (NCA, Chen et al. 2024)."""
+    return (
+        -functional.logsigmoid(chosen) - 0.5 * functional.logsigmoid(-chosen) - 0.5 * functional.logsigmoid(-rejected)
+    )
+
+
+def robust(gap: Tensor, *, label_smoothing: float = 0.1) -> Tensor:
+    """((1 - e) (-log sigmoid(gap)) - e (-log sigmoid(-gap))) / (1 - 2 e), (E,): unbiased when labels are flipped with
+    probability e < 1/2 (Robust DPO, Chowdhury et al. 2024, equation 9)."""
+    e = label_smoothing
+    return (-(1 - e) * functional.logsigmoid(gap) + e * functional.logsigmoid(-gap)) / (1 - 2 * e)
+
+
+def bco_pair(chosen: Tensor, rejected: Tensor, *, delta: float = 0.0) -> Tensor:
+    """-log sigmoid(w - delta) - log sigmoid(delta - l), (E,) (BCO, Jung et al. 2024); delta is the running mean reward."""
+    return -functional.logsigmoid(chosen - delta) - functional.logsigmoid(delta - rejected)
+
+
+def sppo_hard(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
+    """(w / beta - 1 / (2 beta))^2 + (l / beta + 1 / (2 beta))^2, (E,) for rewards that carry beta (SPPO, Wu et al. 2024,
+    equation 4.7 with P = 1 or 0)."""
+    return (chosen / beta - 0.5 / beta) ** 2 + (rejected / beta + 0.5 / beta) ** 2
+
+
+def aot(policy_gap: Tensor, matched: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """`sigmoid` of the policy's gap minus the reference's gap of the same rank in the mini-batch, (E,) (AOT, Melnyk et al.
+    2024): the distribution of gaps is to dominate the reference's. `matched` comes from `sorted_partner`."""
+    return sigmoid(policy_gap - matched, label_smoothing=label_smoothing)
+
+
+def aot_unpaired(
+    chosen: Tensor, rejected: Tensor, rival: Tensor, rival_of_rejected: Tensor, *, label_smoothing: float = 0.0
+) -> Tensor:
+    """`sigmoid` of sorted chosen minus sorted rejected rewards of the mini-batch, (E,) (AOT unpaired, Melnyk et al. 2024).
+
+    `rival` is the rejected reward of the chosen's rank and `rival_of_rejected` the chosen reward of the rejected's rank,
+    both without gradient, from `sorted_rival`: each answer brings its own gradient, and the value counts once.
+    """
+    up = sigmoid(chosen - rival, label_smoothing=label_smoothing)
+    down = sigmoid(rival_of_rejected - rejected, label_smoothing=label_smoothing)
+    return up + down - down.detach()
+
+
+def apo_zero(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """1 - sigmoid(w) + sigmoid(l), (E,): chosen up, rejected down (APO-zero, D'Oosterlinck et al. 2024, equation 7)."""
+    return 1 - chosen.sigmoid() + rejected.sigmoid()
+
+
+def apo_down(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """sigmoid(w) + 1 - sigmoid(w - l), (E,): both down, rejected faster (APO-down, D'Oosterlinck et al. 2024, equation 8)."""
+    return chosen.sigmoid() + 1 - (chosen - rejected).sigmoid()
+
+
+def discopop(gap: Tensor, *, tau: float = 0.05) -> Tensor:
+    """(1 - m) (-log sigmoid(gap)) + m exp(-gap) with m = sigmoid(gap / tau), (E,) (DiscoPOP, Lu et al. 2024, equation 5)."""
+    m = (gap / tau).sigmoid()
+    return -(1 - m) * functional.logsigmoid(gap) + m * (-gap).exp()
+
+
+def kto(
+    score: Tensor, good: Tensor, kl_baseline: Tensor, *, beta: float, desirable: float = 1.0, undesirable: float = 1.0
+) -> Tensor:
+    """desirable (1 - sigmoid(w - beta z)) for good answers, undesirable (1 - sigmoid(beta z - w)) for bad ones, (E,).
+
+    w the answer's implicit reward, z = `kl_baseline` in nats, without gradient (KTO, Ethayarajh et al. 2024, equation 7).
+    """
+    edge = score - beta * kl_baseline.detach()
+    return torch.where(good, desirable * (1 - edge.sigmoid()), undesirable * (1 - (-edge).sigmoid()))
+
+
+def bco(score: Tensor, good: Tensor, *, delta: float = 0.0) -> Tensor:
+    """-log sigmoid(w - delta) for good answers, -log sigmoid(delta - w) for bad ones, (E,) (BCO, Jung et al. 2024)."""
+    edge = score - delta
+    return -functional.logsigmoid(torch.where(good, edge, -edge))
+
+
+def apo_zero_unpaired(score: Tensor, good: Tensor, *, desirable: float = 1.0, undesirable: float = 1.0) -> Tensor:
+    """desirable (1 - sigmoid(w)) for good answers, undesirable sigmoid(w) for bad ones, (E,) (APO-zero on single answers)."""
+    return torch.where(good, desirable * (1 - score.sigmoid()), undesirable * score.sigmoid())
 
 
 def dpo(

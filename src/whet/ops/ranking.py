@@ -75,3 +75,9 @@ def regression(score: Tensor, target: Tensor) -> Tensor:
 def centring(chosen: Tensor, rejected: Tensor) -> Tensor:
     """(chosen + rejected)^2, (E,): keeps the free constant of a reward model near 0 (Eisenstein et al. 2023)."""
     return (chosen + rejected) ** 2
+
+
+def step_loss(token_score: Tensor, step_label: Tensor) -> Tensor:
+    """Cross-entropy of sigmoid(score) with the label in [0, 1] of the step that ends at a token, (B, T) (process reward
+    models: Uesato et al. 2022; Lightman et al. 2023). Only step ends count, so the term's mask is `step`."""
+    return functional.softplus(token_score) - step_label * token_score

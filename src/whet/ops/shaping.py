@@ -15,6 +15,29 @@ def weighted_sum(rewards: Tensor, *, weights: tuple[float, ...]) -> Tensor:
     return rewards @ torch.tensor(weights, dtype=rewards.dtype, device=rewards.device)
 
 
+def minimum(rewards: Tensor, *, weights: tuple[float, ...]) -> Tensor:
+    """min_r weights[r] rewards[:, r]: (B, R) -> (B,): an ensemble's most cautious member (Coste et al. 2023, worst-case)."""
+    return (rewards * torch.tensor(weights, dtype=rewards.dtype, device=rewards.device)).amin(1)
+
+
+def lower_bound(rewards: Tensor, *, weights: tuple[float, ...], k: float = 1.0) -> Tensor:
+    """mean - k population deviations of the weighted rewards of an ensemble: (B, R) -> (B,) (Coste et al. 2023)."""
+    own = rewards * torch.tensor(weights, dtype=rewards.dtype, device=rewards.device)
+    return own.mean(1) - k * own.std(1, correction=0)
+
+
+def standardise(score: Tensor, *, shift: float, scale: float) -> Tensor:
+    """(score - shift) / scale, (B,): `shift` is the mean score of the first rollout, so the policy that training began
+    with scores 0; `scale` the running deviation of all scores so far."""
+    return (score - shift) / scale
+
+
+def soft_overlong(score: Tensor, mask: Tensor, *, limit: int, buffer: int) -> Tensor:
+    """score + 0 up to limit - buffer tokens, falling linearly to score - 1 at `limit` (DAPO, Yu et al. 2025, equation 13), (B,)."""
+    length = mask.sum(1).to(score.dtype)
+    return score + ((limit - buffer - length) / buffer).clamp(-1, 0)
+
+
 def clip_score(score: Tensor, *, bound: float) -> Tensor:
     """clip(score, -bound, bound), elementwise (DeepSpeed-Chat: bound 5)."""
     return score.clamp(-bound, bound)

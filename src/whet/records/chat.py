@@ -89,6 +89,10 @@ class Chat:
         start = trained.index(True)
         return Row(torch.tensor(ids[:last]), start, torch.tensor(trained[start:last]))
 
+    def ends_step(self, token: int, separator: str) -> bool:
+        """A step ends with this token: the separator stands in its text."""
+        return separator in self.tokenizer.decode([token])
+
     def text(self, ids: Sequence[int]) -> str:
         """An answer as text, without its end token and other special tokens."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)

@@ -21,8 +21,8 @@ class Column:
 
     @property
     def per_token(self) -> bool:
-        """It has one number per position."""
-        return self.shape == "(B, T)"
+        """Its second axis is the position."""
+        return self.shape.startswith("(B, T")
 
 
 _ALL = (
@@ -41,15 +41,71 @@ _ALL = (
     Column("target", "(B,)", "score", "record", "absolute score given by people"),
     Column("margin", "(B,)", "score", "record", "how much better the chosen answer was said to be"),
     Column("probability", "(B,)", "probability", "record", "probability that the chosen answer is better"),
+    Column("good", "(B,)", "bool", "record", "the answer is desirable"),
+    Column("step", "(B, T)", "bool", "record", "True on the last token of a step that has a score or a label"),
+    Column("step_label", "(B, T)", "probability", "record", "how right the step that ends here is"),
     Column("group", "(B,)", "index", "generate", "which prompt an answer belongs to"),
     Column("truncated", "(B,)", "bool", "generate", "the answer was cut off at the length limit"),
     Column("temperature", "(B,)", "-", "generate", "temperature the answer was sampled at"),
     Column("sampler_logp", "(B, T)", "nats", "generate", "log-prob reported by the generator"),
+    Column(
+        "support",
+        "(B, T, S)",
+        "token",
+        "generate",
+        "the tokens that could be drawn under top-p, top-k and min-p, -1 behind them",
+    ),
+    Column("baseline", "(B,)", "reward", "reward", "the combined score of the greedy answer to the same prompt"),
     Column("rewards", "(B, R)", "reward", "reward", "one score per named reward, before they are combined"),
     Column("token_score", "(B, T)", "reward", "reward", "dense scores, one per token"),
     Column("score", "(B,)", "reward", "reward", "the combined score of an answer; in reward modelling the model's own"),
     Column(
         "old_logp", "(B, T)", "nats", "measure", "the policy's log-prob when the rollout was taken", "policy", "logp"
+    ),
+    Column(
+        "old_full_logp",
+        "(B, T)",
+        "nats",
+        "measure",
+        "the same under the whole vocabulary, where only a part of it could be drawn",
+        "policy",
+        "full_logp",
+    ),
+    Column(
+        "old_collision",
+        "(B, T)",
+        "probability",
+        "measure",
+        "sum of the squared probabilities then",
+        "policy",
+        "collision",
+    ),
+    Column(
+        "old_exact_kl",
+        "(B, T)",
+        "nats",
+        "measure",
+        "KL(policy || reference) over the whole vocabulary then",
+        "policy",
+        "exact_kl",
+    ),
+    Column(
+        "attention_mean",
+        "(B, T)",
+        "share",
+        "measure",
+        "attention of the answer's last token to its tokens, last layer, mean over heads",
+        "policy",
+        "attention_mean",
+    ),
+    Column(
+        "attention_max",
+        "(B, T)",
+        "share",
+        "measure",
+        "the same with the largest head at each token",
+        "policy",
+        "attention_max",
     ),
     Column("old_entropy", "(B, T)", "nats", "measure", "entropy of the policy then", "policy", "entropy"),
     Column(
@@ -69,6 +125,16 @@ _ALL = (
     Column("token_reward", "(B, T)", "reward", "credit", "placed score minus KL penalty"),
     Column("advantage", "(B, T)", "reward", "credit", "credit of each token, whitened if the method says so"),
     Column("returns", "(B, T)", "reward", "credit", "advantage before whitening + value"),
+    Column("correction", "(B, T)", "-", "credit", "importance weight from the sampler to the old policy"),
+    Column("now_logp", "(B, T)", "nats", "select", "log-prob before an update, without gradient", "policy", "logp"),
+    Column("selected", "(B, T)", "bool", "select", "the tokens that the method's selection names"),
+    Column("matched", "(B,)", "nats", "select", "the reference's gap of the same rank in the mini-batch"),
+    Column("rival", "(B,)", "reward", "select", "the other side's reward of the same rank in the mini-batch"),
+    Column("kl_baseline", "(B,)", "nats", "select", "mean log-ratio of mismatched answers, at least 0"),
+    Column("full_logp", "(B, T)", "nats", "update", "log-prob now under the whole vocabulary, with gradient"),
+    Column(
+        "exact_kl", "(B, T)", "nats", "update", "KL(policy || reference) now over the whole vocabulary, with gradient"
+    ),
     Column("logp", "(B, T)", "nats", "update", "log-prob now, with gradient"),
     Column("entropy", "(B, T)", "nats", "update", "entropy now, with gradient"),
     Column("value", "(B, T)", "reward", "update", "value now, with gradient"),

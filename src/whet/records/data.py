@@ -18,7 +18,7 @@ import torch
 
 from whet.errors import DataError
 from whet.records.chat import Chat
-from whet.records.types import Labelled, Pair, Prompt, Ranking, Row
+from whet.records.types import Labelled, Pair, Prompt, Ranking, Row, Stepped, Unpaired
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ class Reader:
 
     `max_tokens` is the longest sequence, `mend` what a message advises about it;
     `too_long` says what happens to a longer one: "error", "drop" (the row is
-    left out) or "cut" (its end is cut off). `turns` is "all" or "last".
+    left out) or "cut" (its end is cut off). `turns` is "all" or "last"; `separator` stands between steps.
     """
 
     chat: Chat
@@ -227,6 +227,7 @@ class Reader:
     mend: str = "raise --data.max-tokens"
     too_long: str = "error"
     turns: str = "all"
+    separator: str = "\n"
 
     def texts(self, rows: Sequence[Located]) -> list[Row]:
         """`text` rows: every token is trained, the end token too; longer texts are cut into pieces.
@@ -331,6 +332,76 @@ class Reader:
             row = self._answer_row(located, _messages(located, "prompt"), _answer(located, "completion"))
             if row is not None:
                 out.append(Labelled(row, score))
+        return self._some(out)
+
+    def unpaired(self, rows: Sequence[Located]) -> list[Unpaired]:
+        """`prompt`, `completion` and `label` (true is good) rows; a `chosen` / `rejected` row is one good and one bad answer.
+
+        Beside each answer stands that of the nearest earlier row with another prompt (the first ones take the last rows'):
+        a mismatched answer, from which KTO estimates its KL.
+        """
+        told: list[tuple[Located, list, str, bool]] = []
+        for located in rows:
+            if "chosen" in located.row:
+                messages, answers = self._two(located)
+                told += [(located, messages, answers[0], True), (located, messages, answers[1], False)]
+                continue
+            good = _field(located, "label")
+            if isinstance(good, str) and good.lower() in ("true", "false"):
+                good = good.lower() == "true"
+            if not isinstance(good, bool) and good not in (0, 1):
+                raise DataError(f"{located.where}: field 'label' must be true or false, got {good!r}")
+            told.append((located, _messages(located, "prompt"), _answer(located, "completion"), bool(good)))
+        out = []
+        for number, (located, messages, answer, good) in enumerate(told):
+            others = (told[(number - back) % len(told)] for back in range(1, len(told)))
+            other = next((one for one in others if one[1] != messages), None)
+            if other is None:
+                raise DataError(
+                    f"{located.where}: every row has the same prompt; answers of other prompts are needed too"
+                )
+            row, wrong = (self._answer_row(located, messages, text) for text in (answer, other[2]))
+            if row is not None and wrong is not None:
+                out.append(Unpaired(row, wrong, good))
+        return self._some(out)
+
+    def steps(self, rows: Sequence[Located]) -> list[Stepped]:
+        """`prompt`, `completions` (the steps, in order) and `labels` (one in [0, 1] a step) rows.
+
+        The steps are joined by the separator. A step ends with the token that has the separator in it, the last one with
+        the answer's end.
+        """
+        out = []
+        for located in rows:
+            steps = _field(located, "completions")
+            if not isinstance(steps, list) or not steps or not all(isinstance(one, str) and one for one in steps):
+                raise DataError(f"{located.where}: field 'completions' must be a list of steps, got {steps!r:.80}")
+            for number, one in enumerate(steps):
+                if self.separator in one:
+                    raise DataError(
+                        f"{located.where}: field 'completions', step {number} has the separator {self.separator!r} in it; "
+                        "name another with --data.separator"
+                    )
+            given = _field(located, "labels")
+            labels = (
+                [float(one) if isinstance(one, bool) else one for one in given] if isinstance(given, list) else given
+            )
+            labels = numbers(Located({**located.row, "labels": labels}, located.where), "labels", len(steps))
+            if not all(0 <= label <= 1 for label in labels):
+                raise DataError(f"{located.where}: field 'labels' must lie in [0, 1], got {labels}")
+            row = self._answer_row(located, _messages(located, "prompt"), self.separator.join(steps))
+            if row is None:
+                continue
+            ends = torch.tensor([self.chat.ends_step(token, self.separator) for token in row.ids[row.start :].tolist()])
+            ends[-1] = True
+            if int(ends.sum()) != len(steps):
+                raise DataError(
+                    f"{located.where}: {len(steps)} steps, but {int(ends.sum())} tokens end one; the tokenizer does not keep "
+                    f"the separator {self.separator!r} apart, name another with --data.separator"
+                )
+            values = torch.zeros(row.response)
+            values[ends] = torch.tensor(labels)
+            out.append(Stepped(row, values, ends))
         return self._some(out)
 
     def _two(self, located: Located) -> tuple[list[dict[str, str]], list[str]]:

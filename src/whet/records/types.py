@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from whet.ops import Counts
 from whet.records.columns import COLUMNS
@@ -35,7 +36,8 @@ class Sample:
     """One answer: its token ids (the end token included), the log-probs it was sampled with, and what made it.
 
     `draw` is the running number of the prompt handed out, `answer` the answer's number for that prompt; `version` is
-    the version of the weights. `sampler_logp` is in nats, one per id. `finish` is "stop" or "length".
+    the version of the weights. `sampler_logp` is in nats, one per id. `finish` is "stop" or "length". `support` has, under
+    top-p, top-k or min-p, the tokens that could be drawn at each place.
 
     >>> Sample(0, 1, (8, 2), (-0.1, -0.7), version=3, finish="stop", text="yes").truncated
     False
@@ -48,6 +50,7 @@ class Sample:
     version: int
     finish: str
     text: str
+    support: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def truncated(self) -> bool:
@@ -139,7 +142,25 @@ class Labelled:
     score: float
 
 
-Element = Row | Pair | Ranking | Labelled
+@dataclass(frozen=True, eq=False)
+class Unpaired:
+    """One answer that is good or bad, and beside it an answer that belongs to another prompt."""
+
+    row: Row
+    mismatched: Row
+    good: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Stepped:
+    """One answer with a label in [0, 1] for each step: `labels` (response,), `ends` (response,) True on each step's last token."""
+
+    row: Row
+    labels: Tensor
+    ends: Tensor
+
+
+Element = Row | Pair | Ranking | Labelled | Unpaired | Stepped
 """What is trained as one: it is never split between micro-batches."""
 
 
@@ -178,6 +199,10 @@ class Batch:
                     own, numbers = element.rows, {"rank": list(element.ranks)}
                 case Labelled():
                     own, numbers = (element.row,), {"target": [element.score]}
+                case Unpaired():
+                    own, numbers = (element.row, element.mismatched), {"good": [element.good] * 2}
+                case Stepped():
+                    own, numbers = (element.row,), {}
             rows.extend(own)
             index.extend([number] * len(own))
             place.extend(range(len(own)))
@@ -187,6 +212,9 @@ class Batch:
         columns = {"element": torch.tensor(index), "place": places, "mask": mask}
         if elements and isinstance(elements[0], Pair):
             columns["chosen_mask"] = mask & (places == 0)[:, None]
+        stepped = [element for element in elements if isinstance(element, Stepped)]
+        if stepped:
+            columns |= {"step": pad([one.ends for one in stepped]), "step_label": pad([one.labels for one in stepped])}
         return Batch(tuple(rows), columns | {name: torch.tensor(values) for name, values in extra.items()})
 
     def __getitem__(self, name: str) -> Tensor:
@@ -210,13 +238,30 @@ class Batch:
     def take(self, rows: Sequence[int]) -> "Batch":
         """These rows as a batch of their own; T shrinks to the longest of them, elements are numbered anew."""
         kept = tuple(self.rows[row] for row in rows)
-        longest, index = max(row.response for row in kept), torch.tensor(rows)
+        longest, index = max((row.response for row in kept), default=0), torch.tensor(rows, dtype=torch.long)
         columns = {}
         for name, column in self.columns.items():
             column = column.index_select(0, index)
             columns[name] = column[:, :longest] if COLUMNS[name].per_token else column
         columns["element"] = torch.unique_consecutive(columns["element"], return_inverse=True)[1]
         return Batch(kept, columns)
+
+    @staticmethod
+    def joined(batches: Sequence["Batch"]) -> "Batch":
+        """Batches with the same columns behind one another; per-token columns are padded, elements and groups numbered on."""
+        longest = max(row.response for batch in batches for row in batch.rows)
+        columns: dict[str, Tensor] = {}
+        for name in batches[0].columns:
+            parts, first = [], 0
+            for batch in batches:
+                part = batch[name]
+                if COLUMNS[name].per_token:
+                    part = functional.pad(part, (0, 0) * (part.ndim - 2) + (0, longest - part.shape[1]))
+                if name in ("element", "group"):
+                    part, first = part + first, first + int(part.max()) + 1
+                parts.append(part)
+            columns[name] = torch.cat(parts)
+        return Batch(tuple(row for batch in batches for row in batch.rows), columns)
 
     def counts(self, mask: str = "mask") -> Counts:
         """Tokens where this mask is True, sequences with any, and elements."""
@@ -231,4 +276,15 @@ def pad(values: Sequence[Tensor], length: int | None = None) -> Tensor:
     out = torch.zeros(len(values), longest, dtype=values[0].dtype if values else torch.float32)
     for number, value in enumerate(values):
         out[number, : value.shape[0]] = value
+    return out
+
+
+def pad_support(supports: Sequence[Sequence[Sequence[int]]]) -> Tensor:
+    """The tokens that could be drawn, per answer and place, as (B, T, S) int64 with -1 behind each list."""
+    longest = max(map(len, supports), default=0)
+    widest = max((len(one) for answer in supports for one in answer), default=0)
+    out = torch.full((len(supports), longest, widest), -1)
+    for number, answer in enumerate(supports):
+        for place, tokens in enumerate(answer):
+            out[number, place, : len(tokens)] = torch.tensor(tokens)
     return out

@@ -17,11 +17,12 @@ class Scores:
     """What one reward says of all answers, in the order of the groups' samples.
 
     `answer` (B,) is one score an answer; `token` has, where the reward is dense, one (|ids|,) tensor an answer that
-    sums to it.
+    sums to it, and `ends` where its steps end: (|ids|,) bool, every token where None.
     """
 
     answer: Tensor
     token: tuple[Tensor, ...] | None = None
+    ends: tuple[Tensor, ...] | None = None
 
 
 class Reward(Protocol):
@@ -40,21 +41,25 @@ class Weighted:
     weight: float = 1.0
 
 
-def score_all(rewards: Sequence[Weighted], groups: Sequence[Group]) -> tuple[dict[str, Tensor], Tensor]:
-    """(name -> (B,) unweighted scores, (B, T) weighted sum of the dense ones).
+def score_all(rewards: Sequence[Weighted], groups: Sequence[Group]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """(name -> (B,) unweighted scores, (B, T) weighted sum of the dense ones, (B, T) True where a step ends).
 
-    The dense tensor is 0 where no reward is dense; its length T is the longest answer's.
+    The dense tensor is 0 where no reward is dense; T is the longest answer's length. A reward that scores whole answers
+    has one step, which ends with the answer.
     """
     answers = [sample for group in groups for sample in group.samples]
     named: dict[str, Tensor] = {}
     longest = max(len(sample.ids) for sample in answers)
-    total = torch.zeros(len(answers), longest)
+    total, step = torch.zeros(len(answers), longest), torch.zeros(len(answers), longest, dtype=torch.bool)
     for one in rewards:
         scores = one.reward.score(groups)
         named[one.name] = scores.answer
         if scores.token is not None:
             total = total + one.weight * pad(scores.token, longest)
-    return named, total
+            step |= pad(scores.ends or [torch.ones(len(token), dtype=torch.bool) for token in scores.token], longest)
+        else:
+            step[torch.arange(len(answers)), torch.tensor([len(sample.ids) - 1 for sample in answers])] = True
+    return named, total, step
 
 
 def checked(values: object, answers: Sequence[Sample], name: str) -> Scores:
@@ -78,7 +83,12 @@ def checked(values: object, answers: Sequence[Sample], name: str) -> Scores:
         _dense(value, sample, name, place, segments)
         for place, (value, sample) in enumerate(zip(values, answers, strict=True))
     )
-    return Scores(torch.stack([one.sum() for one in token]), token)
+    ends = None
+    if segments:
+        ends = tuple(torch.zeros(len(sample.ids), dtype=torch.bool) for sample in answers)
+        for own, value in zip(ends, values, strict=True):
+            own[[one[0] for one in value]] = True
+    return Scores(torch.stack([one.sum() for one in token]), token, ends)
 
 
 def _dense(value: object, sample: Sample, name: str, place: int, segments: bool) -> Tensor:

@@ -1,0 +1,273 @@
+"""Online methods: answers are sampled, scored, credited and trained on. Each is a value made of named parts.
+
+collect -> normalise -> combine -> running -> shape -> truncated -> place -> KL in the reward -> credit -> whiten -> correct -> terms
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from whet import ops
+from whet.dials import Truncated
+from whet.errors import RewardError
+from whet.methods.part import Objective, Part, State, Term, fixed, settled, steered
+from whet.ops import Controller
+from whet.records import COLUMNS, Batch, take_elements
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """The KL in the reward: an estimator on log-probs, where it is charged, and its coefficient."""
+
+    estimator: Part
+    charge: Part
+    coef: float | Controller
+
+
+@dataclass(frozen=True)
+class Collect:
+    """What is asked of the generator: answers per prompt, a greedy one beside them, rounds in which groups are refilled."""
+
+    answers: int
+    greedy: bool = False
+    refill: int = 0
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A whole online method. A variant is `dataclasses.replace(algorithm, slot=...)`; no slot knows the method's name.
+
+    `normalise` (B, R) -> (B, R); `combine` (B, R) -> (B,); `running` and each of `shape` (B,) -> (B,); `place` -> (B, T);
+    `penalty` is subtracted; `credit` -> advantage (B, T); `target` is the critic's own credit where it is another;
+    `whiten` rescales the advantage after returns were taken; `correct` -> weights (B, T). With `pairs` there is no
+    credit: the best and the worst answer of each group become a pair for the terms.
+    """
+
+    collect: Collect
+    combine: Part
+    truncated: Truncated
+    terms: tuple[Term, ...]
+    normalise: Part | None = None
+    running: Part | None = None
+    shape: tuple[Part, ...] = ()
+    place: Part | None = None
+    penalty: Penalty | None = None
+    credit: Part | None = None
+    target: Part | None = None
+    whiten: Part | None = None
+    correct: Part | None = None
+    select: tuple[tuple[str, Part], ...] = ()
+    pairs: bool = False
+
+    def reads(self) -> frozenset[str]:
+        """The columns measured once per rollout: they decide whether there is a critic and a reference."""
+        parts = [self.normalise, self.combine, self.running, *self.shape, self.place, self.credit, self.target]
+        parts += [self.whiten, self.correct, *(one for _, one in self.select)]
+        if self.penalty is not None:
+            parts.append(self.penalty.estimator)
+        names = {"old_logp"}.union(
+            *(one.reads() for one in parts if one is not None), *(term.reads() for term in self.terms)
+        )
+        names |= {"old_value"} if "returns" in names else set()
+        return frozenset(name for name in names if COLUMNS[name].role is not None and COLUMNS[name].hop == "measure")
+
+    def roles(self) -> frozenset[str]:
+        """The roles that take part: those trained, and those measured."""
+        columns = [COLUMNS[name] for name in self.reads().union(*(term.reads() for term in self.terms))]
+        beside = {"reference"} if any(column.reads == "exact_kl" for column in columns) else set()
+        return frozenset({term.role for term in self.terms} | {one.role for one in columns if one.role} | beside)
+
+    @property
+    def centred(self) -> bool:
+        """Credit is centred within each group, so a group's advantages sum to 0."""
+        ops_of = [] if self.credit is None else [one.op for one in self.credit.walk()]
+        within = (ops.group_center, ops.group_zscore, ops.leave_one_out)
+        return self.whiten is None and any(op in within for op in ops_of)
+
+    def has_ratio(self) -> bool:
+        """Every policy loss compares with the old policy or not at all with samples, so several updates a rollout are allowed."""
+        losses = [term.loss for term in self.terms if term.role == "policy" and "advantage" in term.reads()]
+        return all("old_logp" in loss.reads() for loss in losses)
+
+    def steered(self) -> bool:
+        """A controller reads how far the updates moved the policy."""
+        return any(controller.by == "kl_old" for controller in self._controllers().values())
+
+    @property
+    def objective(self) -> Objective:
+        """What one update minimises."""
+        return Objective(self.terms, self.select)
+
+    def init(self) -> State:
+        """The small state at the start: the coefficient of every controller, and what running numbers need."""
+        running = (
+            {} if self.running is None else dict.fromkeys(("running.count", "running.mean", "running.square"), 0.0)
+        )
+        return {**{name: controller.coef for name, controller in self._controllers().items()}, **running}
+
+    def observe(self, state: State, score: Tensor) -> State:
+        """The state once these scores (B,) of a rollout are known, before anything is credited: the running deviation
+        takes them in, and the first rollout's mean becomes the shift."""
+        if self.running is None:
+            return state
+        count, mean, square = (state[f"running.{name}"] for name in ("count", "mean", "square"))
+        for value in score.double().tolist():
+            count += 1
+            step = value - mean
+            mean += step / count
+            square += step * (value - mean)
+        shift = state.get("running.shift", float(score.double().mean()))
+        seen = {"count": count, "mean": mean, "square": square, "shift": shift}
+        return {**state, **{f"running.{name}": value for name, value in seen.items()}}
+
+    def at(self, state: State) -> "Algorithm":
+        """The method with plain numbers in place of its controllers and running numbers."""
+        penalty = self.penalty and replace(self.penalty, coef=state["penalty"])
+        running = self.running
+        if running is not None and state["running.count"] > 0:
+            deviation = (state["running.square"] / max(state["running.count"] - 1, 1)) ** 0.5
+            numbers = {"shift": state["running.shift"], "scale": deviation if deviation > 0 else 1.0}
+            running = replace(running, dials={**running.dials, **numbers})
+        return replace(self, penalty=penalty, running=running, terms=settled(self.terms, state))
+
+    def next(self, state: State, measured: Mapping[str, float]) -> State:
+        """The state after a rollout: `measured` has "kl" (nats per answer, to the reference), "kl_old" (nats per
+        token, KL(old || new) at the end of the updates), "entropy" (nats per token), "reward" and "sequences"."""
+        out = dict(state)
+        for name, controller in self._controllers().items():
+            by = "kl" if name == "penalty" else controller.by
+            out[name] = controller.next(state[name], measured[by], int(measured["sequences"]))
+        return out
+
+    def _controllers(self) -> dict[str, Controller]:
+        found: dict[str, Controller] = {} if self.penalty is None else {"penalty": fixed(self.penalty.coef)}
+        return found | steered(self.terms)
+
+
+def outcome(algorithm: Algorithm, batch: Batch) -> Tensor:
+    """The combined score of every answer before any penalty, (B,): reads rewards (B, R)."""
+    if algorithm.normalise is not None:
+        batch = batch.with_columns(rewards=algorithm.normalise(batch.columns))
+    return algorithm.combine(batch.columns)
+
+
+def spread(algorithm: Algorithm, batch: Batch) -> Tensor:
+    """Which rows belong to a group whose answers do not all have the same rewards, (B,) bool: only those teach a method
+    that compares within groups."""
+    index = torch.unique(batch["group"], return_inverse=True)[1]
+    rewards = torch.cat([batch["rewards"], batch["token_score"]], 1)
+    ends = [
+        torch.zeros(int(index.max()) + 1, rewards.shape[1], dtype=rewards.dtype).index_reduce(
+            0, index, rewards, how, include_self=False
+        )
+        for how in ("amax", "amin")
+    ]
+    return (ends[0] > ends[1]).any(1)[index]
+
+
+def shaped(algorithm: Algorithm, batch: Batch) -> Batch:
+    """The batch with score, one number an answer: combined, normalised, bounded and penalised."""
+    batch = batch.with_columns(score=outcome(algorithm, batch))
+    for one in (algorithm.running, *algorithm.shape):
+        batch = batch if one is None else batch.with_columns(score=one(batch.columns))
+    if algorithm.truncated.rule == "penalise":
+        amount = algorithm.truncated.amount
+        batch = batch.with_columns(score=ops.penalise(batch["score"], batch["truncated"], amount=amount))
+    return batch
+
+
+def credited(algorithm: Algorithm, batch: Batch) -> Batch:
+    """The batch with score, kl, token_reward, advantage and (with a critic) returns; once per rollout, no gradient.
+
+    Reads rewards (B, R), token_score (B, T), truncated, group, the mask, and what `algorithm.reads()` names; scores
+    that are dense keep their places, the rest of the score is placed. Controllers must be resolved. Raises RewardError
+    where the method cannot take scores per token.
+    """
+    mask, dense = batch["mask"], batch["token_score"]
+    rescaled = algorithm.normalise is not None or algorithm.running is not None or algorithm.pairs
+    if bool(dense.any()) and (rescaled or algorithm.combine.op is not ops.weighted_sum):
+        raise RewardError(
+            "scores per token only go with combine weighted_sum, without normalise, running or pairs: they keep their size"
+        )
+    batch = shaped(algorithm, batch)
+    if algorithm.credit is None or algorithm.place is None:
+        return batch
+    placed = batch["score"] - dense.sum(1)  # what is dense stays where it arose
+    if algorithm.truncated.rule == "bootstrap":
+        # the critic's value stands for all that would have followed, the score too
+        placed = torch.where(batch["truncated"], torch.zeros_like(placed), placed)
+    token_reward = algorithm.place(batch.with_columns(score=placed).columns) + ops.dense(dense, mask)
+    if algorithm.penalty is not None:
+        kl = torch.where(mask, algorithm.penalty.estimator(batch.columns), torch.zeros_like(token_reward))
+        batch = batch.with_columns(kl=kl)
+        coef = algorithm.penalty.coef
+        assert isinstance(coef, (int, float)), "controllers are resolved with Algorithm.at before credit"
+        token_reward = token_reward - coef * algorithm.penalty.charge(batch.columns)
+    batch = batch.with_columns(token_reward=token_reward)
+    try:
+        advantage = algorithm.credit(batch.columns)
+        target = advantage if algorithm.target is None else algorithm.target(batch.columns)
+    except ValueError as error:  # scores that this credit has no answer for
+        raise RewardError(str(error)) from error
+    if algorithm.truncated.rule == "mask":  # cut-off answers count in their group's statistics, but are not trained
+        mask = mask & ~batch["truncated"][:, None]
+        batch = batch.with_columns(mask=mask)
+    batch = batch.with_columns(advantage=torch.where(mask, advantage, torch.zeros_like(advantage)))
+    if "old_value" in batch.columns:
+        returns = torch.where(mask, target + batch["old_value"], torch.zeros_like(target))
+        batch = batch.with_columns(returns=returns)
+    if algorithm.whiten is not None:
+        batch = batch.with_columns(advantage=algorithm.whiten(batch.columns))
+    return batch if algorithm.correct is None else batch.with_columns(correction=algorithm.correct(batch.columns))
+
+
+def paired(batch: Batch) -> Batch:
+    """The best and the worst answer of each group as pairs, chosen first; groups of equal scores give none. Reads score.
+
+    Of equally good answers the first counts. Under rule "mask" of truncation nothing is left out: a cut-off answer can lose.
+    """
+    groups: dict[int, list[int]] = {}
+    for row, group in enumerate(batch["group"].tolist()):
+        groups.setdefault(group, []).append(row)
+    score, rows = batch["score"].tolist(), []
+    for own in groups.values():
+        best, worst = max(own, key=lambda row: score[row]), min(own, key=lambda row: score[row])
+        rows += [best, worst] if score[best] > score[worst] else []
+    count = len(rows) // 2
+    out = take_elements(batch, rows) if rows else batch.take([])
+    place = torch.tensor([0, 1] * count)
+    ones = torch.ones(len(rows), dtype=torch.float32)
+    return out.with_columns(
+        element=torch.arange(count).repeat_interleave(2), place=place, probability=ones,
+        chosen_mask=out["mask"] & (place == 0)[:, None],
+    )  # fmt: skip
+
+
+def diagnostics(batch: Batch, clip: tuple[float, float] | None) -> dict[str, float]:
+    """What to watch of a mini-batch after its update's forward pass: ratio, clip fraction, KL(old || new) per token.
+
+    `batch` has logp (now) beside old_logp; `clip` is (low, high) where the surrogate has one.
+    """
+    mask, log_ratio = batch["mask"], batch["logp"] - batch["old_logp"]
+    ratio = log_ratio.exp()
+    out = {
+        "ratio_mean": float(ops.masked_mean(ratio, mask)),
+        "kl_old": float(ops.masked_mean(torch.expm1(log_ratio) - log_ratio, mask)),
+    }
+    if clip is not None:
+        beyond = (ratio < 1 - clip[0]) | (ratio > 1 + clip[1])
+        out["clip_fraction"] = float(ops.masked_mean(beyond.to(ratio.dtype), mask))
+    if "value" in batch.columns:
+        out["explained_variance"] = float(ops.explained_variance(batch["old_value"], batch["returns"], mask))
+    return out
+
+
+def clip_bounds(algorithm: Algorithm) -> tuple[float, float] | None:
+    """(low, high) of the policy's clipped surrogate, None where it has none."""
+    for term in algorithm.terms:
+        for one in term.loss.walk():
+            if one.op in (ops.clip, ops.dual_clip):
+                return one.dials["low"], one.dials["high"]
+    return None

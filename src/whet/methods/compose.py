@@ -1,0 +1,433 @@
+"""From a method's slots (names and dials, as the catalogue and recipes hold them) to parts; what contradicts itself is refused."""
+
+import difflib
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from whet import catalogue, ops
+from whet.choices import (
+    DIALS,
+    HIDDEN,
+    ONLINE_SLOTS,
+    PAIR_LOSSES,
+    PREFERENCE_SLOTS,
+    REWARD_SLOTS,
+    SINGLE_LOSSES,
+    Choice,
+    changed,
+    named,
+)
+from whet.dials import KL, Entropy, Truncated, Value
+from whet.errors import RecipeError
+from whet.methods.algorithm import Algorithm, Collect, Penalty
+from whet.methods.part import Objective, Part, Term, part
+from whet.ops import AdaptiveEntropy, AdaptiveKL, Controller, FixedKL, HalvingKL, RunningMean
+
+Slots = Mapping[str, Any]
+
+ESTIMATORS = {
+    "k1": part(ops.k1, logp="old_full_logp"),
+    "k2": part(ops.k2, logp="old_full_logp"),
+    "k3": part(ops.k3, logp="old_full_logp"),
+    "exact": part(ops.dense, token_score="old_exact_kl"),
+}
+CHARGES = {
+    "token": part(ops.per_token),
+    "sequence": part(ops.per_sequence),
+    "sequence_sum": part(ops.per_sequence, mean=False),
+}
+WHOLE = part(ops.masked_sum, x="token_reward", dim=1)
+"""What an answer earned in all: its placed score, its dense scores and its KL."""
+
+
+def online(name: str, *, longest: int | None = None, weights: Sequence[float] = (1.0,), **changes: Any) -> Algorithm:
+    """An online method of the catalogue with changed slots. `longest` is the answers' limit in tokens, `weights` the rewards'.
+
+    Raises RecipeError for slots that contradict each other.
+
+    >>> online("grpo", answers=4, surrogate={"high": 0.28}).terms[0].loss.dials
+    {'low': 0.2, 'high': 0.28}
+    """
+    if name in catalogue.ONLINE_PREFERENCE:
+        return online_of(changed(catalogue.ONLINE_PREFERENCE[name].slots, changes), longest=longest, weights=weights)
+    return online_of(changed(catalogue.ONLINE[name].slots, changes), longest=longest, weights=weights)
+
+
+def preference(name: str, **changes: Any) -> Objective:
+    """A preference method of the catalogue with changed slots."""
+    return preference_of(changed(catalogue.PREFERENCE[name].slots, changes))
+
+
+def reward(name: str, **changes: Any) -> Objective:
+    """A reward-model method of the catalogue with changed slots."""
+    return reward_of(changed(catalogue.REWARD[name].slots, changes))
+
+
+def online_of(slots: Slots, *, longest: int | None = None, weights: Sequence[float] = (1.0,)) -> Algorithm:
+    """The algorithm that these slots describe. Raises RecipeError for slots that contradict each other."""
+    truncated = record(Truncated, slots["truncated"])
+    _check_truncated(truncated)
+    front = _front(slots, truncated, weights, longest)
+    if "loss" in slots:
+        objective = preference_of(slots, stream="rollout")
+        _least(slots["answers"], 2, "a pair is made of two answers")
+        if truncated.rule in ("mask", "bootstrap"):
+            raise RecipeError(
+                f"method.truncated.rule: pairs of whole answers cannot {truncated.rule} one; use keep or penalise"
+            )
+        return replace(front, terms=objective.terms, select=objective.select, pairs=True)
+    return _credit_front(front, slots, longest)
+
+
+def _front(slots: Slots, truncated: Truncated, weights: Sequence[float], longest: int | None) -> Algorithm:
+    """The first half, up to one score an answer."""
+    combine = chosen("combine", slots["combine"], weights=tuple(weights))
+    normalise = slots.get("normalise") and chosen("normalise", slots["normalise"])
+    running = slots.get("running") and chosen("running", slots["running"], shift=0.0, scale=1.0)
+    shape = []
+    if slots.get("bound"):
+        shape.append(chosen("bound", slots["bound"]))
+    if slots.get("overlong"):
+        spec = _with_length("overlong", slots["overlong"], "limit", longest)
+        if spec["buffer"] > spec["limit"]:
+            raise RecipeError(
+                f"method.overlong.buffer: it lies within the limit of {spec['limit']} tokens; got {spec['buffer']}"
+            )
+        shape.append(chosen("overlong", spec))
+    if normalise or slots["refill"]:
+        _least(slots["answers"], 2, "normalise and refill compare the answers of a group")
+    collect = Collect(slots["answers"], refill=slots["refill"])
+    return Algorithm(
+        collect, combine, truncated, (), normalise=normalise or None, running=running or None, shape=tuple(shape)
+    )
+
+
+def _credit_front(front: Algorithm, slots: Slots, longest: int | None) -> Algorithm:
+    """The second half: place, KL, credit, and the terms of policy, critic, entropy and ptx."""
+    truncated, name = front.truncated, slots["credit"]["name"]
+    choice = found("credit", ONLINE_SLOTS["credit"], name)
+    parameters = inspect.signature(getattr(ops, choice.op)).parameters
+    value = slots["value"] and record(Value, slots["value"])
+    if ("values" in parameters) != bool(value):
+        fix = "set value to null" if value else "set value, for example --value.clip 0.2"
+        raise RecipeError(f"method.value: the credit {name} {'has no' if value else 'needs a'} critic; {fix}")
+    if truncated.rule == "bootstrap" and not value:
+        raise RecipeError(
+            f"method.truncated.rule: bootstrap needs a critic, and the credit {name} has none; use keep, mask or penalise"
+        )
+    if "group" in parameters:
+        _least(slots["answers"], 2, f"the credit {name} compares the answers of a group")
+    given: dict[str, Any] = {}
+    if "final_value" in parameters and truncated.rule == "bootstrap":
+        given["final_value"] = part(_after_truncation)
+    whole = "score" in parameters
+    if whole:
+        given["score"] = WHOLE
+        if slots["place"]["name"] != "terminal" and slots["place"] != {"name": "linear", "normalised": False}:
+            raise RecipeError(
+                f"method.place: the credit {name} credits whole answers, where a placement that sums to the score changes "
+                "nothing; use terminal"
+            )
+    credit = chosen("credit", slots["credit"], **given)
+    target = None
+    if value and value.lam is not None:
+        gamma = slots["credit"].get("gamma", 1.0)
+        target = part(ops.gae, rewards="token_reward", values="old_value", gamma=gamma, lam=value.lam, **given)
+    reduce, dials = reduction(slots["reduce"], longest)
+    surrogate = policy_loss(slots)
+    terms = [Term("policy", "rollout", surrogate, reduce, dials=dials, name=slots["surrogate"]["name"])]
+    if value:
+        terms.append(Term("critic", "rollout", part(ops.value_loss, clip=value.clip), ops.token_mean, value.weight))
+    if slots["loss_kl"]:
+        spec = dict(slots["loss_kl"])
+        coef = spec.pop("coef", ONLINE_SLOTS["loss_kl"][spec["name"]].extra["coef"])
+        if coef > 0:
+            penalty = chosen("loss_kl", spec)
+            terms.append(Term("policy", "rollout", penalty, reduce, coef, dials=dials, name=spec["name"]))
+    if slots["entropy"]:
+        bonus = record(Entropy, slots["entropy"])
+        standard = Entropy()
+        if bonus.target is None and (bonus.step, bonus.most) != (standard.step, standard.most):
+            raise RecipeError("method.entropy.target: step and most steer towards a target; set one")
+        weight: float | Controller = bonus.coef
+        if bonus.target is not None:
+            weight = AdaptiveEntropy(bonus.coef, bonus.target, bonus.step, bonus.most)
+        terms.append(Term("policy", "rollout", part(ops.entropy_bonus), ops.token_mean, weight, name="entropy"))
+    if slots["ptx_weight"] > 0:
+        terms.append(Term("policy", "ptx", part(ops.nll), ops.token_mean, slots["ptx_weight"], name="ptx"))
+    return replace(
+        front,
+        collect=replace(front.collect, greedy="baseline" in parameters),
+        place=_placed(slots["place"]),
+        penalty=_penalty(record(KL, slots["kl"])) if slots["kl"] else None,
+        credit=part(ops.broadcast, answer_advantage=credit) if whole else credit,
+        target=target,
+        whiten=chosen("whiten", slots["whiten"]) if slots["whiten"] else None,
+        correct=chosen("correct", slots["correct"]) if slots["correct"] else None,
+        select=_selection(slots),
+        terms=tuple(terms),
+    )
+
+
+def policy_loss(slots: Slots) -> Part:
+    """The policy's loss per token: the surrogate on its ratio, what a selection does to it, the importance correction."""
+    spec = slots["surrogate"]
+    choice = found("surrogate", ONLINE_SLOTS["surrogate"], spec["name"])
+    given: dict[str, Any] = {}
+    has = "ratio" in inspect.signature(getattr(ops, choice.op)).parameters
+    if has != bool(slots["ratio"]):
+        fix = "set ratio, for example --ratio token" if has else "set ratio to null"
+        raise RecipeError(f"method.ratio: the surrogate {spec['name']} {'needs one' if has else 'has none'}; {fix}")
+    if has:
+        given["ratio"] = chosen("ratio", slots["ratio"])
+    if choice.op == "kl_penalised":
+        steering = choice.extra | spec
+        given["beta"] = HalvingKL(steering["beta"], steering["target"])
+        spec = {"name": spec["name"]}
+    loss = chosen("surrogate", spec, **given)
+    if slots["select"] and slots["select"]["name"] == "clip_cov":
+        loss = part(ops.kept, loss=loss)
+    elif slots["select"]:
+        coef = slots["select"].get("coef", ONLINE_SLOTS["select"]["kl_cov"].extra["coef"])
+        loss = part(ops.kl_on, loss=loss, coef=coef)
+    return part(ops.weighted, loss=loss, weight="correction") if slots["correct"] else loss
+
+
+def _selection(slots: Slots) -> tuple[tuple[str, Part], ...]:
+    if not slots["select"]:
+        return ()
+    spec, given = dict(slots["select"]), {}
+    if spec["name"] == "clip_cov":
+        if slots["surrogate"]["name"] not in ("clip", "dual_clip"):
+            raise RecipeError(
+                "method.select: clip_cov leaves out what the clip stops; use the surrogate clip or dual_clip"
+            )
+        dials = {"low": 0.2, "high": 0.2} | slots["surrogate"]
+        given = {"low": dials["low"], "high": dials["high"]}
+    else:
+        spec.pop("coef", None)
+    return (("selected", chosen("select", spec, **given)),)
+
+
+def _after_truncation(final_value: Tensor, truncated: Tensor) -> Tensor:
+    """The critic's value after the last token where the answer was cut off, 0 where it ended: (B,)."""
+    return torch.where(truncated, final_value, torch.zeros_like(final_value))
+
+
+def _placed(spec: Slots) -> Part:
+    if spec["name"] != "attention":
+        return chosen("place", spec)
+    heads = spec.get("heads", ONLINE_SLOTS["place"]["attention"].extra["heads"])
+    return part(ops.attention, attention_weight=f"attention_{heads}")
+
+
+def controller(kl: KL) -> Controller:
+    """The controller these dials describe. Raises RecipeError for one without target, and for steering that nothing reads."""
+    if kl.controller == "fixed" and kl.target is not None:
+        raise RecipeError(
+            f"method.kl.target: the fixed controller aims at nothing; use adaptive or halving, or leave it out; got {kl.target}"
+        )
+    if kl.controller != "adaptive" and kl.horizon != KL().horizon:
+        raise RecipeError(f"method.kl.horizon: only the adaptive controller has one; got {kl.horizon}, leave it out")
+    if kl.controller == "fixed":
+        return FixedKL(kl.coef)
+    if kl.target is None:
+        raise RecipeError(
+            f"method.kl.target: the {kl.controller} controller needs the KL to aim at, in nats per answer; got nothing"
+        )
+    return AdaptiveKL(kl.coef, kl.target, kl.horizon) if kl.controller == "adaptive" else HalvingKL(kl.coef, kl.target)
+
+
+def _penalty(kl: KL) -> Penalty:
+    return Penalty(ESTIMATORS[kl.estimator], CHARGES[kl.where], controller(kl))
+
+
+def reduction(spec: Slots, longest: int | None) -> tuple[Any, dict[str, Any]]:
+    """(the reduction, its dials) of a slot."""
+    choice = found("reduce", ONLINE_SLOTS["reduce"], spec["name"])
+    if "length" in dials_of(choice):
+        spec = _with_length("reduce", spec, "length", longest)
+    return getattr(ops, choice.op), {key: value for key, value in spec.items() if key != "name"}
+
+
+def preference_of(slots: Slots, stream: str = "train") -> Objective:
+    """The objective that these slots describe: a weighted mixture of losses on scored answers, and the SFT loss."""
+    losses = [named(one) for one in (slots["loss"] if isinstance(slots["loss"], list) else [slots["loss"]])]
+    beta = slots.get("beta")
+    score = _answer_score(slots["score"], beta)
+    columns = {
+        "gap": part(ops.gap, score=score),
+        "chosen": part(ops.nth, x=score, n=0),
+        "rejected": part(ops.nth, x=score, n=1),
+        "score": part(ops.nth, x=score, n=0),
+        "probability": part(ops.nth, x="probability", n=0),
+        "good": part(ops.nth, x="good", n=0),
+        "kl_baseline": part(ops.nth, x="kl_baseline", n=0),
+        "policy_gap": part(ops.gap, score=part(ops.policy_score, beta=beta or 1.0)),
+        "matched": part(ops.nth, x="matched", n=0),
+        "rival": part(ops.nth, x="rival", n=0),
+        "rival_of_rejected": part(ops.nth, x="rival", n=1),
+    }
+    terms: list[Term] = []
+    select: dict[str, Part] = {}
+    single = [one["name"] in SINGLE_LOSSES for one in losses]
+    if any(single) and not all(single):
+        raise RecipeError("method.loss: losses on single answers and losses on pairs need other rows; do not mix them")
+    for spec in losses:
+        spec = dict(spec)
+        weight = spec.pop("weight", 1.0)
+        choice = found("loss", PAIR_LOSSES | SINGLE_LOSSES, spec["name"])
+        if spec["name"] == "sft":
+            terms.append(_sft(stream, weight))
+            continue
+        parameters = inspect.signature(getattr(ops, choice.op)).parameters
+        _check_score(spec["name"], slots["score"], parameters)
+        given: dict[str, Any] = {name: columns[name] for name in parameters if name in columns}
+        if "delta" in parameters:
+            given["delta"] = RunningMean()
+        if "beta" in parameters:
+            given["beta"] = beta
+        loss = chosen("loss", spec, **given)
+        terms.append(Term("policy", stream, loss, ops.element_mean, weight, name=spec["name"]))
+        select |= _across(parameters, slots["score"], beta)
+    if slots.get("sft_weight", 0) > 0:
+        terms.append(_sft(stream, slots["sft_weight"]))
+    return Objective(tuple(terms), tuple(select.items()))
+
+
+def _sft(stream: str, weight: float) -> Term:
+    return Term("policy", stream, part(ops.nll), ops.token_mean, weight, mask="chosen_mask", name="sft")
+
+
+def _answer_score(spec: Slots, beta: float | None) -> Part:
+    if (spec["name"] == "log_odds") != (beta is None):
+        raise RecipeError(
+            "method.beta: log-odds carry none (use orpo, whose strength is the loss's weight), every other score needs one"
+        )
+    return chosen("score", spec, **({} if beta is None else {"beta": beta}))
+
+
+def _across(parameters: Mapping[str, Any], score: Slots, beta: float | None) -> dict[str, Part]:
+    """What a loss needs from the whole mini-batch, by column."""
+    now = part(ops.policy_score, logp="now_logp", beta=beta or 1.0)
+    out = {}
+    if "matched" in parameters:
+        reference = part(ops.policy_score, logp="ref_logp", beta=beta or 1.0)
+        out["matched"] = part(ops.sorted_partner, score=now, other=reference)
+    if "rival" in parameters:
+        implicit = chosen("score", score, logp="now_logp", beta=beta)
+        out["rival"] = part(ops.sorted_rival, score=implicit)
+    if "kl_baseline" in parameters:
+        ratio = part(ops.implicit_reward, logp="now_logp", beta=1.0)
+        out["kl_baseline"] = part(ops.kl_baseline, log_ratio=ratio)
+    return out
+
+
+def _check_score(loss: str, score: Slots, parameters: Mapping[str, Any]) -> None:
+    """Losses that read each answer's reward, not only the gap, need the one whose constant per prompt does not matter."""
+    if "beta" in parameters and score["name"] == "log_odds":
+        raise RecipeError(f"method.loss: {loss} is scaled by beta, and log-odds carry none")
+    plain = score["name"] == "implicit_reward" and score.get("divergence", "reverse_kl") == "reverse_kl"
+    if parameters.keys() & {"chosen", "rejected", "score", "policy_gap"} and not plain:
+        raise RecipeError(
+            f"method.score: the loss {loss} reads each answer's own reward, so it needs implicit_reward with the reverse_kl "
+            f"divergence; got {score['name']} {score.get('divergence', '')}".rstrip()
+        )
+    if "policy_gap" in parameters and score.get("mean"):
+        raise RecipeError(f"method.score.mean: the loss {loss} sorts sums of log-probs; leave it out")
+    if score.get("divergence") != "alpha" and "alpha" in score and score["alpha"] != 0.5:
+        raise RecipeError(f"method.score.alpha: only the alpha divergence has one; got {score['alpha']}, leave it out")
+
+
+def reward_of(slots: Slots) -> Objective:
+    """The objective of a reward model."""
+    spec = slots["loss"]
+    choice = found("loss", REWARD_SLOTS["loss"], spec["name"])
+    columns = {
+        name: part(ops.nth, x=x, n=n)
+        for name, x, n in (("chosen", "score", 0), ("rejected", "score", 1), ("margin", "margin", 0))
+    }
+    parameters = inspect.signature(getattr(ops, choice.op)).parameters
+    given = {name: columns[name] for name in parameters if name in columns}
+    loss = _made("loss", REWARD_SLOTS["loss"], spec, given)
+    if "token_score" in parameters:
+        return Objective((Term("reward", "train", loss, ops.token_mean, mask="step", name=spec["name"]),))
+    terms = [Term("reward", "train", loss, ops.element_mean, name=spec["name"])]
+    if slots.get("centring", 0) > 0:
+        centring = part(ops.centring, chosen=columns["chosen"], rejected=columns["rejected"])
+        terms.append(Term("reward", "train", centring, ops.element_mean, slots["centring"], name="centring"))
+    return Objective(tuple(terms))
+
+
+def chosen(slot: str, spec: Slots, **given: Any) -> Part:
+    """The part of a slot: its op with the columns that the choice names, these dials, and what the method gives it."""
+    return _made(slot, {**PREFERENCE_SLOTS, **ONLINE_SLOTS}[slot], spec, given)
+
+
+def _made(slot: str, known: Mapping[str, Choice], spec: Slots, given: Mapping[str, Any]) -> Part:
+    choice = found(slot, known, spec["name"])
+    dials = {key: value for key, value in spec.items() if key != "name"}
+    for key in dials:
+        if key not in dials_of(choice):
+            raise RecipeError(
+                f"method.{slot}.{key}: {spec['name']} has no such dial; known are {', '.join(dials_of(choice)) or 'none'}"
+            )
+    return part(getattr(ops, choice.op), **{**choice.reads, **given, **dials})
+
+
+def found(slot: str, known: Mapping[str, Choice], name: str) -> Choice:
+    """The choice of this name. Raises RecipeError with the nearest one."""
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+        raise RecipeError(f"method.{slot}: unknown {name!r}; {hint}")
+    return known[name]
+
+
+def dials_of(choice: Choice) -> dict[str, Any]:
+    """The dials of a choice that recipes set, with their defaults (inspect's empty where there is none)."""
+    own = {
+        name: one.default
+        for name, one in inspect.signature(getattr(ops, choice.op)).parameters.items()
+        if one.kind is inspect.Parameter.KEYWORD_ONLY and name not in HIDDEN + choice.hidden
+    }
+    return own | dict(choice.extra)
+
+
+def record(kind: type, value: Any) -> Any:
+    """The record, which may be given as the mapping of its fields."""
+    return value if isinstance(value, kind) else kind(**value)
+
+
+def _with_length(slot: str, spec: Slots, dial: str, longest: int | None) -> dict[str, Any]:
+    """The spec with its length filled in from the answers' limit where it is null."""
+    value = spec.get(dial) or longest
+    if value is None:
+        raise RecipeError(f"method.{slot}.{dial}: it needs the answers' limit in tokens")
+    return {**spec, dial: value}
+
+
+def _least(got: int, least: int, why: str) -> None:
+    if got < least:
+        raise RecipeError(f"method.answers: {why}, so it takes at least {least}; got {got}")
+
+
+def _check_truncated(truncated: Truncated) -> None:
+    if truncated.rule != "penalise" and truncated.amount != Truncated().amount:
+        raise RecipeError(
+            f"method.truncated.amount: only the rule penalise takes it off; got {truncated.amount} with {truncated.rule}"
+        )
+
+
+assert set(DIALS) >= {
+    name
+    for table in (ONLINE_SLOTS, PREFERENCE_SLOTS, REWARD_SLOTS)
+    for known in table.values()
+    for one in known.values()
+    for name in dials_of(one)
+}, "every dial has one meaning in whet.choices.DIALS"
