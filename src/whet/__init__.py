@@ -15,7 +15,7 @@ from whet.errors import (
 
 __all__ = [
     "CheckpointError", "DataError", "ModelError", "RecipeError", "RewardError", "RunStopped", "UserError", "WhetError",
-    "run",
+    "explain", "run",
 ]  # fmt: skip
 
 
@@ -28,3 +28,10 @@ def run(verb: str, recipe: str | None = None, *, resume: bool = False, quiet: bo
     from whet.cli.main import run as verb_of_the_door
 
     return verb_of_the_door(verb, recipe, resume=resume, quiet=quiet, **fields)
+
+
+def explain(verb: str, recipe: str | None = None, **fields: Any) -> str:
+    """What `run` would do with the same arguments: the objective with its numbers, its arithmetic, and where it ends."""
+    from whet.cli.main import explain as verb_of_the_door
+
+    return verb_of_the_door(verb, recipe, **fields)

@@ -311,7 +311,7 @@ REWARD: Mapping[str, Method] = {
 """Reward-model methods, by the recipe's `method.name`."""
 
 READS: Mapping[str, str] = {
-    "k_way": "rankings", "pairwise": "pairs", "log_exp": "pairs", "absolute": "labelled", "process": "steps", "kto": "unpaired",
+    "k_way": "rankings", "pairwise": "pairs", "log_exp": "pairs", "absolute": "labelled", "process": "steps",
 }  # fmt: skip
 """What a method's rows become, where it is not pairs: a reading of `whet.records.Reader`."""
 

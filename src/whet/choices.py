@@ -273,7 +273,7 @@ ONLINE_SLOTS: dict[str, dict[str, Choice]] = {
     "select": {
         "clip_cov": Choice(
             "clip_cov",
-            "no gradient on {share} of the tokens, drawn where cov(log pi, A) is in [{cov_low}, {cov_high}]",
+            "no gradient on {share} of the tokens, drawn where {cov_low} < cov(log pi, A) < {cov_high}",
             "Clip-Cov, Cui et al. 2025, eq. 12",
             "verl draws at random, here by address",
             hidden=("low", "high"),
@@ -441,7 +441,7 @@ REWARD_SLOTS: dict[str, dict[str, Choice]] = {
         ),
         "pairwise": Choice(
             "pairwise",
-            "-log sigmoid(s_chosen - s_rejected - margin of the row)",
+            "-p log sigmoid(g) - (1 - p) log sigmoid(-g),  g = s_chosen - s_rejected - margin of the row, p its probability or 1",
             "Bradley-Terry; Touvron et al. 2023, eq. 2",
         ),
         "log_exp": Choice("log_exp", "log(1 + exp(s_rejected - s_chosen))", "the same number as pairwise"),

@@ -93,6 +93,6 @@ def test_a_method_that_is_steered_by_its_own_moves_sees_a_single_update(home: Pa
         f"{home}/judge.py:yes",
         *SHORT,
     ]
-    given += ["--rollout.minibatch", "8", "--target", "1e-6", "--beta", "0.5"]
+    given += ["--rollout.minibatch", "8", "--surrogate.target", "1e-6", "--surrogate.beta", "0.5"]
     assert main([*given, "--out", f"{tmp_path}/steered"]) == 0
     assert [row["state/term0.beta"] for row in metrics(tmp_path / "steered")] == [0.5, 1.0, 2.0]

@@ -1,10 +1,11 @@
+import inspect
 import resource
 import subprocess
 import sys
 
 import pytest
 
-from whet.cli.main import OFFLINE, ONLINE, OTHERS
+from whet.cli.main import OFFLINE, ONLINE, OTHERS, main
 
 WHET = [sys.executable, "-m", "whet"]
 VERBS = [verb.replace("_", "-") for verb in {**OFFLINE, **ONLINE, **OTHERS}]
@@ -18,7 +19,11 @@ def spent(*words: str) -> tuple[subprocess.CompletedProcess, float]:
     return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-@pytest.mark.parametrize("words", [("--help",), (), *((verb, "--help") for verb in VERBS)], ids=" ".join)
+SOME = ["sft", "reward", "kto", "ppo", "online-dpo", "sample", "demo"]
+"""The others' help is made by the same code; that it is made at all is asked of every verb below, in one process."""
+
+
+@pytest.mark.parametrize("words", [("--help",), (), *((verb, "--help") for verb in SOME)], ids=" ".join)
 def test_help_answers_within_half_a_second(words: tuple[str, ...]) -> None:
     best = 9.0
     for _ in range(3):
@@ -33,11 +38,15 @@ def test_help_answers_within_half_a_second(words: tuple[str, ...]) -> None:
 
 def test_importing_whet_and_every_help_load_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys, whet\n"
+        "import contextlib, io, sys, whet\n"
         "assert not {'torch', 'transformers'} & sys.modules.keys(), 'import whet'\n"
         "from whet.cli.main import main\n"
         f"for words in ([], ['--help'], *([verb, '--help'] for verb in {VERBS})):\n"
-        "    assert main(words) == 0\n"
+        "    said = io.StringIO()\n"
+        "    with contextlib.redirect_stdout(said):\n"
+        "        assert main(words) == 0\n"
+        "    verb = f'usage: whet {words[0]} [' if len(words) > 1 else 'usage: whet VERB ['\n"
+        "    assert said.getvalue().startswith(verb), words\n"
         "    assert not {'torch', 'transformers'} & sys.modules.keys(), words\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -56,24 +65,73 @@ def test_the_overview_names_every_verb() -> None:
 
 @pytest.mark.parametrize(("verb", "lines"), [
     ("sft", ["--model.path", "--model.lora.rank", "--data.too-long", "--train.save-every", "--optim.lr"]),
-    ("grpo", ["--rollout.prompts", "--sampling.max-new-tokens", "--method.answers", "--method.clip"]),
-    ("dpo", ["--reference", "--method.beta"]),
-    ("reward", ["--head.readout", "k_way", "--method.ties"]),
-    ("sample", ["--count"]), ("rank", ["--judge-form"]), ("eval", ["--against"]), ("demo", ["--out"]),
+    ("grpo", ["--rollout.prompts", "--rollout.refresh.every", "--sampling.max-new-tokens", "--method.answers", "--method.surrogate",
+              "--method.surrogate.low", "--method.kl.coef", "--method.loss-kl.coef", "--method.entropy.target", "dual_clip"]),
+    ("ppo", ["--method.credit.lam", "--method.value.clip", "--method.whiten.ddof", "leave_one_out", "--critic.path"]),
+    ("dpo", ["--reference", "--method.beta", "--method.loss.label-smoothing", "bco_pair", "--precompute", "--refresh.mix"]),
+    ("kto", ["--method.loss.desirable", "--method.loss.undesirable"]),
+    ("orpo", ["--method.loss", "--method.sft-weight", "--method.loss.margin"]),
+    ("reward", ["--head.readout", "k_way", "--method.loss.ties", "--method.name", "process", "--data.separator"]),
+    ("sample", ["--count", "--reward", "--keep"]), ("rank", ["--judge-form"]), ("eval", ["--against"]), ("demo", ["--out"]),
 ])  # fmt: skip
 def test_a_verbs_help_names_its_fields(verb: str, lines: list[str]) -> None:
     done, _ = spent(verb, "--help")
     assert [line for line in lines if line not in done.stdout] == []
 
 
+def shown(lines: list[str]) -> dict[str, str]:
+    """Option -> what stands in its last brackets."""
+    out = {}
+    for line in lines:
+        if line.startswith("  --"):
+            name, _, told = line.strip().partition(" ")
+            out[name] = told.rpartition("[")[2].rstrip("]") if told.endswith("]") else ""
+    return out
+
+
+@pytest.mark.parametrize("verb", [verb for verb in (*OFFLINE, *ONLINE) if verb not in ("pretrain", "sft")])
+def test_a_verbs_help_tells_every_slot_and_dial_with_its_own_default(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As compose takes them: by the ops' own signatures, which the help may not import."""
+    from whet import catalogue
+    from whet.choices import ONLINE_SLOTS, PLAIN_SLOTS, PREFERENCE_SLOTS, REWARD_SLOTS
+    from whet.cli import config
+    from whet.methods.compose import dials_of
+
+    assert main([verb, "--help"]) == 0
+    told = shown(capsys.readouterr().out.splitlines())
+    table = REWARD_SLOTS if verb == "reward" else {**ONLINE_SLOTS, **PREFERENCE_SLOTS}
+    for slot, value in catalogue.slots_of(verb).items():
+        name = f"--method.{slot.replace('_', '-')}"
+        assert name in told
+        if slot in PLAIN_SLOTS:
+            record = config.section(PLAIN_SLOTS[slot][0])
+            for field in config.fields_of(record) if record else ():
+                default = getattr(record(**(value or {})), field)
+                assert told[f"{name}.{field.replace('_', '-')}"] in (
+                    "" if default is None else str(default),
+                    str(default),
+                )
+            assert record or told[name] == str(value)
+            continue
+        for spec in value if isinstance(value, list) else [value] if value else []:
+            for dial, default in dials_of(table[slot][spec["name"]]).items():
+                own, got = spec.get(dial, default), told[f"{name}.{dial.replace('_', '-')}"]
+                number = isinstance(own, float)
+                assert own is inspect.Parameter.empty or (
+                    float(got) == own if number else got == ("" if own is None else str(own))
+                )
+
+
 def test_an_unknown_verb_is_named_with_the_nearest_one_without_a_traceback_unless_debugging() -> None:
-    done, _ = spent("gpro")
+    done, _ = spent("grop")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "whet: unknown verb 'gpro'; did you mean 'grpo'?\n"
-    done, _ = spent("gpro", "--debug")
+    assert done.stderr == "whet: unknown verb 'grop'; did you mean 'grpo'?\n"
+    done, _ = spent("grop", "--debug")
     assert done.returncode == 1
     assert "Traceback (most recent call last)" in done.stderr
-    assert done.stderr.endswith("RecipeError: unknown verb 'gpro'; did you mean 'grpo'?\n")
+    assert done.stderr.endswith("RecipeError: unknown verb 'grop'; did you mean 'grpo'?\n")
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:

@@ -91,7 +91,7 @@ def test_a_model_is_no_better_than_itself_and_no_nat_away(home: Path) -> None:
 
 
 def test_an_unknown_verb_or_field_is_an_error_of_the_recipe(home: Path) -> None:
-    with pytest.raises(RecipeError, match="unknown verb 'gpro'; did you mean 'grpo'"):
-        whet.run("gpro")
+    with pytest.raises(RecipeError, match="unknown verb 'grop'; did you mean 'grpo'"):
+        whet.run("grop")
     with pytest.raises(RecipeError, match=r"unknown field 'train\.bach'; did you mean 'train\.batch'"):
         whet.run("sft", model=f"{home}/m", data=f"{home}/sft.jsonl", **{"train.bach": 3})

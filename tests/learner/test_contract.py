@@ -14,9 +14,7 @@ from whet.cli.verbs import SFT
 from whet.dials import Optim
 from whet.errors import CheckpointError, RunStopped
 from whet.learner.local import LocalLearner
-from whet.methods import online as methods
-from whet.methods import part
-from whet.methods.part import Term
+from whet.methods import Term, online, part
 from whet.models.roles import Role
 from whet.ops import reinforce, token_mean
 from whet.records import Batch
@@ -46,7 +44,7 @@ def batch(*, nan: bool = False) -> Batch:
     return out.with_columns(advantage=advantage.masked_fill(out["mask"], torch.nan) if nan else advantage)
 
 
-def work(given: Batch | None = None, terms: tuple[Term, ...] = SFT) -> list:
+def work(given: Batch | None = None, terms: tuple[Term, ...] = SFT.terms) -> list:
     given = batch() if given is None else given
     return [(term, given, given.counts()) for term in terms]
 
@@ -282,7 +280,7 @@ def test_each_role_has_its_own_optimiser() -> None:
     own = LocalLearner(roles, optims, total=4)
     given = own.measure(batch(), frozenset({"old_logp", "old_value"}))
     given = given.with_columns(returns=given["old_value"] + 1)
-    step = own.update([(term, given, given.counts()) for term in methods.ppo().terms])
+    step = own.update([(term, given, given.counts()) for term in online("ppo").terms])
     assert step.lr == {"policy": 0.02, "critic": 0.005}
     assert float(h.gradients(own)["critic"].norm()) == pytest.approx(0.01, rel=1e-3)
     assert float(h.gradients(own)["policy"].norm()) == pytest.approx(step.grad_norm["policy"], rel=1e-9)

@@ -6,18 +6,15 @@ import pytest
 import tiny
 import torch
 
+from whet.cli.verbs import SFT
 from whet.dials import Sampling
 from whet.generate.local import LocalGenerator
 from whet.learner.local import LocalLearner
 from whet.loops import evaluate
-from whet.methods import part, reward
-from whet.methods.part import Term
+from whet.methods import reward
 from whet.models.load import Source, load_scorer
 from whet.models.roles import Role
-from whet.ops import nll, token_mean
 from whet.records import Prompt, Ranking, Row, chat_format
-
-SFT = (Term("policy", "train", part(nll), token_mean),)
 
 
 def row(ids: list[int], start: int) -> Row:
@@ -65,7 +62,7 @@ def test_accuracy_counts_untied_pairs_and_equal_scores_as_half(tmp_path: Path) -
     elements = [Ranking(tuple(rows), tuple(ranks)), Ranking(tuple(rows), tuple(4 - rank for rank in ranks))]
     elements += [Ranking((rows[0], rows[0]), (1, 2)), Ranking((rows[0], rows[1]), (1, 1))]
     learner = LocalLearner({"reward": Role("reward", model, False)}, {}, total=1)
-    found = evaluate.held_out(learner, reward.k_way(), elements)
+    found = evaluate.held_out(learner, reward("k_way"), elements)
     assert found["accuracy"] == pytest.approx((3 + 0 + 0.5) / 7)
 
 

@@ -1,77 +1,26 @@
 """The online loop through real tiny models: on-policy exactness, early stop, averages, and what the run folder says."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet
 import pytest
 import torch
+from loops.helpers import END, ONLINE, cast, go, learner_of, method_of, rollout, separate
 from models import helpers as h
 
+from whet.choices import ONLINE_SLOTS
 from whet.dials import KL, Sampling, Truncated
 from whet.errors import RunStopped
 from whet.generate import Request
 from whet.generate.local import LocalGenerator
-from whet.learner.local import LocalLearner
 from whet.loops import online, selfcheck
-from whet.loops.record import Run, read_metrics
-from whet.methods import Algorithm, credited
-from whet.methods import online as methods
-from whet.models.roles import Role
+from whet.loops.record import read_metrics
+from whet.methods import credited
 from whet.records import COLUMNS, Batch, Group, Weights
-from whet.rewards import Scores, Weighted
-
-END = (1, 5, 9)
-PROMPTS = [h.prompt(i, range(3 + i, 5 + 3 * i)) for i in range(3)]
-
-
-def separate(dtype: torch.dtype = torch.float32) -> dict[str, Role]:
-    return {
-        "policy": h.policy(dtype=dtype), "reference": h.policy(dtype=dtype, name="reference"), "critic": h.scorer(dtype=dtype, seed=2)
-    }  # fmt: skip
-
-
-def learner_of(roles: dict[str, Role], *, lr: float = 0.02, **dials: Any) -> h.Recorder:
-    optims = {name: replace(h.FREE, lr=lr) for name, role in roles.items() if role.trained}
-    return h.Recorder(roles, optims, total=50, **({"budget": 64} | dials))
-
-
-def go(
-    folder: Path,
-    method: Algorithm,
-    roles: dict[str, Role] | None = None,
-    *,
-    generator: Any = LocalGenerator,
-    learner: LocalLearner | None = None,
-    reward: Any = None,
-    sampling: Sampling = Sampling(6),
-    end_ids: Sequence[int] = END,
-    **plan: Any,
-) -> h.Recorder:
-    """One run of the loop; returns its learner."""
-    own: Any = learner or learner_of(roles or separate())
-    given = {"steps": 1, "prompts": 3, "minibatch": 3 * method.answers, "canary": 20, "end_ids": tuple(end_ids)} | plan
-    table = reward or h.TableReward(lambda ids: 0.5 * len(ids) - 0.25 * (sum(ids) % 5))
-    source = generator(own.roles["policy"], end_ids, str)
-    online.train(
-        method,
-        own,
-        source,
-        [Weighted("table", table)],
-        PROMPTS,
-        sampling,
-        online.Plan(**given),
-        Run(folder),
-        quiet=True,
-    )
-    return own
-
-
-def rollout(folder: Path, step: int = 1) -> list[dict[str, Any]]:
-    return pyarrow.parquet.read_table(folder / "rollouts" / f"step-{step:08d}.parquet").to_pylist()
-
+from whet.rewards import Scores
 
 # --- on-policy exactness ---------------------------------------------------------------------------------------------
 
@@ -84,7 +33,7 @@ def test_on_the_first_step_ratio_is_one_and_kl_is_zero_to_the_bit(
 ) -> None:
     own = go(
         tmp_path,
-        methods.ppo(answers=2),
+        method_of("ppo", answers=2),
         learner=learner_of(make(), **dials),
         sampling=Sampling(6, temperature),
         equal_start=True,
@@ -101,7 +50,7 @@ def test_on_the_first_step_ratio_is_one_and_kl_is_zero_to_the_bit(
 
 @pytest.mark.parametrize("make", [separate, h.trunk], ids=["separate copies", "one trunk"])
 def test_in_every_later_step_the_first_ratio_is_one_although_the_policy_moved(tmp_path: Path, make: Any) -> None:
-    own = go(tmp_path, methods.ppo(), make(), steps=3)
+    own = go(tmp_path, method_of("ppo"), make(), steps=3)
     assert [line["ratio_mean"] for line in read_metrics(tmp_path)] == [1.0] * 3
     assert read_metrics(tmp_path)[0]["kl"] == 0.0
     assert read_metrics(tmp_path)[-1]["kl"] != 0.0
@@ -110,7 +59,7 @@ def test_in_every_later_step_the_first_ratio_is_one_although_the_policy_moved(tm
 
 def test_several_mini_batches_and_epochs_start_at_ratio_one(tmp_path: Path) -> None:
     """Measured mini-batch by mini-batch: the first update of each rollout is exact although there are four of them."""
-    own = go(tmp_path, methods.ppo(answers=4), steps=2, minibatch=5, epochs=2)
+    own = go(tmp_path, method_of("ppo", answers=4), steps=2, minibatch=5, epochs=2)
     assert own.version == 2 * 2 * 3
 
 
@@ -166,26 +115,26 @@ MASKED = Truncated("mask")
         ("canary", {"generator": Stale}),
         ("generator and learner disagree", {"generator": Off}),
         ("rewards holds a NaN", {"reward": NotANumber()}),
-        ("not a single token", {"method": methods.ppo(truncated=MASKED), "sampling": Sampling(2), "end_ids": ()}),
+        ("not a single token", {"method": method_of("ppo", truncated=MASKED), "sampling": Sampling(2), "end_ids": ()}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
 def test_a_run_that_goes_wrong_stops_and_says_why(tmp_path: Path, why: str, given: dict[str, Any]) -> None:
     with pytest.raises(RunStopped, match=why):
-        go(tmp_path, **({"method": methods.ppo()} | given))
+        go(tmp_path, **({"method": method_of("ppo")} | given))
 
 
 def test_a_policy_that_moved_since_it_was_measured_stops_the_run(tmp_path: Path) -> None:
     roles = separate()
     learner = Moving(roles, {"policy": h.FREE, "critic": h.FREE}, total=5)
     with pytest.raises(RunStopped, match="ratio is not 1"):
-        go(tmp_path, methods.ppo(), learner=learner)
+        go(tmp_path, method_of("ppo"), learner=learner)
 
 
 def test_a_reference_that_is_not_the_policy_at_the_start_stops_the_run(tmp_path: Path) -> None:
     roles = separate() | {"reference": h.policy(name="reference", seed=1, dtype=torch.float32)}
     with pytest.raises(RunStopped, match="began with equal weights"):
-        go(tmp_path, methods.ppo(), roles, equal_start=True)
+        go(tmp_path, method_of("ppo"), roles, equal_start=True)
 
 
 def test_a_sampler_at_another_temperature_stops_the_run(tmp_path: Path) -> None:
@@ -194,7 +143,7 @@ def test_a_sampler_at_another_temperature_stops_the_run(tmp_path: Path) -> None:
             return super().generate([replace(one, sampling=replace(one.sampling, temperature=1.3)) for one in requests])
 
     with pytest.raises(RunStopped, match="temperature"):
-        go(tmp_path, methods.ppo(), generator=Hotter)
+        go(tmp_path, method_of("ppo"), generator=Hotter)
 
 
 def test_an_untrained_end_token_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +159,7 @@ def test_an_untrained_end_token_stops_the_run(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(online, "gathered", gathered)
     with pytest.raises(RunStopped, match="never learn to stop"):
-        go(tmp_path, methods.grpo(), {k: v for k, v in separate().items() if k != "critic"}, end_ids=range(27))
+        go(tmp_path, method_of("grpo"), end_ids=range(27))
 
 
 def test_a_group_whose_advantages_do_not_sum_to_zero_is_found() -> None:
@@ -222,13 +171,148 @@ def test_a_group_whose_advantages_do_not_sum_to_zero_is_found() -> None:
     selfcheck.groups_centred(0, batch.take([0, 1]))
 
 
-def test_nothing_is_wrong_with_a_right_run(tmp_path: Path) -> None:
-    for number, name in enumerate(methods.METHODS):
-        method = methods.METHODS[name]()
-        if name == "instructgpt":
-            continue
-        roles = {key: role for key, role in separate().items() if key in method.roles()}
-        go(tmp_path / str(number), method, roles, equal_start=True)
+@pytest.mark.parametrize("name", ONLINE)
+def test_every_method_of_the_catalogue_stands_the_self_checks(tmp_path: Path, name: str) -> None:
+    method = method_of(name)
+    table = [h.TableReward(lambda ids: float(sum(ids) % 5)), h.TableReward(len)][: 1 + (name == "gdpo")]
+    if name == "gdpo":
+        method = method_of(name, weights=(1.0, 0.5))
+    ptx = h.rows() if name == "instructgpt" else ()
+    own = go(tmp_path, method, reward=table, equal_start=True, steps=2, ptx=ptx, ptx_batch=2)
+    assert own.version == 2
+    assert all(0 < norm < float("inf") for norm in own.step.grad_norm.values())
+    assert own.step.grad_norm.keys() == {"policy", "critic"} & method.roles()
+
+
+# --- what could be drawn ---------------------------------------------------------------------------------------------
+
+NARROW = [{"top_p": 0.7}, {"top_k": 5}, {"min_p": 0.2}, {"top_p": 0.9, "top_k": 9, "min_p": 0.02}]
+
+
+def drawable(logp: torch.Tensor, sampling: Sampling) -> list[int]:
+    """The tokens that could be drawn, one after the other from the most probable one."""
+    order = sorted(range(len(logp)), key=lambda token: -float(logp[token]))
+    kept = order[: sampling.top_k or None]
+    if sampling.top_p < 1:
+        p, total, short = logp.exp(), sum(float(logp[token].exp()) for token in kept), []
+        for token in kept:
+            if sum(float(p[one]) for one in short) / total < sampling.top_p:
+                short.append(token)
+        kept = short
+    return [token for token in kept if float((logp[token] - logp[order[0]]).exp()) >= sampling.min_p]
+
+
+@pytest.mark.parametrize("dials", NARROW, ids=str)
+@pytest.mark.parametrize("name", ["ppo", "grpo", "optimal_baseline"])
+def test_where_some_tokens_cannot_be_drawn_the_ratio_is_of_what_was_drawn_from(
+    tmp_path: Path, name: str, dials: dict[str, Any]
+) -> None:
+    method, sampling = method_of(name), Sampling(6, 0.8, **dials)
+    roles = cast(method)
+    model = h.clone(roles)["policy"].model
+    own = go(tmp_path, method, roles, sampling=sampling, steps=3, equal_start=True)
+    for line in read_metrics(tmp_path):
+        assert line["ratio_mean"] == 1.0
+        assert line["sampler_gap"] < 1e-5
+        assert line["entropy"] > 0
+    assert all(set(answer["ratio"]) == {1.0} for step in (1, 2, 3) for answer in rollout(tmp_path, step))
+    batch = own.works[0][0][1]
+    seen = 0
+    for number, one in enumerate(batch.rows):
+        logp = (h.full_logits(model, one.ids) / 0.8).log_softmax(-1)[one.start - 1 : -1]
+        for place, (own_logp, token) in enumerate(zip(logp, one.ids[one.start :].tolist(), strict=True)):
+            could = drawable(own_logp, sampling)
+            assert sorted(could) == sorted(batch["support"][number, place].tolist())[-len(could) :]
+            inside = own_logp[could].logsumexp(0)
+            assert float(batch["old_logp"][number, place]) == pytest.approx(float(own_logp[token] - inside), abs=1e-5)
+            if "ref_logp" in batch.columns:
+                assert float(batch["ref_logp"][number, place]) == pytest.approx(float(own_logp[token]), abs=1e-5)
+            seen += len(could) < 27
+    assert seen == int(batch["mask"].sum())
+
+
+@pytest.mark.parametrize("dials", NARROW[:2], ids=str)
+@pytest.mark.parametrize("name", ["ppo", "grpo"])
+def test_the_kl_is_that_of_the_whole_vocabulary_where_some_tokens_cannot_be_drawn(
+    tmp_path: Path, name: str, dials: dict[str, Any]
+) -> None:
+    """log pi - log pi_ref of the sampled tokens by transformers' own forwards, nothing left out of the softmax."""
+    method = method_of(name)
+    roles = cast(method) | {"reference": h.policy(name="reference", seed=1, dtype=torch.float32)}
+    ours, theirs = (h.clone(roles)[name].model for name in ("policy", "reference"))
+    go(tmp_path, method, roles, sampling=Sampling(6, **dials))
+    total = 0.0
+    answers = rollout(tmp_path)
+    for answer in answers:
+        ids, start = torch.tensor(answer["prompt_ids"] + answer["completion_ids"]), len(answer["prompt_ids"])
+        both = [h.full_logits(model, ids).log_softmax(-1)[start - 1 : -1] for model in (ours, theirs)]
+        kl = [float(both[0][t, token] - both[1][t, token]) for t, token in enumerate(ids[start:].tolist())]
+        total += sum(kl)
+        if name == "ppo":
+            assert answer["kl"] == pytest.approx(kl, abs=1e-5)
+    assert read_metrics(tmp_path)[0]["kl"] == pytest.approx(total / len(answers), abs=1e-4)
+
+
+# --- importance correction -------------------------------------------------------------------------------------------
+
+
+class Rough(LocalGenerator):
+    """Reports log-probs that are off by up to 0.6, another amount at every place."""
+
+    def generate(self, requests: Sequence[Request]) -> Any:
+        for sample in super().generate(requests):
+            off = [0.6 * math.sin(3.0 * sample.draw + 5.0 * sample.answer + t) for t in range(len(sample.ids))]
+            yield replace(sample, sampler_logp=tuple(v + o for v, o in zip(sample.sampler_logp, off, strict=True)))
+
+
+def corrected(kind: str, gap: list[float]) -> list[float]:
+    """The weights of one answer by the formulas, from log pi_old - log pi_sampler of its tokens."""
+    whole = math.exp(sum(gap))
+    mean = math.exp(sum(gap) / len(gap))
+    return {
+        "token_weight": [min(math.exp(one), 1.2) for one in gap],
+        "sequence_weight": [min(whole, 1.2)] * len(gap),
+        "token_mask": [math.exp(one) if 0.7 <= math.exp(one) <= 1.5 else 0.0 for one in gap],
+        "sequence_mask": [whole if 0.7 <= whole <= 1.5 else 0.0] * len(gap),
+        "geometric_mask": [1.0 if 0.7 <= mean <= 1.5 else 0.0] * len(gap),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ONLINE_SLOTS["correct"])
+@pytest.mark.parametrize("name", ["ppo", "rloo"])
+def test_a_sampler_that_is_off_is_weighed_where_the_method_says_so(tmp_path: Path, name: str, kind: str) -> None:
+    """The column is the formula, it multiplies each token's policy loss, and the run is not stopped."""
+    dials = {"cap": 1.2} if kind.endswith("weight") else {"low": 0.7, "high": 1.5}
+    method = method_of(name, answers=4, correct={"name": kind, **dials})
+    own = go(tmp_path, method, cast(method, torch.float64), generator=Rough)
+    answers = rollout(tmp_path)
+    found = []
+    for answer in answers:
+        gap = [old - told for old, told in zip(answer["old_logp"], answer["sampler_logp"], strict=True)]
+        assert answer["correction"] == pytest.approx(corrected(kind, gap), rel=1e-5)
+        found += answer["correction"]
+    assert len(set(found)) > 1
+    assert 0.05 < read_metrics(tmp_path)[0]["sampler_gap"] < 0.6
+    logp = own.step.now["rollout"]["logp"]
+    _, batch, counts = own.work[0]
+    if name == "ppo":  # the ratio is 1: each token's loss is -A, and the mean is over all tokens
+        expected = -(batch["correction"] * batch["advantage"])[batch["mask"]].sum() / counts.tokens
+    else:
+        expected = -(batch["correction"] * batch["advantage"] * logp)[batch["mask"]].sum() / counts.sequences
+    assert own.step.losses[own.work[0][0].label] == pytest.approx(float(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ppo", "rloo"])
+def test_without_a_correction_such_a_sampler_stops_the_run(tmp_path: Path, name: str) -> None:
+    with pytest.raises(RunStopped, match="generator and learner disagree"):
+        go(tmp_path, method_of(name), generator=Rough)
+
+
+@pytest.mark.parametrize("kind", ONLINE_SLOTS["correct"])
+def test_where_the_sampler_is_right_nothing_is_corrected(tmp_path: Path, kind: str) -> None:
+    go(tmp_path, method_of("grpo", correct=kind))
+    weights = torch.tensor([one for answer in rollout(tmp_path) for one in answer["correction"]])
+    assert torch.allclose(weights, torch.ones(()), atol=1e-5)
 
 
 # --- masks, early stop, averages -------------------------------------------------------------------------------------
@@ -237,7 +321,7 @@ def test_nothing_is_wrong_with_a_right_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["ppo", "grpo", "reinforce"])
 def test_a_truncated_answer_that_is_masked_gives_no_gradient(tmp_path: Path, name: str) -> None:
     """The gradient is that of the batch without those rows."""
-    method = methods.METHODS[name](answers=6, truncated=MASKED)
+    method = method_of(name, answers=6, truncated=MASKED)
     roles = {key: role for key, role in separate(torch.float64).items() if key in method.roles()}
     own = go(tmp_path, method, roles, sampling=Sampling(3))
     _, batch, _ = own.work[0]
@@ -251,16 +335,16 @@ def test_a_truncated_answer_that_is_masked_gives_no_gradient(tmp_path: Path, nam
 
 
 def test_updates_of_a_rollout_end_once_kl_exceeds_its_limit(tmp_path: Path) -> None:
-    own = go(tmp_path, methods.ppo(), epochs=4, stop_kl=1e-4)
+    own = go(tmp_path, method_of("ppo"), epochs=4, stop_kl=1e-4)
     assert own.version == 2  # the first update sees 0, the second what the first one did
     assert read_metrics(tmp_path)[0]["stopped"] > 0
-    assert go(tmp_path / "free", methods.ppo(), epochs=4).version == 4
+    assert go(tmp_path / "free", method_of("ppo"), epochs=4).version == 4
 
 
 def test_an_average_of_the_policy_follows_it_by_hand(tmp_path: Path) -> None:
     roles = separate(torch.float64) | {"ema": h.policy(name="ema")}
     start = h.weights(h.Recorder(roles, {"policy": h.FREE, "critic": h.FREE}, total=1))["policy"]
-    own = go(tmp_path, methods.ppo(), roles, steps=2, ema=0.9)
+    own = go(tmp_path, method_of("ppo"), roles, steps=2, ema=0.9)
     first, second = (one["policy"] for one in own.trail)
     for key, value in own.roles["ema"].parameters().items():
         torch.testing.assert_close(
@@ -270,7 +354,7 @@ def test_an_average_of_the_policy_follows_it_by_hand(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "versions"), [("ppo", 2 * 2 * 2), ("reinforce", 2)])
 def test_every_sample_carries_the_version_that_made_it(tmp_path: Path, name: str, versions: int) -> None:
-    method = methods.METHODS[name](answers=2)
+    method = method_of(name, answers=2)
     dials = {"epochs": 2, "minibatch": 3} if name == "ppo" else {}
     roles = {key: role for key, role in separate().items() if key in method.roles()}
     own = go(tmp_path, method, roles, steps=2, **dials)
@@ -282,7 +366,7 @@ def test_every_sample_carries_the_version_that_made_it(tmp_path: Path, name: str
 
 
 def test_a_rollout_is_written_with_per_token_columns_as_long_as_each_answer(tmp_path: Path) -> None:
-    own = go(tmp_path, methods.ppo(answers=4))
+    own = go(tmp_path, method_of("ppo", answers=4))
     answers = rollout(tmp_path)
     assert len(answers) == 12
     assert len({len(answer["completion_ids"]) for answer in answers}) > 1
@@ -310,7 +394,7 @@ def test_a_rollout_is_written_with_per_token_columns_as_long_as_each_answer(tmp_
 @pytest.mark.parametrize("dense", [False, True])
 def test_the_written_token_rewards_add_up_to_score_minus_kl(tmp_path: Path, dense: bool) -> None:
     reward = h.TableReward(lambda ids: 0.5 * len(ids) - 1, dense=dense)
-    go(tmp_path, methods.ppo(kl=KL(coef=0.3), answers=2), reward=reward, steps=2)
+    go(tmp_path, method_of("ppo", kl=KL(coef=0.3), answers=2), reward=reward, steps=2)
     for answer in rollout(tmp_path, 2):
         kl = [new - old for new, old in zip(answer["old_logp"], answer["ref_logp"], strict=True)]
         assert answer["score"] == pytest.approx(0.5 * len(answer["completion_ids"]) - 1)
@@ -322,14 +406,14 @@ def test_the_written_token_rewards_add_up_to_score_minus_kl(tmp_path: Path, dens
 
 
 def test_prompts_are_handed_out_epoch_by_epoch(tmp_path: Path) -> None:
-    go(tmp_path, methods.ppo(), steps=4, prompts=2, minibatch=2)
+    go(tmp_path, method_of("ppo"), steps=4, prompts=2, minibatch=2)
     seen = [answer["prompt_id"] for step in range(1, 5) for answer in rollout(tmp_path, step)]
     assert sorted(seen[:3]) == sorted(seen[3:6]) == ["0", "1", "2"]
     assert [answer["draw"] for step in range(1, 5) for answer in rollout(tmp_path, step)] == list(range(8))
 
 
 def test_crediting_a_recorded_rollout_again_gives_the_same_columns(tmp_path: Path) -> None:
-    method = methods.ppo(answers=2)
+    method = method_of("ppo", answers=2)
     batch = go(tmp_path, method).work[0][1]
     again = credited(method.at(method.init()), batch)
     for name in ("advantage", "returns", "token_reward"):

@@ -19,7 +19,7 @@ from whet.learner.local import LocalLearner
 from whet.loops import checkpoint, offline, online
 from whet.loops.interrupt import Stop
 from whet.loops.record import Run, read_metrics
-from whet.methods import online as methods
+from whet.methods import online as method_of
 from whet.rewards import Weighted
 
 
@@ -69,7 +69,7 @@ def ppo(folder: Path, *, dies: int = 0, resume: bool = False, name: str = "instr
         "policy": h.policy(dtype=torch.float32), "reference": h.policy(dtype=torch.float32, name="reference"),
         "critic": h.scorer(dtype=torch.float32, seed=2), "ema": h.policy(dtype=torch.float32, name="ema"),
     }  # fmt: skip
-    method = methods.METHODS[name](kl=KL(controller="adaptive", target=0.5, horizon=20), answers=2)
+    method = method_of(name, kl=KL(controller="adaptive", target=0.5, horizon=20), answers=2)
     own = Fragile(roles, {"policy": OPTIM, "critic": OPTIM}, total=12, budget=40)
 
     class Dying(h.TableReward):

@@ -8,9 +8,22 @@ import torch
 from scipy.special import rel_entr
 from torch import Tensor
 
-from whet.ops import AdaptiveKL, FixedKL, HalvingKL, exact_kl, k1, k2, k3
+from whet.ops import (
+    AdaptiveEntropy,
+    AdaptiveKL,
+    FixedKL,
+    HalvingKL,
+    RunningMean,
+    exact_kl,
+    k1,
+    k2,
+    k2_sequence,
+    k3,
+    k3_weighted,
+    linear_kl,
+)
 
-from .helpers import close, f64, grad_of, inf
+from .helpers import bits, close, f64, grad_of, inf, nan
 
 P, Q = [0.1, 0.2, 0.3, 0.4], [0.4, 0.25, 0.25, 0.1]
 POLICY, REFERENCE = f64(P).log(), f64(Q).log()
@@ -132,3 +145,172 @@ def test_the_default_horizon_is_ten_thousand_answers() -> None:
 )
 def test_the_halving_controller_leaves_the_band_of_one_and_a_half_alone(measured: float, coef: float) -> None:
     assert HalvingKL(coef=0.1, target=3.0).next(0.4, measured, 1) == coef
+
+
+# --- the other estimators ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bound", [None, 0.2, 10.0])
+def test_a_bound_clamps_k3_and_stops_its_gradient(bound: float | None) -> None:
+    # ref - new: 0.5, -0.5, 3: e^x - 1 - x
+    raw = [math.exp(0.5) - 1.5, math.exp(-0.5) - 0.5, math.exp(3) - 4]
+    slope = [1 - math.exp(0.5), 1 - math.exp(-0.5), 1 - math.exp(3)]
+    logp, ref_logp = f64([-1.0, -1.0, -4.0]), f64([-0.5, -1.5, -1.0])
+    close(k3(logp, ref_logp, bound=bound), [x if bound is None else min(x, bound) for x in raw])
+    grad = grad_of(lambda x: k3(x, ref_logp, bound=bound), logp)[0]
+    close(grad, [0.0 if bound is not None and x > bound else d for x, d in zip(raw, slope, strict=True)])
+
+
+@pytest.mark.parametrize("old", [-1.0, -1.3])
+def test_k3_weighted_by_hand(old: float) -> None:
+    # rho (r - 1 - log r): rho = e^(-1 - old), log r = 0.5; slope rho (r - 1 - log r) + rho (1 - r) = -rho log r
+    rho, value = math.exp(-1.0 - old), math.exp(0.5) - 1.5
+    given = f64([-1.0]), f64([-0.5]), f64([old])
+    close(k3_weighted(*given), [rho * value])
+    close(grad_of(lambda x: k3_weighted(x, *given[1:]), given[0])[0], [-0.5 * rho])
+
+
+def test_on_policy_the_expected_gradient_of_k3_weighted_is_that_of_policy_to_reference() -> None:
+    p, q = f64(P), f64(Q)
+
+    def weighted(logp: Tensor, ref_logp: Tensor) -> Tensor:
+        return k3_weighted(logp, ref_logp, POLICY)
+
+    close(enumerated_gradient(weighted, POLICY + 3), p * ((p / q).log() - kl(P, Q)))
+
+
+def test_off_policy_k3_weighted_still_estimates_the_kl_of_the_policy_and_its_gradient() -> None:
+    """Tokens from an older policy, all of them: E_old[rho k3] = KL(p || q), in gradient too."""
+    old, p, q = f64([0.25, 0.25, 0.3, 0.2]), f64(P), f64(Q)
+
+    def expected(logits: Tensor) -> Tensor:
+        return (old * k3_weighted(logits.log_softmax(-1), REFERENCE, old.log())).sum()
+
+    close(expected(POLICY), kl(P, Q))
+    close(grad_of(expected, POLICY - 2)[0], p * ((p / q).log() - kl(P, Q)))
+
+
+@pytest.mark.parametrize("junk", [nan, 1e3])
+def test_k2_sequence_by_hand_on_the_last_trained_token(junk: float) -> None:
+    # differences 1 0 . -4 (sum -3), none, 0.5 0 (sum 0.5)
+    logp = f64([[-1.0, -2.0, junk, -6.0], [junk] * 4, [junk, -0.5, -1.5, junk]])
+    ref = f64([[-2.0, -2.0, junk, -2.0], [junk] * 4, [junk, -1.0, -1.5, junk]])
+    mask = bits("1101", "0000", "0110")
+    close(k2_sequence(logp, ref, mask), [[0, 0, 0, 4.5], [0.0] * 4, [0, 0, 0.125, 0]])
+    grad = grad_of(lambda x: k2_sequence(x, ref, mask), logp)[0]
+    slope = mask * f64([-3.0, 0.0, 0.5])[:, None]  # the sum, on every token of the answer
+    close(grad, slope)
+    close(grad_of(lambda x: k2_sequence(logp, x, mask), ref)[0], -slope)
+
+
+def test_on_policy_k2_sequence_has_the_gradient_of_the_kl_over_whole_answers() -> None:
+    """Two tokens of three, the second depends on the first: all nine answers."""
+    noise = torch.Generator().manual_seed(0)
+    first, ref_first = torch.randn(2, 3, dtype=torch.float64, generator=noise)
+    second, ref_second = torch.randn(2, 3, 3, dtype=torch.float64, generator=noise)
+
+    def answers(first: Tensor, second: Tensor) -> Tensor:
+        """The log-probs of both tokens of every answer: (9, 2)."""
+        a, b = first.log_softmax(-1), second.log_softmax(-1)
+        return torch.stack([a[:, None].expand(3, 3), b], -1).reshape(9, 2)
+
+    reference, mask = answers(ref_first, ref_second), torch.ones(9, 2, dtype=torch.bool)
+
+    def estimated(first: Tensor, second: Tensor) -> Tensor:
+        logp = answers(first, second)
+        return logp.sum(1).exp().detach() @ k2_sequence(logp, reference, mask).sum(1)
+
+    def exact(first: Tensor, second: Tensor) -> Tensor:
+        total = answers(first, second).sum(1)
+        return (total.exp() * (total - reference.sum(1))).sum()
+
+    for one, other in zip(grad_of(estimated, first, second), grad_of(exact, first, second), strict=True):
+        close(one, other)
+    # k2 token by token has another one: it does not see what a first token does to the second
+    per_token = grad_of(lambda a, b: answers(a, b).sum(1).exp().detach() @ k2(answers(a, b), reference).sum(1), first, second)
+    assert (per_token[0] - grad_of(exact, first, second)[0]).abs().max() > 0.01
+
+
+# --- the exact KL from hidden states ---------------------------------------------------------------------------------------
+
+
+def heads(n: int = 7, v: int = 5) -> list[Tensor]:
+    """hidden (N, 3), weight (V, 3), hidden (N, 2) and weight (V, 2) of the reference, both biases (V,)."""
+    noise = torch.Generator().manual_seed(0)
+    shapes = [(n, 3), (v, 3), (n, 2), (v, 2), (v,), (v,)]
+    return [torch.randn(*shape, dtype=torch.float64, generator=noise) for shape in shapes]
+
+
+@pytest.mark.parametrize("workspace", [1, 5, 10, 14, 35, 1000])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_linear_kl_is_exact_kl_in_value_and_gradient_however_it_is_chunked(workspace: int, with_bias: bool) -> None:
+    temperature = torch.linspace(0.5, 2.0, 7, dtype=torch.float64)
+    weights = torch.linspace(-1, 2, 7, dtype=torch.float64)
+
+    def ours(h: Tensor, w: Tensor, rh: Tensor, rw: Tensor, b: Tensor, rb: Tensor) -> Tensor:
+        given = {"bias": b, "ref_bias": rb} if with_bias else {}
+        return weights * linear_kl(h, w, rh, rw, **given, temperature=temperature, workspace=workspace) + 0 * (b + rb).sum()
+
+    def theirs(h: Tensor, w: Tensor, rh: Tensor, rw: Tensor, b: Tensor, rb: Tensor) -> Tensor:
+        on = 1 if with_bias else 0
+        return weights * exact_kl(
+            (h @ w.T + on * b) / temperature[:, None], (rh @ rw.T + on * rb) / temperature[:, None]
+        )
+
+    close(ours(*heads()), theirs(*heads()))
+    for one, other in zip(grad_of(ours, *heads()), grad_of(theirs, *heads()), strict=True):
+        close(one, other)
+
+
+def test_linear_kl_by_hand() -> None:
+    # one hidden number 1, so the logits are the weights: p and q
+    one = f64([[1.0]])
+    for scale in (1.0, 2.0):
+        got = linear_kl(one, scale * POLICY[:, None], one, scale * REFERENCE[:, None], temperature=f64([scale]))
+        close(got, [kl(P, Q)])
+    assert linear_kl(one[:0], POLICY[:, None], one[:0], REFERENCE[:, None], temperature=f64([])).shape == (0,)
+
+
+def test_linear_kl_of_half_precision_is_summed_in_float32() -> None:
+    hidden, weight, ref_hidden, ref_weight, *_ = (x.bfloat16() for x in heads())
+    temperature = torch.ones(7)
+    got = linear_kl(hidden, weight, ref_hidden, ref_weight, temperature=temperature, workspace=10)
+    own, other = torch.nn.functional.linear(hidden, weight), torch.nn.functional.linear(ref_hidden, ref_weight)
+    close(got, exact_kl(own.double(), other.double()).float(), within=1e-5)
+
+
+# --- the other controllers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("coef", "entropy", "after"),
+    [
+        (0.5, 0.19, 0.75),  # below the target: up by a step
+        (0.5, 0.2, 0.75),  # at the target
+        (0.5, 0.21, 0.25),  # above
+        (0.9, 0.0, 1.0),  # no further than the most
+        (0.1, 9.0, 0.0),  # no further than 0
+        (0.0, 9.0, 0.0),
+        (1.0, 0.0, 1.0),
+    ],
+)
+def test_the_entropy_controller_steps_up_and_down(coef: float, entropy: float, after: float) -> None:
+    controller = AdaptiveEntropy(coef=0.3, target=0.2, step=0.25, most=1.0)
+    assert controller.next(coef, entropy, 64) == pytest.approx(after, abs=1e-15)
+    assert controller.by == "entropy"
+
+
+def test_the_entropy_controller_by_default_steps_by_five_thousandths_up_to_one() -> None:
+    assert AdaptiveEntropy(0.0, 0.2).next(0.5, 0.0, 1) == pytest.approx(0.505, rel=1e-12)
+    assert AdaptiveEntropy(0.0, 0.2).next(0.999, 0.0, 1) == 1.0
+
+
+def test_the_running_mean_keeps_nine_tenths() -> None:
+    assert RunningMean().coef == 0.0
+    value = 0.0
+    for reward in (10.0, -4.0, 2.0):
+        value = RunningMean().next(value, reward, 8)
+    # 0.1 (0.81 10 - 0.9 4 + 2)
+    assert value == pytest.approx(0.1 * (8.1 - 3.6 + 2), rel=1e-12)
+    assert RunningMean(decay=0.5).next(4.0, 0.0, 1) == 2.0
+    assert RunningMean().by == "reward"

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Categorical
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from whet.ops import entropy, linear_logprobs, token_logprobs
+from whet.ops import entropy, linear_collision, linear_logprobs, token_logprobs
 
 from .helpers import close, f64, grad_of, inf
 
@@ -173,3 +173,111 @@ def test_a_vocabulary_entry_can_be_ruled_out_by_its_bias(workspace: int) -> None
     logp, h = linear_logprobs(hidden, weight, ids, bias=bias, workspace=workspace)
     close(logp, [-math.log(2)] * 2)
     close(h, [math.log(2)] * 2)
+
+
+# --- a support: the tokens that could be drawn -----------------------------------------------------------------------------
+
+
+def test_a_support_renormalises_by_hand() -> None:
+    # of 0.1 0.2 0.3 0.4: {1, 3} leaves 1/3 2/3; {2} leaves certainty; nothing listed is the whole vocabulary
+    logits, support = LOGITS.expand(4, 4), torch.tensor([[3, 1, -1], [2, -1, -1], [-1, -1, -1], [0, 2, 3]])
+    ids = torch.tensor([1, 2, 1, 0])
+    for shift in (0.0, 500.0):
+        close(token_logprobs(logits + shift, ids, support=support).exp(), [1 / 3, 1.0, 0.2, 1 / 8])
+        expected = [stats.entropy(p) for p in ([1, 2], [1], [1, 2, 3, 4], [1, 3, 4])]
+        close(entropy(logits + shift, support=support), expected)
+    # temperature first, then the cut: 4 and 16 of 20
+    close(token_logprobs(logits[:1], ids[:1], temperature=0.5, support=support[:1]).exp(), [0.2])
+    close(entropy(logits[:1], temperature=0.5, support=support[:1]), [stats.entropy([1, 4])])
+
+
+def test_a_token_outside_the_support_cannot_be_drawn() -> None:
+    assert token_logprobs(LOGITS[None], torch.tensor([0]), support=torch.tensor([[1, 3]])).tolist() == [-inf]
+
+
+def test_a_support_of_nobody_is_the_whole_vocabulary() -> None:
+    ids = torch.tensor([0, 1, 2, 3])
+    for support in (None, torch.full((4, 3), -1), torch.empty(4, 0, dtype=torch.int64), torch.arange(4).expand(4, 4)):
+        close(token_logprobs(LOGITS.expand(4, 4), ids, support=support).exp(), [0.1, 0.2, 0.3, 0.4])
+        close(entropy(LOGITS.expand(4, 4), support=support), [stats.entropy([0.1, 0.2, 0.3, 0.4])] * 4)
+
+
+def test_a_support_goes_along_with_any_batch_shape() -> None:
+    support = torch.tensor([[[0, 1], [1, -1]], [[2, 3], [-1, -1]]])
+    got = token_logprobs(LOGITS.expand(2, 2, 4), torch.tensor([[0, 1], [3, 3]]), support=support)
+    close(got.exp(), [[1 / 3, 1.0], [4 / 7, 0.4]])
+
+
+def test_the_gradient_within_a_support_is_the_one_of_the_small_softmax() -> None:
+    support = torch.tensor([[3, 1, -1]])
+    grad = grad_of(lambda x: token_logprobs(x[None], torch.tensor([1]), support=support), LOGITS)[0]
+    close(grad, [0.0, 2 / 3, 0.0, -2 / 3])  # 1[y] - p with p = 1/3, 2/3
+    h = stats.entropy([1, 2])
+    grad = grad_of(lambda x: entropy(x[None], support=support), LOGITS)[0]
+    close(grad, [0.0, -(math.log(1 / 3) + h) / 3, 0.0, -2 * (math.log(2 / 3) + h) / 3])
+
+
+def supports(ids: Tensor) -> list[list[int]]:
+    """For each token a set of every size that contains it, one of them empty: the whole vocabulary."""
+    order = torch.randperm(V, generator=torch.Generator().manual_seed(3)).tolist()
+    return [[y, *[v for v in order if v != y][:n]] if n else [] for n, y in enumerate(ids.tolist())]
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("with_entropy", [True, False])
+def test_chunks_within_a_support_equal_a_softmax_over_the_subset(chunk: int, with_entropy: bool) -> None:
+    hidden, weight, bias, ids, temperature = problem()
+    own = supports(ids)
+    support = torch.full((N, V + 1), -1)
+    for row, tokens in enumerate(own):
+        support[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
+    of_logp, of_entropy = torch.randn(2, N, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def ours(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        logp, h = linear_logprobs(
+            hidden, weight, ids, bias=bias, temperature=temperature, support=support, workspace=chunk * N,
+            with_entropy=with_entropy,
+        )  # fmt: skip
+        return torch.stack([of_logp * logp, of_entropy * h if with_entropy and h is not None else 0 * logp])
+
+    def theirs(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        logits, out = (hidden @ weight.T + bias) / temperature[:, None], []
+        for row, tokens in enumerate(own):
+            kept = tokens or list(range(V))
+            small = Categorical(logits=logits[row, kept])
+            h = of_entropy[row] * small.entropy() if with_entropy else 0 * logits[0, 0]
+            out.append(torch.stack([of_logp[row] * small.log_prob(torch.tensor(kept.index(int(ids[row])))), h]))
+        return torch.stack(out, 1)
+
+    close(ours(hidden, weight, bias), theirs(hidden, weight, bias), within=1e-10)
+    for one, other in zip(*(grad_of(f, hidden, weight, bias) for f in (ours, theirs)), strict=True):
+        close(one, other, within=1e-10)
+
+
+# --- collisions ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_collision_is_the_sum_of_squared_probabilities() -> None:
+    one = f64([[1.0], [1.0]])
+    # 0.01 + 0.04 + 0.09 + 0.16; at temperature 1/2 p is 1 4 9 16 of 30: 1 + 16 + 81 + 256 of 900
+    close(linear_collision(one, LOGITS[:, None], temperature=f64([1.0, 0.5])), [0.3, 354 / 900])
+    support = torch.tensor([[1, 3], [-1, -1]])
+    close(linear_collision(one, LOGITS[:, None], temperature=f64([1.0, 1.0]), support=support), [5 / 9, 0.3])
+
+
+@pytest.mark.parametrize("workspace", [1, V, 3 * V, 1000])
+def test_collisions_in_chunks_of_tokens(workspace: int) -> None:
+    hidden, weight, bias, ids, temperature = problem()
+    support = torch.stack([ids, (ids + 1) % V, torch.full_like(ids, -1)], 1)
+    logits = (hidden @ weight.T + bias) / temperature[:, None]
+    got = linear_collision(hidden, weight, bias=bias, temperature=temperature, workspace=workspace)
+    close(got, (Categorical(logits=logits).probs ** 2).sum(-1))
+    got = linear_collision(hidden, weight, bias=bias, temperature=temperature, support=support, workspace=workspace)
+    close(got, (Categorical(logits=logits.gather(1, support[:, :2])).probs ** 2).sum(-1))
+    assert not got.requires_grad
+
+
+def test_a_collision_carries_no_gradient() -> None:
+    hidden, weight, bias, _, temperature = problem()
+    assert not linear_collision(hidden.requires_grad_(), weight, bias=bias, temperature=temperature).requires_grad
+    assert linear_collision(hidden[:0], weight, temperature=temperature[:0]).shape == (0,)

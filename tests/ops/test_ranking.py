@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from whet.ops import by_element, centring, k_way, log_exp, nth, pairwise, ranking_loss, regression
+from whet.ops import by_element, centring, k_way, log_exp, nth, pairwise, ranking_loss, regression, step_loss
 
 from .helpers import close, f64, grad_of, nan
 
@@ -153,3 +153,15 @@ def test_regression_and_centring_by_hand() -> None:
     close(centring(f64([1.0, 2.0]), f64([3.0, -2.0])), [16.0, 0.0])
     for grad in grad_of(centring, f64([1.0]), f64([3.0])):
         close(grad, [8.0])
+
+
+@pytest.mark.parametrize("score", [-2.0, 0.0, 0.5])
+@pytest.mark.parametrize("label", [0.0, 0.25, 1.0])
+def test_step_loss_is_the_cross_entropy_with_the_steps_label(score: float, label: float) -> None:
+    expected = -label * math.log(sigmoid(score)) - (1 - label) * math.log(1 - sigmoid(score))
+    close(step_loss(f64([[score]]), f64([[label]])), [[expected]])
+    close(grad_of(lambda s: step_loss(s, f64([[label]])), f64([[score]]))[0], [[sigmoid(score) - label]])
+
+
+def test_step_loss_does_not_overflow() -> None:
+    close(step_loss(f64([[800.0, -800.0, 800.0]]), f64([[1.0, 1.0, 0.0]])), [[0.0, 800.0, 800.0]])

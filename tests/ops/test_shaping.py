@@ -13,9 +13,13 @@ from whet.ops import (
     dense,
     last_index,
     linear,
+    lower_bound,
+    minimum,
     penalise,
     per_sequence,
     per_token,
+    soft_overlong,
+    standardise,
     terminal,
     uniform,
     weighted_sum,
@@ -110,3 +114,41 @@ def test_penalise_takes_the_amount_from_cut_answers_only() -> None:
     score, truncated = f64([1.0, 1.0, -2.0]), torch.tensor([True, False, True])
     close(penalise(score, truncated, amount=1.5), [-0.5, 1.0, -3.5])
     close(grad_of(lambda s: penalise(s, truncated, amount=1.5), score)[0], [1.0, 1.0, 1.0])
+
+
+ENSEMBLE = f64([[1.0, 4.0, 2.0], [-1.0, 0.5, 6.0]])
+
+
+def test_minimum_is_the_most_cautious_member() -> None:
+    close(minimum(ENSEMBLE, weights=(1.0, 1.0, 1.0)), [1.0, -1.0])
+    close(minimum(ENSEMBLE, weights=(1.0, 0.1, -1.0)), [-2.0, -6.0])  # 1 0.4 -2; -1 0.05 -6
+    close(grad_of(lambda r: minimum(r, weights=(2.0, 0.25, 2.0)), ENSEMBLE)[0], [[0, 0.25, 0], [2.0, 0, 0]])
+
+
+def test_lower_bound_is_the_mean_minus_k_population_deviations() -> None:
+    # 1 4 2: mean 7/3, squares 21/3 - 49/9 = 14/9; 2 x (-1) 0.5 6 / 2 = -2 0.5 3: mean 1/2, squares 13.25/3 - 1/4
+    close(lower_bound(ENSEMBLE[:1], weights=(1.0, 1.0, 1.0)), [7 / 3 - math.sqrt(14) / 3])  # k is 1
+    close(lower_bound(ENSEMBLE[1:], weights=(2.0, 1.0, 0.5), k=3.0), [0.5 - 3 * math.sqrt(13.25 / 3 - 0.25)])
+    close(lower_bound(ENSEMBLE, weights=(1.0, 1.0, 1.0), k=0.0), [7 / 3, 5.5 / 3])
+    close(lower_bound(f64([[3.0]]), weights=(2.0,), k=5.0), [6.0])  # one reward has no spread
+
+
+def test_standardise_shifts_then_scales() -> None:
+    close(standardise(f64([1.0, 7.0]), shift=3.0, scale=4.0), [-0.5, 1.0])
+    close(grad_of(lambda s: standardise(s, shift=3.0, scale=4.0), f64([1.0]))[0], [0.25])
+
+
+@pytest.mark.parametrize(
+    ("length", "penalty"),
+    [(0, 0.0), (5, 0.0), (6, 0.0), (7, -0.25), (8, -0.5), (9, -0.75), (10, -1.0), (11, -1.0), (14, -1.0)],
+)
+def test_soft_overlong_in_its_three_branches(length: int, penalty: float) -> None:
+    """Free up to limit - buffer = 6, then linear, then all of it; the limit is 10."""
+    mask = torch.zeros(1, 15, dtype=torch.bool)
+    mask[0, :length] = True
+    close(soft_overlong(f64([2.0]), mask, limit=10, buffer=4), [2.0 + penalty])
+    close(soft_overlong(f64([2.0]), mask.flip(1), limit=10, buffer=4), [2.0 + penalty])  # trained tokens are counted
+
+
+def test_soft_overlong_with_the_whole_limit_as_buffer_falls_from_the_first_token() -> None:
+    close(soft_overlong(f64([0.0, 0.0]), bits("1000", "1111"), limit=4, buffer=4), [-0.25, -1.0])

@@ -171,7 +171,7 @@ def test_several_rewards_stand_side_by_side_under_their_names_and_dense_ones_are
 
     dense = fixed([[1.0, 0.0, 2.0], [3.0], [0.0, -1.0], [0.5, 0.5]])
     ends = fixed([[(2, 1.0)], [(0, 1.0)], [(1, 1.0)], [(1, 1.0)]])
-    named, token = score_all(
+    named, token, step = score_all(
         [
             Weighted("short", FunctionReward(fixed([1, 2, 3, 4])), 0.5),
             Weighted("dense", FunctionReward(dense), 2.0),
@@ -185,10 +185,33 @@ def test_several_rewards_stand_side_by_side_under_their_names_and_dense_ones_are
         "ends": [1.0, 1.0, 1.0, 1.0],
     }
     assert token.tolist() == [[2.0, 0.0, 3.0], [5.0, 0.0, 0.0], [0.0, -3.0, 0.0], [1.0, 0.0, 0.0]]
+    assert step.int().tolist() == [
+        [1, 1, 1],
+        [1, 0, 0],
+        [1, 1, 0],
+        [1, 1, 0],
+    ]  # every token of the dense one ends a step
+
+
+STEPS = [
+    ("one number an answer", [1, 2, 3, 4], [[0, 0, 1], [1, 0, 0], [0, 1, 0], [0, 1, 0]]),
+    (
+        "a number a token",
+        [[0.0, 0.0, 0.0], [0.0], [0.0, 0.0], [0.0, 0.0]],
+        [[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 0]],
+    ),
+    ("segments", [[(0, 1.0), (2, 0.0)], [(0, 1)], [(0, 0.0)], []], [[1, 0, 1], [1, 0, 0], [1, 0, 0], [0, 0, 0]]),
+]
+
+
+@pytest.mark.parametrize(("returned", "expected"), [one[1:] for one in STEPS], ids=[one[0] for one in STEPS])
+def test_a_step_ends_where_a_score_stands_even_one_of_zero(returned: list, expected: list) -> None:
+    judge = Weighted("judge", FunctionReward(lambda prompts, completions, **columns: returned))
+    assert score_all([judge], groups())[2].int().tolist() == expected
 
 
 def test_without_a_dense_reward_the_dense_sum_is_zero_and_as_wide_as_the_longest_answer() -> None:
-    _, token = score_all(
+    _, token, _ = score_all(
         [Weighted("one", FunctionReward(lambda prompts, completions, **columns: [1, 2, 3, 4]))], groups()
     )
     assert torch.equal(token, torch.zeros(4, 3))

@@ -112,11 +112,37 @@ def test_several_rewards_are_told_apart_and_only_dense_ones_keep_their_places(fo
     given = groups(chat_format(tiny.tokenizer()))
     helpful = Weighted("helpful", ModelReward(role(folder), dense=True), 0.5)
     polite = Weighted("polite", FunctionReward(lambda prompts, completions, **_: [1.0, 2.0, 3.0, 4.0]), 2.0)
-    named, dense = score_all([helpful, polite], given)
+    named, dense, step = score_all([helpful, polite], given)
     assert list(named) == ["helpful", "polite"]
     assert named["polite"].tolist() == [1.0, 2.0, 3.0, 4.0]
     assert dense.shape == (4, 5)
     assert dense.sum(1).tolist() == pytest.approx((0.5 * named["helpful"]).tolist(), abs=1e-6)
+    assert step.sum(1).tolist() == [3, 5, 4, 1]
+
+
+def test_a_dense_reward_model_with_steps_scores_their_last_tokens_and_the_answers_end_alone(folder: Path) -> None:
+    given, word = groups(chat_format(tiny.tokenizer())), tiny.tokenizer().convert_tokens_to_ids
+    ends = {word("b"), word("three")}
+    every = ModelReward(role(folder), dense=True).score(given)
+    scores = ModelReward(role(folder), dense=True, ends=ends.__contains__).score(given)
+    assert every.token is not None
+    assert scores.token is not None
+    assert scores.ends is not None
+    steps = [
+        [0, 0, 1],
+        [0, 1, 0, 0, 1],
+        [0, 1, 0, 1],
+        [1],
+    ]  # yes no <end> | a b c d <end> | two three four <end> | <end>
+    assert [one.int().tolist() for one in scores.ends] == steps
+    for got, whole, step, answer in zip(scores.token, every.token, steps, scores.answer.tolist(), strict=True):
+        assert got.tolist() == pytest.approx((whole * torch.tensor(step)).tolist(), abs=1e-6)
+        assert answer == pytest.approx(float(got.sum()), abs=1e-6)
+    _, dense, step = score_all(
+        [Weighted("steps", ModelReward(role(folder), dense=True, ends=ends.__contains__))], given
+    )
+    assert step.int().tolist() == [[*one, *[0] * (5 - len(one))] for one in steps]
+    assert not dense[~step].any()
 
 
 def test_a_tokenizer_is_read_from_the_folder(folder: Path) -> None:

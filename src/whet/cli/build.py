@@ -26,10 +26,10 @@ from whet.choices import (
 )
 from whet.cli import config
 from whet.cli import recipe as fields
-from whet.dials import NotNegative, Optim
+from whet.dials import NotNegative, Optim, Truncated
 from whet.errors import DataError, ModelError, RecipeError
 from whet.methods import Algorithm, Objective
-from whet.methods.compose import dials_of, found
+from whet.methods.compose import dials_of, found, record
 from whet.models import load, lora
 from whet.models.roles import Role, readout_of
 from whet.records import Chat, Element, Prompt, Reader, chat_format, read_rows
@@ -50,10 +50,7 @@ def checked(verb: str, method: Mapping[str, Any], others: Sequence[str] = ()) ->
         if slot == "name" and verb == "reward":
             continue
         if slot not in known:
-            near = difflib.get_close_matches(slot, [*known, *others], n=1)
-            if near and near[0] in others:
-                raise config.unknown(slot, others)
-            raise config.unknown(f"method.{slot}", [f"method.{one}" for one in known])
+            raise _unknown_slot(slot, known, table, others)
         if slot in PLAIN_SLOTS:
             out[slot] = _checked_plain(slot, value)
         elif isinstance(value, list):
@@ -73,6 +70,27 @@ def checked(verb: str, method: Mapping[str, Any], others: Sequence[str] = ()) ->
             f"method.loss.name: --method.name picks loss and rows together; got {out['loss']['name']!r} with {method['name']!r}"
         )
     return out
+
+
+def rule_of(slots: Mapping[str, Any]) -> str:
+    """What happens to an answer cut off at the limit."""
+    return record(Truncated, slots["truncated"]).rule
+
+
+def _unknown_slot(
+    slot: str, known: Mapping[str, Any], table: Mapping[str, Mapping[str, Choice]], others: Sequence[str]
+) -> RecipeError:
+    """The error for a slot that does not exist: it may be the name of a part, a dial of one, or another field of the recipe."""
+    for other, value in known.items():
+        if slot in table.get(other, {}):
+            return RecipeError(f"unknown field 'method.{slot}'; it is a part: --{other.replace('_', '-')} {slot}")
+        specs = [named(one) for one in (value if isinstance(value, list) else [value]) if other in table and one]
+        if any(slot in dials_of(table[other][spec["name"]]) for spec in specs):
+            return RecipeError(f"unknown field 'method.{slot}'; did you mean 'method.{other}.{slot}'?")
+    near = difflib.get_close_matches(slot, [*known, *others], n=1)
+    if near and near[0] in others:
+        return config.unknown(slot, others)
+    return config.unknown(f"method.{slot}", [f"method.{one}" for one in known])
 
 
 def _checked_plain(slot: str, value: Any) -> Any:
@@ -448,12 +466,16 @@ def check_arithmetic(recipe: fields.Online, algorithm: Algorithm, verb: str) -> 
         raise RecipeError(
             "rollout.refresh: it needs a reference that is a model of its own: a method with a KL, and no adapters"
         )
+    return minibatch
+
+
+def check_ptx(recipe: fields.Online, algorithm: Algorithm, verb: str) -> None:
+    """Refuses a ptx term without data, and data without a term."""
     needs_ptx = any(term.stream == "ptx" for term in algorithm.terms)
     if needs_ptx and not recipe.ptx.data:
         raise RecipeError(f"ptx.data: {verb} mixes pre-training rows into every update; give --ptx with `text` rows")
     if recipe.ptx.data and not needs_ptx:
-        raise RecipeError(f"ptx.data: {verb} has no ptx term; use the instructgpt method for it")
-    return minibatch
+        raise RecipeError(f"ptx.data: {verb} has no ptx term; use the instructgpt method, or set --ptx-weight")
 
 
 def reading(name: str, objective: Objective) -> str:

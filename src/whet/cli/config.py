@@ -40,7 +40,11 @@ def resolve(kind: type, verb: str, recipe: str | None, overrides: Sequence[tuple
             raise RecipeError(
                 f"{recipe}: no such recipe; the shipped ones are {', '.join(sorted(p.stem for p in SHIPPED.glob('*.yaml')))}"
             )
-        layers.append(_expand(kind, read_yaml(path), ""))
+        given = read_yaml(path)
+        named_verb = given.pop("verb", verb)
+        if named_verb != verb:
+            raise RecipeError(f"verb: {recipe} is a recipe of {named_verb}; got {verb}")
+        layers.append(_expand(kind, given, ""))
     layers += [_expand(kind, _nested(kind, name.replace("-", "_"), value), "") for name, value in overrides]
     tree: dict[str, Any] = {}
     methods = [_method_of(layer) for layer in layers]
@@ -94,11 +98,12 @@ def yaml_tree(text: str) -> dict[str, Any]:
     return yaml.safe_load(text)
 
 
-def to_yaml(record: Any) -> str:
-    """A resolved recipe as YAML."""
+def to_yaml(record: Any, verb: str | None = None) -> str:
+    """A resolved recipe as YAML, with the verb it belongs to where it is given."""
     import yaml
 
-    return yaml.safe_dump(msgspec.to_builtins(record), sort_keys=False, allow_unicode=True)
+    tree = ({} if verb is None else {"verb": verb}) | msgspec.to_builtins(record)
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
 def converted(tree: Mapping[str, Any], kind: Any, where: str) -> Any:

@@ -18,6 +18,7 @@ OTHERS = {
     "sample": "K answers for every prompt of a file",
     "rank": "answers become rankings, by a judge function or by their scores",
     "eval": "win rate under a judge, a reward model's accuracy, or a held-out loss",
+    "explain": "a recipe's objective with its numbers, its arithmetic, and where it ends",
     "demo": "the whole recipe on a little world, with a report",
 }
 FLAGS = ("resume", "debug", "quiet", "help")
@@ -61,6 +62,8 @@ def run(verb: str, recipe: str | None = None, *, resume: bool = False, quiet: bo
         return demo(fields)
     if verb not in {**OFFLINE, **ONLINE, **OTHERS}:
         raise _unknown_verb(verb)
+    if verb == "explain":
+        raise RecipeError("explain: from Python it is whet.explain(verb, recipe, **fields)")
     from whet.cli import config, verbs
     from whet.cli.recipe import kind_of
 
@@ -72,6 +75,38 @@ def run(verb: str, recipe: str | None = None, *, resume: bool = False, quiet: bo
         return verbs.run_online(verb, resolved, options)
     others: dict[str, Callable[..., Any]] = {"sample": verbs.run_sample, "rank": verbs.run_rank, "eval": verbs.run_eval}
     return others[verb](resolved, options)
+
+
+def explain(verb: str, recipe: str | None = None, **fields: Any) -> str:
+    """What `run` would do with the same arguments, in words and formulas."""
+    if verb not in {**OFFLINE, **ONLINE}:
+        raise _unknown_verb(verb) if verb not in OTHERS else RecipeError(f"explain: {verb} trains nothing")
+    from whet.cli import config
+    from whet.cli.explain import explanation
+    from whet.cli.recipe import kind_of
+
+    return explanation(verb, config.resolve(kind_of(verb), verb, recipe, list(fields.items())))
+
+
+def _explained(words: list[str]) -> str:
+    """`whet explain VERB [RECIPE.yaml]`, or `whet explain RECIPE.yaml` where the recipe names its verb."""
+    if not words or words[0].startswith("-"):
+        raise RecipeError("explain: which method? whet explain ppo [RECIPE.yaml], or a recipe with a line `verb: ppo`")
+    verb, rest = words[0].replace("-", "_"), words[1:]
+    if verb not in {**OFFLINE, **ONLINE, **OTHERS}:
+        from pathlib import Path
+
+        from whet.cli.config import read_yaml
+
+        if not Path(words[0]).is_file():
+            raise _unknown_verb(words[0])
+        verb, rest = str(read_yaml(Path(words[0])).get("verb", "")), words
+        if not verb:
+            raise RecipeError(
+                f"{words[0]}: it names no verb; add a line such as `verb: ppo`, or whet explain ppo {words[0]}"
+            )
+    recipe, overrides, _ = parsed(rest)
+    return explain(verb, recipe, **_grouped(overrides))
 
 
 def _command(words: list[str]) -> int:
@@ -86,6 +121,9 @@ def _command(words: list[str]) -> int:
     verb = words[0].replace("-", "_")
     if verb not in {**OFFLINE, **ONLINE, **OTHERS}:
         raise _unknown_verb(words[0])
+    if verb == "explain" and not {"-h", "--help"} & set(words):
+        print(_explained(words[1:]))
+        return 0
     recipe, overrides, flags = parsed(words[1:])
     if "help" in flags:
         print(_verb_help(verb))
@@ -187,6 +225,11 @@ def _verb_help(verb: str) -> str:
         lines.append("  --seed     which world and which random choices [0]")
         lines.append("  --out      folder; an earlier demo there is set aside [runs/demo]")
         return "\n".join([*lines, "  --quick    a short form, which only shows that everything runs [False]"])
+    if verb == "explain":
+        lines[0] = (
+            "usage: whet explain VERB [RECIPE.yaml] [--field value ...], or whet explain RECIPE.yaml with a line `verb: VERB`"
+        )
+        return "\n".join([*lines[:3], "", "takes every field of the verb it explains"])
     kind = kind_of(verb)
     defaults = config.resolve(kind, verb, None, [])
     lines += help.recipe_lines(kind, defaults)

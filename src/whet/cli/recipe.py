@@ -175,13 +175,19 @@ class Preference(Offline):
 
 
 @dataclass(frozen=True)
-class RewardSource:
-    """One reward: a model folder, or a function."""
+class Scorer:
+    """What scores whole answers: a model folder, or a function."""
 
     source: str
     """a reward-model folder, or "file.py:function" """
     weight: float = 1.0
     """its share of the score"""
+
+
+@dataclass(frozen=True)
+class RewardSource(Scorer):
+    """One reward: a model folder, or a function."""
+
     name: str | None = None
     """its name in the logs"""
     dense: bool = False
@@ -271,7 +277,7 @@ class Sample:
     """`prompt` rows"""
     count: Count = 4
     """answers per prompt"""
-    reward: list[RewardSource] = field(default_factory=list)
+    reward: list[Scorer] = field(default_factory=list)
     """what scores the answers; several are summed by weight"""
     keep: Literal["all", "best"] = "all"
     """"best" writes the answer with the highest score alone, as prompt and completion: best of n as SFT data"""
@@ -339,6 +345,7 @@ MAIN_FIELD: Mapping[type, str] = {
     Model: "path",
     Data: "train",
     Rows: "train",
+    Scorer: "source",
     RewardSource: "source",
     Source: "path",
     Critic: "path",

@@ -92,7 +92,7 @@ def run_offline(verb: str, recipe: fields.Offline, options: Options) -> Path:
     if isinstance(recipe, fields.Preference):
         every, mix = recipe.refresh.every, recipe.refresh.mix
         plan = replace(plan, refresh=every, refresh_mix=mix, precompute=recipe.precompute)
-    run = _open(folder, recipe, options)
+    run = _open(folder, recipe, options, verb)
     with graceful() as stop:
         offline.train(
             objective, learner, sources, plan, run, weights=weights, evaluation=evaluation, resume=options.resume,
@@ -117,6 +117,7 @@ def run_online(verb: str, recipe: fields.Online, options: Options) -> Path:
             'reward: what scores the answers? give --reward with a reward-model folder or "file.py:function"'
         )
     minibatch = build.check_arithmetic(recipe, algorithm, verb)
+    build.check_ptx(recipe, algorithm, verb)
     tokenizer, chat = build.tokenizer_and_chat(recipe.model)
     reader = build.reader_of(recipe.model, recipe.data, chat, room=recipe.sampling.max_new_tokens)
     prompts = build.rows_of(recipe.data, reader.prompts)
@@ -147,7 +148,7 @@ def run_online(verb: str, recipe: fields.Online, options: Options) -> Path:
         save_every=recipe.train.save_every, keep=recipe.train.keep, refresh=recipe.rollout.refresh.every,
         refresh_mix=recipe.rollout.refresh.mix,
     )  # fmt: skip
-    run = _open(folder, recipe, options)
+    run = _open(folder, recipe, options, verb)
     with graceful() as stop:
         online.train(
             algorithm, learner, generator, rewards, prompts, recipe.sampling, plan, run, ptx=ptx, resume=options.resume,
@@ -345,7 +346,7 @@ def _folder(recipe: Any, verb: str, options: Options) -> Path:
     if options.resume:
         if not saved.is_file():
             raise RecipeError(f"--resume: there is no run in {folder}")
-        text = config.to_yaml(recipe)
+        text = config.to_yaml(recipe, verb)
         if saved.read_text(encoding="utf-8") != text:
             changed = _changed(config.read_yaml(saved), config.yaml_tree(text))
             raise RecipeError(
@@ -354,14 +355,14 @@ def _folder(recipe: Any, verb: str, options: Options) -> Path:
     return folder
 
 
-def _open(folder: Path, recipe: Any, options: Options) -> Run:
+def _open(folder: Path, recipe: Any, options: Options, verb: str) -> Run:
     """The run's record, made once everything that can be refused has been."""
     found = offline.checkpoint.latest(folder / "checkpoints") if options.resume else None
     if options.resume and found is None:
         print(f"whet: no checkpoint was saved in {folder} yet; the run starts over", file=sys.stderr)
     step = json.loads((found / "loop.json").read_text(encoding="utf-8"))["step"] if found else 0
     run = Run(folder, resume_at=step if options.resume else None, trackers=_trackers(recipe.trackers, folder))
-    run.environment(config.to_yaml(recipe))
+    run.environment(config.to_yaml(recipe, verb))
     return run
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from whet.errors import RunStopped
 from whet.generate import Generator
 from whet.learner import Learner
+from whet.ops import masked_sum
 from whet.records import Batch
 
 GAP = {torch.float64: 1e-6, torch.float32: 2e-3}
@@ -86,7 +87,10 @@ def groups_centred(step: int, batch: Batch) -> None:
         batch["mask"].any(1), batch["advantage"].gather(1, batch["mask"].int().argmax(1)[:, None])[:, 0], 0.0
     )
     zeros = torch.zeros(int(batch["group"].max()) + 1, dtype=first.dtype)
-    sums, sizes = zeros.index_add(0, batch["group"], first), zeros.index_add(0, batch["group"], first.abs())
+    earned = masked_sum(
+        batch["token_reward"], batch["mask"], 1
+    ).abs()  # what was centred: it is rounded at its own size
+    sums, sizes = (zeros.index_add(0, batch["group"], one.to(first)) for one in (first, first.abs() + 0.02 * earned))
     off = sums.abs() / sizes.clamp(min=1e-3)
     if bool((off > 1e-3).any()):
         stop(step, f"the advantages of a group sum to {float(off.max()):.4f} of their sizes instead of 0")

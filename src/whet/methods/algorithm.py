@@ -83,7 +83,7 @@ class Algorithm:
     def centred(self) -> bool:
         """Credit is centred within each group, so a group's advantages sum to 0."""
         ops_of = [] if self.credit is None else [one.op for one in self.credit.walk()]
-        within = (ops.group_center, ops.group_zscore, ops.leave_one_out)
+        within = (ops.group_center, ops.group_zscore, ops.group_mean_scaled, ops.leave_one_out)
         return self.whiten is None and any(op in within for op in ops_of)
 
     def has_ratio(self) -> bool:
@@ -93,7 +93,7 @@ class Algorithm:
 
     def steered(self) -> bool:
         """A controller reads how far the updates moved the policy."""
-        return any(controller.by == "kl_old" for controller in self._controllers().values())
+        return any(controller.by == "kl_old" for controller in steered(self.terms).values())
 
     @property
     def objective(self) -> Objective:
@@ -198,7 +198,10 @@ def credited(algorithm: Algorithm, batch: Batch) -> Batch:
     if algorithm.truncated.rule == "bootstrap":
         # the critic's value stands for all that would have followed, the score too
         placed = torch.where(batch["truncated"], torch.zeros_like(placed), placed)
-    token_reward = algorithm.place(batch.with_columns(score=placed).columns) + ops.dense(dense, mask)
+    token_reward = algorithm.place(batch.with_columns(score=placed).columns)
+    if "step" in batch.columns:  # a penalty may land where no step has its score
+        batch = batch.with_columns(step=batch["step"] | (token_reward != 0))
+    token_reward = token_reward + ops.dense(dense, mask)
     if algorithm.penalty is not None:
         kl = torch.where(mask, algorithm.penalty.estimator(batch.columns), torch.zeros_like(token_reward))
         batch = batch.with_columns(kl=kl)

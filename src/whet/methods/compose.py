@@ -53,19 +53,26 @@ def online(name: str, *, longest: int | None = None, weights: Sequence[float] = 
     >>> online("grpo", answers=4, surrogate={"high": 0.28}).terms[0].loss.dials
     {'low': 0.2, 'high': 0.28}
     """
-    if name in catalogue.ONLINE_PREFERENCE:
-        return online_of(changed(catalogue.ONLINE_PREFERENCE[name].slots, changes), longest=longest, weights=weights)
-    return online_of(changed(catalogue.ONLINE[name].slots, changes), longest=longest, weights=weights)
+    table = {**catalogue.ONLINE, **catalogue.ONLINE_PREFERENCE}
+    return online_of(_changed(table, name, changes), longest=longest, weights=weights)
 
 
 def preference(name: str, **changes: Any) -> Objective:
     """A preference method of the catalogue with changed slots."""
-    return preference_of(changed(catalogue.PREFERENCE[name].slots, changes))
+    return preference_of(_changed(catalogue.PREFERENCE, name, changes))
 
 
 def reward(name: str, **changes: Any) -> Objective:
     """A reward-model method of the catalogue with changed slots."""
-    return reward_of(changed(catalogue.REWARD[name].slots, changes))
+    return reward_of(_changed(catalogue.REWARD, name, changes))
+
+
+def _changed(table: Mapping[str, catalogue.Method], name: str, changes: Slots) -> Slots:
+    """The slots of a method with these changes. Raises RecipeError for a method or a slot that does not exist."""
+    slots = _known("method", table, name).slots
+    for slot in changes:
+        _known(f"method {name}", slots, slot)
+    return changed(slots, changes)
 
 
 def online_of(slots: Slots, *, longest: int | None = None, weights: Sequence[float] = (1.0,)) -> Algorithm:
@@ -75,6 +82,8 @@ def online_of(slots: Slots, *, longest: int | None = None, weights: Sequence[flo
     front = _front(slots, truncated, weights, longest)
     if "loss" in slots:
         objective = preference_of(slots, stream="rollout")
+        if "good" in objective.reads():
+            raise RecipeError("method.loss: the own answers become pairs here; take a loss on pairs, such as sigmoid")
         _least(slots["answers"], 2, "a pair is made of two answers")
         if truncated.rule in ("mask", "bootstrap"):
             raise RecipeError(
@@ -128,11 +137,20 @@ def _credit_front(front: Algorithm, slots: Slots, longest: int | None) -> Algori
     whole = "score" in parameters
     if whole:
         given["score"] = WHOLE
-        if slots["place"]["name"] != "terminal" and slots["place"] != {"name": "linear", "normalised": False}:
+        raw = slots["place"]["name"] == "linear" and not slots["place"].get("normalised", False)
+        if slots["place"]["name"] != "terminal" and not raw:
             raise RecipeError(
                 f"method.place: the credit {name} credits whole answers, where a placement that sums to the score changes "
                 "nothing; use terminal"
             )
+    if name == "group_steps" and slots["kl"]:
+        raise RecipeError(
+            "method.kl: the credit group_steps reads rewards at the ends of steps alone; use loss_kl instead"
+        )
+    if "baseline" in parameters and front.normalise is not None:
+        raise RecipeError(
+            "method.normalise: the greedy answer is alone in its group; leave normalise out with against_greedy"
+        )
     credit = chosen("credit", slots["credit"], **given)
     target = None
     if value and value.lam is not None:
@@ -144,11 +162,16 @@ def _credit_front(front: Algorithm, slots: Slots, longest: int | None) -> Algori
     if value:
         terms.append(Term("critic", "rollout", part(ops.value_loss, clip=value.clip), ops.token_mean, value.weight))
     if slots["loss_kl"]:
-        spec = dict(slots["loss_kl"])
-        coef = spec.pop("coef", ONLINE_SLOTS["loss_kl"][spec["name"]].extra["coef"])
+        spec, penalty = slots["loss_kl"], chosen("loss_kl", slots["loss_kl"])
+        coef = spec.get("coef", ONLINE_SLOTS["loss_kl"][spec["name"]].extra["coef"])
         if coef > 0:
-            penalty = chosen("loss_kl", spec)
             terms.append(Term("policy", "rollout", penalty, reduce, coef, dials=dials, name=spec["name"]))
+    cost = record(KL, slots["kl"]) if slots["kl"] else None
+    if cost is not None and cost.estimator == "exact":
+        _check_exact(slots, cost)
+        # the reward charges a token for the states it leads to; what it does to its own state's KL is a loss
+        here = part(ops.dense, token_score="exact_kl")
+        terms.append(Term("policy", "rollout", here, reduce, controller(cost), dials=dials, name="exact_kl"))
     if slots["entropy"]:
         bonus = record(Entropy, slots["entropy"])
         standard = Entropy()
@@ -164,7 +187,7 @@ def _credit_front(front: Algorithm, slots: Slots, longest: int | None) -> Algori
         front,
         collect=replace(front.collect, greedy="baseline" in parameters),
         place=_placed(slots["place"]),
-        penalty=_penalty(record(KL, slots["kl"])) if slots["kl"] else None,
+        penalty=_penalty(cost) if cost is not None else None,
         credit=part(ops.broadcast, answer_advantage=credit) if whole else credit,
         target=target,
         whiten=chosen("whiten", slots["whiten"]) if slots["whiten"] else None,
@@ -186,9 +209,8 @@ def policy_loss(slots: Slots) -> Part:
     if has:
         given["ratio"] = chosen("ratio", slots["ratio"])
     if choice.op == "kl_penalised":
-        steering = choice.extra | spec
+        steering = {**choice.extra, **spec}
         given["beta"] = HalvingKL(steering["beta"], steering["target"])
-        spec = {"name": spec["name"]}
     loss = chosen("surrogate", spec, **given)
     if slots["select"] and slots["select"]["name"] == "clip_cov":
         loss = part(ops.kept, loss=loss)
@@ -201,7 +223,11 @@ def policy_loss(slots: Slots) -> Part:
 def _selection(slots: Slots) -> tuple[tuple[str, Part], ...]:
     if not slots["select"]:
         return ()
-    spec, given = dict(slots["select"]), {}
+    spec, given = slots["select"], {}
+    if spec["name"] == "kl_cov" and slots["surrogate"]["name"] == "reinforce":
+        raise RecipeError(
+            "method.select: kl_cov holds several updates together, and reinforce takes one; use another surrogate"
+        )
     if spec["name"] == "clip_cov":
         if slots["surrogate"]["name"] not in ("clip", "dual_clip"):
             raise RecipeError(
@@ -209,8 +235,6 @@ def _selection(slots: Slots) -> tuple[tuple[str, Part], ...]:
             )
         dials = {"low": 0.2, "high": 0.2} | slots["surrogate"]
         given = {"low": dials["low"], "high": dials["high"]}
-    else:
-        spec.pop("coef", None)
     return (("selected", chosen("select", spec, **given)),)
 
 
@@ -222,7 +246,8 @@ def _after_truncation(final_value: Tensor, truncated: Tensor) -> Tensor:
 def _placed(spec: Slots) -> Part:
     if spec["name"] != "attention":
         return chosen("place", spec)
-    heads = spec.get("heads", ONLINE_SLOTS["place"]["attention"].extra["heads"])
+    choice = ONLINE_SLOTS["place"]["attention"]
+    heads = {**choice.extra, **dials_given("place", choice, spec)}["heads"]
     return part(ops.attention, attention_weight=f"attention_{heads}")
 
 
@@ -243,6 +268,20 @@ def controller(kl: KL) -> Controller:
     return AdaptiveKL(kl.coef, kl.target, kl.horizon) if kl.controller == "adaptive" else HalvingKL(kl.coef, kl.target)
 
 
+def _check_exact(slots: Slots, kl: KL) -> None:
+    """The exact KL stands in the reward and in the loss at once, so nothing may rescale one of them alone."""
+    rescaled = next((slot for slot in ("whiten", "normalise", "running") if slots[slot]), None)
+    if slots["credit"]["name"] in ("group_zscore", "group_mean_scaled", "group_steps"):
+        rescaled = "credit"
+    if rescaled is not None:
+        raise RecipeError(
+            f"method.kl.estimator: exact puts the KL of later tokens in the reward and a token's own in the loss, and {rescaled} "
+            "rescales the first alone; leave that out, or use k1"
+        )
+    if kl.where != "token":
+        raise RecipeError(f"method.kl.where: the exact KL is charged where it arises; use token; got {kl.where}")
+
+
 def _penalty(kl: KL) -> Penalty:
     return Penalty(ESTIMATORS[kl.estimator], CHARGES[kl.where], controller(kl))
 
@@ -252,7 +291,7 @@ def reduction(spec: Slots, longest: int | None) -> tuple[Any, dict[str, Any]]:
     choice = found("reduce", ONLINE_SLOTS["reduce"], spec["name"])
     if "length" in dials_of(choice):
         spec = _with_length("reduce", spec, "length", longest)
-    return getattr(ops, choice.op), {key: value for key, value in spec.items() if key != "name"}
+    return getattr(ops, choice.op), dials_given("reduce", choice, spec)
 
 
 def preference_of(slots: Slots, stream: str = "train") -> Objective:
@@ -323,7 +362,7 @@ def _across(parameters: Mapping[str, Any], score: Slots, beta: float | None) -> 
         implicit = chosen("score", score, logp="now_logp", beta=beta)
         out["rival"] = part(ops.sorted_rival, score=implicit)
     if "kl_baseline" in parameters:
-        ratio = part(ops.implicit_reward, logp="now_logp", beta=1.0)
+        ratio = part(ops.implicit_reward, logp="now_logp", beta=1.0, mean=score.get("mean", False))
         out["kl_baseline"] = part(ops.kl_baseline, log_ratio=ratio)
     return out
 
@@ -350,7 +389,12 @@ def reward_of(slots: Slots) -> Objective:
     choice = found("loss", REWARD_SLOTS["loss"], spec["name"])
     columns = {
         name: part(ops.nth, x=x, n=n)
-        for name, x, n in (("chosen", "score", 0), ("rejected", "score", 1), ("margin", "margin", 0))
+        for name, x, n in (
+            ("chosen", "score", 0),
+            ("rejected", "score", 1),
+            ("margin", "margin", 0),
+            ("probability", "probability", 0),
+        )
     }
     parameters = inspect.signature(getattr(ops, choice.op)).parameters
     given = {name: columns[name] for name in parameters if name in columns}
@@ -371,21 +415,31 @@ def chosen(slot: str, spec: Slots, **given: Any) -> Part:
 
 def _made(slot: str, known: Mapping[str, Choice], spec: Slots, given: Mapping[str, Any]) -> Part:
     choice = found(slot, known, spec["name"])
-    dials = {key: value for key, value in spec.items() if key != "name"}
-    for key in dials:
-        if key not in dials_of(choice):
-            raise RecipeError(
-                f"method.{slot}.{key}: {spec['name']} has no such dial; known are {', '.join(dials_of(choice)) or 'none'}"
-            )
+    dials = {key: value for key, value in dials_given(slot, choice, spec).items() if key not in choice.extra}
     return part(getattr(ops, choice.op), **{**choice.reads, **given, **dials})
+
+
+def dials_given(slot: str, choice: Choice, spec: Slots) -> dict[str, Any]:
+    """The dials of a spec. Raises RecipeError for one that the part does not have."""
+    own = dials_of(choice)
+    for key in spec:
+        if key != "name" and key not in own:
+            raise RecipeError(
+                f"method.{slot}.{key}: {spec['name']} has no such dial; known are {', '.join(own) or 'none'}"
+            )
+    return {key: value for key, value in spec.items() if key != "name"}
 
 
 def found(slot: str, known: Mapping[str, Choice], name: str) -> Choice:
     """The choice of this name. Raises RecipeError with the nearest one."""
+    return _known(f"method.{slot}", known, name)
+
+
+def _known(where: str, known: Mapping[str, Any], name: str) -> Any:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-        raise RecipeError(f"method.{slot}: unknown {name!r}; {hint}")
+        raise RecipeError(f"{where}: unknown {name!r}; {hint}")
     return known[name]
 
 

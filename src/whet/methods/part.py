@@ -58,8 +58,8 @@ def part(op: Callable[..., Tensor], **given: Any) -> Part:
     dials: dict[str, Any] = {}
     for name, parameter in inspect.signature(op).parameters.items():
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-            if name in given:
-                dials[name] = given.pop(name)
+            if name in given or parameter.default is not inspect.Parameter.empty:
+                dials[name] = given.pop(name, parameter.default)
         elif isinstance(given.get(name), (str, Part)):
             columns[name] = given.pop(name)
         elif name in given:
@@ -172,7 +172,8 @@ def mean_reward(terms: Sequence[Term], columns: Mapping[str, Any]) -> float:
     for term in terms:
         for one in term.loss.walk():
             if one.op is implicit_reward:
-                return float(one(columns).mean())
+                rewards = one(columns)
+                return float((rewards[columns["place"] == 0] if "good" in columns else rewards).mean())
     return 0.0
 
 

@@ -74,7 +74,7 @@ def sapo(ratio: Tensor, advantage: Tensor, *, tau_positive: float = 1.0, tau_neg
 
     A soft gate instead of the clip: its slope is 1 at ratio 1 and falls smoothly on either side. Tokens with A = 0 add 0.
     """
-    tau = torch.where(advantage > 0, tau_positive, tau_negative).to(ratio.dtype)
+    tau = torch.where(advantage > 0, ratio.new_tensor(tau_positive), ratio.new_tensor(tau_negative))
     return -4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantage
 
 

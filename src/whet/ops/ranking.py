@@ -24,9 +24,13 @@ def by_element(x: Tensor, element: Tensor, place: Tensor) -> tuple[Tensor, Tenso
     return out.index_put((element, place), x), valid
 
 
-def pairwise(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0) -> Tensor:
-    """-log sigmoid(chosen - rejected - margin), (E,) (Bradley-Terry; margin: Llama 2, Touvron et al. 2023, equation 2)."""
-    return -functional.logsigmoid(chosen - rejected - margin)
+def pairwise(
+    chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, probability: Tensor | float = 1.0
+) -> Tensor:
+    """-p log sigmoid(g) - (1 - p) log sigmoid(-g) with g = chosen - rejected - margin, (E,) (Bradley-Terry; margin: Llama 2,
+    Touvron et al. 2023, equation 2). `probability` p that the chosen answer is better is 1 for a hard label."""
+    gap = chosen - rejected - margin
+    return -probability * functional.logsigmoid(gap) - (1 - probability) * functional.logsigmoid(-gap)
 
 
 def log_exp(chosen: Tensor, rejected: Tensor) -> Tensor:

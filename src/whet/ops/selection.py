@@ -30,7 +30,7 @@ def clip_cov(
     cov_low: float = 1.0,
     cov_high: float = 5.0,
 ) -> Tensor:
-    """False on `share` of the tokens, drawn among those with a covariance in [cov_low, cov_high], True on the others.
+    """False on `share` of the tokens, drawn among those with a covariance between cov_low and cov_high, True on the others.
 
     They get no gradient (Clip-Cov, Cui et al. 2025, equation 12: share 2e-4). Tokens that PPO's clip (`low`, `high`)
     stops anyway are not drawn. At least one token is drawn where there is a candidate; which is an address of its

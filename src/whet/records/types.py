@@ -212,6 +212,9 @@ class Batch:
         columns = {"element": torch.tensor(index), "place": places, "mask": mask}
         if elements and isinstance(elements[0], Pair):
             columns["chosen_mask"] = mask & (places == 0)[:, None]
+        if elements and isinstance(elements[0], Unpaired):
+            good = torch.tensor([element.good for element in elements if isinstance(element, Unpaired)])
+            columns["chosen_mask"] = mask & ((places == 0) & good.repeat_interleave(2))[:, None]
         stepped = [element for element in elements if isinstance(element, Stepped)]
         if stepped:
             columns |= {"step": pad([one.ends for one in stepped]), "step_label": pad([one.labels for one in stepped])}

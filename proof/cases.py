@@ -1,0 +1,191 @@
+"""The methods and variants whose end is known, each with its own expected update written out by hand, and the runs that reach it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from proof.enumeration import END, ExpectedZscore, Problem, TableReward, Weight, fixed_point, kl
+from whet.dials import Optim, Sampling
+from whet.generate.local import LocalGenerator
+from whet.learner.local import LocalLearner
+from whet.loops import offline, online
+from whet.loops.record import Run
+from whet.methods import compose
+from whet.models.roles import Role
+from whet.records import Pair
+from whet.rewards import Weighted
+
+GROUP = 4
+"""Answers per prompt of the methods whose fixed point depends on it."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method with its changed slots; `field` is its expected update (see `enumeration.Weight`), None where it is that of
+    the KL-regularised reward, whose end is pi*. `group` answers per prompt, so that a rollout has 512 in all."""
+
+    method: str
+    changes: Mapping[str, Any]
+    field: str = "regularised"
+    group: int = 64
+    critic: bool = False
+
+
+def cases(problem: Problem) -> dict[str, Case]:
+    """Every case by the name it has in the table."""
+    cost = {"coef": problem.beta}
+    loss = {name: {"name": name, "coef": problem.beta} for name in ("k2", "k3", "k3_weighted", "exact", "k2_sequence")}
+    centred = {"credit": "group_center", "reduce": "sequence_sum"}
+    return {
+        "ppo": Case("ppo", {"kl": cost, "credit": {"lam": 0.95}, "value": {"clip": None}}, critic=True),
+        "ppo_kl": Case("ppo_kl", {"kl": cost, "credit": {"lam": 0.95}, "value": {"clip": None}}, critic=True),
+        "policy_gradient": Case("policy_gradient", {"kl": cost, "value": {"clip": None}}, critic=True),
+        "vapo, KL in the reward": Case("vapo", {"kl": cost, "credit": {"alpha": 2.0}}, critic=True),
+        "reinforce": Case("reinforce", {"kl": cost}),
+        "reinforce, exact KL": Case("reinforce", {"kl": cost | {"estimator": "exact"}}),
+        "reinforce_pp": Case("reinforce_pp", {"kl": cost}),
+        "remax": Case("remax", {"kl": cost}),
+        "rloo": Case("rloo", {"kl": cost}),
+        "rloo, sequence ratio": Case(
+            "rloo", {"kl": cost, "ratio": "sequence", "surrogate": "clip", "reduce": "sequence_mean"}, "per answer"
+        ),
+        "dr_grpo, KL in the reward": Case("dr_grpo", {"kl": cost}),
+        "optimal_baseline, KL in the reward": Case("optimal_baseline", {"kl": cost}),
+        "cispo, centred, KL in the reward": Case("cispo", {"kl": cost, "credit": "leave_one_out"}),
+        "dr_grpo, sequence k2 in the loss": Case(
+            "dr_grpo",
+            {"loss_kl": loss["k2_sequence"], "credit": "leave_one_out"} | {"reduce": "sequence_sum"},
+            group=GROUP,
+        ),
+        "dr_grpo, k2 in the loss": Case("dr_grpo", {"loss_kl": loss["k2"]} | centred, "centred k2", GROUP),
+        "dr_grpo, exact KL in the loss": Case("dr_grpo", {"loss_kl": loss["exact"]} | centred, "centred k2", GROUP),
+        "dr_grpo, weighted k3 in the loss": Case(
+            "dr_grpo", {"loss_kl": loss["k3_weighted"]} | centred, "centred k2", GROUP
+        ),
+        "dr_grpo, k3 in the loss": Case("dr_grpo", {"loss_kl": loss["k3"]} | centred, "centred k3", GROUP),
+        "leave one out, k2 in the loss": Case(
+            "dr_grpo", {"loss_kl": loss["k2"], "credit": "leave_one_out", "reduce": "sequence_sum"}, "k2", GROUP
+        ),
+        "grpo": Case("grpo", {"loss_kl": loss["k3"]}, "zscore k3 per answer", GROUP),
+        "grpo, k2": Case("grpo", {"loss_kl": loss["k2"]}, "zscore k2 per answer", GROUP),
+        "grpo, only centred": Case(
+            "grpo", {"loss_kl": loss["k3"], "credit": "group_center"}, "centred k3 per answer", GROUP
+        ),
+        "gspo, k3 in the loss": Case(
+            "gspo", {"loss_kl": loss["k3"], "surrogate": {"low": 0.2, "high": 0.2}}, "zscore k3 per answer", GROUP
+        ),
+    }
+
+
+def weight_of(name: str, problem: Problem, group: int) -> Weight:
+    """The expected update of a case, by hand: what multiplies grad log pi of each token, in expectation over the group."""
+    beta, score = problem.beta, problem.score
+    zscore = ExpectedZscore(score, group, 1e-6) if "zscore" in name else None
+
+    def weight(now: Tensor, reference: Tensor, on: Tensor) -> Tensor:
+        chance, ratio = now.sum(-1).exp(), now - reference
+        length = on.sum(-1, keepdim=True)
+        if name in ("regularised", "per answer"):
+            total = score - beta * ratio.sum(-1)
+            out = (total - (chance * total).sum(-1, keepdim=True))[..., None].expand(now.shape)
+            return out / length if name == "per answer" else out
+        advantage = score - (chance * score).sum(-1, keepdim=True)
+        if "centred" in name:  # the mean has the answer itself in it
+            advantage = advantage * (1 - 1 / group)
+        if zscore is not None:
+            advantage = torch.stack([zscore(one) for one in chance])
+        cost = 1 - (-ratio).exp() if "k3" in name else ratio
+        out = advantage[..., None] - beta * cost
+        return out / length if "per answer" in name else out
+
+    return weight
+
+
+def ends(case: Case, problem: Problem, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """(log pi of the case's own fixed point, log pi*), each (prompts, answers); reference (P, Y, T) token log-probs."""
+    optimum = problem.optimum(reference.sum(-1))
+    if case.field == "regularised":
+        return optimum, optimum
+    return fixed_point(problem, reference, weight_of(case.field, problem, case.group)), optimum
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long a run is: rollouts, answers per rollout, learning rates (decayed to 0), updates per rollout."""
+
+    rollouts: int = 400
+    answers: int = 512
+    lr: float = 0.01
+    critic_lr: float = 0.01
+
+
+def learned(case: Case, problem: Problem, folder: Path, budget: Budget, *, seed: int = 0) -> Tensor:
+    """log pi (P, Y) after the real loop with the real generator has run; the policy begins at the reference."""
+    policy, reference = problem.model(seed), problem.model(seed)
+    roles = {"policy": Role("policy", policy, True), "reference": Role("reference", reference, False)}
+    optim = Optim(lr=budget.lr, schedule="cosine", final=0.0, betas=(0.9, 0.99))
+    optims = {"policy": optim}
+    if case.critic:
+        roles["critic"] = Role("critic", problem.scorer(seed + 2), True)
+        optims["critic"] = Optim(lr=budget.critic_lr, schedule="cosine", final=0.0, betas=(0.9, 0.99))
+    method = compose.online(case.method, longest=problem.longest, **{**case.changes, "answers": case.group})
+    prompts = problem.records()
+    repeated = budget.answers // (len(prompts) * case.group)
+    learner = LocalLearner(roles, optims, total=budget.rollouts, budget=1 << 14, seed=seed)
+    generator = LocalGenerator(roles["policy"], (END,), str, unit=budget.answers)
+    plan = online.Plan(
+        budget.rollouts, repeated * len(prompts), budget.answers, 1, seed, canary=20, equal_start=True, end_ids=(END,)
+    )
+    reward = Weighted("table", TableReward(problem))
+    sampling = Sampling(problem.longest)
+    online.train(method, learner, generator, [reward], prompts, sampling, plan, Run(folder), quiet=True)
+    return problem.distribution(policy)
+
+
+def pairs(problem: Problem, *, labels: int = 0, seed: int = 0) -> list[Pair]:
+    """Every pair of answers with its exact Bradley-Terry probability; or `labels` pairs with one drawn label each."""
+    out = []
+    generator = torch.Generator().manual_seed(seed)
+    for prompt in problem.prompts:
+        rows = [problem.row(prompt, answer) for answer in problem.answers]
+        for i in range(len(rows)):
+            for j in range(i):
+                chance = float(torch.sigmoid(problem.score[i] - problem.score[j]))
+                if not labels:
+                    out.append(Pair(rows[i], rows[j], chance))
+                    continue
+                count = labels // (len(problem.prompts) * len(rows) * (len(rows) - 1) // 2)
+                won = torch.rand(count, generator=generator) < chance
+                out += [Pair(rows[i], rows[j]) if one else Pair(rows[j], rows[i]) for one in won.tolist()]
+    return out
+
+
+def preferred(
+    problem: Problem,
+    elements: list[Pair],
+    folder: Path,
+    *,
+    steps: int,
+    batch: int,
+    lr: float,
+    final: float = 0.0,
+    seed: int = 0,
+) -> Tensor:
+    """log pi (P, Y) after DPO on these pairs."""
+    policy, reference = problem.model(seed), problem.model(seed)
+    roles = {"policy": Role("policy", policy, True), "reference": Role("reference", reference, False)}
+    schedule = "constant" if final == 1.0 else "cosine"
+    optim = Optim(lr=lr, schedule=schedule, final=final, betas=(0.9, 0.99))
+    learner = LocalLearner(roles, {"policy": optim}, total=steps, budget=1 << 14, seed=seed)
+    objective = compose.preference("dpo", beta=problem.beta)
+    offline.train(objective, learner, [elements], offline.Plan(steps, batch, seed), Run(folder), quiet=True)
+    return problem.distribution(policy)
+
+
+def gap(own: Tensor, target: Tensor) -> float:
+    """KL(own || target) in nats, a mean over prompts."""
+    return kl(own, target)

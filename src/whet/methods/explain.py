@@ -1,0 +1,244 @@
+"""What a method minimises, in formulas with its numbers filled in, and where that ends; composed from the parts' own words."""
+
+from collections.abc import Mapping, Sequence
+from string import Formatter
+from typing import Any
+
+from whet import catalogue
+from whet.choices import ONLINE_SLOTS, PREFERENCE_SLOTS, REWARD_SLOTS, Choice, named
+from whet.methods.compose import dials_of
+
+Slots = Mapping[str, Any]
+
+
+def formula(choice: Choice, spec: Slots, **more: Any) -> str:
+    """The choice's formula with its dials' numbers; `more` are numbers that the method gives it.
+
+    >>> formula(ONLINE_SLOTS["surrogate"]["clip"], {"name": "clip", "high": 0.28})
+    '-min(rho A, clip(rho, 1 - 0.2, 1 + 0.28) A)'
+    """
+    values = {**dials_of(choice), **{key: value for key, value in spec.items() if key != "name"}, **more}
+    names = [name for _, name, _, _ in Formatter().parse(choice.formula) if name]
+    return choice.formula.format(**{name: _shown(values.get(name)) for name in names})
+
+
+def online_lines(slots: Slots, *, longest: int | None = None, weights: Sequence[float] = (1.0,)) -> list[str]:
+    """The whole objective of an online method, step by step."""
+
+    def line(slot: str, about: str, **more: Any) -> list[str]:
+        spec = slots.get(slot)
+        if not spec:
+            return []
+        choice = ONLINE_SLOTS[slot][spec["name"]]
+        return [_step(about, formula(choice, spec, **more), choice.source)]
+
+    limit = {"limit": (slots.get("overlong") or {}).get("limit") or longest}
+    out = line("normalise", "normalise")
+    out += line("combine", "score", weights=tuple(weights)) + line("running", "normalise")
+    out += line("bound", "bound") + line("overlong", "overlong", **limit)
+    out += _truncated(slots["truncated"])
+    if "loss" in slots:
+        out.append(
+            _step("pairs", "w = the best, l = the worst answer of each prompt by s; equal scores give no pair", "")
+        )
+        return out + preference_lines(slots)
+    out += line("place", "placed") + _penalty(slots["kl"]) + line("credit", "credit")
+    if slots["value"] and _get(slots["value"], "lam") is not None:
+        out.append(
+            _step("critic's target", f"R_t = gae with lambda {_shown(_get(slots['value'], 'lam'))}, plus V_t", "VAPO")
+        )
+    elif slots["value"]:
+        out.append(_step("critic's target", "R_t = A_t + V_t, with A before whitening", ""))
+    out += line("whiten", "whiten") + line("correct", "correction") + line("ratio", "ratio")
+    reduce = slots["reduce"]
+    length = reduce.get("length") or longest
+    total = formula(ONLINE_SLOTS["reduce"][reduce["name"]], reduce, length=length)
+    loss = formula(ONLINE_SLOTS["surrogate"][slots["surrogate"]["name"]], slots["surrogate"])
+    source = ONLINE_SLOTS["surrogate"][slots["surrogate"]["name"]].source
+    out.append(_step("policy loss", f"{'c_t ' if slots['correct'] else ''}[{loss}]", source))
+    out += line("select", "select")
+    out.append(_step("reduced by", f"{reduce['name']}: {total}", ONLINE_SLOTS["reduce"][reduce["name"]].source))
+    out += line("loss_kl", "+ KL in the loss")
+    if slots["kl"] and _get(slots["kl"], "estimator", "k1") == "exact":
+        out.append(
+            _step(
+                "+ KL in the loss",
+                f"{_shown(_get(slots['kl'], 'coef', 0.05))} KL(policy || reference) of the token's own state",
+                "",
+            )
+        )
+    if slots["value"]:
+        clip = _get(slots["value"], "clip", 0.2)
+        squared = (
+            "(V - R)^2 / 2" if clip is None else f"max((V - R)^2, (V_old + clip(V - V_old, -{clip}, {clip}) - R)^2) / 2"
+        )
+        out.append(
+            _step(
+                "critic loss", f"{_shown(_get(slots['value'], 'weight', 1.0))} x mean over all tokens of {squared}", ""
+            )
+        )
+    if slots["entropy"]:
+        target = _get(slots["entropy"], "target")
+        steered = f", steered to {target} nats per token" if target else ""
+        out.append(
+            _step(
+                "- entropy", f"{_shown(_get(slots['entropy'], 'coef', 0.001))} x mean over all tokens of H{steered}", ""
+            )
+        )
+    if slots["ptx_weight"]:
+        out.append(
+            _step(
+                "+ ptx",
+                f"{_shown(slots['ptx_weight'])} x mean over the pre-training tokens of -log pi",
+                "Ouyang et al. 2022, eq. 2",
+            )
+        )
+    return out
+
+
+def preference_lines(slots: Slots) -> list[str]:
+    """The objective of a preference method."""
+    score = slots["score"]
+    choice = PREFERENCE_SLOTS["score"][score["name"]]
+    out = [_step("score", formula(choice, score), choice.source)]
+    if "beta" in slots:
+        out.append(_step("beta", _shown(slots["beta"]), ""))
+    for spec in map(named, slots["loss"] if isinstance(slots["loss"], list) else [slots["loss"]]):
+        one = PREFERENCE_SLOTS["loss"][spec["name"]]
+        weight = spec.get("weight", 1.0)
+        told = formula(one, {key: value for key, value in spec.items() if key != "weight"})
+        out.append(_step("loss", f"{_shown(weight)} x mean over pairs or answers of [{told}]", one.source))
+    if slots.get("sft_weight"):
+        out.append(
+            _step("+ sft", f"{_shown(slots['sft_weight'])} x mean over the chosen answers' tokens of -log pi", "")
+        )
+    return out
+
+
+def reward_lines(slots: Slots) -> list[str]:
+    """The objective of a reward model."""
+    choice = REWARD_SLOTS["loss"][slots["loss"]["name"]]
+    out = [_step("loss", formula(choice, slots["loss"]), choice.source)]
+    if slots.get("centring"):
+        out.append(
+            _step("+ centring", f"{_shown(slots['centring'])} x (s_chosen + s_rejected)^2", "Eisenstein et al. 2023")
+        )
+    return out
+
+
+def ending(slots: Slots) -> list[str]:
+    """Where an online method ends when it is run long enough: pi*(y) = pi_ref(y) exp(s(y) / beta) / Z, or why elsewhere."""
+    if "loss" in slots:
+        return ["the optimum of the preference loss for the reference and beta; pairs come from the policy itself"]
+    kl, loss_kl, credit = slots["kl"], slots["loss_kl"], slots["credit"]["name"]
+    scaled = credit in ("group_zscore", "group_mean_scaled", "group_steps")
+    out = []
+    if kl and _get(kl, "coef", 0.05) > 0:
+        estimator, where = _get(kl, "estimator", "k1"), _get(kl, "where", "token")
+        if estimator in ("k2", "k3"):
+            out.append(
+                f"the {estimator} in the reward charges another cost than the KL: its gradient through the policy is missing, so the "
+                "end is not pi*; k1 and exact have none missing"
+            )
+        elif where == "sequence":
+            out.append("the KL is divided by the answer's length, so long answers pay less: the end is not pi*")
+        elif loss_kl:
+            out.append("there is a KL in the reward and another in the loss: the end is between theirs")
+        else:
+            out.append("pi*(y|x) = pi_ref(y|x) exp(s / beta) / Z with beta = kl.coef: the KL in the reward leads there")
+            if scaled:
+                out.append(
+                    "dividing by the group's statistics keeps pi* a fixed point, but its noise does not vanish there, so the policy "
+                    "keeps moving about it"
+                )
+    elif loss_kl and loss_kl.get("coef", 0.04) > 0:
+        name = loss_kl["name"]
+        if name == "k2_sequence":
+            exact = credit == "leave_one_out" and slots["reduce"]["name"] in ("sequence_sum", "fixed_length")
+            if exact:
+                return ["pi*: the sequence form of k2 has the gradient of the KL over whole answers"]
+            out.append("near pi*: leave_one_out with reduce sequence_sum would lead there exactly")
+        elif name == "k3":
+            out.append(
+                "not pi*: the gradient of k3 is that of KL(reference || policy), another fixed point even for answers of one token"
+            )
+        else:
+            out.append("not pi*: the gradient of a KL in the loss ignores that a token changes the KL of later tokens")
+        if credit in ("group_center", "group_zscore"):
+            g = slots["answers"]
+            out.append(
+                f"the group's mean has the answer itself in it, so the effective beta is {g}/{g - 1} of loss_kl.coef"
+            )
+        if scaled:
+            out.append("the group's deviation divides the reward but not the KL, so beta is no longer beta")
+        out.append("to reach pi*: --loss-kl null --kl.coef BETA with a credit that only centres")
+    else:
+        out.append(
+            "no KL holds the policy: it ends on the answers with the highest score, and drifts from the reference"
+        )
+    return out
+
+
+def differences(verb: str, slots: Slots, name: str | None = None) -> list[str]:
+    """What differs from the method's paper by default, and what this recipe changes of the method."""
+    table = {**catalogue.ONLINE, **catalogue.ONLINE_PREFERENCE, **catalogue.PREFERENCE}
+    method = catalogue.REWARD[name or "k_way"] if verb == "reward" else table[verb]
+    out = [f"by default: {one}" for one in method.differs]
+    for slot, value in method.slots.items():
+        if slots.get(slot) != value:
+            out.append(f"in this recipe: {slot} is {_told(slots.get(slot))}, the method's is {_told(value)}")
+    return out
+
+
+def _penalty(kl: Any) -> list[str]:
+    if not kl:
+        return []
+    where = {"token": "r_t <- r_t - ", "sequence": "r_T <- r_T - (1/|y|) sum_t ", "sequence_sum": "r_T <- r_T - sum_t "}
+    estimator, coef = _get(kl, "estimator", "k1"), _shown(_get(kl, "coef", 0.05))
+    meaning = {
+        "k1": "(log pi_old - log pi_ref)", "k2": "(log pi_old - log pi_ref)^2 / 2",
+        "k3": "(pi_ref / pi_old - 1 - log(pi_ref / pi_old))", "exact": "KL(pi_old || pi_ref) over the vocabulary",
+    }[estimator]  # fmt: skip
+    control = _get(kl, "controller", "fixed")
+    steered = f"; coefficient {control}, aims at {_get(kl, 'target')} nats per answer" if control != "fixed" else ""
+    return [
+        _step(
+            "KL in the reward",
+            f"{where[_get(kl, 'where', 'token')]}{coef} {meaning}{steered}",
+            "Ziegler et al. 2019, eq. 2",
+        )
+    ]
+
+
+def _truncated(rule: Any) -> list[str]:
+    told = {
+        "keep": "an answer cut off at the limit is scored and trained like any other",
+        "mask": "an answer cut off at the limit counts in its group but is not trained",
+        "penalise": f"s <- s - {_shown(_get(rule, 'amount', 1.0))} for an answer cut off at the limit",
+        "bootstrap": "the critic's value after its last token stands for what a cut-off answer would have earned",
+    }
+    return [_step("cut-off answers", told[_get(rule, "rule", "keep")], "")]
+
+
+def _get(record: Any, name: str, default: Any = None) -> Any:
+    """A field of a record, which may still be the mapping of its fields."""
+    return record.get(name, default) if isinstance(record, Mapping) else getattr(record, name)
+
+
+def _step(about: str, told: str, source: str) -> str:
+    return f"  {about:<18}{told}" + (f"   [{source}]" if source else "")
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, Mapping) and "name" in value:
+        rest = ", ".join(f"{key} {_shown(one)}" for key, one in value.items() if key != "name")
+        return f"{value['name']}{f' ({rest})' if rest else ''}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_shown(one)}" for key, one in value.items())
+    if isinstance(value, list):
+        return " + ".join(map(_told, value))
+    return "nothing" if value is None else _shown(value)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,121 @@
+"""One run of the online loop over tiny models, and what it left in its folder."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import torch
+from models import helpers as h
+
+from whet import catalogue, methods
+from whet.dials import Sampling
+from whet.generate.local import LocalGenerator
+from whet.learner import Step, Work
+from whet.learner.local import LocalLearner
+from whet.loops import checkpoint, online
+from whet.loops.record import Run
+from whet.methods import Algorithm
+from whet.models.roles import Role
+from whet.rewards import Weighted
+
+END = (1, 5, 9)
+PROMPTS = [h.prompt(i, range(3 + i, 5 + 3 * i)) for i in range(3)]
+ONLINE = {**catalogue.ONLINE, **catalogue.ONLINE_PREFERENCE}
+
+
+def method_of(name: str, **changes: Any) -> Algorithm:
+    """A method of the catalogue in small: three answers where it compares them, answers of at most 6 tokens."""
+    few = {"answers": 3} if ONLINE[name].slots["answers"] > 1 else {}
+    short = {"overlong": {"name": "soft_overlong", "buffer": 2}} if name == "dapo" else {}
+    return methods.online(name, **({"longest": 6} | few | short | changes))
+
+
+def separate(dtype: torch.dtype = torch.float32) -> dict[str, Role]:
+    """Policy, reference and critic, each a model of its own; policy and reference are equal."""
+    return {
+        "policy": h.policy(dtype=dtype), "reference": h.policy(dtype=dtype, name="reference"), "critic": h.scorer(dtype=dtype, seed=2)
+    }  # fmt: skip
+
+
+def cast(method: Algorithm, dtype: torch.dtype = torch.float32) -> dict[str, Role]:
+    """The roles that this method has."""
+    return {name: role for name, role in separate(dtype).items() if name in method.roles()}
+
+
+class Recorder(h.Recorder):
+    """Keeps the work of every update and the weights before it."""
+
+    def update(self, work: Work) -> Step:
+        self.works = [*getattr(self, "works", []), work]
+        self.befores = [*getattr(self, "befores", []), h.weights(self)]
+        self.nows = [*getattr(self, "nows", []), {}]
+        step = super().update(work)
+        self.nows[-1] = step.now
+        return step
+
+
+def learner_of(roles: dict[str, Role], *, lr: float = 0.02, **dials: Any) -> Recorder:
+    optims = {name: replace(h.FREE, lr=lr) for name, role in roles.items() if role.trained}
+    return Recorder(roles, optims, total=50, **({"budget": 64} | dials))
+
+
+def go(
+    folder: Path,
+    method: Algorithm,
+    roles: dict[str, Role] | None = None,
+    *,
+    generator: Any = LocalGenerator,
+    learner: LocalLearner | None = None,
+    reward: Any = None,
+    sampling: Sampling = Sampling(6),
+    end_ids: Sequence[int] = END,
+    resume: bool = False,
+    ptx: Sequence[Any] = (),
+    **plan: Any,
+) -> Recorder:
+    """One run of the loop; returns its learner. `reward` is one reward or several."""
+    own: Any = learner or learner_of(roles or cast(method))
+    whole = plan.get("prompts", 3) * (1 if method.pairs else method.collect.answers)
+    given = {"steps": 1, "prompts": 3, "minibatch": whole, "canary": 20, "end_ids": tuple(end_ids)} | plan
+    table = reward or h.TableReward(lambda ids: 0.5 * len(ids) - 0.25 * (sum(ids) % 5))
+    rewards = [Weighted(f"table{n}" if n else "table", one) for n, one in enumerate(listed(table))]
+    source = generator(own.roles["policy"], end_ids, str)
+    run, planned = opened(folder, resume), online.Plan(**given)
+    online.train(
+        method, own, source, rewards, PROMPTS, sampling, planned, run, ptx=ptx, resume=resume, quiet=True
+    )  # fmt: skip
+    return own
+
+
+def listed(one: Any) -> list[Any]:
+    return list(one) if isinstance(one, (list, tuple)) else [one]
+
+
+def opened(folder: Path, resume: bool = False) -> Run:
+    """The run folder as the command line opens it."""
+    found = checkpoint.latest(folder / "checkpoints") if resume else None
+    step = json.loads((found / "loop.json").read_text())["step"] if found else 0
+    return Run(folder, resume_at=step if resume else None)
+
+
+def loop_state(folder: Path) -> dict[str, Any]:
+    """What the newest checkpoint says of the loop."""
+    found = checkpoint.latest(folder / "checkpoints")
+    assert found is not None
+    return json.loads((found / "loop.json").read_text())
+
+
+def rollout(folder: Path, step: int = 1) -> list[dict[str, Any]]:
+    """The answers of a rollout as they were written."""
+    return pyarrow.parquet.read_table(folder / "rollouts" / f"step-{step:08d}.parquet").to_pylist()
+
+
+def by_prompt(answers: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The answers of each group, in order."""
+    groups: dict[int, list[dict[str, Any]]] = {}
+    for answer in answers:
+        groups.setdefault(answer["draw"], []).append(answer)
+    return list(groups.values())
