@@ -117,7 +117,7 @@ def ends(case: Case, problem: Problem, reference: Tensor) -> tuple[Tensor, Tenso
 class Budget:
     """How long a run is: rollouts, answers per rollout, learning rates (decayed to 0), updates per rollout."""
 
-    rollouts: int = 400
+    rollouts: int = 300
     answers: int = 512
     lr: float = 0.01
     critic_lr: float = 0.01
@@ -189,3 +189,28 @@ def preferred(
 def gap(own: Tensor, target: Tensor) -> float:
     """KL(own || target) in nats, a mean over prompts."""
     return kl(own, target)
+
+
+def enumerated(problem: Problem, budget: Budget, *, seed: int = 0) -> Tensor:
+    """log pi (P, Y) of the same network trained on the exact KL(policy || pi*) by enumeration, for as many updates."""
+    model = problem.model(seed)
+    target = problem.optimum(problem.distribution(model)).float()
+    rows = [[*prompt, *answer] for prompt in problem.prompts for answer in problem.answers]
+    longest = max(map(len, rows))
+    ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
+    start = torch.tensor([len(prompt) for prompt in problem.prompts for _ in problem.answers])
+    length = torch.tensor([len(answer) for _ in problem.prompts for answer in problem.answers])
+    step = torch.arange(longest - 1)
+    on = (step >= start[:, None] - 1) & (step < (start + length)[:, None] - 1)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=budget.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    optim = Optim(lr=budget.lr, schedule="cosine", final=0.0)
+    for update in range(budget.rollouts):
+        optimiser.param_groups[0]["lr"] = budget.lr * optim.factor(update, budget.rollouts)
+        logp = model(input_ids=ids, use_cache=False).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        own = torch.where(on, logp, torch.zeros_like(logp)).sum(1).reshape(len(problem.prompts), -1)
+        loss = (own.exp() * (own - target)).sum(-1).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+    return problem.distribution(model)

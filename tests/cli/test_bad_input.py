@@ -13,6 +13,7 @@ from whet.errors import RewardError, WhetError
 from .helpers import on_disk, one_message, whet
 
 SFT = [{"prompt": "hello a", "completion": "yes b c"}, {"prompt": "b", "completion": "no"}] * 4
+PAIRS = [{"prompt": "hello a", "chosen": "yes b c", "rejected": "no"}, {"prompt": "b", "chosen": "no", "rejected": "a"}]
 JUDGES = {
     "good": "return [float(len(text.split())) for text in completions]",
     "raises": "if calls > 2: raise KeyError('target')\n    return [1.0] * len(completions)",
@@ -39,6 +40,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(home / "m", home / "garbled")
     (home / "garbled" / "config.json").write_text("{")
     tiny.write_jsonl(home / "sft.jsonl", SFT)
+    tiny.write_jsonl(home / "pairs.jsonl", PAIRS)
+    tiny.write_jsonl(home / "margins.jsonl", [PAIRS[0] | {"margin": 1}])
     tiny.write_jsonl(home / "prompts.jsonl", [{"prompt": "hello a", "target": "yes"}, {"prompt": "b c"}])
     tiny.write_jsonl(home / "answers.jsonl", [{"prompt": "a", "responses": ["b", "c"], "scores": [1, 2]}])
     for name, body in JUDGES.items():
@@ -194,16 +197,29 @@ GIVEN: dict[str, tuple[str, list[str], list[str]]] = {
     "an unknown field": ("sft", sft("--train.bach", "3"), ["'train.bach'", "did you mean 'train.batch'?"]),
     "an unknown section": ("sft", sft("--trian.batch", "3"), ["'trian'", "did you mean 'train'?"]),
     "an unknown section online": ("ppo", online("--rolout.steps", "3"), ["rolout", "did you mean 'rollout'?"]),
-    "an unknown dial": ("grpo", online("--clpi", "3"), ["clpi", "did you mean 'method.clip'?"]),
+    "an unknown dial": (
+        "grpo",
+        online("--surrogate.lwo", "3"),
+        ["method.surrogate.lwo", "did you mean 'method.surrogate.low'?"],
+    ),
+    "a part for a slot": ("grpo", online("--clip", "0.1"), ["method.clip", "--surrogate clip"]),
+    "an unknown part": ("grpo", online("--credit", "group_zcore"), ["method.credit", "did you mean 'group_zscore'?"]),
+    "a dial of another part": ("ppo", online("--credit.eps", "3"), ["method.credit.eps", "method.credit.gamma"]),
+    "a critic that nothing reads": (
+        "grpo",
+        online("--value.clip", "0.2"),
+        ["method.value", "group_zscore has no critic"],
+    ),
+    "a credit without its critic": ("grpo", online("--credit", "gae"), ["method.value", "gae needs a critic"]),
     "an unknown dial of dpo": ("dpo", sft("--bta", "3"), ["bta", "did you mean 'method.beta'?"]),
     "an unknown reward method": ("reward", sft("--method.name", "pairwsie"), ["pairwsie", "did you mean 'pairwise'?"]),
     "an unknown recipe": ("sft", ["mine.yaml", *sft()], ["mine.yaml", "no such recipe"]),
     "a batch of nothing": ("sft", sft("--train.batch", "0"), ["train.batch", ">= 1", "got 0"]),
     "a learning rate of nothing": ("sft", sft("--lr", "0"), ["optim.lr", "> 0", "got 0"]),
     "a number that is none": ("sft", sft("--lr", "fast"), ["optim.lr", "'fast'"]),
-    "a group of one": ("grpo", online("--answers", "1"), ["method.answers", ">= 2", "got 1"]),
-    "no clip": ("grpo", online("--clip", "0"), ["method.clip", "> 0", "got 0"]),
-    "a negative clip": ("ppo", online("--clip", "-0.2"), ["method.clip", "> 0", "got -0.2"]),
+    "a group of one": ("grpo", online("--answers", "1"), ["method.answers", "at least 2", "got 1"]),
+    "no clip": ("grpo", online("--surrogate.low", "0"), ["method.surrogate.low", "> 0", "got 0"]),
+    "a negative clip": ("ppo", online("--surrogate.high", "-0.2"), ["method.surrogate.high", "> 0", "got -0.2"]),
     "a minibatch over the batch": (
         "grpo",
         online("--rollout.minibatch", "64"),
@@ -281,12 +297,149 @@ GIVEN: dict[str, tuple[str, list[str], list[str]]] = {
         ["--model", "HOME/m", "--data", "HOME/prompts.jsonl", "--out", "OUT/a", "--max-new-tokens", "500"],
         ["max_new_tokens", "128"],
     ),
+    "the best of answers that nothing scores": (
+        "sample",
+        [
+            "--model",
+            "HOME/m",
+            "--data",
+            "HOME/prompts.jsonl",
+            "--out",
+            "OUT/a",
+            "--max-new-tokens",
+            "8",
+            "--keep",
+            "best",
+        ],
+        ["keep", "--reward"],
+    ),
+    "a dense reward in sample": (
+        "sample",
+        [*"--model HOME/m --data HOME/prompts.jsonl --out OUT/a --reward".split(), "{source: HOME/m, dense: true}"],  # noqa: SIM905
+        ["'reward.dense'"],
+    ),
     "a win rate against nobody": (
         "eval",
         ["--model", "HOME/m", "--data", "HOME/prompts.jsonl", "--judge", "HOME/good.py:judge"],
         ["--against", "--judge"],
     ),
 }
+
+
+BESIDE: dict[str, tuple[str, list[str], list[str]]] = {
+    "a mix without refreshes": (
+        "grpo",
+        ["--rollout.refresh.mix", "0.5"],
+        ["rollout.refresh.mix", "rollout.refresh.every"],
+    ),
+    "refreshes without a reference": ("cispo", ["--rollout.refresh.every", "2"], ["rollout.refresh", "reference"]),
+    "refreshes under adapters": (
+        "grpo",
+        ["--rollout.refresh.every", "2", "--model.lora.rank", "2"],
+        ["rollout.refresh", "no adapters"],
+    ),
+    "a reference without a KL": ("cispo", ["--reference", "HOME/m"], ["reference"]),
+    "a critic without its method": ("grpo", ["--critic", "HOME/m"], ["critic"]),
+    "a critic's rate without its method": ("grpo", ["--critic.optim.lr", "0.1"], ["critic"]),
+    "a limit for one update": ("grpo", ["--rollout.stop-kl", "0.1"], ["rollout.stop_kl"]),
+    "ptx rows without their term": (
+        "ppo",
+        ["--ptx", "HOME/sft.jsonl", "--rollout.minibatch", "2"],
+        ["ptx.data", "no ptx term"],
+    ),
+    "a step of a reward that is not dense": (
+        "reinforce",
+        ["--reward", "{source: HOME/m, step: x}"],
+        ["reward.1.step", "set dense too"],
+    ),
+    "a dense function": (
+        "reinforce",
+        ["--reward", "{source: 'HOME/good.py:judge', dense: true}"],
+        ["reward.1.dense", "function"],
+    ),
+    "a dense reward for whole answers": (
+        "grpo",
+        ["--reward", "{source: HOME/m, dense: true}"],
+        ["reward.dense", "whole answers"],
+    ),
+    "the least of one reward": ("grpo", ["--combine", "minimum"], ["method.combine", "single reward"]),
+    "the spread of one reward": (
+        "grpo",
+        ["--combine.name", "lower_bound", "--combine.k", "2"],
+        ["method.combine", "single reward"],
+    ),
+    "a refill of single answers": (
+        "ppo",
+        ["--refill", "1", "--rollout.minibatch", "2"],
+        ["method.answers", "refill", "got 1"],
+    ),
+    "an overlong buffer over the limit": (
+        "dapo",
+        ["--overlong.buffer", "9"],
+        ["method.overlong.buffer", "limit of 8 tokens", "got 9"],
+    ),
+    "more pairs than prompts": (
+        "online_dpo",
+        ["--rollout.minibatch", "3"],
+        ["rollout.minibatch", "2 prompts", "pair", "got 3"],
+    ),
+    "a loss on single answers for pairs": ("online_dpo", ["--loss", "kto"], ["method.loss", "pairs"]),
+    "several updates of ReMax": ("remax", ["--rollout.epochs", "2"], ["rollout", "one update", "2 epochs"]),
+}
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_what_means_something_only_beside_another_field_is_refused_by_name_without_it(
+    case: str, home: Path, tmp_path: Path, capsys: Any
+) -> None:
+    verb, words, what = BESIDE[case]
+    said_no(home, tmp_path, capsys, verb, online(*words), what)
+
+
+OFFLINE: dict[str, tuple[str, list[str], list[str]]] = {
+    "a mix without refreshes": ("dpo", ["--refresh.mix", "0.5"], ["refresh.mix", "refresh.every"]),
+    "refreshes of what was measured before": (
+        "dpo",
+        ["--refresh.every", "2", "--precompute"],
+        ["refresh", "precompute"],
+    ),
+    "refreshes under adapters": ("dpo", ["--refresh.every", "2", "--model.lora.rank", "2"], ["refresh", "model.lora"]),
+    "a reference that nothing reads": ("simpo", ["--reference", "HOME/m"], ["reference", "leave reference"]),
+    "a measure of no reference": ("cpo", ["--precompute"], ["reference", "leave", "precompute"]),
+    "refreshes of no reference": ("orpo", ["--refresh.every", "2"], ["reference", "leave", "refresh"]),
+    "a separator of no steps": ("reward", ["--data.separator", "c"], ["data.separator"]),
+    "a single answer's loss beside a pair's": ("dpo", ["--loss", "[kto, sigmoid]"], ["method.loss", "do not mix"]),
+    "rewards of a score without reference": (
+        "cpo",
+        ["--loss", "bco_pair"],
+        ["method.score", "bco_pair", "implicit_reward"],
+    ),
+    "a beta of log-odds": ("orpo", ["--beta", "0.1"], ["method.beta"]),
+    "an alpha of another divergence": (
+        "dpo",
+        ["--score.alpha", "0.3"],
+        ["method.score.alpha", "alpha divergence", "0.3"],
+    ),
+    "a margin of rows that nothing reads": (
+        "dpo",
+        ["--data", "HOME/margins.jsonl"],
+        ["margins.jsonl:1", "'margin'", "dpo"],
+    ),
+    "rows of pairs for steps": ("reward", ["--method.name", "process"], ["pairs.jsonl:1", "'completions'", "missing"]),
+    "another reward loss than its rows": (
+        "reward",
+        ["--loss", "pairwise"],
+        ["method.loss.name", "--method.name", "'pairwise'"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OFFLINE)
+def test_what_a_preference_or_reward_method_cannot_use_is_refused_by_name(
+    case: str, home: Path, tmp_path: Path, capsys: Any
+) -> None:
+    verb, words, what = OFFLINE[case]
+    said_no(home, tmp_path, capsys, verb, sft(*words, data="HOME/pairs.jsonl"), what)
 
 
 @pytest.mark.parametrize("case", GIVEN)

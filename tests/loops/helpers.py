@@ -1,6 +1,7 @@
 """One run of the online loop over tiny models, and what it left in its folder."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from models import helpers as h
 
 from whet import catalogue, methods
 from whet.dials import Sampling
+from whet.generate import Request
 from whet.generate.local import LocalGenerator
 from whet.learner import Step, Work
 from whet.learner.local import LocalLearner
@@ -43,6 +45,15 @@ def separate(dtype: torch.dtype = torch.float32) -> dict[str, Role]:
 def cast(method: Algorithm, dtype: torch.dtype = torch.float32) -> dict[str, Role]:
     """The roles that this method has."""
     return {name: role for name, role in separate(dtype).items() if name in method.roles()}
+
+
+class Rough(LocalGenerator):
+    """Reports log-probs that are off by up to 0.6, another amount at every place."""
+
+    def generate(self, requests: Sequence[Request]) -> Any:
+        for sample in super().generate(requests):
+            off = [0.6 * math.sin(3.0 * sample.draw + 5.0 * sample.answer + t) for t in range(len(sample.ids))]
+            yield replace(sample, sampler_logp=tuple(v + o for v, o in zip(sample.sampler_logp, off, strict=True)))
 
 
 class Recorder(h.Recorder):

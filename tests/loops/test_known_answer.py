@@ -1,107 +1,246 @@
-"""Tasks whose answer is known: pi*(y) = pi_ref(y) exp(r(y) / beta) / Z over every answer there is, enumerated."""
+"""Tasks whose answer is known, in short form: the exact end is computed by enumeration and the real loops must come near it.
+
+`make proof` runs every case of `proof.cases` at full length; its table is in docs/methods.md.
+"""
 
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from models import helpers as h
+from proof import cases as known
+from proof.enumeration import END, Problem, Tables, kl
 from torch import Tensor
 
-from whet.dials import KL, Optim, Sampling
+from whet.dials import Optim, Sampling
 from whet.generate.local import LocalGenerator
 from whet.learner.local import LocalLearner
-from whet.loops import offline, online
+from whet.loops import evaluate, offline, online
 from whet.loops.record import Run
-from whet.methods import online as methods
-from whet.methods import preference
+from whet.methods import compose
+from whet.models.readers import read
 from whet.models.roles import Role
-from whet.records import Pair, Row
+from whet.ops import gae
+from whet.records import Batch, Labelled, pad_support
 from whet.rewards import Weighted
 
-END, VOCABULARY, BETA = 1, 5, 0.5
-PROMPTS = [h.prompt(0, (2, 3)), h.prompt(1, (4, 4, 2))]
-ANSWERS = [(END,)] + [pair for pair in product(range(VOCABULARY), repeat=2) if pair[0] != END]
-"""Every answer of one or two tokens: the end token stops it, two tokens are the limit."""
-
-STEPS = {"reinforce": 240, "ppo": 100}
+PROBLEM = Problem()
+CASES = known.cases(PROBLEM)
+SHORT = known.Budget(rollouts=100, answers=512, lr=0.01)
 
 
-def reward(ids: tuple[int, ...]) -> float:
-    """A score for each answer, of spread 0.6 about -0.3, without any structure a model could have by itself."""
-    return 0.6 * float(torch.sin(torch.tensor(7.0 * ANSWERS.index(tuple(ids)) + 1.0))) - 0.3
+@pytest.fixture(scope="module")
+def reference() -> Tensor:
+    """The reference's token log-probs, (prompts, answers, longest)."""
+    return PROBLEM.token_logp(PROBLEM.model())
 
 
-def distribution(model: torch.nn.Module) -> Tensor:
-    """log pi(y | x) of every answer (prompts, answers), by transformers' own forward."""
-    out = []
-    for prompt in PROMPTS:
-        row = []
-        for answer in ANSWERS:
-            logp = h.full_logits(model, torch.tensor(prompt.ids + answer)).double().log_softmax(-1)
-            start = len(prompt.ids)
-            row.append(sum(logp[start - 1 + t, token] for t, token in enumerate(answer)))
-        out.append(torch.stack(row))
-    return torch.stack(out)
+def test_the_enumeration_is_complete(reference: Tensor) -> None:
+    whole = reference.sum(-1)
+    assert torch.allclose(whole.exp().sum(-1), torch.ones(2, dtype=torch.float64), atol=1e-6)
+    assert kl(whole, PROBLEM.optimum(whole)) > 0.15
 
 
-def optimum(reference: torch.nn.Module) -> Tensor:
-    """log pi* by enumeration."""
-    scores = torch.tensor([reward(answer) for answer in ANSWERS], dtype=torch.float64)
-    return (distribution(reference) + scores / BETA).log_softmax(-1)
+# --- what the ends are: the expected updates written out by hand, followed to where they vanish ---------------------------
 
 
-def gap(policy: torch.nn.Module, target: Tensor) -> float:
-    """KL(policy || pi*) in nats, the worse of the prompts."""
-    own = distribution(policy)
-    return float((own.exp() * (own - target)).sum(-1).max())
+def test_a_kl_in_the_reward_ends_at_the_optimum(reference: Tensor) -> None:
+    field = known.weight_of("regularised", PROBLEM, 4)
+    end = known.fixed_point(PROBLEM, reference, field)
+    assert abs(kl(end, PROBLEM.optimum(reference.sum(-1)))) < 1e-9
 
 
-def models() -> tuple[Role, Role]:
-    changes = {"vocabulary": VOCABULARY, "dtype": torch.float32}
-    return h.policy(**changes), h.policy(name="reference", **changes)
+@pytest.mark.parametrize(
+    ("field", "least"), [("k2", 0.004), ("k3", 0.015), ("centred k2", 0.008), ("zscore k3 per answer", 0.4)]
+)
+def test_a_kl_in_the_loss_ends_elsewhere(field: str, least: float, reference: Tensor) -> None:
+    end = known.fixed_point(PROBLEM, reference, known.weight_of(field, PROBLEM, known.GROUP))
+    assert kl(end, PROBLEM.optimum(reference.sum(-1))) > least
 
 
-def test_the_enumeration_is_complete() -> None:
-    policy, reference = models()
-    assert torch.allclose(distribution(policy.model).exp().sum(-1), torch.ones(2, dtype=torch.float64), atol=1e-6)
-    assert gap(policy.model, optimum(reference.model)) > 0.2
+def test_for_answers_of_one_token_k2_is_right_and_k3_is_not() -> None:
+    problem = replace(PROBLEM, longest=1)
+    reference = problem.token_logp(problem.model())
+    ends = {
+        name: kl(
+            known.fixed_point(problem, reference, known.weight_of(name, problem, 4)), problem.optimum(reference.sum(-1))
+        )
+        for name in ("k2", "k3")
+    }
+    assert abs(ends["k2"]) < 1e-9
+    assert ends["k3"] > 0.002
 
 
-@pytest.mark.parametrize("name", ["reinforce", "ppo"])
-def test_kl_in_the_reward_leads_to_the_optimal_policy(tmp_path: Path, name: str) -> None:
-    policy, reference = models()
-    target = optimum(reference.model)
-    roles, method = {"policy": policy, "reference": reference}, methods.METHODS[name](kl=KL(coef=BETA), answers=64)
-    optim = Optim(lr=0.01, final=0.02)
-    optims, epochs, steps = {"policy": optim}, 1, STEPS[name]
-    if name == "ppo":
-        roles["critic"] = h.scorer(dtype=torch.float32, seed=2, vocabulary=VOCABULARY)
-        optims["critic"] = replace(optim, lr=0.01)
-        method = methods.ppo(kl=KL(coef=BETA), answers=64, lam=1.0, value_clip=None)
-        epochs = 2
-    learner = LocalLearner(roles, optims, total=steps * epochs, budget=1 << 14)
+# --- the loops reach them ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "bound"),
+    [("rloo", 0.012), ("ppo", 0.012), ("dr_grpo, k3 in the loss", 0.024), ("reinforce, exact KL", 0.024)],
+)
+def test_a_method_comes_near_its_own_end(name: str, bound: float, reference: Tensor, tmp_path: Path) -> None:
+    case = CASES[name]
+    end, _ = known.ends(case, PROBLEM, reference)
+    start = kl(reference.sum(-1), end)
+    left = kl(known.learned(case, PROBLEM, tmp_path, SHORT), end)
+    assert left < min(bound, start / 4)
+
+
+def test_dpo_on_exact_soft_labels_finds_the_optimum(reference: Tensor, tmp_path: Path) -> None:
+    pairs = known.pairs(PROBLEM)
+    own = known.preferred(PROBLEM, pairs, tmp_path, steps=120, batch=len(pairs), lr=0.005)
+    assert kl(own, PROBLEM.optimum(reference.sum(-1))) < 0.004
+
+
+# --- reward models -------------------------------------------------------------------------------------------------------
+
+
+def trained_scores(method: str, elements: list, folder: Path, steps: int = 150) -> Tensor:
+    """(prompts, answers): the scores of a reward model after training."""
+    role = Role("reward", PROBLEM.scorer(hidden=48), True)
+    learner = LocalLearner(
+        {"reward": role}, {"reward": Optim(lr=0.01, schedule="cosine", final=0.0)}, total=steps, budget=1 << 14
+    )
+    offline.train(
+        compose.reward(method), learner, [elements], offline.Plan(steps, len(elements)), Run(folder), quiet=True
+    )
+    rows = [PROBLEM.row(prompt, answer) for prompt in PROBLEM.prompts for answer in PROBLEM.answers]
+    labelled = [Labelled(row, 0.0) for row in rows]
+    return evaluate.scores(learner, compose.reward("absolute"), labelled).reshape(len(PROBLEM.prompts), -1).double()
+
+
+def test_a_reward_model_on_exact_probabilities_recovers_the_scores(tmp_path: Path) -> None:
+    found = trained_scores("pairwise", known.pairs(PROBLEM), tmp_path)
+    for own in found:
+        assert torch.corrcoef(torch.stack([own, PROBLEM.score]))[0, 1] > 0.999
+        off = own - PROBLEM.score
+        assert (off - off.mean()).abs().max() < 0.05
+
+
+def test_a_reward_model_on_absolute_scores_recovers_them(tmp_path: Path) -> None:
+    elements = [
+        Labelled(PROBLEM.row(prompt, answer), float(score))
+        for prompt in PROBLEM.prompts
+        for answer, score in zip(PROBLEM.answers, PROBLEM.score, strict=True)
+    ]
+    assert (trained_scores("absolute", elements, tmp_path, 400) - PROBLEM.score).abs().max() < 0.01
+
+
+# --- the critic, and GAE -------------------------------------------------------------------------------------------------
+
+
+def state_values(token: Tensor) -> dict[tuple[int, tuple[int, ...]], float]:
+    """V of every state: the expected score of the answers that go through it, from token log-probs (P, Y, T)."""
+    chance, out = token.sum(-1).exp(), {}
+    for prompt, answer_so_far in Tables(PROBLEM, token).states:
+        through = [j for j, answer in enumerate(PROBLEM.answers) if answer[: len(answer_so_far)] == answer_so_far]
+        weight = chance[prompt, through]
+        out[prompt, answer_so_far] = float((weight * PROBLEM.score[through]).sum() / weight.sum())
+    return out
+
+
+def test_a_trained_critic_knows_the_enumerated_values(reference: Tensor, tmp_path: Path) -> None:
+    method = compose.online(
+        "ppo", kl=None, answers=256, credit={"lam": 1.0}, value={"clip": None}, whiten=None, surrogate="unclipped"
+    )
+    roles = {"policy": Role("policy", PROBLEM.model(), True), "critic": Role("critic", PROBLEM.scorer(), True)}
+    optims = {"policy": Optim(lr=1e-30), "critic": Optim(lr=0.01, schedule="cosine", final=0.0)}
+    learner = LocalLearner(roles, optims, total=140, budget=1 << 14)
+    plan = online.Plan(140, 2, 512, canary=20, end_ids=(END,))
+    table = Weighted("table", known.TableReward(PROBLEM))
+    generator = LocalGenerator(roles["policy"], (END,), str)
+    online.train(
+        method,
+        learner,
+        generator,
+        [table],
+        PROBLEM.records(),
+        Sampling(PROBLEM.longest),
+        plan,
+        Run(tmp_path),
+        quiet=True,
+    )
+    rows = [PROBLEM.row(prompt, answer) for prompt in PROBLEM.prompts for answer in PROBLEM.answers]
+    value = learner.measure(Batch.of(rows), frozenset({"old_value"}))["old_value"]
+    truth, chance = state_values(reference), reference.sum(-1).exp()
+    off = torch.zeros(len(rows), PROBLEM.longest, dtype=torch.float64)
+    for number, (i, answer) in enumerate((i, answer) for i in range(2) for answer in PROBLEM.answers):
+        for t in range(len(answer)):
+            off[number, t] = float(value[number, t]) - truth[i, answer[:t]]
+    assert float((chance.flatten()[:, None] * off**2).sum() / 2) ** 0.5 < 0.03  # as often as states are visited
+    assert float(off[0::21, 0].abs().max()) < 0.02  # the first state of each prompt
+
+
+def test_gaes_bias_and_variance_at_the_extremes_of_lambda(reference: Tensor) -> None:
+    """With a wrong critic: lambda 1 has no bias from it, lambda 0 has, and less variance; by enumeration."""
+    token, answers = reference[0], PROBLEM.answers
+    chance = token.sum(-1).exp()
+    width = PROBLEM.longest
+    mask = torch.tensor([[t < len(answer) for t in range(width)] for answer in answers])
+    rewards = torch.zeros(len(answers), width, dtype=torch.float64)
+    for j, answer in enumerate(answers):
+        rewards[j, len(answer) - 1] = PROBLEM.score[j]
+    truth = state_values(reference)
+    wrong = torch.tensor(
+        [[truth[0, a[:t]] + 0.3 * (t + 1) if t < len(a) else 0.0 for t in range(width)] for a in answers]
+    )
+    first = {}
+    for lam in (0.0, 1.0):
+        advantage = gae(rewards, wrong.double(), mask, gamma=1.0, lam=lam)[:, 0]
+        for token_id in range(PROBLEM.vocabulary):  # what the first token is worth, over all that may follow
+            own = [j for j, answer in enumerate(answers) if answer[0] == token_id]
+            weight = chance[own] / chance[own].sum()
+            mean = float((weight * advantage[own]).sum())
+            spread = float((weight * (advantage[own] - mean) ** 2).sum())
+            after = float((weight * PROBLEM.score[own]).sum())
+            first[lam, token_id] = (mean - (after - (truth[0, ()] + 0.3)), spread)
+    for token_id in range(PROBLEM.vocabulary):
+        ends = token_id == END
+        assert first[1.0, token_id][0] == pytest.approx(0.0, abs=1e-9)
+        assert first[0.0, token_id][0] == pytest.approx(0.0 if ends else 0.6, abs=1e-6)  # the next state's error
+        assert ends or first[0.0, token_id][1] < 1e-12 < first[1.0, token_id][1]
+
+
+# --- truncated sampling: the gradient is that of the distribution that is drawn from ----------------------------------------
+
+
+@pytest.mark.parametrize("dials", [{"top_p": 0.6}, {"top_k": 2}, {"min_p": 0.5}, {"top_p": 0.8, "temperature": 1.7}])
+def test_the_gradient_under_truncation_is_that_of_what_is_sampled(dials: dict) -> None:
+    policy = Role("policy", PROBLEM.model().double(), True)
     generator = LocalGenerator(policy, (END,), str)
-    plan = online.Plan(steps, 2, 128, epochs, canary=20, equal_start=True, end_ids=(END,))
-    table = Weighted("table", h.TableReward(reward))
-    online.train(method, learner, generator, [table], PROMPTS, Sampling(2), plan, Run(tmp_path), quiet=True)
-    assert gap(policy.model, target) < 0.01
+    sampling = Sampling(PROBLEM.longest, **dials)
+    groups = evaluate.answers(generator, PROBLEM.records()[:1] * 400, sampling)
+    seen = {group.samples[0].ids: group.samples[0] for group in groups}
+    samples = list(seen.values())
+    chance = torch.tensor([sum(one.sampler_logp) for one in samples], dtype=torch.float64).exp()
+    assert float(chance.sum()) == pytest.approx(1.0, abs=1e-5)  # all that can be drawn were drawn
+    assert len(samples) < len(PROBLEM.answers)
+    score = torch.tensor([float(PROBLEM.score[PROBLEM.answers.index(one.ids)]) for one in samples]).double()
 
+    rows = [PROBLEM.row(PROBLEM.prompts[0], one.ids) for one in samples]
+    batch = Batch.of(rows).with_columns(
+        support=pad_support([one.support for one in samples]),
+        temperature=torch.full((len(rows),), sampling.temperature),
+    )
+    parameters = list(policy.model.parameters())
 
-def test_dpo_on_exact_soft_labels_finds_the_optimal_policy(tmp_path: Path) -> None:
-    policy, reference = models()
-    target = optimum(reference.model)
-    pairs = []
-    for prompt in PROMPTS:
-        rows = [
-            Row(torch.tensor(prompt.ids + a), len(prompt.ids), torch.ones(len(a), dtype=torch.bool)) for a in ANSWERS
-        ]
-        for i in range(len(ANSWERS)):
-            for j in range(i):
-                chance = torch.sigmoid(torch.tensor(reward(ANSWERS[i]) - reward(ANSWERS[j])))
-                pairs.append(Pair(rows[i], rows[j], float(chance)))
-    optim = Optim(lr=0.005, schedule="cosine", final=0.02)
-    learner = LocalLearner({"policy": policy, "reference": reference}, {"policy": optim}, total=60, budget=1 << 14)
-    offline.train(preference.dpo(beta=BETA), learner, [pairs], offline.Plan(60, len(pairs)), Run(tmp_path), quiet=True)
-    assert gap(policy.model, target) < 0.004
+    def gradient(of: Tensor) -> Tensor:
+        return torch.cat([one.flatten() for one in torch.autograd.grad(of, parameters, retain_graph=True)])
+
+    # independent: d/dtheta of sum_y q(y) r(y), q by hand from the full logits and the tokens that may follow each prefix
+    expected = torch.zeros((), dtype=torch.float64)
+    for one, worth in zip(samples, score, strict=True):
+        ids = torch.tensor([[*PROBLEM.prompts[0], *one.ids]])
+        logits = policy.model(input_ids=ids, use_cache=False).logits[0] / sampling.temperature
+        logp = torch.zeros((), dtype=torch.float64)
+        for t, token in enumerate(one.ids):
+            may = sorted({other.ids[t] for other in samples if other.ids[:t] == one.ids[:t]})
+            own = logits[len(PROBLEM.prompts[0]) - 1 + t, may].log_softmax(-1)
+            logp = logp + own[may.index(token)]
+        expected = expected + logp.exp() * worth
+    columns = read(policy, batch, frozenset({"logp", "full_logp"}))
+    surrogate = (chance * score * columns["logp"].sum(1)).sum()
+    untruncated = (chance * score * columns["full_logp"].sum(1)).sum()
+    truth = gradient(expected)
+    assert (gradient(surrogate) - truth).norm() < 1e-6 * truth.norm()
+    assert (gradient(untruncated) - truth).norm() > 0.05 * truth.norm()  # the model's own log-prob is biased

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from loops.helpers import END, ONLINE, cast, go, learner_of, method_of, rollout, separate
+from loops.helpers import END, ONLINE, Rough, cast, go, learner_of, method_of, rollout, separate
 from models import helpers as h
 
 from whet.choices import ONLINE_SLOTS
@@ -162,11 +162,15 @@ def test_an_untrained_end_token_stops_the_run(tmp_path: Path, monkeypatch: pytes
         go(tmp_path, method_of("grpo"), end_ids=range(27))
 
 
-def test_a_group_whose_advantages_do_not_sum_to_zero_is_found() -> None:
+@pytest.mark.parametrize(("earned", "share"), [(0.0, "0526"), (1.0, "0505")])
+def test_a_group_whose_advantages_do_not_sum_to_zero_is_found(earned: float, share: str) -> None:
+    """0.1 of 1.9, and of 1.9 + 2 x 0.02 x 2 where two answers earned 2 each: they are rounded at their own size."""
     batch = Batch.of([h.row(i, 2, 3) for i in range(4)]).with_columns(
-        group=torch.tensor([0, 0, 1, 1]), advantage=torch.tensor([1.0, -1.0, 1.0, -0.9])[:, None].expand(4, 3)
+        group=torch.tensor([0, 0, 1, 1]),
+        advantage=torch.tensor([1.0, -1.0, 1.0, -0.9])[:, None].expand(4, 3),
+        token_reward=torch.tensor([[0.0, 0.0, 2 * earned]]).expand(4, 3),
     )
-    with pytest.raises(RunStopped, match=r"sum to 0\.0526 of their sizes"):
+    with pytest.raises(RunStopped, match=rf"sum to 0\.{share} of their sizes"):
         selfcheck.groups_centred(0, batch)
     selfcheck.groups_centred(0, batch.take([0, 1]))
 
@@ -254,15 +258,6 @@ def test_the_kl_is_that_of_the_whole_vocabulary_where_some_tokens_cannot_be_draw
 
 
 # --- importance correction -------------------------------------------------------------------------------------------
-
-
-class Rough(LocalGenerator):
-    """Reports log-probs that are off by up to 0.6, another amount at every place."""
-
-    def generate(self, requests: Sequence[Request]) -> Any:
-        for sample in super().generate(requests):
-            off = [0.6 * math.sin(3.0 * sample.draw + 5.0 * sample.answer + t) for t in range(len(sample.ids))]
-            yield replace(sample, sampler_logp=tuple(v + o for v, o in zip(sample.sampler_logp, off, strict=True)))
 
 
 def corrected(kind: str, gap: list[float]) -> list[float]:

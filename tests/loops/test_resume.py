@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 import torch
+from loops.helpers import opened
 from models import helpers as h
 
 from whet.cli.verbs import SFT
@@ -18,8 +19,9 @@ from whet.generate.local import LocalGenerator
 from whet.learner.local import LocalLearner
 from whet.loops import checkpoint, offline, online
 from whet.loops.interrupt import Stop
-from whet.loops.record import Run, read_metrics
+from whet.loops.record import read_metrics
 from whet.methods import online as method_of
+from whet.methods import preference
 from whet.rewards import Weighted
 
 
@@ -63,39 +65,59 @@ def sft(
     return own
 
 
-def ppo(folder: Path, *, dies: int = 0, resume: bool = False, name: str = "instructgpt") -> LocalLearner:
-    """Three rollouts of four updates each, with ptx, an average and an adaptive controller."""
+def dpo(folder: Path, *, dies: int = 0, resume: bool = False, **plan: Any) -> LocalLearner:
+    """Six updates on pairs with a running mean of rewards, and a reference that follows or is measured before."""
+    roles = {"policy": h.policy(dtype=torch.float32), "reference": h.policy(dtype=torch.float32, name="reference", seed=1)}
+    own = Fragile(roles, {"policy": OPTIM}, total=6, budget=30)
+    own.dies = dies
+    given, run = offline.Plan(6, 3, seed=4, save_every=1, **plan), opened(folder, resume)
+    offline.train(preference("dpo", loss="bco_pair"), own, [h.pairs()], given, run, resume=resume, quiet=True)
+    return own
+
+
+ADAPTIVE = KL(controller="adaptive", target=0.5, horizon=20)
+METHODS: dict[str, dict[str, Any]] = {
+    "instructgpt": {"kl": ADAPTIVE},
+    "ppo_kl": {"kl": ADAPTIVE},
+    "dapo": {"kl": ADAPTIVE, "refill": 2, "overlong": {"name": "soft_overlong", "buffer": 2}},
+    "reinforce": {"kl": ADAPTIVE, "running": "standardise", "entropy": {"target": 9.0}},
+    "remax": {"kl": ADAPTIVE},
+    "clip_cov": {"kl": ADAPTIVE, "select": {"name": "clip_cov", "share": 0.2, "cov_low": 0.0}},
+    "online_dpo": {"loss": "bco_pair", "answers": 3},
+}
+"""What has a state of its own: controllers, running numbers, the count of prompts handed out."""
+
+
+def rl(folder: Path, *, dies: int = 0, resume: bool = False, name: str = "instructgpt") -> LocalLearner:
+    """Three rollouts of four updates each (one each without ratio), with an average, a reference that moves, and ptx."""
+    method = method_of(name, **({"answers": 2, "longest": 5} | METHODS[name]))
     roles = {
         "policy": h.policy(dtype=torch.float32), "reference": h.policy(dtype=torch.float32, name="reference"),
         "critic": h.scorer(dtype=torch.float32, seed=2), "ema": h.policy(dtype=torch.float32, name="ema"),
     }  # fmt: skip
-    method = method_of(name, kl=KL(controller="adaptive", target=0.5, horizon=20), answers=2)
-    own = Fragile(roles, {"policy": OPTIM, "critic": OPTIM}, total=12, budget=40)
+    roles = {name: role for name, role in roles.items() if name in method.roles() | {"ema"}}
+    optims = {name: OPTIM for name, role in roles.items() if role.trained}
+    own = Fragile(roles, optims, total=12, budget=40)
 
     class Dying(h.TableReward):
         def score(self, groups: Any) -> Any:
-            if self.calls + 1 == dies:
+            if self.calls + 1 == dies * (2 if name == "remax" else 1):
                 raise Killed
             return super().score(groups)
 
-    table = Dying(lambda ids: 0.5 * len(ids) - 0.25 * (sum(ids) % 5))
+    table = Dying(lambda ids: float(ids[0] % 3 == 0) if name == "dapo" else 0.5 * len(ids) - 0.25 * (sum(ids) % 5))
     prompts = [h.prompt(i, range(3 + i, 5 + 3 * i)) for i in range(5)]
+    several = {"minibatch": 3, "epochs": 2} if method.has_ratio() else {"minibatch": 6}
     plan = online.Plan(
-        3, 3, 3, 2, seed=4, ptx_batch=2 * (name == "instructgpt"), ema=0.8, save_every=1, canary=20, equal_start=True
-    )
+        3, 3, seed=4, ptx_batch=2 * (name == "instructgpt"), ema=0.8, save_every=1, canary=20, equal_start=True,
+        refresh=2, refresh_mix=0.4, **several,
+    )  # fmt: skip
     generator = LocalGenerator(own.roles["policy"], (1, 5, 9), str)
     rewards, run = [Weighted("table", table)], opened(folder, resume)
     online.train(
         method, own, generator, rewards, prompts, Sampling(5), plan, run, ptx=h.rows(), resume=resume, quiet=True
     )
     return own
-
-
-def opened(folder: Path, resume: bool) -> Run:
-    """The run folder as the command line opens it."""
-    found = checkpoint.latest(folder / "checkpoints") if resume else None
-    step = json.loads((found / "loop.json").read_text())["step"] if found else 0
-    return Run(folder, resume_at=step if resume else None)
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
@@ -144,15 +166,30 @@ def test_a_killed_sft_run_resumes_to_the_bit(tmp_path: Path, whole: Any, dies: i
     same(tmp_path, folder, sft(tmp_path, resume=True, **given), expected)
 
 
-@pytest.mark.parametrize("name", ["instructgpt", "ppo_kl"])
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("dies", [1, 2, 3])
 def test_a_killed_online_run_resumes_to_the_bit(tmp_path: Path, whole: Any, dies: int, name: str) -> None:
-    folder, expected = whole(ppo, name=name)
+    folder, expected = whole(rl, name=name)
     with pytest.raises(Killed):
-        ppo(tmp_path, dies=dies, name=name)
-    same(tmp_path, folder, ppo(tmp_path, resume=True, name=name), expected)
-    coefs = [line["state/penalty"] for line in metrics(folder)]
-    assert len(set(coefs)) == 3  # the controller's state was part of it
+        rl(tmp_path, dies=dies, name=name)
+    same(tmp_path, folder, rl(tmp_path, resume=True, name=name), expected)
+    states = [{key: value for key, value in line.items() if key.startswith("state/")} for line in metrics(folder)]
+    moved = {key for key in states[-1] if len({state.get(key) for state in states}) == 3}
+    assert moved  # it was part of it
+
+
+@pytest.mark.parametrize("plan", [{}, {"refresh": 2, "refresh_mix": 0.5}, {"precompute": True}], ids=str)
+@pytest.mark.parametrize("dies", [1, 3, 6])
+def test_a_killed_run_on_pairs_resumes_to_the_bit(tmp_path: Path, whole: Any, dies: int, plan: dict[str, Any]) -> None:
+    folder, expected = whole(dpo, **plan)
+    with pytest.raises(Killed):
+        dpo(tmp_path, dies=dies, **plan)
+    same(tmp_path, folder, dpo(tmp_path, resume=True, **plan), expected)
+    states = [
+        json.loads((checkpoint.latest(one / "checkpoints") / "loop.json").read_text())["state"] for one in (tmp_path, folder)
+    ]
+    assert states[0] == states[1]
+    assert states[0]["term0.delta"] != 0.0
 
 
 def test_a_run_killed_twice_resumes_to_the_bit(tmp_path: Path, whole: Any) -> None:

@@ -1,4 +1,4 @@
-"""Importance correction: each weight by hand inside, at and beyond its bounds, with holes, an empty row and no gradient."""
+"""Importance correction: each weight by hand inside, at and beyond its bounds, with holes and an empty row."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,8 @@ from whet.ops import geometric_mask, sequence_mask, sequence_weight, token_mask,
 
 from .helpers import bits, close, f64, grad_of, nan
 
-# ratios old / sampler of the trained tokens: 4 1/4 2 (product 2, geometric mean 2^(1/3)); none; 1/8 8 (1, 1); 3 3 (9, 3)
+# ratios old / sampler of the trained tokens, their product and geometric mean:
+# 4 1/4 2 (2, 2^(1/3)); none; 1/8 8 (1, 1); 3 3 (9, 3)
 MASK = bits("1101", "0000", "0110", "1100")
 RATIO = f64([[4.0, 0.25, nan, 2.0], [nan] * 4, [nan, 0.125, 8.0, nan], [3.0, 3.0, nan, nan]])
 SAMPLER = f64([[-3.0, -1.0, nan, -2.0], [nan] * 4, [nan, -1.0, -4.0, nan], [-2.0, -5.0, nan, nan]])
@@ -23,17 +24,23 @@ BY_HAND = [
     ("token_weight, cap 3", partial(token_weight, cap=3.0), [[3, 0.25, 0, 2], EMPTY, [0, 0.125, 3, 0], [3, 3, 0, 0]]),
     ("token_weight, cap 2", token_weight, [[2, 0.25, 0, 2], EMPTY, [0, 0.125, 2, 0], [2, 2, 0, 0]]),
     # products 2, 1 and 9
-    ("sequence_weight, cap 2.5", partial(sequence_weight, cap=2.5), [[2, 2, 0, 2], EMPTY, [0, 1, 1, 0], [2.5, 2.5, 0, 0]]),
+    (
+        "sequence_weight, cap 2.5", partial(sequence_weight, cap=2.5),
+        [[2, 2, 0, 2], EMPTY, [0, 1, 1, 0], [2.5, 2.5, 0, 0]],
+    ),
     ("sequence_weight, cap 2", sequence_weight, [[2, 2, 0, 2], EMPTY, [0, 1, 1, 0], [2, 2, 0, 0]]),
     # inside: the ratio itself, unbounded; outside 0
     ("token_mask, 0.2 to 3.5", partial(token_mask, low=0.2, high=3.5), [[0, 0.25, 0, 2], EMPTY, EMPTY, [3, 3, 0, 0]]),
     ("token_mask, 0.5 to 5", token_mask, [[4, 0, 0, 2], EMPTY, EMPTY, [3, 3, 0, 0]]),
-    ("sequence_mask, 1.5 to 10", partial(sequence_mask, low=1.5, high=10.0), [[2, 2, 0, 2], EMPTY, EMPTY, [9, 9, 0, 0]]),
+    ("sequence_mask, 1.5 to 10", partial(sequence_mask, low=1.5, high=10), [[2, 2, 0, 2], EMPTY, EMPTY, [9, 9, 0, 0]]),
     ("sequence_mask, 0.5 to 2", partial(sequence_mask, high=2.0 + 1e-9), [[2, 2, 0, 2], EMPTY, [0, 1, 1, 0], EMPTY]),
     # geometric means 1.26, 1 and 3: kept or not, the weight is 1
     ("geometric_mask, 1.1 to 2", partial(geometric_mask, low=1.1, high=2.0), [[1, 1, 0, 1], EMPTY, EMPTY, EMPTY]),
     ("geometric_mask, 0.99 to 1.01", geometric_mask, [EMPTY, EMPTY, [0, 1, 1, 0], EMPTY]),
-    ("geometric_mask, 0.5 to 4", partial(geometric_mask, low=0.5, high=4.0), [[1, 1, 0, 1], EMPTY, [0, 1, 1, 0], [1, 1, 0, 0]]),
+    (
+        "geometric_mask, 0.5 to 4", partial(geometric_mask, low=0.5, high=4.0),
+        [[1, 1, 0, 1], EMPTY, [0, 1, 1, 0], [1, 1, 0, 0]],
+    ),
 ]  # fmt: skip
 
 

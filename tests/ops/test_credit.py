@@ -165,7 +165,7 @@ def test_broadcast_gives_each_trained_token_the_advantage_of_its_answer() -> Non
     close(broadcast(f64([2.0, -3.0, nan]), bits("101", "110", "000")), [[2.0, 0.0, 2.0], [-3.0, -3.0, 0.0], [0.0] * 3])
 
 
-# --- lambda per answer -------------------------------------------------------------------------------------------------
+# --- lambda per answer -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("junk", [0.0, nan])
@@ -203,7 +203,7 @@ def test_gae_adaptive_by_hand() -> None:
     close(got[0, -3:], [0.25, 0.5, 1.0])
 
 
-# --- groups ------------------------------------------------------------------------------------------------------------
+# --- groups ----------------------------------------------------------------------------------------------------------
 
 
 def test_group_mean_scaled_by_hand() -> None:
@@ -228,7 +228,7 @@ def test_group_mean_scaled_refuses_a_negative_score() -> None:
 
 @pytest.mark.parametrize(("ddof", "eps"), [(1, 1e-6), (0, 0.5)])
 def test_each_reward_is_normalised_by_itself(ddof: int, eps: float) -> None:
-    # group 0 holds rows 0 2 3, group 1 rows 1 4; the second reward is constant in group 0, a hundred times as large in 1
+    # group 0 holds rows 0 2 3, group 1 rows 1 4; the second reward is constant in group 0, a hundredfold in group 1
     rewards = f64([[1.0, 5.0], [1.0, 300.0], [3.0, 5.0], [8.0, 5.0], [2.0, 100.0]])
     a, b, c = (math.sqrt(x) + eps for x in ((26 / 2, 0.5, 2e4) if ddof else (26 / 3, 0.25, 1e4)))
     expected = [[-3 / a, 0.0], [-0.5 / b, 100 / c], [-1 / a, 0.0], [4 / a, 0.0], [0.5 / b, -100 / c]]
@@ -281,7 +281,7 @@ def test_against_greedy_subtracts_the_greedy_score_from_returns_to_go(gamma: flo
         close(against_greedy(rewards, f64([0.5, -1.0, 7.0]), bits("101", "100", "000")), got)
 
 
-# --- the optimal token baseline ------------------------------------------------------------------------------------------
+# --- the optimal token baseline --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.5])
@@ -325,9 +325,7 @@ def test_the_optimal_baseline_has_the_least_variance_of_all_baselines_by_enumera
 
     def variance(b: float) -> float:
         """Trace of the covariance of (R - b)(e_y - p); its mean does not depend on b."""
-        second = sum(
-            p[y] * (reward[y] - b) ** 2 * sum(((v == y) - p[v]) ** 2 for v in range(3)) for y in range(3)
-        )
+        second = sum(p[y] * (reward[y] - b) ** 2 * sum(((v == y) - p[v]) ** 2 for v in range(3)) for y in range(3))
         mean = [sum(p[y] * (reward[y] - b) * ((v == y) - p[v]) for y in range(3)) for v in range(3)]
         return second - sum(m * m for m in mean)
 

@@ -147,7 +147,7 @@ def test_the_halving_controller_leaves_the_band_of_one_and_a_half_alone(measured
     assert HalvingKL(coef=0.1, target=3.0).next(0.4, measured, 1) == coef
 
 
-# --- the other estimators ------------------------------------------------------------------------------------------------
+# --- the other estimators --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bound", [None, 0.2, 10.0])
@@ -227,11 +227,13 @@ def test_on_policy_k2_sequence_has_the_gradient_of_the_kl_over_whole_answers() -
     for one, other in zip(grad_of(estimated, first, second), grad_of(exact, first, second), strict=True):
         close(one, other)
     # k2 token by token has another one: it does not see what a first token does to the second
-    per_token = grad_of(lambda a, b: answers(a, b).sum(1).exp().detach() @ k2(answers(a, b), reference).sum(1), first, second)
+    per_token = grad_of(
+        lambda a, b: answers(a, b).sum(1).exp().detach() @ k2(answers(a, b), reference).sum(1), first, second
+    )
     assert (per_token[0] - grad_of(exact, first, second)[0]).abs().max() > 0.01
 
 
-# --- the exact KL from hidden states ---------------------------------------------------------------------------------------
+# --- the exact KL from hidden states ---------------------------------------------------------------------------------
 
 
 def heads(n: int = 7, v: int = 5) -> list[Tensor]:
@@ -249,7 +251,10 @@ def test_linear_kl_is_exact_kl_in_value_and_gradient_however_it_is_chunked(works
 
     def ours(h: Tensor, w: Tensor, rh: Tensor, rw: Tensor, b: Tensor, rb: Tensor) -> Tensor:
         given = {"bias": b, "ref_bias": rb} if with_bias else {}
-        return weights * linear_kl(h, w, rh, rw, **given, temperature=temperature, workspace=workspace) + 0 * (b + rb).sum()
+        return (
+            weights * linear_kl(h, w, rh, rw, **given, temperature=temperature, workspace=workspace)
+            + 0 * (b + rb).sum()
+        )
 
     def theirs(h: Tensor, w: Tensor, rh: Tensor, rw: Tensor, b: Tensor, rb: Tensor) -> Tensor:
         on = 1 if with_bias else 0
@@ -279,7 +284,7 @@ def test_linear_kl_of_half_precision_is_summed_in_float32() -> None:
     close(got, exact_kl(own.double(), other.double()).float(), within=1e-5)
 
 
-# --- the other controllers ---------------------------------------------------------------------------------------------------
+# --- the other controllers -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

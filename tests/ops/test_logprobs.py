@@ -175,7 +175,7 @@ def test_a_vocabulary_entry_can_be_ruled_out_by_its_bias(workspace: int) -> None
     close(h, [math.log(2)] * 2)
 
 
-# --- a support: the tokens that could be drawn -----------------------------------------------------------------------------
+# --- a support: the tokens that could be drawn -----------------------------------------------------------------------
 
 
 def test_a_support_renormalises_by_hand() -> None:
@@ -254,7 +254,7 @@ def test_chunks_within_a_support_equal_a_softmax_over_the_subset(chunk: int, wit
         close(one, other, within=1e-10)
 
 
-# --- collisions ----------------------------------------------------------------------------------------------------------
+# --- collisions ------------------------------------------------------------------------------------------------------
 
 
 def test_a_collision_is_the_sum_of_squared_probabilities() -> None:

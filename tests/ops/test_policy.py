@@ -166,7 +166,7 @@ def test_the_penalty_of_kl_penalised_is_never_negative_and_keeps_its_digits() ->
     close(penalty, torch.tensor([5e-7, 0.0, 5e-7]), within=1e-9)
 
 
-# --- ratios of whole answers, token by token ---------------------------------------------------------------------------
+# --- ratios of whole answers, token by token -------------------------------------------------------------------------
 
 
 def test_a_sequence_token_ratio_has_the_value_of_the_sequence_and_the_gradient_of_the_token() -> None:
@@ -192,7 +192,7 @@ def test_gspo_token_with_one_advantage_has_the_gradient_of_gspo() -> None:
     close(grads[0], [[-3.0 * math.exp(0.0)] * 3])  # 0.1 - 0.2 + 0.1 = 0: ratio 1
 
 
-# --- SAPO --------------------------------------------------------------------------------------------------------------
+# --- SAPO ------------------------------------------------------------------------------------------------------------
 
 
 def logistic(x: float) -> float:
@@ -201,7 +201,9 @@ def logistic(x: float) -> float:
 
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0, 1.5, 4.0])
 @pytest.mark.parametrize(("advantage", "tau"), [(2.0, 1.5), (-2.0, 3.0), (0.5, 1.5), (-0.1, 3.0)])
-def test_sapo_is_a_sigmoid_gate_with_tau_by_the_sign_of_the_advantage(ratio: float, advantage: float, tau: float) -> None:
+def test_sapo_is_a_sigmoid_gate_with_tau_by_the_sign_of_the_advantage(
+    ratio: float, advantage: float, tau: float
+) -> None:
     def loss(r: Tensor) -> Tensor:
         return sapo(r, f64([advantage]), tau_positive=1.5, tau_negative=3.0)
 
@@ -218,7 +220,7 @@ def test_sapo_by_default_has_tau_1_and_105_and_nothing_for_no_advantage() -> Non
     assert sapo(ratio.float(), torch.tensor([1.0, -1.0, 0.0])).dtype == torch.float32
 
 
-# --- GMPO --------------------------------------------------------------------------------------------------------------
+# --- GMPO ------------------------------------------------------------------------------------------------------------
 
 GMPO = [  # log-ratios of an answer's two tokens, A, mean of what is kept at low 0.3 and high 0.5, slopes of the mean
     ((0.2, 0.4), 2.0, 0.3, (0.5, 0.5)),  # inside
@@ -255,7 +257,7 @@ def test_gmpo_by_default_clips_at_four_tenths_and_answers_do_not_mix() -> None:
     close(gmpo(new, old, advantage, mask), [[up, up], [down, down], [0.0, 0.0]])
 
 
-# --- DPPO --------------------------------------------------------------------------------------------------------------
+# --- DPPO ------------------------------------------------------------------------------------------------------------
 
 QUADRANTS = [  # old probability, new one, A, whether it is stopped at 0.15 in total variation
     (0.5, 0.7, 2.0, True),  # up and already too far up
@@ -292,7 +294,9 @@ def two_way(old: float, new: float) -> float:
     return old * math.log(old / new) + (1 - old) * math.log((1 - old) / (1 - new))
 
 
-@pytest.mark.parametrize(("old", "new", "advantage"), [(0.5, 0.7, 2.0), (0.5, 0.3, -2.0), (0.01, 0.05, 2.0), (0.9, 0.7, -2.0)])
+@pytest.mark.parametrize(
+    ("old", "new", "advantage"), [(0.5, 0.7, 2.0), (0.5, 0.3, -2.0), (0.01, 0.05, 2.0), (0.9, 0.7, -2.0)]
+)
 def test_dppo_stops_at_the_kl_of_old_to_new_of_this_token_or_any_other(old, new, advantage) -> None:
     kl = two_way(old, new)
     assert kl != pytest.approx(two_way(new, old), rel=1e-3) or old + new == 1  # the direction matters
@@ -313,7 +317,7 @@ def test_dppo_refuses_another_divergence() -> None:
         dppo(f64([1.0]), f64([0.0]), f64([0.0]), f64([1.0]), divergence="js")
 
 
-# --- what stands around a surrogate --------------------------------------------------------------------------------------
+# --- what stands around a surrogate ----------------------------------------------------------------------------------
 
 
 def test_a_weight_scales_value_and_gradient_and_gets_none() -> None:

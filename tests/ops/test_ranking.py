@@ -45,6 +45,16 @@ def test_a_margin_is_taken_from_the_gap() -> None:
     close(pairwise(f64([3.0]), f64([0.0]), 1.0), expected[:1])
 
 
+@pytest.mark.parametrize("gap", [-2.0, 0.0, 0.5])
+@pytest.mark.parametrize("p", [1.0, 0.75, 0.5, 0.0])
+def test_a_pair_that_is_only_probably_right(gap: float, p: float) -> None:
+    # the margin 0.3 is taken off first: -p log sigmoid(g) - (1 - p) log sigmoid(-g), slope sigmoid(g) - p
+    g = gap - 0.3
+    given = f64([gap + 1.0]), f64([1.0]), f64([0.3]), f64([p])
+    close(pairwise(*given), [p * cost(g, 0.0) + (1 - p) * cost(-g, 0.0)])
+    close(grad_of(lambda c: pairwise(c, *given[1:]), given[0])[0], [sigmoid(g) - p])
+
+
 @pytest.mark.parametrize("loss", [pairwise, log_exp])
 def test_a_pair_pushes_by_the_probability_of_the_error(loss) -> None:
     for gap in (-2.0, 0.0, 0.5):

@@ -10,11 +10,14 @@ from whet.records import (
     Labelled,
     Pair,
     Ranking,
+    Stepped,
+    Unpaired,
     micro_batches,
     minibatches,
     order,
     pad,
     pad_ids,
+    pad_support,
     take_elements,
 )
 
@@ -145,3 +148,82 @@ def test_ids_are_padded_with_each_rows_own_last_id_and_values_with_zero() -> Non
     assert pad_ids([row(2), row(4)]).tolist() == [[10, 11, 11, 11], [10, 11, 12, 13]]
     assert pad([torch.tensor([1.0]), torch.tensor([2.0, 3.0])], 3).tolist() == [[1.0, 0.0, 0.0], [2.0, 3.0, 0.0]]
     assert pad([torch.tensor([True]), torch.tensor([True, True])]).tolist() == [[True, False], [True, True]]
+
+
+def test_unpaired_answers_stand_beside_their_mismatched_ones_with_one_label_for_both() -> None:
+    batch = Batch.of([Unpaired(row(3), row(4), True), Unpaired(row(2), row(2), False)])
+    assert batch["good"].tolist() == [True, True, False, False]
+    assert batch["good"].dtype == torch.bool
+    assert (batch["element"].tolist(), batch["place"].tolist()) == ([0, 0, 1, 1], [0, 1, 0, 1])
+    assert batch.counts().elements == 2
+    assert set(batch.columns) <= set(COLUMNS)
+
+
+def stepped(length: int, ends: str, labels: list[float]) -> Stepped:
+    mask = torch.tensor([bit == "1" for bit in ends])
+    values = torch.zeros(length)
+    values[mask] = torch.tensor(labels)
+    return Stepped(row(length + 1), values, mask)
+
+
+def test_steps_are_columns_as_wide_as_the_longest_answer() -> None:
+    batch = Batch.of([stepped(4, "0101", [1.0, 0.25]), stepped(2, "01", [0.5])])
+    assert batch["step"].int().tolist() == [[0, 1, 0, 1], [0, 1, 0, 0]]
+    assert batch["step_label"].tolist() == [[0, 1.0, 0, 0.25], [0, 0.5, 0, 0]]
+    assert batch["element"].tolist() == [0, 1]
+    assert (batch.counts("step").tokens, batch.counts().tokens) == (3, 6)
+    short = batch.take([1])
+    assert (short["step"].shape, short["step_label"].tolist()) == ((1, 2), [[0, 0.5]])
+
+
+SUPPORTS = [[[3, 4], [5]], [[7, 8, 9]], [[1], [2, 6], [3]]]
+
+
+def test_a_support_is_padded_with_what_is_no_token() -> None:
+    assert pad_support(SUPPORTS).tolist() == [
+        [[3, 4, -1], [5, -1, -1], [-1, -1, -1]],
+        [[7, 8, 9], [-1, -1, -1], [-1, -1, -1]],
+        [[1, -1, -1], [2, 6, -1], [3, -1, -1]],
+    ]
+    assert pad_support([]).shape == (0, 0, 0)
+
+
+def rollout(lengths: list[int], supports: list, group: list[int]) -> Batch:
+    """Rows with one column of each shape."""
+    batch = Batch.of([row(length + 1) for length in lengths])
+    count = sum(lengths)
+    values = torch.arange(1.0, count + 1).split(lengths)
+    return batch.with_columns(
+        sampler_logp=pad(values),
+        support=pad_support(supports),
+        score=torch.tensor([float(one[0]) for one in values]),
+        rewards=torch.tensor([[float(length), 0.5] for length in lengths]),
+        group=torch.tensor(group),
+    )
+
+
+def test_taking_rows_keeps_a_column_of_three_axes_whole_but_for_the_positions() -> None:
+    part = rollout([2, 1, 3], SUPPORTS, [0, 0, 1]).take([1, 0])
+    assert part["support"].tolist() == [[[7, 8, 9], [-1, -1, -1]], [[3, 4, -1], [5, -1, -1]]]
+    assert part["rewards"].tolist() == [[1.0, 0.5], [2.0, 0.5]]
+    assert part["sampler_logp"].tolist() == [[3.0, 0.0], [1.0, 2.0]]
+
+
+def test_joined_batches_are_the_batch_that_was_cut_up() -> None:
+    """Longest answer, widest support and numbers of elements and groups come out as if it had never been cut."""
+    whole = rollout([2, 1, 3], SUPPORTS, [0, 0, 1])
+    again = Batch.joined([whole.take([0, 1]), whole.take([2])])
+    assert [one.length for one in again.rows] == [one.length for one in whole.rows]
+    assert again.columns.keys() == whole.columns.keys()
+    for name in whole.columns:
+        assert again[name].tolist() == whole[name].tolist(), name
+
+
+def test_joined_batches_number_their_groups_and_elements_on_from_the_first_whatever_numbers_they_had() -> None:
+    whole = rollout([2, 1, 3, 1], [*SUPPORTS, [[5]]], [0, 0, 1, 2])
+    again = Batch.joined([whole.take([3]), whole.take([0, 1]), whole.take([2])])
+    assert again["group"].tolist() == [0, 1, 1, 2]
+    assert again["element"].tolist() == [0, 1, 2, 3]
+    pairs = Batch.of([Pair(row(3), row(4)), Pair(row(2), row(2))])
+    assert Batch.joined([pairs, pairs])["element"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert Batch.joined([pairs, pairs])["place"].tolist() == [0, 1] * 4

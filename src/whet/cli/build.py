@@ -18,6 +18,7 @@ from whet.choices import (
     DIALS,
     NARROWER,
     ONLINE_SLOTS,
+    OPTIONAL,
     PLAIN_SLOTS,
     PREFERENCE_SLOTS,
     REWARD_SLOTS,
@@ -57,11 +58,7 @@ def checked(verb: str, method: Mapping[str, Any], others: Sequence[str] = ()) ->
             if slot != "loss" or verb == "reward" or not value:
                 raise RecipeError(f"method.{slot}: it holds one part; got a list of {len(value)}")
             out[slot] = [_checked_part(slot, one, table[slot], {"weight": 1.0}) for one in map(named, value)]
-        elif (
-            value is None
-            and known[slot] is not None
-            and slot not in ("whiten", "ratio", "normalise", "overlong", "bound", "select")
-        ):
+        elif value is None and slot not in OPTIONAL:
             raise RecipeError(f"method.{slot}: it cannot be left out; known are {', '.join(table[slot])}")
         else:
             out[slot] = value if value is None else _checked_part(slot, value, table[slot], {})
@@ -460,6 +457,18 @@ def check_arithmetic(recipe: fields.Online, algorithm: Algorithm, verb: str) -> 
         raise RecipeError(
             "sampling.temperature: greedy answers have no other side to learn from; use a temperature above 0"
         )
+    roles, updates = algorithm.roles(), recipe.rollout.epochs * -(-total // minibatch)
+    for name, given, needed in (
+        ("reference", recipe.reference is not None, "reference"),
+        ("critic", recipe.critic != fields.Critic(), "critic"),
+    ):
+        if given and needed not in roles:
+            raise RecipeError(f"{name}: {verb} as it is set has no {needed}; leave it out")
+    if recipe.rollout.stop_kl is not None and updates == 1:
+        raise RecipeError(
+            "rollout.stop_kl: it ends a rollout's updates early, and there is one alone; take several "
+            "(rollout.minibatch, rollout.epochs) or leave it out"
+        )
     if recipe.rollout.refresh.mix != 1.0 and not recipe.rollout.refresh.every:
         raise RecipeError("rollout.refresh.mix: the reference is never refreshed; set rollout.refresh.every")
     if recipe.rollout.refresh.every and (recipe.model.lora is not None or "reference" not in algorithm.roles()):
@@ -474,6 +483,8 @@ def check_ptx(recipe: fields.Online, algorithm: Algorithm, verb: str) -> None:
     needs_ptx = any(term.stream == "ptx" for term in algorithm.terms)
     if needs_ptx and not recipe.ptx.data:
         raise RecipeError(f"ptx.data: {verb} mixes pre-training rows into every update; give --ptx with `text` rows")
+    if recipe.ptx.batch != fields.Ptx().batch and not needs_ptx:
+        raise RecipeError(f"ptx.batch: {verb} has no ptx term; leave it out, or set --ptx-weight")
     if recipe.ptx.data and not needs_ptx:
         raise RecipeError(f"ptx.data: {verb} has no ptx term; use the instructgpt method, or set --ptx-weight")
 
@@ -481,6 +492,14 @@ def check_ptx(recipe: fields.Online, algorithm: Algorithm, verb: str) -> None:
 def reading(name: str, objective: Objective) -> str:
     """Which records a method is trained on: the name of a reading of `whet.records.Reader`."""
     return "unpaired" if "good" in objective.reads() else catalogue.READS.get(name, "pairs")
+
+
+def check_data(data: fields.Data, records: str) -> None:
+    """Refuses options of the data that these records do not have."""
+    if data.separator != fields.Data().separator and records != "steps":
+        raise RecipeError("data.separator: only rows with steps (reward --method.name process) have one; leave it out")
+    if data.turns != "all" and records != "demonstrations":
+        raise RecipeError("data.turns: only demonstrations have several turns to train; leave it out")
 
 
 def check_reference(recipe: fields.Preference, objective: Objective) -> None:

@@ -40,10 +40,17 @@ def op_dials() -> dict[str, dict[str, str]]:
     for path in sorted((ROOT / "ops").glob("*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef):
-                defaults = [ast.unparse(value) if value else "" for value in node.args.kw_defaults]
+                defaults = [_plain(value) for value in node.args.kw_defaults]
                 names = [argument.arg for argument in node.args.kwonlyargs]
                 out[node.name] = dict(zip(names, defaults, strict=True))
     return out
+
+
+def _plain(value: ast.expr | None) -> str:
+    """A default as a user writes it: words without quotes, null for none."""
+    if not isinstance(value, ast.Constant):
+        return "" if value is None else ast.unparse(value)
+    return "null" if value.value is None else str(value.value)
 
 
 def recipe_lines(kind: type, defaults: Any, prefix: str = "") -> list[str]:

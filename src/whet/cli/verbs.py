@@ -60,6 +60,7 @@ def run_offline(verb: str, recipe: fields.Offline, options: Options) -> Path:
         )
     reader = build.reader_of(recipe.model, recipe.data, chat)
     reading = {"pretrain": "texts", "sft": "demonstrations"}.get(verb) or build.reading(name, objective)
+    build.check_data(recipe.data, reading)
     read: Callable[[Sequence[Any]], list] = getattr(reader, reading)
     read = build.guarded(read, objective, name) if objective is not SFT else read
     sources, weights = build.sources_of(recipe.data, read)

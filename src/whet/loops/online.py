@@ -95,7 +95,10 @@ def train(
                 minibatches(len(batch.elements()), plan.minibatch, address(plan.seed, "minibatch", step, epoch))
                 for epoch in range(plan.epochs)
             ]
-            batch = measured(learner, batch, turns[0], now.reads() | {"old_entropy"})
+            columns = now.reads() | {"old_entropy"}
+            if "support" in batch.columns and "ref_logp" in columns:  # a KL is between whole distributions
+                columns |= {"old_full_logp"}
+            batch = measured(learner, batch, turns[0], columns)
             if not now.pairs:
                 whole = batch = credited(now, batch)
             rows: list[dict[str, float]] = []
@@ -115,9 +118,9 @@ def train(
             numbers |= {f"state/{key}": value for key, value in state.items()}
             moved = moved_from(learner, batch) if algorithm.steered() and batch.rows else 0.0
             seen = {"kl": numbers.get("kl", 0.0), "kl_old": moved, "entropy": numbers.get("entropy", 0.0)}
-            state = algorithm.next(
-                state, seen | {"reward": numbers.get("implicit_reward", 0.0), "sequences": len(whole.rows)}
-            )
+            if rows:  # a rollout without a pair has shown nothing
+                seen |= {"reward": numbers.get("implicit_reward", 0.0), "sequences": len(whole.rows)}
+                state = algorithm.next(state, seen)
             done = step + 1
             run.rollout(done, groups, whole if now.pairs else batch, names)
             seconds = {"seconds": time.perf_counter() - began, "seconds/generate": sampled - began}
@@ -228,16 +231,18 @@ def measured(learner: Learner, batch: Batch, turn: Sequence[Sequence[int]], colu
     The learner then splits as it will in the first updates, so the ratio there is 1 to the bit.
     """
     out: dict[str, torch.Tensor] = {}
+    elements = batch.elements()
     for places in turn:
         part = learner.measure(take_elements(batch, places), columns)
+        rows = torch.tensor([row for place in places for row in elements[place]])
         for name in columns:
             values = part[name]
             shape = batch["mask"].shape if values.ndim == 2 else batch["mask"].shape[:1]
             whole = out.setdefault(name, torch.zeros(shape, dtype=values.dtype))
             if values.ndim == 2:
-                whole[torch.tensor(places), : values.shape[1]] = values
+                whole[rows, : values.shape[1]] = values
             else:
-                whole[torch.tensor(places)] = values
+                whole[rows] = values
     return batch.with_columns(**out)
 
 
@@ -252,6 +257,7 @@ def updates(
 ) -> tuple[list[dict[str, float]], Batch]:
     """All updates of one rollout: (one row of numbers per update, the batch with the ratio it was last trained at)."""
     bounds, rows, ratio = clip_bounds(algorithm), [], torch.ones_like(batch["old_logp"])
+    elements = batch.elements()
     for epoch, turn in enumerate(turns):
         for number, places in enumerate(turn):
             mini = take_elements(batch, places)
@@ -263,7 +269,8 @@ def updates(
                 selfcheck.ratio_is_one(step, mini, update.now["rollout"])
             current = mini.with_columns(**update.now["rollout"])
             own = (current["logp"] - current["old_logp"]).exp()
-            ratio[torch.tensor(places), : own.shape[1]] = own
+            taken = torch.tensor([row for place in places for row in elements[place]])
+            ratio[taken, : own.shape[1]] = own
             rows.append(update_numbers(update) | diagnostics(current, bounds) | {"epoch": epoch})
             if algorithm.pairs:
                 rows[-1]["implicit_reward"] = mean_reward(algorithm.terms, current.columns)
@@ -314,9 +321,10 @@ def policy_numbers(batch: Batch) -> dict[str, float]:
     if not batch.rows:
         return {}
     out = {}
-    if "ref_logp" in batch.columns:
-        own = batch["old_full_logp"] if "old_full_logp" in batch.columns else batch["old_logp"]
-        total = masked_sum(own - batch["ref_logp"], batch["mask"], 1)
+    own = batch["old_full_logp"] if "old_full_logp" in batch.columns else batch["old_logp"]
+    if "old_exact_kl" in batch.columns or "ref_logp" in batch.columns:
+        each = batch["old_exact_kl"] if "old_exact_kl" in batch.columns else own - batch["ref_logp"]
+        total = masked_sum(each, batch["mask"], 1)
         out["kl"] = float(total.sum() / batch["mask"].any(1).sum().clamp(min=1))
     out["entropy"] = float(masked_mean(batch["old_entropy"], batch["mask"]))
     gap = (batch["sampler_logp"] - batch["old_logp"])[batch["mask"]].abs()

@@ -76,7 +76,7 @@ class Algorithm:
     def roles(self) -> frozenset[str]:
         """The roles that take part: those trained, and those measured."""
         columns = [COLUMNS[name] for name in self.reads().union(*(term.reads() for term in self.terms))]
-        beside = {"reference"} if any(column.reads == "exact_kl" for column in columns) else set()
+        beside = {"reference"} if any("exact_kl" in (column.name, column.reads) for column in columns) else set()
         return frozenset({term.role for term in self.terms} | {one.role for one in columns if one.role} | beside)
 
     @property
@@ -158,13 +158,10 @@ def spread(algorithm: Algorithm, batch: Batch) -> Tensor:
     that compares within groups."""
     index = torch.unique(batch["group"], return_inverse=True)[1]
     rewards = torch.cat([batch["rewards"], batch["token_score"]], 1)
-    ends = [
-        torch.zeros(int(index.max()) + 1, rewards.shape[1], dtype=rewards.dtype).index_reduce(
-            0, index, rewards, how, include_self=False
-        )
-        for how in ("amax", "amin")
-    ]
-    return (ends[0] > ends[1]).any(1)[index]
+    empty = torch.zeros(int(index.max()) + 1, rewards.shape[1], dtype=rewards.dtype)
+    where = index[:, None].expand_as(rewards)
+    top, bottom = (empty.scatter_reduce(0, where, rewards, how, include_self=False) for how in ("amax", "amin"))
+    return (top > bottom).any(1)[index]
 
 
 def shaped(algorithm: Algorithm, batch: Batch) -> Batch:

@@ -171,7 +171,7 @@ def _credit_front(front: Algorithm, slots: Slots, longest: int | None) -> Algori
         _check_exact(slots, cost)
         # the reward charges a token for the states it leads to; what it does to its own state's KL is a loss
         here = part(ops.dense, token_score="exact_kl")
-        terms.append(Term("policy", "rollout", here, reduce, controller(cost), dials=dials, name="exact_kl"))
+        terms.append(Term("policy", "rollout", here, reduce, "penalty", dials=dials, name="exact_kl"))
     if slots["entropy"]:
         bonus = record(Entropy, slots["entropy"])
         standard = Entropy()
@@ -298,7 +298,9 @@ def preference_of(slots: Slots, stream: str = "train") -> Objective:
     """The objective that these slots describe: a weighted mixture of losses on scored answers, and the SFT loss."""
     losses = [named(one) for one in (slots["loss"] if isinstance(slots["loss"], list) else [slots["loss"]])]
     beta = slots.get("beta")
-    score = _answer_score(slots["score"], beta)
+    # own answers may come from a truncated distribution; a log-ratio to the reference is between the whole ones
+    now, before = ("logp", "now_logp") if stream == "train" else ("full_logp", "now_full_logp")
+    score = _answer_score(slots["score"], beta, now)
     columns = {
         "gap": part(ops.gap, score=score),
         "chosen": part(ops.nth, x=score, n=0),
@@ -307,7 +309,7 @@ def preference_of(slots: Slots, stream: str = "train") -> Objective:
         "probability": part(ops.nth, x="probability", n=0),
         "good": part(ops.nth, x="good", n=0),
         "kl_baseline": part(ops.nth, x="kl_baseline", n=0),
-        "policy_gap": part(ops.gap, score=part(ops.policy_score, beta=beta or 1.0)),
+        "policy_gap": part(ops.gap, score=part(ops.policy_score, logp=now, beta=beta or 1.0)),
         "matched": part(ops.nth, x="matched", n=0),
         "rival": part(ops.nth, x="rival", n=0),
         "rival_of_rejected": part(ops.nth, x="rival", n=1),
@@ -322,7 +324,7 @@ def preference_of(slots: Slots, stream: str = "train") -> Objective:
         weight = spec.pop("weight", 1.0)
         choice = found("loss", PAIR_LOSSES | SINGLE_LOSSES, spec["name"])
         if spec["name"] == "sft":
-            terms.append(_sft(stream, weight))
+            terms.append(_sft(stream, weight, now))
             continue
         parameters = inspect.signature(getattr(ops, choice.op)).parameters
         _check_score(spec["name"], slots["score"], parameters)
@@ -333,36 +335,36 @@ def preference_of(slots: Slots, stream: str = "train") -> Objective:
             given["beta"] = beta
         loss = chosen("loss", spec, **given)
         terms.append(Term("policy", stream, loss, ops.element_mean, weight, name=spec["name"]))
-        select |= _across(parameters, slots["score"], beta)
+        select |= _across(parameters, slots["score"], beta, before)
     if slots.get("sft_weight", 0) > 0:
-        terms.append(_sft(stream, slots["sft_weight"]))
+        terms.append(_sft(stream, slots["sft_weight"], now))
     return Objective(tuple(terms), tuple(select.items()))
 
 
-def _sft(stream: str, weight: float) -> Term:
-    return Term("policy", stream, part(ops.nll), ops.token_mean, weight, mask="chosen_mask", name="sft")
+def _sft(stream: str, weight: float, logp: str) -> Term:
+    return Term("policy", stream, part(ops.nll, logp=logp), ops.token_mean, weight, mask="chosen_mask", name="sft")
 
 
-def _answer_score(spec: Slots, beta: float | None) -> Part:
+def _answer_score(spec: Slots, beta: float | None, logp: str) -> Part:
     if (spec["name"] == "log_odds") != (beta is None):
         raise RecipeError(
             "method.beta: log-odds carry none (use orpo, whose strength is the loss's weight), every other score needs one"
         )
-    return chosen("score", spec, **({} if beta is None else {"beta": beta}))
+    return chosen("score", spec, logp=logp, **({} if beta is None else {"beta": beta}))
 
 
-def _across(parameters: Mapping[str, Any], score: Slots, beta: float | None) -> dict[str, Part]:
-    """What a loss needs from the whole mini-batch, by column."""
-    now = part(ops.policy_score, logp="now_logp", beta=beta or 1.0)
+def _across(parameters: Mapping[str, Any], score: Slots, beta: float | None, logp: str) -> dict[str, Part]:
+    """What a loss needs from the whole mini-batch, by column; `logp` is the policy's before the update."""
+    now = part(ops.policy_score, logp=logp, beta=beta or 1.0)
     out = {}
     if "matched" in parameters:
         reference = part(ops.policy_score, logp="ref_logp", beta=beta or 1.0)
         out["matched"] = part(ops.sorted_partner, score=now, other=reference)
     if "rival" in parameters:
-        implicit = chosen("score", score, logp="now_logp", beta=beta)
+        implicit = chosen("score", score, logp=logp, beta=beta)
         out["rival"] = part(ops.sorted_rival, score=implicit)
     if "kl_baseline" in parameters:
-        ratio = part(ops.implicit_reward, logp="now_logp", beta=1.0, mean=score.get("mean", False))
+        ratio = part(ops.implicit_reward, logp=logp, beta=1.0, mean=score.get("mean", False))
         out["kl_baseline"] = part(ops.kl_baseline, log_ratio=ratio)
     return out
 

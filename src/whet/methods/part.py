@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from whet.ops import Controller, FixedKL, implicit_reward
@@ -76,7 +77,8 @@ class Term:
     """One summand of the objective: a loss on a stream of batches, for one role, with weight and reduction.
 
     `loss` gives (B, T) or, for elements, (E,); `reduce` is an op of `whet.ops.reduce`; `mask` names the column that
-    says which positions count. A `Controller` as weight or dial becomes a number through `settled`. `name` is what the
+    says which positions count. A `Controller` as weight or dial becomes a number through `settled`, and so does the name of
+    another number of the state as weight. `name` is what the
     logs call it; the loss's op where it is empty.
     """
 
@@ -84,7 +86,7 @@ class Term:
     stream: str
     loss: Part
     reduce: Callable[..., Tensor]
-    weight: float | Controller = 1.0
+    weight: float | Controller | str = 1.0
     mask: str = "mask"
     dials: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
@@ -101,7 +103,15 @@ class Term:
     def share(self, columns: Mapping[str, Tensor], counts: Any) -> Tensor:
         """weight x reduce(loss): this batch's share of the mini-batch whose counts are given. A scalar."""
         assert isinstance(self.weight, (int, float)), "controllers are resolved before a term is used"
-        return self.weight * self.reduce(self.loss(columns), columns[self.mask], counts, **self.dials)
+        mask = columns[self.mask]
+        kept = {name: _where(mask, column) for name, column in columns.items()}
+        return self.weight * self.reduce(self.loss(kept), mask, counts, **self.dials)
+
+
+def _where(mask: Tensor, column: Tensor) -> Tensor:
+    """A per-token column with 0 outside the mask: what stands there must reach neither a loss nor a gradient, NaN neither."""
+    per_token = column.shape == mask.shape and column.is_floating_point()
+    return torch.where(mask, column, torch.zeros_like(column)) if per_token else column
 
 
 State = Mapping[str, float]
@@ -112,7 +122,7 @@ def steered(terms: Sequence[Term]) -> dict[str, Controller]:
     """Every controller among the weights and dials of these terms, by the name its number has in the state."""
     found: dict[str, Controller] = {}
     for place, term in enumerate(terms):
-        if not isinstance(term.weight, (int, float)):
+        if not isinstance(term.weight, (int, float, str)):
             found[f"term{place}.weight"] = term.weight
         for one in term.loss.walk():
             found |= {f"term{place}.{name}": dial for name, dial in one.dials.items() if hasattr(dial, "next")}
@@ -124,7 +134,8 @@ def settled(terms: Sequence[Term], state: State) -> tuple[Term, ...]:
     out = []
     for place, term in enumerate(terms):
         values = {key.split(".")[1]: value for key, value in state.items() if key.startswith(f"term{place}.")}
-        out.append(replace(term, weight=values.get("weight", term.weight), loss=_with_numbers(term.loss, values)))
+        weight = state[term.weight] if isinstance(term.weight, str) else values.get("weight", term.weight)
+        out.append(replace(term, weight=weight, loss=_with_numbers(term.loss, values)))
     return tuple(out)
 
 

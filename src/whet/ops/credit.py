@@ -156,13 +156,13 @@ def optimal_baseline(
     sum_v pi_v^2) the squared norm of the score function's logit part; `old_collision` (B, T) is sum_v pi_v^2. The own
     answer is included; an answer that is the only one at its place has baseline 0.
     """
-    to_go = monte_carlo(rewards, mask, gamma=gamma)
-    energy = torch.where(mask, 1 - 2 * old_logp.exp() + old_collision, torch.zeros_like(rewards)).cumsum(1)
+    energy = torch.where(mask, 1 - 2 * old_logp.exp() + old_collision, torch.zeros_like(old_logp)).cumsum(1)
     energy = torch.where(mask, energy, torch.zeros_like(energy))
+    to_go = monte_carlo(rewards.to(energy.dtype), mask, gamma=gamma)
     index = torch.unique(group, return_inverse=True)[1]
-    zeros = torch.zeros(int(index.max()) + 1, rewards.shape[1], dtype=rewards.dtype, device=rewards.device)
+    zeros = torch.zeros(int(index.max()) + 1, energy.shape[1], dtype=energy.dtype, device=energy.device)
     weight, product, count = (
-        zeros.index_add(0, index, x)[index] for x in (energy, energy * to_go, mask.to(rewards.dtype))
+        zeros.index_add(0, index, x)[index] for x in (energy, energy * to_go, mask.to(energy.dtype))
     )
     alone = (count < 2) | (weight <= 0)
     baseline = torch.where(

@@ -32,13 +32,13 @@ def standardise(score: Tensor, *, shift: float, scale: float) -> Tensor:
     return (score - shift) / scale
 
 
-def soft_overlong(score: Tensor, mask: Tensor, *, limit: int, buffer: int) -> Tensor:
+def soft_overlong(score: Tensor, mask: Tensor, *, limit: int, buffer: int = 32) -> Tensor:
     """score + 0 up to limit - buffer tokens, falling linearly to score - 1 at `limit` (DAPO, Yu et al. 2025, equation 13), (B,)."""
     length = mask.sum(1).to(score.dtype)
     return score + ((limit - buffer - length) / buffer).clamp(-1, 0)
 
 
-def clip_score(score: Tensor, *, bound: float) -> Tensor:
+def clip_score(score: Tensor, *, bound: float = 5.0) -> Tensor:
     """clip(score, -bound, bound), elementwise (DeepSpeed-Chat: bound 5)."""
     return score.clamp(-bound, bound)
 

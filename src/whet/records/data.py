@@ -389,9 +389,8 @@ class Reader:
             labels = numbers(Located({**located.row, "labels": labels}, located.where), "labels", len(steps))
             if not all(0 <= label <= 1 for label in labels):
                 raise DataError(f"{located.where}: field 'labels' must lie in [0, 1], got {labels}")
-            row = self._answer_row(located, _messages(located, "prompt"), self.separator.join(steps))
-            if row is None:
-                continue
+            full = [*_messages(located, "prompt"), {"role": "assistant", "content": self.separator.join(steps)}]
+            row = self._located(located, lambda full=full: self.chat.row(full, turns="last"))
             ends = torch.tensor([self.chat.ends_step(token, self.separator) for token in row.ids[row.start :].tolist()])
             ends[-1] = True
             if int(ends.sum()) != len(steps):
@@ -401,7 +400,9 @@ class Reader:
                 )
             values = torch.zeros(row.response)
             values[ends] = torch.tensor(labels)
-            out.append(Stepped(row, values, ends))
+            for kept in self._fit(located, row, "the prompt with its answer"):
+                if bool(ends[: kept.response].any()):  # a row that is cut keeps the steps that are whole
+                    out.append(Stepped(kept, values[: kept.response], ends[: kept.response]))
         return self._some(out)
 
     def _two(self, located: Located) -> tuple[list[dict[str, str]], list[str]]:

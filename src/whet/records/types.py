@@ -256,12 +256,16 @@ class Batch:
         columns: dict[str, Tensor] = {}
         for name in batches[0].columns:
             parts, first = [], 0
+            widest = max(batch[name].shape[-1] for batch in batches)
             for batch in batches:
                 part = batch[name]
-                if COLUMNS[name].per_token:
-                    part = functional.pad(part, (0, 0) * (part.ndim - 2) + (0, longest - part.shape[1]))
+                if part.ndim == 3:
+                    part = functional.pad(part, (0, widest - part.shape[2], 0, longest - part.shape[1]), value=-1)
+                elif COLUMNS[name].per_token:
+                    part = functional.pad(part, (0, longest - part.shape[1]))
                 if name in ("element", "group"):
-                    part, first = part + first, first + int(part.max()) + 1
+                    part = torch.unique_consecutive(part, return_inverse=True)[1] + first
+                    first = int(part.max()) + 1
                 parts.append(part)
             columns[name] = torch.cat(parts)
         return Batch(tuple(row for batch in batches for row in batch.rows), columns)

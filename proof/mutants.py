@@ -1,0 +1,352 @@
+"""`make mutants`: one-line mutations of the mathematics, each of which must turn the tests that cover it red.
+
+    python -m proof.mutants [PART OF A FILE'S NAME]
+
+A mutant is a file, the text that is replaced (once), the replacement and the tests that must fail. Each runs in a process of its
+own on a copy of the sources. A survivor is a bug of the tests; the exit status is 1 then.
+"""
+
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old` becomes `new` in src/whet/`file`; `tests` are paths below tests/."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+def _of(file: str, tests: str, *changes: tuple[str, str]) -> list[Mutant]:
+    return [Mutant(file, old, new, tests) for old, new in changes]
+
+
+MUTANTS: list[Mutant] = [
+    *_of(
+        "ops/policy.py",
+        "ops/test_policy.py",
+        ("return (logp - old_logp).exp()\n", "return (old_logp - logp).exp()\n"),
+        ("return masked_mean(logp - old_logp, mask, 1).exp()", "return masked_mean(old_logp - logp, mask, 1).exp()"),
+        ("sequence_ratio(logp, old_logp, mask).detach() *", "sequence_ratio(logp, old_logp, mask) *"),
+        ("return -torch.minimum(ratio * advantage", "return -torch.maximum(ratio * advantage"),
+        ("ratio.clamp(1 - low, 1 + high) * advantage)", "ratio.clamp(1 - high, 1 + low) * advantage)"),
+        (
+            "torch.where(advantage < 0, torch.minimum(clipped, -bound",
+            "torch.where(advantage > 0, torch.minimum(clipped, -bound",
+        ),
+        ("torch.minimum(clipped, -bound * advantage)", "torch.maximum(clipped, -bound * advantage)"),
+        ("return -ratio * advantage\n\n\ndef kl_penalised", "return ratio * advantage\n\n\ndef kl_penalised"),
+        ("+ beta * (torch.expm1(log_ratio) - log_ratio)", "- beta * (torch.expm1(log_ratio) - log_ratio)"),
+        ("+ beta * (torch.expm1(log_ratio) - log_ratio)", "+ beta * (torch.expm1(-log_ratio) + log_ratio)"),
+        ("return -advantage * logp\n", "return advantage * logp\n"),
+        ("-ratio.detach().clamp(1 - low, 1 + high)", "-ratio.clamp(1 - low, 1 + high)"),
+        (
+            "torch.where(advantage > 0, ratio.new_tensor(tau_positive)",
+            "torch.where(advantage < 0, ratio.new_tensor(tau_positive)",
+        ),
+        ("torch.sigmoid(tau * (ratio - 1))", "torch.sigmoid(tau * (1 - ratio))"),
+        (
+            "torch.minimum(log_ratio, bounded), torch.maximum(log_ratio, bounded)",
+            "torch.maximum(log_ratio, bounded), torch.minimum(log_ratio, bounded)",
+        ),
+        ("log_ratio.clamp(-low, high)", "log_ratio.clamp(-high, low)"),
+        (
+            "((advantage > 0) & (ratio > 1)) | ((advantage < 0) & (ratio < 1))",
+            "((advantage > 0) & (ratio < 1)) | ((advantage < 0) & (ratio > 1))",
+        ),
+        ("away & (distance > bound)", "away | (distance > bound)"),
+        ("rest = (1 - old) * (", "rest = (1 - p) * ("),
+        ("return loss * weight.detach()", "return loss * weight"),
+        ("torch.where(selected, loss, loss.detach())", "torch.where(selected, loss.detach(), loss)"),
+        ("loss + coef * (logp - old_logp).abs()", "loss + coef * (logp - old_logp)"),
+        ("return -entropy\n", "return entropy\n"),
+    ),
+    *_of(
+        "ops/credit.py",
+        "ops/test_credit.py",
+        (
+            "delta = rewards[:, t] + gamma * next_value - values[:, t]",
+            "delta = rewards[:, t] + next_value - values[:, t]",
+        ),
+        (
+            "delta = rewards[:, t] + gamma * next_value - values[:, t]",
+            "delta = rewards[:, t] + gamma * next_value + values[:, t]",
+        ),
+        ("advantage = delta + gamma * lam * running", "advantage = delta + lam * running"),
+        (
+            "running = torch.where(here, advantage, running)",
+            "running = torch.where(here, advantage, torch.zeros_like(running))",
+        ),
+        ("next_value = torch.where(here, values[:, t], next_value)", "next_value = values[:, t]"),
+        ("next_value = running if final_value is None else final_value", "next_value = running"),
+        ("lam=(1 - 1 / (alpha * length)).clamp(min=0)", "lam=(1 - 1 / (alpha * length))"),
+        ("return score - total / count", "return score + total / count"),
+        ("(count - ddof).clamp(min=1)", "count"),
+        ("centred / (deviation + eps)", "centred / deviation.clamp(min=eps)"),
+        ("(total - score) / (count - 1)", "total / count"),
+        ("mean > 0, (score - mean) / torch.where(mean", "mean > 0, score / torch.where(mean"),
+        ("ends = step & mask", "ends = mask"),
+        ("return monte_carlo(normalised, mask)", "return normalised"),
+        (
+            "monte_carlo(rewards, mask, gamma=gamma) - baseline[:, None]",
+            "monte_carlo(rewards, mask, gamma=gamma) + baseline[:, None]",
+        ),
+        ("1 - 2 * old_logp.exp() + old_collision", "1 - old_logp.exp() + old_collision"),
+        ("alone = (count < 2)", "alone = (count < 1)"),
+    ),
+    *_of(
+        "ops/kl.py",
+        "ops/test_kl.py",
+        ("return logp - ref_logp\n", "return ref_logp - logp\n"),
+        ("return 0.5 * (logp - ref_logp) ** 2", "return (logp - ref_logp) ** 2"),
+        ("log_ratio = ref_logp - logp\n", "log_ratio = logp - ref_logp\n"),
+        ("estimate.clamp(max=bound)", "estimate.clamp(min=bound)"),
+        (
+            "return (logp - old_logp).exp() * k3(logp, ref_logp)",
+            "return (logp - old_logp).exp().detach() * k3(logp, ref_logp)",
+        ),
+        ("return terminal(0.5 * total**2, mask)", "return terminal(total**2, mask)"),
+        ("return (logp.exp() * gap).sum(-1)", "return (ref_logp.exp() * gap).sum(-1)"),
+        ("kl / self.target - 1.0", "self.target / kl - 1.0"),
+        ("if kl < self.target / 1.5:", "if kl < self.target * 1.5:"),
+        ("coef * 2 if kl > self.target * 1.5", "coef * 2 if kl > self.target / 1.5"),
+        ("self.step if entropy <= self.target else -self.step", "-self.step if entropy <= self.target else self.step"),
+        ("self.decay * coef + (1 - self.decay) * measured", "self.decay * measured + (1 - self.decay) * coef"),
+    ),
+    *_of(
+        "ops/masked.py",
+        "ops/test_masked.py",
+        ("kept = torch.where(mask, x, torch.zeros_like(x))\n    return kept.sum()", "kept = x\n    return kept.sum()"),
+        ("(centred.square().sum() / (count - ddof)).sqrt()", "(centred.square().sum() / count).sqrt()"),
+        (
+            "(centred if shift_mean else kept) / (deviation + eps)",
+            "(centred if shift_mean else kept) / (deviation + eps) + masked_mean(kept, mask)",
+        ),
+    ),
+    *_of(
+        "ops/reduce.py",
+        "ops/test_reduce.py",
+        ("masked_sum(loss, mask) / max(counts.tokens, 1)", "masked_sum(loss, mask) / max(int(mask.sum()), 1)"),
+        ("mask.sum(1).clamp(min=1)).sum() / max(counts.sequences, 1)", "mask.sum(1).clamp(min=1)).mean()"),
+        ("(max(counts.sequences, 1) * length)", "(max(counts.tokens, 1) * length)"),
+        ("torch.sum(loss) / max(counts.elements, 1)", "torch.mean(loss)"),
+    ),
+    *_of(
+        "ops/shaping.py",
+        "ops/test_shaping.py",
+        ("score.clamp(-bound, bound)", "score.clamp(-bound)"),
+        ("score - amount * truncated", "score + amount * truncated"),
+        ("score[:, None])\n    return torch.where(mask, out", "score[:, None] / 2)\n    return torch.where(mask, out"),
+        ("length * (length + 1) / 2 if normalised", "length * length / 2 if normalised"),
+        (".amin(1)\n", ".amax(1)\n"),
+        ("own.mean(1) - k * own.std(1, correction=0)", "own.mean(1) + k * own.std(1, correction=0)"),
+        ("return (score - shift) / scale", "return score / scale"),
+        ("((limit - buffer - length) / buffer).clamp(-1, 0)", "((limit - length) / buffer).clamp(-1, 0)"),
+        ("return terminal(total / mask.sum(1).clamp(min=1) if mean else total, mask)", "return terminal(total, mask)"),
+    ),
+    *_of(
+        "ops/value.py",
+        "ops/test_value.py",
+        ("torch.maximum(squared", "torch.minimum(squared"),
+        (
+            "clipped = old_value + (value - old_value).clamp(-clip, clip)",
+            "clipped = returns + (value - returns).clamp(-clip, clip)",
+        ),
+    ),
+    *_of(
+        "ops/correction.py",
+        "ops/test_correction.py",
+        ("_ratio(old_logp, sampler_logp, mask).clamp(max=cap)", "_ratio(sampler_logp, old_logp, mask).clamp(max=cap)"),
+        (
+            "masked_sum(old_logp - sampler_logp, mask, 1).exp().clamp(max=cap)",
+            "masked_mean(old_logp - sampler_logp, mask, 1).exp().clamp(max=cap)",
+        ),
+        ("inside = (ratio >= low) & (ratio <= high)", "inside = ratio <= high"),
+        ("inside = (total >= low) & (total <= high)", "inside = (total >= low) | (total <= high)"),
+        (
+            "mean = masked_mean(old_logp - sampler_logp, mask, 1).exp()",
+            "mean = masked_sum(old_logp - sampler_logp, mask, 1).exp()",
+        ),
+    ),
+    *_of(
+        "ops/selection.py",
+        "ops/test_selection.py",
+        ("centred[0] * centred[1]", "centred[0] + centred[1]"),
+        ("candidates = mask & ~stopped &", "candidates = mask &"),
+        ("descending=True, stable=True)[:count]", "descending=False, stable=True)[:count]"),
+        (
+            "matched[torch.argsort(own, stable=True)] = theirs[",
+            "matched[torch.argsort(own, stable=True, descending=True)] = theirs[",
+        ),
+        ("wrong = log_ratio[place == 1]", "wrong = log_ratio[place == 0]"),
+        ("wrong.mean().clamp(min=0)", "wrong.mean()"),
+    ),
+    *_of(
+        "ops/preference.py",
+        "ops/test_preference.py",
+        (
+            "p = probability + label_smoothing * (1 - 2 * probability)",
+            "p = probability - label_smoothing * (1 - 2 * probability)",
+        ),
+        ("gap = gap - margin", "gap = gap + margin"),
+        ("return torch.relu(1 - gap)", "return torch.relu(1 + gap)"),
+        ("return (gap / beta - 0.5 / beta) ** 2", "return (gap - 0.5 / beta) ** 2"),
+        (
+            "score[place == 0] - score[place == 1]\n\n\ndef sigmoid",
+            "score[place == 1] - score[place == 0]\n\n\ndef sigmoid",
+        ),
+        ("better.exp() * (better - keep)", "better.exp() * (better - swap)"),
+        ("- 0.5 * functional.logsigmoid(-rejected)", "+ 0.5 * functional.logsigmoid(-rejected)"),
+        ("+ e * functional.logsigmoid(-gap)) / (1 - 2 * e)", "- e * functional.logsigmoid(-gap)) / (1 - 2 * e)"),
+        ("functional.logsigmoid(delta - rejected)", "functional.logsigmoid(rejected - delta)"),
+        ("(rejected / beta + 0.5 / beta) ** 2", "(rejected / beta - 0.5 / beta) ** 2"),
+        ("return up + down - down.detach()", "return up"),
+        ("1 - chosen.sigmoid() + rejected.sigmoid()", "1 - chosen.sigmoid() - rejected.sigmoid()"),
+        (
+            "chosen.sigmoid() + 1 - (chosen - rejected).sigmoid()",
+            "chosen.sigmoid() + 1 + (chosen - rejected).sigmoid()",
+        ),
+        (
+            "-(1 - m) * functional.logsigmoid(gap) + m * (-gap).exp()",
+            "-m * functional.logsigmoid(gap) + (1 - m) * (-gap).exp()",
+        ),
+        ("edge = score - beta * kl_baseline.detach()", "edge = score - kl_baseline.detach()"),
+        ("desirable * (1 - edge.sigmoid()), undesirable", "desirable * edge.sigmoid(), undesirable"),
+        ("torch.where(good, edge, -edge)", "torch.where(good, -edge, edge)"),
+        ("return -beta * (-u).exp()", "return -beta * u.exp()"),
+        ("return mean - torch.log(-torch.expm1(mean))", "return mean + torch.log(-torch.expm1(mean))"),
+    ),
+    *_of(
+        "ops/ranking.py",
+        "ops/test_ranking.py",
+        ("gap = chosen - rejected - margin", "gap = chosen - rejected + margin"),
+        ("ranks[:, :, None] < ranks[:, None, :]", "ranks[:, :, None] > ranks[:, None, :]"),
+        ("weight.sum((1, 2)).clamp(min=1)", "ranks.shape[1]"),
+        ("return (chosen + rejected) ** 2", "return (chosen - rejected) ** 2"),
+        (
+            "functional.softplus(token_score) - step_label * token_score",
+            "functional.softplus(token_score) + step_label * token_score",
+        ),
+    ),
+    *_of(
+        "ops/logprobs.py",
+        "ops/test_logprobs.py",
+        ("grad = -p * (grad_logp[:, None] + grad_entropy", "grad = -p * (grad_logp[:, None] - grad_entropy"),
+        (
+            "logits.masked_fill(~(keep | (support < 0).all(-1, keepdim=True)), -torch.inf)",
+            "logits.masked_fill(~keep, -torch.inf)",
+        ),
+        ("local = support - start", "local = support"),
+        ("out[here] = (2 * logp).exp().sum(-1)", "out[here] = logp.exp().sum(-1)"),
+    ),
+    *_of(
+        "methods/algorithm.py",
+        "methods",
+        ("token_reward = token_reward - coef *", "token_reward = token_reward + coef *"),
+        ('placed = batch["score"] - dense.sum(1)', 'placed = batch["score"]'),
+        ('mask = mask & ~batch["truncated"][:, None]', 'mask = mask & batch["truncated"][:, None]'),
+        ('torch.where(mask, target + batch["old_value"]', 'torch.where(mask, target - batch["old_value"]'),
+        ("square += step * (value - mean)", "square += step * step"),
+        (
+            "best, worst = max(own, key=lambda row: score[row]), min(",
+            "best, worst = min(own, key=lambda row: score[row]), max(",
+        ),
+        ("(top > bottom).any(1)[index]", "(top > bottom).all(1)[index]"),
+    ),
+    *_of(
+        "methods/compose.py",
+        "methods",
+        ('"k1": part(ops.k1, logp="old_full_logp")', '"k1": part(ops.k1, logp="old_logp")'),
+        (
+            'WHOLE = part(ops.masked_sum, x="token_reward", dim=1)',
+            'WHOLE = part(ops.masked_mean, x="token_reward", dim=1)',
+        ),
+        ('"sequence_sum": part(ops.per_sequence, mean=False)', '"sequence_sum": part(ops.per_sequence, mean=True)'),
+        ('"rejected": part(ops.nth, x=score, n=1)', '"rejected": part(ops.nth, x=score, n=0)'),
+        ("lam=value.lam, **given)", "lam=1.0 - value.lam, **given)"),
+    ),
+    *_of(
+        "methods/part.py",
+        "methods",
+        ("return self.weight * self.reduce(", "return self.reduce("),
+    ),
+    *_of(
+        "models/readers.py",
+        "models/test_readers.py learner",
+        ("_language(role, flat[at - 1], tokens", "_language(role, flat[at], tokens"),
+        ("_scalar(role, flat[at - 1]) + each", "_scalar(role, flat[at]) + each"),
+        ('out["full_logp"] = logp if support is None else logprobs(None, False)[0]', 'out["full_logp"] = logp'),
+    ),
+]
+
+
+def check(mutants: list[Mutant]) -> None:
+    """Every mutant's text stands exactly once in its file."""
+    for one in mutants:
+        count = (ROOT / "src/whet" / one.file).read_text(encoding="utf-8").count(one.old)
+        if count != 1:
+            raise SystemExit(f"{one.file}: {one.old!r} stands {count} times; a mutant replaces one place")
+
+
+def _tests(source: Path, paths: str) -> None:
+    """In a process of its own: these tests against the package under `source`; the exit status is pytest's."""
+    sys.path.insert(0, str(source))
+    os.environ["PYTHONPATH"] = str(source)
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)
+    os.dup2(quiet, 2)
+    import pytest
+
+    os._exit(int(pytest.main(["-x", "-q", "--no-header", *(str(ROOT / "tests" / one) for one in paths.split())])))
+
+
+def passes(source: Path, paths: str) -> bool:
+    """The tests pass against this copy of the sources."""
+    process = multiprocessing.get_context("fork").Process(target=_tests, args=(source, paths))
+    process.start()
+    process.join()
+    return process.exitcode == 0
+
+
+def main(part: str = "") -> int:
+    """Runs all mutants (of the files whose name has `part` in it); 1 when one survives."""
+    import pytest  # noqa: F401  loaded once, before the processes part
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
+
+    os.chdir(ROOT)
+    mutants = [one for one in MUTANTS if part in one.file]
+    check(mutants)
+    survivors = []
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "src"
+        shutil.copytree(ROOT / "src", source)
+        for paths in dict.fromkeys(one.tests for one in mutants):
+            if not passes(source, paths):
+                print(f"tests/{paths}: they fail without any mutant")
+                return 1
+        for number, one in enumerate(mutants, 1):
+            target = source / "whet" / one.file
+            text = target.read_text(encoding="utf-8")
+            target.write_text(text.replace(one.old, one.new), encoding="utf-8")
+            alive = passes(source, one.tests)
+            target.write_text(text, encoding="utf-8")
+            if alive:
+                survivors.append(one)
+                print(f"survived {number}: {one.file}: {one.old!r} -> {one.new!r}", flush=True)
+    print(f"{len(mutants) - len(survivors)} of {len(mutants)} mutants killed")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
