@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from loops.helpers import PROMPTS, by_prompt, cast, go, learner_of, loop_state, method_of, rollout
 from models import helpers as h
 
+from loops.helpers import PROMPTS, by_prompt, cast, go, learner_of, loop_state, method_of, rollout
 from whet.dials import Sampling
 from whet.generate import Request
 from whet.generate.local import LocalGenerator
@@ -110,13 +110,17 @@ def test_remax_subtracts_the_score_of_the_greedy_answer(
     method = method_of("remax", **changes)
     roles = cast(method)
     model = h.clone(roles)["policy"].model
-    own = go(tmp_path, method, roles, reward=h.TableReward(score), sampling=Sampling(6, 0.8), end_ids=end, equal_start=True)
+    own = go(
+        tmp_path, method, roles, reward=h.TableReward(score), sampling=Sampling(6, 0.8), end_ids=end, equal_start=True
+    )
     answers = rollout(tmp_path)
     for answer in answers:
         best = greedy(model, answer["prompt_ids"], end, 6)
         assert answer["baseline"] == pytest.approx(score(best) - cut)
         assert answer["score"] == pytest.approx(score(tuple(answer["completion_ids"])) - cut)
-        assert answer["advantage"] == pytest.approx([answer["score"] - answer["baseline"]] * len(answer["mask"]), abs=1e-6)
+        assert answer["advantage"] == pytest.approx(
+            [answer["score"] - answer["baseline"]] * len(answer["mask"]), abs=1e-6
+        )
     assert len(answers) == 3 * method.collect.answers
     assert len({answer["baseline"] for answer in answers}) > 1 or "refill" in changes
     assert own.version == 1

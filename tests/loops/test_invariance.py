@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from loops.helpers import ONLINE, PROMPTS, Rough, method_of
 from models import helpers as h
 from torch import Tensor
 
+from loops.helpers import ONLINE, PROMPTS, Rough, method_of
 from whet import catalogue
 from whet.choices import PAIR_LOSSES, SINGLE_LOSSES
 from whet.cli.verbs import SFT

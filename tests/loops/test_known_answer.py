@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from proof import cases as known
-from proof.enumeration import END, Problem, Tables, kl
 from torch import Tensor
 
+from proof import cases as known
+from proof.enumeration import END, Problem, Tables, kl
 from whet.dials import Optim, Sampling
 from whet.generate.local import LocalGenerator
 from whet.learner.local import LocalLearner

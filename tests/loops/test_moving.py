@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from loops.helpers import Recorder, cast, go, method_of, rollout
 from models import helpers as h
 from torch import Tensor
 
+from loops.helpers import Recorder, cast, go, method_of, rollout
 from whet.dials import KL, Sampling
 from whet.loops import offline
 from whet.loops.record import Run, read_metrics
@@ -184,8 +184,11 @@ def test_the_kl_controller_reads_the_kl_of_the_rollout(tmp_path: Path, estimator
     kl = KL(coef=0.5, controller="adaptive", target=0.05, horizon=30, estimator=estimator)  # type: ignore[arg-type]
     method = method_of("ppo", answers=2, kl=kl, whiten=None)
     roles = cast(method) | {"reference": h.policy(name="reference", seed=1, dtype=torch.float32)}
-    go(tmp_path, method, roles, steps=3)
+    own = go(tmp_path, method, roles, steps=3)
     lines = read_metrics(tmp_path)
+    if estimator == "exact":  # what a token does to its own state's KL is a loss, under the same coefficient
+        weights = [term.weight for work in own.works for term, _, _ in work if term.name == "exact_kl"]
+        assert weights == pytest.approx([line["state/penalty"] for line in lines])
     for before, after in zip(lines, lines[1:], strict=False):
         error = min(max(before["kl"] / 0.05 - 1, -0.2), 0.2)
         assert error == 0.2  # the two models are far apart

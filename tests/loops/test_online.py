@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from loops.helpers import END, ONLINE, Rough, cast, go, learner_of, method_of, rollout, separate
 from models import helpers as h
 
+from loops.helpers import ONLINE, Rough, cast, go, learner_of, method_of, rollout, separate
 from whet.choices import ONLINE_SLOTS
 from whet.dials import KL, Sampling, Truncated
 from whet.errors import RunStopped

@@ -9,9 +9,9 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 import torch
-from loops.helpers import opened
 from models import helpers as h
 
+from loops.helpers import opened
 from whet.cli.verbs import SFT
 from whet.dials import KL, Sampling
 from whet.errors import CheckpointError
@@ -67,7 +67,10 @@ def sft(
 
 def dpo(folder: Path, *, dies: int = 0, resume: bool = False, **plan: Any) -> LocalLearner:
     """Six updates on pairs with a running mean of rewards, and a reference that follows or is measured before."""
-    roles = {"policy": h.policy(dtype=torch.float32), "reference": h.policy(dtype=torch.float32, name="reference", seed=1)}
+    roles = {
+        "policy": h.policy(dtype=torch.float32),
+        "reference": h.policy(dtype=torch.float32, name="reference", seed=1),
+    }
     own = Fragile(roles, {"policy": OPTIM}, total=6, budget=30)
     own.dies = dies
     given, run = offline.Plan(6, 3, seed=4, save_every=1, **plan), opened(folder, resume)
@@ -186,7 +189,8 @@ def test_a_killed_run_on_pairs_resumes_to_the_bit(tmp_path: Path, whole: Any, di
         dpo(tmp_path, dies=dies, **plan)
     same(tmp_path, folder, dpo(tmp_path, resume=True, **plan), expected)
     states = [
-        json.loads((checkpoint.latest(one / "checkpoints") / "loop.json").read_text())["state"] for one in (tmp_path, folder)
+        json.loads((checkpoint.latest(one / "checkpoints") / "loop.json").read_text())["state"]
+        for one in (tmp_path, folder)
     ]
     assert states[0] == states[1]
     assert states[0]["term0.delta"] != 0.0

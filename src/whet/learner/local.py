@@ -198,6 +198,8 @@ class LocalLearner:
             batch = items[0][1].with_columns(number=torch.arange(len(items[0][1].rows)))
             now = streams.setdefault(items[0][0].stream, {})
             wanted = frozenset().union(*(term.reads() for term, _, _ in items)) & BARE - batch.columns.keys()
+            if name == "policy" and "old_logp" in batch.columns:
+                wanted |= {"logp"}  # how far the policy moved is always watched
             for rows in micro_batches(batch, self.budget):
                 micro = batch.take(rows)
                 with dropout or nullcontext():

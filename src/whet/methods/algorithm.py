@@ -192,6 +192,8 @@ def credited(algorithm: Algorithm, batch: Batch) -> Batch:
     if algorithm.credit is None or algorithm.place is None:
         return batch
     placed = batch["score"] - dense.sum(1)  # what is dense stays where it arose
+    rounding = 1e-6 * dense.abs().sum(1)
+    placed = torch.where(placed.abs() <= rounding, torch.zeros_like(placed), placed)
     if algorithm.truncated.rule == "bootstrap":
         # the critic's value stands for all that would have followed, the score too
         placed = torch.where(batch["truncated"], torch.zeros_like(placed), placed)

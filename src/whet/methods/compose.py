@@ -102,12 +102,13 @@ def _front(slots: Slots, truncated: Truncated, weights: Sequence[float], longest
     if slots.get("bound"):
         shape.append(chosen("bound", slots["bound"]))
     if slots.get("overlong"):
-        spec = _with_length("overlong", slots["overlong"], "limit", longest)
-        if spec["buffer"] > spec["limit"]:
+        penalty = chosen("overlong", _with_length("overlong", slots["overlong"], "limit", longest))
+        if penalty.dials["buffer"] > penalty.dials["limit"]:
             raise RecipeError(
-                f"method.overlong.buffer: it lies within the limit of {spec['limit']} tokens; got {spec['buffer']}"
+                f"method.overlong.buffer: it lies within the limit of {penalty.dials['limit']} tokens; "
+                f"got {penalty.dials['buffer']}"
             )
-        shape.append(chosen("overlong", spec))
+        shape.append(penalty)
     if normalise or slots["refill"]:
         _least(slots["answers"], 2, "normalise and refill compare the answers of a group")
     collect = Collect(slots["answers"], refill=slots["refill"])
@@ -121,8 +122,8 @@ def _credit_front(front: Algorithm, slots: Slots, longest: int | None) -> Algori
     truncated, name = front.truncated, slots["credit"]["name"]
     choice = found("credit", ONLINE_SLOTS["credit"], name)
     parameters = inspect.signature(getattr(ops, choice.op)).parameters
-    value = slots["value"] and record(Value, slots["value"])
-    if ("values" in parameters) != bool(value):
+    value = None if slots["value"] is None else record(Value, slots["value"])
+    if ("values" in parameters) != (value is not None):
         fix = "set value to null" if value else "set value, for example --value.clip 0.2"
         raise RecipeError(f"method.value: the credit {name} {'has no' if value else 'needs a'} critic; {fix}")
     if truncated.rule == "bootstrap" and not value:
@@ -143,7 +144,7 @@ def _credit_front(front: Algorithm, slots: Slots, longest: int | None) -> Algori
                 f"method.place: the credit {name} credits whole answers, where a placement that sums to the score changes "
                 "nothing; use terminal"
             )
-    if name == "group_steps" and slots["kl"]:
+    if name == "group_steps" and slots["kl"] is not None:
         raise RecipeError(
             "method.kl: the credit group_steps reads rewards at the ends of steps alone; use loss_kl instead"
         )
@@ -166,13 +167,13 @@ def _credit_front(front: Algorithm, slots: Slots, longest: int | None) -> Algori
         coef = spec.get("coef", ONLINE_SLOTS["loss_kl"][spec["name"]].extra["coef"])
         if coef > 0:
             terms.append(Term("policy", "rollout", penalty, reduce, coef, dials=dials, name=spec["name"]))
-    cost = record(KL, slots["kl"]) if slots["kl"] else None
+    cost = None if slots["kl"] is None else record(KL, slots["kl"])
     if cost is not None and cost.estimator == "exact":
         _check_exact(slots, cost)
         # the reward charges a token for the states it leads to; what it does to its own state's KL is a loss
         here = part(ops.dense, token_score="exact_kl")
         terms.append(Term("policy", "rollout", here, reduce, "penalty", dials=dials, name="exact_kl"))
-    if slots["entropy"]:
+    if slots["entropy"] is not None:
         bonus = record(Entropy, slots["entropy"])
         standard = Entropy()
         if bonus.target is None and (bonus.step, bonus.most) != (standard.step, standard.most):
@@ -324,6 +325,7 @@ def preference_of(slots: Slots, stream: str = "train") -> Objective:
         weight = spec.pop("weight", 1.0)
         choice = found("loss", PAIR_LOSSES | SINGLE_LOSSES, spec["name"])
         if spec["name"] == "sft":
+            dials_given("loss", choice, spec)
             terms.append(_sft(stream, weight, now))
             continue
         parameters = inspect.signature(getattr(ops, choice.op)).parameters

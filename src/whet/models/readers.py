@@ -55,21 +55,17 @@ def read(
         stack.enter_context(role.active())
         if dropout is not None:
             dropout.put_on(role.model, row_of.to(role.device), position_of.to(role.device), stack)
-        flat = _states(role, names, ids, layout)
+        states = role.hidden if role.linear_head or not names & LANGUAGE else role.logits
+        flat = states(ids, **layout).flatten(0, 1)
     other = None
     if "exact_kl" in names:
         if reference is None:
             raise ValueError("the exact KL needs the reference beside the policy, and there is none")
         with torch.no_grad(), reference.active():
-            other = _states(reference, names, ids.to(reference.device), layout)
+            states = reference.hidden if reference.linear_head else reference.logits
+            other = states(ids.to(reference.device), **layout).flatten(0, 1)
     with role.active():
         return _columns(role, batch, names, where, flat, reference, other)
-
-
-def _states(role: Role, names: frozenset[str], ids: Tensor, layout: dict[str, Tensor]) -> Tensor:
-    """Hidden states of every position, flat; logits where the model's head is more than a linear layer."""
-    language = bool(names & LANGUAGE) and not role.linear_head
-    return (role.logits if language else role.hidden)(ids, **layout).flatten(0, 1)
 
 
 @torch.no_grad()
@@ -174,15 +170,19 @@ def _language(
 
 def _exact_kl(role: Role, states: Tensor, reference: Role, other: Tensor, temperature: Tensor) -> Tensor:
     """KL(policy || reference) at every trained token over the whole vocabulary, (N,)."""
+    scale, other = temperature.to(_precise(states)), other.to(states.device)
     if not (role.linear_head and reference.linear_head):
-        scale = temperature.to(states)[:, None]
-        own, theirs = states.to(_precise(states)), other.to(states.device).to(_precise(states))
-        return exact_kl(own / scale, theirs / scale)
+        own, theirs = (_logits(*one).to(scale.dtype) for one in ((role, states), (reference, other)))
+        return exact_kl(own / scale[:, None], theirs / scale[:, None])
     head, ref_head = role.model.get_output_embeddings(), reference.model.get_output_embeddings()
     return linear_kl(
-        states, head.weight, other, ref_head.weight, bias=head.bias, ref_bias=ref_head.bias,
-        temperature=temperature.to(_precise(states)),
-    )  # fmt: skip
+        states, head.weight, other, ref_head.weight, bias=head.bias, ref_bias=ref_head.bias, temperature=scale
+    )
+
+
+def _logits(role: Role, states: Tensor) -> Tensor:
+    """The logits of states that are hidden where the head is linear, and logits already where it is more."""
+    return role.model.get_output_embeddings()(states) if role.linear_head else states
 
 
 def _precise(x: Tensor) -> torch.dtype:
