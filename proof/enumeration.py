@@ -149,7 +149,7 @@ def fixed_point(
     """
     tables = Tables(problem, reference)
     logits = tables.logits.clone().requires_grad_()
-    for step in range(steps):
+    for _ in range(steps):
         token = tables.token_logp(logits)
         now = token.detach()
         chance = now.sum(-1).exp()[..., None]
@@ -163,9 +163,7 @@ def fixed_point(
         with torch.no_grad():
             logits += rate * move
             logits -= logits.logsumexp(-1, keepdim=True)
-    assert float(move.abs().max()) < 1e-9, (
-        f"no fixed point after {step + 1} steps: {float(move.abs().max()):.2e} is left"
-    )
+    assert float(move.abs().max()) < 1e-9, f"no fixed point after {steps} steps: {float(move.abs().max()):.2e} is left"
     return tables.token_logp(logits.detach()).sum(-1)
 
 

@@ -307,7 +307,7 @@ def _tests(source: Path, paths: str) -> None:
     os.dup2(quiet, 2)
     import pytest
 
-    os._exit(int(pytest.main(["-x", "-q", "--no-header", *(str(ROOT / "tests" / one) for one in paths.split())])))
+    os._exit(int(pytest.main(["-x", "-q", "--assert=plain", *(str(ROOT / "tests" / one) for one in paths.split())])))
 
 
 def passes(source: Path, paths: str) -> bool:

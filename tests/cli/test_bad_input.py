@@ -204,7 +204,11 @@ GIVEN: dict[str, tuple[str, list[str], list[str]]] = {
     ),
     "a part for a slot": ("grpo", online("--clip", "0.1"), ["method.clip", "--surrogate clip"]),
     "an unknown part": ("grpo", online("--credit", "group_zcore"), ["method.credit", "did you mean 'group_zscore'?"]),
-    "a dial of another part": ("ppo", online("--credit.eps", "3"), ["method.credit.eps", "method.credit.gamma"]),
+    "a dial of another part": (
+        "ppo",
+        online("--credit.eps", "3"),
+        ["method.credit.eps", "did you mean 'method.credit.lam'?"],
+    ),
     "a critic that nothing reads": (
         "grpo",
         online("--value.clip", "0.2"),

@@ -45,7 +45,7 @@ def test_importing_whet_and_every_help_load_neither_torch_nor_transformers() -> 
         "    said = io.StringIO()\n"
         "    with contextlib.redirect_stdout(said):\n"
         "        assert main(words) == 0\n"
-        "    verb = f'usage: whet {words[0]} [' if len(words) > 1 else 'usage: whet VERB ['\n"
+        "    verb = f'usage: whet {words[0]} ' if len(words) > 1 else 'usage: whet VERB ['\n"
         "    assert said.getvalue().startswith(verb), words\n"
         "    assert not {'torch', 'transformers'} & sys.modules.keys(), words\n"
     )
@@ -120,7 +120,7 @@ def test_a_verbs_help_tells_every_slot_and_dial_with_its_own_default(
                 own, got = spec.get(dial, default), told[f"{name}.{dial.replace('_', '-')}"]
                 number = isinstance(own, float)
                 assert own is inspect.Parameter.empty or (
-                    float(got) == own if number else got == ("" if own is None else str(own))
+                    float(got) == own if number else got == ("null" if own is None else str(own))
                 )
 
 

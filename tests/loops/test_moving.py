@@ -4,6 +4,7 @@ import json
 import math
 import statistics
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +190,7 @@ def test_the_kl_controller_reads_the_kl_of_the_rollout(tmp_path: Path, estimator
     if estimator == "exact":  # what a token does to its own state's KL is a loss, under the same coefficient
         weights = [term.weight for work in own.works for term, _, _ in work if term.name == "exact_kl"]
         assert weights == pytest.approx([line["state/penalty"] for line in lines])
-    for before, after in zip(lines, lines[1:], strict=False):
+    for before, after in pairwise(lines):
         error = min(max(before["kl"] / 0.05 - 1, -0.2), 0.2)
         assert error == 0.2  # the two models are far apart
         assert after["state/penalty"] == pytest.approx(before["state/penalty"] * (1 + error * 6 / 30))

@@ -257,6 +257,18 @@ def test_the_kl_is_that_of_the_whole_vocabulary_where_some_tokens_cannot_be_draw
     assert read_metrics(tmp_path)[0]["kl"] == pytest.approx(total / len(answers), abs=1e-4)
 
 
+@pytest.mark.parametrize("dials", NARROW[:2], ids=str)
+def test_own_pairs_are_compared_with_the_reference_over_the_whole_vocabulary(
+    tmp_path: Path, dials: dict[str, Any]
+) -> None:
+    """Policy and reference are equal at the start, so every implicit reward is 0 and the loss log 2."""
+    own = go(tmp_path, method_of("online_dpo"), sampling=Sampling(6, **dials), equal_start=True)
+    assert read_metrics(tmp_path)[0]["loss/policy/rollout/sigmoid"] == pytest.approx(math.log(2), abs=1e-6)
+    batch, now = own.work[0][1], own.step.now["rollout"]
+    assert torch.equal(now["full_logp"][batch["mask"]], batch["ref_logp"][batch["mask"]])
+    assert float((now["full_logp"] - now["logp"])[batch["mask"]].max()) < -0.01  # less was left to draw from
+
+
 # --- importance correction -------------------------------------------------------------------------------------------
 
 

@@ -186,7 +186,7 @@ def differences(verb: str, slots: Slots, name: str | None = None) -> list[str]:
     out = [f"by default: {one}" for one in method.differs]
     for slot, value in method.slots.items():
         if slots.get(slot) != value:
-            out.append(f"in this recipe: {slot} is {_told(slots.get(slot))}, the method's is {_told(value)}")
+            out.append(f"in this recipe: {slot} is {in_words(slots.get(slot))}, the method's is {in_words(value)}")
     return out
 
 
@@ -229,14 +229,15 @@ def _step(about: str, told: str, source: str) -> str:
     return f"  {about:<18}{told}" + (f"   [{source}]" if source else "")
 
 
-def _told(value: Any) -> str:
+def in_words(value: Any) -> str:
+    """What stands in a slot, in words: the part with its dials, a record with its fields, a number."""
     if isinstance(value, Mapping) and "name" in value:
         rest = ", ".join(f"{key} {_shown(one)}" for key, one in value.items() if key != "name")
         return f"{value['name']}{f' ({rest})' if rest else ''}"
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_shown(one)}" for key, one in value.items())
     if isinstance(value, list):
-        return " + ".join(map(_told, value))
+        return " + ".join(map(in_words, value))
     return "nothing" if value is None else _shown(value)
 
 

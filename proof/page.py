@@ -1,0 +1,238 @@
+"""docs/methods.md, made of the catalogue, the choices and the proof's table, so that it says what the code does.
+
+python -m proof.page
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from whet import catalogue
+from whet.choices import DIALS, ONLINE_SLOTS, PAIR_LOSSES, PLAIN_SLOTS, REWARD_SLOTS, SCORES, SINGLE_LOSSES, Choice
+from whet.methods.compose import dials_of
+from whet.methods.explain import in_words
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+HEAD = """# Methods
+
+Made by `python -m proof.page` from the catalogue (`src/whet/catalogue.py`), the choices of every slot
+(`src/whet/choices.py`) and the table of `make proof`; a test keeps it fresh. A method is a row of names and numbers:
+what stands in which slot. Every slot of every method can be changed in the recipe (`method: {surrogate: {name: clip,
+high: 0.28}}`) or on the command line (`--surrogate.high 0.28`, `--credit leave_one_out`), and `whet explain METHOD
+[RECIPE.yaml]` prints the whole objective with the numbers filled in.
+
+pi now, pi_old when the rollout was taken, pi_ref the reference, pi_sampler what the generator reported; rho the ratio
+pi / pi_old; A the advantage; s the score of an answer y of |y| trained tokens; r_t the reward of token t, R their
+sum; V the critic; sg[.] has no gradient; w and l the rewards of the chosen and the rejected answer.
+"""
+
+REDUCTIONS = """## Reductions, and where they coincide
+
+All counts are global: over all micro-batches, so no split changes a number (`tests/loops/test_invariance.py`).
+
+- `token_mean` = `sequence_mean` where all answers are equally long; = `sequence_sum` / |y| then
+  (`tests/ops/test_reduce.py`).
+- `sequence_sum` = `fixed_length` x length; = `sequence_mean` where every answer has one token.
+- `clip` = `unclipped` in the first update of a rollout (rho = 1); its gradient is `reinforce`'s there, and so are
+  those of `cispo`, `sapo` and `dppo`.
+- ratio `sequence` = `token` for answers of one token; `sequence_token` has the value of `sequence` and, where A is
+  one number an answer, its gradient.
+- `group_center` = (G - 1) / G x `leave_one_out`; `group_zscore` = `group_center` / deviation.
+- `gae` with lam 1 = `monte_carlo` - V; with V = 0 it is `monte_carlo`; `gae_adaptive` = `gae` with lam = 1 - 1 /
+  (alpha |y|).
+- `log_exp` = `pairwise` without margin; `k_way` of two answers = `pairwise`; `dpo` with `policy_score` = `cpo`, with
+  its mean and a margin `simpo`.
+- `token_weight` with a cap that is not reached = `token_mask` inside its bounds = pi_old / pi_sampler; all
+  corrections are 1 where both agree.
+
+Attention weights (`place: attention`): the policy's own last layer, at the sample's tokens, when the rollout was
+taken; the query is the answer's last trained token, the keys are its trained tokens; heads are joined by their mean
+(or the largest head at each token), then the weights are divided by their sum, so they sum to 1. They carry no
+gradient (`tests/learner/test_columns.py`).
+"""
+
+TRAP = """## Where methods end: a KL in the loss is a trap
+
+With r the score and beta the coefficient, the optimum of the KL-regularised problem is pi*(y|x) = pi_ref(y|x) exp(r /
+beta) / Z. A KL **in the reward** (k1, or exact, which puts each token's own part in the loss) leads there. A KL **in
+the loss** is differentiated through the sampled tokens alone: it ignores that a token changes the KL of later tokens,
+the group's mean makes beta G / (G - 1), the group's deviation divides the reward but not the KL, and k3's gradient is
+that of KL(reference || policy). So each method's own end is computed by enumeration (its expected update, written out
+by hand in `proof/cases.py`, followed until it vanishes), and the real loop with the real generator must reach it. To
+end at pi* with a KL in the loss use `k2_sequence` with `leave_one_out` and `sequence_sum`. (For answers of one token
+k2, k3_weighted and exact are right too, and k3 still is not.)
+"""
+
+
+def cell(text: Any) -> str:
+    """Text for a table's cell."""
+    return str(text).replace("|", "\\|")
+
+
+def table(head: list[str], rows: list[list[Any]]) -> list[str]:
+    """A Markdown table."""
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    return [*lines, *(f"| {' | '.join(cell(one) for one in row)} |" for row in rows), ""]
+
+
+def slot(slots: Mapping[str, Any], name: str) -> str:
+    """What stands in a slot, "-" for nothing."""
+    value = slots.get(name)
+    return "-" if value in (None, 0, 0.0) else in_words(value)
+
+
+def online_rows() -> list[list[str]]:
+    """One row per online method."""
+    shown = {
+        "answers",
+        "kl",
+        "credit",
+        "whiten",
+        "ratio",
+        "surrogate",
+        "loss_kl",
+        "reduce",
+        "place",
+        "combine",
+        "value",
+        "truncated",
+    }
+    rows = []
+    for name, one in catalogue.ONLINE.items():
+        s = one.slots
+        other = [
+            f"{key}: {in_words(value)}" for key, value in s.items() if key not in shown and value not in (None, 0, 0.0)
+        ]
+        if s["value"] and s["value"] != catalogue.ONLINE["ppo"].slots["value"]:
+            other.append(f"value: {in_words(s['value'])}")
+        columns = [slot(s, key) for key in ("kl", "credit", "whiten", "ratio", "surrogate", "loss_kl", "reduce")]
+        rows.append([f"`{name}`", one.source, s["answers"], *columns, "; ".join(other) or "-"])
+    return rows
+
+
+def choice_rows(choices: Mapping[str, Choice]) -> list[list[str]]:
+    """One row per choice of a slot."""
+    rows = []
+    for name, one in choices.items():
+        dials = ", ".join(
+            f"{dial} {in_words(value)}" for dial, value in dials_of(one).items() if isinstance(value, (int, float, str))
+        )
+        rows.append([f"`{name}`", one.formula, dials or "-", one.source or "-"])
+    return rows
+
+
+def peers() -> list[list[str]]:
+    """Every choice whose definition peers have otherwise."""
+    tables = {**ONLINE_SLOTS, "score": SCORES, "loss": PAIR_LOSSES | SINGLE_LOSSES, "reward loss": REWARD_SLOTS["loss"]}
+    return [
+        [where, f"`{name}`", one.peers] for where, known in tables.items() for name, one in known.items() if one.peers
+    ]
+
+
+def proof() -> dict[str, Any]:
+    """The table of the last `make proof`; empty where none was run."""
+    file = DOCS / "proof.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"about": {}, "cases": {}}
+
+
+def evidence() -> list[list[str]]:
+    """Every method and what shows that it is right."""
+    cases = proof()["cases"]
+    rows = []
+    known = {**catalogue.ONLINE, **catalogue.ONLINE_PREFERENCE, **catalogue.PREFERENCE, **catalogue.REWARD}
+    for name in known:
+        own = {case: row for case, row in cases.items() if row["method"] == name}
+        ends = "; ".join(f"{case}: {max(row['left']):.4f} (below {row['bound']:g})" for case, row in own.items())
+        rows.append([f"`{name}`", ends or "-", "yes", "yes", "yes"])
+    return rows
+
+
+def trap_rows() -> list[list[str]]:
+    """Every case of the proof: how far its end is from pi*, and how near the loop came."""
+    return [
+        [
+            name,
+            f"{row['start']:.3f}",
+            f"{row['elsewhere']:.4f}",
+            " ".join(f"{one:.5f}" for one in row["left"]),
+            f"{row['bound']:g}",
+        ]
+        for name, row in proof()["cases"].items()
+    ]
+
+
+def text() -> str:
+    """The page."""
+    about = proof()["about"]
+    said = ", ".join(f"{key} {value}" for key, value in about.items()) or "not run yet"
+    head = [
+        "method",
+        "source",
+        "answers",
+        "KL in the reward",
+        "credit",
+        "whiten",
+        "ratio",
+        "surrogate",
+        "KL in the loss",
+        "reduce",
+        "else",
+    ]
+    out = [HEAD, "## Online methods", ""]
+    out += table(head, online_rows())
+    out += ["Where a method's defaults differ from its source:", ""]
+    for group in (catalogue.ONLINE, catalogue.ONLINE_PREFERENCE, catalogue.PREFERENCE):
+        out += [f"- `{name}`: {'; '.join(one.differs)}" for name, one in group.items() if one.differs]
+    out += [
+        "",
+        "## Preference methods",
+        "",
+        "`online_dpo` makes its pairs from its own answers, in the same loop as RL.",
+        "",
+    ]
+    both = {**catalogue.PREFERENCE, **catalogue.ONLINE_PREFERENCE}
+    out += table(
+        ["method", "source", "about", "beta", "score", "loss", "SFT weight"],
+        [
+            [
+                f"`{name}`",
+                one.source,
+                one.about,
+                *(slot(one.slots, key) for key in ("beta", "score", "loss", "sft_weight")),
+            ]
+            for name, one in both.items()
+        ],
+    )
+    out += ["## Reward models", "", "`whet reward --method.name NAME`.", ""]
+    out += table(
+        ["method", "source", "about"], [[f"`{name}`", one.source, one.about] for name, one in catalogue.REWARD.items()]
+    )
+    out += ["## The parts of every slot", ""]
+    for name, known in {**ONLINE_SLOTS, "score (preference)": SCORES, "loss (pairs)": PAIR_LOSSES, "loss (single answers)": SINGLE_LOSSES,
+                        "loss (reward models)": REWARD_SLOTS["loss"]}.items():  # fmt: skip
+        out += [f"### {name}", "", *table(["part", "formula", "dials", "source"], choice_rows(known))]
+    out += ["### slots with a number or a record", ""]
+    out += [f"- `{name}`: {meaning}" for name, (_, meaning) in PLAIN_SLOTS.items()]
+    out += ["", "### dials", "", *(f"- `{name}`: {meaning}" for name, (_, meaning) in DIALS.items()), ""]
+    out += [REDUCTIONS, TRAP, f"`make proof`: {said}. KL in nats, a mean over prompts; one number a seed.", ""]
+    out += table(["case", "start to its end", "its end to pi*", "left to its end", "bound"], trap_rows())
+    out += ["## What peers do otherwise", "", *table(["slot", "part", "peers"], peers())]
+    out += ["## Methods and evidence", ""]
+    out += [
+        "Own end: `make proof`, nats left, the worst seed. By hand: `tests/methods`. Invariance to micro-batches, order, "
+        "padding, NaN and packing: "
+        "`tests/loops/test_invariance.py`. Learning over three seeds: `tests/loops/test_learning.py`. The tables of these "
+        "tests cover the whole "
+        "catalogue, which they assert. Mutants: `make mutants`. The formulas as vectors for other implementations: `docs/conformance`.",
+        "",
+    ]
+    out += table(["method", "own end", "by hand", "invariance", "learning"], evidence())
+    return "\n".join(out).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    (DOCS / "methods.md").write_text(text(), encoding="utf-8")
+    sys.exit(0)
