@@ -7,12 +7,14 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint format bench clean help
+.PHONY: demo test lint format bench mutants proof clean help
 
 help:
 	@echo "make demo [SEED=1] [OUT=runs/demo]   the whole recipe on a little world, with a report"
 	@echo "make test                            all tests"
 	@echo "make lint                            ruff and mypy"
+	@echo "make mutants                         breaks the mathematics line by line; the tests must turn red"
+	@echo "make proof                           every known answer at full length, over three seeds; writes docs/proof.json"
 	@echo "make bench                           throughput of the loops on a fixed workload"
 
 # The environment is made anew when the requirements change.
@@ -40,6 +42,13 @@ format: .venv/ready
 
 bench: .venv/ready
 	.venv/bin/python -m benchmarks.throughput
+
+mutants: .venv/ready
+	.venv/bin/python -m proof.mutants
+
+proof: .venv/ready
+	.venv/bin/python -m proof.run
+	.venv/bin/python -m proof.page
 
 clean:
 	rm -rf .venv runs build *.egg-info src/*.egg-info

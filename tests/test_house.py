@@ -14,8 +14,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 HOUSE = ROOT / "src" / "whet"
 FLOOR = {
-    "errors": -1, "dials": -1, "ops": 0, "records": 1, "methods": 2, "models": 3, "generate": 4, "rewards": 4, "feedback": 4,
+    "errors": -4, "dials": -3, "choices": -2, "catalogue": -1,
+    "ops": 0, "records": 1, "methods": 2, "models": 3, "generate": 4, "rewards": 4, "feedback": 4,
     "learner": 4, "loops": 6, "view": 7, "cli": 8,
+    "conformance": 8,
 }  # fmt: skip
 HEAVY = {
     "transformers": {"models", "generate"}, "peft": {"models"}, "pyarrow": {"records", "loops", "cli"}, "datasets": {"records"},
@@ -79,9 +81,9 @@ def caption(path: Path) -> str:
 def tree() -> str:
     lines = ["src/whet/"]
     for path in [
-        HOUSE / "errors.py",
-        HOUSE / "dials.py",
+        *(HOUSE / f"{name}.py" for name in ("errors", "dials", "choices", "catalogue")),
         *(p for name in FLOOR for p in sorted((HOUSE / name).rglob("*.py"))),
+        HOUSE / "conformance.py",
     ]:
         inside = path.relative_to(HOUSE)
         if path.name == "__init__.py":
@@ -117,14 +119,14 @@ def test_public_names_are_what_is_exported() -> None:
 def test_the_method_of_the_contributing_guide_works_as_it_stands_there() -> None:
     import torch
 
-    from whet.methods import online
+    from whet import catalogue
+    from whet.methods import compose
 
     text = (ROOT / "CONTRIBUTING.md").read_text()
-    source = re.search(r"```python\n(def rloo.*?)```", text, re.DOTALL)
+    source = re.search(r"```python\n(\"clipped_rloo\".*?)```", text, re.DOTALL)
     assert source
-    names = dict(vars(online))
-    exec(source.group(1), names)
-    algorithm = names["rloo"](answers=2)
+    entry = eval(f"{{{source.group(1)}}}", dict(vars(catalogue)))["clipped_rloo"]
+    algorithm = compose.online_of({**entry.slots, "answers": 2})
     columns = {
         "token_reward": torch.tensor([[0.0, 1.0], [0.0, 4.0], [2.0, 0.0], [0.0, 0.0]]),
         "group": torch.tensor([0, 0, 1, 1]),
@@ -132,6 +134,7 @@ def test_the_method_of_the_contributing_guide_works_as_it_stands_there() -> None
     }
     expected = torch.tensor([[-3.0, -3.0], [3.0, 3.0], [2.0, 2.0], [-2.0, 0.0]])
     assert torch.equal(algorithm.credit(columns), expected)
+    assert algorithm.terms[0].loss.columns["ratio"].op.__name__ == "sequence_ratio"
 
 
 if __name__ == "__main__":

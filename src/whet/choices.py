@@ -296,7 +296,7 @@ ONLINE_SLOTS: dict[str, dict[str, Choice]] = {
         ),
         "k3": Choice(
             "k3",
-            "{coef} (pi_ref / pi - 1 - log(pi_ref / pi))",
+            "{coef} (pi_ref / pi - 1 - log(pi_ref / pi)),  clamped to {bound}",
             "GRPO, Shao et al. 2024, eq. 4; gradient of the token's KL(reference || policy)",
             "clamped to 10 in OpenRLHF and verl (bound 10), not in TRL",
             {"logp": "full_logp"},

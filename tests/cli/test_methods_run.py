@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import tiny
 
+from whet.learner.local import LocalLearner
+from whet.records import Batch
+
 from .helpers import whet
 
 JUDGE = """
@@ -99,12 +102,25 @@ def test_a_method_on_rows_lowers_its_loss_and_names_its_terms(
 
 
 def test_a_reference_measured_once_gives_the_run_in_which_it_is_measured_at_every_update(
-    home: Path, tmp_path: Path, capsys: Any
+    home: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    asked: dict[str, int] = {}
+    measure = LocalLearner.measure
     for name in ("false", "true"):
-        assert whet(capsys, "dpo", *offline(home, tmp_path / name, "pairs", "--precompute", name)).status == 0
+
+        def counted(self: LocalLearner, batch: Batch, columns: frozenset[str], name: str = name) -> Batch:
+            asked[name] = asked.get(name, 0) + len(batch.rows) * ("ref_logp" in columns)
+            return measure(self, batch, columns)
+
+        monkeypatch.setattr(LocalLearner, "measure", counted)
+        given = offline(
+            home, tmp_path / name, "pairs", "--train.epochs", 2, "--train.steps", "null", "--precompute", name
+        )
+        assert whet(capsys, "dpo", *given).status == 0
     losses = [[row["loss"] for row in rows(tmp_path / name / "metrics.jsonl")] for name in ("false", "true")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    rows_of_file = 2 * len(tiny.WORDS)
+    assert asked == {"false": 7 * 6 * 2, "true": rows_of_file}  # seven updates of six pairs; every row once
 
 
 ONLINE: dict[str, tuple[str, tuple[object, ...], set[str]]] = {
@@ -216,7 +232,8 @@ def test_the_best_of_n_answers_are_demonstrations_for_sft(home: Path, tmp_path: 
 RESUMED: dict[str, tuple[str, tuple[object, ...], str]] = {
     "online_dpo with bco_pair": ("online_dpo", ("--answers", 4, "--loss", "bco_pair"), "state/term0.delta"),
     "dapo with refill": ("dapo", ("--answers", 4, "--overlong", "null", "--sampling.top-p", 0.9), "rounds"),
-    "a running deviation": ("reinforce", ("--running", "standardise", "--kl.controller", "adaptive", "--kl.target", 1), "state/running.square"),
+    "a running deviation": ("reinforce", ("--running", "standardise", "--kl.controller", "adaptive", "--kl.target", 1),
+                            "state/running.square"),
     "a moving reference": ("grpo", ("--answers", 2, "--rollout.refresh.every", 1, "--rollout.refresh.mix", 0.6), "kl"),
 }  # fmt: skip
 

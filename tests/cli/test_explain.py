@@ -1,0 +1,117 @@
+"""`whet explain`: the objective with its numbers, the arithmetic, and where it ends."""
+
+from pathlib import Path
+
+import pytest
+
+import whet
+from proof import cases as known
+from proof.enumeration import Problem
+from whet import catalogue
+from whet.choices import changed
+from whet.cli.main import OFFLINE, ONLINE, main
+from whet.methods.explain import ending
+
+PROBLEM = Problem()
+CASES = known.cases(PROBLEM)
+
+
+def lines(verb: str, *words: str, **fields: object) -> list[str]:
+    return [line.strip() for line in whet.explain(verb, *words, **fields).splitlines()]
+
+
+@pytest.mark.parametrize("verb", [*OFFLINE, *ONLINE])
+def test_every_training_verb_is_explained_with_all_numbers_filled_in(verb: str) -> None:
+    text = whet.explain(verb)
+    assert text.startswith(verb)
+    for title in ("objective, minimised:", "arithmetic:", "trained and frozen:", "trained tokens:"):
+        assert f"\n{title}\n" in text
+    assert "{" not in text
+    assert ("where it ends:" in text) == (verb in ONLINE)
+
+
+@pytest.mark.parametrize("name", catalogue.REWARD)
+def test_every_reward_model_is_explained(name: str) -> None:
+    assert lines("reward", **{"method.name": name})[0].startswith(f"reward, {name}: ")
+
+
+def test_the_numbers_are_the_recipes() -> None:
+    told = lines(
+        "grpo",
+        **{"surrogate.high": 0.3, "answers": 4, "loss_kl.coef": 0.01, "rollout.prompts": 6, "rollout.minibatch": 8,
+           "rollout.epochs": 2, "rollout.steps": 5, "sampling.max_new_tokens": 10},
+    )  # fmt: skip
+    assert any("-min(rho A, clip(rho, 1 - 0.2, 1 + 0.3) A)" in line for line in told)
+    assert any(line.startswith("+ KL in the loss  0.01 (pi_ref / pi") for line in told)
+    assert "6 prompts x 4 answers = 24 answers a rollout, at most 10 tokens each" in told
+    assert "24 answers in mini-batches of 8 = 3 updates, x 2 epochs = 6 updates a rollout" in told
+    assert "5 rollouts x 6 = 30 updates in all" in told
+    assert any(line.startswith("at most 8 x 10 = 80 trained tokens an update") for line in told)
+    assert "the group's mean has the answer itself in it, so the effective beta is 4/3 of loss_kl.coef" in told
+    assert any(line.startswith("in this recipe: surrogate is clip (high 0.3), the method's is clip") for line in told)
+
+
+def test_pairs_are_counted_as_pairs() -> None:
+    told = lines("online_dpo", **{"answers": 4, "rollout.prompts": 8, "sampling.max_new_tokens": 10})
+    assert "8 prompts x 4 answers = 32 answers a rollout, at most 10 tokens each" in told
+    assert "8 pairs in mini-batches of 8 = 1 updates, x 1 epochs = 1 updates a rollout" in told
+    assert any(line.startswith("at most 16 x 10 = 160 trained tokens an update") for line in told)
+
+
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        ({"kl.controller": "adaptive", "kl.target": 3.0}, "coefficient adaptive, aims at 3.0 nats per answer"),
+        ({"kl.estimator": "exact", "whiten": None}, "KL(policy || reference) of the token's own state"),
+        ({"truncated.rule": "mask"}, "answers cut off at the limit are masked"),
+        ({"sampling.top_p": 0.9}, "some tokens cannot be drawn"),
+        ({"rollout.refresh.every": 5, "rollout.refresh.mix": 0.6}, "moves by 0.6 towards the policy every 5 rollouts"),
+        ({"entropy.coef": 0.01, "entropy.target": 0.5}, "steered to 0.5 nats per token"),
+        ({"model.lora.rank": 8}, "by adapters of rank 8"),
+    ],
+)
+def test_what_a_recipe_sets_is_told(fields: dict, what: str) -> None:
+    assert what in whet.explain("ppo", **fields)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_where_a_method_is_said_to_end_is_where_it_ends(name: str) -> None:
+    """The words against the fixed points that `proof.cases` computes: pi* is promised exactly where it is reached."""
+    case = CASES[name]
+    slots = changed(catalogue.ONLINE[case.method].slots, {**case.changes, "answers": case.group})
+    promised = ending(slots)[0].startswith("pi*")
+    assert promised == (case.field in ("regularised", "per answer"))
+
+
+def test_a_recipe_may_name_its_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("verb: rloo\nmethod: {answers: 6}\n")
+    assert main(["explain", str(recipe), "--kl.coef", "0.2"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("rloo: ")
+    assert "x 6 answers" in told
+    assert "r_t <- r_t - 0.2 (log pi_old - log pi_ref)" in told
+    assert main(["explain", "grpo", str(recipe)]) == 2
+    assert "is a recipe of rloo; got grpo" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        ([], "which method?"),
+        (["rloop"], "did you mean 'rloo'?"),
+        (["sample"], "sample trains nothing"),
+        (["grpo", "--kl.coeff", "1"], "unknown field 'method.kl.coeff'; did you mean 'method.kl.coef'?"),
+        (["rloo", "--answers", "1"], "method.answers: the credit leave_one_out compares the answers of a group"),
+    ],
+)
+def test_what_cannot_be_explained_is_told(words: list[str], what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", *words]) == 2
+    assert what in capsys.readouterr().err
+
+
+def test_a_recipe_without_a_verb_is_told_how_to_name_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("seed: 3\n")
+    assert main(["explain", str(recipe)]) == 2
+    assert "it names no verb; add a line such as `verb: ppo`" in capsys.readouterr().err
