@@ -282,7 +282,7 @@ MUTANTS: list[Mutant] = [
     ),
     *_of(
         "models/readers.py",
-        "models/test_readers.py learner",
+        "models/test_readers.py learner generate/test_support.py",
         ("_language(role, flat[at - 1], tokens", "_language(role, flat[at], tokens"),
         ("_scalar(role, flat[at - 1]) + each", "_scalar(role, flat[at]) + each"),
         ('out["full_logp"] = logp if support is None else logprobs(None, False)[0]', 'out["full_logp"] = logp'),

@@ -268,7 +268,7 @@ PREFERENCE: Mapping[str, Method] = {
     "orpo": Method(
         "ORPO: SFT on the chosen answer and its odds against the rejected one, no reference",
         "Hong et al. 2024",
-        {"score": {"name": "log_odds"}, "loss": [{"name": "sigmoid", "weight": 0.1}], "sft_weight": 1.0},
+        {"score": {"name": "log_odds"}, "loss": {"name": "sigmoid", "weight": 0.1}, "sft_weight": 1.0},
         ("the SFT term is a mean over the chosen answers' tokens; TRL's also counts the prompts'",),
     ),
     "simpo": Method(

@@ -319,7 +319,16 @@ GIVEN: dict[str, tuple[str, list[str], list[str]]] = {
     ),
     "a dense reward in sample": (
         "sample",
-        [*"--model HOME/m --data HOME/prompts.jsonl --out OUT/a --reward".split(), "{source: HOME/m, dense: true}"],  # noqa: SIM905
+        [
+            "--model",
+            "HOME/m",
+            "--data",
+            "HOME/prompts.jsonl",
+            "--out",
+            "OUT/a",
+            "--reward",
+            "{source: HOME/m, dense: true}",
+        ],
         ["'reward.dense'"],
     ),
     "a win rate against nobody": (

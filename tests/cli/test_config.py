@@ -118,9 +118,13 @@ SLOTS = [
     ("dpo", ("--score.mean",), {"score": {"name": "implicit_reward", "mean": True}}),
     ("dpo", ("--loss", "[{name: sigmoid, weight: 0.8}, {name: bco_pair, weight: 0.2}]"), {"loss": list(SIGMOID)}),
     ("reward", ("--loss.ties", "half"), {"name": "k_way", "loss": {"name": "k_way", "ties": "half"}}),
-    ("reward", ("--method.name", "pairwise", "--centring", "0.1"), {"name": "pairwise", "loss": {"name": "pairwise"}, "centring": 0.1}),
+    (
+        "reward",
+        ("--method.name", "pairwise", "--centring", "0.1"),
+        {"name": "pairwise", "loss": {"name": "pairwise"}, "centring": 0.1},
+    ),
     ("reward", ("--method.name", "process"), {"name": "process", "loss": {"name": "process"}}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("verb", "words", "changes"), SLOTS)
@@ -216,37 +220,58 @@ DIALS = [
     ("grpo", {"asnwers": 2}, "unknown field 'method.asnwers'; did you mean 'method.answers'?"),
     ("grpo", {"surrogate": {"low": 0}}, "method.surrogate.low: expected `float` > 0.0; got 0"),
     ("grpo", {"surrogate": {"lwo": 0.1}}, "unknown field 'method.surrogate.lwo'; did you mean 'method.surrogate.low'?"),
-    ("grpo", {"surrogate": {"bound": 3}}, "unknown field 'method.surrogate.bound'; did you mean 'method.surrogate.low'?"),
+    (
+        "grpo",
+        {"surrogate": {"bound": 3}},
+        "unknown field 'method.surrogate.bound'; did you mean 'method.surrogate.low'?",
+    ),
     ("grpo", {"surrogate": "clpi"}, "method.surrogate: unknown 'clpi'; did you mean 'clip'?"),
-    ("grpo", {"surrogate": None}, "method.surrogate: it cannot be left out; known are clip, dual_clip, unclipped, kl_penalised, "
-     "reinforce, cispo, sapo, gmpo, dppo"),
+    (
+        "grpo",
+        {"surrogate": None},
+        "method.surrogate: it cannot be left out; known are clip, dual_clip, unclipped, kl_penalised, "
+        "reinforce, cispo, sapo, gmpo, dppo",
+    ),
     ("grpo", {"surrogate": 0.2}, "method.surrogate: expected the name of a part, or {name: ..., dial: ...}; got 0.2"),
     ("grpo", {"surrogate": ["clip", "cispo"]}, "method.surrogate: it holds one part; got a list of 2"),
     ("grpo", {"surrogate": {"name": "dual_clip", "bound": 1}}, "method.surrogate.bound: expected `float` > 1.0; got 1"),
     ("ppo", {"credit": {"lam": 1.5}}, "method.credit.lam: expected `float` <= 1.0; got 1.5"),
     ("ppo", {"credit": {"lam": "long"}}, "method.credit.lam: expected `float`, got `str`; got 'long'"),
-    ("ppo", {"place": {"name": "uniform", "normalised": True}}, "method.place.normalised: uniform has no dials; leave it out"),
+    (
+        "ppo",
+        {"place": {"name": "uniform", "normalised": True}},
+        "method.place.normalised: uniform has no dials; leave it out",
+    ),
     ("ppo", {"place": "middle"}, "method.place: unknown 'middle'; known are terminal, uniform, linear, attention"),
     ("ppo", {"kl": {"coeff": 1}}, "unknown field 'method.kl.coeff'; did you mean 'method.kl.coef'?"),
     ("ppo", {"kl": {"coef": -1}}, "method.kl.coef: expected `float` >= 0.0; got -1"),
     ("ppo", {"kl": 0.1}, "method.kl: expected `object | null`, got `float`; got 0.1"),
-    ("ppo", {"kl": {"where": "middle"}}, "method.kl.where: invalid enum value 'middle'; known are token, "
-     "sequence, sequence_sum; got 'middle'"),
+    (
+        "ppo",
+        {"kl": {"where": "middle"}},
+        "method.kl.where: invalid enum value 'middle'; known are token, sequence, sequence_sum; got 'middle'",
+    ),
     ("ppo", {"value": {"lam": 2}}, "method.value.lam: expected `float` <= 1.0; got 2"),
     ("dpo", {"loss": {"label_smoothing": 0.5}}, "method.loss.label_smoothing: expected `float` < 0.5; got 0.5"),
-    ("dpo", {"loss": {"name": "exo_pair", "label_smoothing": 0}}, "method.loss.label_smoothing: expected `float` > 0.0; got 0"),
+    (
+        "dpo",
+        {"loss": {"name": "exo_pair", "label_smoothing": 0}},
+        "method.loss.label_smoothing: expected `float` > 0.0; got 0",
+    ),
     ("dpo", {"loss": [{"name": "sigmoid", "weight": -1}]}, "method.loss.weight: expected `float` >= 0.0; got -1"),
     ("dpo", {"loss": ["sigmiod"]}, "method.loss: unknown 'sigmiod'; did you mean 'sigmoid'?"),
     ("dpo", {"loss": []}, "method.loss: it holds one part; got a list of 0"),
-    ("dpo", {"score": {"divergence": "kl"}}, "method.score.divergence: invalid enum value 'kl'; known are reverse_kl, "
-     "forward_kl, js, alpha; "
-     "got 'kl'"),
+    (
+        "dpo",
+        {"score": {"divergence": "kl"}},
+        "method.score.divergence: invalid enum value 'kl'; known are reverse_kl, forward_kl, js, alpha; got 'kl'",
+    ),
     ("dpo", {"rollout": 3}, "unknown field 'method.rollout'; "),
     ("online_dpo", {"kl": {"coef": 0.1}}, "unknown field 'method.kl'; "),
     ("online_dpo", {"credit": "gae"}, "unknown field 'method.credit'; "),
     ("orpo", {"beta": 0.1}, "unknown field 'method.beta'; "),
     ("kto", {"sft_weight": 0.1}, "unknown field 'method.sft_weight'; "),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("verb", "changes", "what"), DIALS)

@@ -1,4 +1,4 @@
-"""No option is accepted and ignored: every slot, every choice and every dial of every method composes to something else or is refused."""
+"""No option is accepted and ignored: every slot, choice and dial of a method counts, or is refused."""
 
 import typing
 from collections.abc import Iterator
@@ -119,7 +119,7 @@ def differs(method: str, base: Any, changes: dict[str, Any], slot: str, *names: 
 
 
 def each_dial(method: str, slot: str, own: dict[str, Any], found: Iterator[tuple[str, Any]]) -> None:
-    """Every dial of a part or record counts beside `own`, what stands there; or what it needs is named, and then it counts."""
+    """Every dial counts beside `own`, what stands there; or what it needs is named, and then it counts."""
     base = made(method, {slot: own})
     for dial, value in found:
         refused = refusal(method, base, {slot: {**own, dial: value}}, slot, dial)

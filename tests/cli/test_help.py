@@ -63,17 +63,49 @@ def test_the_overview_names_every_verb() -> None:
     assert [verb for verb in VERBS if f"  {verb} " not in done.stdout] == []
 
 
-@pytest.mark.parametrize(("verb", "lines"), [
-    ("sft", ["--model.path", "--model.lora.rank", "--data.too-long", "--train.save-every", "--optim.lr"]),
-    ("grpo", ["--rollout.prompts", "--rollout.refresh.every", "--sampling.max-new-tokens", "--method.answers", "--method.surrogate",
-              "--method.surrogate.low", "--method.kl.coef", "--method.loss-kl.coef", "--method.entropy.target", "dual_clip"]),
-    ("ppo", ["--method.credit.lam", "--method.value.clip", "--method.whiten.ddof", "leave_one_out", "--critic.path"]),
-    ("dpo", ["--reference", "--method.beta", "--method.loss.label-smoothing", "bco_pair", "--precompute", "--refresh.mix"]),
-    ("kto", ["--method.loss.desirable", "--method.loss.undesirable"]),
-    ("orpo", ["--method.loss", "--method.sft-weight", "--method.loss.margin"]),
-    ("reward", ["--head.readout", "k_way", "--method.loss.ties", "--method.name", "process", "--data.separator"]),
-    ("sample", ["--count", "--reward", "--keep"]), ("rank", ["--judge-form"]), ("eval", ["--against"]), ("demo", ["--out"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("verb", "lines"),
+    [
+        ("sft", ["--model.path", "--model.lora.rank", "--data.too-long", "--train.save-every", "--optim.lr"]),
+        (
+            "grpo",
+            [
+                "--rollout.prompts",
+                "--rollout.refresh.every",
+                "--sampling.max-new-tokens",
+                "--method.answers",
+                "--method.surrogate",
+                "--method.surrogate.low",
+                "--method.kl.coef",
+                "--method.loss-kl.coef",
+                "--method.entropy.target",
+                "dual_clip",
+            ],
+        ),
+        (
+            "ppo",
+            ["--method.credit.lam", "--method.value.clip", "--method.whiten.ddof", "leave_one_out", "--critic.path"],
+        ),
+        (
+            "dpo",
+            [
+                "--reference",
+                "--method.beta",
+                "--method.loss.label-smoothing",
+                "bco_pair",
+                "--precompute",
+                "--refresh.mix",
+            ],
+        ),
+        ("kto", ["--method.loss.desirable", "--method.loss.undesirable"]),
+        ("orpo", ["--method.loss", "--method.sft-weight", "--method.loss.margin"]),
+        ("reward", ["--head.readout", "k_way", "--method.loss.ties", "--method.name", "process", "--data.separator"]),
+        ("sample", ["--count", "--reward", "--keep"]),
+        ("rank", ["--judge-form"]),
+        ("eval", ["--against"]),
+        ("demo", ["--out"]),
+    ],
+)
 def test_a_verbs_help_names_its_fields(verb: str, lines: list[str]) -> None:
     done, _ = spent(verb, "--help")
     assert [line for line in lines if line not in done.stdout] == []
@@ -85,7 +117,7 @@ def shown(lines: list[str]) -> dict[str, str]:
     for line in lines:
         if line.startswith("  --"):
             name, _, told = line.strip().partition(" ")
-            out[name] = told.rpartition("[")[2].rstrip("]") if told.endswith("]") else ""
+            out[name] = told.rpartition(" [")[2][:-1] if told.endswith("]") else ""
     return out
 
 
@@ -122,6 +154,39 @@ def test_a_verbs_help_tells_every_slot_and_dial_with_its_own_default(
                 assert own is inspect.Parameter.empty or (
                     float(got) == own if number else got == ("null" if own is None else str(own))
                 )
+
+
+@pytest.mark.parametrize("verb", [*OFFLINE, *ONLINE, "sample", "rank", "eval"])
+def test_what_a_verbs_help_shows_can_be_given_as_it_stands(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from whet.cli import build, config
+    from whet.cli.main import parsed
+    from whet.cli.recipe import kind_of
+
+    assert main([verb, "--help"]) == 0
+    told = {name: value for name, value in shown(capsys.readouterr().out.splitlines()).items() if value}
+    assert len(told) > 0 or verb == "rank"
+    kind = kind_of(verb)
+    plain = config.resolve(kind, verb, None, [])
+    for name, value in told.items():
+        recipe = config.resolve(kind, verb, None, parsed([f"{name}={value}"])[1])
+        switched_on = name.startswith(
+            ("--model.lora.", "--critic.optim.", "--method.")
+        )  # sections that are empty by default
+        assert recipe == plain or switched_on, name
+        if hasattr(recipe, "method"):
+            build.checked(verb, recipe.method, config.leaves(kind))
+
+
+@pytest.mark.parametrize("verb", [*OFFLINE, *ONLINE])
+def test_every_training_verb_is_explained_with_its_numbers_filled_in(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--ptx", "rows.jsonl"] if verb == "instructgpt" else []
+    assert main(["explain", verb, *given]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert said.out.startswith(f"{verb}")
+    assert not {"{", "}"} & set(said.out)
 
 
 def test_an_unknown_verb_is_named_with_the_nearest_one_without_a_traceback_unless_debugging() -> None:

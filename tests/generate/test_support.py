@@ -1,4 +1,4 @@
-"""Under top-p, top-k and min-p: what could be drawn is recorded, and the learner reads the very distribution that was drawn from."""
+"""Under top-p, top-k and min-p: what could be drawn is recorded, and the learner reads that distribution."""
 
 from dataclasses import replace
 from typing import Any
@@ -17,9 +17,11 @@ from whet.records import Batch, Group, Sample, pad, pad_support
 
 PROMPTS = [h.prompt(i, ids) for i, ids in enumerate([(2,), (3, 4, 6, 7, 8, 9, 4, 4, 3), (10, 11)])]
 KINDS: dict[str, Any] = {
-    "qwen3": lambda: tiny.causal_lm("qwen3", dtype=torch.float64), "llama": lambda: tiny.causal_lm("llama", dtype=torch.float64),
-    "gpt2": lambda: tiny.causal_lm("gpt2", dtype=torch.float64), "capped": h.gemma2,
-}  # fmt: skip
+    "qwen3": lambda: tiny.causal_lm("qwen3", dtype=torch.float64),
+    "llama": lambda: tiny.causal_lm("llama", dtype=torch.float64),
+    "gpt2": lambda: tiny.causal_lm("gpt2", dtype=torch.float64),
+    "capped": h.gemma2,
+}
 DIALS = [
     Sampling(8, top_p=0.9), Sampling(8, top_p=0.3), Sampling(8, top_k=4), Sampling(8, top_k=1), Sampling(8, min_p=0.2),
     Sampling(8, 0.75, top_k=9, top_p=0.8, min_p=0.05),

@@ -1,4 +1,4 @@
-"""What is read beside the log-prob: the exact KL, the collision probability, the attention; by transformers' own forward."""
+"""What is read beside the log-prob: the exact KL, the collision, the attention; by transformers' own forward."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ def batch() -> Batch:
 
 
 def logprobs(of: Any, row: Row, temperature: float) -> Tensor:
-    """log softmax over the whole vocabulary before each response token, from the full forward of the row alone: (response, V)."""
+    """log softmax over the vocabulary before each response token, from the row's own full forward: (response, V)."""
     return (h.full_logits(of, row.ids) / temperature).log_softmax(-1)[row.start - 1 : -1]
 
 
@@ -48,7 +48,7 @@ def check(got: Tensor, expected: Any, within: float) -> None:
         assert not got[number, row.response :].any()
 
 
-# --- the exact KL ------------------------------------------------------------------------------------------------------
+# --- the exact KL ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dials", LAYOUTS, ids=str)
@@ -127,7 +127,7 @@ def test_without_a_reference_there_is_no_exact_kl() -> None:
         learner({"policy": h.policy()}).measure(Batch.of(h.rows()), frozenset({"old_exact_kl"}))
 
 
-# --- the collision probability -----------------------------------------------------------------------------------------
+# --- the collision probability ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dials", LAYOUTS, ids=str)
@@ -139,13 +139,13 @@ def test_the_collision_is_the_sum_of_the_squared_probabilities(kind: str, dials:
     assert bool((got[batch()["mask"]] >= 1 / 27).all())
 
 
-# --- attention ---------------------------------------------------------------------------------------------------------
+# --- attention -------------------------------------------------------------------------------------------------------
 
 JOINED = {"attention_mean": lambda weights: weights.mean(0), "attention_max": lambda weights: weights.amax(0)}
 
 
 def attention_by_hand(kind: str, row: Row, name: str) -> Tensor:
-    """The last layer's weights of the last trained token as transformers gives them for the row alone, on trained tokens."""
+    """The last layer's weights of the last trained token on trained tokens, from transformers for the row alone."""
     plain = model(kind, attn_implementation="eager")
     with torch.no_grad():
         weights = plain(input_ids=row.ids[None], output_attentions=True, use_cache=False).attentions[-1][0]

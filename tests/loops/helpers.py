@@ -38,8 +38,10 @@ def method_of(name: str, **changes: Any) -> Algorithm:
 def separate(dtype: torch.dtype = torch.float32) -> dict[str, Role]:
     """Policy, reference and critic, each a model of its own; policy and reference are equal."""
     return {
-        "policy": h.policy(dtype=dtype), "reference": h.policy(dtype=dtype, name="reference"), "critic": h.scorer(dtype=dtype, seed=2)
-    }  # fmt: skip
+        "policy": h.policy(dtype=dtype),
+        "reference": h.policy(dtype=dtype, name="reference"),
+        "critic": h.scorer(dtype=dtype, seed=2),
+    }
 
 
 def cast(method: Algorithm, dtype: torch.dtype = torch.float32) -> dict[str, Role]:

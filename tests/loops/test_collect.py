@@ -23,8 +23,9 @@ def rare(ids: tuple[int, ...]) -> float:
     return float(ids[0] % 3 == 0)
 
 
-def test_groups_without_spread_are_replaced_within_bounds(tmp_path: Path) -> None:
-    go(tmp_path, method_of("grpo", answers=2, refill=3), reward=h.TableReward(rare), steps=4, save_every=1)
+@pytest.mark.parametrize("refill", [1, 3])
+def test_groups_without_spread_are_replaced_within_bounds(tmp_path: Path, refill: int) -> None:
+    go(tmp_path, method_of("grpo", answers=2, refill=refill), reward=h.TableReward(rare), steps=6, save_every=1)
     handed = 0
     lines = read_metrics(tmp_path)
     for step, line in enumerate(lines, 1):
@@ -34,10 +35,11 @@ def test_groups_without_spread_are_replaced_within_bounds(tmp_path: Path) -> Non
         kept = line["groups_with_spread"]
         assert sum(spread) == kept
         assert spread == sorted(spread, reverse=True)  # those without spread only make up for what is missing
-        assert 1 <= line["rounds"] <= 4
-        assert line["rounds"] == 4 or kept == 3
+        assert 1 <= line["rounds"] <= refill + 1
+        assert line["rounds"] == refill + 1 or kept == 3
         handed += int(kept + line["groups_refilled"])
     assert any(line["rounds"] > 1 and line["groups_with_spread"] == 3 for line in lines)
+    assert refill > 1 or any(line["groups_with_spread"] == 2 for line in lines)
     assert loop_state(tmp_path)["drawn"] == handed
 
 
@@ -73,7 +75,8 @@ def test_steps_of_unlike_reward_are_spread_too(tmp_path: Path) -> None:
 def test_refilled_rollouts_keep_their_supports(tmp_path: Path, changes: dict[str, Any]) -> None:
     """Rounds whose widest support differs are joined all the same."""
     own = go(
-        tmp_path, method_of("grpo", answers=2, refill=3), reward=h.TableReward(rare), steps=3, sampling=Sampling(6, **changes)
+        tmp_path, method_of("grpo", answers=2, refill=3), reward=h.TableReward(rare), steps=3,
+        sampling=Sampling(6, **changes),
     )  # fmt: skip
     assert max(line["rounds"] for line in read_metrics(tmp_path)) > 1
     assert own.version == 3

@@ -56,7 +56,8 @@ def rows() -> list[Row]:
 def unpaired() -> list[Unpaired]:
     """Good and bad answers of unlike lengths, each beside one of another prompt."""
     return [
-        Unpaired(h.row(i, 2 + i % 3, 1 + i, holes=i == 4), h.row(60 + i, 2 + i % 3, 5 - i % 4), i % 3 > 0) for i in range(6)
+        Unpaired(h.row(i, 2 + i % 3, 1 + i, holes=i == 4), h.row(60 + i, 2 + i % 3, 5 - i % 4), i % 3 > 0)
+        for i in range(6)
     ]  # fmt: skip
 
 
@@ -102,7 +103,11 @@ SCENARIOS: dict[str, Scenario] = {
     "dpo mixture": on_pairs(loss=[{"name": "sigmoid", "weight": 0.6}, {"name": "bco_pair"}, {"name": "sft"}]),
     "ipo mean": on_pairs("ipo", beta=0.5, score={"mean": True}),
     "kto": Scenario(preference("kto", beta=0.5), unpaired),
-    **{f"kto {one}": Scenario(preference("kto", loss=one, beta=0.5), unpaired) for one in SINGLE_LOSSES if one != "kto"},
+    **{
+        f"kto {loss}": Scenario(preference("kto", loss=loss, beta=0.5), unpaired)
+        for loss in SINGLE_LOSSES
+        if loss != "kto"
+    },
     "k_way": Scenario(reward("k_way"), h.rankings),
     "pairwise": Scenario(reward("pairwise", centring=0.05), h.pairs),
     "log_exp": Scenario(reward("log_exp", centring=0.05), h.pairs),
@@ -184,7 +189,7 @@ def trained(name: str, dtype: torch.dtype, *, updates: int = 2, **dials: Any) ->
 
 @dataclass(frozen=True)
 class Recorded:
-    """One update: what it was given, the weights before it, its losses and gradients, and the sum of absolute shares."""
+    """One update: its work, the weights before it, its losses and gradients, and the sum of absolute shares."""
 
     work: Work
     before: dict[str, dict[str, Tensor]]
@@ -218,8 +223,13 @@ def stage(names: frozenset[str], precision: str) -> LocalLearner:
 
 
 def replayed(
-    name: str, precision: str, *, change: Callable[[Batch], Batch] = lambda batch: batch, budget: int = 40, packed: bool = False
-) -> Recorded:  # fmt: skip
+    name: str,
+    precision: str,
+    *,
+    change: Callable[[Batch], Batch] = lambda batch: batch,
+    budget: int = 40,
+    packed: bool = False,
+) -> Recorded:
     """The recorded update once more from the same weights, handed over otherwise."""
     base = recorded(name, precision)
     again = stage(SCENARIOS[name].roles, precision)
@@ -300,8 +310,8 @@ def test_what_stands_in_the_padding_of_ids_does_not_matter(name: str, monkeypatc
 
 
 LOOPS = [
-    "sft", "dpo", "dpo aot", "dpo aot_unpaired", "kto", "ppo", "grpo", "instructgpt", "optimal_baseline", "ppo attention",
-    "ppo exact", "ppo top_p", "clip_cov", "kl_cov", "online_dpo", "remax",
+    "sft", "dpo", "dpo aot", "dpo aot_unpaired", "kto", "ppo", "grpo", "instructgpt", "optimal_baseline",
+    "ppo attention", "ppo exact", "ppo top_p", "clip_cov", "kl_cov", "online_dpo", "remax",
 ]  # fmt: skip
 """Those whose measured, selected and credited columns differ."""
 

@@ -11,8 +11,7 @@ from whet.cli.verbs import SFT
 from whet.dials import LoRA
 from whet.errors import ModelError
 from whet.learner.local import LocalLearner
-from whet.methods import online as methods
-from whet.methods import reward
+from whet.methods import compose
 from whet.models import load, lora
 from whet.models.readers import read
 from whet.models.roles import Role, readout_of
@@ -30,7 +29,7 @@ def logp(role: Role) -> torch.Tensor:
 
 def train(roles: dict[str, Role], name: str = "policy", updates: int = 3) -> LocalLearner:
     """A few updates of one role."""
-    terms = SFT if name == "policy" else reward.k_way()
+    terms = SFT.terms if name == "policy" else compose.reward("k_way").terms
     batch = Batch.of(h.rows() if name == "policy" else h.rankings())
     own = LocalLearner({name: roles[name]}, {name: h.FREE}, total=updates)
     for _ in range(updates):
@@ -98,7 +97,7 @@ def test_one_update_of_policy_and_critic_on_the_trunk_has_both_gradients() -> No
             for i, name in enumerate(names)
         }
     )
-    terms = methods.ppo().terms
+    terms = compose.online("ppo").terms
     both = h.Recorder(h.clone(roles), {"policy": h.FREE, "critic": h.FREE}, total=2)
     step = both.update([(term, batch, batch.counts()) for term in terms])
     for term in terms:

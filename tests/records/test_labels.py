@@ -18,7 +18,7 @@ def words(one: Unpaired) -> tuple[str, str, bool]:
     return row, wrong, one.good
 
 
-# --- single answers ----------------------------------------------------------------------------------------------------
+# --- single answers --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_an_answer_that_is_too_long_behind_either_prompt_is_dropped_with_its_ele
     ]  # c's mismatched one is the long one
 
 
-# --- answers in steps --------------------------------------------------------------------------------------------------
+# --- answers in steps ------------------------------------------------------------------------------------------------
 
 STEPS = {"prompt": "hello", "completions": ["a b", "c", "d e"], "labels": [1, 0.25, False]}
 
@@ -171,8 +171,8 @@ def test_a_tokenizer_that_swallows_the_separator_is_refused() -> None:
     with pytest.raises(DataError) as caught:
         reader().steps(at(STEPS))
     assert str(caught.value) == (
-        "my.jsonl:1: 3 steps, but 1 tokens end one; the tokenizer does not keep the separator '\\n' apart, name another with "
-        "--data.separator"
+        "my.jsonl:1: 3 steps, but 1 tokens end one; the tokenizer does not keep the separator '\\n' apart, name another "
+        "with --data.separator"
     )
 
 

@@ -61,7 +61,8 @@ def checked(verb: str, method: Mapping[str, Any], others: Sequence[str] = ()) ->
         elif value is None and slot not in OPTIONAL:
             raise RecipeError(f"method.{slot}: it cannot be left out; known are {', '.join(table[slot])}")
         else:
-            out[slot] = value if value is None else _checked_part(slot, value, table[slot], {})
+            more = {"weight": 1.0} if slot == "loss" and verb != "reward" else {}
+            out[slot] = value if value is None else _checked_part(slot, value, table[slot], more)
     if verb == "reward" and out["loss"]["name"] != method["name"]:
         raise RecipeError(
             f"method.loss.name: --method.name picks loss and rows together; got {out['loss']['name']!r} with {method['name']!r}"
@@ -516,14 +517,19 @@ def check_reference(recipe: fields.Preference, objective: Objective) -> None:
 
 def cautions(recipe: fields.Online, algorithm: Algorithm) -> list[str]:
     """What a run should be warned of before it starts."""
-    out = []
-    sampled = algorithm.penalty is not None and algorithm.penalty.estimator.op is not ops.dense
-    if recipe.sampling.truncates and sampled:
-        out.append(
-            "method.kl: under top_p, top_k or min_p a KL estimated on the sampled tokens is biased, since some tokens are never "
-            "sampled; --kl.estimator exact sums over the whole vocabulary"
-        )
-    return out
+    in_reward = algorithm.penalty is not None and algorithm.penalty.estimator.op is not ops.dense
+    in_loss = any(
+        one.op in (ops.k2, ops.k3, ops.k3_weighted, ops.k2_sequence)
+        for term in algorithm.terms
+        for one in term.loss.walk()
+    )
+    fixes = {"kl": "--kl.estimator exact", "loss_kl": "--loss-kl exact"}
+    return [
+        f"method.{slot}: under top_p, top_k or min_p a KL estimated on the sampled tokens is biased, since some tokens are never "
+        f"sampled; {fixes[slot]} sums over the whole vocabulary"
+        for slot, sampled in (("kl", in_reward), ("loss_kl", in_loss))
+        if sampled and recipe.sampling.truncates
+    ]
 
 
 def steps_of(train: fields.Train, elements: int) -> int:

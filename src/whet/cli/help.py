@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import json
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -63,9 +64,16 @@ def recipe_lines(kind: type, defaults: Any, prefix: str = "") -> list[str]:
         if inner is not None and dataclasses.is_dataclass(inner):
             lines += recipe_lines(inner, inner() if value is None else value, f"{prefix}{name}.")
         elif name != "method":
-            shown = "" if value in ("", None, [], ()) else f" [{value}]"
+            shown = "" if value in ("", None, [], ()) else f" [{_written(value)}]"
             lines.append(_line(prefix + name, own.get(name, ("", ""))[1], annotation, shown))
     return lines
+
+
+def _written(value: Any) -> str:
+    """A value as it can be given on the command line."""
+    if isinstance(value, (list, tuple)):
+        return json.dumps(list(value))
+    return json.dumps(value) if isinstance(value, str) and not value.isprintable() else str(value)
 
 
 def _line(name: str, meaning: str, annotation: Any, shown: str) -> str:
@@ -103,7 +111,12 @@ def method_lines(verb: str, slots: Mapping[str, Any]) -> list[str]:
 def _dial_lines(slot: str, spec: Mapping[str, Any], choice: Choice) -> list[str]:
     own = {name: told for name, told in op_dials()[choice.op].items() if name not in HIDDEN + choice.hidden}
     own |= {name: str(value) for name, value in choice.extra.items()}
-    return [
+    weight = (
+        [_line(f"method.{slot}.weight", "its weight in the sum", None, f" [{spec['weight']}]")]
+        if "weight" in spec
+        else []
+    )
+    return weight + [
         _line(f"method.{slot}.{name}", DIALS[name][1], DIALS[name][0], f" [{spec.get(name, told)}]")
         for name, told in own.items()
     ]

@@ -174,7 +174,8 @@ def _scalar(value: str, yaml: Any) -> Any:
         found = yaml.safe_load(value)
     except yaml.YAMLError:
         return value
-    return found if isinstance(found, (bool, int, float, list, dict)) or found is None else value
+    quoted = isinstance(found, str) and value[:1] == '"'  # "\n" in quotes is a line break
+    return found if quoted or isinstance(found, (bool, int, float, list, dict)) or found is None else value
 
 
 def _grouped(overrides: Sequence[tuple[str, Any]]) -> dict[str, Any]:
