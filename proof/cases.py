@@ -117,7 +117,7 @@ def ends(case: Case, problem: Problem, reference: Tensor) -> tuple[Tensor, Tenso
 class Budget:
     """How long a run is: rollouts, answers per rollout, learning rates (decayed to 0), updates per rollout."""
 
-    rollouts: int = 300
+    rollouts: int = 240
     answers: int = 512
     lr: float = 0.01
     critic_lr: float = 0.01

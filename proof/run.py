@@ -94,7 +94,7 @@ def main() -> int:
             "start": statistics.mean(one["start"] for one in own), "cpu": sum(one["cpu"] for one in own),
             "bound": BOUNDS.get(name) or (0.003 if known[name].field in ("regularised", "per answer") else 0.005),
         }  # fmt: skip
-    about = {"date": datetime.now(UTC).date().isoformat(), "seeds": given.seeds, "samples": 300 * 512}
+    about = {"date": datetime.now(UTC).date().isoformat(), "seeds": given.seeds, "samples": 240 * 512}
     about |= {name: metadata.version(name) for name in ("torch", "transformers")}
     if not given.only:
         FILE.write_text(json.dumps({"about": about, "cases": rows}, indent=1) + "\n", encoding="utf-8")

@@ -25,7 +25,7 @@ _BASE: Mapping[str, Any] = {
     "refill": 0,
     "normalise": None,
     "combine": {"name": "weighted_sum"},
-    "running": None,
+    "rescale": None,
     "bound": None,
     "overlong": None,
     "truncated": {"rule": "keep"},

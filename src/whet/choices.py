@@ -95,8 +95,14 @@ ONLINE_SLOTS: dict[str, dict[str, Choice]] = {
             "lower_bound", "s = mean_n w_n r_n - {k} std_n w_n r_n,  w = {weights}", "Coste et al. 2023 (uncertainty)"
         ),
     },
-    "running": {
-        "standardise": Choice(
+    "rescale": {
+        "batch": Choice(
+            "batch_normalised",
+            "s <- (s - mean s) / (std s + {eps}) over the rollout;  shift_mean {shift_mean}, ddof {ddof}",
+            "Engstrom et al. 2020 (reward scaling)",
+            "TRL's whiten_rewards whitens rewards per token and keeps their mean",
+        ),
+        "running": Choice(
             "standardise",
             "s <- (s - m) / d,  m the mean score of the first rollout, d the running deviation",
             "Stiennon et al. 2020 (scores of the starting policy have mean 0); Zheng et al. 2023",
@@ -492,5 +498,5 @@ PLAIN_SLOTS: dict[str, tuple[Any, str]] = {
 }
 """The slots that hold a number or a record, with their type and meaning."""
 
-OPTIONAL = frozenset({"normalise", "running", "bound", "overlong", "whiten", "correct", "ratio", "select", "loss_kl"})
+OPTIONAL = frozenset({"normalise", "rescale", "bound", "overlong", "whiten", "correct", "ratio", "select", "loss_kl"})
 """Part slots that may be empty."""

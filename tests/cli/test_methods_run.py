@@ -250,7 +250,7 @@ RESUMED: dict[str, tuple[str, tuple[object, ...], str]] = {
     "dapo with refill": ("dapo", ("--answers", 4, "--overlong", "null", "--sampling.top-p", 0.9), "rounds"),
     "a running deviation": (
         "reinforce",
-        ("--running", "standardise", "--kl.controller", "adaptive", "--kl.target", 1),
+        ("--rescale", "running", "--kl.controller", "adaptive", "--kl.target", 1),
         "state/running.square",
     ),
     "a moving reference": ("grpo", ("--answers", 2, "--rollout.refresh.every", 1, "--rollout.refresh.mix", 0.6), "kl"),

@@ -131,7 +131,7 @@ SCENARIOS: dict[str, Scenario] = {
     "dppo kl": of("dppo", surrogate={"name": "dppo", "divergence": "kl", "bound": 0.3}),
     "instructgpt bootstrap": of("instructgpt", truncated={"rule": "bootstrap"}),
     "grpo mask": of("grpo", truncated={"rule": "mask"}),
-    "ppo running": of("ppo", running="standardise", bound={"name": "clip_score", "bound": 1.5}, place="uniform"),
+    "ppo running": of("ppo", rescale="running", bound={"name": "clip_score", "bound": 1.5}, place="uniform"),
 }  # fmt: skip
 assert SCENARIOS.keys() >= {*catalogue.ONLINE, *catalogue.ONLINE_PREFERENCE, *catalogue.PREFERENCE, *catalogue.REWARD}
 
@@ -159,7 +159,7 @@ def rewards(name: str) -> list[Weighted]:
     """Scores of both signs, per token where a KL or steps are; two of them for gdpo, none below 0 for maxrl."""
     method = SCENARIOS[name].objective
     assert isinstance(method, Algorithm)
-    dense = method.running is None and (method.penalty is not None or name == "grpo_process")
+    dense = method.rescale is None and (method.penalty is not None or name == "grpo_process")
     first = h.TableReward(lambda ids: 0.5 * len(ids) - 0.25 * (sum(ids) % 5) + 2.0 * (name == "maxrl"), dense=dense)
     second = [Weighted("second", h.TableReward(lambda ids: float(sum(ids) % 3)))] if name == "gdpo" else []
     return [Weighted("table", first), *second]
@@ -280,9 +280,8 @@ def junk_behind(rows: Any) -> Tensor:
 CHANGES: Mapping[str, dict[str, Any]] = {
     "one row each": {"budget": 1},
     "all rows at once": {"budget": 10**6},
-    "another order": {"change": h.permuted},
     "another order, small micro-batches": {"change": h.permuted, "budget": 17},
-    "packed": {"packed": True},
+    "packed in another order": {"packed": True, "change": h.permuted},
     "packed, all at once": {"packed": True, "budget": 10**6},
     "NaN in the padding of columns": {"change": spoiled},
     "NaN in the padding of columns, one row each": {"change": spoiled, "budget": 1},

@@ -24,8 +24,8 @@ from whet.rewards import Scores, Weighted
 
 VOCABULARY, GOOD, END = 8, 3, 1
 TINY = {
-    "vocabulary": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "dtype": torch.float32,
+    "vocabulary": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "dtype": torch.float32,
 }  # fmt: skip
 PROMPTS = [h.prompt(i, (2 + i, 4 + i)) for i in range(4)]
 

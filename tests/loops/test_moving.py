@@ -106,7 +106,7 @@ def test_a_reference_measured_before_gives_the_numbers_of_one_measured_in_betwee
 
 def test_scores_are_normalised_by_the_first_mean_and_the_running_deviation(tmp_path: Path) -> None:
     table = h.TableReward(lambda ids: 3.0 + 0.5 * len(ids) - 0.25 * (sum(ids) % 5))
-    method = method_of("reinforce", answers=3, kl={"coef": 0.1}, running="standardise")
+    method = method_of("reinforce", answers=3, kl={"coef": 0.1}, rescale="running")
     go(tmp_path, method, reward=table, steps=4)
     seen: list[float] = []
     for step in range(1, 5):
@@ -125,7 +125,7 @@ def test_scores_are_normalised_by_the_first_mean_and_the_running_deviation(tmp_p
 
 
 def test_equal_scores_have_no_deviation_to_divide_by(tmp_path: Path) -> None:
-    method = method_of("reinforce", answers=2, running="standardise")
+    method = method_of("reinforce", answers=2, rescale="running")
     go(tmp_path, method, reward=h.TableReward(lambda ids: 2.5), steps=2)
     assert {answer["score"] for step in (1, 2) for answer in rollout(tmp_path, step)} == {0.0}
 
@@ -133,7 +133,7 @@ def test_equal_scores_have_no_deviation_to_divide_by(tmp_path: Path) -> None:
 def test_the_order_is_running_then_bound_then_overlong_then_penalty(tmp_path: Path) -> None:
     """By hand for answers that are all cut off at the limit of 6: clip((r - m) / d, -0.5, 0.5) - 1 - 0.25."""
     method = method_of(
-        "reinforce", answers=4, running="standardise", bound={"name": "clip_score", "bound": 0.5},
+        "reinforce", answers=4, rescale="running", bound={"name": "clip_score", "bound": 0.5},
         overlong={"name": "soft_overlong", "buffer": 3}, truncated={"rule": "penalise", "amount": 0.25},
     )  # fmt: skip
     go(tmp_path, method, end_ids=())

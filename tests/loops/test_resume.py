@@ -1,4 +1,4 @@
-"""A killed run goes on to the same bits: weights, metrics, rollouts; torn and failed checkpoints never cost the last good one."""
+"""A killed run goes on to the same bits: weights, metrics, rollouts; a torn checkpoint never costs the last good one."""
 
 import json
 from collections.abc import Callable
@@ -83,7 +83,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "instructgpt": {"kl": ADAPTIVE},
     "ppo_kl": {"kl": ADAPTIVE},
     "dapo": {"kl": ADAPTIVE, "refill": 2, "overlong": {"name": "soft_overlong", "buffer": 2}},
-    "reinforce": {"kl": ADAPTIVE, "running": "standardise", "entropy": {"target": 9.0}},
+    "reinforce": {"kl": ADAPTIVE, "rescale": "running", "entropy": {"target": 9.0}},
     "remax": {"kl": ADAPTIVE},
     "clip_cov": {"kl": ADAPTIVE, "select": {"name": "clip_cov", "share": 0.2, "cov_low": 0.0}},
     "online_dpo": {"loss": "bco_pair", "answers": 3},
@@ -92,7 +92,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def rl(folder: Path, *, dies: int = 0, resume: bool = False, name: str = "instructgpt") -> LocalLearner:
-    """Three rollouts of four updates each (one each without ratio), with an average, a reference that moves, and ptx."""
+    """Three rollouts of four updates each (one without ratio), with an average, a reference that moves, and ptx."""
     method = method_of(name, **({"answers": 2, "longest": 5} | METHODS[name]))
     roles = {
         "policy": h.policy(dtype=torch.float32), "reference": h.policy(dtype=torch.float32, name="reference"),

@@ -221,7 +221,7 @@ def test_a_method_credits_as_the_table_says(name: str) -> None:
         not white and op in ("group_center", "group_zscore", "group_mean_scaled", "leave_one_out")
     )
     assert method.truncated == Truncated("keep")
-    assert (method.place.op, method.running, method.correct, method.pairs) == (ops.terminal, None, None, False)
+    assert (method.place.op, method.rescale, method.correct, method.pairs) == (ops.terminal, None, None, False)
     assert (method.normalise is not None) is (name == "gdpo")
     assert [one.op.__name__ for one in method.shape] == {
         "dapo": ["soft_overlong"],
@@ -558,7 +558,7 @@ def test_an_ensemble_is_combined_with_care(combine: dict[str, Any]) -> None:
 
 def test_scores_are_combined_normalised_bounded_and_penalised_in_this_order() -> None:
     method = online(
-        "ppo", longest=4, weights=(0.5,), running="standardise", bound={"name": "clip_score", "bound": 2.0},
+        "ppo", longest=4, weights=(0.5,), rescale="running", bound={"name": "clip_score", "bound": 2.0},
         overlong={"name": "soft_overlong", "buffer": 3}, truncated=Truncated("penalise", 0.25),
     )  # fmt: skip
     state = {**method.init(), "running.count": 3.0, "running.mean": 9.0, "running.square": 0.5, "running.shift": 1.0}
@@ -697,7 +697,7 @@ def test_dense_scores_stay_at_their_places_and_the_rest_is_placed(place: Any) ->
 
 
 @pytest.mark.parametrize(
-    "changes", [{"running": "standardise"}, {"normalise": "group_normalised", "answers": 2}, {"combine": "minimum"}]
+    "changes", [{"rescale": "running"}, {"normalise": "group_normalised", "answers": 2}, {"combine": "minimum"}]
 )
 def test_dense_scores_keep_their_size_or_are_refused(changes: dict[str, Any]) -> None:
     method = make("ppo", **changes)
@@ -981,9 +981,9 @@ def deviation(values: list[float]) -> float:
 
 
 def test_scores_are_standardised_by_the_first_rollouts_mean_and_the_running_deviation() -> None:
-    method = make("reinforce", kl=None, running="standardise")
+    method = make("reinforce", kl=None, rescale="running")
     state = method.init()
-    assert method.at(state).running.dials == {"shift": 0.0, "scale": 1.0}  # nothing was seen yet
+    assert method.at(state).rescale.dials == {"shift": 0.0, "scale": 1.0}  # nothing was seen yet
     seen: list[float] = []
     first = sum(SCORES) / 4
     for scores in (SCORES, (10.0, 20.0, 15.0, 11.0), (-5.0, 0.0, 0.25, 1e3)):
@@ -1000,10 +1000,10 @@ def test_scores_are_standardised_by_the_first_rollouts_mean_and_the_running_devi
 
 
 def test_a_running_deviation_that_is_nothing_divides_by_one() -> None:
-    method = make("reinforce", running="standardise")
+    method = make("reinforce", rescale="running")
     for scores in ((3.0, 3.0, 3.0, 3.0), (3.0,)):
         state = method.observe(method.init(), torch.tensor(scores))
-        assert method.at(state).running.dials == {"shift": 3.0, "scale": 1.0}
+        assert method.at(state).rescale.dials == {"shift": 3.0, "scale": 1.0}
 
 
 def test_without_running_normalisation_nothing_is_kept() -> None:

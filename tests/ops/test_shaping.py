@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from whet import ops
 from whet.ops import (
     attention,
     clip_score,
@@ -152,3 +153,13 @@ def test_soft_overlong_in_its_three_branches(length: int, penalty: float) -> Non
 
 def test_soft_overlong_with_the_whole_limit_as_buffer_falls_from_the_first_token() -> None:
     close(soft_overlong(f64([0.0, 0.0]), bits("1000", "1111"), limit=4, buffer=4), [-0.25, -1.0])
+
+
+def test_batch_normalised_is_over_all_answers_of_a_rollout() -> None:
+    # mean 2, sum of squares about it 14, n - 1 = 3
+    score = torch.tensor([-1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    deviation = (14 / 3) ** 0.5
+    expected = [(x - 2.0) / (deviation + 1e-8) for x in (-1.0, 2.0, 3.0, 4.0)]
+    torch.testing.assert_close(ops.batch_normalised(score), torch.tensor(expected).double(), rtol=1e-12, atol=1e-12)
+    scaled = ops.batch_normalised(score, shift_mean=False, ddof=0, eps=0.5)
+    torch.testing.assert_close(scaled, score / ((14 / 4) ** 0.5 + 0.5), rtol=1e-12, atol=1e-12)

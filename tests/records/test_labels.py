@@ -171,8 +171,8 @@ def test_a_tokenizer_that_swallows_the_separator_is_refused() -> None:
     with pytest.raises(DataError) as caught:
         reader().steps(at(STEPS))
     assert str(caught.value) == (
-        "my.jsonl:1: 3 steps, but 1 tokens end one; the tokenizer does not keep the separator '\\n' apart, name another "
-        "with --data.separator"
+        "my.jsonl:1: 3 steps, but 1 tokens end one; the tokenizer does not keep the separator '\\n' "
+        "apart, name another with --data.separator"
     )
 
 

@@ -1,6 +1,6 @@
 """Online methods: answers are sampled, scored, credited and trained on. Each is a value made of named parts.
 
-collect -> normalise -> combine -> running -> shape -> truncated -> place -> KL in the reward -> credit -> whiten -> correct -> terms
+collect -> normalise -> combine -> rescale -> shape -> truncated -> place -> KL in the reward -> credit -> whiten -> correct -> terms
 """
 
 from collections.abc import Mapping
@@ -39,7 +39,7 @@ class Collect:
 class Algorithm:
     """A whole online method. A variant is `dataclasses.replace(algorithm, slot=...)`; no slot knows the method's name.
 
-    `normalise` (B, R) -> (B, R); `combine` (B, R) -> (B,); `running` and each of `shape` (B,) -> (B,); `place` -> (B, T);
+    `normalise` (B, R) -> (B, R); `combine` (B, R) -> (B,); `rescale` and each of `shape` (B,) -> (B,); `place` -> (B, T);
     `penalty` is subtracted; `credit` -> advantage (B, T); `target` is the critic's own credit where it is another;
     `whiten` rescales the advantage after returns were taken; `correct` -> weights (B, T). With `pairs` there is no
     credit: the best and the worst answer of each group become a pair for the terms.
@@ -50,7 +50,7 @@ class Algorithm:
     truncated: Truncated
     terms: tuple[Term, ...]
     normalise: Part | None = None
-    running: Part | None = None
+    rescale: Part | None = None
     shape: tuple[Part, ...] = ()
     place: Part | None = None
     penalty: Penalty | None = None
@@ -63,7 +63,7 @@ class Algorithm:
 
     def reads(self) -> frozenset[str]:
         """The columns measured once per rollout: they decide whether there is a critic and a reference."""
-        parts = [self.normalise, self.combine, self.running, *self.shape, self.place, self.credit, self.target]
+        parts = [self.normalise, self.combine, self.rescale, *self.shape, self.place, self.credit, self.target]
         parts += [self.whiten, self.correct, *(one for _, one in self.select)]
         if self.penalty is not None:
             parts.append(self.penalty.estimator)
@@ -103,14 +103,14 @@ class Algorithm:
     def init(self) -> State:
         """The small state at the start: the coefficient of every controller, and what running numbers need."""
         running = (
-            {} if self.running is None else dict.fromkeys(("running.count", "running.mean", "running.square"), 0.0)
+            {} if self._running is None else dict.fromkeys(("running.count", "running.mean", "running.square"), 0.0)
         )
         return {**{name: controller.coef for name, controller in self._controllers().items()}, **running}
 
     def observe(self, state: State, score: Tensor) -> State:
         """The state once these scores (B,) of a rollout are known, before anything is credited: the running deviation
         takes them in, and the first rollout's mean becomes the shift."""
-        if self.running is None:
+        if self._running is None:
             return state
         count, mean, square = (state[f"running.{name}"] for name in ("count", "mean", "square"))
         for value in score.double().tolist():
@@ -125,12 +125,12 @@ class Algorithm:
     def at(self, state: State) -> "Algorithm":
         """The method with plain numbers in place of its controllers and running numbers."""
         penalty = self.penalty and replace(self.penalty, coef=state["penalty"])
-        running = self.running
+        rescale, running = self.rescale, self._running
         if running is not None and state["running.count"] > 0:
             deviation = (state["running.square"] / max(state["running.count"] - 1, 1)) ** 0.5
             numbers = {"shift": state["running.shift"], "scale": deviation if deviation > 0 else 1.0}
-            running = replace(running, dials={**running.dials, **numbers})
-        return replace(self, penalty=penalty, running=running, terms=settled(self.terms, state))
+            rescale = replace(running, dials={**running.dials, **numbers})
+        return replace(self, penalty=penalty, rescale=rescale, terms=settled(self.terms, state))
 
     def next(self, state: State, measured: Mapping[str, float]) -> State:
         """The state after a rollout: `measured` has "kl" (nats per answer, to the reference), "kl_old" (nats per
@@ -140,6 +140,11 @@ class Algorithm:
             by = "kl" if name == "penalty" else controller.by
             out[name] = controller.next(state[name], measured[by], int(measured["sequences"]))
         return out
+
+    @property
+    def _running(self) -> Part | None:
+        """The part that needs running numbers."""
+        return self.rescale if self.rescale is not None and self.rescale.op is ops.standardise else None
 
     def _controllers(self) -> dict[str, Controller]:
         found: dict[str, Controller] = {} if self.penalty is None else {"penalty": fixed(self.penalty.coef)}
@@ -167,7 +172,7 @@ def spread(algorithm: Algorithm, batch: Batch) -> Tensor:
 def shaped(algorithm: Algorithm, batch: Batch) -> Batch:
     """The batch with score, one number an answer: combined, normalised, bounded and penalised."""
     batch = batch.with_columns(score=outcome(algorithm, batch))
-    for one in (algorithm.running, *algorithm.shape):
+    for one in (algorithm.rescale, *algorithm.shape):
         batch = batch if one is None else batch.with_columns(score=one(batch.columns))
     if algorithm.truncated.rule == "penalise":
         amount = algorithm.truncated.amount
@@ -183,10 +188,10 @@ def credited(algorithm: Algorithm, batch: Batch) -> Batch:
     where the method cannot take scores per token.
     """
     mask, dense = batch["mask"], batch["token_score"]
-    rescaled = algorithm.normalise is not None or algorithm.running is not None or algorithm.pairs
+    rescaled = algorithm.normalise is not None or algorithm.rescale is not None or algorithm.pairs
     if bool(dense.any()) and (rescaled or algorithm.combine.op is not ops.weighted_sum):
         raise RewardError(
-            "scores per token only go with combine weighted_sum, without normalise, running or pairs: they keep their size"
+            "scores per token only go with combine weighted_sum, without normalise, rescale or pairs: they keep their size"
         )
     batch = shaped(algorithm, batch)
     if algorithm.credit is None or algorithm.place is None:

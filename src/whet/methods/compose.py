@@ -97,7 +97,11 @@ def _front(slots: Slots, truncated: Truncated, weights: Sequence[float], longest
     """The first half, up to one score an answer."""
     combine = chosen("combine", slots["combine"], weights=tuple(weights))
     normalise = slots.get("normalise") and chosen("normalise", slots["normalise"])
-    running = slots.get("running") and chosen("running", slots["running"], shift=0.0, scale=1.0)
+    rescale = None
+    if slots.get("rescale"):
+        name = slots["rescale"].get("name")
+        given = {"shift": 0.0, "scale": 1.0} if name == "running" else {}
+        rescale = chosen("rescale", slots["rescale"], **given)
     shape = []
     if slots.get("bound"):
         shape.append(chosen("bound", slots["bound"]))
@@ -112,9 +116,7 @@ def _front(slots: Slots, truncated: Truncated, weights: Sequence[float], longest
     if normalise or slots["refill"]:
         _least(slots["answers"], 2, "normalise and refill compare the answers of a group")
     collect = Collect(slots["answers"], refill=slots["refill"])
-    return Algorithm(
-        collect, combine, truncated, (), normalise=normalise or None, running=running or None, shape=tuple(shape)
-    )
+    return Algorithm(collect, combine, truncated, (), normalise=normalise or None, rescale=rescale, shape=tuple(shape))
 
 
 def _credit_front(front: Algorithm, slots: Slots, longest: int | None) -> Algorithm:
@@ -271,7 +273,7 @@ def controller(kl: KL) -> Controller:
 
 def _check_exact(slots: Slots, kl: KL) -> None:
     """The exact KL stands in the reward and in the loss at once, so nothing may rescale one of them alone."""
-    rescaled = next((slot for slot in ("whiten", "normalise", "running") if slots[slot]), None)
+    rescaled = next((slot for slot in ("whiten", "normalise", "rescale") if slots[slot]), None)
     if slots["credit"]["name"] in ("group_zscore", "group_mean_scaled", "group_steps"):
         rescaled = "credit"
     if rescaled is not None:

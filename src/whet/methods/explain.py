@@ -34,7 +34,7 @@ def online_lines(slots: Slots, *, longest: int | None = None, weights: Sequence[
 
     limit = {"limit": (slots.get("overlong") or {}).get("limit") or longest}
     out = line("normalise", "normalise")
-    out += line("combine", "score", weights=tuple(weights)) + line("running", "normalise")
+    out += line("combine", "score", weights=tuple(weights)) + line("rescale", "rescale")
     out += line("bound", "bound") + line("overlong", "overlong", **limit)
     out += _truncated(slots["truncated"])
     if "loss" in slots:

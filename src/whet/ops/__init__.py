@@ -82,6 +82,7 @@ from whet.ops.reduce import Counts, element_mean, fixed_length, sequence_mean, s
 from whet.ops.selection import clip_cov, covariance, kl_baseline, kl_cov, sorted_partner, sorted_rival
 from whet.ops.shaping import (
     attention,
+    batch_normalised,
     clip_score,
     dense,
     last_index,
@@ -117,7 +118,7 @@ __all__ = [
     "apo_down",
     "apo_zero",
     "apo_zero_unpaired",
-    "attention",
+    "attention", "batch_normalised",
     "bco",
     "bco_pair",
     "broadcast",

@@ -7,6 +7,8 @@ gets nothing at all.
 import torch
 from torch import Tensor
 
+from whet.ops.masked import whiten
+
 
 def weighted_sum(rewards: Tensor, *, weights: tuple[float, ...]) -> Tensor:
     """sum_r weights[r] rewards[:, r]: (B, R) -> (B,)."""
@@ -30,6 +32,11 @@ def standardise(score: Tensor, *, shift: float, scale: float) -> Tensor:
     """(score - shift) / scale, (B,): `shift` is the mean score of the first rollout, so the policy that training began
     with scores 0; `scale` the running deviation of all scores so far."""
     return (score - shift) / scale
+
+
+def batch_normalised(score: Tensor, *, shift_mean: bool = True, ddof: int = 1, eps: float = 1e-8) -> Tensor:
+    """(score - mean) / (std + eps) over all answers of a rollout, (B,); with `shift_mean=False` only the scale changes."""
+    return whiten(score, torch.ones_like(score, dtype=torch.bool), shift_mean=shift_mean, ddof=ddof, eps=eps)
 
 
 def soft_overlong(score: Tensor, mask: Tensor, *, limit: int, buffer: int = 32) -> Tensor:
