@@ -1,4 +1,4 @@
-"""A killed run goes on to the same bits: weights, metrics, rollouts; a torn checkpoint never costs the last good one."""
+"""A killed run goes on to the same bits: weights, metrics, rollouts; a torn checkpoint costs no good one."""
 
 import json
 from collections.abc import Callable

@@ -61,7 +61,6 @@ ONLINE: list[tuple[str, dict[str, Any], str, str]] = [
     ("ppo", {"kl": KL(horizon=5)}, "method.kl.horizon", "only the adaptive controller has one; got 5, leave it out"),
     ("ppo", {"kl": KL(controller="halving", target=3.0, horizon=5)}, "method.kl.horizon", "got 5"),
     ("ppo", {"kl": KL(estimator="exact")}, "method.kl.estimator", "whiten rescales the first alone"),
-    ("reinforce", {"kl": KL(estimator="exact"), "rescale": "running"}, "method.kl.estimator", "rescale rescales"),
     ("grpo", {"kl": KL(estimator="exact")}, "method.kl.estimator", "credit rescales"),
     ("rloo", {"kl": KL(estimator="exact", where="sequence")}, "method.kl.where", "use token; got sequence"),
     ("grpo_process", {"kl": KL()}, "method.kl", "group_steps reads rewards at the ends of steps alone; use loss_kl"),

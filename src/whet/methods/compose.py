@@ -120,72 +120,21 @@ def _front(slots: Slots, truncated: Truncated, weights: Sequence[float], longest
 
 
 def _credit_front(front: Algorithm, slots: Slots, longest: int | None) -> Algorithm:
-    """The second half: place, KL, credit, and the terms of policy, critic, entropy and ptx."""
-    truncated, name = front.truncated, slots["credit"]["name"]
-    choice = found("credit", ONLINE_SLOTS["credit"], name)
+    """The second half: place, KL, credit, and the terms."""
+    choice = found("credit", ONLINE_SLOTS["credit"], slots["credit"]["name"])
     parameters = inspect.signature(getattr(ops, choice.op)).parameters
     value = None if slots["value"] is None else record(Value, slots["value"])
-    if ("values" in parameters) != (value is not None):
-        fix = "set value to null" if value else "set value, for example --value.clip 0.2"
-        raise RecipeError(f"method.value: the credit {name} {'has no' if value else 'needs a'} critic; {fix}")
-    if truncated.rule == "bootstrap" and not value:
-        raise RecipeError(
-            f"method.truncated.rule: bootstrap needs a critic, and the credit {name} has none; use keep, mask or penalise"
-        )
-    if "group" in parameters:
-        _least(slots["answers"], 2, f"the credit {name} compares the answers of a group")
+    _check_credit(slots, front, parameters, value)
+    cost = None if slots["kl"] is None else record(KL, slots["kl"])
     given: dict[str, Any] = {}
-    if "final_value" in parameters and truncated.rule == "bootstrap":
+    if front.truncated.rule == "bootstrap":
         given["final_value"] = part(_after_truncation)
-    whole = "score" in parameters
-    if whole:
-        given["score"] = WHOLE
-        raw = slots["place"]["name"] == "linear" and not slots["place"].get("normalised", False)
-        if slots["place"]["name"] != "terminal" and not raw:
-            raise RecipeError(
-                f"method.place: the credit {name} credits whole answers, where a placement that sums to the score changes "
-                "nothing; use terminal"
-            )
-    if name == "group_steps" and slots["kl"] is not None:
-        raise RecipeError(
-            "method.kl: the credit group_steps reads rewards at the ends of steps alone; use loss_kl instead"
-        )
-    if "baseline" in parameters and front.normalise is not None:
-        raise RecipeError(
-            "method.normalise: the greedy answer is alone in its group; leave normalise out with against_greedy"
-        )
-    credit = chosen("credit", slots["credit"], **given)
     target = None
-    if value and value.lam is not None:
+    if value is not None and value.lam is not None:
         gamma = slots["credit"].get("gamma", 1.0)
         target = part(ops.gae, rewards="token_reward", values="old_value", gamma=gamma, lam=value.lam, **given)
-    reduce, dials = reduction(slots["reduce"], longest)
-    surrogate = policy_loss(slots)
-    terms = [Term("policy", "rollout", surrogate, reduce, dials=dials, name=slots["surrogate"]["name"])]
-    if value:
-        terms.append(Term("critic", "rollout", part(ops.value_loss, clip=value.clip), ops.token_mean, value.weight))
-    if slots["loss_kl"]:
-        spec, penalty = slots["loss_kl"], chosen("loss_kl", slots["loss_kl"])
-        coef = spec.get("coef", ONLINE_SLOTS["loss_kl"][spec["name"]].extra["coef"])
-        if coef > 0:
-            terms.append(Term("policy", "rollout", penalty, reduce, coef, dials=dials, name=spec["name"]))
-    cost = None if slots["kl"] is None else record(KL, slots["kl"])
-    if cost is not None and cost.estimator == "exact":
-        _check_exact(slots, cost)
-        # the reward charges a token for the states it leads to; what it does to its own state's KL is a loss
-        here = part(ops.dense, token_score="exact_kl")
-        terms.append(Term("policy", "rollout", here, reduce, "penalty", dials=dials, name="exact_kl"))
-    if slots["entropy"] is not None:
-        bonus = record(Entropy, slots["entropy"])
-        standard = Entropy()
-        if bonus.target is None and (bonus.step, bonus.most) != (standard.step, standard.most):
-            raise RecipeError("method.entropy.target: step and most steer towards a target; set one")
-        weight: float | Controller = bonus.coef
-        if bonus.target is not None:
-            weight = AdaptiveEntropy(bonus.coef, bonus.target, bonus.step, bonus.most)
-        terms.append(Term("policy", "rollout", part(ops.entropy_bonus), ops.token_mean, weight, name="entropy"))
-    if slots["ptx_weight"] > 0:
-        terms.append(Term("policy", "ptx", part(ops.nll), ops.token_mean, slots["ptx_weight"], name="ptx"))
+    whole = "score" in parameters
+    credit = chosen("credit", slots["credit"], **given, **({"score": WHOLE} if whole else {}))
     return replace(
         front,
         collect=replace(front.collect, greedy="baseline" in parameters),
@@ -196,8 +145,64 @@ def _credit_front(front: Algorithm, slots: Slots, longest: int | None) -> Algori
         whiten=chosen("whiten", slots["whiten"]) if slots["whiten"] else None,
         correct=chosen("correct", slots["correct"]) if slots["correct"] else None,
         select=_selection(slots),
-        terms=tuple(terms),
+        terms=_terms(slots, value, cost, longest),
     )
+
+
+def _check_credit(slots: Slots, front: Algorithm, parameters: Mapping[str, Any], value: Value | None) -> None:
+    """Refuses what the credit, which reads these parameters, cannot go with."""
+    name, place = slots["credit"]["name"], slots["place"]
+    if ("values" in parameters) != (value is not None):
+        fix = "set value to null" if value else "set value, for example --value.clip 0.2"
+        raise RecipeError(f"method.value: the credit {name} {'has no' if value else 'needs a'} critic; {fix}")
+    if front.truncated.rule == "bootstrap" and value is None:
+        raise RecipeError(
+            f"method.truncated.rule: bootstrap needs a critic, and the credit {name} has none; use keep, mask or penalise"
+        )
+    if "group" in parameters:
+        _least(slots["answers"], 2, f"the credit {name} compares the answers of a group")
+    raw = place["name"] == "linear" and not place.get("normalised", False)
+    if "score" in parameters and place["name"] != "terminal" and not raw:
+        raise RecipeError(
+            f"method.place: the credit {name} credits whole answers, where a placement that sums to the score changes "
+            "nothing; use terminal"
+        )
+    if name == "group_steps" and slots["kl"] is not None:
+        raise RecipeError(
+            "method.kl: the credit group_steps reads rewards at the ends of steps alone; use loss_kl instead"
+        )
+    if "baseline" in parameters and front.normalise is not None:
+        raise RecipeError(
+            "method.normalise: the greedy answer is alone in its group; leave normalise out with against_greedy"
+        )
+
+
+def _terms(slots: Slots, value: Value | None, cost: KL | None, longest: int | None) -> tuple[Term, ...]:
+    """What is summed into one gradient: the policy's loss, the critic's, the KL in the loss, entropy and ptx."""
+    reduce, dials = reduction(slots["reduce"], longest)
+    terms = [Term("policy", "rollout", policy_loss(slots), reduce, dials=dials, name=slots["surrogate"]["name"])]
+    if value is not None:
+        terms.append(Term("critic", "rollout", part(ops.value_loss, clip=value.clip), ops.token_mean, value.weight))
+    if slots["loss_kl"]:
+        spec, penalty = slots["loss_kl"], chosen("loss_kl", slots["loss_kl"])
+        coef = spec.get("coef", ONLINE_SLOTS["loss_kl"][spec["name"]].extra["coef"])
+        if coef > 0:
+            terms.append(Term("policy", "rollout", penalty, reduce, coef, dials=dials, name=spec["name"]))
+    if cost is not None and cost.estimator == "exact":
+        _check_exact(slots, cost)
+        # the reward charges a token for the states it leads to; what it does to its own state's KL is a loss
+        here = part(ops.dense, token_score="exact_kl")
+        terms.append(Term("policy", "rollout", here, reduce, "penalty", dials=dials, name="exact_kl"))
+    if slots["entropy"] is not None:
+        bonus, standard = record(Entropy, slots["entropy"]), Entropy()
+        if bonus.target is None and (bonus.step, bonus.most) != (standard.step, standard.most):
+            raise RecipeError("method.entropy.target: step and most steer towards a target; set one")
+        steered = bonus.target is not None
+        weight = AdaptiveEntropy(bonus.coef, bonus.target, bonus.step, bonus.most) if steered else bonus.coef
+        terms.append(Term("policy", "rollout", part(ops.entropy_bonus), ops.token_mean, weight, name="entropy"))
+    if slots["ptx_weight"] > 0:
+        terms.append(Term("policy", "ptx", part(ops.nll), ops.token_mean, slots["ptx_weight"], name="ptx"))
+    return tuple(terms)
 
 
 def policy_loss(slots: Slots) -> Part:
@@ -273,7 +278,7 @@ def controller(kl: KL) -> Controller:
 
 def _check_exact(slots: Slots, kl: KL) -> None:
     """The exact KL stands in the reward and in the loss at once, so nothing may rescale one of them alone."""
-    rescaled = next((slot for slot in ("whiten", "normalise", "rescale") if slots[slot]), None)
+    rescaled = "whiten" if slots["whiten"] else None
     if slots["credit"]["name"] in ("group_zscore", "group_mean_scaled", "group_steps"):
         rescaled = "credit"
     if rescaled is not None:
