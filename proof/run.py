@@ -1,5 +1,7 @@
 """`make proof`: every known answer at full length, over seeds; prints the table and writes docs/proof.json.
 
+With --only the other cases keep what they had there.
+
 python -m proof.run [--jobs 2] [--seeds 3] [--only PART OF A CASE'S NAME]
 """
 
@@ -96,8 +98,10 @@ def main() -> int:
         }  # fmt: skip
     about = {"date": datetime.now(UTC).date().isoformat(), "seeds": given.seeds, "samples": 240 * 512}
     about |= {name: metadata.version(name) for name in ("torch", "transformers")}
-    if not given.only:
-        FILE.write_text(json.dumps({"about": about, "cases": rows}, indent=1) + "\n", encoding="utf-8")
+    before = json.loads(FILE.read_text(encoding="utf-8"))["cases"] if FILE.is_file() else {}
+    kept = {name: rows.get(name) or before.get(name) for name in (*known, *OFFLINE)}
+    whole = {"about": about, "cases": {name: row for name, row in kept.items() if row}}
+    FILE.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     print(f"{'case':<42}{'start':>8}{'worst left':>12}{'bound':>8}{'its end to pi*':>16}{'CPU s':>8}")
     for name, row in rows.items():
         worst, bound = max(row["left"]), row["bound"]
