@@ -63,6 +63,8 @@ def test_pairs_are_counted_as_pairs() -> None:
     [
         ({"kl.controller": "adaptive", "kl.target": 3.0}, "coefficient adaptive, aims at 3.0 nats per answer"),
         ({"kl.estimator": "exact", "whiten": None}, "KL(policy || reference) of the token's own state"),
+        ({"credit.gamma": 0.9}, "gamma below 1 discounts what comes later"),
+        ({"place": "linear"}, "a longer answer earns more"),
         ({"truncated.rule": "mask"}, "answers cut off at the limit are masked"),
         ({"sampling.top_p": 0.9}, "some tokens cannot be drawn"),
         ({"rollout.refresh.every": 5, "rollout.refresh.mix": 0.6}, "moves by 0.6 towards the policy every 5 rollouts"),

@@ -144,8 +144,14 @@ def ending(slots: Slots) -> list[str]:
             out.append("the KL is divided by the answer's length, so long answers pay less: the end is not pi*")
         elif loss_kl:
             out.append("there is a KL in the reward and another in the loss: the end is between theirs")
+        elif slots["credit"].get("gamma", 1.0) < 1:
+            out.append(
+                "gamma below 1 discounts what comes later, score and KL, so long answers count less: the end is not pi*"
+            )
         else:
             out.append("pi*(y|x) = pi_ref(y|x) exp(s / beta) / Z with beta = kl.coef: the KL in the reward leads there")
+            if slots["place"]["name"] == "linear" and not slots["place"].get("normalised", False):
+                out.append("s is the sum of what was placed, (|y| + 1) / 2 times the score: a longer answer earns more")
             if scaled:
                 out.append(
                     "dividing by the group's statistics keeps pi* a fixed point, but its noise does not vanish there, so the policy "
