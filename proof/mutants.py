@@ -69,7 +69,7 @@ MUTANTS: list[Mutant] = [
         ("return loss * weight.detach()", "return loss * weight"),
         ("torch.where(selected, loss, loss.detach())", "torch.where(selected, loss.detach(), loss)"),
         ("loss + coef * (logp - old_logp).abs()", "loss + coef * (logp - old_logp)"),
-        ("return -entropy\n", "return entropy\n"),
+        ("return -full_entropy\n", "return full_entropy\n"),
     ),
     *_of(
         "ops/credit.py",
@@ -285,7 +285,7 @@ MUTANTS: list[Mutant] = [
         "models/test_readers.py learner generate/test_support.py",
         ("_language(role, flat[at - 1], tokens", "_language(role, flat[at], tokens"),
         ("_scalar(role, flat[at - 1]) + each", "_scalar(role, flat[at]) + each"),
-        ('out["full_logp"] = logp if support is None else logprobs(None, False)[0]', 'out["full_logp"] = logp'),
+        ('*logprobs(None, "full_entropy" in names)', '*logprobs(support, "full_entropy" in names)'),
     ),
 ]
 

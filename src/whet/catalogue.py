@@ -135,7 +135,9 @@ ONLINE: Mapping[str, Method] = {
         "RLOO: the answer's whole return against the mean of the other answers",
         "Ahmadian et al. 2024",
         changed(_REINFORCE, {"answers": 4, "credit": "leave_one_out", "reduce": "sequence_sum"}),
-        ("one update a rollout; TRL clips a sequence ratio (surrogate clip, ratio sequence)",),
+        (
+            "one update a rollout; TRL clips the whole answer's ratio (surrogate clip, ratio product, reduce sequence_mean)",
+        ),
     ),
     "remax": Method(
         "ReMax: minus the score of the greedy answer",
@@ -169,7 +171,11 @@ ONLINE: Mapping[str, Method] = {
         "DAPO: higher clip above, mean over tokens, groups without spread refilled, soft overlong penalty",
         "Yu et al. 2025",
         changed(_DAPO, {"answers": 16, "refill": 3, "overlong": {"name": "soft_overlong", "buffer": 32}}),
-        ("overlong.buffer 32 tokens (the paper 4096 of 20480)", _NO_KL),
+        (
+            "overlong.buffer 32 tokens (the paper 4096 of 20480)",
+            "at most refill rounds of new prompts (the paper: until full)",
+            _NO_KL,
+        ),
     ),
     "gspo": Method(
         "GSPO: one ratio for the whole answer",
@@ -283,6 +289,7 @@ PREFERENCE: Mapping[str, Method] = {
         "CPO: log-probs without reference, and SFT on the chosen answer",
         "Xu et al. 2024",
         changed(_DPO, {"score": "policy_score", "sft_weight": 1.0}),
+        ("the SFT term is a mean over the chosen answers' tokens",),
     ),
     "kto": Method(
         "KTO on single answers that are good or bad",
@@ -331,5 +338,9 @@ def shipped_recipe(verb: str) -> str:
         return "grpo"
     if verb in ONLINE:
         slots = ONLINE[verb].slots
-        return "ppo" if slots["value"] else "reinforce" if slots["surrogate"]["name"] == "reinforce" else "grpo"
+        if slots["value"]:
+            return "ppo"
+        if slots["surrogate"]["name"] == "reinforce":
+            return "reinforce"
+        return "grpo" if slots["surrogate"] == ONLINE["grpo"].slots["surrogate"] and slots["ratio"] else "gspo"
     return verb

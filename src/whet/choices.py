@@ -75,7 +75,10 @@ NARROWER: dict[str, dict[str, Any]] = {
     "clip_score": {"bound": Positive},
     "exo_pair": {"label_smoothing": Annotated[float, msgspec.Meta(gt=0, lt=0.5)]},
     "gae_adaptive": {"alpha": Positive},
-    "implicit_reward": {"divergence": Literal["reverse_kl", "forward_kl", "js", "alpha"]},
+    "implicit_reward": {
+        "alpha": Annotated[float, msgspec.Meta(gt=0, le=1)],
+        "divergence": Literal["reverse_kl", "forward_kl", "js", "alpha"],
+    },
 }
 """Where one op takes less than its dial's word allows."""
 
@@ -134,6 +137,7 @@ ONLINE_SLOTS: dict[str, dict[str, Choice]] = {
             "r_t = a_t s,  a the last layer's attention ({heads} over heads) of the last token to the answer's tokens, "
             "detached, sum 1",
             "attention-based credit, Chan et al. 2024",
+            "Chan et al. take the reward model's attention, here it is the policy's own",
             extra={"heads": "mean"},
         ),
     },
@@ -230,6 +234,11 @@ ONLINE_SLOTS: dict[str, dict[str, Choice]] = {
     "ratio": {
         "token": Choice("token_ratio", "rho_t = pi / pi_old of token t", "Schulman et al. 2017"),
         "sequence": Choice("sequence_ratio", "rho = (prod_t pi / pi_old)^(1/|y|)", "GSPO, Zheng et al. 2025, eq. 7"),
+        "product": Choice(
+            "product_ratio",
+            "rho = prod_t pi / pi_old",
+            "the whole answer's ratio; TRL's RLOO (with surrogate clip and reduce sequence_mean)",
+        ),
         "sequence_token": Choice(
             "sequence_token_ratio",
             "rho_t = sg[(prod pi / pi_old)^(1/|y|)] pi_t / sg[pi_t]",
@@ -375,7 +384,8 @@ PAIR_LOSSES: dict[str, Choice] = {
         "bco_pair",
         "-log sigmoid(w - d) - log sigmoid(d - l),  d the running mean reward",
         "BCO, Jung et al. 2024",
-        "older TRL: cumulative mean, this mini-batch included; newest TRL: no d. Here: 0.9 d + 0.1 mean, from the mini-batches before",
+        "older TRL: cumulative mean, this mini-batch included; newest TRL: no d. Here: 0.9 d + 0.1 mean, of the mini-batches "
+        "(online: rollouts) before",
     ),
     "sppo_hard": Choice(
         "sppo_hard",
@@ -414,6 +424,7 @@ SINGLE_LOSSES: dict[str, Choice] = {
         "bco",
         "-log sigmoid(w - d) of good answers, -log sigmoid(d - w) of bad ones, d the running mean reward",
         "BCO, Jung et al. 2024",
+        "TRL: d over all answers so far, and weights for unlike prompts; here 0.9 d + 0.1 mean, no weights",
     ),
     "apo_zero_unpaired": Choice(
         "apo_zero_unpaired",
@@ -427,7 +438,7 @@ SCORES: dict[str, Choice] = {
         "implicit_reward",
         "w = beta s(u),  u = log pi(y) - log pi_ref(y), divided by |y|: {mean},  s of {divergence}",
         "Rafailov et al. 2023; f-divergences: Wang et al. 2023",
-        "TRL's alpha divergence: the same form, default alpha 0.5",
+        "alpha is 1 - alpha of the f-DPO paper, as in TRL",
     ),
     "policy_score": Choice(
         "policy_score", "w = beta log pi(y), divided by |y|: {mean}", "CPO, Xu et al. 2024; SimPO, Meng et al. 2024"

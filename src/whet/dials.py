@@ -107,7 +107,7 @@ class Truncated:
 
     rule: Literal["keep", "mask", "penalise", "bootstrap"] = "keep"
     """"mask": its tokens are not trained; "penalise": `amount` is taken off its score; "bootstrap": the critic's value
-    after its last token stands for all that would have followed, its score included"""
+    after its last token stands for all that would have followed, its score and penalties included"""
     amount: NotNegative = 1.0
     """what a missing end token costs under "penalise", in units of the score"""
 

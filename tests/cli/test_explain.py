@@ -47,7 +47,7 @@ def test_the_numbers_are_the_recipes() -> None:
     assert "24 answers in mini-batches of 8 = 3 updates, x 2 epochs = 6 updates a rollout" in told
     assert "5 rollouts x 6 = 30 updates in all" in told
     assert any(line.startswith("at most 8 x 10 = 80 trained tokens an update") for line in told)
-    assert "the group's mean has the answer itself in it, so the effective beta is 4/3 of loss_kl.coef" in told
+    assert "what divides by a deviation divides the reward but not the KL, so beta is no longer beta" in told
     assert any(line.startswith("in this recipe: surrogate is clip (high 0.3), the method's is clip") for line in told)
 
 
@@ -63,7 +63,6 @@ def test_pairs_are_counted_as_pairs() -> None:
     [
         ({"kl.controller": "adaptive", "kl.target": 3.0}, "coefficient adaptive, aims at 3.0 nats per answer"),
         ({"kl.estimator": "exact", "whiten": None}, "KL(policy || reference) of the token's own state"),
-        ({"credit.gamma": 0.9}, "gamma below 1 discounts what comes later"),
         ({"place": "linear"}, "a longer answer earns more"),
         ({"truncated.rule": "mask"}, "answers cut off at the limit are masked"),
         ({"sampling.top_p": 0.9}, "some tokens cannot be drawn"),
@@ -82,7 +81,33 @@ def test_where_a_method_is_said_to_end_is_where_it_ends(name: str) -> None:
     case = CASES[name]
     slots = changed(catalogue.ONLINE[case.method].slots, {**case.changes, "answers": case.group})
     promised = ending(slots)[0].startswith("pi*")
-    assert promised == (case.field in ("regularised", "per answer"))
+    assert promised == (case.field == "regularised")
+
+
+@pytest.mark.parametrize(
+    ("verb", "fields", "why"),
+    [
+        ("instructgpt", {}, "moved: the pre-training term pulls elsewhere"),
+        ("ppo", {"entropy.coef": 0.1}, "moved: the entropy bonus pulls towards undecided distributions"),
+        ("reinforce", {"credit.gamma": 0.5}, "moved: gamma below 1 discounts"),
+        ("ppo", {"rescale": "batch"}, "moved: scores are divided by statistics of the policy's own answers"),
+        ("ppo", {"truncated.rule": "mask"}, "moved: answers cut off at the limit follow the rule mask"),
+        ("ppo", {"sampling.top_p": 0.9}, "moved: some tokens cannot be drawn"),
+        ("reinforce", {"reduce": "sequence_mean"}, "moved: each answer is divided by its length"),
+        ("ppo", {"kl.estimator": "k3"}, "moved: the k3 in the reward lacks its own gradient"),
+        ("ppo", {"kl.where": "sequence"}, "moved: the KL is divided by the answer's length"),
+        ("ppo", {"loss_kl": "k2"}, "moved: there is another KL in the loss"),
+    ],
+)
+def test_what_moves_the_end_is_said(verb: str, fields: dict, why: str) -> None:
+    told = lines(verb, **fields)
+    assert any(line.startswith(why) for line in told)
+    assert not any(line.startswith("pi*") for line in told)
+
+
+def test_a_group_that_is_only_centred_scales_beta_by_its_size() -> None:
+    told = lines("dr_grpo", **{"loss_kl": "k2", "answers": 4})
+    assert "the group's mean has the answer itself in it, so the effective beta is 4/3 of loss_kl.coef" in told
 
 
 def test_a_recipe_may_name_its_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

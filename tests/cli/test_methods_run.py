@@ -183,7 +183,7 @@ def test_an_online_method_runs_and_names_its_terms(case: str, home: Path, tmp_pa
             token in own for row in rollout for token, own in zip(row["completion_ids"], row["support"], strict=True)
         )
     if verb == "dapo":
-        assert all({"rounds", "groups_refilled", "groups_with_spread"} <= row.keys() for row in metrics)
+        assert all({"rounds", "groups_replaced", "groups_with_spread"} <= row.keys() for row in metrics)
         assert any(row["rounds"] > 1 for row in metrics)
     if verb == "remax":
         greedy = {row["group"]: row["baseline"] for row in rollout}

@@ -37,7 +37,7 @@ def test_groups_without_spread_are_replaced_within_bounds(tmp_path: Path, refill
         assert spread == sorted(spread, reverse=True)  # those without spread only make up for what is missing
         assert 1 <= line["rounds"] <= refill + 1
         assert line["rounds"] == refill + 1 or kept == 3
-        handed += int(kept + line["groups_refilled"])
+        handed += int(3 + line["groups_replaced"])
     assert any(line["rounds"] > 1 and line["groups_with_spread"] == 3 for line in lines)
     assert refill > 1 or any(line["groups_with_spread"] == 2 for line in lines)
     assert loop_state(tmp_path)["drawn"] == handed
@@ -46,7 +46,7 @@ def test_groups_without_spread_are_replaced_within_bounds(tmp_path: Path, refill
 def test_where_no_group_ever_has_spread_the_first_ones_are_trained(tmp_path: Path) -> None:
     go(tmp_path, method_of("grpo", answers=2, refill=2), reward=h.TableReward(lambda ids: 1.0), steps=2)
     for step, line in enumerate(read_metrics(tmp_path), 1):
-        assert (line["rounds"], line["groups_with_spread"], line["groups_refilled"]) == (3, 0, 9)
+        assert (line["rounds"], line["groups_with_spread"], line["groups_replaced"]) == (3, 0, 6)
         first = 9 * (step - 1)
         assert [answer["draw"] for answer in rollout(tmp_path, step)[::2]] == [first, first + 1, first + 2]
 
@@ -54,7 +54,7 @@ def test_where_no_group_ever_has_spread_the_first_ones_are_trained(tmp_path: Pat
 def test_a_rollout_whose_groups_all_have_spread_asks_for_no_more(tmp_path: Path) -> None:
     go(tmp_path, method_of("grpo", answers=4, refill=3), reward=h.TableReward(lambda ids: sum(ids) + len(ids) / 9))
     line = read_metrics(tmp_path)[0]
-    assert (line["rounds"], line["groups_with_spread"], line["groups_refilled"]) == (1, 3, 0)
+    assert (line["rounds"], line["groups_with_spread"], line["groups_replaced"]) == (1, 3, 0)
 
 
 def test_steps_of_unlike_reward_are_spread_too(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from whet import catalogue, ops
 from whet.choices import ONLINE_SLOTS
 from whet.dials import KL, Entropy, Truncated
 from whet.errors import RewardError
-from whet.methods import Algorithm, clip_bounds, credited, diagnostics, online, outcome, paired, part, shaped, spread
+from whet.methods import Algorithm, clipping, credited, diagnostics, online, outcome, paired, part, shaped, spread
 from whet.records import Batch, Row
 
 BETA = 0.5
@@ -99,6 +99,11 @@ def make(name: str, **changes: Any) -> Algorithm:
     return online(name, longest=LONGEST, **changes)
 
 
+def clip_bounds(method: Algorithm) -> tuple[float, float] | None:
+    found = clipping(method)
+    return None if found is None else (found.dials["low"], found.dials["high"])
+
+
 def padded(rows: list[list[float]], fill: float = 0.0) -> Tensor:
     return torch.tensor([[*row, *[fill] * (3 - len(row))] for row in rows], dtype=torch.float64)
 
@@ -108,7 +113,7 @@ def rollout(scores: Any = SCORES, **columns: Any) -> Batch:
     rows = [Row(torch.arange(2, 4 + length), 2, torch.ones(length, dtype=torch.bool)) for length in LENGTHS]
     return Batch.of(rows).with_columns(
         **{
-            "group": torch.tensor([0, 0, 1, 1]), "truncated": torch.tensor(CUT),
+            "group": torch.tensor([0, 0, 1, 1]), "truncated": torch.tensor(CUT), "address": torch.tensor([3, 1, 4, 5]),
             "rewards": torch.tensor(scores, dtype=torch.float64)[:, None],
             "token_score": torch.zeros(4, 3, dtype=torch.float64), "old_logp": padded(OLD), "ref_logp": padded(REF),
             "old_full_logp": padded(FULL), "old_collision": padded(COLLISION),
@@ -185,7 +190,7 @@ def test_every_choice_of_every_slot_can_be_composed() -> None:
     }  # fmt: skip
     for slot, known in ONLINE_SLOTS.items():
         for name in known:
-            base = "reinforce_pp" if slot == "place" else "grpo"
+            base = "reinforce_pp" if slot == "place" else "dr_grpo"
             changes = {slot: name} | beside.get(name, {})
             assert isinstance(make(base, **changes), Algorithm), (slot, name)
 
@@ -850,7 +855,12 @@ def test_clip_cov_knows_the_bounds_of_its_clip() -> None:
     [
         ([[1.0], [1.0], [2.0], [3.0]], None, [False, False, True, True]),
         ([[1.0], [2.0], [2.0], [2.0]], None, [True, True, False, False]),
-        ([[1.0, 5.0], [1.0, 4.0], [2.0, 2.0], [2.0, 2.0]], None, [True, True, False, False]),  # any of the rewards
+        ([[1.0, 5.0], [1.0, 4.0], [2.0, 2.0], [2.0, 2.0]], None, [True, True, False, False]),
+        (
+            [[1.0, 0.0], [0.0, 1.0], [2.0, 2.0], [2.0, 2.5]],
+            None,
+            [False, False, True, True],
+        ),  # the outcome is their sum
         (
             [[1.0], [1.0], [2.0], [2.0]],
             [[0.0, 1.0], [1.0, 0.0], [1.0], [1.0]],
@@ -860,10 +870,15 @@ def test_clip_cov_knows_the_bounds_of_its_clip() -> None:
     ],
 )
 def test_only_groups_with_spread_teach(rewards: list, dense: list | None, expected: list[bool]) -> None:
-    method = make("dapo")
+    method = make("dapo", weights=(1.0,) * len(rewards[0]))
     columns = {"token_score": padded(dense)} if dense else {}
     batch = rollout(group=torch.tensor([5, 5, 2, 2]), rewards=torch.tensor(rewards, dtype=torch.float64), **columns)
     assert spread(method, batch).tolist() == expected
+
+
+def test_where_each_reward_is_normalised_by_itself_each_ones_spread_counts() -> None:
+    rewards = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0], [2.0, 2.0]], dtype=torch.float64)
+    assert spread(make("gdpo", weights=(1.0, 1.0)), rollout(rewards=rewards)).tolist() == [True, True, False, False]
 
 
 def test_spread_does_not_depend_on_the_order_of_the_answers() -> None:
@@ -959,7 +974,7 @@ def test_an_entropy_bonus_is_one_term_more_and_may_be_steered() -> None:
     assert replace(fixed, terms=fixed.terms[:-1]) == base
     bonus = fixed.terms[-1]
     assert (bonus.role, bonus.name, bonus.weight, bonus.reduce) == ("policy", "entropy", 0.25, ops.token_mean)
-    assert bonus.reads() == {"entropy", "mask"}
+    assert bonus.reads() == {"full_entropy", "mask"}
     assert fixed.init() == {}
     moving = make("grpo", entropy={"coef": 0.25, "target": 0.5, "step": 0.125, "most": 0.3125})
     name = f"term{len(base.terms)}.weight"
@@ -1202,7 +1217,7 @@ def test_what_is_watched_of_a_mini_batch_by_hand() -> None:
     ratios = [
         math.exp(float(batch["logp"][i, t] - batch["old_logp"][i, t])) for i, n in enumerate(LENGTHS) for t in range(n)
     ]
-    got = diagnostics(batch, (0.2, 0.2))
+    got = diagnostics(batch, clipping(make("ppo")))
     assert got["ratio_mean"] == pytest.approx(sum(ratios) / 9)
     assert got["kl_old"] == pytest.approx(sum(r - 1 - math.log(r) for r in ratios) / 9)
     assert got["clip_fraction"] == pytest.approx(sum(not 0.8 <= r <= 1.2 for r in ratios) / 9)
@@ -1218,3 +1233,10 @@ def test_what_is_watched_of_a_mini_batch_by_hand() -> None:
     assert got["explained_variance"] == pytest.approx(
         1 - variance([r - v for r, v in flat]) / variance([r for r, _ in flat])
     )
+
+
+def test_the_clip_fraction_is_of_the_ratio_that_is_clipped() -> None:
+    batch = rollout(logp=padded([[o + d for o, d in zip(row, (0.5, -0.5, 0.0), strict=False)] for row in OLD]))
+    assert diagnostics(batch, clipping(make("grpo")))["clip_fraction"] > 0.5  # tokens leave 1 by half a nat
+    whole = diagnostics(batch, clipping(make("gspo")))["clip_fraction"]
+    assert whole == pytest.approx(1 / 9)  # the means are 0, 0, 1/2 (one token) and 0

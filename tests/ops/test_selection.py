@@ -41,7 +41,7 @@ CLIP_COV = [  # share of five tokens, interval, tokens without gradient (flat pl
 @pytest.mark.parametrize(("share", "interval", "out"), [pytest.param(*row[1:], id=row[0]) for row in CLIP_COV])
 def test_clip_cov_draws_among_the_candidates(share: float, interval: tuple[float, float], out: set[int]) -> None:
     dials = {"share": share, "cov_low": interval[0], "cov_high": interval[1]}
-    got = clip_cov(LOGP, LOGP, ADVANTAGE, MASK, **dials)
+    got = clip_cov(LOGP, LOGP, ADVANTAGE, torch.arange(len(MASK)), MASK, **dials)
     assert got.dtype == torch.bool
     assert got.shape == MASK.shape
     assert {place for place, keep in enumerate(got.flatten().tolist()) if not keep} == out
@@ -65,7 +65,7 @@ def test_clip_cov_leaves_out_what_the_clip_stops_anyway(moved: dict, out: set[in
     for place, value in moved.items():
         ratio[place] = value
     dials = {"low": 0.3, "high": 0.2, "share": 1.0, "cov_low": 5.0, "cov_high": 9.0}
-    got = clip_cov(LOGP, LOGP - ratio.log(), ADVANTAGE, MASK, **dials)
+    got = clip_cov(LOGP, LOGP - ratio.log(), ADVANTAGE, torch.arange(len(MASK)), MASK, **dials)
     assert {place for place, keep in enumerate(got.flatten().tolist()) if not keep} == out
 
 
@@ -74,20 +74,38 @@ def test_clip_cov_counts_its_share_of_the_trained_tokens_and_draws_alike_every_t
     logp, advantage = torch.randn(2, 8, 50, dtype=torch.float64, generator=noise)
     mask = torch.rand(8, 50, generator=noise) < 0.8
     dials = {"share": 0.05, "cov_low": 0.0, "cov_high": 9.0}
-    got = clip_cov(logp, logp, advantage, mask, **dials)
+    got = clip_cov(logp, logp, advantage, torch.arange(len(mask)), mask, **dials)
     assert int((~got).sum()) == int(0.05 * int(mask.sum()))
     assert not (~got & ~(mask & (covariance(logp, advantage, mask) > 0))).any()
-    assert torch.equal(got, clip_cov(logp, logp, advantage, mask, **dials))
+    assert torch.equal(got, clip_cov(logp, logp, advantage, torch.arange(len(mask)), mask, **dials))
     first = (mask & (covariance(logp, advantage, mask) > 0)).flatten().nonzero()[:, 0][: int((~got).sum())]
     assert set(first.tolist()) != set((~got).flatten().nonzero()[:, 0].tolist())  # drawn, not the first ones
 
 
+def test_clip_cov_draws_the_same_tokens_whatever_the_padding_and_the_order() -> None:
+    noise = torch.Generator().manual_seed(1)
+    logp, advantage = torch.randn(2, 8, 30, dtype=torch.float64, generator=noise)
+    mask, address = torch.rand(8, 30, generator=noise) < 0.8, torch.arange(100, 108)
+    dials = {"share": 0.05, "cov_low": 0.0, "cov_high": 9.0}
+    got = clip_cov(logp, logp, advantage, address, mask, **dials)
+    wide = [
+        torch.nn.functional.pad(one, (0, 7), value=fill) for one, fill in ((logp, 0.0), (advantage, 0.0), (mask, False))
+    ]
+    assert torch.equal(clip_cov(wide[0], wide[0], wide[1], address, wide[2], **dials)[:, :30], got)
+    order = torch.tensor([5, 2, 7, 0, 1, 6, 3, 4])
+    turned = clip_cov(logp[order], logp[order], advantage[order], address[order], mask[order], **dials)
+    assert torch.equal(turned, got[order])
+    assert not torch.equal(
+        clip_cov(logp, logp, advantage, address + 1000, mask, **dials), got
+    )  # another update, other tokens
+
+
 def test_default_dials_of_clip_cov() -> None:
     # 5 tokens: one is drawn among 1 < covariance < 5; covariances 8 1 0 0 6 have none, halved 4 0.5 0 0 3 have two
-    assert clip_cov(LOGP, LOGP, ADVANTAGE, MASK).all()
-    assert int((~clip_cov(LOGP, LOGP, ADVANTAGE / 2, MASK)).sum()) == 1
+    assert clip_cov(LOGP, LOGP, ADVANTAGE, torch.arange(len(MASK)), MASK).all()
+    assert int((~clip_cov(LOGP, LOGP, ADVANTAGE / 2, torch.arange(len(MASK)), MASK)).sum()) == 1
     moved = LOGP - f64([[math.log(1.21), 0, 0], [0, 0, 0], [0, math.log(0.79), 0]])
-    assert clip_cov(LOGP, moved, ADVANTAGE / 2, MASK).all()  # low and high are 0.2
+    assert clip_cov(LOGP, moved, ADVANTAGE / 2, torch.arange(len(MASK)), MASK).all()  # low and high are 0.2
 
 
 @pytest.mark.parametrize(
@@ -106,7 +124,7 @@ def test_kl_cov_by_default_takes_two_in_a_thousand() -> None:
 
 def test_nothing_to_select_from() -> None:
     none = torch.zeros_like(MASK)
-    assert clip_cov(LOGP, LOGP, ADVANTAGE, none).all()
+    assert clip_cov(LOGP, LOGP, ADVANTAGE, torch.arange(len(none)), none).all()
     assert not kl_cov(LOGP, ADVANTAGE, none).any()
 
 

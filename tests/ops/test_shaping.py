@@ -160,6 +160,8 @@ def test_batch_normalised_is_over_all_answers_of_a_rollout() -> None:
     score = torch.tensor([-1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
     deviation = (14 / 3) ** 0.5
     expected = [(x - 2.0) / (deviation + 1e-8) for x in (-1.0, 2.0, 3.0, 4.0)]
-    torch.testing.assert_close(ops.batch_normalised(score), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        ops.batch_normalised(score), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12
+    )
     scaled = ops.batch_normalised(score, shift_mean=False, ddof=0, eps=0.5)
     torch.testing.assert_close(scaled, score / ((14 / 4) ** 0.5 + 0.5), rtol=1e-12, atol=1e-12)

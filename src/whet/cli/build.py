@@ -180,12 +180,12 @@ def sources_of(data: fields.Data, read: Callable[[Sequence[Any]], list]) -> tupl
 
 def guarded(read: Callable[[Sequence[Any]], list], objective: Objective, name: str) -> Callable[[Sequence[Any]], list]:
     """The reading, with rows refused whose `margin` or `probability` no term of the method reads."""
-    reads = objective.reads()
+    compared = [term.reads() for term in objective.terms if term.name not in ("sft", "centring")]
 
     def checked(rows: Sequence[Any]) -> list:
         for column in ("margin", "probability"):
             first = next((one for one in rows if column in one.row), None)
-            if first is not None and column not in reads:
+            if first is not None and not all(column in reads for reads in compared):
                 raise DataError(
                     f"{first.where}: {name} does not read the field {column!r}; leave it out or take another method"
                 )
@@ -445,6 +445,11 @@ def check_arithmetic(recipe: fields.Online, algorithm: Algorithm, verb: str) -> 
         raise RecipeError(
             f"reward.dense: {verb} credits whole answers, so scores per token would be added up; leave it out"
         )
+    resized = algorithm.normalise or algorithm.rescale or algorithm.combine.op is not ops.weighted_sum
+    if any(one.dense for one in recipe.reward) and resized:
+        raise RecipeError(
+            "reward.dense: scores per token keep their size; leave normalise, rescale and combine as they are"
+        )
     for number, one in enumerate(recipe.reward):
         if one.step is not None and not one.dense:
             raise RecipeError(f"reward.{number}.step: it says where a dense reward has its scores; set dense too")
@@ -465,6 +470,11 @@ def check_arithmetic(recipe: fields.Online, algorithm: Algorithm, verb: str) -> 
     ):
         if given and needed not in roles:
             raise RecipeError(f"{name}: {verb} as it is set has no {needed}; leave it out")
+    if updates == 1 and any(one.op is ops.kl_on for term in algorithm.terms for one in term.loss.walk()):
+        raise RecipeError(
+            "method.select: kl_cov holds the updates of a rollout together, and there is one alone; take several "
+            "(rollout.minibatch, rollout.epochs)"
+        )
     if recipe.rollout.stop_kl is not None and updates == 1:
         raise RecipeError(
             "rollout.stop_kl: it ends a rollout's updates early, and there is one alone; take several "
@@ -515,6 +525,16 @@ def check_reference(recipe: fields.Preference, objective: Objective) -> None:
         raise RecipeError("refresh.mix: the reference is never refreshed; set refresh.every")
 
 
+def check_optim(optim: Optim, where: str) -> None:
+    """Refuses dials of an optimiser that do nothing beside the others."""
+    if optim.kind != "muon" and optim.muon_lr != Optim().muon_lr:
+        raise RecipeError(f"{where}.muon_lr: the optimiser is {optim.kind}; set {where}.kind to muon, or leave it out")
+    if optim.schedule == "constant" and optim.final != Optim().final:
+        raise RecipeError(
+            f"{where}.final: a constant schedule ends where it began; leave it out, or take another schedule"
+        )
+
+
 def cautions(recipe: fields.Online, algorithm: Algorithm) -> list[str]:
     """What a run should be warned of before it starts."""
     in_reward = algorithm.penalty is not None and algorithm.penalty.estimator.op is not ops.dense
@@ -529,7 +549,11 @@ def cautions(recipe: fields.Online, algorithm: Algorithm) -> list[str]:
         f"sampled; {fixes[slot]} sums over the whole vocabulary"
         for slot, sampled in (("kl", in_reward), ("loss_kl", in_loss))
         if sampled and recipe.sampling.truncates
-    ]
+    ] + (
+        ["method.correct: answers are sampled by the learner's own weights here, so every correction is 1"]
+        if algorithm.correct is not None
+        else []
+    )
 
 
 def steps_of(train: fields.Train, elements: int) -> int:

@@ -68,10 +68,16 @@ def _online(verb: str, recipe: fields.Online) -> list[tuple[str, list[str]]]:
             "  some tokens cannot be drawn: ratios are between the distributions over the recorded support, KL between the full ones"
         )
     objective = online_lines(slots, longest=longest, weights=weights)
+    if updates == 1 and any("ratio" in one.columns for term in algorithm.terms for one in term.loss.walk()):
+        arithmetic.append("  one update a rollout: the ratio is 1 there, so its bounds never act")
     cautions = [f"  {one}" for one in build.cautions(recipe, algorithm)]
+    try:
+        build.check_ptx(recipe, algorithm, verb)
+    except RecipeError as error:
+        cautions.append(f"  the run will be refused: {error}")
     return [
         ("objective, minimised", objective),
-        ("where it ends", [f"  {one}" for one in ending(slots)]),
+        ("where it ends", [f"  {one}" for one in ending(slots, truncates=recipe.sampling.truncates)]),
         ("arithmetic", arithmetic),
         ("sampling", sampled),
         ("trained and frozen", _roles(algorithm.roles(), recipe)),
@@ -103,6 +109,7 @@ def _offline(verb: str, recipe: fields.Offline) -> list[tuple[str, list[str]]]:
             )
         else:
             objective = compose.preference_of(slots)
+            build.check_reference(recipe, objective)
             lines, different = preference_lines(slots), differences(verb, recipe.method)
             if "ref_logp" in objective.reads():
                 follows = f"moves by {recipe.refresh.mix:g} towards the policy every {recipe.refresh.every} updates"

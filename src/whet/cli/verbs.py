@@ -45,6 +45,9 @@ def run_offline(verb: str, recipe: fields.Offline, options: Options) -> Path:
     """pretrain, sft, reward, dpo, ipo: rows of a file through an objective. Returns the run folder."""
     _threads(recipe.threads)
     folder = _folder(recipe, verb, options)
+    build.check_optim(recipe.optim, "optim")
+    if recipe.train.eval_every and not recipe.data.eval:
+        raise RecipeError("train.eval_every: there are no held-out rows; give --data.eval, or leave it out")
     name, objective = verb, SFT
     if isinstance(recipe, fields.RewardModel | fields.Preference):
         slots = build.checked(verb, recipe.method, config.leaves(type(recipe)))
@@ -110,6 +113,9 @@ def run_online(verb: str, recipe: fields.Online, options: Options) -> Path:
     """ppo, grpo and the other online methods. Returns the run folder."""
     _threads(recipe.threads)
     folder = _folder(recipe, verb, options)
+    build.check_optim(recipe.optim, "optim")
+    if recipe.critic.optim is not None:
+        build.check_optim(recipe.critic.optim, "critic.optim")
     slots = build.checked(verb, recipe.method, config.leaves(fields.Online))
     longest, weights = recipe.sampling.max_new_tokens, [one.weight for one in recipe.reward] or [1.0]
     algorithm = compose.online_of(slots, longest=longest, weights=weights)
@@ -202,6 +208,8 @@ def _best(row: Mapping[str, Any]) -> dict[str, Any]:
 def run_rank(recipe: fields.Rank, options: Options) -> Path:
     """Answers become rankings: by a judge function, or by the `scores` the rows carry. Returns the file."""
     out = _out_file(recipe.out, "rank")
+    if recipe.judge is None and recipe.judge_form != fields.Rank().judge_form:
+        raise RecipeError("judge_form: there is no judge; give --judge FILE.py:FUNCTION, or leave it out")
     ranker: Any = ScoreRanker()
     if recipe.judge is not None:
         function = load_function(recipe.judge)

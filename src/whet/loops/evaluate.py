@@ -16,8 +16,8 @@ from whet.records import Batch, Element, Group, Prompt
 def held_out(
     learner: Learner, objective: Objective, elements: Sequence[Element], *, batch: int = 64
 ) -> dict[str, float]:
-    """The objective's losses over all held-out elements (global counts: the split changes nothing), and for rankings and
-    pairs the share of untied pairs that the model orders right, `accuracy`."""
+    """The objective's losses over all held-out elements (global counts; what looks across a mini-batch sees parts of
+    `batch` elements), and for rankings and pairs the share of untied pairs that the model orders right, `accuracy`."""
     parts = [Batch.of(elements[start : start + batch]) for start in range(0, len(elements), batch)]
     terms = objective.terms
     counts = [sum((part.counts(term.mask) for part in parts), Counts(0, 0, 0)) for term in terms]

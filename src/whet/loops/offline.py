@@ -98,7 +98,7 @@ def train(
 def _precomputed(
     learner: Learner, sources: Sequence[Sequence[Element]], columns: frozenset[str], size: int
 ) -> dict[tuple[int, int], list[Tensor]]:
-    """The reference's log-probs of every row of every element, by (source, index): the model is not needed afterwards."""
+    """The reference's log-probs of every row of every element, by (source, index)."""
     out: dict[tuple[int, int], list[Tensor]] = {}
     for source, elements in enumerate(sources):
         for start in range(0, len(elements), size):

@@ -14,7 +14,7 @@ from whet.loops import checkpoint, selfcheck
 from whet.loops.interrupt import Stop
 from whet.loops.progress import Progress
 from whet.loops.record import Run, mean_of
-from whet.methods import Algorithm, clip_bounds, credited, diagnostics, outcome, paired, shaped, spread
+from whet.methods import Algorithm, clipping, credited, diagnostics, outcome, paired, shaped, spread
 from whet.methods.part import mean_reward
 from whet.ops import address, masked_mean, masked_sum
 from whet.records import Batch, Element, Group, Prompt, Row, minibatches, order, pad, pad_support, take_elements
@@ -172,8 +172,10 @@ def collected(
         for number, group in enumerate(groups):
             rows = (batch["group"] == number).nonzero()[:, 0].tolist()
             (kept if bool(useful[rows[0]]) else spare).append((group, batch.take(rows)))
-    numbers = {"groups_refilled": float(len(spare)), "rounds": float(turn), "groups_with_spread": float(len(kept))}
-    chosen = kept + spare[: plan.prompts - len(kept)]
+    filler = spare[: plan.prompts - len(kept)]
+    numbers = {"groups_replaced": float(len(spare) - len(filler)), "rounds": float(turn)}
+    numbers["groups_with_spread"] = float(len(kept))
+    chosen = kept + filler
     return [group for group, _ in chosen], Batch.joined([one for _, one in chosen]), numbers
 
 
@@ -215,6 +217,7 @@ def gathered(groups: Sequence[Group], rewards: Sequence[Weighted], sampling: Sam
     extra = {"support": pad_support([one for one in supports if one is not None])} if None not in supports else {}
     return Batch.of(rows).with_columns(
         group=torch.tensor([number for number, _, _ in pairs]),
+        address=torch.tensor([address(sample.draw, sample.answer) >> 1 for _, _, sample in pairs]),
         truncated=torch.tensor([sample.truncated for _, _, sample in pairs]),
         temperature=torch.full((len(rows),), sampling.temperature),
         sampler_logp=pad([torch.tensor(sample.sampler_logp) for _, _, sample in pairs]),
@@ -256,11 +259,12 @@ def updates(
     plan: Plan,
 ) -> tuple[list[dict[str, float]], Batch]:
     """All updates of one rollout: (one row of numbers per update, the batch with the ratio it was last trained at)."""
-    bounds, rows, ratio = clip_bounds(algorithm), [], torch.ones_like(batch["old_logp"])
+    clip, rows, ratio = clipping(algorithm), [], torch.ones_like(batch["old_logp"])
     elements = batch.elements()
     for epoch, turn in enumerate(turns):
         for number, places in enumerate(turn):
             mini = take_elements(batch, places)
+            mini = mini.with_columns(address=mini["address"] ^ (address(plan.seed, "select", step, epoch) >> 1))
             mini = look_across(learner, algorithm.select, mini)
             streams = {"rollout": mini, **stream.batch(step, epoch * len(turn) + number, len(turn) * len(turns))}
             work = [(term, streams[term.stream], streams[term.stream].counts(term.mask)) for term in algorithm.terms]
@@ -271,7 +275,7 @@ def updates(
             own = (current["logp"] - current["old_logp"]).exp()
             taken = torch.tensor([row for place in places for row in elements[place]])
             ratio[taken, : own.shape[1]] = own
-            rows.append(update_numbers(update) | diagnostics(current, bounds) | {"epoch": epoch})
+            rows.append(update_numbers(update) | diagnostics(current, clip) | {"epoch": epoch})
             if algorithm.pairs:
                 rows[-1]["implicit_reward"] = mean_reward(algorithm.terms, current.columns)
             if plan.stop_kl is not None and rows[-1]["kl_old"] > plan.stop_kl:

@@ -71,7 +71,7 @@ class Run:
             "finish": [sample.finish for _, sample in samples],
         }
         for name, values in batch.columns.items():
-            if name in ("element", "place", "rewards"):
+            if name in ("element", "place", "rewards", "support", "address"):
                 continue
             rows = values.tolist()
             if COLUMNS[name].per_token:

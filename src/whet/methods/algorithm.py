@@ -159,10 +159,11 @@ def outcome(algorithm: Algorithm, batch: Batch) -> Tensor:
 
 
 def spread(algorithm: Algorithm, batch: Batch) -> Tensor:
-    """Which rows belong to a group whose answers do not all have the same rewards, (B,) bool: only those teach a method
-    that compares within groups."""
+    """Which rows belong to a group whose answers do not all have the same outcome before any penalty (the same rewards,
+    where each is normalised by itself), (B,) bool: only those teach a method that compares within groups."""
     index = torch.unique(batch["group"], return_inverse=True)[1]
-    rewards = torch.cat([batch["rewards"], batch["token_score"]], 1)
+    score = batch["rewards"] if algorithm.normalise is not None else outcome(algorithm, batch)[:, None]
+    rewards = torch.cat([score, batch["token_score"]], 1)
     empty = torch.zeros(int(index.max()) + 1, rewards.shape[1], dtype=rewards.dtype)
     where = index[:, None].expand_as(rewards)
     top, bottom = (empty.scatter_reduce(0, where, rewards, how, include_self=False) for how in ("amax", "amin"))
@@ -233,7 +234,7 @@ def credited(algorithm: Algorithm, batch: Batch) -> Batch:
 def paired(batch: Batch) -> Batch:
     """The best and the worst answer of each group as pairs, chosen first; groups of equal scores give none. Reads score.
 
-    Of equally good answers the first counts. Under rule "mask" of truncation nothing is left out: a cut-off answer can lose.
+    Of equally good answers the first counts.
     """
     groups: dict[int, list[int]] = {}
     for row, group in enumerate(batch["group"].tolist()):
@@ -252,10 +253,11 @@ def paired(batch: Batch) -> Batch:
     )  # fmt: skip
 
 
-def diagnostics(batch: Batch, clip: tuple[float, float] | None) -> dict[str, float]:
+def diagnostics(batch: Batch, clip: Part | None) -> dict[str, float]:
     """What to watch of a mini-batch after its update's forward pass: ratio, clip fraction, KL(old || new) per token.
 
-    `batch` has logp (now) beside old_logp; `clip` is (low, high) where the surrogate has one.
+    `batch` has logp (now) beside old_logp; `clip` is the surrogate's clipping part where it has one, whose own ratio (of a
+    token or of the whole answer) is held against its bounds.
     """
     mask, log_ratio = batch["mask"], batch["logp"] - batch["old_logp"]
     ratio = log_ratio.exp()
@@ -264,17 +266,16 @@ def diagnostics(batch: Batch, clip: tuple[float, float] | None) -> dict[str, flo
         "kl_old": float(ops.masked_mean(torch.expm1(log_ratio) - log_ratio, mask)),
     }
     if clip is not None:
-        beyond = (ratio < 1 - clip[0]) | (ratio > 1 + clip[1])
+        own = clip.columns["ratio"]
+        held = own(batch.columns) if isinstance(own, Part) else ratio
+        beyond = (held < 1 - clip.dials["low"]) | (held > 1 + clip.dials["high"])
         out["clip_fraction"] = float(ops.masked_mean(beyond.to(ratio.dtype), mask))
     if "value" in batch.columns:
         out["explained_variance"] = float(ops.explained_variance(batch["old_value"], batch["returns"], mask))
     return out
 
 
-def clip_bounds(algorithm: Algorithm) -> tuple[float, float] | None:
-    """(low, high) of the policy's clipped surrogate, None where it has none."""
-    for term in algorithm.terms:
-        for one in term.loss.walk():
-            if one.op in (ops.clip, ops.dual_clip):
-                return one.dials["low"], one.dials["high"]
-    return None
+def clipping(algorithm: Algorithm) -> Part | None:
+    """The part of the policy's surrogate that clips a ratio, None where it has none."""
+    parts = (one for term in algorithm.terms for one in term.loss.walk())
+    return next((one for one in parts if one.op in (ops.clip, ops.dual_clip)), None)

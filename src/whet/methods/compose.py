@@ -1,11 +1,13 @@
 """From a method's slots (names and dials, as the catalogue and recipes hold them) to parts; what contradicts itself is refused."""
 
+import dataclasses
 import difflib
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -14,7 +16,9 @@ from whet.choices import (
     DIALS,
     HIDDEN,
     ONLINE_SLOTS,
+    OPTIONAL,
     PAIR_LOSSES,
+    PLAIN_SLOTS,
     PREFERENCE_SLOTS,
     REWARD_SLOTS,
     SINGLE_LOSSES,
@@ -70,8 +74,10 @@ def reward(name: str, **changes: Any) -> Objective:
 def _changed(table: Mapping[str, catalogue.Method], name: str, changes: Slots) -> Slots:
     """The slots of a method with these changes. Raises RecipeError for a method or a slot that does not exist."""
     slots = _known("method", table, name).slots
-    for slot in changes:
+    for slot, value in changes.items():
         _known(f"method {name}", slots, slot)
+        if value is None and slot not in OPTIONAL and slot not in PLAIN_SLOTS:
+            raise RecipeError(f"method.{slot}: it cannot be left out")
     return changed(slots, changes)
 
 
@@ -171,9 +177,27 @@ def _check_credit(slots: Slots, front: Algorithm, parameters: Mapping[str, Any],
         raise RecipeError(
             "method.kl: the credit group_steps reads rewards at the ends of steps alone; use loss_kl instead"
         )
-    if "baseline" in parameters and front.normalise is not None:
+    alone = next((slot for slot in ("normalise", "rescale") if slots[slot] and slots[slot]["name"] != "running"), None)
+    if "baseline" in parameters and alone is not None:
         raise RecipeError(
-            "method.normalise: the greedy answer is alone in its group; leave normalise out with against_greedy"
+            f"method.{alone}: the greedy answers are none of its group and its rollout; leave {alone} out with against_greedy"
+        )
+    cost = None if slots["kl"] is None else record(KL, slots["kl"])
+    if "score" in parameters and cost is not None and cost.where == "sequence_sum":
+        raise RecipeError(
+            f"method.kl.where: the credit {name} credits whole answers, where sequence_sum is the same as token; use token"
+        )
+    affine = name == "group_zscore" or (slots["whiten"] and "values" not in parameters)
+    if affine and slots["rescale"] and cost is None:
+        raise RecipeError(
+            "method.rescale: what follows divides by the deviation again, so it changes nothing; leave it out"
+        )
+    if name == "group_zscore" and slots["normalise"] and cost is None and len(front.combine.dials["weights"]) == 1:
+        raise RecipeError("method.normalise: a single reward is normalised by group_zscore alone; leave it out")
+    if name == "group_mean_scaled" and cost is not None:
+        raise RecipeError(
+            "method.kl: group_mean_scaled divides by the group's mean, so nothing may take scores below 0, as a KL in the reward "
+            "does; use loss_kl"
         )
 
 
@@ -279,12 +303,14 @@ def controller(kl: KL) -> Controller:
 def _check_exact(slots: Slots, kl: KL) -> None:
     """The exact KL stands in the reward and in the loss at once, so nothing may rescale one of them alone."""
     rescaled = "whiten" if slots["whiten"] else None
-    if slots["credit"]["name"] in ("group_zscore", "group_mean_scaled", "group_steps"):
-        rescaled = "credit"
+    if slots["credit"]["name"] in ("group_center", "group_zscore", "group_mean_scaled", "group_steps"):
+        rescaled = f"the credit {slots['credit']['name']}"
+    if slots["reduce"]["name"] == "sequence_mean":
+        rescaled = "reduce sequence_mean"
     if rescaled is not None:
         raise RecipeError(
             f"method.kl.estimator: exact puts the KL of later tokens in the reward and a token's own in the loss, and {rescaled} "
-            "rescales the first alone; leave that out, or use k1"
+            "rescales the first alone; leave that out (leave_one_out does not, nor sequence_sum), or use k1"
         )
     if kl.where != "token":
         raise RecipeError(f"method.kl.where: the exact KL is charged where it arises; use token; got {kl.where}")
@@ -324,7 +350,12 @@ def preference_of(slots: Slots, stream: str = "train") -> Objective:
     }
     terms: list[Term] = []
     select: dict[str, Part] = {}
-    single = [one["name"] in SINGLE_LOSSES for one in losses]
+    if not losses:
+        raise RecipeError("method.loss: an empty list minimises nothing; name a loss")
+    single = [one["name"] in SINGLE_LOSSES for one in losses if one["name"] != "sft"]
+    plain = {"beta": 0.1, "score": {"name": "implicit_reward"}}
+    if not single and any(named(slots.get(slot)) != value for slot, value in plain.items() if slot in slots):
+        raise RecipeError("method.loss: the sft loss reads neither beta nor score; leave them out")
     if any(single) and not all(single):
         raise RecipeError("method.loss: losses on single answers and losses on pairs need other rows; do not mix them")
     for spec in losses:
@@ -465,8 +496,17 @@ def dials_of(choice: Choice) -> dict[str, Any]:
 
 
 def record(kind: type, value: Any) -> Any:
-    """The record, which may be given as the mapping of its fields."""
-    return value if isinstance(value, kind) else kind(**value)
+    """The record, which may be given as the mapping of its fields. Raises RecipeError for a field or value it does not have."""
+    if isinstance(value, kind):
+        return value
+    if not isinstance(value, Mapping):
+        raise RecipeError(f"method: expected the fields of {kind.__name__}, got {value!r}")
+    for name in value:
+        _known(f"method, {kind.__name__}", {one.name: one for one in dataclasses.fields(kind)}, name)
+    try:
+        return msgspec.convert(dict(value), kind)
+    except msgspec.ValidationError as error:
+        raise RecipeError(f"method, {kind.__name__}: {error}") from error
 
 
 def _with_length(slot: str, spec: Slots, dial: str, longest: int | None) -> dict[str, Any]:

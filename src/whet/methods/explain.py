@@ -6,7 +6,8 @@ from typing import Any
 
 from whet import catalogue
 from whet.choices import ONLINE_SLOTS, PREFERENCE_SLOTS, REWARD_SLOTS, Choice, named
-from whet.methods.compose import dials_of
+from whet.dials import KL, Entropy, Truncated, Value
+from whet.methods.compose import dials_of, record
 
 Slots = Mapping[str, Any]
 
@@ -43,11 +44,15 @@ def online_lines(slots: Slots, *, longest: int | None = None, weights: Sequence[
         )
         return out + preference_lines(slots)
     out += line("place", "placed") + _penalty(slots["kl"]) + line("credit", "credit")
-    if slots["value"] and _get(slots["value"], "lam") is not None:
+    if slots["value"] is not None and record(Value, slots["value"]).lam is not None:
         out.append(
-            _step("critic's target", f"R_t = gae with lambda {_shown(_get(slots['value'], 'lam'))}, plus V_t", "VAPO")
+            _step(
+                "critic's target",
+                f"R_t = gae with lambda {_shown(record(Value, slots['value']).lam)}, plus V_t",
+                "VAPO",
+            )
         )
-    elif slots["value"]:
+    elif slots["value"] is not None:
         out.append(_step("critic's target", "R_t = A_t + V_t, with A before whitening", ""))
     out += line("whiten", "whiten") + line("correct", "correction") + line("ratio", "ratio")
     reduce = slots["reduce"]
@@ -59,30 +64,32 @@ def online_lines(slots: Slots, *, longest: int | None = None, weights: Sequence[
     out += line("select", "select")
     out.append(_step("reduced by", f"{reduce['name']}: {total}", ONLINE_SLOTS["reduce"][reduce["name"]].source))
     out += line("loss_kl", "+ KL in the loss")
-    if slots["kl"] and _get(slots["kl"], "estimator", "k1") == "exact":
+    if slots["kl"] is not None and record(KL, slots["kl"]).estimator == "exact":
         out.append(
             _step(
                 "+ KL in the loss",
-                f"{_shown(_get(slots['kl'], 'coef', 0.05))} KL(policy || reference) of the token's own state",
+                f"{_shown(record(KL, slots['kl']).coef)} KL(policy || reference) of the token's own state",
                 "",
             )
         )
-    if slots["value"]:
-        clip = _get(slots["value"], "clip", 0.2)
+    if slots["value"] is not None:
+        clip = record(Value, slots["value"]).clip
         squared = (
             "(V - R)^2 / 2" if clip is None else f"max((V - R)^2, (V_old + clip(V - V_old, -{clip}, {clip}) - R)^2) / 2"
         )
         out.append(
             _step(
-                "critic loss", f"{_shown(_get(slots['value'], 'weight', 1.0))} x mean over all tokens of {squared}", ""
+                "critic loss", f"{_shown(record(Value, slots['value']).weight)} x mean over all tokens of {squared}", ""
             )
         )
-    if slots["entropy"]:
-        target = _get(slots["entropy"], "target")
+    if slots["entropy"] is not None:
+        target = record(Entropy, slots["entropy"]).target
         steered = f", steered to {target} nats per token" if target else ""
         out.append(
             _step(
-                "- entropy", f"{_shown(_get(slots['entropy'], 'coef', 0.001))} x mean over all tokens of H{steered}", ""
+                "- entropy",
+                f"{_shown(record(Entropy, slots['entropy']).coef)} x mean over all tokens of H{steered}",
+                "",
             )
         )
     if slots["ptx_weight"]:
@@ -126,63 +133,100 @@ def reward_lines(slots: Slots) -> list[str]:
     return out
 
 
-def ending(slots: Slots) -> list[str]:
-    """Where an online method ends when it is run long enough: pi*(y) = pi_ref(y) exp(s(y) / beta) / Z, or why elsewhere."""
+def ending(slots: Slots, *, truncates: bool = False) -> list[str]:
+    """Where an online method ends when it is run long enough: pi*(y) = pi_ref(y) exp(s(y) / beta) / Z, or why elsewhere.
+
+    `truncates`: some tokens cannot be drawn (top-p, top-k, min-p).
+    """
     if "loss" in slots:
         return ["the optimum of the preference loss for the reference and beta; pairs come from the policy itself"]
-    kl, loss_kl, credit = slots["kl"], slots["loss_kl"], slots["credit"]["name"]
-    scaled = credit in ("group_zscore", "group_mean_scaled", "group_steps")
-    out = []
-    if kl and _get(kl, "coef", 0.05) > 0:
-        estimator, where = _get(kl, "estimator", "k1"), _get(kl, "where", "token")
-        if estimator in ("k2", "k3"):
-            out.append(
-                f"the {estimator} in the reward charges another cost than the KL: its gradient through the policy is missing, so the "
-                "end is not pi*; k1 and exact have none missing"
-            )
-        elif where == "sequence":
-            out.append("the KL is divided by the answer's length, so long answers pay less: the end is not pi*")
-        elif loss_kl:
-            out.append("there is a KL in the reward and another in the loss: the end is between theirs")
-        elif slots["credit"].get("gamma", 1.0) < 1:
-            out.append(
-                "gamma below 1 discounts what comes later, score and KL, so long answers count less: the end is not pi*"
-            )
-        else:
-            out.append("pi*(y|x) = pi_ref(y|x) exp(s / beta) / Z with beta = kl.coef: the KL in the reward leads there")
-            if slots["place"]["name"] == "linear" and not slots["place"].get("normalised", False):
-                out.append("s is the sum of what was placed, (|y| + 1) / 2 times the score: a longer answer earns more")
-            if scaled:
-                out.append(
-                    "dividing by the group's statistics keeps pi* a fixed point, but its noise does not vanish there, so the policy "
-                    "keeps moving about it"
-                )
-    elif loss_kl and loss_kl.get("coef", 0.04) > 0:
-        name = loss_kl["name"]
-        if name == "k2_sequence":
-            exact = credit == "leave_one_out" and slots["reduce"]["name"] in ("sequence_sum", "fixed_length")
-            if exact:
-                return ["pi*: the sequence form of k2 has the gradient of the KL over whole answers"]
-            out.append("near pi*: leave_one_out with reduce sequence_sum would lead there exactly")
-        elif name == "k3":
-            out.append(
-                "not pi*: the gradient of k3 is that of KL(reference || policy), another fixed point even for answers of one token"
-            )
-        else:
-            out.append("not pi*: the gradient of a KL in the loss ignores that a token changes the KL of later tokens")
-        if credit in ("group_center", "group_zscore"):
-            g = slots["answers"]
-            out.append(
-                f"the group's mean has the answer itself in it, so the effective beta is {g}/{g - 1} of loss_kl.coef"
-            )
-        if scaled:
-            out.append("the group's deviation divides the reward but not the KL, so beta is no longer beta")
-        out.append("to reach pi*: --loss-kl null --kl.coef BETA with a credit that only centres")
-    else:
+    kl = None if slots["kl"] is None else record(KL, slots["kl"])
+    moved = _moved(slots, truncates)
+    if kl is not None and kl.coef > 0:
+        return _ending_in_reward(slots, kl, moved)
+    loss_kl = slots["loss_kl"]
+    if not loss_kl or loss_kl.get("coef", ONLINE_SLOTS["loss_kl"][loss_kl["name"]].extra["coef"]) == 0:
+        return [
+            "no KL holds the policy: it drifts from the reference, towards the answers with the highest score",
+            *moved,
+        ]
+    return _ending_in_loss(slots, loss_kl["name"], moved)
+
+
+def _moved(slots: Slots, truncates: bool) -> list[str]:
+    """What moves the end away from pi*, wherever the KL stands."""
+    credit, rule = slots["credit"], record(Truncated, slots["truncated"]).rule
+    uncentred = credit["name"] in ("monte_carlo", "against_greedy") and slots["reduce"]["name"] == "sequence_mean"
+    reasons = {
+        "the pre-training term pulls elsewhere": slots["ptx_weight"] > 0,
+        "the entropy bonus pulls towards undecided distributions": slots["entropy"] is not None,
+        "gamma below 1 discounts what comes later, score and KL": credit.get("gamma", 1.0) < 1,
+        "scores are divided by statistics of the policy's own answers, so they have no fixed unit": bool(
+            slots["normalise"] or (slots["rescale"] and slots["rescale"]["name"] == "batch")
+        ),
+        f"answers cut off at the limit follow the rule {rule}": rule != "keep",
+        "some tokens cannot be drawn, so the end is that of the truncated distributions": truncates,
+        "each answer is divided by its length while its advantage is not centred": uncentred,
+    }
+    return [f"moved: {why}" for why, holds in reasons.items() if holds]
+
+
+def _ending_in_reward(slots: Slots, kl: KL, moved: list[str]) -> list[str]:
+    """The end with a KL in the reward."""
+    if kl.estimator in ("k2", "k3"):
+        moved = [
+            f"moved: the {kl.estimator} in the reward lacks its own gradient through the policy; k1 and exact lack nothing",
+            *moved,
+        ]
+    if kl.where == "sequence":
+        moved = ["moved: the KL is divided by the answer's length, so long answers pay less", *moved]
+    if slots["loss_kl"]:
+        moved = ["moved: there is another KL in the loss", *moved]
+    out = ["not pi*(y|x) = pi_ref(y|x) exp(s / beta) / Z", *moved]
+    if not moved:
+        out = [
+            "pi*(y|x) = pi_ref(y|x) exp(s / beta) / Z with s as it is shaped above: the KL in the reward leads there"
+        ]
+    out.append(
+        "beta is kl.coef" if kl.controller == "fixed" else f"beta is where the {kl.controller} controller comes to rest"
+    )
+    if slots["place"]["name"] == "linear" and not slots["place"].get("normalised", False):
+        out.append("s is the sum of what was placed, (|y| + 1) / 2 times the score: a longer answer earns more")
+    if _scaled(slots) and slots["credit"]["name"] not in ("group_center",):
         out.append(
-            "no KL holds the policy: it ends on the answers with the highest score, and drifts from the reference"
+            "dividing by a deviation that vanishes at the end keeps the noise up, so the policy keeps moving about it"
         )
     return out
+
+
+def _ending_in_loss(slots: Slots, name: str, moved: list[str]) -> list[str]:
+    """The end with a KL in the loss alone."""
+    credit, scaled = slots["credit"]["name"], _scaled(slots)
+    whole = slots["reduce"]["name"] in ("sequence_sum", "fixed_length")
+    if name == "k2_sequence" and credit == "leave_one_out" and whole and not scaled and not moved:
+        return [
+            "pi*(y|x) = pi_ref(y|x) exp(s / beta) / Z: the sequence form of k2 has the gradient of the KL over whole answers"
+        ]
+    why = {
+        "k2_sequence": "the sequence form of k2 leads to pi* with leave_one_out and sequence_sum, and nothing that rescales",
+        "k3": "the gradient of k3 is that of KL(reference || policy), another end even for answers of one token",
+    }
+    out = [
+        f"not pi*: {why.get(name, 'the gradient of a KL in the loss ignores that a token changes the KL of later tokens')}"
+    ]
+    if scaled:
+        out.append("what divides by a deviation divides the reward but not the KL, so beta is no longer beta")
+    elif credit == "group_center":
+        g = slots["answers"]
+        out.append(
+            f"the group's mean has the answer itself in it, so the effective beta is {g}/{g - 1} of loss_kl.coef"
+        )
+    return [*out, *moved, "to reach pi*: --loss-kl null --kl.coef BETA with a credit that only centres"]
+
+
+def _scaled(slots: Slots) -> bool:
+    """Advantages are divided by statistics of the policy's own answers."""
+    return bool(slots["whiten"]) or slots["credit"]["name"] in ("group_zscore", "group_mean_scaled", "group_steps")
 
 
 def differences(verb: str, slots: Slots, name: str | None = None) -> list[str]:
@@ -196,39 +240,29 @@ def differences(verb: str, slots: Slots, name: str | None = None) -> list[str]:
     return out
 
 
-def _penalty(kl: Any) -> list[str]:
-    if not kl:
+def _penalty(given: Any) -> list[str]:
+    if given is None:
         return []
+    kl = record(KL, given)
     where = {"token": "r_t <- r_t - ", "sequence": "r_T <- r_T - (1/|y|) sum_t ", "sequence_sum": "r_T <- r_T - sum_t "}
-    estimator, coef = _get(kl, "estimator", "k1"), _shown(_get(kl, "coef", 0.05))
     meaning = {
         "k1": "(log pi_old - log pi_ref)", "k2": "(log pi_old - log pi_ref)^2 / 2",
         "k3": "(pi_ref / pi_old - 1 - log(pi_ref / pi_old))", "exact": "KL(pi_old || pi_ref) over the vocabulary",
-    }[estimator]  # fmt: skip
-    control = _get(kl, "controller", "fixed")
-    steered = f"; coefficient {control}, aims at {_get(kl, 'target')} nats per answer" if control != "fixed" else ""
-    return [
-        _step(
-            "KL in the reward",
-            f"{where[_get(kl, 'where', 'token')]}{coef} {meaning}{steered}",
-            "Ziegler et al. 2019, eq. 2",
-        )
-    ]
+    }  # fmt: skip
+    steered = f"; coefficient {kl.controller}, aims at {kl.target} nats per answer" if kl.controller != "fixed" else ""
+    told = f"{where[kl.where]}{_shown(kl.coef)} {meaning[kl.estimator]}{steered}"
+    return [_step("KL in the reward", told, "Ziegler et al. 2019, eq. 2")]
 
 
-def _truncated(rule: Any) -> list[str]:
+def _truncated(given: Any) -> list[str]:
+    rule = record(Truncated, given)
     told = {
         "keep": "an answer cut off at the limit is scored and trained like any other",
         "mask": "an answer cut off at the limit counts in its group but is not trained",
-        "penalise": f"s <- s - {_shown(_get(rule, 'amount', 1.0))} for an answer cut off at the limit",
+        "penalise": f"s <- s - {_shown(rule.amount)} for an answer cut off at the limit",
         "bootstrap": "the critic's value after its last token stands for what a cut-off answer would have earned",
     }
-    return [_step("cut-off answers", told[_get(rule, "rule", "keep")], "")]
-
-
-def _get(record: Any, name: str, default: Any = None) -> Any:
-    """A field of a record, which may still be the mapping of its fields."""
-    return record.get(name, default) if isinstance(record, Mapping) else getattr(record, name)
+    return [_step("cut-off answers", told[rule.rule], "")]
 
 
 def _step(about: str, told: str, source: str) -> str:

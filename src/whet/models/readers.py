@@ -17,7 +17,7 @@ from whet.models.roles import Role
 from whet.ops import entropy, exact_kl, linear_collision, linear_kl, linear_logprobs, token_logprobs
 from whet.records import Batch, Row, pad_ids
 
-LANGUAGE = frozenset({"logp", "full_logp", "entropy", "collision", "exact_kl"})
+LANGUAGE = frozenset({"logp", "full_logp", "entropy", "full_entropy", "collision", "exact_kl"})
 ATTENTION: dict[str, Callable[[Tensor], Tensor]] = {
     "attention_mean": lambda weights: weights.mean(1),
     "attention_max": lambda weights: weights.amax(1),
@@ -111,7 +111,7 @@ def _columns(
         read_off = _language(role, flat[at - 1], tokens, temperature, support, names)
         if reference is not None and other is not None:
             read_off["exact_kl"] = _exact_kl(role, flat[at - 1], reference, other[at - 1], temperature)
-        out |= {name: spread(values) for name, values in read_off.items()}
+        out |= {name: spread(values) for name, values in read_off.items() if name in names}
     if names & SCALAR:
         if role.head is None:
             raise ValueError(f"the {role.name} has no scalar head, so it has no {', '.join(sorted(names))}")
@@ -154,18 +154,25 @@ def _language(
         uncertainty = entropy(logits, support=within) if with_entropy else None
         return token_logprobs(logits, tokens, support=within), uncertainty
 
-    if names & {"logp", "entropy", "full_logp"}:
-        logp, uncertainty = logprobs(support, "entropy" in names)
-        out |= {"logp": logp} if "logp" in names else {}
-        out |= {"entropy": uncertainty} if uncertainty is not None and "entropy" in names else {}
-        if "full_logp" in names:
-            out["full_logp"] = logp if support is None else logprobs(None, False)[0]
+    if names & {"logp", "entropy"} or (support is None and names & {"full_logp", "full_entropy"}):
+        uncertain = "entropy" in names or (support is None and "full_entropy" in names)
+        out |= _named(names, "", *logprobs(support, uncertain))
+    if support is None:
+        out |= {name: out[name.removeprefix("full_")] for name in names & {"full_logp", "full_entropy"}}
+    elif names & {"full_logp", "full_entropy"}:
+        out |= _named(names, "full_", *logprobs(None, "full_entropy" in names))
     if "collision" in names:
         own = torch.eye(states.shape[1], dtype=states.dtype, device=states.device) if weight is None else weight
         out["collision"] = linear_collision(
             states, own, bias=bias, temperature=temperature.to(_precise(states)), support=support
         )
     return out
+
+
+def _named(names: frozenset[str], prefix: str, logp: Tensor, uncertainty: Tensor | None) -> dict[str, Tensor]:
+    """Both numbers under their names, with the whole vocabulary's prefix where they are its."""
+    out = {f"{prefix}logp": logp}
+    return out | ({f"{prefix}entropy": uncertainty} if uncertainty is not None else {})
 
 
 def _exact_kl(role: Role, states: Tensor, reference: Role, other: Tensor, temperature: Tensor) -> Tensor:

@@ -122,6 +122,10 @@ class Role:
             found = self.model.base_model(input_ids=ids, use_cache=False, output_attentions=True).attentions
         finally:
             self.model.set_attn_implementation(before)
+        if not found:
+            raise ModelError(
+                f"the model of the {self.name} gives no attention weights, so no reward can be placed by them"
+            )
         return found[-1]
 
     def export(self, folder: Path, tokenizer: Any = None, *, merge: bool = True) -> None:

@@ -53,11 +53,6 @@ def uniform(key: int, *places: Tensor) -> Tensor:
     return _shift(_mix(state), 11).double() * 2.0**-53
 
 
-def addressed_order(places: Tensor) -> Tensor:
-    """An order of these integers (n,) as if drawn at random, a function of the integers alone."""
-    return torch.argsort(uniform(0, places), stable=True)
-
-
 def permutation(key: int, count: int) -> Tensor:
     """A random order of 0 ... count - 1 for this key, (count,) int64."""
     return torch.argsort(uniform(key, torch.arange(count)), stable=True)

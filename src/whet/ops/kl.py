@@ -163,14 +163,15 @@ class AdaptiveEntropy:
 
 @dataclass(frozen=True)
 class RunningMean:
-    """coef <- decay coef + (1 - decay) measured: BCO's reward shift (Jung et al. 2024), from the mini-batches before."""
+    """coef <- decay coef + (1 - decay) measured: BCO's reward shift (Jung et al. 2024), of the mini-batches (online: the
+    rollouts) before."""
 
     coef: float = 0.0
     decay: float = 0.9
     by = "reward"
 
     def next(self, coef: float, measured: float, sequences: int) -> float:
-        """The mean after a mini-batch whose mean implicit reward was `measured`."""
+        """The mean after a mini-batch (a rollout) whose mean implicit reward was `measured`."""
         return self.decay * coef + (1 - self.decay) * measured
 
 

@@ -6,7 +6,7 @@ Shapes (B, T). Log-probs in nats; ratio = pi / pi_old on the sampled token.
 import torch
 from torch import Tensor
 
-from whet.ops.masked import masked_mean
+from whet.ops.masked import masked_mean, masked_sum
 
 
 def nll(logp: Tensor) -> Tensor:
@@ -22,6 +22,14 @@ def token_ratio(logp: Tensor, old_logp: Tensor) -> Tensor:
 def sequence_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
     """The geometric mean of the token ratios of an answer, on every token (GSPO, Zheng et al. 2025, equation 7)."""
     return masked_mean(logp - old_logp, mask, 1).exp()[:, None].expand(mask.shape)
+
+
+def product_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
+    """The product of the token ratios of an answer, on every token: pi(y) / pi_old(y) of the whole answer (TRL's RLOO).
+
+    Under `sequence_mean` each answer's loss counts once.
+    """
+    return masked_sum(logp - old_logp, mask, 1).exp()[:, None].expand(mask.shape)
 
 
 def sequence_token_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
@@ -128,6 +136,6 @@ def kl_on(loss: Tensor, logp: Tensor, old_logp: Tensor, selected: Tensor, *, coe
     return torch.where(selected, loss + coef * (logp - old_logp).abs(), loss)
 
 
-def entropy_bonus(entropy: Tensor) -> Tensor:
-    """-H of each token's distribution, in nats: a reward for staying undecided."""
-    return -entropy
+def entropy_bonus(full_entropy: Tensor) -> Tensor:
+    """-H of each token's distribution over the whole vocabulary, in nats: a reward for staying undecided."""
+    return -full_entropy

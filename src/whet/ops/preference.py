@@ -30,7 +30,9 @@ def implicit_reward(
     """beta s(u) with u = log pi(y) - log pi_ref(y), (B,): the reward for which the policy is optimal, up to a constant per prompt.
 
     s is the divergence's link (f-DPO, Wang et al. 2023): "reverse_kl" u, "forward_kl" -exp(-u), "js" log sigmoid(u),
-    "alpha" exp((alpha - 1) u) / (alpha - 1). `mean=True` divides u by the answer's length. Raises ValueError for another name.
+    "alpha" exp((alpha - 1) u) / (alpha - 1), where alpha is 1 - alpha of the paper (as in TRL): 1 is reverse_kl, towards 0
+    it is forward_kl. Both exponentials overflow where the policy has all but ruled an answer out (u below about -88 in
+    float32); the run stops then. `mean=True` divides u by the answer's length. Raises ValueError for another name.
     """
     u = answer_logp(logp - ref_logp, mask, mean=mean)
     if divergence == "reverse_kl" or (divergence == "alpha" and abs(alpha - 1) < 1e-6):
@@ -51,7 +53,7 @@ def policy_score(logp: Tensor, mask: Tensor, *, beta: float, mean: bool = False)
 
 def log_odds(logp: Tensor, mask: Tensor) -> Tensor:
     """log(p / (1 - p)) with p = exp of the answer's mean log-prob, (B,) (ORPO, Hong et al. 2024, equation 4)."""
-    mean = answer_logp(logp, mask, mean=True)
+    mean = answer_logp(logp, mask, mean=True).clamp(max=-torch.finfo(logp.dtype).eps)  # odds of certainty are infinite
     return mean - torch.log(-torch.expm1(mean))
 
 

@@ -7,7 +7,7 @@ element at a time.
 import torch
 from torch import Tensor
 
-from whet.ops.address import addressed_order
+from whet.ops.address import uniform
 from whet.ops.masked import masked_mean
 
 
@@ -22,6 +22,7 @@ def clip_cov(
     now_logp: Tensor,
     old_logp: Tensor,
     advantage: Tensor,
+    address: Tensor,
     mask: Tensor,
     *,
     low: float = 0.2,
@@ -33,17 +34,18 @@ def clip_cov(
     """False on `share` of the tokens, drawn among those with a covariance between cov_low and cov_high, True on the others.
 
     They get no gradient (Clip-Cov, Cui et al. 2025, equation 12: share 2e-4). Tokens that PPO's clip (`low`, `high`)
-    stops anyway are not drawn. At least one token is drawn where there is a candidate; which is an address of its
-    place in the mini-batch.
+    stops anyway are not drawn. At least one token is drawn where there is a candidate; which one is
+    a function of the answer's `address` (B,) and the token's place in it.
     """
     ratio = (now_logp - old_logp).exp()
     stopped = ((ratio > 1 + high) & (advantage > 0)) | ((ratio < 1 - low) & (advantage < 0))
     cov = covariance(now_logp, advantage, mask)
     candidates = mask & ~stopped & (cov > cov_low) & (cov < cov_high)
-    places = candidates.flatten().nonzero()[:, 0]
-    count = min(len(places), max(1, int(share * int(mask.sum()))))
+    count = min(int(candidates.sum()), max(1, int(share * int(mask.sum()))))
+    chance = uniform(0, address[:, None], torch.arange(mask.shape[1], device=mask.device))
+    first = torch.where(candidates, chance, torch.ones_like(chance)).flatten().argsort(stable=True)[:count]
     keep = torch.ones(mask.numel(), dtype=torch.bool, device=mask.device)
-    keep[places[addressed_order(places)[:count]]] = False
+    keep[first] = False
     return keep.reshape(mask.shape)
 
 

@@ -45,6 +45,7 @@ _ALL = (
     Column("step", "(B, T)", "bool", "record", "True on the last token of a step that has a score or a label"),
     Column("step_label", "(B, T)", "probability", "record", "how right the step that ends here is"),
     Column("group", "(B,)", "index", "generate", "which prompt an answer belongs to"),
+    Column("address", "(B,)", "key", "generate", "a key of the answer (draw, answer), in an update of the update too"),
     Column("truncated", "(B,)", "bool", "generate", "the answer was cut off at the length limit"),
     Column("temperature", "(B,)", "-", "generate", "temperature the answer was sampled at"),
     Column("sampler_logp", "(B, T)", "nats", "generate", "log-prob reported by the generator"),
@@ -138,6 +139,7 @@ _ALL = (
     ),
     Column("logp", "(B, T)", "nats", "update", "log-prob now, with gradient"),
     Column("entropy", "(B, T)", "nats", "update", "entropy now, with gradient"),
+    Column("full_entropy", "(B, T)", "nats", "update", "entropy now over the whole vocabulary, with gradient"),
     Column("value", "(B, T)", "reward", "update", "value now, with gradient"),
     Column("ratio", "(B, T)", "-", "update", "pi / pi_old on the sampled token"),
 )
