@@ -50,6 +50,7 @@ def places(row: list[bool]) -> list[int]:
     return [t for t, on in enumerate(row) if on]
 
 
+MASK_NUMBERS = [[0.25, 0.0, 1.0, 0.5], [1.0, 0.75, 0.0, 0.1], [0.6, 0.9, 0.3, 0.0]]
 RATIO = each(lambda a, b: math.exp(a - b), LOGP, OLD)
 
 
@@ -64,6 +65,16 @@ def gae(gamma: float, lam: float) -> list[list[float]]:
         ]
         for n, t in enumerate(steps):
             out[i][t] = sum((gamma * lam) ** (k - n) * delta[k] for k in range(n, len(steps)))
+    return out
+
+
+def to_go(gamma: float) -> list[list[float]]:
+    """The discounted sum of the rewards of the trained tokens that follow."""
+    out = [[0.0] * 4 for _ in T]
+    for i, row in enumerate(MASK):
+        steps = places(row)
+        for n, t in enumerate(steps):
+            out[i][t] = sum(gamma ** (k - n) * T[i][steps[k]] for k in range(n, len(steps)))
     return out
 
 
@@ -215,6 +226,168 @@ def vectors() -> list[dict[str, Any]]:
         corrected,
         masked([[min(p, 1.1)] * 4 for p in products]),
         cap=1.1,
+    )
+
+    add(
+        "sequence_mask",
+        "prod old / sampler in [low, high], else 0",
+        corrected,
+        masked([[p if 0.5 <= p <= 2.0 else 0.0] * 4 for p in products]),
+        low=0.5,
+        high=2.0,
+    )
+    add(
+        "geometric_mask",
+        "1 where (prod old / sampler)^(1/|y|) in [low, high]",
+        corrected,
+        masked([[float(0.9 <= m <= 1.1)] * 4 for m in means]),
+        low=0.9,
+        high=1.1,
+    )
+    add(
+        "product_ratio",
+        "e^(sum_t logp - old_logp)",
+        {"logp": LOGP, "old_logp": OLD, "mask": MASK},
+        [[p] * 4 for p in products],
+    )
+    add("monte_carlo", "sum_k gamma^k r_t+k, holes skipped", {"rewards": T, "mask": MASK}, to_go(0.9), gamma=0.9)
+    adaptive = [gae(0.9, max(0.0, 1 - 1 / (0.8 * len(places(MASK[i])))))[i] for i in range(3)]
+    add("gae_adaptive", "gae with lam = max(0, 1 - 1 / (alpha |y|))", timed, adaptive, gamma=0.9, alpha=0.8)
+    add(
+        "against_greedy", "return to go - baseline", {"rewards": T, "baseline": SCORE[:3], "mask": MASK},
+        masked([[x - b for x in row] for row, b in zip(to_go(1.0), SCORE, strict=False)]),
+    )  # fmt: skip
+    positive = {"score": [abs(s) for s in SCORE], "group": GROUP}
+    add(
+        "group_mean_scaled",
+        "(s - mean) / mean",
+        positive,
+        [
+            (s - m) / m
+            for s, m in (
+                (abs(s), sum(abs(o) for o, h in zip(SCORE, GROUP, strict=True) if h == g) / 3)
+                for s, g in zip(SCORE, GROUP, strict=True)
+            )
+        ],
+    )
+    k3 = each(lambda a, b: math.exp(b - a) - 1 - (b - a), LOGP, REF)
+    add("k3_weighted", "ratio x k3", {**two, "old_logp": OLD}, each(lambda r, k: r * k, RATIO, k3))
+    add(
+        "k2_sequence", "(sum_t logp - ref)^2 / 2 on the last trained token", {**two, "mask": MASK},
+        placed(lambda n, of: float(n == of), [token_sum(i, each(lambda a, b: a - b, LOGP, REF)) ** 2 / 2 for i in range(3)]),
+    )  # fmt: skip
+    gap_of = [token_sum(i, each(lambda a, b: a - b, LOGP, REF)) for i in range(3)]
+    links_of = {
+        "reverse_kl": lambda u: u, "forward_kl": lambda u: -math.exp(-u), "js": logsigmoid,
+        "alpha": lambda u: math.exp((0.3 - 1) * u) / (0.3 - 1),
+    }  # fmt: skip
+    for name, link in links_of.items():
+        add(
+            "implicit_reward",
+            f"beta s(log pi - log pi_ref), {name}",
+            {**two, "mask": MASK},
+            [0.4 * link(u) for u in gap_of],
+            beta=0.4,
+            divergence=name,
+            alpha=0.3,
+        )
+    add(
+        "policy_score",
+        "beta mean_t logp",
+        {"logp": LOGP, "mask": MASK},
+        [0.4 * token_sum(i, LOGP) / len(places(MASK[i])) for i in range(3)],
+        beta=0.4,
+        mean=True,
+    )
+    p_mean = [math.exp(token_sum(i, LOGP) / len(places(MASK[i]))) for i in range(3)]
+    add(
+        "log_odds",
+        "log(p / (1 - p)), p = e^(mean_t logp)",
+        {"logp": LOGP, "mask": MASK},
+        [math.log(p / (1 - p)) for p in p_mean],
+    )
+    good, baseline = [True, False, True, False], [0.3] * 4
+    add(
+        "kto", "wd (1 - sigmoid(w - beta z)) of good, wu (1 - sigmoid(beta z - w)) of bad",
+        {"score": CHOSEN, "good": good, "kl_baseline": baseline},
+        [1.2 * (1 - sigmoid(w - 0.15)) if g else 0.8 * (1 - sigmoid(0.15 - w)) for w, g in zip(CHOSEN, good, strict=True)],
+        beta=0.5, desirable=1.2, undesirable=0.8,
+    )  # fmt: skip
+    add(
+        "bco",
+        "L(w - delta) of good, L(delta - w) of bad",
+        {"score": CHOSEN, "good": good},
+        [-logsigmoid(w - 0.2 if g else 0.2 - w) for w, g in zip(CHOSEN, good, strict=True)],
+        delta=0.2,
+    )
+    add(
+        "apo_zero_unpaired",
+        "1 - sigmoid(w) of good, sigmoid(w) of bad",
+        {"score": CHOSEN, "good": good},
+        [1 - sigmoid(w) if g else sigmoid(w) for w, g in zip(CHOSEN, good, strict=True)],
+    )
+    several = [[0.5, -1.0, 2.0], [1.5, 0.25, -0.5]]
+    add(
+        "minimum",
+        "min_n w_n r_n",
+        {"rewards": several},
+        [min(0.5 * a, 2.0 * b, c) for a, b, c in several],
+        weights=[0.5, 2.0, 1.0],
+    )
+    spread = [[sum(r) / 3, math.sqrt(sum((x - sum(r) / 3) ** 2 for x in r) / 3)] for r in several]
+    add(
+        "lower_bound",
+        "mean - k std (n)",
+        {"rewards": several},
+        [m - 1.5 * d for m, d in spread],
+        weights=[1.0, 1.0, 1.0],
+        k=1.5,
+    )
+    add("standardise", "(s - shift) / scale", {"score": SCORE}, [(s - 0.3) / 1.7 for s in SCORE], shift=0.3, scale=1.7)
+    add(
+        "batch_normalised",
+        "(s - mean) / (std + eps), n - 1",
+        {"score": SCORE},
+        [zscore(s, SCORE, 1, 1e-8) for s in SCORE],
+        eps=1e-8,
+    )
+    add(
+        "step_loss",
+        "log(1 + e^s) - label s",
+        {"token_score": T, "step_label": MASK_NUMBERS},
+        each(lambda s, y: math.log1p(math.exp(s)) - y * s, T, MASK_NUMBERS),
+    )
+
+    def stopped(p: float, o: float, a: float) -> float:
+        return -math.exp(p - o) * a  # the value is -ratio A whether or not its gradient is stopped
+
+    add(
+        "dppo",
+        "-r A (no gradient beyond the bound)",
+        {"ratio": RATIO, "logp": LOGP, "old_logp": OLD, "advantage": T},
+        each(stopped, LOGP, OLD, T),
+        bound=0.15,
+    )
+    logits = [[0.4, -1.1, 0.9], [1.3, 0.2, -0.7]]
+    other = [[0.1, 0.5, -0.2], [-0.4, 0.8, 0.3]]
+    soft = [[math.exp(x) / sum(math.exp(y) for y in row) for x in row] for row in logits]
+    soft_other = [[math.exp(x) / sum(math.exp(y) for y in row) for x in row] for row in other]
+    add(
+        "exact_kl",
+        "sum_v p_v log(p_v / q_v)",
+        {"logits": logits, "ref_logits": other},
+        [sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)) for p, q in zip(soft, soft_other, strict=True)],
+    )
+    add("entropy", "-sum_v p_v log p_v", {"logits": logits}, [-sum(a * math.log(a) for a in p) for p in soft])
+    add(
+        "token_logprobs",
+        "log softmax(logits / T)[id]",
+        {"logits": logits, "ids": [2, 0]},
+        [
+            math.log(math.exp(row[t] / 0.7) / sum(math.exp(x / 0.7) for x in row))
+            for row, t in zip(logits, (2, 0), strict=True)
+        ],
+        temperature=0.7,
     )
 
     def losses(name: str, formula: str, f: Callable[[float, float], float], **dials: float) -> None:

@@ -95,7 +95,7 @@ SCENARIOS: dict[str, Scenario] = {
     **{name: of(name, **CHANGED.get(name, {})) for name in ONLINE},
     **{name: on_pairs(name) for name in catalogue.PREFERENCE if name not in ("kto", "dpo")},
     "dpo": on_pairs(beta=0.5, sft_weight=0.3),
-    **{f"dpo {loss}": on_pairs(loss=loss, beta=0.5) for loss in TRL},
+    **{f"dpo {loss}": on_pairs(loss=loss, **({} if loss == "sft" else {"beta": 0.5})) for loss in TRL},
     **{
         f"dpo {one}": on_pairs(score={"name": "implicit_reward", "divergence": one}, beta=0.5)
         for one in ("forward_kl", "js", "alpha")

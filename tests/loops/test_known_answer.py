@@ -20,7 +20,7 @@ from whet.loops.record import Run
 from whet.methods import compose
 from whet.models.readers import read
 from whet.models.roles import Role
-from whet.ops import gae
+from whet.ops import gae, sequence_weight, token_weight
 from whet.records import Batch, Labelled, pad_support
 from whet.rewards import Weighted
 
@@ -244,3 +244,36 @@ def test_the_gradient_under_truncation_is_that_of_what_is_sampled(dials: dict) -
     truth = gradient(expected)
     assert (gradient(surrogate) - truth).norm() < 1e-6 * truth.norm()
     assert (gradient(untruncated) - truth).norm() > 0.05 * truth.norm()  # the model's own log-prob is biased
+
+
+# --- importance correction: answers of another policy, weighed -------------------------------------------------------------
+
+
+def test_the_whole_answers_weight_corrects_for_another_sampler_and_the_tokens_does_not() -> None:
+    """E over the sampler of weight x A grad log pi against the enumerated gradient of the policy's own expectation."""
+    policy, sampler = Role("policy", PROBLEM.model().double(), True), PROBLEM.model(seed=7).double()
+    rows = [PROBLEM.row(PROBLEM.prompts[0], answer) for answer in PROBLEM.answers]
+    batch = Batch.of(rows)
+    logp = read(policy, batch, frozenset({"logp"}))["logp"]
+    other = PROBLEM.token_logp(sampler)[0]
+    drawn = other.sum(-1).exp()  # how often the sampler gives each answer
+    parameters = list(policy.model.parameters())
+
+    def gradient(of: Tensor) -> Tensor:
+        return torch.cat([one.flatten() for one in torch.autograd.grad(of, parameters, retain_graph=True)])
+
+    truth = gradient((logp.sum(1).exp() * PROBLEM.score).sum())
+    off = {}
+    for weight in (sequence_weight, token_weight):
+        kept = weight(logp.detach(), other, batch["mask"], cap=1e9)
+        off[weight] = (
+            gradient((drawn[:, None] * kept * PROBLEM.score[:, None] * logp).sum()) - truth
+        ).norm() / truth.norm()
+    assert off[sequence_weight] < 1e-6
+    assert off[token_weight] > 0.05  # it forgets how likely the rest of the answer was
+    plain = gradient((drawn[:, None] * PROBLEM.score[:, None] * logp).sum())
+    assert (plain - truth).norm() > off[token_weight] * truth.norm()
+    capped = sequence_weight(logp.detach(), other, batch["mask"], cap=1.5)
+    assert (
+        gradient((drawn[:, None] * capped * PROBLEM.score[:, None] * logp).sum()) - truth
+    ).norm() > 0.01 * truth.norm()
