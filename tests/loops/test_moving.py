@@ -168,7 +168,7 @@ def test_the_weight_of_the_entropy_bonus_follows_its_target(
     lines = read_metrics(tmp_path)
     for line, work, now, weight in zip(lines, own.works, own.nows, expected, strict=True):
         batch = work[0][1]
-        entropy = float(now["rollout"]["entropy"][batch["mask"]].mean())
+        entropy = float(now["rollout"]["full_entropy"][batch["mask"]].mean())
         assert line["entropy"] == pytest.approx(entropy, rel=1e-5)  # of the rollout: the policy had not moved yet
         assert line["loss/policy/rollout/entropy"] == pytest.approx(-weight * entropy, rel=1e-5)
 
