@@ -136,7 +136,7 @@ def test_a_reference_measured_once_gives_the_run_in_which_it_is_measured_at_ever
 ONLINE: dict[str, tuple[str, tuple[object, ...], set[str]]] = {
     "rloo": ("rloo", (), {"reinforce"}),
     "remax": ("remax", (), {"reinforce"}),
-    "dapo": ("dapo", ("--answers", 4, "--overlong.buffer", 3), {"clip"}),
+    "dapo": ("dapo", ("--answers", 4, "--rollout.minibatch", 12, "--overlong.buffer", 3), {"clip"}),
     "gspo": ("gspo", ("--answers", 4, "--rollout.minibatch", 12), {"clip"}),
     "gdpo": ("gdpo", ("--answers", 4), {"clip"}),
     "grpo with top-p": ("grpo", ("--answers", 4, "--sampling.top-p", 0.9, "--loss-kl", "exact"), {"clip", "exact"}),
@@ -247,7 +247,7 @@ def test_the_best_of_n_answers_are_demonstrations_for_sft(home: Path, tmp_path: 
 
 RESUMED: dict[str, tuple[str, tuple[object, ...], str]] = {
     "online_dpo with bco_pair": ("online_dpo", ("--answers", 4, "--loss", "bco_pair"), "state/term0.delta"),
-    "dapo with refill": ("dapo", ("--answers", 4, "--overlong", "null", "--sampling.top-p", 0.9), "rounds"),
+    "dapo with refill": ("dapo", ("--answers", 4, "--rollout.minibatch", 12, "--overlong", "null", "--sampling.top-p", 0.9), "rounds"),
     "a running deviation": (
         "reinforce",
         ("--rescale", "running", "--kl.controller", "adaptive", "--kl.target", 1),

@@ -71,11 +71,13 @@ class Run:
             "finish": [sample.finish for _, sample in samples],
         }
         for name, values in batch.columns.items():
-            if name in ("element", "place", "rewards", "support", "address"):
+            if name in ("element", "place", "rewards", "address"):
                 continue
             rows = values.tolist()
             if COLUMNS[name].per_token:
                 rows = [row[: batch.rows[number].response] for number, row in enumerate(rows)]
+            if values.ndim == 3:  # the support, without what pads it
+                rows = [[[token for token in step if token >= 0] for step in row] for row in rows]
             table[name] = rows
         for number, name in enumerate(names):
             table[f"reward/{name}"] = batch["rewards"][:, number].tolist()
