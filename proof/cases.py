@@ -27,7 +27,7 @@ GROUP = 4
 class Case:
     """One method with its changed slots; `field` is its expected update (see `enumeration.Weight`), None where it is that of
     the KL-regularised reward, whose end is pi*. `group` answers per prompt, so that a rollout has 512 in all; `bound` nats may be
-    left where the end is pi*, 0.005 elsewhere."""
+    left where the end is pi*, 0.005 elsewhere. `longer` multiplies the rollouts: the noise of a z-score does not vanish."""
 
     method: str
     changes: Mapping[str, Any]
@@ -35,6 +35,7 @@ class Case:
     group: int = 64
     critic: bool = False
     bound: float = 0.003
+    longer: float = 1.0
 
 
 def cases(problem: Problem) -> dict[str, Case]:
@@ -74,13 +75,17 @@ def cases(problem: Problem) -> dict[str, Case]:
         "leave one out, k2 in the loss": Case(
             "dr_grpo", {"loss_kl": loss["k2"], "credit": "leave_one_out", "reduce": "sequence_sum"}, "k2", GROUP
         ),
-        "grpo": Case("grpo", {"loss_kl": loss["k3"]}, "zscore k3 per answer", GROUP),
-        "grpo, k2": Case("grpo", {"loss_kl": loss["k2"]}, "zscore k2 per answer", GROUP),
+        "grpo": Case("grpo", {"loss_kl": loss["k3"]}, "zscore k3 per answer", GROUP, longer=2.5),
+        "grpo, k2": Case("grpo", {"loss_kl": loss["k2"]}, "zscore k2 per answer", GROUP, longer=2.5),
         "grpo, only centred": Case(
             "grpo", {"loss_kl": loss["k3"], "credit": "group_center"}, "centred k3 per answer", GROUP
         ),
         "gspo, k3 in the loss": Case(
-            "gspo", {"loss_kl": loss["k3"], "surrogate": {"low": 0.2, "high": 0.2}}, "zscore k3 per answer", GROUP
+            "gspo",
+            {"loss_kl": loss["k3"], "surrogate": {"low": 0.2, "high": 0.2}},
+            "zscore k3 per answer",
+            GROUP,
+            longer=2.5,
         ),
     }
 
@@ -130,6 +135,7 @@ def learned(case: Case, problem: Problem, folder: Path, budget: Budget, *, seed:
     """log pi (P, Y) after the real loop with the real generator has run; the policy begins at the reference."""
     policy, reference = problem.model(seed), problem.model(seed)
     roles = {"policy": Role("policy", policy, True), "reference": Role("reference", reference, False)}
+    rollouts = round(budget.rollouts * case.longer)
     optim = Optim(lr=budget.lr, schedule="cosine", final=0.0, betas=(0.9, 0.99))
     optims = {"policy": optim}
     if case.critic:
@@ -138,10 +144,10 @@ def learned(case: Case, problem: Problem, folder: Path, budget: Budget, *, seed:
     method = compose.online(case.method, longest=problem.longest, **{**case.changes, "answers": case.group})
     prompts = problem.records()
     repeated = budget.answers // (len(prompts) * case.group)
-    learner = LocalLearner(roles, optims, total=budget.rollouts, budget=1 << 14, seed=seed)
+    learner = LocalLearner(roles, optims, total=rollouts, budget=1 << 14, seed=seed)
     generator = LocalGenerator(roles["policy"], (END,), str, unit=budget.answers)
     plan = online.Plan(
-        budget.rollouts, repeated * len(prompts), budget.answers, 1, seed, canary=20, equal_start=True, end_ids=(END,)
+        rollouts, repeated * len(prompts), budget.answers, 1, seed, canary=20, equal_start=True, end_ids=(END,)
     )
     reward = Weighted("table", TableReward(problem))
     sampling = Sampling(problem.longest)

@@ -237,7 +237,13 @@ def text() -> str:
     out += ["### slots with a number or a record", ""]
     out += [f"- `{name}`: {meaning}" for name, (_, meaning) in PLAIN_SLOTS.items()]
     out += ["", "### dials", "", *(f"- `{name}`: {meaning}" for name, (_, meaning) in DIALS.items()), ""]
-    out += [REDUCTIONS, TRAP, f"`make proof`: {said}. KL in nats, a mean over prompts; one number a seed.", ""]
+    out += [
+        REDUCTIONS,
+        TRAP,
+        f"`make proof`: {said} (2.5 times as many where z-scores keep the noise up). KL in nats, a mean over prompts; one "
+        "number a seed.",
+        "",
+    ]
     out += table(["case", "start to its end", "its end to pi*", "left to its end", "bound"], trap_rows())
     out += ["## What peers do otherwise", "", *table(["slot", "part", "peers"], peers())]
     out += ["## Methods and evidence", ""]

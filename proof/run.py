@@ -2,11 +2,12 @@
 
 With --only, or --missing (what docs/proof.json does not have yet), the other cases keep what they had there.
 
-python -m proof.run [--jobs 2] [--seeds 3] [--only PART OF A CASE'S NAME]
+python -m proof.run [--jobs 2] [--seeds 3] [--only REGEX OF CASES]
 """
 
 import argparse
 import json
+import re
 import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -96,7 +97,9 @@ def main() -> int:
     given = parser.parse_args()
     known = cases.cases(Problem())
     before = json.loads(FILE.read_text(encoding="utf-8"))["cases"] if FILE.is_file() else {}
-    names = [name for name in (*known, *OFFLINE) if given.only in name and not (given.missing and name in before)]
+    names = [
+        name for name in (*known, *OFFLINE) if re.search(given.only, name) and not (given.missing and name in before)
+    ]
     found: dict[str, dict[int, dict[str, float]]] = {name: {} for name in names}
     rows: dict[str, dict] = {}
     with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
