@@ -247,7 +247,11 @@ def test_the_best_of_n_answers_are_demonstrations_for_sft(home: Path, tmp_path: 
 
 RESUMED: dict[str, tuple[str, tuple[object, ...], str]] = {
     "online_dpo with bco_pair": ("online_dpo", ("--answers", 4, "--loss", "bco_pair"), "state/term0.delta"),
-    "dapo with refill": ("dapo", ("--answers", 4, "--rollout.minibatch", 12, "--overlong", "null", "--sampling.top-p", 0.9), "rounds"),
+    "dapo with refill": (
+        "dapo",
+        ("--answers", 4, "--rollout.minibatch", 12, "--overlong", "null", "--sampling.top-p", 0.9),
+        "rounds",
+    ),
     "a running deviation": (
         "reinforce",
         ("--rescale", "running", "--kl.controller", "adaptive", "--kl.target", 1),
