@@ -76,7 +76,6 @@ def cases(problem: Problem) -> dict[str, Case]:
             "dr_grpo", {"loss_kl": loss["k2"], "credit": "leave_one_out", "reduce": "sequence_sum"}, "k2", GROUP
         ),
         "grpo": Case("grpo", {"loss_kl": loss["k3"]}, "zscore k3 per answer", GROUP, longer=2.5),
-        "grpo, k2": Case("grpo", {"loss_kl": loss["k2"]}, "zscore k2 per answer", GROUP, longer=2.5),
         "grpo, only centred": Case(
             "grpo", {"loss_kl": loss["k3"], "credit": "group_center"}, "centred k3 per answer", GROUP
         ),
