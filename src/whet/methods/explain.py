@@ -164,7 +164,7 @@ def _moved(slots: Slots, truncates: bool) -> list[str]:
         "scores are divided by statistics of the policy's own answers, so they have no fixed unit": bool(
             slots["normalise"] or (slots["rescale"] and slots["rescale"]["name"] == "batch")
         ),
-        f"answers cut off at the limit follow the rule {rule}": rule != "keep",
+        f"answers cut off at the limit follow the rule {rule}": rule in ("mask", "bootstrap"),
         "some tokens cannot be drawn, so the end is that of the truncated distributions": truncates,
         "each answer is divided by its length while its advantage is not centred": uncentred,
     }
