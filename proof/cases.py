@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from proof.enumeration import END, ExpectedZscore, Problem, TableReward, Weight, fixed_point, kl
+from proof.enumeration import END, ExpectedZscore, Problem, TableReward, Weight, fixed_point
 from whet.dials import Optim, Sampling
 from whet.generate.local import LocalGenerator
 from whet.learner.local import LocalLearner
@@ -192,11 +192,6 @@ def preferred(
     objective = compose.preference("dpo", beta=problem.beta)
     offline.train(objective, learner, [elements], offline.Plan(steps, batch, seed), Run(folder), quiet=True)
     return problem.distribution(policy)
-
-
-def gap(own: Tensor, target: Tensor) -> float:
-    """KL(own || target) in nats, a mean over prompts."""
-    return kl(own, target)
 
 
 def enumerated(problem: Problem, budget: Budget, *, seed: int = 0) -> Tensor:

@@ -43,6 +43,9 @@ _BASE: Mapping[str, Any] = {
     "entropy": None,
     "ptx_weight": 0.0,
 }
+_FRONT = ("refill", "normalise", "combine", "bound", "overlong", "truncated")
+"""The slots up to one score an answer that also count where answers are only compared: rescaling would not."""
+
 _PPO = changed(
     _BASE,
     {
@@ -242,13 +245,8 @@ ONLINE_PREFERENCE: Mapping[str, Method] = {
         "online DPO: the best and the worst of the own answers under the rewards, as a pair",
         "Guo et al. 2024",
         {
+            **{slot: _BASE[slot] for slot in _FRONT},
             "answers": 2,
-            "refill": 0,
-            "normalise": None,
-            "combine": {"name": "weighted_sum"},
-            "bound": None,
-            "overlong": None,
-            "truncated": {"rule": "keep"},
             "beta": 0.1,
             "score": {"name": "implicit_reward"},
             "loss": {"name": "sigmoid"},

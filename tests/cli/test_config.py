@@ -6,7 +6,7 @@ import pytest
 
 from whet import catalogue
 from whet.choices import changed
-from whet.cli import build, config
+from whet.cli import config, method
 from whet.cli import recipe as fields
 from whet.cli.config import resolve
 from whet.cli.main import OFFLINE, ONLINE, _grouped, parsed
@@ -152,11 +152,11 @@ def test_the_users_recipe_and_the_overrides_change_a_slot_one_after_the_other(tm
 def test_what_the_command_line_composes_is_what_the_catalogue_does(tmp_path: Path) -> None:
     """Written out in the recipe, every verb's method is the one of Python."""
     for verb in (*ONLINE, *catalogue.PREFERENCE):
-        slots = build.checked(verb, line(fields.kind_of(verb), verb).method)
+        slots = method.checked(verb, line(fields.kind_of(verb), verb).method)
         own = compose.online_of(slots, longest=64) if verb in ONLINE else compose.preference_of(slots)
         assert own == (compose.online(verb, longest=64) if verb in ONLINE else compose.preference(verb)), verb
     for name in catalogue.REWARD:
-        slots = build.checked("reward", line(fields.RewardModel, "reward", "--method.name", name).method)
+        slots = method.checked("reward", line(fields.RewardModel, "reward", "--method.name", name).method)
         assert compose.reward_of(slots) == compose.reward(name)
 
 
@@ -277,7 +277,7 @@ DIALS = [
 @pytest.mark.parametrize(("verb", "changes", "what"), DIALS)
 def test_a_methods_slots_and_dials_are_checked_by_name_type_and_range(verb: str, changes: dict, what: str) -> None:
     with pytest.raises(RecipeError) as caught:
-        build.checked(verb, changed(catalogue.slots_of(verb), changes))
+        method.checked(verb, changed(catalogue.slots_of(verb), changes))
     assert str(caught.value) == what if not what.endswith("; ") else str(caught.value).startswith(what)
 
 
@@ -303,7 +303,7 @@ def test_a_part_a_dial_or_a_field_of_the_recipe_without_its_section_points_there
 ) -> None:
     kind = fields.kind_of(verb)
     with pytest.raises(RecipeError, match=rf"unknown field '(method\.)?{word}'; {re.escape(hint)}$"):
-        build.checked(verb, line(kind, verb, f"--{word}", "0.1").method, config.leaves(kind))
+        method.checked(verb, line(kind, verb, f"--{word}", "0.1").method, config.leaves(kind))
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in config.SHIPPED.glob("*.yaml")))
@@ -312,7 +312,7 @@ def test_every_shipped_recipe_resolves(name: str) -> None:
     recipe = line(fields.kind_of(verb), verb, name)
     assert recipe.optim.lr > 0
     if hasattr(recipe, "method"):
-        build.checked(verb, recipe.method)
+        method.checked(verb, recipe.method)
 
 
 def test_every_training_verb_has_a_shipped_recipe_of_its_own_or_that_of_a_method_with_the_same_needs() -> None:

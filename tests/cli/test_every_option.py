@@ -20,7 +20,8 @@ from whet.choices import (
     Choice,
     changed,
 )
-from whet.cli import build, config
+from whet.cli import config
+from whet.cli.method import checked
 from whet.errors import RecipeError
 from whet.methods import compose
 from whet.methods.compose import dials_of
@@ -55,7 +56,7 @@ def table_of(method: str) -> dict[str, dict[str, Choice]]:
 def made(method: str, changes: dict[str, Any]) -> Any:
     """What the command line makes of these changes: the Algorithm or the Objective. Two rewards score."""
     verb = method.partition(" ")[0]
-    slots = build.checked(verb, changed(slots_of(method), changes))
+    slots = checked(verb, changed(slots_of(method), changes))
     if verb in ONLINE:
         return compose.online_of(slots, longest=64, weights=(1.0, 0.5))
     return compose.reward_of(slots) if verb == "reward" else compose.preference_of(slots)

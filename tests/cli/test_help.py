@@ -158,7 +158,7 @@ def test_a_verbs_help_tells_every_slot_and_dial_with_its_own_default(
 
 @pytest.mark.parametrize("verb", [*OFFLINE, *ONLINE, "sample", "rank", "eval"])
 def test_what_a_verbs_help_shows_can_be_given_as_it_stands(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from whet.cli import build, config
+    from whet.cli import config, method
     from whet.cli.main import parsed
     from whet.cli.recipe import kind_of
 
@@ -174,7 +174,7 @@ def test_what_a_verbs_help_shows_can_be_given_as_it_stands(verb: str, capsys: py
         )  # sections that are empty by default
         assert recipe == plain or switched_on, name
         if hasattr(recipe, "method"):
-            build.checked(verb, recipe.method, config.leaves(kind))
+            method.checked(verb, recipe.method, config.leaves(kind))
 
 
 @pytest.mark.parametrize("verb", [*OFFLINE, *ONLINE])

@@ -6,6 +6,7 @@ from typing import Any
 from whet import catalogue
 from whet.cli import build
 from whet.cli import recipe as fields
+from whet.cli.method import checked, rule_of
 from whet.errors import RecipeError
 from whet.methods import compose
 from whet.methods.explain import differences, ending, online_lines, preference_lines, reward_lines
@@ -38,7 +39,7 @@ def _title(verb: str, method: Mapping[str, Any]) -> str:
 
 
 def _online(verb: str, recipe: fields.Online) -> list[tuple[str, list[str]]]:
-    slots = build.checked(verb, recipe.method)
+    slots = checked(verb, recipe.method)
     longest, weights = recipe.sampling.max_new_tokens, [one.weight for one in recipe.reward] or [1.0]
     algorithm = compose.online_of(slots, longest=longest, weights=weights)
     minibatch = build.check_arithmetic(recipe, algorithm, verb)
@@ -100,7 +101,7 @@ def _offline(verb: str, recipe: fields.Offline) -> list[tuple[str, list[str]]]:
     )
     lines, different, roles = ["  loss              mean over all trained tokens of -log pi"], [], ["  policy: trained"]
     if isinstance(recipe, fields.Preference | fields.RewardModel):
-        slots = build.checked(verb, recipe.method)
+        slots = checked(verb, recipe.method)
         if isinstance(recipe, fields.RewardModel):
             compose.reward_of(slots)
             lines, roles = reward_lines(slots), ["  reward model: trained, with a linear head on the model"]
@@ -147,6 +148,6 @@ def _adapters(model: fields.Model) -> list[str]:
 
 def _tokens(slots: Mapping[str, Any]) -> list[str]:
     out = ["  the answers, their end token included; prompts and what others write inside an answer are masked"]
-    if build.rule_of(slots) == "mask":
+    if rule_of(slots) == "mask":
         out.append("  answers cut off at the limit are masked")
     return out

@@ -12,6 +12,7 @@ import torch
 
 from whet.cli import build, config
 from whet.cli import recipe as fields
+from whet.cli.method import checked
 from whet.dials import Sampling
 from whet.errors import RecipeError, UserError
 from whet.feedback import Question, ScoreRanker
@@ -50,7 +51,7 @@ def run_offline(verb: str, recipe: fields.Offline, options: Options) -> Path:
         raise RecipeError("train.eval_every: there are no held-out rows; give --data.eval, or leave it out")
     name, objective = verb, SFT
     if isinstance(recipe, fields.RewardModel | fields.Preference):
-        slots = build.checked(verb, recipe.method, config.leaves(type(recipe)))
+        slots = checked(verb, recipe.method, config.leaves(type(recipe)))
         name = recipe.method["name"] if isinstance(recipe, fields.RewardModel) else verb
         objective = compose.reward_of(slots) if isinstance(recipe, fields.RewardModel) else compose.preference_of(slots)
     if isinstance(recipe, fields.Preference):
@@ -116,7 +117,7 @@ def run_online(verb: str, recipe: fields.Online, options: Options) -> Path:
     build.check_optim(recipe.optim, "optim")
     if recipe.critic.optim is not None:
         build.check_optim(recipe.critic.optim, "critic.optim")
-    slots = build.checked(verb, recipe.method, config.leaves(fields.Online))
+    slots = checked(verb, recipe.method, config.leaves(fields.Online))
     longest, weights = recipe.sampling.max_new_tokens, [one.weight for one in recipe.reward] or [1.0]
     algorithm = compose.online_of(slots, longest=longest, weights=weights)
     if not recipe.reward:

@@ -265,7 +265,8 @@ def _selection(slots: Slots) -> tuple[tuple[str, Part], ...]:
             raise RecipeError(
                 "method.select: clip_cov leaves out what the clip stops; use the surrogate clip or dual_clip"
             )
-        dials = {"low": 0.2, "high": 0.2} | slots["surrogate"]
+        clip = ONLINE_SLOTS["surrogate"][slots["surrogate"]["name"]]
+        dials = {**dials_of(clip), **slots["surrogate"]}
         given = {"low": dials["low"], "high": dials["high"]}
     return (("selected", chosen("select", spec, **given)),)
 
