@@ -25,81 +25,57 @@ def formula(choice: Choice, spec: Slots, **more: Any) -> str:
 
 def online_lines(slots: Slots, *, longest: int | None = None, weights: Sequence[float] = (1.0,)) -> list[str]:
     """The whole objective of an online method, step by step."""
-
-    def line(slot: str, about: str, **more: Any) -> list[str]:
-        spec = slots.get(slot)
-        if not spec:
-            return []
-        choice = ONLINE_SLOTS[slot][spec["name"]]
-        return [_step(about, formula(choice, spec, **more), choice.source)]
-
-    limit = {"limit": (slots.get("overlong") or {}).get("limit") or longest}
-    out = line("normalise", "normalise")
-    out += line("combine", "score", weights=tuple(weights)) + line("rescale", "rescale")
-    out += line("bound", "bound") + line("overlong", "overlong", **limit)
-    out += _truncated(slots["truncated"])
+    limit = (slots.get("overlong") or {}).get("limit") or longest
+    out = _line(slots, "normalise", "normalise") + _line(slots, "combine", "score", weights=tuple(weights))
+    out += _line(slots, "rescale", "rescale") + _line(slots, "bound", "bound")
+    out += _line(slots, "overlong", "overlong", limit=limit) + _truncated(slots["truncated"])
     if "loss" in slots:
-        out.append(
-            _step("pairs", "w = the best, l = the worst answer of each prompt by s; equal scores give no pair", "")
-        )
-        return out + preference_lines(slots)
-    out += line("place", "placed") + _penalty(slots["kl"]) + line("credit", "credit")
-    if slots["value"] is not None and record(Value, slots["value"]).lam is not None:
-        out.append(
-            _step(
-                "critic's target",
-                f"R_t = gae with lambda {_shown(record(Value, slots['value']).lam)}, plus V_t",
-                "VAPO",
-            )
-        )
-    elif slots["value"] is not None:
+        pairs = "w = the best, l = the worst answer of each prompt by s; equal scores give no pair"
+        return [*out, _step("pairs", pairs, ""), *preference_lines(slots)]
+    value = None if slots["value"] is None else record(Value, slots["value"])
+    out += _line(slots, "place", "placed") + _penalty(slots["kl"]) + _line(slots, "credit", "credit")
+    if value is not None and value.lam is not None:
+        out.append(_step("critic's target", f"R_t = gae with lambda {_shown(value.lam)}, plus V_t", "VAPO"))
+    elif value is not None:
         out.append(_step("critic's target", "R_t = A_t + V_t, with A before whitening", ""))
-    out += line("whiten", "whiten") + line("correct", "correction") + line("ratio", "ratio")
-    reduce = slots["reduce"]
-    length = reduce.get("length") or longest
-    total = formula(ONLINE_SLOTS["reduce"][reduce["name"]], reduce, length=length)
-    loss = formula(ONLINE_SLOTS["surrogate"][slots["surrogate"]["name"]], slots["surrogate"])
-    source = ONLINE_SLOTS["surrogate"][slots["surrogate"]["name"]].source
-    out.append(_step("policy loss", f"{'c_t ' if slots['correct'] else ''}[{loss}]", source))
-    out += line("select", "select")
-    out.append(_step("reduced by", f"{reduce['name']}: {total}", ONLINE_SLOTS["reduce"][reduce["name"]].source))
-    out += line("loss_kl", "+ KL in the loss")
-    if slots["kl"] is not None and record(KL, slots["kl"]).estimator == "exact":
-        out.append(
-            _step(
-                "+ KL in the loss",
-                f"{_shown(record(KL, slots['kl']).coef)} KL(policy || reference) of the token's own state",
-                "",
-            )
-        )
-    if slots["value"] is not None:
-        clip = record(Value, slots["value"]).clip
-        squared = (
-            "(V - R)^2 / 2" if clip is None else f"max((V - R)^2, (V_old + clip(V - V_old, -{clip}, {clip}) - R)^2) / 2"
-        )
-        out.append(
-            _step(
-                "critic loss", f"{_shown(record(Value, slots['value']).weight)} x mean over all tokens of {squared}", ""
-            )
-        )
+    out += _line(slots, "whiten", "whiten") + _line(slots, "correct", "correction") + _line(slots, "ratio", "ratio")
+    return out + _term_lines(slots, value, longest)
+
+
+def _line(slots: Slots, slot: str, about: str, **more: Any) -> list[str]:
+    """What stands in a slot with its numbers; nothing for an empty one."""
+    spec = slots.get(slot)
+    if not spec:
+        return []
+    choice = ONLINE_SLOTS[slot][spec["name"]]
+    return [_step(about, formula(choice, spec, **more), choice.source)]
+
+
+def _term_lines(slots: Slots, value: Value | None, longest: int | None) -> list[str]:
+    """The terms that are summed into one gradient."""
+    spec, reduce = slots["surrogate"], slots["reduce"]
+    surrogate, reduction = ONLINE_SLOTS["surrogate"][spec["name"]], ONLINE_SLOTS["reduce"][reduce["name"]]
+    total = formula(reduction, reduce, length=reduce.get("length") or longest)
+    weighed = "c_t " if slots["correct"] else ""
+    out = [_step("policy loss", f"{weighed}[{formula(surrogate, spec)}]", surrogate.source)]
+    out += _line(slots, "select", "select")
+    out.append(_step("reduced by", f"{reduce['name']}: {total}", reduction.source))
+    out += _line(slots, "loss_kl", "+ KL in the loss")
+    kl = None if slots["kl"] is None else record(KL, slots["kl"])
+    if kl is not None and kl.estimator == "exact":
+        own = f"{_shown(kl.coef)} KL(policy || reference) of the token's own state"
+        out.append(_step("+ KL in the loss", own, ""))
+    if value is not None:
+        near = f"V_old + clip(V - V_old, -{value.clip}, {value.clip})"
+        squared = "(V - R)^2 / 2" if value.clip is None else f"max((V - R)^2, ({near} - R)^2) / 2"
+        out.append(_step("critic loss", f"{_shown(value.weight)} x mean over all tokens of {squared}", ""))
     if slots["entropy"] is not None:
-        target = record(Entropy, slots["entropy"]).target
-        steered = f", steered to {target} nats per token" if target else ""
-        out.append(
-            _step(
-                "- entropy",
-                f"{_shown(record(Entropy, slots['entropy']).coef)} x mean over all tokens of H{steered}",
-                "",
-            )
-        )
+        bonus = record(Entropy, slots["entropy"])
+        steered = f", steered to {bonus.target} nats per token" if bonus.target else ""
+        out.append(_step("- entropy", f"{_shown(bonus.coef)} x mean over all tokens of H{steered}", ""))
     if slots["ptx_weight"]:
-        out.append(
-            _step(
-                "+ ptx",
-                f"{_shown(slots['ptx_weight'])} x mean over the pre-training tokens of -log pi",
-                "Ouyang et al. 2022, eq. 2",
-            )
-        )
+        ptx = f"{_shown(slots['ptx_weight'])} x mean over the pre-training tokens of -log pi"
+        out.append(_step("+ ptx", ptx, "Ouyang et al. 2022, eq. 2"))
     return out
 
 
