@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 HOUSE = ROOT / "src" / "whet"
 FLOOR = {
     "errors": -4, "dials": -3, "choices": -2, "catalogue": -1,
-    "ops": 0, "records": 1, "methods": 2, "models": 3, "generate": 4, "rewards": 4, "feedback": 4,
+    "workers": -0.5, "ops": 0, "records": 1, "methods": 2, "models": 3, "generate": 4, "rewards": 4, "feedback": 4,
     "learner": 4, "loops": 6, "view": 7, "cli": 8,
     "conformance": 8,
 }  # fmt: skip

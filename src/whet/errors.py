@@ -6,6 +6,7 @@
     │   ├── DataError     a row of a data file: names the file and the line
     │   └── ModelError    a model or tokenizer folder
     ├── RewardError       a reward function or judge raised, or returned what it may not
+    ├── EngineDied        a generator's engine or a worker died; what it was asked for is not lost
     ├── RunStopped        a self-check failed while running; says which and why
     └── CheckpointError   a checkpoint is missing, torn or from another run
 
@@ -35,6 +36,10 @@ class ModelError(UserError):
 
 class RewardError(WhetError):
     """A reward function or judge raised, or returned a wrong count, type or NaN."""
+
+
+class EngineDied(WhetError):
+    """An engine that generates, or a worker process, died; its work can be asked of another one."""
 
 
 class RunStopped(WhetError):

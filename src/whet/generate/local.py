@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from whet.dials import Sampling
-from whet.generate.base import Request, draw
+from whet.errors import RunStopped
+from whet.generate.base import Request, cut, draw, whole
 from whet.models.roles import Role
 from whet.ops import token_logprobs
 from whet.records import Sample, Weights
@@ -19,27 +20,49 @@ DROP_SHARE = 0.25
 class LocalGenerator:
     """Samples from a policy role. Work is cut into units of `unit` requests, so shapes do not depend on anything else.
 
-    `end_ids` stop an answer; the end token is part of it. Each prompt is read once, however many answers it gets.
+    `end_ids` stop an answer; the end token is part of it. Each prompt is read once, however many answers it gets. With
+    `copy` the role is this generator's own, and what is published is copied into it; else it is the learner's own role.
     """
 
+    reports = frozenset({"sampler_logp", "support"})
+
     def __init__(
-        self, role: Role, end_ids: Sequence[int], text: Callable[[Sequence[int]], str], *, unit: int = 256
+        self,
+        role: Role,
+        end_ids: Sequence[int],
+        text: Callable[[Sequence[int]], str],
+        *,
+        unit: int = 256,
+        copy: bool = False,
     ) -> None:
-        self.role, self.end_ids, self.text, self.unit = role, tuple(end_ids), text, unit
+        self.role, self.end_ids, self.text, self.unit, self.copy = role, tuple(end_ids), text, unit, copy
         self.version = 0
 
     def adopt(self, weights: Weights) -> None:
-        """The learner's own policy role: nothing is copied, and there is no cache between calls to go stale."""
-        self.role, self.version = weights.handle, weights.version
+        """The learner's own policy role, or a copy of its weights. There is no cache between calls to go stale.
+
+        Raises RunStopped where what was published is not the whole model.
+        """
+        if not self.copy:
+            self.role, self.version = weights.handle, weights.version
+            return
+        left = dict(self.role.model.named_parameters())
+        with torch.no_grad():
+            for name, value in whole(weights):
+                parameter = left.pop(name, None)
+                if parameter is None or parameter.shape != value.shape:
+                    raise RunStopped(f"the push of version {weights.version} has no fitting {name}; is it another model?")
+                parameter.copy_(value)
+        if left:
+            raise RunStopped(f"the push of version {weights.version} lacks {', '.join(sorted(left)[:3])}")
+        self.version = weights.version
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
         """See `Generator.generate`. Within a call, requests of like prompt length share a unit."""
-        turn = sorted(range(len(requests)), key=lambda index: (len(requests[index].prompt.ids), index))
         samples: list[Sample | None] = [None] * len(requests)
         with self.role.sampling():
-            for start in range(0, len(turn), self.unit):
-                places = turn[start : start + self.unit]
+            for places in cut(requests, self.unit):
                 for place, sample in zip(places, self._unit([requests[place] for place in places]), strict=True):
                     samples[place] = sample
         yield from (sample for sample in samples if sample is not None)
@@ -72,7 +95,7 @@ class LocalGenerator:
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def _unit(self, requests: Sequence[Request]) -> list[Sample]:
-        prompts = list(dict.fromkeys(request.prompt.ids for request in requests))
+        prompts = list(dict.fromkeys(request.given() for request in requests))
         longest = max(map(len, prompts))
         ids = torch.zeros(len(prompts), longest, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -83,7 +106,7 @@ class LocalGenerator:
         logits = self._next(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), cache)
 
         number = {prompt: row for row, prompt in enumerate(prompts)}
-        owner = torch.tensor([number[request.prompt.ids] for request in requests])
+        owner = torch.tensor([number[request.given()] for request in requests])
         live = list(range(len(requests)))  # which request each row of the batch belongs to
         logits, mask = logits[owner.to(logits.device)], mask[owner]
         cache.batch_select_indices(owner.to(self.role.device))
@@ -91,7 +114,7 @@ class LocalGenerator:
         logps: list[list[float]] = [[] for _ in requests]
         supports: list[list[tuple[int, ...]]] = [[] for _ in requests]
         ended = [False] * len(requests)
-        limit = max(request.sampling.max_new_tokens for request in requests)
+        limit = max(request.room for request in requests)
         for position in range(limit):
             chosen, logp, support = _choose(logits, [requests[index] for index in live], position)
             for index, token, value, could in zip(live, chosen.tolist(), logp.tolist(), support, strict=True):
@@ -99,7 +122,7 @@ class LocalGenerator:
                     tokens[index].append(token)
                     logps[index].append(value)
                     supports[index].append(could)
-                    full = len(tokens[index]) >= requests[index].sampling.max_new_tokens
+                    full = len(tokens[index]) >= requests[index].room
                     ended[index] = full or token in self.end_ids
             left = [row for row, index in enumerate(live) if not ended[index]]
             if not left:
@@ -113,7 +136,7 @@ class LocalGenerator:
         return [
             Sample(
                 request.draw, request.answer, tuple(ids_), tuple(logp_), self.version,
-                "stop" if ids_[-1] in self.end_ids else "length", self.text(ids_),
+                request.finish(ids_, self.end_ids), self.text((*request.begun, *ids_)),
                 tuple(support_) if request.sampling.truncates and request.sampling.temperature > 0 else None,
             )
             for request, ids_, logp_, support_ in zip(requests, tokens, logps, supports, strict=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from whet.methods import Part, Term
 from whet.ops import Counts
 from whet.records import COLUMNS, Batch, Weights
+from whet.workers import Workers
 
 Work = Sequence[tuple[Term, Batch, Counts]]
 """One update: the terms of the objective, each with its mini-batch and that mini-batch's global counts."""
@@ -30,9 +31,13 @@ class Step:
 
 
 class Learner(Protocol):
-    """Who learns. A mini-batch is handed over whole; how it is split is the learner's business and changes no number."""
+    """Who learns. A mini-batch is handed over whole; how it is split is the learner's business and changes no number.
+
+    `workers` are the processes that all hold a part of this learner and run the loop with it; alone where there is one.
+    """
 
     version: int
+    workers: Workers
 
     def measure(self, batch: Batch, columns: frozenset[str]) -> Batch:
         """The batch with these measured columns (see `records.columns`), without gradient or dropout."""

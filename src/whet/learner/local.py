@@ -1,6 +1,7 @@
-"""Learning in this process: micro-batches under a token budget, one optimiser per trained role."""
+"""Learning: micro-batches under a token budget, one optimiser per trained role; here all weights lie in this process."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,23 @@ from torch import Tensor
 from whet.dials import Optim
 from whet.errors import CheckpointError, RunStopped
 from whet.learner.base import Step, Work
+from whet.learner.store import Stored, write
 from whet.models.dropout import Dropout
 from whet.models.load import decoder_layers
 from whet.models.readers import BARE, read
 from whet.models.roles import Role
 from whet.ops import address
-from whet.records import Batch, Weights, measured, micro_batches
+from whet.records import Batch, Weights, dealt, measured
 from whet.records.files import write_json
+from whet.workers import Workers
 
 
 class LocalLearner:
-    """All roles in one process.
+    """All roles whole in this process, and the base of the learners that spread them over `workers`.
+
+    Other learners say otherwise how weights are laid out (`_place`), how gradients meet (`_backward`, `_clipped`,
+    `_step`) and how a tensor becomes whole (`_whole`, `_fill`, and the same for the optimiser's). Everything else,
+    which is everything that numbers depend on, is here: how work is dealt, what is read, and the losses.
 
     `budget` is the most tokens (padding counted) of one forward; `packed` lays rows behind one another instead of
     padding them; `total` is the number of updates of the whole run, which the schedules need. Residual `dropout` acts
@@ -38,14 +45,16 @@ class LocalLearner:
         packed: bool = False,
         dropout: float = 0.0,
         seed: int = 0,
+        workers: Workers = Workers(),
     ) -> None:
         self.roles, self.optims, self.total = dict(roles), dict(optims), total
         self.budget, self.packed, self.dropout, self.seed = budget, packed, dropout, seed
         self.version = 0
+        self.workers = workers
         self._blended: set[str] = set()
-        self._optimisers = {
-            name: _optimisers(role, self.optims[name]) for name, role in self.roles.items() if role.trained
-        }
+        self._scale = 1.0  # what a loss is multiplied with before its gradient goes over the workers
+        self._optimisers: dict[str, list[tuple[torch.optim.Optimizer, float]]] = {}
+        self._place()
 
     @torch.no_grad()
     def measure(self, batch: Batch, columns: frozenset[str]) -> Batch:
@@ -53,29 +62,24 @@ class LocalLearner:
         out: dict[str, Tensor] = {}
         for name, wanted in measured(columns).items():
             bare = frozenset(column.reads or "" for column in wanted)
-            now: dict[str, Tensor] = {}
-            for rows in micro_batches(batch, self.budget):
-                _collect(now, self._read(name, batch.take(rows), bare), rows, batch)
+            now = self.columns(name, batch, bare)
             out |= {column.name: now[column.reads or ""] for column in wanted}
         return batch.with_columns(**out)
 
+    @torch.no_grad()
+    def columns(self, name: str, batch: Batch, bare: frozenset[str]) -> dict[str, Tensor]:
+        """Bare columns (see `models.readers`) of the whole batch as one role reads them."""
+        now: dict[str, Tensor] = {}
+        for rows, real in self._dealt(batch):
+            _collect(now, self._read(name, batch.take(rows), bare), rows if real else [], batch)
+        return self._joined(now)
+
     def update(self, work: Work) -> Step:
         """See `Learner.update`. Raises RunStopped, before any weight moves, when a loss or a gradient is not finite."""
-        for role in self._trained():
-            for parameter in role.parameters().values():
-                parameter.grad = None
+        self._clear()
         losses, now = self._forward(work, train=True)
-        norms, rates = {}, {}
-        for role in self._trained():
-            parameters = [p for p in role.parameters().values() if p.grad is not None]
-            norm = torch.nn.utils.clip_grad_norm_(parameters, self.optims[role.name].max_grad_norm, foreach=True)
-            norms[role.name] = float(norm)
-        for kind, values in (("loss", losses), ("gradient norm", norms)):
-            for name, value in values.items():
-                if not torch.isfinite(torch.tensor(value)):
-                    raise RunStopped(
-                        f"update {self.version}: the {kind} of {name} is {value}; no weight was changed by it"
-                    )
+        self._check("loss", losses)
+        rates = {}
         for role in self._trained():
             optim = self.optims[role.name]
             factor = optim.factor(self.version, self.total)
@@ -83,9 +87,17 @@ class LocalLearner:
             for optimiser, base in self._optimisers[role.name]:
                 for group in optimiser.param_groups:
                     group["lr"] = base * factor
-                optimiser.step()
+        norms = {role.name: self._clipped(role) for role in self._trained()}
+        self._check("gradient norm", norms)
+        for role in self._trained():
+            self._step(role)
         self.version += 1
         return Step(self.version, losses, norms, rates, now)
+
+    def _check(self, kind: str, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise RunStopped(f"update {self.version}: the {kind} of {name} is {value}; no weight was changed by it")
 
     @torch.no_grad()
     def evaluate(self, work: Work) -> Step:
@@ -102,32 +114,25 @@ class LocalLearner:
         """See `Learner.blend`."""
         ours, theirs = self.roles[target].parameters(), self.roles[source].parameters()
         for (_, mine), (_, other) in zip(ours.items(), theirs.items(), strict=True):
-            mine.lerp_(other.to(mine), mix)
+            self._mix(mine, other, mix)
         self._blended.add(target)
 
     def save(self, folder: Path) -> None:
-        """`role.safetensors` and `role.optimiser.safetensors` per role that changes, and `learner.json`."""
-        from safetensors.torch import save_file
-
+        """`role.safetensors` and `role.optimiser.safetensors` per role that changes (see `learner.store`), and `learner.json`."""
         folder.mkdir(parents=True, exist_ok=True)
         for name in self._changing():
-            weights = {key: p.detach().contiguous() for key, p in self.roles[name].parameters().items()}
-            save_file(weights, str(folder / f"{name}.safetensors"))
-        for name, pairs in self._optimisers.items():
-            own = {id(p): key for key, p in self.roles[name].parameters().items()}
-            state: dict[str, Tensor] = {}
-            for optimiser, _ in pairs:
-                for parameter, values in optimiser.state.items():
-                    state |= {f"{own[id(parameter)]}|{key}": _tensor(value) for key, value in values.items()}
-            save_file(state, str(folder / f"{name}.optimiser.safetensors"))
+            named = self.roles[name].parameters().items()
+            write(folder, name, ((key, self._whole(p)) for key, p in named), self.workers)
+        for name in self._optimisers:
+            write(folder, f"{name}.optimiser", self._states(name), self.workers)
         about = {"version": self.version, "total": self.total, "blended": sorted(self._blended)}
-        write_json(folder / "learner.json", about | {"frozen": self._frozen(), "optimisers": self._kinds()})
+        about |= {"frozen": self._frozen(), "optimisers": self._kinds()}
+        if self.workers.first:
+            write_json(folder / "learner.json", about)
 
     def load(self, folder: Path) -> None:
         """See `Learner.load`."""
         import json
-
-        from safetensors.torch import load_file
 
         about = json.loads((folder / "learner.json").read_text(encoding="utf-8"))
         for name, mark in self._frozen().items():
@@ -137,26 +142,96 @@ class LocalLearner:
             raise CheckpointError(f"{folder}: its optimisers are {about['optimisers']}, this run's {self._kinds()}")
         self.version, self._blended = about["version"], set(about["blended"])
         for name in self._changing():
-            own, saved = self.roles[name].parameters(), load_file(str(folder / f"{name}.safetensors"))
-            if own.keys() != saved.keys() or any(own[key].shape != saved[key].shape for key in own):
+            own, saved = self.roles[name].parameters(), Stored(folder, name)
+            if own.keys() != saved.keys() or any(self._shape(own[key]) != saved.shape(key) for key in own):
                 raise CheckpointError(
                     f"{folder}: the {name}'s parameters are others than this run's; is the model the same?"
                 )
             with torch.no_grad():
                 for key, parameter in own.items():
-                    parameter.copy_(saved[key])
-        for name, pairs in self._optimisers.items():
-            own, saved = self.roles[name].parameters(), load_file(str(folder / f"{name}.optimiser.safetensors"))
-            mine = {
-                id(p): optimiser for optimiser, _ in pairs for group in optimiser.param_groups for p in group["params"]
-            }
-            for key, value in saved.items():
-                parameter = own[key.split("|")[0]]
-                mine[id(parameter)].state[parameter][key.split("|")[1]] = value.to(parameter.device)
+                    self._fill(parameter, saved[key])
+        for name in self._optimisers:
+            self._put_states(name, Stored(folder, f"{name}.optimiser"))
 
     def export(self, role: str, folder: Path, tokenizer: Any = None, *, merge: bool = True) -> None:
         """See `Learner.export`."""
         self.roles[role].export(folder, tokenizer, merge=merge)
+
+    # --- what other learners do otherwise ------------------------------------------------------------------------
+
+    def _place(self) -> None:
+        """Lay the weights out, then build the optimisers on what they have become."""
+        self._optimisers = {role.name: _optimisers(role, self.optims[role.name]) for role in self._trained()}
+
+    def _clear(self) -> None:
+        """No gradient is left of the last update."""
+        for role in self._trained():
+            for parameter in role.parameters().values():
+                parameter.grad = None
+
+    def _backward(self, name: str, loss: Tensor, last: bool) -> None:
+        """The gradient of one micro-batch; `last` is the role's last one in this update."""
+        loss.backward()
+
+    def _clipped(self, role: Role) -> float:
+        """The norm of the role's whole gradient, which is then scaled down to the role's limit."""
+        parameters = [p for p in role.parameters().values() if p.grad is not None]
+        return float(torch.nn.utils.clip_grad_norm_(parameters, self.optims[role.name].max_grad_norm, foreach=True))
+
+    def _step(self, role: Role) -> None:
+        for optimiser, _ in self._optimisers[role.name]:
+            optimiser.step()
+
+    def _shape(self, parameter: Tensor) -> tuple[int, ...]:
+        return tuple(parameter.shape)
+
+    def _whole(self, parameter: Tensor) -> Tensor:
+        return parameter.detach()
+
+    def _fill(self, parameter: Tensor, value: Tensor) -> None:
+        parameter.copy_(value)
+
+    def _mix(self, mine: Tensor, other: Tensor, mix: float) -> None:
+        mine.lerp_(other.to(mine), mix)
+
+    def _states(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        """The optimisers' tensors of a role, each whole, as "parameter|what"."""
+        own = {id(p): key for key, p in self.roles[name].parameters().items()}
+        for optimiser, _ in self._optimisers[name]:
+            for parameter, values in optimiser.state.items():
+                for key, value in values.items():
+                    yield f"{own[id(parameter)]}|{key}", self._whole(_tensor(value))
+
+    def _put_states(self, name: str, saved: Mapping[str, Tensor]) -> None:
+        """Back into the optimisers what `_states` gave."""
+        own = self.roles[name].parameters()
+        mine = {
+            id(p): optimiser
+            for optimiser, _ in self._optimisers[name]
+            for group in optimiser.param_groups
+            for p in group["params"]
+        }
+        for key in saved:
+            parameter = own[key.split("|")[0]]
+            mine[id(parameter)].state[parameter][key.split("|")[1]] = self._like(parameter, saved[key])
+
+    def _like(self, parameter: Tensor, value: Tensor) -> Tensor:
+        """An optimiser's tensor laid out as its parameter is."""
+        return value.to(parameter.device)
+
+    # --- the common rest ------------------------------------------------------------------------------------------
+
+    def _dealt(self, batch: Batch) -> list[tuple[list[int], bool]]:
+        """This worker's micro-batches, as many as every other worker has. What fills up counts for nothing (False)."""
+        own = dealt(batch, self.budget, self.workers.size)[self.workers.rank]
+        if all(own):
+            return [(rows, True) for rows in own]
+        spare = min(batch.elements(), key=lambda rows: max(batch.rows[row].length for row in rows))
+        return [(rows or spare, bool(rows)) for rows in own]
+
+    def _joined(self, now: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Every worker's rows of these columns in one: outside of its own rows each has 0."""
+        return {name: self.workers.sum(now[name]) for name in sorted(now)}
 
     def _read(
         self, name: str, batch: Batch, columns: frozenset[str], dropout: Dropout | None = None
@@ -171,10 +246,10 @@ class LocalLearner:
         for name, role in self.roles.items():
             if role.wrapped is not None:
                 if id(role.model) not in marks:
-                    marks[id(role.model)] = _fingerprint(role.base_parameters())
+                    marks[id(role.model)] = self._fingerprint(role.base_parameters())
                 out[name] = marks[id(role.model)]
             elif name not in self._changing():
-                out[name] = _fingerprint(role.parameters())
+                out[name] = self._fingerprint(role.parameters())
         return out
 
     def _kinds(self) -> dict[str, list[str]]:
@@ -194,24 +269,40 @@ class LocalLearner:
         for term, batch, counts in work:
             together.setdefault((term.role, id(batch)), []).append((term, batch, counts))
         dropout = Dropout(self.dropout, address(self.seed, "dropout", self.version)) if train and self.dropout else None
-        for (name, _), items in together.items():
+        last = {key[0]: key for key in together}  # the batch that each role reads last
+        for key, items in together.items():
+            name = key[0]
             batch = items[0][1].with_columns(number=torch.arange(len(items[0][1].rows)))
             now = streams.setdefault(items[0][0].stream, {})
             wanted = frozenset().union(*(term.reads() for term, _, _ in items)) & BARE - batch.columns.keys()
             if name == "policy" and "old_logp" in batch.columns:
                 wanted |= {"logp"}  # how far the policy moved is always watched
-            for rows in micro_batches(batch, self.budget):
+            turns = self._dealt(batch)
+            for number, (rows, real) in enumerate(turns):
                 micro = batch.take(rows)
                 with dropout or nullcontext():
                     fresh = self._read(name, micro, wanted, dropout)
-                    columns = {key: value.to(self.roles[name].device) for key, value in micro.columns.items()} | fresh
+                    device = self.roles[name].device
+                    columns = {one: value.to(device) for one, value in micro.columns.items()} | fresh
                     shares = [(term.label, term.share(columns, counts)) for term, _, counts in items]
                     if train:
-                        torch.stack([share for _, share in shares]).sum().backward()
+                        whole = torch.stack([share for _, share in shares]).sum()
+                        whole = whole if real and self._scale == 1 else whole * (self._scale if real else 0.0)
+                        self._backward(name, whole, last[name] == key and number + 1 == len(turns))
                 for label, share in shares:
-                    losses[label] = losses.get(label, 0.0) + float(share.detach())
-                _collect(now, {key: value.detach() for key, value in fresh.items()}, rows, batch)
-        return losses, streams
+                    losses[label] = losses.get(label, 0.0) + (float(share.detach()) if real else 0.0)
+                _collect(now, {one: value.detach() for one, value in fresh.items()}, rows if real else [], batch)
+        totals = self.workers.sum(torch.tensor(list(losses.values()), dtype=torch.float64)).tolist()
+        return dict(zip(losses, totals, strict=True)), {name: self._joined(now) for name, now in streams.items()}
+
+    def _fingerprint(self, parameters: Mapping[str, Tensor]) -> str:
+        """A mark that changes when any of these does: their names, shapes, sums and weighted sums."""
+        parts: list[str] = []
+        for name, parameter in parameters.items():
+            flat = self._whole(parameter).double().flatten()
+            ramp = torch.linspace(1, 2, flat.numel(), dtype=torch.float64, device=flat.device)
+            parts.append(f"{name}{self._shape(parameter)}{float(flat.sum())!r}{float((flat * ramp).sum())!r}")
+        return f"{address(*parts):016x}"
 
 
 def _collect(whole: dict[str, Tensor], fresh: Mapping[str, Tensor], rows: list[int], batch: Batch) -> None:
@@ -221,6 +312,8 @@ def _collect(whole: dict[str, Tensor], fresh: Mapping[str, Tensor], rows: list[i
         if name not in whole:
             shape = batch["mask"].shape if values.ndim == 2 else batch["mask"].shape[:1]
             whole[name] = torch.zeros(shape, dtype=values.dtype)
+        if not rows:
+            continue
         if values.ndim == 2:
             whole[name][torch.tensor(rows), : values.shape[1]] = values
         else:
@@ -256,13 +349,3 @@ def _optimisers(role: Role, optim: Optim) -> list[tuple[torch.optim.Optimizer, f
 
 def _tensor(value: Any) -> Tensor:
     return value.detach().contiguous() if isinstance(value, Tensor) else torch.tensor(value)
-
-
-def _fingerprint(parameters: Mapping[str, Tensor]) -> str:
-    """A mark that changes when any of these does: their names, shapes, sums and weighted sums."""
-    parts: list[str] = []
-    for name, parameter in parameters.items():
-        flat = parameter.detach().double().flatten()
-        ramp = torch.linspace(1, 2, flat.numel(), dtype=torch.float64, device=flat.device)
-        parts.append(f"{name}{tuple(parameter.shape)}{float(flat.sum())!r}{float((flat * ramp).sum())!r}")
-    return f"{address(*parts):016x}"

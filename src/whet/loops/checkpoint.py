@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,37 +16,49 @@ from whet.loops.interrupt import Stop
 from whet.records.files import write_json
 
 MANIFEST = "manifest.json"
+ASIDE = ".writing-"
 
 
 def save(folder: Path, step: int, learner: Learner, loop: Mapping[str, Any], *, keep: int = 2) -> Path:
     """The checkpoint `folder/step-00000042`: the learner's state and the loop's small one. The newest `keep` stay.
 
-    Raises CheckpointError when it cannot be written (a full disk); the last good checkpoint is untouched then.
+    Each attempt writes into a folder of its own that nobody else knows the name of, and the first worker alone renames
+    it: a worker of a lost machine that lives on cannot touch what is good. Raises CheckpointError, on every worker, when
+    it cannot be written (a full disk); the last good checkpoint is untouched then.
     """
-    final = folder / f"step-{step:08d}"
-    aside = folder / f".writing-{step:08d}-{os.getpid()}"
+    workers, final = learner.workers, folder / f"step-{step:08d}"
+    aside = folder / workers.told(f"{ASIDE}{step:08d}-{secrets.token_hex(4)}")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        learner.save(aside / "learner")
-        write_json(aside / "loop.json", dict(loop))
-        sums = {str(path.relative_to(aside)): _sum(path) for path in sorted(aside.rglob("*")) if path.is_file()}
-        write_json(aside / MANIFEST, sums)
-        for path in [*(aside / name for name in sums), aside / MANIFEST, aside / "learner", aside]:
-            _sync(path)
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
-        _sync(folder)
+        if workers.first:
+            for left in folder.glob(f"{ASIDE}*"):
+                shutil.rmtree(left, ignore_errors=True)
+            aside.mkdir(parents=True)
+        workers.wait()
+        workers.together(lambda: learner.save(aside / "learner"))
+        workers.together(lambda: _commit(aside, final, loop) if workers.first else None)
     except Exception as error:  # OSError from the file system, SafetensorError for the same cause from safetensors
         shutil.rmtree(aside, ignore_errors=True)
         good = latest(folder)
-        left = f"the last good checkpoint is {good}" if good else "there is no earlier checkpoint"
+        left_over = f"the last good checkpoint is {good}" if good else "there is no earlier checkpoint"
         raise CheckpointError(
-            f"{final}: the checkpoint could not be written ({error}); {left}, continue with --resume"
+            f"{final}: the checkpoint could not be written ({error}); {left_over}, continue with --resume"
         ) from error
-    for old in _all(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    if workers.first:
+        for old in _all(folder)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _commit(aside: Path, final: Path, loop: Mapping[str, Any]) -> None:
+    """The loop's state and the checksums are written, all is on the disk, and the folder gets its name."""
+    write_json(aside / "loop.json", dict(loop))
+    sums = {str(path.relative_to(aside)): _sum(path) for path in sorted(aside.rglob("*")) if path.is_file()}
+    write_json(aside / MANIFEST, sums)
+    for path in [*(aside / name for name in sums), aside / MANIFEST, aside / "learner", aside]:
+        _sync(path)
+    shutil.rmtree(final, ignore_errors=True)
+    aside.rename(final)
+    _sync(final.parent)
 
 
 class Keeper:
@@ -64,7 +77,7 @@ class Keeper:
     def done(self, step: int, state: Mapping[str, Any]) -> None:
         """Step number `step` is complete. Raises KeyboardInterrupt, once all is saved, when a stop was asked for."""
         self.step, self.state, self.version = step, state, self.learner.version
-        asked = self.stop is not None and self.stop.asked
+        asked = self.learner.workers.any(self.stop is not None and self.stop.asked)
         if asked or step == self.total or (self.every and step % self.every == 0):
             self._save()
         if asked and step < self.total:

@@ -17,12 +17,19 @@ PACKAGES = ("torch", "transformers", "peft", "numpy", "tokenizers", "safetensors
 
 
 class Run:
-    """One run's folder. With `resume_at` the metrics and rollouts after that step are dropped: they will be made again."""
+    """One run's folder. With `resume_at` the metrics and rollouts after that step are dropped: they will be made again.
 
-    def __init__(self, folder: Path, *, resume_at: int | None = None, trackers: Sequence[Any] = ()) -> None:
-        self.folder, self.trackers = folder, tuple(trackers)
-        folder.mkdir(parents=True, exist_ok=True)
+    Of several workers one alone `writes`.
+    """
+
+    def __init__(
+        self, folder: Path, *, resume_at: int | None = None, trackers: Sequence[Any] = (), writes: bool = True
+    ) -> None:
+        self.folder, self.trackers, self.writes = folder, tuple(trackers), writes
         self._metrics = folder / "metrics.jsonl"
+        if not writes:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
         if resume_at is not None and self._metrics.is_file():
             kept = [row for row in read_metrics(folder) if row["step"] <= resume_at]
             self._metrics.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
@@ -37,6 +44,8 @@ class Run:
 
     def environment(self, recipe_text: str) -> None:
         """recipe.yaml (resolved) and environment.json (versions, threads)."""
+        if not self.writes:
+            return
         (self.folder / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
         versions = {name: metadata.version(name) for name in PACKAGES}
         about = {"python": sys.version.split()[0], "machine": platform.machine(), "threads": torch.get_num_threads()}
@@ -44,6 +53,8 @@ class Run:
 
     def metrics(self, step: int, **numbers: float) -> None:
         """One line of metrics.jsonl, and the same numbers to the trackers."""
+        if not self.writes:
+            return
         line = {"step": step} | {name: _plain(value) for name, value in numbers.items()}
         with self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -55,6 +66,8 @@ class Run:
 
         `names` are the rewards of the batch's `rewards` column.
         """
+        if not self.writes:
+            return
         import pyarrow
         import pyarrow.parquet
 

@@ -1,6 +1,7 @@
 """LoRA by peft: one role's adapter on a model of its own, or several roles' adapters on one trunk."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,14 +97,15 @@ def add_from_folder(wrapped: Any, name: str, folder: str) -> nn.Linear:
     return out
 
 
-def save_adapter(wrapped: Any, name: str, folder: Path) -> None:
+def save_adapter(wrapped: Any, name: str, folder: Path, gather: Callable[[Any], Any] = lambda value: value) -> None:
     """One adapter in peft's form, in the folder itself whatever the adapter's name."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     weights = get_peft_model_state_dict(wrapped, adapter_name=name)
-    save_file({key: value.contiguous() for key, value in weights.items()}, str(folder / "adapter_model.safetensors"))
+    whole = {key: gather(value).contiguous() for key, value in weights.items()}
+    save_file(whole, str(folder / "adapter_model.safetensors"))
     config = wrapped.peft_config[name]
     base = Path(config.base_model_name_or_path or "")
     if base.is_dir():

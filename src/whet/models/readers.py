@@ -36,6 +36,23 @@ def read(
     dropout: Dropout | None = None,
     reference: Role | None = None,
 ) -> dict[str, Tensor]:
+    """These bare columns of the batch as this role's model gives them: `read_off`, through the engine where one has
+    wrapped the model."""
+    options = {"packed": packed, "dropout": dropout, "reference": reference}
+    if role.shell is not None:
+        return role.shell(role, (batch, names), options)
+    return read_off(role, batch, names, packed=packed, dropout=dropout, reference=reference)
+
+
+def read_off(
+    role: Role,
+    batch: Batch,
+    names: frozenset[str],
+    *,
+    packed: bool = False,
+    dropout: Dropout | None = None,
+    reference: Role | None = None,
+) -> dict[str, Tensor]:
     """These bare columns of the batch as this role's model gives them, with gradient where it is enabled.
 
     (B, T) per token, 0 outside each row's mask; (B,) for score and final_value. `packed` lays the rows out behind
@@ -44,7 +61,7 @@ def read(
     """
     if names & ATTENTION.keys():
         rest = names - ATTENTION.keys()
-        out = read(role, batch, rest, packed=packed, dropout=dropout, reference=reference) if rest else {}
+        out = read_off(role, batch, rest, packed=packed, dropout=dropout, reference=reference) if rest else {}
         return out | _attention(role, batch, names & ATTENTION.keys())
     ids, layout, where = (_packed if packed else _padded)(batch.rows)
     ids = ids.to(role.device)

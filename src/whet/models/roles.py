@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +28,8 @@ class Role:
     LoRA, `wrapped` is the PeftModel around it and `adapter` the adapter that this role switches on ("" switches all
     off, which is the base itself). On one trunk several roles hold the same `wrapped`. `head` is the scalar head where
     the trunk's own head is not this role's. `readout` says how a score is read (see `whet.models.readers`), and `shift` is
-    added to it.
+    added to it. Where an engine spreads the weights over processes, `shell` is what it wrapped (see `whet.models.shell`)
+    and `gather` gives a parameter whole; every process must call it in step.
     """
 
     name: str
@@ -39,6 +40,8 @@ class Role:
     head: nn.Linear | None = None
     readout: Readout = "last"
     shift: float = 0.0
+    shell: Any = None
+    gather: Callable[[Tensor], Tensor] = field(default=Tensor.detach, repr=False)
     linear_head: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
@@ -128,10 +131,36 @@ class Role:
             )
         return found[-1]
 
+    def whole(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight of this role by its name in a Hugging Face folder, the adapter merged in, tied ones once.
+
+        Raises ModelError where the base is quantised: its weights have no plain form.
+        """
+        parameters = dict(self.model.named_parameters())
+        for name, parameter in parameters.items():
+            if "lora_" in name or ".original_module." in name:
+                continue
+            if ".modules_to_save." in name:
+                head, _, rest = name.partition(".modules_to_save.")
+                if rest.startswith(f"{self.adapter}."):
+                    yield f"{head}.{rest.removeprefix(f'{self.adapter}.')}", self.gather(parameter)
+                continue
+            value = self.gather(parameter)
+            if not value.is_floating_point():
+                raise ModelError(f"{name}: the base is quantised; only its adapter can be handed on")
+            module = self.model.get_submodule(name.rpartition(".")[0].removesuffix(".base_layer"))
+            if self.adapter and name.endswith(".base_layer.weight") and self.adapter in module.lora_A:
+                a, b = (self.gather(getattr(module, half)[self.adapter].weight) for half in ("lora_A", "lora_B"))
+                delta = (b @ a) * module.scaling[self.adapter]
+                value = value + (delta.T if module.fan_in_fan_out else delta).to(value)
+            yield name.replace(".base_layer.", "."), value
+
     def export(self, folder: Path, tokenizer: Any = None, *, merge: bool = True) -> None:
         """A standard Hugging Face folder: merged weights, or with `merge=False` the adapter alone."""
-        if self.wrapped is not None and not merge:
-            save_adapter(self.wrapped, self.adapter, folder)
+        if self.shell is not None and not (self.wrapped is not None and not merge):
+            self.model.save_pretrained(str(folder), state_dict={name: value.cpu() for name, value in self.whole()})
+        elif self.wrapped is not None and not merge:
+            save_adapter(self.wrapped, self.adapter, folder, self.gather)
         elif self.wrapped is not None:
             copy.deepcopy(self.wrapped).merge_and_unload(adapter_names=[self.adapter]).save_pretrained(str(folder))
         else:

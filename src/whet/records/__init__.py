@@ -1,6 +1,6 @@
 """What crosses between floors, and how text becomes tensors."""
 
-from whet.records.batching import micro_batches, minibatches, order, pad_ids, take_elements
+from whet.records.batching import dealt, micro_batches, minibatches, order, pad_ids, take_elements
 from whet.records.chat import PLAIN, Chat, chat_format
 from whet.records.columns import COLUMNS, Column, measured
 from whet.records.data import Located, Reader, numbers, ranks_of, read_rows
@@ -41,6 +41,7 @@ __all__ = [
     "Unpaired",
     "Weights",
     "chat_format",
+    "dealt",
     "measured",
     "micro_batches",
     "minibatches",

@@ -72,6 +72,42 @@ def micro_batches(batch: Batch, budget: int) -> list[list[int]]:
     return out
 
 
+def dealt(batch: Batch, budget: int, workers: int) -> list[list[list[int]]]:
+    """The rows of a batch cut into micro-batches for several workers: one list per worker, all equally long.
+
+    As few rounds as the budget allows. Elements of like length sit together, the cuts make all micro-batches cost as
+    nearly the same as contiguous cuts can (rows x longest row), and each round takes the next costliest ones, so that
+    no worker waits long for another. Where there are fewer micro-batches than places, a worker's list ends with empty
+    ones. For one worker these are the micro-batches of `micro_batches`.
+    """
+    if workers == 1:
+        return [micro_batches(batch, budget)]
+    elements = batch.elements()
+    longest = [max(batch.rows[row].length for row in element) for element in elements]
+    turn = sorted(range(len(elements)), key=lambda number: (longest[number], number))
+
+    def cut(most: int) -> list[tuple[int, list[int]]]:
+        """Contiguous cuts of at most `most` tokens each (a larger element is alone), with their costs."""
+        parts: list[tuple[int, list[int]]] = []
+        for number in turn:
+            rows = elements[number]
+            cost = (len(parts[-1][1]) + len(rows)) * longest[number] if parts else most + 1
+            if cost <= most:
+                parts[-1] = (cost, parts[-1][1] + list(rows))
+            else:
+                parts.append((len(rows) * longest[number], list(rows)))
+        return parts
+
+    places = -(-len(cut(budget)) // workers) * workers
+    low, high = 1, budget
+    while low < high:  # the smallest bound under which there are no more cuts than places
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(cut(middle)) <= places else (middle + 1, high)
+    parts = sorted(cut(low), key=lambda part: -part[0])
+    parts += [(0, [])] * (places - len(parts))
+    return [[rows for _, rows in parts[worker::workers]] for worker in range(workers)]
+
+
 def pad_ids(rows: Sequence[Row]) -> torch.Tensor:
     """The ids of the rows as (B, S), right-padded with each row's own last id.
 

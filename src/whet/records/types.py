@@ -36,8 +36,9 @@ class Sample:
     """One answer: its token ids (the end token included), the log-probs it was sampled with, and what made it.
 
     `draw` is the running number of the prompt handed out, `answer` the answer's number for that prompt; `version` is
-    the version of the weights. `sampler_logp` is in nats, one per id. `finish` is "stop" or "length". `support` has, under
-    top-p, top-k or min-p, the tokens that could be drawn at each place.
+    the version of the weights that made the last token, `versions` that of each token where they differ. `sampler_logp` is
+    in nats, one per id. `finish` is "stop", "length" or, for an answer that will be continued, "paused". `support` has,
+    under top-p, top-k or min-p, the tokens that could be drawn at each place.
 
     >>> Sample(0, 1, (8, 2), (-0.1, -0.7), version=3, finish="stop", text="yes").truncated
     False
@@ -51,6 +52,20 @@ class Sample:
     finish: str
     text: str
     support: tuple[tuple[int, ...], ...] | None = None
+    versions: tuple[int, ...] | None = None
+
+    def token_versions(self) -> tuple[int, ...]:
+        """The version of the weights that made each token."""
+        return self.versions if self.versions is not None else (self.version,) * len(self.ids)
+
+    def continued(self, later: "Sample") -> "Sample":
+        """This paused answer with the tokens that a later call put behind it."""
+        support = None if self.support is None or later.support is None else self.support + later.support
+        versions = self.token_versions() + later.token_versions()
+        return Sample(
+            self.draw, self.answer, self.ids + later.ids, self.sampler_logp + later.sampler_logp, later.version,
+            later.finish, later.text, support, versions if len(set(versions)) > 1 else None,
+        )  # fmt: skip
 
     @property
     def truncated(self) -> bool:

@@ -62,6 +62,26 @@ def score_all(rewards: Sequence[Weighted], groups: Sequence[Group]) -> tuple[dic
     return named, total, step
 
 
+def shares(groups: Sequence[Group], count: int) -> list[Sequence[Group]]:
+    """The groups cut into `count` runs of like size, in order; some are empty where there are fewer groups."""
+    return [groups[len(groups) * one // count : len(groups) * (one + 1) // count] for one in range(count)]
+
+
+def joined(parts: Sequence[Scores | None]) -> Scores:
+    """The scores of several runs of groups, in order, as one. Raises RewardError where some are dense and others not."""
+    found = [part for part in parts if part is not None]
+    if len({part.token is None for part in found}) > 1:
+        raise RewardError("a reward scored some answers per token and others as a whole; score all per token or none")
+    answer = torch.cat([part.answer for part in found])
+    if found[0].token is None:
+        return Scores(answer)
+    token = tuple(one for part in found for one in part.token or ())
+    if all(part.ends is None for part in found):
+        return Scores(answer, token)
+    every = [part.ends or [torch.ones(len(one), dtype=torch.bool) for one in part.token or ()] for part in found]
+    return Scores(answer, token, tuple(one for part in every for one in part))
+
+
 def checked(values: object, answers: Sequence[Sample], name: str) -> Scores:
     """What a user's function returned, as Scores.
 

@@ -1,0 +1,45 @@
+"""Answers from all workers together: each generates its share, and all end up with all samples."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from whet.generate.base import Generator, Request, cut
+from whet.records import Sample, Weights
+from whet.workers import Workers
+
+
+class SharedGenerator:
+    """A generator in each worker as one. Every worker calls it with the same requests and gets the same samples.
+
+    Units are cut before they are dealt, so that which worker makes an answer does not change it.
+    """
+
+    def __init__(self, own: Generator, workers: Workers, unit: int) -> None:
+        self.own, self.workers, self.unit = own, workers, unit
+        self.reports, self.version = own.reports, own.version
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
+        """See `Generator.generate`."""
+        units = cut(requests, self.unit)
+        asked = [requests[place] for unit in self.workers.own(units) for place in unit]
+        shares = self.workers.together(lambda: list(self.own.generate(asked)))
+        samples: list[Sample | None] = [None] * len(requests)
+        for rank, share in enumerate(shares):
+            places = [place for unit in units[rank :: self.workers.size] for place in unit]
+            for place, sample in zip(places, share, strict=True):
+                samples[place] = sample
+        yield from (sample for sample in samples if sample is not None)
+
+    def adopt(self, weights: Weights) -> None:
+        """Every worker's generator takes them, or all raise. Where one has another version in the end, that is what is told."""
+        self.workers.together(lambda: self.own.adopt(weights))
+        versions = self.workers.gather(self.own.version)
+        self.version = next((one for one in versions if one != weights.version), weights.version)
+
+    def score(self, ids: Sequence[Tensor]) -> list[Tensor]:
+        """The scores of the worker whose numbers lie furthest from the first one's: a stale worker is not averaged away."""
+        every = self.workers.together(lambda: self.own.score(ids))
+        far = [sum(float((a - b).abs().sum()) for a, b in zip(one, every[0], strict=True)) for one in every]
+        return every[int(torch.tensor(far).nan_to_num(torch.inf).argmax())]

@@ -1,0 +1,183 @@
+"""Learning with DeepSpeed's ZeRO: moments (1), gradients too (2), weights too (3) are sharded over the workers."""
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from whet.errors import RecipeError
+from whet.learner.local import LocalLearner
+from whet.learner.replica import same_weights
+from whet.models.roles import Role
+from whet.models.shell import shells
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class DeepSpeedLearner(LocalLearner):
+    """One DeepSpeed engine per model. `stage` is ZeRO's; frozen roles are sharded at stage 3 and whole before it.
+
+    `half` computes in bfloat16 with float32 masters, `offload` keeps the moments (at stage 3 the weights too) in CPU
+    memory. DeepSpeed clips and steps in one; a gradient that is not finite makes it skip the step. Raises RecipeError for
+    what it cannot do.
+    """
+
+    def __init__(self, *given: Any, stage: int = 2, half: bool = False, offload: bool = False, **dials: Any) -> None:
+        self.stage, self.half, self.offload = stage, half, offload
+        self._engines: dict[str, Any] = {}
+        super().__init__(*given, **dials)
+
+    def _place(self) -> None:
+        same_weights(self)
+        deepspeed = imported()
+        super()._place()
+        for shell, roles in shells(list(self.roles.values())).values():
+            trained = [role for role in roles if role.trained]
+            if len(trained) > 1:
+                raise RecipeError("trunk: DeepSpeed trains one role per model; take separate models, or engine fsdp")
+            if not trained and self.stage < 3:
+                continue
+            for role in trained:
+                if self.optims[role.name].kind != "adamw":
+                    raise RecipeError("optim.kind: muon needs whole matrices, and ZeRO shards them; take adamw, or ddp")
+            optimiser = self._optimisers[trained[0].name][0][0] if trained else None
+            limit = self.optims[trained[0].name].max_grad_norm if trained else 0.0
+            if self.stage == 3:
+                _register_heads(deepspeed, shell, roles)
+            engine, base, *_ = deepspeed.initialize(model=shell, optimizer=optimiser, config=self._config(limit))
+            for role in roles:
+                role.shell, role.gather = engine, self._whole
+            for role in trained:
+                self._engines[role.name] = engine
+                self._optimisers[role.name] = [(base.optimizer, self.optims[role.name].lr)]
+        self._scale = float(self.workers.size)  # DeepSpeed averages gradients over the workers
+
+    def _config(self, limit: float) -> dict[str, Any]:
+        zero: dict[str, Any] = {"stage": self.stage}
+        if self.offload:
+            zero["offload_optimizer"] = {"device": "cpu"}
+            if self.stage == 3:
+                zero["offload_param"] = {"device": "cpu"}
+        return {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": limit,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "bf16": {"enabled": self.half},
+            "wall_clock_breakdown": False,
+        }
+
+    def _clear(self) -> None:
+        for engine in self._engines.values():
+            engine.optimizer.zero_grad()
+            engine.optimizer.averaged_gradients = {}
+
+    def _backward(self, name: str, loss: Tensor, last: bool) -> None:
+        engine = self._engines[name]
+        engine.set_gradient_accumulation_boundary(last)
+        engine.backward(loss, scale_wrt_gas=False)
+
+    def _clipped(self, role: Role) -> float:
+        engine = self._engines[role.name]
+        engine.step()
+        return float(engine.get_global_grad_norm())
+
+    def _step(self, role: Role) -> None:
+        """Done: `_clipped` has stepped."""
+
+    def _shape(self, parameter: Tensor) -> tuple[int, ...]:
+        return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+    def _whole(self, parameter: Tensor) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        value = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+        if value is not None:
+            return value.detach()
+        if not hasattr(parameter, "ds_id"):
+            return parameter.detach()
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+
+    def _fill(self, parameter: Tensor, value: Tensor) -> None:
+        import deepspeed
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        safe_set_full_fp32_param(parameter, value.to(parameter.device, torch.float32))
+        if hasattr(parameter, "ds_id"):
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.data.copy_(value)
+        else:
+            parameter.data.copy_(value)
+
+    def _mix(self, mine: Tensor, other: Tensor, mix: float) -> None:
+        self._fill(mine, torch.lerp(self._whole(mine), self._whole(other).to(mine.device), mix))
+
+    def _states(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        base = self._optimisers[name][0][0]
+        steps = [state["step"] for state in base.state.values() if "step" in state]
+        if not steps:
+            return
+        self._link(name)
+        for key, parameter in self.roles[name].parameters().items():
+            for moment in MOMENTS:
+                value = safe_get_full_optimizer_state(parameter, moment)
+                yield f"{key}|{moment}", value.detach()
+            yield f"{key}|step", steps[0].detach().reshape(()).clone()
+
+    def _put_states(self, name: str, saved: Mapping[str, Tensor]) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        if not len(saved):
+            return
+        step, base = next(saved[key] for key in saved if key.endswith("|step")), self._optimisers[name][0][0]
+        zero = self._engines[name].optimizer
+        for flat in zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups:
+            moments = {moment: torch.zeros_like(flat) for moment in MOMENTS}  # else they exist after a first step alone
+            base.state[flat] = {"step": step.clone().to(torch.float32), **moments}
+        self._link(name)
+        parameters = self.roles[name].parameters()
+        for key, parameter in parameters.items():
+            for moment in MOMENTS:
+                value = saved[f"{key}|{moment}"].to(parameter.device, torch.float32)
+                safe_set_full_optimizer_state(parameter, value, moment)
+
+
+    def _link(self, name: str) -> None:
+        """ZeRO 1 and 2 tell parameters of their moments after the first group's step, when the others have none yet."""
+        optimiser = self._engines[name].optimizer
+        if self.stage < 3:
+            optimiser._hp_optimizer_states_linked = False
+            optimiser._lazy_init_hp_params_optimizer_state()
+
+
+def imported() -> Any:
+    """The deepspeed package, told beforehand what it would otherwise compile or guess on a machine without GPU."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DS_BUILD_OPS", "0")
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise RecipeError('learner.engine: deepspeed is not installed; pip install "whet[deepspeed]"') from error
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    return deepspeed
+
+
+def _register_heads(deepspeed: Any, shell: Any, roles: list[Role]) -> None:
+    """Tell ZeRO-3 of the weights that columns read without calling the layer they belong to."""
+    for role in roles:
+        heads = [role.model.get_output_embeddings() if role.linear_head else None, role.head]
+        for head in heads:
+            for parameter in head.parameters() if head is not None else ():
+                deepspeed.zero.register_external_parameter(shell, parameter)

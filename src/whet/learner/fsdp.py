@@ -1,0 +1,81 @@
+"""Learning with the weights, gradients and moments of every role sharded over the workers, by torch's FSDP2."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from whet.errors import RecipeError
+from whet.learner.local import LocalLearner
+from whet.learner.replica import same_weights
+from whet.models.load import decoder_layers
+from whet.models.roles import Role
+from whet.models.shell import shells
+
+
+class FSDPLearner(LocalLearner):
+    """`torch.distributed.fsdp.fully_shard` around each decoder layer and each model with its heads.
+
+    `half` computes in bfloat16 while weights, sums of gradients and moments stay as they were loaded. `offload` keeps
+    the shards in CPU memory between uses. Frozen roles are sharded too. Raises RecipeError for what cannot be sharded.
+    """
+
+    def __init__(self, *given: Any, half: bool = False, offload: bool = False, **dials: Any) -> None:
+        self.half, self.offload = half, offload
+        super().__init__(*given, **dials)
+
+    def _place(self) -> None:
+        from torch.distributed import init_device_mesh
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+        same_weights(self)
+        device = next(iter(self.roles.values())).device
+        options: dict[str, Any] = {"mesh": init_device_mesh(device.type, (self.workers.size,))}
+        # a root that stays whole after a forward without gradient would hide its shards from the optimiser
+        options["reshard_after_forward"] = True
+        if self.offload:
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+        inside = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        outside = MixedPrecisionPolicy(torch.bfloat16, torch.float32, output_dtype=torch.float32)
+        for shell, roles in shells(list(self.roles.values())).values():
+            for role in roles:
+                if self.optims[role.name].kind != "adamw" if role.trained else False:
+                    raise RecipeError("optim.kind: muon needs whole matrices, and FSDP shards them; take adamw, or ddp")
+                for parameter in role.parameters().values():
+                    parameter.requires_grad_(role.trained)  # all at once: a shard keeps what it was born with
+            for layer in decoder_layers(shell.model):
+                fully_shard(layer, **options, **({"mp_policy": inside} if self.half else {}))
+            fully_shard(shell, **options, **({"mp_policy": outside} if self.half else {}))
+            for role in roles:
+                role.shell, role.gather = shell, self._whole
+        self._scale = float(self.workers.size)  # FSDP averages gradients over the workers
+        super()._place()
+
+    def _clipped(self, role: Role) -> float:
+        parameters = [p for p in role.parameters().values() if p.grad is not None]
+        norm: Any = torch.nn.utils.clip_grad_norm_(parameters, self.optims[role.name].max_grad_norm, foreach=True)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def _whole(self, parameter: Tensor) -> Tensor:
+        from torch.distributed.tensor import DTensor
+
+        value = parameter.detach()
+        if not isinstance(value, DTensor):
+            return value
+        return value.to(value.device_mesh.device_type).full_tensor()
+
+    def _fill(self, parameter: Tensor, value: Tensor) -> None:
+        parameter.to_local().copy_(self._like(parameter, value).to_local())  # type: ignore[attr-defined]
+
+    def _mix(self, mine: Tensor, other: Tensor, mix: float) -> None:
+        own, theirs = (one.to_local() for one in (mine, other))  # type: ignore[attr-defined]
+        own.lerp_(theirs.to(own), mix)
+
+    def _like(self, parameter: Tensor, value: Tensor) -> Tensor:
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+            return value.to(parameter.device)
+        # every worker has read the whole tensor: nothing has to travel
+        mesh, placements = parameter.device_mesh, parameter.placements
+        return distribute_tensor(value.to(mesh.device_type), mesh, placements, src_data_rank=None).to(parameter.device)

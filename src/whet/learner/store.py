@@ -1,0 +1,55 @@
+"""The form in which learners are saved: whole tensors by name in safetensors files, as many files as there were workers."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from whet.errors import CheckpointError
+from whet.workers import Workers
+
+
+def write(folder: Path, name: str, tensors: Iterable[tuple[str, Tensor]], workers: Workers) -> None:
+    """`name.safetensors`, or for several workers `name-00001-of-00002.safetensors` and so on.
+
+    Every worker walks through all tensors in step (gathering one may be collective) and writes its share of the bytes,
+    so nobody ever holds the whole. Each tensor is whole in one file: any engine on any number of workers reads them.
+    """
+    from safetensors.torch import save_file
+
+    own: dict[str, Tensor] = {}
+    sizes = [0] * workers.size
+    for key, value in tensors:
+        owner = sizes.index(min(sizes))
+        sizes[owner] += value.numel() * value.element_size()
+        if owner == workers.rank:
+            own[key] = value.detach().cpu().contiguous()
+    part = f"-{workers.rank + 1:05d}-of-{workers.size:05d}" if workers.size > 1 else ""
+    save_file(own, str(folder / f"{name}{part}.safetensors"))
+
+
+class Stored(Mapping[str, Tensor]):
+    """The tensors that `write` left under a name, each read when it is asked for."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        from safetensors import safe_open
+
+        whole = folder / f"{name}.safetensors"
+        files = [whole] if whole.is_file() else sorted(folder.glob(f"{name}-[0-9]*-of-[0-9]*.safetensors"))
+        if not files or (files != [whole] and len(files) != int(files[0].stem.rpartition("-")[2])):
+            raise CheckpointError(f"{folder}: the files of {name} are not all there, found {len(files)}")
+        self._files = [safe_open(str(file), framework="pt") for file in files]
+        self._where = {key: file for file in self._files for key in file.keys()}  # noqa: SIM118
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._where[key].get_tensor(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The shape of a tensor, without reading it."""
+        return tuple(self._where[key].get_slice(key).get_shape())

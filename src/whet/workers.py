@@ -1,0 +1,124 @@
+"""The processes that work together: who is which, sums and gathers over them, and how torchrun starts them."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Process `rank` of `size`. What is summed or gathered travels through `group`, which carries CPU tensors.
+
+    All of its calls are collective: every process makes the same ones in the same order. Alone, they do nothing.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: Any = None
+
+    @property
+    def first(self) -> bool:
+        """This process writes the run folder and talks."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of a CPU tensor over all processes, the same bits on each."""
+        if self.size == 1:
+            return values
+        import torch.distributed as dist
+
+        out = values.clone()
+        dist.all_reduce(out, group=self.group)
+        return out
+
+    def gather(self, thing: T) -> list[T]:
+        """Every process's thing, by rank."""
+        if self.size == 1:
+            return [thing]
+        import torch.distributed as dist
+
+        out: list[Any] = [None] * self.size
+        dist.all_gather_object(out, thing, group=self.group)
+        return out
+
+    def told(self, thing: T) -> T:
+        """The first process's thing."""
+        return self.gather(thing)[0]
+
+    def wait(self) -> None:
+        """All have come this far."""
+        self.gather(None)
+
+    def any(self, fact: bool) -> bool:
+        """True where it is for one of them."""
+        return any(self.gather(fact))
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """What each process's work gave, by rank. Where one of them failed its error is raised on all, so none waits."""
+        found, error = None, None
+        try:
+            found = work()
+        except Exception as raised:
+            error = raised
+        both = self.gather((found, error))
+        for _, raised_there in both:
+            if raised_there is not None:
+                raise raised_there if error is None else error
+        return [one for one, _ in both]  # type: ignore[misc]
+
+    def own(self, things: Sequence[T]) -> Sequence[T]:
+        """This process's share of the things: every size-th one."""
+        return things[self.rank :: self.size]
+
+    def merged(self, shares: Sequence[Sequence[T]]) -> list[T]:
+        """The things in their order again, from every process's share of them."""
+        out: list[Any] = [None] * sum(map(len, shares))
+        for rank, share in enumerate(shares):
+            out[rank :: self.size] = share
+        return out
+
+
+def launched() -> bool:
+    """torchrun (or another launcher that sets its variables) started this process."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
+def join(
+    rank: int | None = None, size: int | None = None, address: str = "", port: int = 0, *, timeout: float = 600.0
+) -> Workers:
+    """This process becomes one of the workers: by torchrun's variables, or by what is given.
+
+    The store is one of its own, a port further for every restart: torchrun's keeps addresses of the processes that
+    died, and restarts through it hang. `timeout` seconds is how long one waits for another that died.
+    """
+    import torch.distributed as dist
+
+    if rank is None or size is None:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]) + 1 + restart
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    patience = timedelta(seconds=timeout)
+    if size > 1 or torch.cuda.is_available():
+        store = dist.TCPStore(address, port, size, is_master=rank == 0, timeout=patience)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
+        return Workers(rank, size, dist.new_group(backend="gloo", timeout=patience))
+    return Workers()
+
+
+def leave() -> None:
+    """The end of the common work: all wait for one another, then the group is taken down."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
