@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from whet.methods import Algorithm, Objective
 from whet.models import load, lora
 from whet.models.roles import Role, readout_of
 from whet.records import Chat, Element, Prompt, Reader, chat_format, read_rows
-from whet.rewards import Weighted
+from whet.rewards import Reward, Weighted
 from whet.rewards.functions import FunctionReward, load_function
 from whet.rewards.model import ModelReward
 
@@ -239,26 +239,60 @@ def is_model(source: str) -> bool:
     return ":" not in Path(source).name
 
 
-def rewards_of(recipe: fields.Online, tokenizer: Any, trunk: Role | None = None) -> list[Weighted]:
-    """The rewards of a recipe. Adapter-only reward models of the same base lie on the shared trunk."""
+def reward_roles(recipe: fields.Online, tokenizer: Any, trunk: Role | None = None) -> dict[str, Role]:
+    """The reward models of a recipe as frozen roles reward0, reward1, ... by their places among the rewards.
+
+    Adapter-only reward models of the same base lie on the shared trunk.
+    """
+    out: dict[str, Role] = {}
+    for number, one in enumerate(recipe.reward):
+        name = f"reward{number}"
+        if not is_model(one.source):
+            continue
+        if trunk is not None and lora.is_adapter(one.source):
+            head = lora.add_from_folder(trunk.wrapped, name, one.source)
+            out[name] = Role(
+                name, trunk.model, False, wrapped=trunk.wrapped, adapter=name, head=head, **readout_of(one.source)
+            )
+        else:
+            out[name] = reward_role(one.source, recipe.model, tokenizer, name)[0]
+    return out
+
+
+def rewards_of(recipe: fields.Online, tokenizer: Any, read: Callable[..., Any]) -> list[Weighted]:
+    """The rewards of a recipe; `read(role, batch, names)` gives the columns of the reward models, where they lie."""
     out: list[Weighted] = []
     for number, one in enumerate(recipe.reward):
         if one.dense and not is_model(one.source):
             raise RecipeError(f"reward.{number}.dense: a function decides itself; it returns one list per answer")
-        ends = step_ends(tokenizer, one.step)
-        if trunk is not None and lora.is_adapter(one.source):
-            head = lora.add_from_folder(trunk.wrapped, f"reward{number}", one.source)
-            role = Role(
-                f"reward{number}", trunk.model, False, wrapped=trunk.wrapped, adapter=f"reward{number}", head=head,
-                **readout_of(one.source),
-            )  # fmt: skip
-            scored = Weighted(
-                name_of(one.source), ModelReward(role, budget=recipe.train.micro_tokens, dense=one.dense, ends=ends)
-            )
+        own: Reward
+        if is_model(one.source):
+            on_trunk = recipe.trunk == "shared" and lora.is_adapter(one.source)
+            chat = None if on_trunk else own_chat(one.source, recipe.model, tokenizer)
+            ends = step_ends(tokenizer, one.step)
+            own = ModelReward(partial(read, f"reward{number}"), chat=chat, dense=one.dense, ends=ends)
         else:
-            scored = reward(one.source, recipe.model, tokenizer, recipe.train.micro_tokens, dense=one.dense, ends=ends)
-        out.append(replace(scored, name=one.name or scored.name, weight=one.weight))
+            own = FunctionReward(load_function(one.source), name_of(one.source))
+        out.append(Weighted(one.name or name_of(one.source), own, one.weight))
     return distinct(out)
+
+
+def check_rewards(recipe: fields.Online, tokenizer: Any) -> None:
+    """Refuses rewards that cannot be found or read, before any model is loaded."""
+    rewards_of(recipe, tokenizer, lambda *_: {})
+    for one in recipe.reward:
+        if is_model(one.source) and not load.is_scorer(one.source):
+            raise ModelError(
+                f"{one.source}: no reward model and no judge, it has no scalar head; train one with whet reward"
+            )
+
+
+def own_chat(path: str, model: fields.Frozen, tokenizer: Any) -> Chat | None:
+    """The format of a reward model's own tokenizer where that is another than the policy's."""
+    source = source_of(model, path)
+    if same_tokenizer(source, tokenizer):
+        return None
+    return chat_format(load.load_tokenizer(source))
 
 
 def distinct(rewards: Sequence[Weighted]) -> list[Weighted]:
@@ -277,21 +311,13 @@ def step_ends(tokenizer: Any, separator: str | None) -> Callable[[int], bool] | 
     return cache(lambda token: separator in tokenizer.decode([token]))
 
 
-def reward(
-    source: str,
-    model: fields.Frozen,
-    tokenizer: Any,
-    budget: int,
-    *,
-    dense: bool = False,
-    ends: Callable[[int], bool] | None = None,
-) -> Weighted:
-    """A function or a reward-model folder as a reward, under its own name."""
+def reward(source: str, model: fields.Frozen, tokenizer: Any, budget: int) -> Weighted:
+    """A function or a reward-model folder as a reward in this process, under its own name."""
     name = name_of(source)
     if not is_model(source):
         return Weighted(name, FunctionReward(load_function(source), name))
     role, chat = reward_role(source, model, tokenizer, name)
-    return Weighted(name, ModelReward(role, chat=chat, budget=budget, dense=dense, ends=ends))
+    return Weighted(name, ModelReward(role, chat=chat, budget=budget))
 
 
 def name_of(source: str) -> str:

@@ -135,6 +135,70 @@ class Refresh:
 
 
 @dataclass(frozen=True)
+class Learning:
+    """How the learner's weights lie over its workers."""
+
+    engine: Literal["auto", "local", "ddp", "fsdp", "zero1", "zero2", "zero3"] = "auto"
+    """who learns: one process, replicas, torch's FSDP2, DeepSpeed's ZeRO; "auto" is local alone and fsdp on several workers"""
+    half: bool = False
+    """compute in bfloat16 over float32 weights (fsdp and zero)"""
+    offload: bool = False
+    """keep what is sharded in CPU memory between uses (fsdp and zero)"""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Who answers."""
+
+    engine: Literal["local", "vllm", "server"] = "local"
+    """transformers in the learner's processes, vLLM engines that whet starts, or vLLM servers that run already"""
+    count: Count = 1
+    """vLLM engines that share the load (under a cluster: cluster.engines)"""
+    urls: tuple[str, ...] = ()
+    """where the servers are, such as "http://127.0.0.1:8000" """
+    push: Literal["weights", "adapter"] = "weights"
+    """what travels after an update: all weights, or with model.lora the adapter alone"""
+    transfer: Literal["auto", "shared", "gloo", "nccl", "ipc"] = "auto"
+    """how it travels to vLLM; "auto" is shared memory on CPU and CUDA IPC on a GPU"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """the engine's precision; "auto" is the model's"""
+    memory: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.5
+    """share of a GPU's memory that an engine takes"""
+    cache_mib: Count = 512
+    """size of the KV cache of an engine on CPU, in MiB"""
+    sleep: bool = False
+    """engines give their GPU's memory to the learner while it learns"""
+    max_staleness: NotNegativeInt = 0
+    """rollouts that an answer may be older than the weights it trains; 0 waits for every answer, more generates ahead"""
+    segment: Count = 64
+    """with max_staleness: tokens after which an unfinished answer goes on under the newest weights"""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where the work is placed. Needs whet[ray]."""
+
+    address: str | None = None
+    """"auto" connects to a running Ray cluster, or starts one here; or host:port; default: no cluster"""
+    learners: Count = 1
+    """workers of the learner"""
+    engines: NotNegativeInt = 0
+    """generators of their own; 0: the learner's workers answer"""
+    rewards: NotNegativeInt = 0
+    """workers that score; 0: reward models are read by the learner's workers, functions here"""
+    together: bool = False
+    """engines share the learner's GPUs instead of having their own"""
+    cpus: Positive = 1.0
+    """CPUs of each worker"""
+    smallest: Count = 1
+    """learners to go on with where a lost machine's cannot be placed again"""
+    restarts: NotNegativeInt = 20
+    """times that workers are started again before the run gives up"""
+    patience: Positive = 60.0
+    """seconds to wait for a place before a smaller world is tried"""
+
+
+@dataclass(frozen=True)
 class Offline:
     """Recipe of pretrain and sft, and what reward and the preference methods share with them."""
 
@@ -142,6 +206,8 @@ class Offline:
     data: Data = Data()
     optim: Optim = Optim()
     train: Train = Train()
+    learner: Learning = Learning()
+    cluster: Cluster = Cluster()
     seed: NotNegativeInt = 0
     """every random choice is a function of it"""
     out: str = ""
@@ -256,6 +322,9 @@ class Online:
     rollout: Rollout = Rollout()
     optim: Optim = Optim()
     train: Loop = Loop()
+    learner: Learning = Learning()
+    generator: Generation = Generation()
+    cluster: Cluster = Cluster()
     trunk: Literal["separate", "shared"] = "separate"
     """"shared": one base model in memory, policy, critic and reward as adapters on it, the reference without (needs lora)"""
     seed: NotNegativeInt = 0
@@ -350,5 +419,8 @@ MAIN_FIELD: Mapping[type, str] = {
     Source: "path",
     Critic: "path",
     Ptx: "data",
+    Learning: "engine",
+    Generation: "engine",
+    Cluster: "address",
 }
 """What a bare value given for a whole section means: `--model DIR` is `--model.path DIR`."""

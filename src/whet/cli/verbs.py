@@ -1,23 +1,28 @@
 """The verbs: each reads its recipe, checks everything that can be known before, runs, and leaves a folder or a file."""
 
 import json
+import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from whet.cli import build, config
+from whet.cli import build, config, crew
 from whet.cli import recipe as fields
 from whet.cli.method import checked
 from whet.dials import Sampling
 from whet.errors import RecipeError, UserError
 from whet.feedback import Question, ScoreRanker
 from whet.feedback.judge import RankJudge, ScoreJudge
+from whet.generate import Generator
 from whet.generate.local import LocalGenerator
+from whet.learner import Learner
 from whet.learner.local import LocalLearner
 from whet.loops import evaluate, offline, online
 from whet.loops.interrupt import graceful
@@ -28,7 +33,9 @@ from whet.models.roles import Role
 from whet.ops import address, nll, token_mean
 from whet.records import Chat, Group, Prompt, numbers, read_rows
 from whet.records.files import write_json, write_jsonl
+from whet.rewards import Weighted
 from whet.rewards.functions import called, load_function
+from whet.workers import Workers, join, launched, leave
 
 SFT = Objective((Term("policy", "train", part(nll), token_mean, name="nll"),))
 """The objective of SFT and pre-training: the mean over all trained tokens of -log pi."""
@@ -71,25 +78,6 @@ def run_offline(verb: str, recipe: fields.Offline, options: Options) -> Path:
     evaluation = build.evaluation_of(recipe.data, read)
     steps = build.steps_of(recipe.train, sum(map(len, sources)))
 
-    if isinstance(recipe, fields.RewardModel):
-        role = build.scorer_role(
-            "reward",
-            recipe.model,
-            tokenizer,
-            trained=True,
-            seed=recipe.seed,
-            path=recipe.model.path,
-            readout=recipe.head.readout,
-        )
-    else:
-        role = build.causal_role("policy", recipe.model, tokenizer, trained=True, seed=recipe.seed)
-    roles = {role.name: role}
-    if isinstance(recipe, fields.Preference) and "ref_logp" in objective.reads():
-        roles["reference"] = build.reference_role(recipe.model, role, recipe.reference, tokenizer)
-    learner = LocalLearner(
-        roles, {role.name: recipe.optim}, total=steps, budget=recipe.train.micro_tokens, packed=recipe.train.packing,
-        dropout=recipe.train.dropout, seed=recipe.seed,
-    )  # fmt: skip
     plan = offline.Plan(
         steps, recipe.train.batch, recipe.seed, recipe.data.shuffle, recipe.train.save_every,
         recipe.train.eval_every or (steps if evaluation else 0), recipe.train.keep,
@@ -97,17 +85,25 @@ def run_offline(verb: str, recipe: fields.Offline, options: Options) -> Path:
     if isinstance(recipe, fields.Preference):
         every, mix = recipe.refresh.every, recipe.refresh.mix
         plan = replace(plan, refresh=every, refresh_mix=mix, precompute=recipe.precompute)
-    run = _open(folder, recipe, options, verb)
-    with graceful() as stop:
-        offline.train(
-            objective, learner, sources, plan, run, weights=weights, evaluation=evaluation, resume=options.resume,
-            stop=stop, title=verb, quiet=options.quiet,
-        )  # fmt: skip
-    _close(run)
-    if isinstance(recipe, fields.RewardModel) and recipe.head.standardise:
-        _standardise(role, evaluate.scores(learner, objective, [element for source in sources for element in source]))
-    learner.export(role.name, run.folder / "model", tokenizer, merge=recipe.model.export == "merged")
-    return run.folder
+
+    def train(learner: Learner, own: Options) -> None:
+        run = _open(folder, recipe, own, verb, learner.workers)
+        with graceful() as stop:
+            offline.train(
+                objective, learner, sources, plan, run, weights=weights, evaluation=evaluation, resume=own.resume,
+                stop=stop, title=verb, quiet=own.quiet,
+            )  # fmt: skip
+        _close(run)
+        if isinstance(recipe, fields.RewardModel) and recipe.head.standardise:
+            elements = [element for source in sources for element in source]
+            _standardise(learner, evaluate.scores(learner, objective, elements))
+        role = "reward" if isinstance(recipe, fields.RewardModel) else "policy"
+        learner.export(role, folder / "model", tokenizer, merge=recipe.model.export == "merged")
+
+    make = partial(crew.offline_learner, verb, recipe, objective, steps)
+    with _working(options, folder) as (workers, own):
+        train(make(workers), own)
+    return folder
 
 
 def run_online(verb: str, recipe: fields.Online, options: Options) -> Path:
@@ -130,43 +126,43 @@ def run_online(verb: str, recipe: fields.Online, options: Options) -> Path:
     reader = build.reader_of(recipe.model, recipe.data, chat, room=recipe.sampling.max_new_tokens)
     prompts = build.rows_of(recipe.data, reader.prompts)
     build.check_columns(prompts)
+    build.check_rewards(recipe, tokenizer)
     ptx = (
         build.reader_of(recipe.model, fields.Rows(), chat).demonstrations(read_rows(recipe.ptx.data))
         if recipe.ptx.data
         else []
     )
-    if recipe.trunk == "separate":
-        rewards = build.rewards_of(recipe, tokenizer)
-    cast = build.cast(recipe, algorithm, tokenizer)
-    if recipe.trunk == "shared":
-        rewards = build.rewards_of(recipe, tokenizer, cast.roles["policy"])
     for caution in build.cautions(recipe, algorithm):
         print(f"whet: {caution}", file=sys.stderr)
-    total = recipe.rollout.prompts * (1 if algorithm.pairs else algorithm.collect.answers)
-    learner = LocalLearner(
-        cast.roles, cast.optims, total=recipe.rollout.steps * recipe.rollout.epochs * -(-total // minibatch),
-        budget=recipe.train.micro_tokens, packed=recipe.train.packing, seed=recipe.seed,
-    )  # fmt: skip
-    generator = LocalGenerator(cast.roles["policy"], chat.end_ids, chat.text, unit=recipe.rollout.answers_at_once)
+    rows = recipe.rollout.prompts * (1 if algorithm.pairs else algorithm.collect.answers)
+    total = recipe.rollout.steps * recipe.rollout.epochs * -(-rows // minibatch)
     plan = online.Plan(
         steps=recipe.rollout.steps, prompts=recipe.rollout.prompts, minibatch=minibatch, epochs=recipe.rollout.epochs,
         seed=recipe.seed, ptx_batch=recipe.ptx.batch, stop_kl=recipe.rollout.stop_kl, ema=recipe.rollout.ema,
         equal_start=recipe.reference in (None, recipe.model.path), end_ids=chat.end_ids,
-        canary=min(160, load.positions(build.source_of(recipe.model))), half=build.source_of(recipe.model).half,
+        canary=min(160, load.positions(build.source_of(recipe.model))), half=build.source_of(recipe.model).half or recipe.learner.half,
         save_every=recipe.train.save_every, keep=recipe.train.keep, refresh=recipe.rollout.refresh.every,
         refresh_mix=recipe.rollout.refresh.mix,
     )  # fmt: skip
-    run = _open(folder, recipe, options, verb)
-    with graceful() as stop:
-        online.train(
-            algorithm, learner, generator, rewards, prompts, recipe.sampling, plan, run, ptx=ptx, resume=options.resume,
-            stop=stop, title=verb, quiet=options.quiet,
-        )  # fmt: skip
-    _close(run)
-    learner.export("policy", run.folder / "model", tokenizer, merge=recipe.model.export == "merged")
-    if "ema" in cast.roles:
-        learner.export("ema", run.folder / "ema", tokenizer)
-    return run.folder
+
+    def train(learner: Learner, generator: Generator, rewards: list[Weighted], own: Options) -> None:
+        run = _open(folder, recipe, own, verb, learner.workers)
+        with graceful() as stop:
+            online.train(
+                algorithm, learner, generator, rewards, prompts, recipe.sampling, plan, run, ptx=ptx, resume=own.resume,
+                stop=stop, title=verb, quiet=own.quiet,
+            )  # fmt: skip
+        _close(run)
+        learner.export("policy", folder / "model", tokenizer, merge=recipe.model.export == "merged")
+        if recipe.rollout.ema is not None:
+            learner.export("ema", folder / "ema", tokenizer)
+
+    make = partial(crew.online_learner, recipe, algorithm, total)
+    with _working(options, folder) as (workers, own):
+        learner = make(workers)
+        rewards = crew.rewards_of(recipe, tokenizer, learner, workers)
+        train(learner, crew.generator_of(recipe, chat, learner), rewards, own)
+    return folder
 
 
 def run_sample(recipe: fields.Sample, options: Options) -> Path:
@@ -329,17 +325,26 @@ def _answers(
 
 
 @torch.no_grad()
-def _standardise(role: Role, scores: torch.Tensor) -> None:
+def _standardise(learner: Learner, scores: torch.Tensor) -> None:
     """Scale the head and shift the reward model so that these scores of its own (n,) get mean 0 and deviation 1.
 
     The scale is in the head's weights, so other tools read the same scores but for the shift, which ranks nothing.
     """
-    assert role.head is not None
     scale = 1.0 / max(float(scores.double().std(correction=0)), 1e-6)
-    role.head.weight.mul_(scale)
-    if role.head.bias is not None:
-        role.head.bias.mul_(scale)
-    role.shift = (role.shift - float(scores.double().mean())) * scale
+    learner.rescale("reward", scale, -float(scores.double().mean()))
+
+
+@contextmanager
+def _working(options: Options, folder: Path) -> Iterator[tuple[Workers, Options]]:
+    """This process alone, or as one of torchrun's workers: the first one talks, and a restarted run is resumed."""
+    if not launched():
+        yield Workers(), options
+        return
+    workers = join()
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and (folder / "recipe.yaml").is_file()
+    again = workers.told(again)
+    yield workers, replace(options, resume=options.resume or again, quiet=options.quiet or not workers.first)
+    leave()
 
 
 def _folder(recipe: Any, verb: str, options: Options) -> Path:
@@ -365,13 +370,15 @@ def _folder(recipe: Any, verb: str, options: Options) -> Path:
     return folder
 
 
-def _open(folder: Path, recipe: Any, options: Options, verb: str) -> Run:
-    """The run's record, made once everything that can be refused has been."""
+def _open(folder: Path, recipe: Any, options: Options, verb: str, workers: Workers) -> Run:
+    """The run's record, made once everything that can be refused has been. One worker writes it."""
+    workers.wait()
     found = offline.checkpoint.latest(folder / "checkpoints") if options.resume else None
-    if options.resume and found is None:
+    if options.resume and found is None and workers.first:
         print(f"whet: no checkpoint was saved in {folder} yet; the run starts over", file=sys.stderr)
     step = json.loads((found / "loop.json").read_text(encoding="utf-8"))["step"] if found else 0
-    run = Run(folder, resume_at=step if options.resume else None, trackers=_trackers(recipe.trackers, folder))
+    trackers = _trackers(recipe.trackers, folder) if workers.first else []
+    run = Run(folder, resume_at=step if options.resume else None, trackers=trackers, writes=workers.first)
     run.environment(config.to_yaml(recipe, verb))
     return run
 

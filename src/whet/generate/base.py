@@ -73,6 +73,12 @@ def cut(requests: Sequence[Request], size: int) -> list[list[int]]:
     return [turn[start : start + size] for start in range(0, len(turn), size)]
 
 
+def furthest(every: Sequence[list[Tensor]]) -> list[Tensor]:
+    """Of several generators' scores those that lie furthest from the first one's: a stale one is not averaged away."""
+    far = [sum(float((a - b).abs().sum()) for a, b in zip(one, every[0], strict=True)) for one in every]
+    return every[int(torch.tensor(far).nan_to_num(torch.inf).argmax())]
+
+
 def whole(weights: Weights) -> Iterator[tuple[str, Tensor]]:
     """Every weight by its Hugging Face name: from the policy role, or from a folder of safetensors."""
     if not isinstance(weights.handle, Path):

@@ -51,7 +51,9 @@ class LocalGenerator:
             for name, value in whole(weights):
                 parameter = left.pop(name, None)
                 if parameter is None or parameter.shape != value.shape:
-                    raise RunStopped(f"the push of version {weights.version} has no fitting {name}; is it another model?")
+                    raise RunStopped(
+                        f"the push of version {weights.version} has no fitting {name}; is it another model?"
+                    )
                 parameter.copy_(value)
         if left:
             raise RunStopped(f"the push of version {weights.version} lacks {', '.join(sorted(left)[:3])}")

@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
-from whet.generate.base import Generator, Request, cut
+from whet.generate.base import Generator, Request, cut, furthest
 from whet.records import Sample, Weights
 from whet.workers import Workers
 
@@ -39,7 +38,5 @@ class SharedGenerator:
         self.version = next((one for one in versions if one != weights.version), weights.version)
 
     def score(self, ids: Sequence[Tensor]) -> list[Tensor]:
-        """The scores of the worker whose numbers lie furthest from the first one's: a stale worker is not averaged away."""
-        every = self.workers.together(lambda: self.own.score(ids))
-        far = [sum(float((a - b).abs().sum()) for a, b in zip(one, every[0], strict=True)) for one in every]
-        return every[int(torch.tensor(far).nan_to_num(torch.inf).argmax())]
+        """The scores of the worker whose numbers lie furthest from the first one's."""
+        return furthest(self.workers.together(lambda: self.own.score(ids)))

@@ -45,6 +45,9 @@ class Learner(Protocol):
     def update(self, work: Work) -> Step:
         """All backwards, the norm clipped per role, one optimiser step; version + 1."""
 
+    def columns(self, name: str, batch: Batch, bare: frozenset[str]) -> Mapping[str, Tensor]:
+        """Bare columns (see `models.readers`) of the batch as one role reads them, without gradient or dropout."""
+
     def evaluate(self, work: Work) -> Step:
         """The same losses and columns without gradient, dropout or step."""
 
@@ -53,6 +56,9 @@ class Learner(Protocol):
 
     def blend(self, target: str, source: str, mix: float) -> None:
         """target <- (1 - mix) target + mix source: an average of the policy, or a refreshed reference."""
+
+    def rescale(self, role: str, scale: float, shift: float) -> None:
+        """The role's scalar scores s become scale (s + shift)."""
 
     def save(self, folder: Path) -> None:
         """Everything the learner owns: safetensors and JSON, one form for every engine."""

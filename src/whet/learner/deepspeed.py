@@ -150,7 +150,6 @@ class DeepSpeedLearner(LocalLearner):
                 value = saved[f"{key}|{moment}"].to(parameter.device, torch.float32)
                 safe_set_full_optimizer_state(parameter, value, moment)
 
-
     def _link(self, name: str) -> None:
         """ZeRO 1 and 2 tell parameters of their moments after the first group's step, when the others have none yet."""
         optimiser = self._engines[name].optimizer

@@ -44,8 +44,8 @@ class FSDPLearner(LocalLearner):
                 for parameter in role.parameters().values():
                     parameter.requires_grad_(role.trained)  # all at once: a shard keeps what it was born with
             for layer in decoder_layers(shell.model):
-                fully_shard(layer, **options, **({"mp_policy": inside} if self.half else {}))
-            fully_shard(shell, **options, **({"mp_policy": outside} if self.half else {}))
+                fully_shard(layer, **(options | ({"mp_policy": inside} if self.half else {})))
+            fully_shard(shell, **(options | ({"mp_policy": outside} if self.half else {})))
             for role in roles:
                 role.shell, role.gather = shell, self._whole
         self._scale = float(self.workers.size)  # FSDP averages gradients over the workers
@@ -59,10 +59,11 @@ class FSDPLearner(LocalLearner):
     def _whole(self, parameter: Tensor) -> Tensor:
         from torch.distributed.tensor import DTensor
 
-        value = parameter.detach()
+        value: Any = parameter.detach()  # a DTensor where it is sharded
         if not isinstance(value, DTensor):
             return value
-        return value.to(value.device_mesh.device_type).full_tensor()
+        moved: Any = value.to(value.device_mesh.device_type)
+        return moved.full_tensor()
 
     def _fill(self, parameter: Tensor, value: Tensor) -> None:
         parameter.to_local().copy_(self._like(parameter, value).to_local())  # type: ignore[attr-defined]

@@ -153,9 +153,19 @@ class LocalLearner:
         for name in self._optimisers:
             self._put_states(name, Stored(folder, f"{name}.optimiser"))
 
+    @torch.no_grad()
+    def rescale(self, role: str, scale: float, shift: float) -> None:
+        """See `Learner.rescale`."""
+        head = self.roles[role].head
+        assert head is not None
+        for parameter in head.parameters():
+            self._fill(parameter, self._whole(parameter) * scale)
+        self.roles[role].shift = (self.roles[role].shift + shift) * scale
+
+    @torch.no_grad()
     def export(self, role: str, folder: Path, tokenizer: Any = None, *, merge: bool = True) -> None:
-        """See `Learner.export`."""
-        self.roles[role].export(folder, tokenizer, merge=merge)
+        """See `Learner.export`. Every worker takes part, the first one writes."""
+        self.roles[role].export(folder, tokenizer, merge=merge, write=self.workers.first)
 
     # --- what other learners do otherwise ------------------------------------------------------------------------
 

@@ -43,4 +43,6 @@ def same_weights(learner: LocalLearner) -> None:
     for name, role in learner.roles.items():
         marks = learner.workers.gather(learner._fingerprint(role.parameters()))
         if len(set(marks)) > 1:
-            raise ModelError(f"the workers loaded different weights for the {name}; do all machines see the same folder?")
+            raise ModelError(
+                f"the workers loaded different weights for the {name}; do all machines see the same folder?"
+            )

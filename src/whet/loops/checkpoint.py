@@ -108,6 +108,12 @@ def latest(folder: Path) -> Path | None:
     return None
 
 
+def resumed(folder: Path, learner: Learner) -> dict[str, Any] | None:
+    """The loop's state of the newest whole checkpoint, the learner's being put back; None where there is no checkpoint."""
+    found = learner.workers.told(latest(folder) if learner.workers.first else None)
+    return load(found, learner) if found else None
+
+
 def load(path: Path, learner: Learner) -> dict[str, Any]:
     """Puts the learner's state back and returns the loop's."""
     learner.load(path / "learner")

@@ -59,8 +59,8 @@ def train(
     )
     columns = frozenset(name for name in objective.reads() if COLUMNS[name].hop == "measure")
     known = _precomputed(learner, sources, columns, plan.batch) if plan.precompute else {}
-    found = checkpoint.latest(run.checkpoints) if resume else None
-    loop: dict[str, Any] = checkpoint.load(found, learner) if found else {"step": 0, "state": objective.init()}
+    found = checkpoint.resumed(run.checkpoints, learner) if resume else None
+    loop: dict[str, Any] = found or {"step": 0, "state": objective.init()}
     first, state = loop["step"], loop["state"]
     keeper = checkpoint.Keeper(
         run.checkpoints, learner, every=plan.save_every, total=plan.steps, keep=plan.keep, first=first, stop=stop

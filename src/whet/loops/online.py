@@ -2,18 +2,21 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from whet.dials import Sampling
-from whet.generate import Generator, Request
+from whet.generate import Generator
 from whet.learner import Learner, Step, look_across
 from whet.loops import checkpoint, selfcheck
+from whet.loops.ahead import Ahead, Buffer, Driver, Threads
 from whet.loops.interrupt import Stop
 from whet.loops.progress import Progress
 from whet.loops.record import Run, mean_of
+from whet.loops.source import Hand, Now, Source, answered
 from whet.methods import Algorithm, clipping, credited, diagnostics, outcome, paired, shaped, spread
 from whet.methods.part import mean_reward
 from whet.ops import address, masked_mean, masked_sum
@@ -28,7 +31,9 @@ class Plan:
     `stop_kl` ends a rollout's updates once KL(old || new) exceeds it (nats per token, a mean over a mini-batch).
     `ema` is the weight of the past in an average of the policy. `equal_start` says that policy and reference began
     with equal weights, which is then checked. Every `refresh` rollouts the
-    reference moves by `refresh_mix` towards the policy. `end_ids` are the tokens that end an answer; `canary` is the length of
+    reference moves by `refresh_mix` towards the policy. With `max_staleness` the generator answers ahead: answers may be of
+    weights that many rollouts old, unfinished ones go on under new weights after `segment` tokens, and each of its
+    engines works on at most `slots` at a time. `end_ids` are the tokens that end an answer; `canary` is the length of
     the sequence that generator and learner both score after each push; `half` says that weights are in half precision.
     """
 
@@ -48,6 +53,9 @@ class Plan:
     keep: int = 2
     refresh: int = 0
     refresh_mix: float = 1.0
+    max_staleness: int = 0
+    segment: int = 64
+    slots: int = 256
 
 
 def train(
@@ -65,25 +73,26 @@ def train(
     stop: Stop | None = None,
     title: str = "train",
     quiet: bool = False,
+    driver: Driver | None = None,
 ) -> None:
     """Runs `plan.steps` rollouts with their updates; a resumed run goes on after its last checkpoint, to the same bits."""
     if not algorithm.has_ratio() and (plan.epochs > 1 or plan.minibatch < plan.prompts * algorithm.collect.answers):
         raise ValueError("a method without ratio takes exactly one update per rollout")
-    hand = _Hand(prompts, plan, algorithm.collect.refill)
+    source = _source(algorithm, generator, prompts, sampling, plan, driver)
+    generator = source if isinstance(source, Ahead) else generator
     stream = _Stream(ptx, plan)
-    found = checkpoint.latest(run.checkpoints) if resume else None
-    loop: dict[str, Any] = (
-        checkpoint.load(found, learner) if found else {"step": 0, "state": algorithm.init(), "drawn": 0}
-    )
-    first, state, hand.drawn = loop["step"], loop["state"], loop["drawn"]
+    found = checkpoint.resumed(run.checkpoints, learner) if resume else None
+    loop: dict[str, Any] = found or {"step": 0, "state": algorithm.init(), "drawn": 0}
+    first, state = loop["step"], loop["state"]
+    source.restore(loop, first)
     generator.adopt(learner.publish())
     keeper = checkpoint.Keeper(
         run.checkpoints, learner, every=plan.save_every, total=plan.steps, keep=plan.keep, first=first, stop=stop
     )
-    with keeper, Progress(title, plan.steps, done=first, quiet=quiet) as progress:
+    with keeper, closing(source), Progress(title, plan.steps, done=first, quiet=quiet) as progress:
         for step in range(first, plan.steps):
             began = time.perf_counter()
-            groups, batch, numbers = collected(algorithm.at(state), generator, rewards, hand, sampling, plan)
+            groups, batch, numbers = collected(algorithm.at(state), source, rewards, step, sampling, plan)
             sampled = time.perf_counter()
             state = algorithm.observe(state, outcome(algorithm, batch))
             now = algorithm.at(state)
@@ -126,28 +135,35 @@ def train(
             seconds = {"seconds": time.perf_counter() - began, "seconds/generate": sampled - began}
             run.metrics(done, **numbers, **seconds)
             progress.advance(numbers)
-            keeper.done(done, {"state": dict(state), "drawn": hand.drawn})
+            keeper.done(done, {"state": dict(state), **source.state()})
 
 
-class _Hand:
-    """Prompts in the order in which they are handed out; `drawn` counts them, so that a refilled run resumes as well."""
-
-    def __init__(self, prompts: Sequence[Prompt], plan: Plan, refill: int) -> None:
-        self.prompts, self.drawn = prompts, 0
-        self.order = order([len(prompts)], plan.steps * plan.prompts * (1 + refill), plan.seed)
-
-    def take(self, count: int) -> list[tuple[int, Prompt]]:
-        """The next `count` prompts with their running numbers."""
-        taken = range(self.drawn, self.drawn + count)
-        self.drawn += count
-        return [(draw, self.prompts[self.order[draw][1]]) for draw in taken]
+def _source(
+    algorithm: Algorithm,
+    generator: Generator,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    plan: Plan,
+    driver: Driver | None,
+) -> Source:
+    """Where the groups come from: asked for now, or answered ahead."""
+    most = plan.prompts * (plan.steps * (1 + algorithm.collect.refill) + plan.max_staleness)
+    hand, answers = Hand(prompts, most, plan.seed), algorithm.collect.answers
+    if not plan.max_staleness and driver is None:
+        return Now(generator, hand, answers, sampling, plan.seed)
+    lanes = getattr(generator, "lanes", None) or [generator]
+    buffer = Buffer(
+        hand, answers, sampling, plan.seed, steps=plan.steps, prompts=plan.prompts, staleness=plan.max_staleness,
+        lanes=len(lanes),
+    )  # fmt: skip
+    return Ahead(lanes, buffer, driver or Threads(), slots=plan.slots, segment=plan.segment)
 
 
 def collected(
     algorithm: Algorithm,
-    generator: Generator,
+    source: Source,
     rewards: Sequence[Weighted],
-    hand: "_Hand",
+    step: int,
     sampling: Sampling,
     plan: Plan,
 ) -> tuple[list[Group], Batch, dict[str, float]]:
@@ -160,23 +176,28 @@ def collected(
     kept: list[tuple[Group, Batch]] = []
     spare: list[tuple[Group, Batch]] = []
     rounds = algorithm.collect.refill
-    turn = 0
+    turn, ages = 0, list[int]()
     while len(kept) < plan.prompts and turn <= rounds:
         turn += 1
-        drawn = hand.take(plan.prompts - len(kept))
-        groups = collect(generator, drawn, algorithm.collect.answers, sampling, plan.seed)
+        groups = source.groups(step, plan.prompts - len(kept))
+        ages += source.staleness(step, groups)
         batch = gathered(groups, rewards, sampling)
         if not rounds:
-            return groups, batch, {}
+            return groups, batch, _ages(ages, plan)
         useful = spread(algorithm, batch)
         for number, group in enumerate(groups):
             rows = (batch["group"] == number).nonzero()[:, 0].tolist()
             (kept if bool(useful[rows[0]]) else spare).append((group, batch.take(rows)))
     filler = spare[: plan.prompts - len(kept)]
-    numbers = {"groups_replaced": float(len(spare) - len(filler)), "rounds": float(turn)}
+    numbers = _ages(ages, plan) | {"groups_replaced": float(len(spare) - len(filler)), "rounds": float(turn)}
     numbers["groups_with_spread"] = float(len(kept))
     chosen = kept + filler
     return [group for group, _ in chosen], Batch.joined([one for _, one in chosen]), numbers
+
+
+def _ages(ages: Sequence[int], plan: Plan) -> dict[str, float]:
+    """How many steps old the weights behind a rollout's tokens were, where they may be old."""
+    return {"staleness": sum(ages) / len(ages), "staleness_max": float(max(ages))} if plan.max_staleness else {}
 
 
 def with_baseline(
@@ -193,18 +214,9 @@ def with_baseline(
         return batch
     greedy = replace(sampling, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0)
     drawn = [(group.samples[0].draw, group.prompt) for group in groups]
-    answers = collect(generator, drawn, 1, greedy, plan.seed)
+    answers = answered(generator, drawn, 1, greedy, plan.seed)
     score = shaped(algorithm, gathered(answers, rewards, greedy))["score"]
     return batch.with_columns(baseline=score[batch["group"]])
-
-
-def collect(
-    generator: Generator, drawn: Sequence[tuple[int, Prompt]], answers: int, sampling: Sampling, seed: int
-) -> list[Group]:
-    """`answers` samples for each (draw, prompt)."""
-    requests = [Request(prompt, draw, answer, sampling, seed) for draw, prompt in drawn for answer in range(answers)]
-    samples = list(generator.generate(requests))
-    return [Group(prompt, tuple(samples[i * answers : (i + 1) * answers])) for i, (_, prompt) in enumerate(drawn)]
 
 
 def gathered(groups: Sequence[Group], rewards: Sequence[Weighted], sampling: Sampling) -> Batch:
@@ -220,6 +232,7 @@ def gathered(groups: Sequence[Group], rewards: Sequence[Weighted], sampling: Sam
         address=torch.tensor([address(sample.draw, sample.answer) >> 1 for _, _, sample in pairs]),
         truncated=torch.tensor([sample.truncated for _, _, sample in pairs]),
         temperature=torch.full((len(rows),), sampling.temperature),
+        token_version=pad([torch.tensor(sample.token_versions()) for _, _, sample in pairs]),
         sampler_logp=pad([torch.tensor(sample.sampler_logp) for _, _, sample in pairs]),
         rewards=torch.stack([named[one.name] for one in rewards], 1),
         token_score=dense,

@@ -97,14 +97,16 @@ def add_from_folder(wrapped: Any, name: str, folder: str) -> nn.Linear:
     return out
 
 
-def save_adapter(wrapped: Any, name: str, folder: Path, gather: Callable[[Any], Any] = lambda value: value) -> None:
+def save_adapter(wrapped: Any, name: str, folder: Path, gather: Callable[[Any], Any], *, write: bool = True) -> None:
     """One adapter in peft's form, in the folder itself whatever the adapter's name."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
     weights = get_peft_model_state_dict(wrapped, adapter_name=name)
     whole = {key: gather(value).contiguous() for key, value in weights.items()}
+    if not write:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(whole, str(folder / "adapter_model.safetensors"))
     config = wrapped.peft_config[name]
     base = Path(config.base_model_name_or_path or "")

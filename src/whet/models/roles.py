@@ -155,20 +155,25 @@ class Role:
                 value = value + (delta.T if module.fan_in_fan_out else delta).to(value)
             yield name.replace(".base_layer.", "."), value
 
-    def export(self, folder: Path, tokenizer: Any = None, *, merge: bool = True) -> None:
-        """A standard Hugging Face folder: merged weights, or with `merge=False` the adapter alone."""
-        if self.shell is not None and not (self.wrapped is not None and not merge):
-            self.model.save_pretrained(str(folder), state_dict={name: value.cpu() for name, value in self.whole()})
-        elif self.wrapped is not None and not merge:
-            save_adapter(self.wrapped, self.adapter, folder, self.gather)
-        elif self.wrapped is not None:
+    def export(self, folder: Path, tokenizer: Any = None, *, merge: bool = True, write: bool = True) -> None:
+        """A standard Hugging Face folder: merged weights, or with `merge=False` the adapter alone.
+
+        Where the weights are spread over processes all of them take part, and those that `write` leave the folder.
+        """
+        if self.wrapped is not None and not merge:
+            save_adapter(self.wrapped, self.adapter, folder, self.gather, write=write)
+        elif self.shell is not None:
+            whole = {name: value.cpu() for name, value in self.whole() if write}
+            if write:
+                self.model.save_pretrained(str(folder), state_dict=whole)
+        elif write and self.wrapped is not None:
             copy.deepcopy(self.wrapped).merge_and_unload(adapter_names=[self.adapter]).save_pretrained(str(folder))
-        else:
+        elif write:
             self.model.save_pretrained(str(folder))
-        if tokenizer is not None:
+        if write and tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
             self._tell_pad_token(folder, tokenizer.pad_token_id)
-        if not self.causal:
+        if write and not self.causal:
             write_json(folder / READOUT_FILE, {"readout": self.readout, "shift": self.shift})
 
     @staticmethod

@@ -48,6 +48,7 @@ _ALL = (
     Column("address", "(B,)", "key", "generate", "a key of the answer (draw, answer), in an update of the update too"),
     Column("truncated", "(B,)", "bool", "generate", "the answer was cut off at the length limit"),
     Column("temperature", "(B,)", "-", "generate", "temperature the answer was sampled at"),
+    Column("token_version", "(B, T)", "version", "generate", "the version of the weights that made the token"),
     Column("sampler_logp", "(B, T)", "nats", "generate", "log-prob reported by the generator"),
     Column(
         "support",

@@ -1,6 +1,6 @@
 """Rewards from a trained reward model: whet's own, or any published sequence classifier with one label."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -10,9 +10,29 @@ from whet.models.roles import Role
 from whet.records import Batch, Chat, Group, Row, micro_batches
 from whet.rewards.base import Scores
 
+Reading = Callable[[Batch, frozenset[str]], Mapping[str, torch.Tensor]]
+"""Bare columns of a batch as a reward model gives them: where a learner holds the model, `learner.columns` of its role."""
+
+
+def reading(role: Role, budget: int) -> Reading:
+    """The reading of a role in this process, in micro-batches of at most `budget` tokens."""
+
+    @torch.no_grad()
+    def read_all(batch: Batch, names: frozenset[str]) -> dict[str, torch.Tensor]:
+        out: dict[str, torch.Tensor] = {}
+        for places in micro_batches(batch, budget):
+            for name, values in read(role, batch.take(places), names).items():
+                shape = batch["mask"].shape if values.ndim == 2 else batch["mask"].shape[:1]
+                whole = out.setdefault(name, torch.zeros(shape, dtype=values.dtype))
+                where = (torch.tensor(places), slice(values.shape[1])) if values.ndim == 2 else (torch.tensor(places),)
+                whole[where] = values.cpu()
+        return out
+
+    return read_all
+
 
 class ModelReward:
-    """A reward role as a Reward.
+    """A reward model as a Reward: a role in this process, or the reading of one that lies elsewhere.
 
     With `chat=None` it has the policy's tokenizer and reads the very ids that were sampled. With a chat format of its
     own, the texts are rendered and tokenised for it. `dense=True` gives its score at every token instead; with `ends`, which
@@ -21,14 +41,15 @@ class ModelReward:
 
     def __init__(
         self,
-        role: Role,
+        model: Role | Reading,
         *,
         chat: Chat | None = None,
         budget: int = 16384,
         dense: bool = False,
         ends: Callable[[int], bool] | None = None,
     ) -> None:
-        self.role, self.chat, self.budget, self.dense, self.ends = role, chat, budget, dense, ends
+        self.read = reading(model, budget) if isinstance(model, Role) else model
+        self.chat, self.dense, self.ends = chat, dense, ends
         if dense and chat is not None:
             raise RewardError("a reward model with another tokenizer cannot score the policy's tokens one by one")
 
@@ -36,16 +57,9 @@ class ModelReward:
     def score(self, groups: Sequence[Group]) -> Scores:
         """See `Reward.score`."""
         rows = [row for group in groups for row in self._rows(group)]
-        batch = Batch.of(rows)
-        answer, token = torch.zeros(len(rows)), [torch.zeros(0)] * len(rows)
-        for places in micro_batches(batch, self.budget):
-            name = "token_score" if self.dense else "score"
-            values = read(self.role, batch.take(places), frozenset({name}))[name].float().cpu()
-            for place, value in zip(places, values, strict=True):
-                if self.dense:
-                    token[place] = value[: rows[place].response]
-                else:
-                    answer[place] = value
+        name = "token_score" if self.dense else "score"
+        values = self.read(Batch.of(rows), frozenset({name}))[name].float()
+        answer, token = values, [value[: row.response] for value, row in zip(values, rows, strict=True) if self.dense]
         steps: list[torch.Tensor] = []
         if self.dense and self.ends is not None:
             for row in rows:
@@ -55,7 +69,7 @@ class ModelReward:
         if self.dense:
             answer = torch.stack([one.sum() for one in token])
         if not bool(torch.isfinite(answer).all()):
-            raise RewardError(f"the reward model {self.role.name} gave a score that is not a finite number")
+            raise RewardError("a reward model gave a score that is not a finite number")
         return Scores(answer, tuple(token) if self.dense else None, tuple(steps) or None)
 
     def _rows(self, group: Group) -> list[Row]:

@@ -1,0 +1,228 @@
+"""A vLLM server as a generator: the contract over HTTP, pushes, foreign pushes, its death, and loopback only.
+
+These start a real server; they are skipped where vLLM is not installed.
+"""
+
+import http.server
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from generate.test_contract import (  # noqa: F401  (each is run here with the fixture `generator` below)
+    test_a_score_is_one_log_prob_for_every_id_after_the_first,
+    test_an_answer_does_not_depend_on_the_seed_of_its_neighbours,
+    test_an_answer_is_the_same_alone_in_another_batch_and_in_another_order,
+    test_an_end_token_on_the_last_allowed_place_is_a_stop,
+    test_each_id_has_a_log_prob_and_the_text_is_of_the_ids,
+    test_it_says_the_version_it_adopted,
+    test_no_requests_give_no_samples,
+    test_one_sample_per_request_in_their_order,
+    test_requests_with_other_dials_do_not_change_each_other,
+    test_the_end_token_belongs_to_the_answer_and_nothing_follows_it,
+    test_the_same_requests_give_the_same_samples,
+)
+from models import helpers as h
+
+from engines import helpers as e
+from whet.dials import Sampling
+from whet.errors import EngineDied, ModelError, RecipeError, RunStopped
+from whet.generate import vllm_push
+from whet.generate.server import Http, Server, ServerGenerator, flags
+from whet.generate.vllm import alive, descendants
+from whet.records import Weights
+
+pytest.importorskip("vllm")
+BOUND = 1e-4
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server on a model with tied embeddings."""
+    folder = tiny.folder(tmp_path_factory.mktemp("models") / "qwen3", "qwen3", seed=0, **e.SHAPE)
+    with Server(folder, **e.options(sleep=True)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def connected(server: Server) -> ServerGenerator:
+    out = ServerGenerator(server.url, e.END, e.text, timeout=60, connections=8, sleep=True)
+    out.role = e.role("qwen3", 0)  # type: ignore[attr-defined]  (what the contract adopts)
+    return out
+
+
+@pytest.fixture
+def generator(connected: ServerGenerator) -> ServerGenerator:
+    """The same server, back at its first weights."""
+    connected.inlet.transport.chunk = vllm_push.CHUNK
+    if connected.version or connected.inlet.torn:
+        connected.adopt(Weights(0, connected.role))
+    return connected
+
+
+def test_it_agrees_with_transformers(generator: Any) -> None:
+    asked = e.asked(Sampling(6, 0.7, top_k=9))
+    gaps = (
+        e.score_gap(generator, generator.role.model),
+        e.sampling_gap(list(generator.generate(asked)), asked, generator.role.model),
+    )
+    print(f"\ngaps to transformers {gaps[0]:.1e} {gaps[1]:.1e}")
+    assert max(gaps) < BOUND
+    assert {s.sampler_logp for s in generator.generate(e.asked(Sampling(1, 0.0)))} == {(0.0,)}
+
+
+def test_what_cannot_be_asked_is_refused(generator: Any) -> None:
+    request = e.asked()[0]
+    with pytest.raises(RecipeError, match="max_model_len"):
+        list(generator.generate([replace(request, prompt=h.prompt(0, (7,) * e.LENGTH))]))
+    with pytest.raises(RecipeError, match="outside the model's 27"):
+        list(generator.generate([replace(request, prompt=h.prompt(0, (300,)))]))
+    with pytest.raises(RecipeError, match="refused /v1/completions"):
+        generator._complete([(2, 3)], [{"max_tokens": 1, "temperature": -1.0}])
+
+
+@pytest.mark.parametrize("chunk", [vllm_push.CHUNK, 1 << 14])
+def test_new_weights_agree_with_transformers(generator: Any, chunk: int) -> None:
+    before = e.plain(list(generator.generate(e.asked())))
+    generator.inlet.transport.chunk = chunk
+    role = e.role("qwen3", 1)
+    generator.adopt(Weights(1, role))
+    after = list(generator.generate(e.asked()))
+    gaps = e.score_gap(generator, role.model), e.sampling_gap(after, e.asked(), role.model)
+    print(f"\ngaps after a push {gaps[0]:.1e} {gaps[1]:.1e}")
+    assert max(gaps) < BOUND
+    assert {sample.version for sample in after} == {1}
+    generator.adopt(Weights(2, generator.role))
+    assert e.plain(list(generator.generate(e.asked()))) == before
+
+
+@pytest.mark.parametrize("change", [e.missing, e.reshaped, e.stops(9)])
+def test_after_a_half_failed_push_nothing_is_generated_until_a_whole_one(generator: Any, change: Any) -> None:
+    before = e.plain(list(generator.generate(e.asked())))
+    generator.inlet.transport.chunk = 1 << 12
+    with pytest.raises((ModelError, EngineDied)):
+        generator.adopt(Weights(4, e.Handle(e.role("qwen3", 2), change)))
+    with pytest.raises(EngineDied, match="weights 4 failed half-way"):
+        list(generator.generate(e.asked()))
+    generator.adopt(Weights(5, generator.role))
+    assert e.plain(list(generator.generate(e.asked()))) == before
+
+
+def test_files_outside_the_servers_folder_are_refused(generator: Any, server: Server, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(dict(e.role("qwen3", 1).whole()), str(tmp_path / "evil.safetensors"))
+    generator.start_weight_update()
+    with pytest.raises(EngineDied, match="/update_weights"):
+        generator.update_weights({"file": str(tmp_path / "evil.safetensors")})
+    generator.adopt(Weights(0, generator.role))
+    assert e.score_gap(generator, generator.role.model) < BOUND
+
+
+def test_a_push_by_somebody_else_is_noticed(generator: Any, server: Server) -> None:
+    late = ServerGenerator(server.url, e.END, e.text, timeout=60)
+    with pytest.raises(EngineDied, match="of an earlier run; push whole weights first"):
+        list(late.generate(e.asked()))
+    late.adopt(Weights(8, e.role("qwen3", 1)))
+    with pytest.raises(RunStopped, match="the server now has '8'"):
+        list(generator.generate(e.asked()))
+    generator.adopt(Weights(9, generator.role))
+    late.close()
+    with pytest.raises(EngineDied, match="closed"):
+        late.score([torch.tensor([2, 3])])
+
+
+def test_it_sleeps_and_wakes(generator: Any) -> None:
+    before = e.plain(list(generator.generate(e.asked())))
+    generator.sleep()
+    assert e.plain(list(generator.generate(e.asked()))) == before
+
+
+def test_the_server_listens_on_loopback_alone(server: Server) -> None:
+    import psutil
+
+    listening = [
+        connection.laddr.ip
+        for pid in server.processes()
+        for connection in psutil.Process(pid).net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    print(f"\nlistening on {listening}")
+    assert "127.0.0.1" in listening
+    assert all(ip.startswith("127.") or ip == "::1" for ip in listening)
+
+
+def test_a_killed_engine_is_noticed_and_the_server_ends(generator: Any, server: Server) -> None:
+    """The last one on this server."""
+    running = descendants(server.process.pid)
+    assert len(server.processes()) > 1
+    start = time.monotonic()
+    running[-1].kill()
+    with pytest.raises(EngineDied):
+        list(generator.generate(e.asked()))
+    with pytest.raises(EngineDied):
+        generator.adopt(Weights(10, generator.role))
+    print(f"\ndeath noticed in {time.monotonic() - start:.1f} s")
+    assert time.monotonic() - start < 20
+    server.close()
+    server.close()
+    assert not any(map(alive, running))
+    assert not server.folder.exists()
+    with pytest.raises(EngineDied, match="nothing answers"):
+        generator.score([torch.tensor([2, 3])])
+
+
+def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="ended while starting"):
+        Server(tmp_path, **e.options())
+
+
+def test_a_silent_server_is_a_dead_one() -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        start = time.monotonic()
+        with pytest.raises(EngineDied, match=r"no answer .* within 0.5 s"):
+            ServerGenerator(f"http://127.0.0.1:{silent.getsockname()[1]}", e.END, e.text, timeout=0.5)
+        assert time.monotonic() - start < 5
+
+
+def test_a_server_without_the_weight_routes_is_refused() -> None:
+    class Plain(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"data": [{"id": "model", "max_model_len": 64}]}')
+
+        def do_POST(self) -> None:
+            self.send_error(404)
+
+        def log_message(self, *_given: Any) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Plain) as plain:
+        threading.Thread(target=plain.serve_forever, daemon=True).start()
+        with pytest.raises(RecipeError, match="VLLM_SERVER_DEV_MODE=1"):
+            ServerGenerator(f"http://127.0.0.1:{plain.server_port}", e.END, e.text, timeout=5)
+        plain.shutdown()
+
+
+def test_a_url_off_this_machine_is_warned_about(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(EngineDied):
+        ServerGenerator("http://192.0.2.1:9", e.END, e.text, timeout=0.2)
+    assert "not guarded by an API key" in capsys.readouterr().err
+    assert [Http(url, 1).local for url in ("http://localhost:1", "http://127.0.0.5:1", "http://[::1]:1")] == [True] * 3
+    with pytest.raises(RecipeError, match="http://host:port"):
+        Http("127.0.0.1:8000", 1)
+
+
+def test_flags() -> None:
+    given = {"max_model_len": 5, "enforce_eager": True, "enable_chunked_prefill": False, "x": {"a": 1}}
+    assert flags(given) == [
+        "--max-model-len", "5", "--enforce-eager", "--no-enable-chunked-prefill", "--x", '{"a": 1}',
+    ]  # fmt: skip

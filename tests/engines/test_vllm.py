@@ -1,0 +1,362 @@
+"""vLLM as a generator: the contract, transformers' log-probs, new weights, failed pushes, dead engines.
+
+These start real engines; they are skipped where vLLM is not installed.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from generate.test_contract import (  # noqa: F401  (each is run here with the fixture `generator` below)
+    test_a_score_is_one_log_prob_for_every_id_after_the_first,
+    test_an_answer_does_not_depend_on_the_seed_of_its_neighbours,
+    test_an_answer_is_the_same_alone_in_another_batch_and_in_another_order,
+    test_an_end_token_on_the_last_allowed_place_is_a_stop,
+    test_each_id_has_a_log_prob_and_the_text_is_of_the_ids,
+    test_it_says_the_version_it_adopted,
+    test_no_requests_give_no_samples,
+    test_one_sample_per_request_in_their_order,
+    test_requests_with_other_dials_do_not_change_each_other,
+    test_the_end_token_belongs_to_the_answer_and_nothing_follows_it,
+    test_the_same_requests_give_the_same_samples,
+)
+from models import helpers as h
+
+from engines import helpers as e
+from whet.dials import LoRA, Sampling
+from whet.errors import EngineDied, ModelError, RecipeError, RunStopped
+from whet.generate import vllm_push
+from whet.generate.vllm import VLLMGenerator
+from whet.models.lora import attach
+from whet.models.roles import Role
+from whet.records import Weights
+
+pytest.importorskip("vllm")
+# vLLM walks over every name of torch.distributed when its worker is imported
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.distributed.reduce_op` is deprecated:FutureWarning")
+BOUND = 1e-4
+SEEDS = (0, 1)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Path]:
+    """Two models of each kind."""
+    root = tmp_path_factory.mktemp("models")
+    return {(kind, seed): e.folder(root / f"{kind}{seed}", kind, seed) for kind in ("qwen3", "llama") for seed in SEEDS}
+
+
+@pytest.fixture(scope="module")
+def fresh(folders: dict) -> dict[str, list[tuple]]:
+    """What engines say that were started on the second model of each kind."""
+    out = {}
+    for kind in ("qwen3", "llama"):
+        engine = VLLMGenerator(folders[kind, 1], e.END, e.text, **e.options(separate=False))
+        out[kind] = e.plain(list(engine.generate(e.asked())))
+        engine.close()
+    return out
+
+
+@pytest.fixture(scope="module")
+def tied(folders: dict, fresh: dict) -> Iterator[VLLMGenerator]:
+    """An engine in this process, on the first model with tied embeddings."""
+    engine = VLLMGenerator(folders["qwen3", 0], e.END, e.text, **e.options(separate=False, sleep=True))
+    engine.role = e.role("qwen3", 0)  # type: ignore[attr-defined]  (what the contract adopts)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def generator(tied: VLLMGenerator) -> VLLMGenerator:
+    """The same engine, back at its first weights."""
+    tied.inlet.transport.chunk = vllm_push.CHUNK
+    if tied.version or tied.inlet.torn:
+        tied.adopt(Weights(0, tied.role))
+    return tied
+
+
+def test_scores_are_those_of_transformers_over_several_cache_blocks(generator: Any) -> None:
+    gap = e.score_gap(generator, generator.role.model)
+    print(f"\nscore gap to transformers {gap:.1e}")
+    assert gap < BOUND
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(6), Sampling(6, 0.7), Sampling(6, top_k=5), Sampling(6, 1.3, top_p=0.8), Sampling(6, min_p=0.1)],
+)
+def test_log_probs_are_of_the_distribution_that_was_sampled_from(generator: Any, sampling: Sampling) -> None:
+    asked = e.asked(sampling)
+    gap = e.sampling_gap(list(generator.generate(asked)), asked, generator.role.model)
+    print(f"\nsampling gap to transformers {gap:.1e}")
+    assert gap < BOUND
+
+
+def test_greedy_takes_the_most_probable_token_and_is_certain(generator: Any) -> None:
+    for sample, request in zip(generator.generate(e.asked(Sampling(4, 0.0))), e.asked(), strict=True):
+        logits = h.full_logits(generator.role.model, torch.tensor(request.prompt.ids + sample.ids))
+        assert list(sample.ids) == logits[len(request.prompt.ids) - 1 : -1].argmax(-1).tolist()
+        assert set(sample.sampler_logp) == {0.0}
+
+
+def test_an_answer_in_segments_goes_on_behind_what_there_is(generator: Any) -> None:
+    asked = [replace(request, most=2) for request in e.asked()]
+    first = list(generator.generate(asked))
+    assert {sample.finish for sample in first} == {"paused", "stop"}
+    paused = [(s, r) for s, r in zip(first, asked, strict=True) if s.finish == "paused"]
+    again = [replace(request, begun=sample.ids, most=0) for sample, request in paused]
+    second = list(generator.generate(again))
+    assert max(len(sample.ids) for sample in second) == 4
+    assert e.sampling_gap(second, again, generator.role.model) < BOUND
+    for (one, _), two in zip(paused, second, strict=True):
+        assert two.text == e.text(one.ids + two.ids)
+        assert two.finish in ("stop", "length")
+
+
+def test_what_does_not_fit_is_refused_instead_of_cut(generator: Any) -> None:
+    long = h.prompt(0, (7,) * (e.LENGTH - 5))
+    request = replace(e.asked()[0], prompt=long)
+    assert len(list(generator.generate([replace(request, sampling=Sampling(5))]))) == 1
+    with pytest.raises(RecipeError, match="max_model_len: 395 tokens and 6 new ones"):
+        list(generator.generate([request]))
+    with pytest.raises(RecipeError, match="max_model_len"):
+        generator.score([torch.full((e.LENGTH,), 7)])
+
+
+def test_a_token_that_the_model_does_not_know_is_refused_and_the_engine_lives(generator: Any) -> None:
+    bad = replace(e.asked()[0], prompt=h.prompt(0, (2, 300)))
+    with pytest.raises(RecipeError, match="outside the model's 27"):
+        list(generator.generate([*e.asked(), bad]))
+    assert len(list(generator.generate(e.asked()))) == len(e.asked())
+
+
+@pytest.mark.parametrize("chunk", [vllm_push.CHUNK, 1 << 13, 1])
+@pytest.mark.parametrize("source", ["role", "folder"])
+def test_new_weights_answer_exactly_like_an_engine_started_on_them(
+    generator: Any, fresh: dict, folders: dict, source: str, chunk: int
+) -> None:
+    generator.inlet.transport.chunk = chunk
+    before = e.plain(list(generator.generate(e.asked())))
+    role = e.role("qwen3", 1)
+    generator.adopt(Weights(1, role if source == "role" else folders["qwen3", 1]))
+    after = list(generator.generate(e.asked()))
+    assert e.plain(after) == fresh["qwen3"] != before
+    assert {sample.version for sample in after} == {1}
+    gap = e.score_gap(generator, role.model)
+    print(f"\nscore gap after a push {gap:.1e}")
+    assert gap < BOUND
+    assert not list(generator._folder.iterdir())
+
+
+@pytest.mark.parametrize("change", [e.missing, e.unknown, e.twice, e.reshaped, e.stops(3)])
+def test_wrong_weights_that_fit_one_chunk_change_nothing(generator: Any, change: Any) -> None:
+    before = e.plain(list(generator.generate(e.asked())))
+    with pytest.raises((ModelError, EngineDied)) as caught:
+        generator.adopt(Weights(4, e.Handle(e.role("qwen3", 1), change)))
+    assert "up_proj" in str(caught.value) or "disk is gone" in str(caught.value)
+    assert generator.version == 0
+    assert e.plain(list(generator.generate(e.asked()))) == before
+
+
+@pytest.mark.parametrize("change", [e.missing, e.unknown, e.twice, e.reshaped, *map(e.stops, range(2, 24, 2))])
+def test_after_a_half_failed_push_nothing_is_generated_until_a_whole_one(
+    generator: Any, fresh: dict, change: Any
+) -> None:
+    generator.inlet.transport.chunk = 1
+    role = e.role("qwen3", 1)
+    with pytest.raises((ModelError, EngineDied)):
+        generator.adopt(Weights(4, e.Handle(e.role("qwen3", 2), change)))
+    with pytest.raises(EngineDied, match="weights 4 failed half-way"):
+        list(generator.generate(e.asked()))
+    with pytest.raises(EngineDied, match="push whole weights first"):
+        generator.score([torch.tensor([2, 3])])
+    generator.adopt(Weights(5, role))
+    assert e.plain(list(generator.generate(e.asked()))) == fresh["qwen3"]
+
+
+def test_a_corrupt_file_is_not_loaded(generator: Any, fresh: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(vllm_push, "save_file", lambda tensors, path: Path(path).write_bytes(b"\x10" + b"\0" * 99))
+        with pytest.raises(EngineDied, match="weights 4 did not go in"):
+            generator.adopt(Weights(4, e.role("qwen3", 1)))
+    with pytest.raises(EngineDied, match="half-way"):
+        list(generator.generate(e.asked()))
+    generator.adopt(Weights(5, e.role("qwen3", 1)))
+    assert e.plain(list(generator.generate(e.asked()))) == fresh["qwen3"]
+
+
+def test_files_outside_its_folder_are_refused(generator: Any, folders: dict) -> None:
+    generator.start_weight_update()
+    with pytest.raises(ValueError, match="not a file of the weight folder"):
+        generator.update_weights({"file": str(folders["qwen3", 1] / "model.safetensors")})
+    generator.call("whet_forget")
+    generator.start_weight_update()
+    with pytest.raises(ValueError, match="not a file of the weight folder"):
+        generator.update_weights({"file": "../model.safetensors"})
+    generator.adopt(Weights(0, generator.role))
+
+
+def test_the_engine_must_say_the_pushed_version(generator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(generator, "weight_version", lambda: "9")
+        with pytest.raises(RunStopped, match=r"weights 4 were pushed.*'9'"):
+            generator.adopt(Weights(4, generator.role))
+    with pytest.raises(EngineDied):
+        list(generator.generate(e.asked()))
+    generator.adopt(Weights(4, generator.role))
+    generator._llm.update_weight_version("3")
+    with pytest.raises(RunStopped, match="asked for an answer of weights 4, got one of"):
+        list(generator.generate(e.asked()))
+
+
+def test_a_sleeping_engine_wakes_by_itself(generator: Any) -> None:
+    before = e.plain(list(generator.generate(e.asked())))
+    generator.sleep()
+    generator.sleep()
+    assert e.plain(list(generator.generate(e.asked()))) == before
+    generator.sleep()
+    generator.adopt(Weights(0, generator.role))
+    assert e.score_gap(generator, generator.role.model) < BOUND
+    generator.sleep()
+    generator.wake()
+
+
+def test_an_interrupted_batch_is_never_mixed_into_the_next(tied: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last one on this engine, which is closed here."""
+
+    def interrupt(*_given: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tied._llm.llm_engine, "step", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            list(tied.generate(e.asked()))
+    with pytest.raises(EngineDied, match="middle of a batch"):
+        list(tied.generate(e.asked()))
+    with pytest.raises(EngineDied, match="middle of a batch"):
+        tied.adopt(Weights(1, tied.role))
+    tied.close()
+    with pytest.raises(EngineDied, match="closed"):
+        list(tied.generate(e.asked()))
+    assert not tied._folder.exists()
+
+
+def test_adapters_answer_like_the_merged_model(folders: dict, tmp_path: Path) -> None:
+    engine = VLLMGenerator(folders["qwen3", 0], e.END, e.text, **e.options(separate=False, lora=True, lora_rank=8))
+    try:
+        base = e.plain(list(engine.generate(e.asked())))
+        said = []
+        for version in (1, 2):
+            role = adapters(version)
+            role.export(tmp_path / f"merged{version}")
+            merged = merged_model(tmp_path / f"merged{version}")
+            if version == 1:
+                engine.adopt(Weights(version, role))
+            else:
+                role.export(tmp_path / "adapter", merge=False)
+                engine.adopt(Weights(version, tmp_path / "adapter"))
+            samples = list(engine.generate(e.asked()))
+            gaps = e.score_gap(engine, merged), e.sampling_gap(samples, e.asked(), merged)
+            print(f"\nadapter {version}: gaps {gaps[0]:.1e} {gaps[1]:.1e}")
+            assert max(gaps) < BOUND
+            assert {sample.version for sample in samples} == {version}
+            said.append(e.plain(samples))
+        assert said[0] != said[1] != base != said[0]
+        with pytest.raises(ModelError, match="takes adapters"):
+            engine.adopt(Weights(3, folders["qwen3", 1]))
+        assert e.plain(list(engine.generate(e.asked()))) == said[1]
+        with pytest.raises(EngineDied, match="weights 4 did not go in"):
+            engine.adopt(Weights(4, adapters(4, rank=32)))
+        with pytest.raises(EngineDied, match="weights 4 did not go in"):
+            list(engine.generate(e.asked()))
+        engine.adopt(Weights(5, tmp_path / "adapter"))
+        assert e.plain(list(engine.generate(e.asked()))) == said[1]
+    finally:
+        engine.close()
+
+
+def adapters(seed: int, rank: int = 4) -> Role:
+    """A policy that is an adapter on the first tied model."""
+    model = tiny.causal_lm("qwen3", seed=0, **e.SHAPE)
+    role = Role("policy", model, True, wrapped=attach(model, LoRA(rank, 8), ("policy",), seed=seed), adapter="policy")
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in role.parameters().items():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    return role
+
+
+def merged_model(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def test_an_engine_in_processes_of_its_own(folders: dict, fresh: dict) -> None:
+    """Untied embeddings, weights over gloo, a failed push, then its death and its successor with a file in memory."""
+    engine = VLLMGenerator(folders["llama", 0], e.END, e.text, **e.options(transfer="gloo"))
+    try:
+        assert engine.processes()
+        before = e.plain(list(engine.generate(e.asked())))
+        role = e.role("llama", 1)
+        engine.adopt(Weights(1, role))
+        assert e.plain(list(engine.generate(e.asked()))) == fresh["llama"] != before
+        gap = e.score_gap(engine, role.model)
+        print(f"\nuntied, gloo: gap after a push {gap:.1e}")
+        assert gap < BOUND
+
+        engine.inlet.transport.chunk = 1 << 13
+        with pytest.raises(EngineDied, match="disk is gone"):
+            engine.adopt(Weights(2, e.Handle(e.role("llama", 2), e.stops(9))))
+        with pytest.raises(EngineDied, match="half-way"):
+            list(engine.generate(e.asked()))
+        engine.adopt(Weights(3, role))
+        assert e.plain(list(engine.generate(e.asked()))) == fresh["llama"]
+
+        victims = engine.processes()
+        os.kill(victims[0], signal.SIGKILL)
+        start = time.monotonic()
+        with pytest.raises(EngineDied, match="died"):
+            list(engine.generate(e.asked()))
+        with pytest.raises(EngineDied, match="died"):
+            engine.adopt(Weights(4, role))
+        with pytest.raises(EngineDied, match="died"):
+            engine.score([torch.tensor([2, 3])])
+        print(f"death noticed in {time.monotonic() - start:.1f} s")
+        assert time.monotonic() - start < 10
+        engine.close()
+        assert not engine.processes()
+        assert not any(Path(f"/proc/{victim}").exists() for victim in victims)
+
+        engine = VLLMGenerator(folders["llama", 0], e.END, e.text, **e.options(transfer="shared"))
+        engine.adopt(Weights(5, role))
+        assert e.plain(list(engine.generate(e.asked()))) == fresh["llama"]
+        victims = engine.processes()
+        os.kill(victims[-1], signal.SIGKILL)
+        with pytest.raises(EngineDied, match="died"):
+            engine.adopt(Weights(6, role))
+    finally:
+        engine.close()
+    assert not engine.processes()
+    assert not any(Path(f"/proc/{victim}").exists() for victim in victims)
+
+
+def test_what_cannot_work_is_said_at_once(folders: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("whet.generate.vllm.find_spec", lambda name: None)
+        with pytest.raises(RecipeError, match=r'generator.kind: vllm is not installed; pip install "whet\[vllm\]"'):
+            VLLMGenerator(tmp_path, e.END, e.text, **e.options())
+    with pytest.raises(ModelError, match="vLLM cannot start"):
+        VLLMGenerator(tmp_path, e.END, e.text, **e.options(separate=False))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.distributed, "is_initialized", lambda: True)
+        patch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        with pytest.raises(RecipeError, match=r"generator\.separate"):
+            VLLMGenerator(folders["qwen3", 0], e.END, e.text, **e.options(separate=False))
