@@ -15,14 +15,14 @@ ROOT = Path(__file__).parent.parent
 HOUSE = ROOT / "src" / "whet"
 FLOOR = {
     "errors": -4, "dials": -3, "choices": -2, "catalogue": -1,
-    "workers": -0.5, "ops": 0, "records": 1, "methods": 2, "models": 3, "generate": 4, "rewards": 4, "feedback": 4,
-    "learner": 4, "loops": 6, "view": 7, "cli": 8,
+    "plan": -0.5, "workers": -0.4, "ops": 0, "records": 1, "methods": 2, "models": 3, "generate": 4, "rewards": 4, "feedback": 4,
+    "learner": 4, "cluster": 5, "loops": 6, "view": 7, "cli": 8,
     "conformance": 8,
 }  # fmt: skip
 HEAVY = {
     "transformers": {"models", "generate"}, "peft": {"models"}, "pyarrow": {"records", "loops", "cli"}, "datasets": {"records"},
     "matplotlib": {"view"}, "jinja2": {"view"}, "yaml": {"cli"}, "rich": {"loops", "cli"}, "accelerate": {"cli"},
-    "tokenizers": {"cli"}, "safetensors": {"models", "learner"},
+    "tokenizers": {"cli"}, "safetensors": {"models", "learner", "generate"}, "vllm": {"generate"}, "deepspeed": {"learner"}, "ray": {"cluster"},
 }  # fmt: skip
 """Which rooms may import a library at all. (cli/demo/world.py makes its own tokenizer and base model.)"""
 

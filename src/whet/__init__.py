@@ -15,7 +15,7 @@ from whet.errors import (
 
 __all__ = [
     "CheckpointError", "DataError", "ModelError", "RecipeError", "RewardError", "RunStopped", "UserError", "WhetError",
-    "explain", "run",
+    "explain", "plan", "run",
 ]  # fmt: skip
 
 
@@ -33,5 +33,12 @@ def run(verb: str, recipe: str | None = None, *, resume: bool = False, quiet: bo
 def explain(verb: str, recipe: str | None = None, **fields: Any) -> str:
     """What `run` would do with the same arguments: the objective with its numbers, its arithmetic, and where it ends."""
     from whet.cli.main import explain as verb_of_the_door
+
+    return verb_of_the_door(verb, recipe, **fields)
+
+
+def plan(verb: str, recipe: str | None = None, **fields: Any) -> str:
+    """What `run` would need on many GPUs: memory of each role, traffic, time. `plan("ppo", model="DIR", gpus=64)`."""
+    from whet.cli.main import plan as verb_of_the_door
 
     return verb_of_the_door(verb, recipe, **fields)

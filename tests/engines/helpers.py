@@ -74,6 +74,14 @@ def sampling_gap(samples: Sequence[Sample], requests: Sequence[Request], model: 
     return worst
 
 
+def runs(pid: int) -> bool:
+    """The process is there, and not only as the record that its parent has not asked for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def plain(samples: Sequence[Sample]) -> list[tuple]:
     """All of them but the version."""
     return [(s.draw, s.answer, s.ids, s.sampler_logp, s.finish, s.text) for s in samples]

@@ -4,6 +4,8 @@ The same functions run alone in the test's own process, on the one-process learn
 """
 
 import copy
+import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +24,7 @@ from whet.methods import Term, online, part
 from whet.models import load
 from whet.models.roles import Role
 from whet.ops import reinforce, token_mean
+from whet.records import COLUMNS as known
 from whet.records import Batch
 from whet.workers import Workers
 
@@ -97,7 +100,7 @@ def work(given: Batch, terms: Sequence[Term] = SFT.terms) -> list:
 
 def rollout(own: LocalLearner, given: Batch, shift: float = 1.0) -> Batch:
     """The batch as PPO trains it: measured, with advantages and returns."""
-    names = [n for n in COLUMNS if "critic" in own.roles or "value" not in n]
+    names = [name for name in COLUMNS if known[name].role in own.roles]
     seen = own.measure(given, frozenset(names))
     advantage = torch.linspace(-1, 1, given["mask"].numel()).reshape(given["mask"].shape)
     seen = seen.with_columns(advantage=advantage)
@@ -223,7 +226,7 @@ def unlike_rows(make: Make, folder: Path) -> Any:
 def clipping(make: Make, folder: Path) -> Any:
     """Each role's gradient is scaled to its own limit: policy far below, critic not at all, then the other way round."""
     out = {}
-    for name, limits in {"policy": (0.01, 1e9), "critic": (1e9, 0.01), "neither": (1e9, 1e9)}.items():
+    for name, limits in {"policy": (0.01, 1e9), "critic": (1e9, 0.01)}.items():
         optims = {
             role: replace(OPTIM, max_grad_norm=limit, eps=1.0, lr=1.0, weight_decay=0.0)
             for role, limit in zip(("policy", "critic"), limits, strict=True)
@@ -240,13 +243,8 @@ def clipping(make: Make, folder: Path) -> Any:
 
 
 def scheduling(make: Make, folder: Path) -> Any:
-    out = {}
-    for name, change in {
-        "linear": {"warmup": 0.5, "final": 0.2}, "cosine": {"schedule": "cosine"}, "constant": {"schedule": "constant"},
-    }.items():  # fmt: skip
-        own = make({"policy": policy()}, replace(OPTIM, **change), total=4)
-        out[name] = {"lr": [own.update(work(batch())).lr["policy"] for _ in range(4)], "weights": whole(own)}
-    return out
+    own = make({"policy": policy()}, replace(OPTIM, warmup=0.5, final=0.2), total=4)
+    return {"lr": [own.update(work(batch())).lr["policy"] for _ in range(4)], "weights": whole(own)}
 
 
 def one_role_of_two(make: Make, folder: Path) -> Any:
@@ -274,17 +272,31 @@ def not_a_number(make: Make, folder: Path) -> Any:
     return {"message": message, "before": before, "after": whole(own), "version": own.version, "then": go(own, 1)}
 
 
-def overflowing_gradient(make: Make, folder: Path) -> Any:
+def endless_gradient(make: Make, folder: Path) -> Any:
     """The loss is finite, the critic's gradient is not: the policy, clipped first, must not have moved either."""
     own = make(cast())
     go(own, 1, 1)
-    before, seen = whole(own), rollout(own, batch(), shift=6e18)
+    before, seen = whole(own), rollout(own, batch())
+    bad = [terms_of(own)[0], Term("critic", "rollout", part(kink), token_mean)]
     message = "went on"
     try:
-        own.update(work(seen, terms_of(own)))
+        own.update(work(seen, bad))
     except RunStopped as error:
         message = str(error)
     return {"message": message, "before": before, "after": whole(own), "version": own.version, "then": go(own, 1)}
+
+
+def kink(value: Tensor) -> Tensor:
+    """0, with a slope that is no number."""
+    return (0 * value).sqrt()
+
+
+def half_beside_its_reference(make: Make, folder: Path) -> Any:
+    """Policy and reference with equal weights, both computed in bfloat16: a run checks that they agree to the bit."""
+    dials = {} if make.engine in ("local", "ddp") else {"half": True}
+    own = make({"policy": policy(), "reference": policy(name="reference")}, **dials)
+    seen = own.measure(batch(), frozenset({"old_logp", "ref_logp"}))
+    return {"old": seen["old_logp"], "ref": seen["ref_logp"]}
 
 
 def blending(make: Make, folder: Path) -> Any:
@@ -325,14 +337,14 @@ def publishing(make: Make, folder: Path) -> Any:
 def exporting(make: Make, folder: Path) -> Any:
     """Folders for other tools: tied, untied and capped models, a scorer, a merged adapter and an adapter alone."""
     out = {}
-    for kind in ("qwen3", "llama", "gpt2", "gemma2"):
-        own = make(cast(kind))
-        go(own, 1, 1)
+    for kind in ("qwen3", "llama") if make.engine in ZERO else ("qwen3", "llama", "gpt2", "gemma2"):
+        own = make({"policy": policy(kind), "critic": h.scorer(kind if kind != "gemma2" else "qwen3", dtype=FLOAT)})
+        own.update(work(rollout(own, batch()), terms_of(own)))
         own.export("policy", folder / "export" / kind)
         own.export("critic", folder / "export" / f"{kind}-critic")
         out[kind] = whole(own)
     own = make(adapter())
-    go(own, 1, 1)
+    own.update(work(batch()))
     own.export("policy", folder / "export" / "merged")
     own.export("policy", folder / "export" / "adapter", merge=False)
     out["adapter"] = {"policy": whole(own)["policy"], "logp": own.columns("policy", batch(), frozenset({"logp"}))}
@@ -438,7 +450,24 @@ def muon_checkpoint(folder: Path, workers: Workers) -> Path:
     return path
 
 
+def saving(make: Make, folder: Path) -> Any:
+    own = make(cast(), dropout=0.1, seed=3)
+    first = go(own, 1)
+    own.save(folder / "saved")
+    make.workers.wait()
+    files = sorted(str(path.relative_to(folder / "saved")) for path in (folder / "saved").rglob("*") if path.is_file())
+    return {"first": first, "rest": go(own, 1), "weights": whole(own), "version": own.version, "files": files}
+
+
+def resuming(make: Make, source: Path) -> Any:
+    """Another learner, of other weights, that becomes the saved one and goes on."""
+    own = make(cast(seed=4), dropout=0.1, seed=3)
+    own.load(source)
+    return {"rest": go(own, 1), "weights": whole(own), "version": own.version}
+
+
 COMMON: dict[str, Callable[[Make, Path], Any]] = {
+    "saving": saving,
     "training_qwen3": training,
     "training_llama": partial(training, kind="llama", critic="llama"),
     "training_gpt2": partial(training, kind="gpt2", critic="gpt2"),
@@ -456,7 +485,8 @@ COMMON: dict[str, Callable[[Make, Path], Any]] = {
     "scheduling": scheduling,
     "one_role_of_two": one_role_of_two,
     "not_a_number": not_a_number,
-    "overflowing_gradient": overflowing_gradient,
+    "endless_gradient": endless_gradient,
+    "half_beside_its_reference": half_beside_its_reference,
     "blending": blending,
     "rescaling": rescaling,
     "publishing": publishing,
@@ -467,11 +497,25 @@ COMMON: dict[str, Callable[[Make, Path], Any]] = {
     "other_weights": other_weights,
     "refusing": refusing,
 }
+FEW = (
+    "saving",
+    "training_qwen3",
+    "training_offloaded",
+    "few_rows",
+    "one_role_of_two",
+    "not_a_number",
+    "endless_gradient",
+    "blending",
+)
+"""ZeRO 1 is ZeRO 2 but for when gradients are cut into shards."""
+LORA = {"training_shared_trunk": training_shared_trunk}
 CASES: dict[str, dict[str, Callable[[Make, Path], Any]]] = {
-    "local": COMMON | {"training_shared_trunk": training_shared_trunk},
-    "ddp": COMMON | {"training_shared_trunk": training_shared_trunk},
-    "fsdp": COMMON | {"training_shared_trunk": training_shared_trunk},
-    **{engine: COMMON | {"trunk": two_roles_on_a_trunk_under_zero} for engine in ZERO},
+    "local": COMMON | LORA,
+    "ddp": COMMON | LORA,
+    "fsdp": COMMON | LORA,
+    "zero1": {name: COMMON[name] for name in FEW},
+    "zero2": COMMON | {"trunk": two_roles_on_a_trunk_under_zero},
+    "zero3": COMMON | {"trunk": two_roles_on_a_trunk_under_zero},
 }
 
 
@@ -479,24 +523,41 @@ class Failed(str):
     """A case that raised, with its traceback."""
 
 
-def cases(workers: Workers, engines: Sequence[str], folder: Path, only: Sequence[str] = ()) -> dict[str, Any]:
-    """{engine: {case: what it gave}}. A case that raises is told as Failed and the next one goes on."""
-    import time
-    import traceback
+def told_or_failed(case: Callable[[], Any]) -> Any:
+    try:
+        return copy.deepcopy(case())
+    except Exception:
+        return Failed(traceback.format_exc())
 
-    out: dict[str, dict[str, Any]] = {}
+
+def saved_by(folder: Path, engine: str) -> Path:
+    return folder / engine / "saving" / "saved"
+
+
+def cases(
+    workers: Workers,
+    engines: Sequence[str],
+    folder: Path,
+    sources: Mapping[str, Sequence[str]] | None = None,
+    only: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """{engine: {case: what it gave}}; a case that raises is told as Failed, and the next one goes on.
+
+    Then, under "from", each engine goes on from the checkpoints that its `sources` saved.
+    """
+    out: dict[str, Any] = {}
     for engine in engines:
-        out[engine] = {}
+        out[engine] = {"seconds": {}}
         for name, case in CASES[engine].items():
-            if only and name not in only:
-                continue
-            own, began = folder / engine / name, time.process_time()
-            own.mkdir(parents=True, exist_ok=True)
-            try:
-                out[engine][name] = copy.deepcopy(case(Make(engine, workers), own))
-            except Exception:
-                out[engine][name] = Failed(traceback.format_exc())
-            out[engine].setdefault("seconds", {})[name] = time.process_time() - began
+            if only is None or name in only:
+                own, began = folder / engine / name, time.process_time()
+                own.mkdir(parents=True, exist_ok=True)
+                out[engine][name] = told_or_failed(partial(case, Make(engine, workers), own))
+                out[engine]["seconds"][name] = time.process_time() - began
+    for engine, names in (sources or {}).items():
+        own = out.setdefault(engine, {}).setdefault("from", {})
+        for source in names:
+            own[source] = told_or_failed(partial(resuming, Make(engine, workers), saved_by(folder, source)))
     return out
 
 
@@ -513,3 +574,32 @@ def leaves(thing: Any, where: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(value, f"{where}/{number}")
     else:
         yield where, thing
+
+
+FLOOR = 1e-3
+"""The scale below which a number's difference counts absolutely: a policy's loss is a sum of advantages that nearly cancel,
+of terms of size 1."""
+SMALL = 0.1
+"""The same for a tensor, whose largest number is its scale."""
+
+
+def gap(got: Any, expected: Any) -> tuple[float, str]:
+    """(the largest relative difference of nested results, where). Words and lengths must be equal."""
+    ours, theirs = dict(leaves(got)), dict(leaves(expected))
+    if ours.keys() != theirs.keys():
+        return float("inf"), f"only on one side: {sorted(ours.keys() ^ theirs.keys())[:4]}"
+    worst, place = 0.0, ""
+    for where, one in ours.items():
+        other = theirs[where]
+        if isinstance(one, Tensor):
+            fits = one.shape == other.shape
+            scale = max(float(other.abs().max()), SMALL) if other.numel() else 1.0
+            off = float((one.double() - other.double()).abs().max()) / scale if fits and one.numel() else 0.0
+            off = off if fits else float("inf")
+        elif isinstance(one, (int, float)) and not isinstance(one, bool):
+            off = abs(one - other) / max(abs(other), FLOOR)
+        else:
+            off = 0.0 if one == other or isinstance(one, Failed) else float("inf")  # a traceback is another's own
+        if not off <= worst:
+            worst, place = off if off == off else float("inf"), where
+    return worst, place

@@ -473,11 +473,19 @@ def cautions(recipe: fields.Online, algorithm: Algorithm) -> list[str]:
         f"sampled; {fixes[slot]} sums over the whole vocabulary"
         for slot, sampled in (("kl", in_reward), ("loss_kl", in_loss))
         if sampled and recipe.sampling.truncates
-    ] + (
-        ["method.correct: answers are sampled by the learner's own weights here, so every correction is 1"]
-        if algorithm.correct is not None
-        else []
-    )
+    ] + _about_correction(recipe, algorithm)
+
+
+def _about_correction(recipe: fields.Online, algorithm: Algorithm) -> list[str]:
+    own = recipe.generator.engine == "local" and not recipe.generator.max_staleness
+    if algorithm.correct is not None and own and recipe.learner.engine in ("auto", "local"):
+        return ["method.correct: answers are sampled by the learner's own weights here, so every correction is 1"]
+    if algorithm.correct is None and recipe.generator.max_staleness:
+        return [
+            "generator.max_staleness: answers of older weights are learned from as if the present ones had made them; "
+            "--correct token_truncate weighs them"
+        ]
+    return []
 
 
 def steps_of(train: fields.Train, elements: int) -> int:

@@ -9,6 +9,7 @@ from whet.cli import recipe as fields
 from whet.dials import Optim
 from whet.errors import RecipeError
 from whet.generate import Generator
+from whet.generate.fleet import Fleet
 from whet.generate.local import LocalGenerator
 from whet.generate.shared import SharedGenerator
 from whet.learner.local import LocalLearner
@@ -33,6 +34,40 @@ def engine_of(recipe: fields.Offline | fields.Online, workers: int) -> str:
     if engine.startswith("zero") and isinstance(recipe, fields.Online) and recipe.trunk == "shared":
         raise RecipeError("trunk: DeepSpeed trains one role per model; take separate models, or learner.engine fsdp")
     return engine
+
+
+def check_generator(recipe: fields.Online, workers: int) -> None:
+    """Refuses engines that cannot do what the recipe asks of them."""
+    wanted, plain = recipe.generator, fields.Generation()
+    if wanted.engine != "local" and recipe.sampling.truncates:
+        raise RecipeError(
+            f"sampling: a {wanted.engine} engine does not say which tokens could be drawn, so ratios would be wrong; leave "
+            "top_p, top_k and min_p out, or take generator.engine local"
+        )
+    if wanted.engine == "server" and not wanted.urls:
+        raise RecipeError(
+            'generator.urls: where are the servers? for example --generator.urls "[http://127.0.0.1:8000]"'
+        )
+    for name, engines in (
+        ("urls", "server"),
+        ("count", "vllm"),
+        ("push", "vllm"),
+        ("transfer", "vllm"),
+        ("sleep", "vllm"),
+    ):
+        if getattr(wanted, name) != getattr(plain, name) and wanted.engine != engines:
+            raise RecipeError(
+                f"generator.{name}: it is for engine {engines}, and this one is {wanted.engine}; leave it out"
+            )
+    if wanted.push == "adapter" and recipe.model.lora is None:
+        raise RecipeError("generator.push: there is no adapter without model.lora; leave it at weights")
+    if wanted.segment != plain.segment and not wanted.max_staleness:
+        raise RecipeError("generator.segment: answers are waited for; it is for generator.max_staleness above 0")
+    if wanted.max_staleness and workers > 1:
+        raise RecipeError(
+            "generator.max_staleness: torchrun's workers answer and learn in turns; give the engines places of their own "
+            "with --cluster auto --cluster.engines 1"
+        )
 
 
 def learner_of(
@@ -106,15 +141,38 @@ def rewards_of(recipe: fields.Online, tokenizer: Any, learner: Any, workers: Wor
     ]
 
 
-def generator_of(recipe: fields.Online, chat: Chat, learner: LocalLearner) -> Generator:
-    """The generator of a learner's process; several workers answer together."""
+def generator_of(recipe: fields.Online, chat: Chat, learner: LocalLearner, longest: int) -> Generator:
+    """The generator of a learner's process; several workers answer together. `longest` is the longest sequence, in tokens."""
     workers, unit = learner.workers, recipe.rollout.answers_at_once
     own: Generator
     if recipe.generator.engine == "local":
         own = local_generator(recipe, chat, learner)
     else:
-        raise NotImplementedError
+        # an engine that is made again reads the weights anew; while the learner moves on they are no longer that version's
+        restarts = 0 if recipe.generator.max_staleness else recipe.cluster.restarts
+        own = Fleet(engines_of(recipe, chat, longest), restarts=restarts)
     return SharedGenerator(own, workers, unit) if workers.size > 1 else own
+
+
+def engines_of(recipe: fields.Online, chat: Chat, longest: int) -> list[Callable[[], Generator]]:
+    """How each engine of the recipe is started: vLLM's own, or the servers that run already."""
+    wanted = recipe.generator
+    if wanted.engine == "server":
+        from whet.generate.server import ServerGenerator
+
+        return [partial(ServerGenerator, url, chat.end_ids, chat.text) for url in wanted.urls]
+    from whet.generate.vllm import VLLMGenerator
+
+    source = build.source_of(recipe.model)
+    lora = recipe.model.lora
+    make = partial(
+        VLLMGenerator, recipe.model.path, chat.end_ids, chat.text, max_model_len=longest,
+        dtype=str(source.torch_dtype()).removeprefix("torch.") if wanted.dtype == "auto" else wanted.dtype,
+        kv_cache_mib=wanted.cache_mib, gpu_memory=wanted.memory, max_num_seqs=min(256, recipe.rollout.answers_at_once),
+        transfer=wanted.transfer, lora=wanted.push == "adapter", lora_rank=lora.rank if lora else 16,
+        sleep=wanted.sleep,
+    )  # fmt: skip
+    return [make] * wanted.count
 
 
 def local_generator(recipe: fields.Online, chat: Chat, learner: LocalLearner) -> LocalGenerator:

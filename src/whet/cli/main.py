@@ -19,6 +19,7 @@ OTHERS = {
     "rank": "answers become rankings, by a judge function or by their scores",
     "eval": "win rate under a judge, a reward model's accuracy, or a held-out loss",
     "explain": "a recipe's objective with its numbers, its arithmetic, and where it ends",
+    "plan": "what a training recipe needs on so many GPUs: memory, traffic, time",
     "demo": "the whole recipe on a little world, with a report",
 }
 FLAGS = ("resume", "debug", "quiet", "help")
@@ -62,8 +63,8 @@ def run(verb: str, recipe: str | None = None, *, resume: bool = False, quiet: bo
         return demo(fields)
     if verb not in {**OFFLINE, **ONLINE, **OTHERS}:
         raise _unknown_verb(verb)
-    if verb == "explain":
-        raise RecipeError("explain: from Python it is whet.explain(verb, recipe, **fields)")
+    if verb in ("explain", "plan"):
+        raise RecipeError(f"{verb}: from Python it is whet.{verb}(verb, recipe, **fields)")
     from whet.cli import config, verbs
     from whet.cli.recipe import kind_of
 
@@ -88,10 +89,22 @@ def explain(verb: str, recipe: str | None = None, **fields: Any) -> str:
     return explanation(verb, config.resolve(kind_of(verb), verb, recipe, list(fields.items())))
 
 
-def _explained(words: list[str]) -> str:
-    """`whet explain VERB [RECIPE.yaml]`, or `whet explain RECIPE.yaml` where the recipe names its verb."""
+def plan(verb: str, recipe: str | None = None, **fields: Any) -> str:
+    """What `run` would need on a number of GPUs: `plan("ppo", model="DIR", gpus=64, gpu_memory=80)`, as text."""
+    if verb not in {**OFFLINE, **ONLINE}:
+        raise _unknown_verb(verb) if verb not in OTHERS else RecipeError(f"plan: {verb} trains nothing")
+    from whet.cli import config
+    from whet.cli.plan import plan, taken
+    from whet.cli.recipe import kind_of
+
+    options, rest = taken(fields)
+    return plan(verb, config.resolve(kind_of(verb), verb, recipe, list(rest.items())), options)
+
+
+def _told(about: str, words: list[str]) -> str:
+    """`whet explain VERB [RECIPE.yaml]`, or `whet explain RECIPE.yaml` where the recipe names its verb; so with plan."""
     if not words or words[0].startswith("-"):
-        raise RecipeError("explain: which method? whet explain ppo [RECIPE.yaml], or a recipe with a line `verb: ppo`")
+        raise RecipeError(f"{about}: which method? whet {about} ppo [RECIPE.yaml], or a recipe with a line `verb: ppo`")
     verb, rest = words[0].replace("-", "_"), words[1:]
     if verb not in {**OFFLINE, **ONLINE, **OTHERS}:
         from pathlib import Path
@@ -103,10 +116,10 @@ def _explained(words: list[str]) -> str:
         verb, rest = str(read_yaml(Path(words[0])).get("verb", "")), words
         if not verb:
             raise RecipeError(
-                f"{words[0]}: it names no verb; add a line such as `verb: ppo`, or whet explain ppo {words[0]}"
+                f"{words[0]}: it names no verb; add a line such as `verb: ppo`, or whet {about} ppo {words[0]}"
             )
     recipe, overrides, _ = parsed(rest)
-    return explain(verb, recipe, **_grouped(overrides))
+    return (explain if about == "explain" else plan)(verb, recipe, **_grouped(overrides))
 
 
 def _command(words: list[str]) -> int:
@@ -121,8 +134,8 @@ def _command(words: list[str]) -> int:
     verb = words[0].replace("-", "_")
     if verb not in {**OFFLINE, **ONLINE, **OTHERS}:
         raise _unknown_verb(words[0])
-    if verb == "explain" and not {"-h", "--help"} & set(words):
-        print(_explained(words[1:]))
+    if verb in ("explain", "plan") and not {"-h", "--help"} & set(words):
+        print(_told(verb, words[1:]))
         return 0
     recipe, overrides, flags = parsed(words[1:])
     if "help" in flags:
@@ -226,11 +239,16 @@ def _verb_help(verb: str) -> str:
         lines.append("  --seed     which world and which random choices [0]")
         lines.append("  --out      folder; an earlier demo there is set aside [runs/demo]")
         return "\n".join([*lines, "  --quick    a short form, which only shows that everything runs [False]"])
-    if verb == "explain":
+    if verb in ("explain", "plan"):
         lines[0] = (
-            "usage: whet explain VERB [RECIPE.yaml] [--field value ...], or whet explain RECIPE.yaml with a line `verb: VERB`"
+            f"usage: whet {verb} VERB [RECIPE.yaml] [--field value ...], or whet {verb} RECIPE.yaml with a line `verb: VERB`"
         )
-        return "\n".join([*lines[:3], "", "takes every field of the verb it explains"])
+        own = []
+        if verb == "plan":
+            from whet.cli.plan import ABOUT
+
+            own = ["options:", *(f"  --{name.replace('_', '-'):<15} {text}" for name, text in ABOUT.items()), ""]
+        return "\n".join([*lines[:3], "", *own, "takes every field of the verb it is about"])
     kind = kind_of(verb)
     defaults = config.resolve(kind, verb, None, [])
     lines += help.recipe_lines(kind, defaults)

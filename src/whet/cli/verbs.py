@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -126,6 +126,7 @@ def run_online(verb: str, recipe: fields.Online, options: Options) -> Path:
     reader = build.reader_of(recipe.model, recipe.data, chat, room=recipe.sampling.max_new_tokens)
     prompts = build.rows_of(recipe.data, reader.prompts)
     build.check_columns(prompts)
+    crew.check_generator(recipe, 1)
     build.check_rewards(recipe, tokenizer)
     ptx = (
         build.reader_of(recipe.model, fields.Rows(), chat).demonstrations(read_rows(recipe.ptx.data))
@@ -134,15 +135,19 @@ def run_online(verb: str, recipe: fields.Online, options: Options) -> Path:
     )
     for caution in build.cautions(recipe, algorithm):
         print(f"whet: {caution}", file=sys.stderr)
+    positions = load.positions(build.source_of(recipe.model))
+    canary = min(160, positions)
+    longest = min(positions, max(canary + 1, max(len(one.ids) for one in prompts) + recipe.sampling.max_new_tokens))
     rows = recipe.rollout.prompts * (1 if algorithm.pairs else algorithm.collect.answers)
     total = recipe.rollout.steps * recipe.rollout.epochs * -(-rows // minibatch)
     plan = online.Plan(
         steps=recipe.rollout.steps, prompts=recipe.rollout.prompts, minibatch=minibatch, epochs=recipe.rollout.epochs,
         seed=recipe.seed, ptx_batch=recipe.ptx.batch, stop_kl=recipe.rollout.stop_kl, ema=recipe.rollout.ema,
         equal_start=recipe.reference in (None, recipe.model.path), end_ids=chat.end_ids,
-        canary=min(160, load.positions(build.source_of(recipe.model))), half=build.source_of(recipe.model).half or recipe.learner.half,
+        canary=canary, half=build.source_of(recipe.model).half or recipe.learner.half or recipe.generator.dtype in ("bfloat16", "float16"),
         save_every=recipe.train.save_every, keep=recipe.train.keep, refresh=recipe.rollout.refresh.every,
-        refresh_mix=recipe.rollout.refresh.mix,
+        refresh_mix=recipe.rollout.refresh.mix, max_staleness=recipe.generator.max_staleness,
+        segment=recipe.generator.segment, slots=recipe.rollout.answers_at_once,
     )  # fmt: skip
 
     def train(learner: Learner, generator: Generator, rewards: list[Weighted], own: Options) -> None:
@@ -159,9 +164,12 @@ def run_online(verb: str, recipe: fields.Online, options: Options) -> Path:
 
     make = partial(crew.online_learner, recipe, algorithm, total)
     with _working(options, folder) as (workers, own):
+        crew.check_generator(recipe, workers.size)
         learner = make(workers)
         rewards = crew.rewards_of(recipe, tokenizer, learner, workers)
-        train(learner, crew.generator_of(recipe, chat, learner), rewards, own)
+        generator = crew.generator_of(recipe, chat, learner, longest)
+        with closing(generator):
+            train(learner, generator, rewards, own)
     return folder
 
 

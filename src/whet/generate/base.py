@@ -66,6 +66,12 @@ class Generator(Protocol):
     def score(self, ids: Sequence[Tensor]) -> list[Tensor]:
         """Log-probs (S - 1,) of given sequences under the adopted weights, at temperature 1: the canary."""
 
+    def rest(self) -> None:
+        """No answers are wanted until the next weights come: memory may be given back meanwhile."""
+
+    def close(self) -> None:
+        """Nothing is wanted any more: engines of its own end."""
+
 
 def cut(requests: Sequence[Request], size: int) -> list[list[int]]:
     """The places of the requests in units of at most `size`: requests of like length share a unit."""
@@ -138,3 +144,9 @@ class ScriptedGenerator:
     def score(self, ids: Sequence[Tensor]) -> list[Tensor]:
         """Log-prob 0 everywhere: a script is certain."""
         return [torch.zeros(len(one) - 1) for one in ids]
+
+    def rest(self) -> None:
+        """There is nothing to give back."""
+
+    def close(self) -> None:
+        """There is nothing to end."""

@@ -85,6 +85,12 @@ class LocalGenerator:
                 out.append(token_logprobs(logits, one[1:].to(logits.device)).cpu())
         return out
 
+    def rest(self) -> None:
+        """The weights are the learner's, or stay for the next answers."""
+
+    def close(self) -> None:
+        """There is nothing to end."""
+
     def _next(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
         """Logits (B, V) of the token after the last one, in float32 at least; the cache grows by ids.shape[1]."""
         device, model = self.role.device, self.role.model

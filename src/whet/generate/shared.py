@@ -40,3 +40,11 @@ class SharedGenerator:
     def score(self, ids: Sequence[Tensor]) -> list[Tensor]:
         """The scores of the worker whose numbers lie furthest from the first one's."""
         return furthest(self.workers.together(lambda: self.own.score(ids)))
+
+    def rest(self) -> None:
+        """See `Generator.rest`."""
+        self.own.rest()
+
+    def close(self) -> None:
+        """Each worker ends its own."""
+        self.own.close()

@@ -77,7 +77,7 @@ class EngineGenerator(ABC):
         if not requests:
             return
         self._usable()
-        prompts = [request.prompt.ids + request.begun for request in requests]
+        prompts = [request.given() for request in requests]
         for prompt, request in zip(prompts, requests, strict=True):
             self._fits(prompt, request.room)
         found = self._answers(prompts, [self._dials(request) for request in requests])
@@ -102,6 +102,11 @@ class EngineGenerator(ABC):
         if not self._asleep:
             self._pause(True)
             self._asleep = True
+
+    def rest(self) -> None:
+        """Sleep where the engine can."""
+        if self._can_sleep:
+            self.sleep()
 
     def wake(self) -> None:
         """Take the memory again; nothing when the engine is awake."""

@@ -20,13 +20,13 @@ class DeepSpeedLearner(LocalLearner):
     """One DeepSpeed engine per model. `stage` is ZeRO's; frozen roles are sharded at stage 3 and whole before it.
 
     `half` computes in bfloat16 with float32 masters, `offload` keeps the moments (at stage 3 the weights too) in CPU
-    memory. DeepSpeed clips and steps in one; a gradient that is not finite makes it skip the step. Raises RecipeError for
-    what it cannot do.
+    memory. Raises RecipeError for what it cannot do.
     """
 
     def __init__(self, *given: Any, stage: int = 2, half: bool = False, offload: bool = False, **dials: Any) -> None:
         self.stage, self.half, self.offload = stage, half, offload
         self._engines: dict[str, Any] = {}
+        self._touched: set[str] = set()  # the roles that this update has a gradient for
         super().__init__(*given, **dials)
 
     def _place(self) -> None:
@@ -72,22 +72,31 @@ class DeepSpeedLearner(LocalLearner):
         }
 
     def _clear(self) -> None:
+        self._touched.clear()
         for engine in self._engines.values():
             engine.optimizer.zero_grad()
             engine.optimizer.averaged_gradients = {}
 
     def _backward(self, name: str, loss: Tensor, last: bool) -> None:
         engine = self._engines[name]
+        self._touched.add(name)
         engine.set_gradient_accumulation_boundary(last)
         engine.backward(loss, scale_wrt_gas=False)
 
     def _clipped(self, role: Role) -> float:
-        engine = self._engines[role.name]
-        engine.step()
-        return float(engine.get_global_grad_norm())
+        """The norm alone: DeepSpeed clips while it steps, and must not step before all roles are known to be well."""
+        from deepspeed.runtime.utils import combine_grad_norm_groups
+
+        if role.name not in self._touched:
+            return 0.0
+        zero = self._engines[role.name].optimizer
+        return float(
+            combine_grad_norm_groups(zero._get_norm_groups()) if self.stage == 3 else zero.scaled_global_norm()
+        )
 
     def _step(self, role: Role) -> None:
-        """Done: `_clipped` has stepped."""
+        if role.name in self._touched:
+            self._engines[role.name].step()
 
     def _shape(self, parameter: Tensor) -> tuple[int, ...]:
         return tuple(getattr(parameter, "ds_shape", parameter.shape))
@@ -109,7 +118,8 @@ class DeepSpeedLearner(LocalLearner):
         import deepspeed
         from deepspeed.utils import safe_set_full_fp32_param
 
-        safe_set_full_fp32_param(parameter, value.to(parameter.device, torch.float32))
+        if parameter.requires_grad:  # else it has no master copy
+            safe_set_full_fp32_param(parameter, value.to(parameter.device, torch.float32))
         if hasattr(parameter, "ds_id"):
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 parameter.data.copy_(value)

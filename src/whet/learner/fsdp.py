@@ -36,7 +36,10 @@ class FSDPLearner(LocalLearner):
         if self.offload:
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
         inside = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        outside = MixedPrecisionPolicy(torch.bfloat16, torch.float32, output_dtype=torch.float32)
+        # what goes into a shell is a role and a batch, which no policy may look into
+        outside = MixedPrecisionPolicy(
+            torch.bfloat16, torch.float32, output_dtype=torch.float32, cast_forward_inputs=False
+        )
         for shell, roles in shells(list(self.roles.values())).values():
             for role in roles:
                 if self.optims[role.name].kind != "adamw" if role.trained else False:

@@ -13,6 +13,7 @@ from whet.errors import RunStopped
 from whet.generate import Generator, Request
 from whet.generate.base import furthest
 from whet.loops.source import Hand
+from whet.plan.schedule import chosen, lead
 from whet.records import Group, Prompt, Sample, Weights
 
 
@@ -35,31 +36,11 @@ class Pending:
         return sum(one is None or one.finish == "paused" for one in self.answers)
 
 
-def chosen(pending: Sequence[Pending], step: int, count: int, staleness: int, prompts: int) -> list[Pending] | None:
-    """The `count` groups that this step consumes, by draw; None where it has to wait for one of them.
-
-    A group has to be consumed at most `staleness` steps after it was begun, and every later step consumes `prompts`.
-    Groups that no later step could take in time are waited for; the rest are those that were complete first. With
-    staleness 0 these are all groups of the step, whatever their order.
-    """
-    taken: list[Pending] = []
-    by_end = sorted(pending, key=lambda one: (one.ended is None, one.ended or 0, one.draw))
-    for last in sorted({one.begun + staleness for one in pending}):
-        urgent = [one for one in by_end if one.begun + staleness <= last]
-        own = sum(one.begun + staleness <= last for one in taken)
-        must = len(urgent) - own - max(0, last - step) * prompts
-        taken += [one for one in urgent if one not in taken][: max(0, must)]
-    taken += [one for one in by_end if one not in taken][: count - len(taken)]
-    if len(taken) < count or any(one.ended is None for one in taken):
-        return None
-    return sorted(taken, key=lambda one: one.draw)
-
-
 class Buffer:
     """What is handed out, to which lane, and how far it is. Knows no clock and no thread.
 
-    At most `wanted + staleness x prompts` groups are out at a time, `wanted` being what the loop waits for right now: so
-    nothing is begun that could not be consumed within the bound.
+    At most `wanted + lead x prompts` groups are out at a time, `wanted` being what the loop waits for right now: so nothing
+    is begun that could not be consumed within the bound (see `plan.schedule`, which has the rules and their simulator).
     """
 
     def __init__(
@@ -81,7 +62,7 @@ class Buffer:
 
     def admit(self) -> None:
         """Hand out what the bound allows, each group to the lane with the fewest answers to make."""
-        ahead = min(self.staleness, self.steps - 1 - self.step) * self.prompts
+        ahead = min(lead(self.staleness), self.steps - 1 - self.step) * self.prompts
         for draw, prompt in self.hand.take(max(0, self.wanted + ahead - len(self.pending))):
             load = [sum(one.left() for one in self.pending if one.lane == lane) for lane in range(self.lanes)]
             self.pending.append(Pending(draw, prompt, self.step, load.index(min(load)), [None] * self.answers))
@@ -320,6 +301,9 @@ class Ahead:
 
     def _oldest(self) -> int:
         return self._turn - 1 - self.buffer.staleness
+
+    def rest(self) -> None:
+        """The lanes go on."""
 
     def close(self) -> None:
         """The lanes stop after their segments."""

@@ -97,6 +97,7 @@ def train(
             state = algorithm.observe(state, outcome(algorithm, batch))
             now = algorithm.at(state)
             whole = batch = with_baseline(now, generator, rewards, groups, batch, sampling, plan)
+            generator.rest()
             if now.pairs:
                 whole = credited(now, batch)
                 batch = paired(whole)
@@ -110,9 +111,11 @@ def train(
             batch = measured(learner, batch, turns[0], columns)
             if not now.pairs:
                 whole = batch = credited(now, batch)
+            canary = canary_of(whole, plan)
+            before = scored(learner, canary)
             rows: list[dict[str, float]] = []
             if batch.rows:
-                check_rollout(step, batch, plan, now)
+                check_rollout(step, batch, plan, now, learner.version)
                 rows, batch = updates(now, learner, batch, turns, stream, step, plan)
             if plan.ema is not None:
                 learner.blend("ema", "policy", 1 - plan.ema)
@@ -120,7 +123,7 @@ def train(
                 learner.blend("reference", "policy", plan.refresh_mix)
             weights = learner.publish()
             generator.adopt(weights)
-            check_push(step, generator, learner, whole, plan)
+            selfcheck.published(step, generator, learner.version, canary, before, scored(learner, canary), plan.half)
 
             names = [one.name for one in rewards]
             numbers |= rollout_numbers(whole, names) | policy_numbers(batch) | mean_of(rows)
@@ -147,7 +150,7 @@ def _source(
     driver: Driver | None,
 ) -> Source:
     """Where the groups come from: asked for now, or answered ahead."""
-    most = plan.prompts * (plan.steps * (1 + algorithm.collect.refill) + plan.max_staleness)
+    most = plan.prompts * plan.steps * (1 + algorithm.collect.refill)
     hand, answers = Hand(prompts, most, plan.seed), algorithm.collect.answers
     if not plan.max_staleness and driver is None:
         return Now(generator, hand, answers, sampling, plan.seed)
@@ -304,24 +307,27 @@ def moved_from(learner: Learner, batch: Batch) -> float:
     return float(masked_mean(torch.expm1(log_ratio) - log_ratio, batch["mask"]))
 
 
-def check_rollout(step: int, batch: Batch, plan: Plan, algorithm: Algorithm) -> None:
+def check_rollout(step: int, batch: Batch, plan: Plan, algorithm: Algorithm, version: int) -> None:
     """The self-checks between measuring and training."""
     selfcheck.tokens(step, batch, plan.end_ids)
     selfcheck.finite(step, batch.columns)
     if algorithm.correct is None:  # else the gap is expected, and weighed
-        selfcheck.sampler_agrees(step, batch, plan.half)
+        selfcheck.sampler_agrees(step, batch, version, plan.half)
     if step == 0 and plan.equal_start and "ref_logp" in batch.columns:
         selfcheck.kl_is_zero(step, batch)
     if "old_value" not in batch.columns and algorithm.centred and algorithm.truncated.rule != "mask":
         selfcheck.groups_centred(step, batch)
 
 
-def check_push(step: int, generator: Generator, learner: Learner, batch: Batch, plan: Plan) -> None:
-    """The self-checks after a push: version, and a canary longer than a cache block (made of this rollout's tokens)."""
-    ids = torch.cat([row.ids for row in batch.rows])[: plan.canary]
+def canary_of(batch: Batch, plan: Plan) -> torch.Tensor:
+    """A sequence longer than a cache block, made of this rollout's tokens, for generator and learner to score."""
+    return torch.cat([row.ids for row in batch.rows])[: plan.canary]
+
+
+def scored(learner: Learner, ids: torch.Tensor) -> torch.Tensor:
+    """The learner's log-probs of a sequence's tokens after the first, (S - 1,)."""
     row = Row(ids, 1, torch.ones(len(ids) - 1, dtype=torch.bool))
-    expected = learner.measure(Batch.of([row]), frozenset({"old_logp"}))["old_logp"][0]
-    selfcheck.published(step, generator, learner, ids, expected, plan.half)
+    return learner.measure(Batch.of([row]), frozenset({"old_logp"}))["old_logp"][0]
 
 
 def rollout_numbers(batch: Batch, names: Sequence[str]) -> dict[str, float]:

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from whet.errors import RunStopped
 from whet.generate import Generator
-from whet.learner import Learner
 from whet.ops import masked_sum
 from whet.records import Batch
 
@@ -42,9 +41,9 @@ def finite(step: int, columns: Mapping[str, Tensor]) -> None:
             stop(step, f"column {name} holds a NaN or an infinity")
 
 
-def sampler_agrees(step: int, batch: Batch, half: bool = False) -> float:
-    """Generator and learner give the sampled tokens the same log-prob, within a bound; the mean gap in nats."""
-    mask = batch["mask"]
+def sampler_agrees(step: int, batch: Batch, version: int, half: bool = False) -> float:
+    """Generator and learner give the tokens of this version the same log-prob, within a bound; the mean gap in nats."""
+    mask = batch["mask"] & (batch["token_version"] == version)
     gap = float((batch["sampler_logp"] - batch["old_logp"])[mask].abs().mean()) if bool(mask.any()) else 0.0
     bound = HALF if half else GAP[batch["old_logp"].dtype]
     if gap > bound:
@@ -97,16 +96,26 @@ def groups_centred(step: int, batch: Batch) -> None:
 
 
 def published(
-    step: int, generator: Generator, learner: Learner, canary: Tensor, expected: Tensor, half: bool = False
+    step: int, generator: Generator, version: int, canary: Tensor, before: Tensor, expected: Tensor, half: bool = False
 ) -> None:
-    """The generator has the learner's version, and scores a fixed sequence as the learner does."""
-    if generator.version != learner.version:
-        stop(step, f"the generator has weights of version {generator.version}, the learner is at {learner.version}")
-    got = generator.score([canary])[0]
+    """The generator has the learner's version, and scores a fixed sequence as the learner does now.
+
+    `before` and `expected` are the learner's scores (S - 1,) before this rollout's updates and after them. Where they
+    differ by more than what precision explains, the generator has to be nearer to the second.
+    """
+    if generator.version != version:
+        stop(step, f"the generator has weights of version {generator.version}, the learner is at {version}")
+    got, precision = generator.score([canary])[0], HALF if half else GAP[expected.dtype]
     gap = float((got - expected).abs().max())
-    bound = 10 * (HALF if half else GAP[expected.dtype])
-    if not gap <= bound:
+    if not gap <= 10 * precision:
         stop(
             step,
-            f"after the push the generator scores the canary {gap:.4f} nats off the learner's score (bound {bound})",
+            f"after the push the generator scores the canary {gap:.4f} nats off the learner's score (bound {10 * precision})",
+        )
+    moved, off, stale = (float((a - b).norm()) for a, b in ((expected, before), (got, expected), (got, before)))
+    if moved > 0.1 * precision * len(expected) ** 0.5 and stale < off:
+        stop(
+            step,
+            f"after the push the generator still scores the canary as the learner did before its updates ({stale:.2g} nats from "
+            f"those scores, {off:.2g} from the new ones); the new weights did not arrive",
         )

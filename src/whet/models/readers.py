@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from whet.models.dropout import Dropout
 from whet.models.roles import Role
+from whet.models.shell import through
 from whet.ops import entropy, exact_kl, linear_collision, linear_kl, linear_logprobs, token_logprobs
 from whet.records import Batch, Row, pad_ids
 
@@ -36,36 +37,29 @@ def read(
     dropout: Dropout | None = None,
     reference: Role | None = None,
 ) -> dict[str, Tensor]:
-    """These bare columns of the batch as this role's model gives them: `read_off`, through the engine where one has
-    wrapped the model."""
-    options = {"packed": packed, "dropout": dropout, "reference": reference}
-    if role.shell is not None:
-        return role.shell(role, (batch, names), options)
-    return read_off(role, batch, names, packed=packed, dropout=dropout, reference=reference)
-
-
-def read_off(
-    role: Role,
-    batch: Batch,
-    names: frozenset[str],
-    *,
-    packed: bool = False,
-    dropout: Dropout | None = None,
-    reference: Role | None = None,
-) -> dict[str, Tensor]:
     """These bare columns of the batch as this role's model gives them, with gradient where it is enabled.
 
     (B, T) per token, 0 outside each row's mask; (B,) for score and final_value. `packed` lays the rows out behind
     one another with a block-causal mask instead of padding them. `reference` is whom exact_kl compares with. Where the
     batch has a support, logp and entropy are of the distribution that was drawn from, and full_logp of the whole one.
     """
+    other = None
+    if "exact_kl" in names:
+        if reference is None:
+            raise ValueError("the exact KL needs the reference beside the policy, and there is none")
+        other = _other(reference, batch, packed)
+    return through(role, _read_off, role, batch, names, packed, dropout, other)
+
+
+def _read_off(
+    role: Role, batch: Batch, names: frozenset[str], packed: bool, dropout: Dropout | None, other: "_Other | None"
+) -> dict[str, Tensor]:
+    """`read`, where the role's weights can be touched."""
     if names & ATTENTION.keys():
         rest = names - ATTENTION.keys()
-        out = read_off(role, batch, rest, packed=packed, dropout=dropout, reference=reference) if rest else {}
+        out = _read_off(role, batch, rest, packed, dropout, other) if rest else {}
         return out | _attention(role, batch, names & ATTENTION.keys())
-    ids, layout, where = (_packed if packed else _padded)(batch.rows)
-    ids = ids.to(role.device)
-    layout = {name: tensor.to(role.device) for name, tensor in layout.items()}
+    ids, layout, where = _laid_out(role, batch, packed)
     numbers = batch.columns["number"] if "number" in batch.columns else torch.arange(len(batch.rows))
     row_of, position_of = where.addresses(numbers)
     with ExitStack() as stack:
@@ -74,15 +68,39 @@ def read_off(
             dropout.put_on(role.model, row_of.to(role.device), position_of.to(role.device), stack)
         states = role.hidden if role.linear_head or not names & LANGUAGE else role.logits
         flat = states(ids, **layout).flatten(0, 1)
-    other = None
-    if "exact_kl" in names:
-        if reference is None:
-            raise ValueError("the exact KL needs the reference beside the policy, and there is none")
-        with torch.no_grad(), reference.active():
-            states = reference.hidden if reference.linear_head else reference.logits
-            other = states(ids.to(reference.device), **layout).flatten(0, 1)
     with role.active():
-        return _columns(role, batch, names, where, flat, reference, other)
+        return _columns(role, batch, names, where, flat, other)
+
+
+@dataclass(frozen=True)
+class _Other:
+    """What the exact KL needs of the reference: its flat states, and its head where they are hidden states."""
+
+    states: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+@torch.no_grad()
+def _other(reference: Role, batch: Batch, packed: bool) -> _Other:
+    states = through(reference, _states, reference, batch, packed)["states"]
+    if not reference.linear_head:
+        return _Other(states, None, None)
+    head = reference.model.get_output_embeddings()
+    return _Other(states, reference.gather(head.weight), None if head.bias is None else reference.gather(head.bias))
+
+
+def _states(reference: Role, batch: Batch, packed: bool) -> dict[str, Tensor]:
+    ids, layout, _ = _laid_out(reference, batch, packed)
+    with reference.active():
+        return {
+            "states": (reference.hidden if reference.linear_head else reference.logits)(ids, **layout).flatten(0, 1)
+        }
+
+
+def _laid_out(role: Role, batch: Batch, packed: bool) -> tuple[Tensor, dict[str, Tensor], "_Where"]:
+    ids, layout, where = (_packed if packed else _padded)(batch.rows)
+    return ids.to(role.device), {name: tensor.to(role.device) for name, tensor in layout.items()}, where
 
 
 @torch.no_grad()
@@ -108,8 +126,7 @@ def _columns(
     names: frozenset[str],
     where: "_Where",
     flat: Tensor,
-    reference: Role | None,
-    other: Tensor | None,
+    other: _Other | None,
 ) -> dict[str, Tensor]:
     mask = _record_mask(batch.rows)
     row, step = mask.nonzero(as_tuple=True)
@@ -126,8 +143,8 @@ def _columns(
         temperature = batch["temperature"][row] if "temperature" in batch.columns else torch.ones(len(row))
         support = batch["support"][row, step] if "support" in batch.columns else None
         read_off = _language(role, flat[at - 1], tokens, temperature, support, names)
-        if reference is not None and other is not None:
-            read_off["exact_kl"] = _exact_kl(role, flat[at - 1], reference, other[at - 1], temperature)
+        if other is not None:
+            read_off["exact_kl"] = _exact_kl(role, flat[at - 1], other, other.states[at - 1], temperature)
         out |= {name: spread(values) for name, values in read_off.items() if name in names}
     if names & SCALAR:
         if role.head is None:
@@ -192,21 +209,15 @@ def _named(names: frozenset[str], prefix: str, logp: Tensor, uncertainty: Tensor
     return out | ({f"{prefix}entropy": uncertainty} if uncertainty is not None else {})
 
 
-def _exact_kl(role: Role, states: Tensor, reference: Role, other: Tensor, temperature: Tensor) -> Tensor:
+def _exact_kl(role: Role, states: Tensor, other: _Other, theirs: Tensor, temperature: Tensor) -> Tensor:
     """KL(policy || reference) at every trained token over the whole vocabulary, (N,)."""
-    scale, other = temperature.to(_precise(states)), other.to(states.device)
-    if not (role.linear_head and reference.linear_head):
-        own, theirs = (_logits(*one).to(scale.dtype) for one in ((role, states), (reference, other)))
-        return exact_kl(own / scale[:, None], theirs / scale[:, None])
-    head, ref_head = role.model.get_output_embeddings(), reference.model.get_output_embeddings()
-    return linear_kl(
-        states, head.weight, other, ref_head.weight, bias=head.bias, ref_bias=ref_head.bias, temperature=scale
-    )
-
-
-def _logits(role: Role, states: Tensor) -> Tensor:
-    """The logits of states that are hidden where the head is linear, and logits already where it is more."""
-    return role.model.get_output_embeddings()(states) if role.linear_head else states
+    scale, theirs = temperature.to(_precise(states)), theirs.to(states.device)
+    head = role.model.get_output_embeddings() if role.linear_head else None
+    if head is None or other.weight is None:
+        own = states if head is None else head(states)
+        full = theirs if other.weight is None else functional.linear(theirs, other.weight, other.bias)
+        return exact_kl(own.to(scale.dtype) / scale[:, None], full.to(scale.dtype) / scale[:, None])
+    return linear_kl(states, head.weight, theirs, other.weight, bias=head.bias, ref_bias=other.bias, temperature=scale)
 
 
 def _precise(x: Tensor) -> torch.dtype:

@@ -1,10 +1,13 @@
-"""What an engine wraps: a model with the heads beside it, whose one forward reads columns."""
+"""What an engine wraps: a model with the heads beside it, whose forward runs whatever touches their weights."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from whet.models.roles import Role
+
+Columns = dict[str, Tensor]
 
 
 class Shell(nn.Module):
@@ -19,11 +22,14 @@ class Shell(nn.Module):
         self.model = model
         self.heads = nn.ModuleList(heads)
 
-    def forward(self, role: Role, given: tuple, options: dict[str, Any]) -> dict[str, Tensor]:
-        """The columns of `models.readers.read` with these arguments."""
-        from whet.models.readers import read_off
+    def forward(self, work: Callable[..., Columns], *given: Any) -> Columns:
+        """What `work` gives of these."""
+        return work(*given)
 
-        return read_off(role, *given, **options)
+
+def through(role: Role, work: Callable[..., Columns], *given: Any) -> Columns:
+    """What `work` gives of these, inside the role's shell where it has one."""
+    return work(*given) if role.shell is None else role.shell(work, *given)
 
 
 def shells(roles: list[Role]) -> dict[int, tuple[Shell, list[Role]]]:

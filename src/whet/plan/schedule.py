@@ -11,6 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any, Protocol, TypeVar
 
 from whet.errors import RecipeError
 
@@ -18,17 +19,69 @@ Length = Callable[[int, int], int]
 """How many tokens answer `answer` of draw `draw` will have."""
 
 
+class Out(Protocol):
+    """A group that was handed out and not yet consumed: while which step, and the when of its end (None before it)."""
+
+    draw: int
+    begun: int
+    ended: Any
+
+
+Group = TypeVar("Group", bound=Out)
+
+
+def lead(max_staleness: int) -> int:
+    """How many steps' groups are handed out beyond those that are wanted now: half of the bound, rounded up.
+
+    The other half is how long a slow group may be passed over. Were all of the bound handed out, each step would have to
+    take exactly one hand-out, slow ones included.
+    """
+    return (max_staleness + 1) // 2
+
+
+def chosen(out: Sequence[Group], step: int, count: int, max_staleness: int, prompts: int) -> list[Group] | None:
+    """The `count` groups that this step consumes, by draw; None where it has to wait for one of them.
+
+    A group has to be consumed at most `max_staleness` steps after it was begun, and every later step consumes `prompts`.
+    Groups that no later step could take in time are waited for; the rest are those that were complete first. With
+    max_staleness 0 these are all groups of the step, whatever their order.
+    """
+    if sum(one.ended is not None for one in out) < count:
+        return None
+    left = sorted(out, key=lambda one: (one.ended is None, one.ended or 0, one.draw))
+    taken: list[Group] = []
+    for last in sorted({one.begun + max_staleness for one in out}):
+        urgent = [one for one in left if one.begun + max_staleness <= last]
+        must = urgent[: max(0, len(urgent) - max(0, last - step) * prompts)]
+        taken, left = taken + must, _without(left, must)
+    rest = left[: count - len(taken)]
+    taken += rest
+    if len(taken) < count or any(one.ended is None for one in taken):
+        return None
+    return sorted(taken, key=lambda one: one.draw)
+
+
+def _without(groups: Sequence[Group], those: Sequence[Group]) -> list[Group]:
+    gone = {one.draw for one in those}
+    return [one for one in groups if one.draw not in gone]
+
+
+@dataclass
+class Handed:
+    """A group that is out."""
+
+    draw: int
+    begun: int
+    ended: float | None = None
+
+
 class Window:
-    """Which groups are out, and which of them a step takes.
+    """Which groups are out, and which of them a step takes (see `chosen`).
 
-    While step s is collected at most (s + 1 + max_staleness) x prompts groups have been handed out, in order of draw. A
-    step takes `prompts` groups, and a group handed out while step b was collected is taken by step b + max_staleness at
-    the latest: nothing is too old, nothing is lost. Since as many groups are out as these steps can take, that leaves one
-    choice: a step takes from the oldest hand-out that is open, those complete first (ties: lowest draw). The first
-    hand-out has (1 + max_staleness) x prompts groups, so there the slow ones may come later; each later one is taken
-    whole. max_staleness 0 is the synchronous run. With `steps` the run ends there, and what no step would take is not begun.
+    While step s is collected at most (s + 1 + lead) x prompts groups have been handed out, in order of draw. max_staleness
+    0 is the synchronous run. With `steps` the run ends there, and what no step would take is not begun.
 
-    >>> window = Window(prompts=2, max_staleness=1)
+    >>> window = Window(prompts=2, max_staleness=2)
     >>> window.hand_out(0)
     range(0, 4)
     >>> for time, draw in enumerate([3, 0, 1, 2]):
@@ -42,39 +95,38 @@ class Window:
             if value < least:
                 raise RecipeError(f"{name}: at least {least}; got {value}")
         self.prompts, self.max_staleness, self.steps, self.handed = prompts, max_staleness, steps, 0
-        self.open: dict[int, int] = {}
-        """draw -> the step that was collected when it was handed out, ascending"""
-        self.completed: dict[int, list[tuple[float, int]]] = {}
-        """that step -> (when its last answer ended, draw) of its groups that are complete and in no step yet"""
+        self.open: dict[int, Handed] = {}
+        """draw -> the group, ascending"""
+        self._asked: tuple[int, int] | None = None  # the step, and how many were complete, when there was nothing to take
+        self._complete = 0
 
     def hand_out(self, step: int) -> range:
         """The draws that are handed out when the collection of this step begins; none that no step of the run would take."""
-        first, ahead = self.handed, step + 1 + self.max_staleness
+        first, ahead = self.handed, step + 1 + lead(self.max_staleness)
         self.handed = (ahead if self.steps is None else min(ahead, self.steps)) * self.prompts
-        self.open.update(dict.fromkeys(range(first, self.handed), step))
+        self.open.update({draw: Handed(draw, step) for draw in range(first, self.handed)})
         return range(first, self.handed)
 
     def complete(self, draw: int, time: float) -> None:
         """All answers of the draw have ended. Raises ValueError for one that is not out, or was told before."""
-        ready = self.completed.setdefault(self.open.get(draw, -1), [])
-        if draw not in self.open or any(one == draw for _, one in ready):
+        if draw not in self.open or self.open[draw].ended is not None:
             raise ValueError(f"draw {draw} is not out")
-        ready.append((time, draw))
+        self.open[draw].ended = time
+        self._complete += 1
 
     def take(self, step: int) -> tuple[int, ...] | None:
         """The draws of this step, ascending, once they are all complete; None before."""
-        oldest = next(iter(self.open.values()))
-        ready = self.completed.get(oldest, [])
-        if len(ready) < self.prompts:
+        if self._asked == (step, self._complete):
             return None
-        if step - oldest > self.max_staleness:
-            raise ValueError(f"the groups of step {oldest} are too old in step {step}")
-        ready.sort()
-        taken = tuple(sorted(draw for _, draw in ready[: self.prompts]))
-        self.completed[oldest] = ready[self.prompts :]
-        for draw in taken:
-            del self.open[draw]
-        return taken
+        found = chosen(list(self.open.values()), step, self.prompts, self.max_staleness, self.prompts)
+        if found is None:
+            self._asked = (step, self._complete)
+            return None
+        for one in found:
+            if step - one.begun > self.max_staleness:
+                raise ValueError(f"the groups of step {one.begun} are too old in step {step}")
+            del self.open[one.draw]
+        return tuple(one.draw for one in found)
 
 
 @dataclass(frozen=True, order=True)

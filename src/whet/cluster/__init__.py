@@ -1,0 +1,8 @@
+"""The same seams as Ray actors: placement, restarts, fencing."""
+
+from whet.cluster.placement import Wanted
+from whet.cluster.ray import connected
+from whet.cluster.survive import survive
+from whet.cluster.world import World
+
+__all__ = ["Wanted", "World", "connected", "survive"]

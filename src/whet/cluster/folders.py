@@ -1,0 +1,109 @@
+"""Folders in shared memory for weights on their way: one per attempt, removed with it, and found and removed if it could not."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from whet.generate.base import whole
+from whet.learner.store import write
+from whet.records import Weights
+from whet.workers import Workers
+
+PREFIX = "whet-push-"
+LOCK = "lock"
+PART = 1 << 30
+"""Bytes of one file; a reader on another machine holds one file at a time."""
+
+
+class Shelf:
+    """The pushes of one attempt: numbered folders, of which the newest two stay.
+
+    The attempt's id is in the path, and nothing here makes the path again once it is gone: a worker of a lost attempt that
+    lives on can only write where nobody reads. The lock says that the owner lives; `sweep` removes shelves without owner.
+    """
+
+    def __init__(self, attempt: str, name: str) -> None:
+        sweep()
+        self.folder = _memory() / f"{PREFIX}{attempt}-{name}"
+        self.folder.mkdir()
+        aside = self.folder / "locking"
+        self._lock = aside.open("w")
+        _locked(self._lock)
+        aside.rename(self.folder / LOCK)  # only now may a sweep look at it
+
+    def put(self, number: int, tensors: Iterator[tuple[str, Tensor]]) -> Path:
+        """Write the tensors as push `number`. Raises FileNotFoundError when the shelf was removed."""
+        aside = self.begin(number)
+        part: list[tuple[str, Tensor]] = []
+        size = count = 0
+        for name, value in tensors:
+            part.append((name, value))
+            size += value.numel() * value.element_size()
+            if size >= PART:
+                write(aside, f"weights-{count:05d}", part, Workers())
+                part, size, count = [], 0, count + 1
+        if part:
+            write(aside, f"weights-{count:05d}", part, Workers())
+        return self.end(number)
+
+    def begin(self, number: int) -> Path:
+        """An empty folder in which push `number` is written."""
+        aside = self.folder / f"{number}.writing"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        return aside
+
+    def end(self, number: int) -> Path:
+        """Push `number` is whole; those before the last one go."""
+        final = self.folder / str(number)
+        (self.folder / f"{number}.writing").rename(final)
+        for old in self.folder.glob("[0-9]*"):
+            if old.name.isdigit() and int(old.name) < number - 1:
+                shutil.rmtree(old, ignore_errors=True)
+        return final
+
+    def close(self) -> None:
+        """Remove everything."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.close()
+
+
+def contents(handle: Any) -> dict[str, bytes]:
+    """The files of a pushed folder, or of a folder made of what another handle gives."""
+    if isinstance(handle, (str, Path)):
+        return {path.name: path.read_bytes() for path in sorted(Path(handle).iterdir()) if path.is_file()}
+    with tempfile.TemporaryDirectory(dir=_memory()) as folder:
+        write(Path(folder), "weights", whole(Weights(0, handle)), Workers())
+        return contents(folder)
+
+
+def remove(attempt: str) -> None:
+    """Every shelf of an attempt on this machine."""
+    for folder in _memory().glob(f"{PREFIX}{attempt}-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def sweep() -> None:
+    """Remove the shelves on this machine whose owner is gone."""
+    for lock in _memory().glob(f"{PREFIX}*/{LOCK}"):
+        with suppress(OSError), lock.open("w") as file:
+            _locked(file)
+            shutil.rmtree(lock.parent, ignore_errors=True)
+
+
+def _memory() -> Path:
+    shared = Path("/dev/shm")
+    return shared if shared.is_dir() and os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
+
+
+def _locked(file: Any) -> None:
+    """Take the lock, which the system drops when this process ends. Raises OSError where another process has it."""
+    import fcntl
+
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,318 @@
+"""A learner whose workers are actors: every call goes to all of them, and what the first one returns is what is returned."""
+
+import os
+import socket
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from whet.cluster.folders import Shelf, contents
+from whet.cluster.placement import Placement
+from whet.cluster.worker import START, Remote, in_step
+from whet.errors import EngineDied, RunStopped, WhetError
+from whet.generate.base import Generator
+from whet.learner.base import Step, Work
+from whet.learner.local import LocalLearner
+from whet.records import Batch, Weights
+from whet.workers import Workers, join
+
+PORTS = 3
+"""Ports that are tried: between its choice and its use another program may take one."""
+
+Make = Callable[[Workers], LocalLearner]
+"""Builds a learner in one of the workers; it travels there, so it must be picklable."""
+
+
+class Regrow(EngineDied):
+    """Nothing died: machines have come back, and the world can be built larger from the checkpoint just saved."""
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """Published weights: a folder of safetensors (or of an adapter) on one node, and its files for other nodes."""
+
+    folder: Path
+    node: str
+    keeper: Remote = field(repr=False)
+    _cache: list[Any] = field(default_factory=list, repr=False)
+    _lock: Any = field(default_factory=threading.Lock, repr=False)
+
+    def files(self) -> Any:
+        """A reference to the folder's files in the object store; they are read once, however many nodes want them."""
+        with self._lock:
+            if not self._cache:
+                self._cache.append(self.keeper.start("files", (self.folder,)))
+            return self._cache[0]
+
+
+class ClusterLearner:
+    """The learner that `make` builds, on as many workers as `placement` has learners.
+
+    attempt   what is written into shared memory has it in its path
+    push      what `publish` hands out: all weights, the adapter alone, or nothing, where the workers themselves answer
+    answers   builds, in each worker, the generator that answers from its learner (see `Inside`)
+    limit     seconds that a call may take
+
+    Calls raise what the workers raise, as itself; EngineDied when a worker died or fell silent, all others being killed
+    then; Regrow where the world could be larger, at the first call after a save.
+    """
+
+    def __init__(
+        self,
+        make: Make,
+        placement: Placement,
+        *,
+        attempt: str,
+        push: Literal["weights", "adapter", "nothing"] = "weights",
+        answers: Callable[[LocalLearner], Generator] | None = None,
+        limit: float = 1800.0,
+    ) -> None:
+        self.workers, self.version = Workers(), 0
+        self.placement, self.push, self.limit = placement, push, limit
+        self.remotes: list[Remote] = []
+        self._attempt, self._number, self._grows = attempt, 0, False
+        try:
+            for tried in range(PORTS):
+                self._start()
+                if self._join(last=tried + 1 == PORTS):
+                    break
+            self._all("build", make, answers, push, attempt)
+        except BaseException:
+            self.close()
+            raise
+
+    def measure(self, batch: Batch, columns: frozenset[str]) -> Batch:
+        """See `Learner.measure`."""
+        return batch.with_columns(**self._all("measure", batch, columns))
+
+    def columns(self, name: str, batch: Batch, bare: frozenset[str]) -> Mapping[str, Tensor]:
+        """See `Learner.columns`."""
+        return self._all("call", "columns", name, batch, bare)
+
+    def update(self, work: Work) -> Step:
+        """See `Learner.update`."""
+        return self._all("call", "update", list(work))
+
+    def evaluate(self, work: Work) -> Step:
+        """See `Learner.evaluate`."""
+        return self._all("call", "evaluate", list(work))
+
+    def publish(self) -> Weights:
+        """The policy's weights in a folder of shared memory: see `Pushed`. None where the workers answer themselves."""
+        if self.push == "nothing":
+            return Weights(self.version, None)
+        self._number += 1
+        folder = self._all("publish", self._number)
+        return Weights(self.version, Pushed(folder, self.remotes[0].where.node, self.remotes[0]))
+
+    def blend(self, target: str, source: str, mix: float) -> None:
+        """See `Learner.blend`."""
+        self._all("call", "blend", target, source, mix)
+
+    def rescale(self, role: str, scale: float, shift: float) -> None:
+        """See `Learner.rescale`."""
+        self._all("call", "rescale", role, scale, shift)
+
+    def save(self, folder: Path) -> None:
+        """See `Learner.save`. Every worker must see the folder. Afterwards it is seen whether the world may grow."""
+        self._all("call", "save", folder.absolute())
+        self._grows = self.placement.grows()
+
+    def load(self, folder: Path) -> None:
+        """See `Learner.load`."""
+        self._all("call", "load", folder.absolute())
+
+    def export(self, role: str, folder: Path, tokenizer: Any = None, *, merge: bool = True) -> None:
+        """See `Learner.export`."""
+        self._all("export", role, folder.absolute(), tokenizer, merge)
+
+    def ask(self, method: str, *given: Any) -> Any:
+        """What the first worker's generator gives; all of them take part."""
+        return self._all("answer", method, *given)
+
+    def close(self) -> None:
+        """End all workers, and remove what they published. May be called again."""
+        for one in self.remotes[:1]:
+            with suppress(WhetError):
+                one.ask("close", limit=5.0)
+        for one in self.remotes:
+            one.end()
+
+    def _all(self, method: str, *given: Any) -> Any:
+        if self._grows:
+            raise Regrow("cluster: there is a place for more learners")
+        told = in_step(self.remotes, method, given, self.limit)
+        versions = [version for version, _ in told]
+        if len(set(versions)) > 1:
+            raise RunStopped(f"cluster: the learner's workers are at different versions, {versions}")
+        self.version = versions[0]
+        return told[0][1]
+
+    def _start(self) -> None:
+        size = self.placement.learners
+        for rank in range(size):
+            one = Remote(f"learner {rank} of {size}", self.placement.learner(rank), limit=self.limit)
+            self.remotes.append(one)
+            one.hold(Member)
+
+    def _join(self, *, last: bool) -> bool:
+        """All workers find one another; False where the port was taken, and all of them are ended."""
+        first = self.remotes[0].where
+        near = len({one.where.process.host for one in self.remotes}) == 1
+        address = "127.0.0.1" if near else first.address
+        port = self.remotes[0].ask("port", address, limit=START)
+        asked = [
+            one.start("join", (rank, len(self.remotes), address, port, "" if near else one.where.address, self.limit))
+            for rank, one in enumerate(self.remotes)
+        ]
+        try:
+            self.remotes[0].answer(asked[0])  # it owns the store: where that fails the others would wait
+            for one, reference in zip(self.remotes, asked, strict=True):
+                one.answer(reference)
+        except Exception as error:
+            taken = "in use" in str(error).lower()
+            for one in self.remotes:
+                one.end()
+            if last or not taken:
+                raise
+            self.remotes.clear()
+            return False
+        return True
+
+
+class Inside:
+    """The generator in each of a learner's workers as one Generator: weights do not leave the processes."""
+
+    def __init__(self, learner: ClusterLearner) -> None:
+        self.learner = learner
+        self.version, self.reports = learner.ask("about")
+
+    def generate(self, requests: Sequence[Any]) -> Any:
+        """See `Generator.generate`."""
+        yield from self.learner.ask("generate", list(requests))
+
+    def adopt(self, weights: Weights) -> None:
+        """Every worker takes its learner's weights of now. Raises RunStopped where these are of another version."""
+        self.version = self.learner.ask("adopt", weights.version)
+
+    def score(self, ids: Sequence[Tensor]) -> list[Tensor]:
+        """See `Generator.score`."""
+        return self.learner.ask("score", list(ids))
+
+    def rest(self) -> None:
+        """See `Generator.rest`."""
+        self.learner.ask("rest")
+
+    def close(self) -> None:
+        """The workers' generators end."""
+        with suppress(EngineDied):
+            self.learner.ask("close")
+
+
+class Member:
+    """One of the learner's workers, in its own process. What it answers has its version before it."""
+
+    learner: LocalLearner
+    own: Generator | None = None
+    shelf: Shelf | None = None
+
+    def port(self, address: str) -> int:
+        """A free port at this address."""
+        with socket.socket() as one:
+            one.bind((address, 0))
+            return one.getsockname()[1]
+
+    def join(self, rank: int, size: int, address: str, port: int, own: str, timeout: float) -> None:
+        """Become worker `rank`; `own` is this machine's address, "" where all are on one machine."""
+        interface = _interface(own) if own else "lo"
+        if interface:
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
+        os.environ["LOCAL_RANK"] = "0"  # Ray shows every actor its own GPUs only
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
+        self.workers = join(rank, size, address, port, timeout=timeout)
+
+    def build(self, make: Make, answers: Any, push: str, attempt: str) -> tuple[int, None]:
+        """Load the models."""
+        self.learner, self.push = make(self.workers), push
+        self.own = answers(self.learner) if answers is not None else None
+        if self.workers.first and push != "nothing":
+            self.shelf = Shelf(attempt, "learner")
+        return self._told(None)
+
+    def call(self, method: str, *given: Any) -> tuple[int, Any]:
+        """A call of the learner."""
+        return self._told(getattr(self.learner, method)(*given))
+
+    def measure(self, batch: Batch, columns: frozenset[str]) -> tuple[int, Any]:
+        """The new columns alone: the driver has the batch."""
+        seen = self.learner.measure(batch, columns)
+        return self._told({name: seen[name] for name in columns})
+
+    def export(self, role: str, folder: Path, tokenizer: Any, merge: bool) -> tuple[int, None]:
+        """See `Learner.export`."""
+        self.learner.export(role, folder, tokenizer, merge=merge)
+        return self._told(None)
+
+    def publish(self, number: int) -> tuple[int, Path | None]:
+        """All gather the policy in step, and the first one writes it."""
+        shelf = self.shelf
+        if self.push == "adapter":
+            aside = shelf.begin(number) if shelf else Path(os.devnull)
+            self.learner.export("policy", aside, None, merge=False)
+            return self._told(shelf.end(number) if shelf else None)
+        weights = ((name, value.detach()) for name, value in self.learner.roles["policy"].whole())
+        if shelf:
+            return self._told(shelf.put(number, weights))
+        for _ in weights:  # gathering is collective
+            pass
+        return self._told(None)
+
+    def files(self, folder: Path) -> dict[str, bytes]:
+        """What lies in a published folder."""
+        return contents(folder)
+
+    def answer(self, method: str, *given: Any) -> tuple[int, Any]:
+        """A call of the generator that answers from this learner."""
+        own = self.own
+        assert own is not None
+        if method == "about":
+            return self._told((own.version, own.reports))
+        if method == "adopt":
+            weights = self.learner.publish()
+            if weights.version != given[0]:
+                raise RunStopped(f"version {given[0]} was published, but the learner is at {weights.version}")
+            own.adopt(weights)
+            versions = self.workers.gather(own.version)
+            return self._told(next((one for one in versions if one != weights.version), weights.version))
+        found = getattr(own, method)(*given)
+        return self._told(found if found is None else list(found))
+
+    def close(self) -> None:
+        """Remove what was published."""
+        if self.shelf is not None:
+            self.shelf.close()
+
+    def _told(self, what: Any) -> tuple[int, Any]:
+        return self.learner.version, what if self.workers.first else None
+
+
+def _interface(address: str) -> str:
+    """The network interface that has this address; "" where that cannot be found out, and gloo chooses itself."""
+    import struct
+
+    try:
+        import fcntl
+    except ImportError:
+        return ""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):
+                found = fcntl.ioctl(one.fileno(), 0x8915, struct.pack("256s", name.encode()[:15]))  # SIOCGIFADDR
+                if socket.inet_ntoa(found[20:24]) == address:
+                    return name
+    return ""

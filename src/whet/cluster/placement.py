@@ -1,0 +1,146 @@
+"""Where workers sit: a place for every learner, engine and reward worker, or for fewer learners where machines were lost."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from whet.errors import RecipeError
+
+SOON = 5.0
+"""Seconds for each smaller world, once the whole one was waited for."""
+GLANCE = 1.0
+"""Seconds to see whether one more learner has a place."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How many workers, and what each needs.
+
+    learners, engines, rewards  workers of each kind
+    together    engine i sits with learner i (modulo the learners) and shares its GPU
+    cpus, gpus  of each worker; reward workers get no GPU
+    smallest    learners to go on with where the others cannot be placed
+    patience    seconds to wait for the whole world
+    strategy    "PACK" keeps workers on few machines, "SPREAD" on many
+    """
+
+    learners: int = 1
+    engines: int = 0
+    rewards: int = 0
+    together: bool = False
+    cpus: float = 1.0
+    gpus: float = 0.0
+    smallest: int = 1
+    patience: float = 60.0
+    strategy: Literal["PACK", "SPREAD"] = "PACK"
+
+    def bundles(self, learners: int) -> list[dict[str, float]]:
+        """What must lie on one machine each: learners first, then engines with a place of their own, then rewards."""
+        extra = self.guests(learners)
+        first = _needs(self.cpus * (1 + extra), self.gpus)
+        engines = [] if self.together else [_needs(self.cpus, self.gpus)] * self.engines
+        return [first] * learners + engines + [_needs(self.cpus, 0.0)] * self.rewards
+
+    def guests(self, learners: int) -> int:
+        """Most engines that sit with one learner."""
+        return math.ceil(self.engines / learners) if self.together else 0
+
+    @property
+    def total_cpus(self) -> float:
+        """CPUs of the whole world."""
+        return sum(one.get("CPU", 0.0) for one in self.bundles(self.learners))
+
+
+def _needs(cpus: float, gpus: float) -> dict[str, float]:
+    return {name: value for name, value in (("CPU", cpus), ("GPU", gpus)) if value}
+
+
+class Placement:
+    """The places of `learners` learners and of all engines and rewards; each gives the options of an actor that sits there."""
+
+    def __init__(self, wanted: Wanted, learners: int, group: Any) -> None:
+        self.wanted, self.learners, self.group = wanted, learners, group
+
+    def learner(self, number: int) -> dict[str, Any]:
+        """Options of learner `number`."""
+        return self._options(number, self.wanted.gpus)
+
+    def engine(self, number: int) -> dict[str, Any]:
+        """Options of engine `number`."""
+        if self.wanted.together:
+            return self._options(number % self.learners, self.wanted.gpus)
+        return self._options(self.learners + number, self.wanted.gpus)
+
+    def reward(self, number: int) -> dict[str, Any]:
+        """Options of reward worker `number`."""
+        before = 0 if self.wanted.together else self.wanted.engines
+        return self._options(self.learners + before + number, 0.0)
+
+    def grows(self) -> bool:
+        """There are fewer learners than wanted, and a place for one more has appeared."""
+        if self.learners >= self.wanted.learners:
+            return False
+        group = _group([self.wanted.bundles(self.learners + 1)[0]], self.wanted.strategy)
+        found = bool(group.wait(GLANCE))
+        _remove(group)
+        return found
+
+    def remove(self) -> None:
+        """The places are free again; who still sits there is killed."""
+        _remove(self.group)
+
+    def _options(self, bundle: int, gpus: float) -> dict[str, Any]:
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        share = 1 + self.wanted.guests(self.learners)
+        return {
+            "num_cpus": self.wanted.cpus,
+            "num_gpus": gpus / share if self.wanted.together else gpus,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=bundle),
+        }
+
+
+def place(wanted: Wanted) -> Placement:
+    """The whole world, or after `patience` seconds the largest one that finds a place.
+
+    Raises RecipeError where not even the smallest does: an impossible placement would wait for ever in Ray.
+    """
+    for learners in range(wanted.learners, min(wanted.smallest, wanted.learners) - 1, -1):
+        group = _group(wanted.bundles(learners), wanted.strategy)
+        if group.wait(wanted.patience if learners == wanted.learners else min(SOON, wanted.patience)):
+            return Placement(wanted, learners, group)
+        _remove(group)
+    raise RecipeError(f"cluster: no place for {_asked(wanted)} within {wanted.patience:g} s; {_there()}")
+
+
+def _asked(wanted: Wanted) -> str:
+    fewest = f" (at least {wanted.smallest})" if wanted.smallest < wanted.learners else ""
+    where = " on the learners' places" if wanted.together else ""
+    each = f"{wanted.cpus:g} CPU" + (f" and {wanted.gpus:g} GPU" if wanted.gpus else "")
+    return (
+        f"{wanted.learners} learners{fewest}, {wanted.engines} engines{where} and {wanted.rewards} reward workers "
+        f"with {each} each"
+    )
+
+
+def _there() -> str:
+    """What the cluster has, in words."""
+    import ray
+
+    free = ray.available_resources()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    every = ", ".join(f"{one.get('CPU', 0):g} CPU and {one.get('GPU', 0):g} GPU" for one in nodes)
+    return f"{len(nodes)} machines are there ({every}), {free.get('CPU', 0):g} CPU and {free.get('GPU', 0):g} GPU free"
+
+
+def _group(bundles: Sequence[dict[str, float]], strategy: str) -> Any:
+    from ray.util import placement_group
+
+    return placement_group(list(bundles), strategy=strategy)
+
+
+def _remove(group: Any) -> None:
+    from ray.util import remove_placement_group
+
+    remove_placement_group(group)

@@ -1,0 +1,101 @@
+"""Rewards in actors of their own: groups are dealt over them, and a share whose worker died is scored again."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from whet.cluster.worker import Remote
+from whet.errors import EngineDied
+from whet.records import Group
+from whet.rewards.base import Scores, Weighted, joined, shares
+
+Make = Callable[[], Sequence[Weighted]]
+"""Builds all rewards in a worker; it travels there, so it must be picklable."""
+
+
+class Pool:
+    """Reward workers that each hold all rewards. One that dies is started again, `restarts` times in all.
+
+    Raises EngineDied when the restarts are spent.
+    """
+
+    def __init__(self, make: Make, options: Sequence[dict[str, Any]], *, restarts: int, limit: float) -> None:
+        self.make, self.options, self.limit = make, options, limit
+        self.restarts, self.deaths = restarts, 0
+        self.remotes: list[Remote | None] = [None] * len(options)
+
+    def ask(self, method: str, given: Sequence[Sequence[Any] | None]) -> list[Any]:
+        """What each worker says to its own arguments, all at the same time; None where there are none."""
+        found: dict[int, Any] = {}
+        left = [number for number, one in enumerate(given) if one is not None]
+        while left:
+            asked, again = [], []
+            for number in left:
+                try:
+                    asked.append((number, self._worker(number).start(method, given[number])))
+                except EngineDied as error:
+                    again.append(self._lost(number, error))
+            for number, reference in asked:
+                try:
+                    found[number] = self._worker(number).answer(reference)
+                except EngineDied as error:
+                    again.append(self._lost(number, error))
+            left = again
+        return [found.get(number) for number in range(len(given))]
+
+    def close(self) -> None:
+        """End all workers. May be called again."""
+        for one in self.remotes:
+            if one is not None:
+                one.end()
+
+    def _worker(self, number: int) -> Remote:
+        one = self.remotes[number]
+        if one is None:
+            one = Remote(f"reward worker {number}", self.options[number], limit=self.limit)
+            self.remotes[number] = one
+            one.hold(Scorer).ask("build", self.make)
+        return one
+
+    def _lost(self, number: int, error: EngineDied) -> int:
+        one, self.remotes[number] = self.remotes[number], None
+        if one is not None:
+            one.end()
+        self.deaths += 1
+        if self.deaths > self.restarts:
+            raise EngineDied(f"cluster: reward workers died {self.deaths} times; the last one: {error}") from error
+        return number
+
+
+class ClusterReward:
+    """Reward `number` of a pool's workers, as one Reward."""
+
+    def __init__(self, pool: Pool, number: int) -> None:
+        self.pool, self.number = pool, number
+
+    def score(self, groups: Sequence[Group]) -> Scores:
+        """See `Reward.score`. What a worker's reward raises is raised."""
+        dealt = shares(groups, len(self.pool.options))
+        given = [(self.number, list(own)) if own else None for own in dealt]
+        return joined(self.pool.ask("score", given))
+
+
+def weighted(pool: Pool) -> list[Weighted]:
+    """A pool's rewards under their names and weights; all of its workers are started."""
+    about = pool.ask("about", [()] * len(pool.options))[0]
+    return [Weighted(name, ClusterReward(pool, number), weight) for number, (name, weight) in enumerate(about)]
+
+
+class Scorer:
+    """All rewards in one process."""
+
+    def build(self, make: Make) -> None:
+        """Load them."""
+        self.rewards = list(make())
+
+    def about(self) -> list[tuple[str, float]]:
+        """Their names and weights."""
+        return [(one.name, one.weight) for one in self.rewards]
+
+    def score(self, number: int, groups: Sequence[Group]) -> Scores:
+        """See `Reward.score`."""
+        return self.rewards[number].reward.score(groups)

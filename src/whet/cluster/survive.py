@@ -1,0 +1,55 @@
+"""A run that outlives its workers: all is taken down, built anew, and continued from the last checkpoint."""
+
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+from whet.cluster.learner import Regrow
+from whet.cluster.placement import Wanted
+from whet.cluster.world import World
+from whet.errors import EngineDied
+
+T = TypeVar("T")
+
+
+def survive(
+    attempt: Callable[[World, bool], T],
+    wanted: Wanted,
+    *,
+    restarts: int = 20,
+    resume: bool = False,
+    limit: float = 1800.0,
+    quiet: bool = False,
+) -> T:
+    """What `attempt(world, resume)` returns. When a worker's death ends it, it is called again with a new world and resume.
+
+    The world is whole again where its machines are, else smaller (see `placement.place`); when there is a place for more
+    learners after a checkpoint, the run goes on from there with more (`Regrow`, which is no death). Raises EngineDied of
+    the last cause when it died more than `restarts` times, and at once whatever else the attempt raises.
+    """
+    deaths = 0
+    while True:
+        try:
+            with World(wanted, restarts=restarts, limit=limit) as world:
+                return attempt(world, resume)
+        except Exception as error:
+            cause = death(error)
+            if cause is None:
+                raise
+            deaths += not isinstance(cause, Regrow)
+            if deaths > restarts:
+                raise EngineDied(f"cluster: the run died {deaths} times; the last cause: {cause}") from error
+            if not quiet:
+                print(f"whet: {cause}; going on from the last checkpoint", file=sys.stderr)
+        resume = True
+
+
+def death(error: BaseException | None) -> EngineDied | None:
+    """The death of a worker that is behind this error: a checkpoint fails, too, when a worker dies while it is written."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, EngineDied):
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None

@@ -1,0 +1,181 @@
+"""Answers from several engines as one: the load is spread over them, and an engine that died is made again."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from whet.errors import EngineDied, WhetError
+from whet.generate.base import Generator, Request, furthest
+from whet.records import Sample, Weights
+
+T = TypeVar("T")
+
+
+class Lives:
+    """How many engines may still die, counted over all of a fleet. Raises EngineDied when it was one too many."""
+
+    def __init__(self, restarts: int) -> None:
+        self.restarts, self.deaths = restarts, 0
+        self._lock = threading.Lock()
+
+    def spend(self, error: EngineDied) -> None:
+        """One more has died of this."""
+        with self._lock:
+            self.deaths += 1
+            if self.deaths > self.restarts:
+                raise EngineDied(
+                    f"generator: engines died {self.deaths} times and may be started again {self.restarts} times; "
+                    f"the last one: {error}"
+                ) from error
+
+
+class Lane:
+    """One engine that is made again when it dies, takes the weights last adopted, and is asked again.
+
+    Raises EngineDied when `lives` are spent.
+    """
+
+    def __init__(self, make: Callable[[], Generator], lives: Lives) -> None:
+        self._make, self._lives = make, lives
+        self._weights: Weights | None = None
+        self.own: Generator | None = None
+        self.own = self._lasting(lambda own: own)
+        self.reports = self.own.reports
+
+    @property
+    def version(self) -> int:
+        """What the engine says."""
+        return 0 if self.own is None else self.own.version
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
+        """See `Generator.generate`."""
+        yield from self._lasting(lambda own: list(own.generate(requests)))
+
+    def adopt(self, weights: Weights) -> None:
+        """See `Generator.adopt`. What it could not take it is not given again after a restart."""
+        self._lasting(lambda own: own.adopt(weights), weights)
+        self._weights = weights
+
+    def score(self, ids: Sequence[Tensor]) -> list[Tensor]:
+        """See `Generator.score`."""
+        return self._lasting(lambda own: own.score(ids))
+
+    def rest(self) -> None:
+        """See `Generator.rest`."""
+        self._lasting(lambda own: own.rest())
+
+    def close(self) -> None:
+        """End the engine; it is not made again by this."""
+        own, self.own = self.own, None
+        if own is not None:
+            own.close()
+
+    def _lasting(self, work: Callable[[Generator], T], coming: Weights | None = None) -> T:
+        """What `work` gives, by as many engines as it takes. A new engine gets the weights, unless `work` brings them."""
+        while True:
+            try:
+                if self.own is None:
+                    self.own = self._make()
+                    if self._weights is not None and coming is None:
+                        self.own.adopt(self._weights)
+                return work(self.own)
+            except EngineDied as error:
+                with suppress(Exception):  # it is dead: what it says to being closed does not matter
+                    self.close()
+                self.own = None
+                self._lives.spend(error)
+
+
+class Fleet:
+    """Several engines as one Generator. Each engine is made by one of `makes`; together they may die `restarts` times.
+
+    All requests of one draw go to one engine, which reads their common prompt once; the draws with the most tokens to
+    come are dealt first, each to the engine with the fewest. The deal depends on the requests alone, so the same requests
+    at the same number of engines give the same bits, whoever died meanwhile.
+
+    Raises EngineDied when the restarts are spent, and whatever an engine raises that did not die.
+    """
+
+    def __init__(self, makes: Sequence[Callable[[], Generator]], *, restarts: int) -> None:
+        self.lives = Lives(restarts)
+        self._threads = ThreadPoolExecutor(len(makes), "whet-fleet")
+        self.lanes: list[Lane] = []
+        """Every engine as a generator of its own, which restarts in the same way."""
+        made, errors = self._every(makes, lambda make: Lane(make, self.lives))
+        self.lanes = [lane for lane in made if lane is not None]
+        if errors:
+            self.close()
+            raise errors[0]
+        self.reports = frozenset.intersection(*(lane.reports for lane in self.lanes))
+        self.version = self.lanes[0].version
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
+        """See `Generator.generate`. The engines work at the same time."""
+        shares = deal(requests, len(self.lanes))
+        asked = [[requests[place] for place in share] for share in shares]
+        answers = self._all(lambda number, lane: list(lane.generate(asked[number])) if asked[number] else [])
+        samples: dict[int, Sample] = {}
+        for share, own in zip(shares, answers, strict=True):
+            samples |= zip(share, own, strict=True)
+        yield from (samples[place] for place in range(len(requests)))
+
+    def adopt(self, weights: Weights) -> None:
+        """Every engine takes them, or one's error is raised. Where one says another version in the end, `version` is that."""
+        self._all(lambda _, lane: lane.adopt(weights))
+        self.version = next((one.version for one in self.lanes if one.version != weights.version), weights.version)
+
+    def score(self, ids: Sequence[Tensor]) -> list[Tensor]:
+        """The scores of the engine whose numbers lie furthest from the first one's."""
+        return furthest(self._all(lambda _, lane: lane.score(ids)))
+
+    def rest(self) -> None:
+        """See `Generator.rest`."""
+        self._all(lambda _, lane: lane.rest())
+
+    def close(self) -> None:
+        """End all engines. May be called again."""
+        for lane in self.lanes:
+            with suppress(WhetError):
+                lane.close()
+        self._threads.shutdown(wait=False)
+
+    def _all(self, work: Callable[[int, Lane], T]) -> list[T]:
+        out, errors = self._every(list(enumerate(self.lanes)), lambda pair: work(*pair))
+        if errors:
+            raise errors[0]
+        return out  # type: ignore[return-value]
+
+    def _every(self, things: Sequence[Any], work: Callable[[Any], T]) -> tuple[list[T | None], list[BaseException]]:
+        """What came of each, all at the same time, and what was raised; all have ended."""
+        futures = [self._threads.submit(work, one) for one in things]
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        return [None if future.exception() else future.result() for future in futures], errors
+
+
+def deal(requests: Sequence[Request], count: int) -> list[list[int]]:
+    """The places of the requests for each of `count` engines, in order. Tokens to read and tokens that may come count alike.
+
+    >>> from whet.dials import Sampling
+    >>> from whet.records import Prompt
+    >>> asked = [Request(Prompt("", (2,) * n, (), {}), draw, 0, Sampling(4), 0) for draw, n in enumerate((9, 2, 3))]
+    >>> deal(asked, 2)
+    [[0], [1, 2]]
+    """
+    draws: dict[int, list[int]] = {}
+    for place, request in enumerate(requests):
+        draws.setdefault(request.draw, []).append(place)
+    cost = {
+        draw: len(requests[places[0]].given()) + sum(requests[place].room for place in places)
+        for draw, places in draws.items()
+    }
+    shares: list[list[int]] = [[] for _ in range(count)]
+    load = [0] * count
+    for draw in sorted(draws, key=lambda one: -cost[one]):
+        lightest = load.index(min(load))
+        shares[lightest] += draws[draw]
+        load[lightest] += cost[draw]
+    return [sorted(share) for share in shares]
