@@ -7,14 +7,17 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint format bench mutants proof clean help
+.PHONY: demo test engines lint format bench mutants proof soak gpu clean help
 
 help:
 	@echo "make demo [SEED=1] [OUT=runs/demo]   the whole recipe on a little world, with a report"
 	@echo "make test                            all tests"
+	@echo "make engines                         the tests of vLLM, FSDP2, DeepSpeed and Ray, in an environment of their own"
 	@echo "make lint                            ruff and mypy"
 	@echo "make mutants                         breaks the mathematics line by line; the tests must turn red"
 	@echo "make proof                           every known answer at full length, over three seeds; writes docs/proof.json"
+	@echo "make soak                            a run on a local Ray cluster whose workers are killed twenty times"
+	@echo "make gpu                             engines, NCCL, bf16 and a short learning run on a machine with GPUs"
 	@echo "make bench                           throughput of the loops on a fixed workload"
 
 # The environment is made anew when the requirements change.
@@ -25,11 +28,37 @@ help:
 	.venv/bin/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[demo,dev]'
 	touch $@
 
+# vLLM wants exact versions and packages that have no CPU build, so its tests have an environment of their own.
+.venv-engines/ready: pyproject.toml requirements-engines.txt
+	$(PYTHON) -m venv .venv-engines
+	.venv-engines/bin/python -m pip install --quiet --no-deps -r requirements-engines.txt
+	DS_BUILD_OPS=0 .venv-engines/bin/python -m pip install --quiet --no-deps --no-build-isolation deepspeed==0.19.8
+	.venv-engines/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+.venv-gpu/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install --quiet -c constraints.txt torch
+	.venv-gpu/bin/python -m pip install --quiet -e '.[dev,vllm,deepspeed,ray]'
+	touch $@
+
 demo: .venv/ready
 	.venv/bin/python -m whet demo --seed $(SEED) --out $(OUT)
 
 test: .venv/ready
 	.venv/bin/python -m pytest -q
+
+# Everything listens on loopback alone.
+QUIET = VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 RAY_USAGE_STATS_ENABLED=0 RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 GLOO_SOCKET_IFNAME=lo
+
+engines: .venv-engines/ready
+	$(QUIET) .venv-engines/bin/python -m pytest -q tests/engines
+
+soak: .venv-engines/ready
+	$(QUIET) .venv-engines/bin/python -m proof.soak
+
+gpu: .venv-gpu/ready
+	.venv-gpu/bin/python -m proof.gpu
 
 lint: .venv/ready
 	.venv/bin/ruff check .
@@ -51,4 +80,4 @@ proof: .venv/ready
 	.venv/bin/python -m proof.page
 
 clean:
-	rm -rf .venv runs build *.egg-info src/*.egg-info
+	rm -rf .venv .venv-engines .venv-gpu runs build *.egg-info src/*.egg-info

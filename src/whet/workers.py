@@ -1,6 +1,7 @@
 """The processes that work together: who is which, sums and gathers over them, and how torchrun starts them."""
 
 import os
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -107,12 +108,29 @@ def join(
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     patience = timedelta(seconds=timeout)
-    if size > 1 or torch.cuda.is_available():
-        store = dist.TCPStore(address, port, size, is_master=rank == 0, timeout=patience)
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
-        return Workers(rank, size, dist.new_group(backend="gloo", timeout=patience))
-    return Workers()
+    store = _store(dist, address, port, size, patience) if rank == 0 else None
+    store = store or dist.TCPStore(address, port, size, is_master=False, timeout=patience)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
+    return Workers(rank, size, dist.new_group(backend="gloo", timeout=patience) if size > 1 else None)
+
+
+def free_port() -> int:
+    """A port of this machine's loopback that nobody listens on."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def _store(dist: Any, address: str, port: int, size: int, patience: timedelta) -> Any:
+    """The first worker's store, which listens on the address alone: by itself it would on all interfaces."""
+    with socket.socket() as own:
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        own.bind((address, port))
+        own.listen()
+        return dist.TCPStore(
+            address, port, size, is_master=True, timeout=patience, master_listen_fd=own.detach(), wait_for_workers=False
+        )
 
 
 def leave() -> None:

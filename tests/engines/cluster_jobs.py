@@ -61,23 +61,21 @@ class PPO:
     save_every: int = 1
     before: Callable[[int, World], None] | None = None
     engine: str = "fsdp"
-    wrap: Callable[[Any], Any] | None = None
+    equal_start: bool = True
     seconds: float = 0.0
 
     def attempt(self, world: World, resume: bool) -> dict[str, Any]:
         """As `whet.cluster.survive` calls it; returns what the run ends with."""
         answers = None if world.wanted.engines else inside
         own = world.learner(partial(learner, engine=self.engine), answers=answers)
-        source: Any = world.generator([generator])
-        if self.wrap is not None:
-            source = self.wrap(source)
+        source = world.generator([generator])
         scores = world.rewards(rewards)
         return self.train(own, source, scores, resume, world)
 
     def train(self, own: Any, source: Any, scores: Any, resume: bool, world: Any = None) -> dict[str, Any]:
         method = lh.method_of("ppo", answers=ANSWERS)
         plan = online.Plan(
-            steps=self.steps, prompts=3, minibatch=3 * ANSWERS, canary=20, end_ids=lh.END, equal_start=True,
+            steps=self.steps, prompts=3, minibatch=3 * ANSWERS, canary=20, end_ids=lh.END, equal_start=self.equal_start,
             save_every=self.save_every, keep=2,
         )  # fmt: skip
         run = lh.opened(self.folder, resume)
@@ -95,7 +93,7 @@ class PPO:
 
     def alone(self) -> dict[str, Any]:
         """The same in this process, without any cluster."""
-        return self.train(learner(Workers()), self.wrap(generator()) if self.wrap else generator(), rewards(), False)
+        return self.train(learner(Workers()), generator(), rewards(), False)
 
     def survive(self, wanted: Wanted, **given: Any) -> dict[str, Any]:
         return survive(self.attempt, wanted, **({"quiet": True} | given))
@@ -122,8 +120,113 @@ class Watched:
 def ended(folder: Path) -> dict[str, Any]:
     """What a run left: its tokens, its numbers but for the seconds, and the policy's weights."""
     from safetensors.torch import load_file
+
     from whet.loops.record import read_metrics
 
     metrics = [{k: v for k, v in line.items() if "seconds" not in k} for line in read_metrics(folder)]
     rollouts = [[answer["completion_ids"] for answer in lh.rollout(folder, step + 1)] for step in range(len(metrics))]
     return {"ids": rollouts, "metrics": metrics, "weights": load_file(folder / "model" / "model.safetensors")}
+
+
+# --- the learner's contract, by its protocol alone ----------------------------------------------------------------------
+
+
+def basics(own: Any, folder: Path) -> dict[str, Any]:
+    """Everything a learner can do, in numbers. Only what the protocol has is used."""
+    from safetensors.torch import load_file
+
+    from engines.jobs import COLUMNS, batch, told, work
+    from whet.generate.base import whole
+    from whet.methods import online as method
+
+    terms = list(method("ppo").terms)
+    given = batch()
+
+    def once() -> list[Any]:
+        seen = own.measure(given, COLUMNS)
+        advantage = torch.linspace(-1, 1, seen["mask"].numel()).reshape(seen["mask"].shape)
+        seen = seen.with_columns(advantage=advantage, returns=seen["old_value"] + 1 + advantage)
+        measured = {name: seen[name] for name in sorted(COLUMNS)}
+        return [measured, told(own.evaluate(work(seen, terms))), told(own.update(work(seen, terms)))]
+
+    out: dict[str, Any] = {"first": once()}
+    out["columns"] = dict(own.columns("critic", given, frozenset({"token_score"})))
+    own.blend("reference", "policy", 0.25)
+    out["second"] = once()
+    own.save(folder / "saved")
+    third = once()
+    own.load(folder / "saved")
+    out["third"], out["again"] = third, once()
+    out["version"] = own.version
+    own.rescale("critic", 0.5, 0.25)
+    out["rescaled"] = dict(own.columns("critic", given, frozenset({"token_score"})))
+    for number in range(3):
+        weights = own.publish()
+        published = {name: value.clone() for name, value in whole(weights)}
+        assert weights.version == own.version, number
+    out["published"] = published
+    own.export("policy", folder / "model")
+    out["exported"] = load_file(folder / "model" / "model.safetensors")
+    return out
+
+
+def critic_role(workers: Workers) -> LocalLearner:
+    """A learner that cannot be built."""
+    from whet.errors import ModelError
+
+    raise ModelError(f"no such folder, says worker {workers.rank}")
+
+
+class Clumsy:
+    """A learner that fails where it is told to, in one worker or in all."""
+
+    def __init__(self, workers: Workers) -> None:
+        self.workers, self.version = workers, 0
+
+    def measure(self, batch: Any, columns: Any) -> Any:
+        return batch
+
+    def blend(self, target: str, source: str, mix: float) -> None:
+        """`target` says what happens, `source` in which worker ("all", or its rank)."""
+        import os
+        import signal
+
+        from whet import errors
+
+        if source not in ("all", str(self.workers.rank)):
+            if target in ("die", "stop"):
+                self.workers.wait()
+            return
+        if target == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if target == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if target == "drift":
+            self.version += 1
+        elif target == "key":
+            raise KeyError("what a user's code raises")
+        else:
+            raise getattr(errors, target)(f"said by {self.workers.rank}")
+
+
+def clumsy(workers: Workers) -> Any:
+    return Clumsy(workers)
+
+
+class Late(LocalLearner):
+    """Writes only when a file appears: the orphan of a lost machine, busy when it was lost."""
+
+    def save(self, folder: Path) -> None:
+        flag = folder.parent.parent / "go"
+        (folder.parent.parent / "waiting").touch()
+        while not flag.exists():
+            time.sleep(0.05)
+        try:
+            super().save(folder)
+            (folder.parent.parent / "written").touch()
+        finally:
+            (folder.parent.parent / "woke").touch()
+
+
+def late(workers: Workers) -> LocalLearner:
+    return Late({"policy": h.policy(dtype=torch.float32)}, {"policy": OPTIM}, total=5, workers=workers)

@@ -4,6 +4,9 @@ The same functions run alone in the test's own process, on the one-process learn
 """
 
 import copy
+import itertools
+import os
+import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,16 +19,25 @@ import torch
 from models import helpers as h
 from torch import Tensor
 
+from whet import methods
 from whet.cli.verbs import SFT
-from whet.dials import Optim
+from whet.dials import Optim, Sampling
 from whet.errors import CheckpointError, ModelError, RecipeError, RunStopped
+from whet.generate.local import LocalGenerator
+from whet.generate.shared import SharedGenerator
 from whet.learner.local import LocalLearner
-from whet.methods import Term, online, part
+from whet.loops import offline, online
+from whet.loops.interrupt import graceful
+from whet.loops.record import Run
+from whet.methods import Term, compose, part
 from whet.models import load
 from whet.models.roles import Role
 from whet.ops import reinforce, token_mean
 from whet.records import COLUMNS as known
 from whet.records import Batch
+from whet.rewards import Weighted
+from whet.rewards.functions import FunctionReward
+from whet.rewards.shared import SharedReward
 from whet.workers import Workers
 
 TORCH = ("ddp", "fsdp")
@@ -108,7 +120,7 @@ def rollout(own: LocalLearner, given: Batch, shift: float = 1.0) -> Batch:
 
 
 def terms_of(own: LocalLearner) -> list[Term]:
-    return [term for term in online("ppo").terms if term.role in own.roles]
+    return [term for term in methods.online("ppo").terms if term.role in own.roles]
 
 
 def whole(own: LocalLearner) -> dict[str, dict[str, Tensor]]:
@@ -413,6 +425,7 @@ def refusing(make: Make, folder: Path) -> Any:
     go(own, 1, 1)
     own.save(folder / "own")
     make.workers.wait()
+    go(own, 1, 1)
     before = whole(own)
     swapped = cast()
     with torch.no_grad():
@@ -429,7 +442,7 @@ def refusing(make: Make, folder: Path) -> Any:
         import shutil
 
         shutil.copytree(folder / "own", missing)
-        sorted(missing.glob("policy*.safetensors"))[-1].unlink()
+        sorted(missing.glob("policy-*.safetensors"))[-1].unlink()
     make.workers.wait()
     out["missing"] = refused(own, missing)
     return out | {"before": before, "after": whole(own)}
@@ -468,7 +481,6 @@ def resuming(make: Make, source: Path) -> Any:
 
 COMMON: dict[str, Callable[[Make, Path], Any]] = {
     "saving": saving,
-    "training_qwen3": training,
     "training_llama": partial(training, kind="llama", critic="llama"),
     "training_gpt2": partial(training, kind="gpt2", critic="gpt2"),
     "training_gemma2": partial(training, kind="gemma2"),
@@ -499,15 +511,15 @@ COMMON: dict[str, Callable[[Make, Path], Any]] = {
 }
 FEW = (
     "saving",
-    "training_qwen3",
     "training_offloaded",
-    "few_rows",
     "one_role_of_two",
     "not_a_number",
     "endless_gradient",
     "blending",
 )
 """ZeRO 1 is ZeRO 2 but for when gradients are cut into shards."""
+LIGHT = {"training_packed", "evaluating", "rows_in_order", "unlike_rows", "scheduling", "attention_columns", "muon"}
+"""A learner costs a second to make under ZeRO 3: these cases show nothing that ZeRO 2 does not."""
 LORA = {"training_shared_trunk": training_shared_trunk}
 CASES: dict[str, dict[str, Callable[[Make, Path], Any]]] = {
     "local": COMMON | LORA,
@@ -515,7 +527,7 @@ CASES: dict[str, dict[str, Callable[[Make, Path], Any]]] = {
     "fsdp": COMMON | LORA,
     "zero1": {name: COMMON[name] for name in FEW},
     "zero2": COMMON | {"trunk": two_roles_on_a_trunk_under_zero},
-    "zero3": COMMON | {"trunk": two_roles_on_a_trunk_under_zero},
+    "zero3": {name: case for name, case in COMMON.items() if name not in LIGHT},
 }
 
 
@@ -603,3 +615,123 @@ def gap(got: Any, expected: Any) -> tuple[float, str]:
         if not off <= worst:
             worst, place = off if off == off else float("inf"), where
     return worst, place
+
+
+# --- whole runs through the loops -------------------------------------------------------------------------------------
+
+OFFLINE = ("sft", "k_way", "dpo")
+ONLINE = ("ppo", "grpo")
+END = (1, 5, 9)
+PROMPTS = [h.prompt(number, range(3 + number, 5 + 3 * number)) for number in range(5)]
+RUN = Optim(lr=2e-3, schedule="linear", weight_decay=0.1, max_grad_norm=0.5)
+
+
+def offline_run(make: Make, folder: Path, name: str, steps: int, batch: int) -> None:
+    objective = {"sft": SFT, "k_way": compose.reward("k_way"), "dpo": compose.preference("dpo")}[name]
+    elements: Sequence[Any] = {"sft": h.rows, "k_way": h.rankings, "dpo": h.pairs}[name]()
+    roles = {"policy": policy(), "reference": policy(name="reference")}
+    roles = {"sft": {"policy": policy("llama")}, "dpo": roles}.get(name) or {
+        "reward": h.scorer(dtype=FLOAT, name="reward")
+    }
+    own = make(roles, RUN, total=steps, dropout=0.1, seed=7)
+    run = Run(folder, writes=make.workers.first)
+    offline.train(
+        objective, own, [elements], offline.Plan(steps, batch, eval_every=5), run, evaluation=elements, quiet=True
+    )
+
+
+def scored(ids: tuple[int, ...]) -> float:
+    return 0.5 * len(ids) - 0.25 * (sum(ids) % 5)
+
+
+def online_run(make: Make, folder: Path, name: str, steps: int, prompts: int, minibatch: int) -> None:
+    """As the command line puts it together: answers and rewards shared out over the workers."""
+    workers, method = make.workers, methods.online(name, longest=6, **({"answers": 3} if name == "grpo" else {}))
+    roles = {"policy": policy(), "reference": policy(name="reference"), "critic": h.scorer(dtype=FLOAT, seed=2)}
+    own = make({role: one for role, one in roles.items() if role in method.roles()}, RUN, total=100)
+    copied = make.engine in ("fsdp", "zero3")
+    source: Any = LocalGenerator(policy(seed=9) if copied else own.roles["policy"], END, str, unit=2, copy=copied)
+    reward: Any = FunctionReward(
+        lambda prompts, completions, completion_ids, **_: [scored(tuple(i)) for i in completion_ids]
+    )
+    if workers.size > 1:
+        source, reward = SharedGenerator(source, workers, 2), SharedReward(reward, workers)
+    plan = online.Plan(
+        steps=steps, prompts=prompts, minibatch=minibatch, epochs=2, equal_start=True, end_ids=END, canary=20, ema=None
+    )
+    rewards, run = [Weighted("own", reward)], Run(folder, writes=workers.first)
+    online.train(method, own, source, rewards, PROMPTS, Sampling(6), plan, run, quiet=True)
+
+
+def runs(workers: Workers, engines: Sequence[str], folder: Path, few: bool = False) -> dict[str, Any]:
+    """Every method on every engine; {engine: {method: None or Failed}}, and their run folders under `folder`.
+
+    With `few`, short runs whose batches have fewer rows than there are workers.
+    """
+    out: dict[str, Any] = {}
+    for engine in engines:
+        make, own = Make(engine, workers), folder / engine
+        told = out[engine] = {}
+        for name in OFFLINE:
+            told[name] = told_or_failed(partial(offline_run, make, own / name, name, 3 if few else 10, 1 if few else 4))
+        for name in ONLINE:
+            size = (2, 1, 1) if few else (10, 4, 3 if name == "ppo" else 6)
+            told[name] = told_or_failed(partial(online_run, make, own / name, name, *size))
+    return out
+
+
+def stopping(workers: Workers, engine: str, folder: Path) -> dict[str, tuple[str, float]]:
+    """Runs that the second worker alone disturbs: {what: (the error that this worker got, seconds until it came)}."""
+
+    def raises(turn: int) -> None:
+        if turn == 2:
+            raise ValueError("the grader is out")
+
+    def interrupted(turn: int) -> None:
+        if turn == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    out = {}
+    for what in (raises, interrupted):
+        out[what.__name__] = disturbed(partial(disturbed_run, Make(engine, workers), folder / what.__name__, what))
+    out["odd"] = disturbed(lambda: workers.together(partial(odd_error, workers)))
+    return out
+
+
+def odd_error(workers: Workers) -> None:
+    class Local(Exception):
+        """Of a class that no other process can import."""
+
+    if workers.rank == 1:
+        raise Local("lost")
+
+
+def disturbed(work: Callable[[], Any]) -> tuple[str, float]:
+    began = time.monotonic()
+    try:
+        work()
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}", time.monotonic() - began
+    return "went on", time.monotonic() - began
+
+
+def disturbed_run(make: Make, folder: Path, what: Callable[[int], None]) -> None:
+    workers, turns = make.workers, itertools.count(1)
+
+    def reward(prompts: Any, completions: Any, completion_ids: Any, **_: Any) -> list[float]:
+        if workers.rank == 1:
+            what(next(turns))
+        return [scored(tuple(ids)) for ids in completion_ids]
+
+    own = make({"policy": policy(), "reference": policy(name="reference")}, RUN, total=100)
+    copied = make.engine == "fsdp"
+    source = LocalGenerator(policy(seed=9) if copied else own.roles["policy"], END, str, unit=2, copy=copied)
+    plan = online.Plan(steps=4, prompts=4, minibatch=12, end_ids=END, canary=20)
+    rewards = [Weighted("own", SharedReward(FunctionReward(reward), workers))]
+    method = methods.online("grpo", longest=6, answers=3)
+    run = Run(folder, writes=workers.first)
+    with graceful() as stop:
+        online.train(
+            method, own, SharedGenerator(source, workers, 2), rewards, PROMPTS, Sampling(6), plan, run,
+            stop=stop, quiet=True,
+        )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 from whet.cli import build
@@ -33,6 +34,8 @@ def engine_of(recipe: fields.Offline | fields.Online, workers: int) -> str:
         raise RecipeError(f"learner.{what}: {engine} has no such thing; take fsdp or zero2, or model.dtype")
     if engine.startswith("zero") and isinstance(recipe, fields.Online) and recipe.trunk == "shared":
         raise RecipeError("trunk: DeepSpeed trains one role per model; take separate models, or learner.engine fsdp")
+    if engine.startswith("zero") and find_spec("deepspeed") is None:
+        raise RecipeError('learner.engine: deepspeed is not installed; pip install "whet[deepspeed]"')
     return engine
 
 

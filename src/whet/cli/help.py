@@ -14,6 +14,18 @@ from whet.cli.config import choices, fields_of, section
 
 ROOT = Path(__file__).parent.parent
 
+PLAN = {
+    "gpus": "how many GPUs there are",
+    "gpu_memory": "memory of one, in GiB [80]",
+    "learners": "GPUs of the learner; default: what fits and is quickest",
+    "prompt_tokens": "tokens of a prompt [512]",
+    "mean_answer": "tokens of an answer on average; default: half of the longest",
+    "per_node": "GPUs of one machine [8]",
+    "inside": "bytes per second between GPUs of one machine [3e11]",
+    "between": "bytes per second between machines [2.5e10]",
+}
+"""What `whet plan` takes beside the recipe's fields."""
+
 
 @cache
 def field_docs(module: str) -> dict[str, dict[str, tuple[str, str]]]:

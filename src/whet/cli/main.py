@@ -245,9 +245,7 @@ def _verb_help(verb: str) -> str:
         )
         own = []
         if verb == "plan":
-            from whet.cli.plan import ABOUT
-
-            own = ["options:", *(f"  --{name.replace('_', '-'):<15} {text}" for name, text in ABOUT.items()), ""]
+            own = ["options:", *(f"  --{name.replace('_', '-'):<15} {text}" for name, text in help.PLAN.items()), ""]
         return "\n".join([*lines[:3], "", *own, "takes every field of the verb it is about"])
     kind = kind_of(verb)
     defaults = config.resolve(kind, verb, None, [])

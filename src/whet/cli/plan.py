@@ -9,6 +9,7 @@ import msgspec
 
 from whet.cli import build
 from whet.cli import recipe as fields
+from whet.cli.help import PLAN
 from whet.cli.method import checked
 from whet.errors import ModelError, RecipeError
 from whet.methods import compose
@@ -26,19 +27,6 @@ class Options(msgspec.Struct, forbid_unknown_fields=True):
     per_node: int = 8
     inside: float = 300e9
     between: float = 25e9
-
-
-ABOUT = {
-    "gpus": "how many GPUs there are",
-    "gpu_memory": "memory of one, in GiB [80]",
-    "learners": "GPUs of the learner; default: what fits and is quickest",
-    "prompt_tokens": "tokens of a prompt [512]",
-    "mean_answer": "tokens of an answer on average; default: half of the longest",
-    "per_node": "GPUs of one machine [8]",
-    "inside": "bytes per second between GPUs of one machine [3e11]",
-    "between": "bytes per second between machines [2.5e10]",
-}
-"""What `whet plan` takes beside the recipe's fields."""
 
 
 def plan(verb: str, recipe: Any, options: Options) -> str:
@@ -131,11 +119,11 @@ def _offline(verb: str, recipe: fields.Offline, options: Options) -> Run:
 
 def taken(given: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
     """(the plan's own options, the recipe's fields) of a command line. Raises RecipeError for a wrong option."""
-    own = {name: value for name, value in given.items() if name in ABOUT}
+    own = {name: value for name, value in given.items() if name in PLAN}
     if "gpus" not in own:
         raise RecipeError("--gpus: how many GPUs? for example --gpus 8 --gpu-memory 80")
     try:
         options = msgspec.convert(own, Options, strict=False)
     except msgspec.ValidationError as error:
         raise RecipeError(f"plan: {error}") from error
-    return options, {name: value for name, value in given.items() if name not in ABOUT}
+    return options, {name: value for name, value in given.items() if name not in PLAN}

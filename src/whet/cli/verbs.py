@@ -35,7 +35,7 @@ from whet.records import Chat, Group, Prompt, numbers, read_rows
 from whet.records.files import write_json, write_jsonl
 from whet.rewards import Weighted
 from whet.rewards.functions import called, load_function
-from whet.workers import Workers, join, launched, leave
+from whet.workers import Workers, free_port, join, launched, leave
 
 SFT = Objective((Term("policy", "train", part(nll), token_mean, name="nll"),))
 """The objective of SFT and pre-training: the mean over all trained tokens of -log pi."""
@@ -101,7 +101,7 @@ def run_offline(verb: str, recipe: fields.Offline, options: Options) -> Path:
         learner.export(role, folder / "model", tokenizer, merge=recipe.model.export == "merged")
 
     make = partial(crew.offline_learner, verb, recipe, objective, steps)
-    with _working(options, folder) as (workers, own):
+    with _working(recipe, options, folder) as (workers, own):
         train(make(workers), own)
     return folder
 
@@ -163,7 +163,7 @@ def run_online(verb: str, recipe: fields.Online, options: Options) -> Path:
             learner.export("ema", folder / "ema", tokenizer)
 
     make = partial(crew.online_learner, recipe, algorithm, total)
-    with _working(options, folder) as (workers, own):
+    with _working(recipe, options, folder) as (workers, own):
         crew.check_generator(recipe, workers.size)
         learner = make(workers)
         rewards = crew.rewards_of(recipe, tokenizer, learner, workers)
@@ -343,12 +343,16 @@ def _standardise(learner: Learner, scores: torch.Tensor) -> None:
 
 
 @contextmanager
-def _working(options: Options, folder: Path) -> Iterator[tuple[Workers, Options]]:
-    """This process alone, or as one of torchrun's workers: the first one talks, and a restarted run is resumed."""
-    if not launched():
+def _working(recipe: Any, options: Options, folder: Path) -> Iterator[tuple[Workers, Options]]:
+    """This process alone, or as one of torchrun's workers: the first one talks, and a restarted run is resumed.
+
+    An engine for several workers gets a group of processes to be happy with, if only of one.
+    """
+    engine = crew.engine_of(recipe, int(os.environ["WORLD_SIZE"]) if launched() else 1)
+    if not launched() and engine == "local":
         yield Workers(), options
         return
-    workers = join()
+    workers = join() if launched() else join(0, 1, "127.0.0.1", free_port())
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and (folder / "recipe.yaml").is_file()
     again = workers.told(again)
     yield workers, replace(options, resume=options.resume or again, quiet=options.quiet or not workers.first)

@@ -1,10 +1,11 @@
 """Folders in shared memory for weights on their way: one per attempt, removed with it, and found and removed if it could not."""
 
 import os
+import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from whet.workers import Workers
 PREFIX = "whet-push-"
 LOCK = "lock"
 PART = 1 << 30
-"""Bytes of one file; a reader on another machine holds one file at a time."""
+"""Bytes after which another file is begun: the writer holds no more than one."""
 
 
 class Shelf:
@@ -81,6 +82,19 @@ def contents(handle: Any) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory(dir=_memory()) as folder:
         write(Path(folder), "weights", whole(Weights(0, handle)), Workers())
         return contents(folder)
+
+
+@contextmanager
+def unpacked(files: Mapping[str, bytes]) -> Iterator[Path]:
+    """A folder with these files, which goes with the context."""
+    shelf = Shelf(secrets.token_hex(8), "files")
+    try:
+        aside = shelf.begin(0)
+        for name, content in files.items():
+            (aside / name).write_bytes(content)
+        yield shelf.end(0)
+    finally:
+        shelf.close()
 
 
 def remove(attempt: str) -> None:

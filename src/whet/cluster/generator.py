@@ -1,14 +1,14 @@
 """A generator in an actor of its own, which gets published weights in shared memory or through the object store."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from whet.cluster.folders import Shelf, contents
+from whet.cluster.folders import contents, unpacked
 from whet.cluster.learner import Pushed
 from whet.cluster.worker import Process, Remote
 from whet.errors import RunStopped, WhetError
@@ -29,12 +29,11 @@ class ActorGenerator:
         options: dict[str, Any] | None = None,
         *,
         name: str = "engine",
-        attempt: str = "alone",
         limit: float = 1800.0,
     ) -> None:
         self.remote = Remote(name, options or {"num_cpus": 1}, limit=limit).hold(Engine)
         try:
-            self.version, self.reports, processes = self.remote.ask("build", make, attempt, name)
+            self.version, self.reports, processes = self.remote.ask("build", make)
         except BaseException:
             self.remote.end()
             raise
@@ -76,13 +75,8 @@ class ActorGenerator:
 class Engine:
     """A generator in its own process."""
 
-    own: Generator
-    shelf: Shelf
-
-    def build(self, make: Callable[[], Generator], attempt: str, name: str) -> Any:
+    def build(self, make: Callable[[], Generator]) -> Any:
         """Make it; says its version, what it reports, and which processes it started."""
-        self.place = (attempt, f"{name.replace(' ', '-')}-{id(self)}")
-        self.pushes = 0
         self.own = make()
         started: list[int] = getattr(self.own, "processes", list)()
         return self.own.version, self.own.reports, [Process.of(pid) for pid in started]
@@ -94,7 +88,8 @@ class Engine:
     def adopt(self, version: int, folder: Path | None, files: dict[str, bytes] | None = None) -> int:
         """See `Generator.adopt`. Says the generator's version afterwards."""
         try:
-            self.own.adopt(Weights(version, self._unpacked(files) if folder is None and files is not None else folder))
+            with nullcontext(folder) if files is None else unpacked(files) as found:
+                self.own.adopt(Weights(version, found))
         except WhetError:
             raise
         except Exception as error:  # a torn file, a folder that is gone
@@ -115,16 +110,4 @@ class Engine:
 
     def close(self) -> None:
         """End what it started."""
-        if hasattr(self, "shelf"):
-            self.shelf.close()
         self.own.close()
-
-    def _unpacked(self, files: dict[str, bytes]) -> Path:
-        """The files in a folder of this node."""
-        if not hasattr(self, "shelf"):
-            self.shelf = Shelf(*self.place)
-        self.pushes += 1
-        aside = self.shelf.begin(self.pushes)
-        for name, content in files.items():
-            (aside / name).write_bytes(content)
-        return self.shelf.end(self.pushes)

@@ -3,19 +3,20 @@
 import os
 import socket
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
-from whet.cluster.folders import Shelf, contents
+from whet.cluster.folders import Shelf, contents, unpacked
 from whet.cluster.placement import Placement
-from whet.cluster.worker import START, Remote, in_step
+from whet.cluster.worker import START, Remote, at_once, ended, in_step
 from whet.errors import EngineDied, RunStopped, WhetError
-from whet.generate.base import Generator
+from whet.generate.base import Generator, whole
 from whet.learner.base import Step, Work
 from whet.learner.local import LocalLearner
 from whet.records import Batch, Weights
@@ -41,6 +42,16 @@ class Pushed:
     keeper: Remote = field(repr=False)
     _cache: list[Any] = field(default_factory=list, repr=False)
     _lock: Any = field(default_factory=threading.Lock, repr=False)
+
+    def whole(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight by its name, for a generator in the driver's own process."""
+        import ray
+
+        if self.folder.is_dir():  # its random part makes the path this very folder, on whatever node
+            yield from whole(Weights(0, self.folder))
+            return
+        with unpacked(ray.get(self.files())) as folder:
+            yield from whole(Weights(0, folder))
 
     def files(self) -> Any:
         """A reference to the folder's files in the object store; they are read once, however many nodes want them."""
@@ -140,8 +151,7 @@ class ClusterLearner:
         for one in self.remotes[:1]:
             with suppress(WhetError):
                 one.ask("close", limit=5.0)
-        for one in self.remotes:
-            one.end()
+        ended(self.remotes)
 
     def _all(self, method: str, *given: Any) -> Any:
         if self._grows:
@@ -155,10 +165,14 @@ class ClusterLearner:
 
     def _start(self) -> None:
         size = self.placement.learners
-        for rank in range(size):
+
+        def started(rank: int) -> None:
             one = Remote(f"learner {rank} of {size}", self.placement.learner(rank), limit=self.limit)
             self.remotes.append(one)
             one.hold(Member)
+
+        at_once([partial(started, rank) for rank in range(size)])
+        self.remotes.sort(key=lambda one: int(one.name.split()[1]))
 
     def _join(self, *, last: bool) -> bool:
         """All workers find one another; False where the port was taken, and all of them are ended."""
@@ -176,8 +190,7 @@ class ClusterLearner:
                 one.answer(reference)
         except Exception as error:
             taken = "in use" in str(error).lower()
-            for one in self.remotes:
-                one.end()
+            ended(self.remotes)
             if last or not taken:
                 raise
             self.remotes.clear()
@@ -238,10 +251,8 @@ class Member:
 
     def build(self, make: Make, answers: Any, push: str, attempt: str) -> tuple[int, None]:
         """Load the models."""
-        self.learner, self.push = make(self.workers), push
+        self.learner, self.push, self.attempt = make(self.workers), push, attempt
         self.own = answers(self.learner) if answers is not None else None
-        if self.workers.first and push != "nothing":
-            self.shelf = Shelf(attempt, "learner")
         return self._told(None)
 
     def call(self, method: str, *given: Any) -> tuple[int, Any]:
@@ -260,6 +271,8 @@ class Member:
 
     def publish(self, number: int) -> tuple[int, Path | None]:
         """All gather the policy in step, and the first one writes it."""
+        if self.workers.first and self.shelf is None:
+            self.shelf = Shelf(self.attempt, "learner")
         shelf = self.shelf
         if self.push == "adapter":
             aside = shelf.begin(number) if shelf else Path(os.devnull)

@@ -1,9 +1,11 @@
 """Rewards in actors of their own: groups are dealt over them, and a share whose worker died is scored again."""
 
+import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-from whet.cluster.worker import Remote
+from whet.cluster.worker import Remote, at_once, ended
 from whet.errors import EngineDied
 from whet.records import Group
 from whet.rewards.base import Scores, Weighted, joined, shares
@@ -20,33 +22,24 @@ class Pool:
 
     def __init__(self, make: Make, options: Sequence[dict[str, Any]], *, restarts: int, limit: float) -> None:
         self.make, self.options, self.limit = make, options, limit
-        self.restarts, self.deaths = restarts, 0
+        self.restarts, self.deaths, self._lock = restarts, 0, threading.Lock()
         self.remotes: list[Remote | None] = [None] * len(options)
 
     def ask(self, method: str, given: Sequence[Sequence[Any] | None]) -> list[Any]:
         """What each worker says to its own arguments, all at the same time; None where there are none."""
-        found: dict[int, Any] = {}
-        left = [number for number, one in enumerate(given) if one is not None]
-        while left:
-            asked, again = [], []
-            for number in left:
-                try:
-                    asked.append((number, self._worker(number).start(method, given[number])))
-                except EngineDied as error:
-                    again.append(self._lost(number, error))
-            for number, reference in asked:
-                try:
-                    found[number] = self._worker(number).answer(reference)
-                except EngineDied as error:
-                    again.append(self._lost(number, error))
-            left = again
-        return [found.get(number) for number in range(len(given))]
+        return at_once([partial(self._ask, number, method, one) for number, one in enumerate(given)])
 
     def close(self) -> None:
         """End all workers. May be called again."""
-        for one in self.remotes:
-            if one is not None:
-                one.end()
+        ended([one for one in self.remotes if one is not None])
+
+    def _ask(self, number: int, method: str, given: Sequence[Any] | None) -> Any:
+        while given is not None:
+            try:
+                return self._worker(number).ask(method, *given)
+            except EngineDied as error:
+                self._lost(number, error)
+        return None
 
     def _worker(self, number: int) -> Remote:
         one = self.remotes[number]
@@ -56,14 +49,14 @@ class Pool:
             one.hold(Scorer).ask("build", self.make)
         return one
 
-    def _lost(self, number: int, error: EngineDied) -> int:
+    def _lost(self, number: int, error: EngineDied) -> None:
         one, self.remotes[number] = self.remotes[number], None
         if one is not None:
             one.end()
-        self.deaths += 1
-        if self.deaths > self.restarts:
-            raise EngineDied(f"cluster: reward workers died {self.deaths} times; the last one: {error}") from error
-        return number
+        with self._lock:
+            self.deaths += 1
+            if self.deaths > self.restarts:
+                raise EngineDied(f"cluster: reward workers died {self.deaths} times; the last one: {error}") from error
 
 
 class ClusterReward:

@@ -6,12 +6,15 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from whet.errors import EngineDied, WhetError
+
+T = TypeVar("T")
 
 START = 60.0
 """Seconds that a process has to start, once it has a place."""
@@ -137,28 +140,47 @@ class Remote:
             cause = error.cause if isinstance(error.cause, Exception) else error
             raise cause from (None if isinstance(cause, WhetError) else error)
         except ray.exceptions.GetTimeoutError:
-            self.end(f"did not answer within {limit:g} s")
+            self.kill(f"did not answer within {limit:g} s")
             raise EngineDied(f"cluster: {self.name} {self.dead}") from None
         except ray.exceptions.RayError as error:
-            self.end("died")
+            self.kill("died")
             raise EngineDied(f"cluster: {self.name} died ({_first_line(error)})") from error
 
-    def end(self, why: str = "was ended") -> None:
-        """Kill it and all that it started, for sure where it is on this machine. May be called again."""
+    def kill(self, why: str = "was ended") -> None:
+        """Ray is asked to kill it, and it is not asked anything any more."""
         import ray
 
         self.dead = self.dead or why
         with suppress(Exception):  # Ray may know nothing of it any more
             ray.kill(self.actor, no_restart=True)
-        for process in self.processes:
-            process.kill()
 
-    def gone(self, seconds: float = 5.0) -> bool:
-        """None of its processes on this machine is left after so long."""
-        until = time.monotonic() + seconds
-        while any(process.lives for process in self.processes) and time.monotonic() < until:
-            time.sleep(0.02)
+    def end(self) -> bool:
+        """Kill it and all that it started; where it is on this machine, it is gone then. May be called again.
+
+        A process that Ray has lost, or that hangs, does not hear Ray and is killed by its id.
+        """
+        self.kill()
+        for seconds in (1.0, 5.0):
+            until = time.monotonic() + seconds
+            while any(process.lives for process in self.processes) and time.monotonic() < until:
+                time.sleep(0.02)
+            for process in self.processes:
+                process.kill()
         return not any(process.lives for process in self.processes)
+
+
+def ended(workers: Sequence[Remote]) -> list[Remote]:
+    """All are killed at the same time; those on this machine that do not end."""
+    for one in workers:
+        one.kill()
+    return [one for one in workers if not one.end()]
+
+
+def at_once(works: Sequence[Callable[[], T]]) -> list[T]:
+    """What each gives, all at the same time; all have ended when the first error is raised."""
+    with ThreadPoolExecutor(max(1, len(works)), "whet-cluster") as threads:
+        futures = [threads.submit(work) for work in works]
+    return [future.result() for future in futures]
 
 
 def in_step(workers: Sequence[Remote], method: str, given: Sequence[Any], limit: float) -> list[Any]:
@@ -194,7 +216,7 @@ def in_step(workers: Sequence[Remote], method: str, given: Sequence[Any], limit:
         return [found[one.name] for one in workers]
     if pending or isinstance(verdict, EngineDied):
         for one in workers:
-            one.end("was killed, because another worker of its world died")
+            one.kill("was killed, because another worker of its world died")
     raise verdict
 
 

@@ -13,7 +13,7 @@ from whet.cluster.learner import ClusterLearner, Inside, Make
 from whet.cluster.placement import Placement, Wanted, place
 from whet.cluster.rewards import Make as MakeRewards
 from whet.cluster.rewards import Pool, weighted
-from whet.cluster.worker import Remote
+from whet.cluster.worker import Remote, ended
 from whet.generate.base import Generator
 from whet.generate.fleet import Fleet
 from whet.learner.local import LocalLearner
@@ -91,10 +91,8 @@ class World:
             if thing is not None:
                 with suppress(Exception):
                     thing.close()
-        for one in self.remotes():
-            one.end()
-            if not one.gone():
-                print(f"whet: {one.name} (process {one.where.process.pid}) does not end", file=sys.stderr)
+        for one in ended(self.remotes()):
+            print(f"whet: {one.name} (process {one.where.process.pid}) does not end", file=sys.stderr)
         with suppress(Exception):
             self.placement.remove()
         folders.remove(self.attempt)
@@ -107,9 +105,7 @@ class World:
         self.close()
 
     def _engine(self, make: Callable[[], Generator], number: int) -> Any:
-        one = ActorGenerator(
-            make, self.placement.engine(number), name=f"engine {number}", attempt=self.attempt, limit=self.limit
-        )
+        one = ActorGenerator(make, self.placement.engine(number), name=f"engine {number}", limit=self.limit)
         self._engines.append(one)
         return one
 

@@ -79,10 +79,10 @@ def cut(requests: Sequence[Request], size: int) -> list[list[int]]:
     return [turn[start : start + size] for start in range(0, len(turn), size)]
 
 
-def furthest(every: Sequence[list[Tensor]]) -> list[Tensor]:
-    """Of several generators' scores those that lie furthest from the first one's: a stale one is not averaged away."""
-    far = [sum(float((a - b).abs().sum()) for a, b in zip(one, every[0], strict=True)) for one in every]
-    return every[int(torch.tensor(far).nan_to_num(torch.inf).argmax())]
+def scores(generator: Generator, ids: Sequence[Tensor]) -> list[list[Tensor]]:
+    """`score` of every engine behind a generator: one that is stale must not hide behind the others."""
+    several = getattr(generator, "scores", None)
+    return several(ids) if several is not None else [generator.score(ids)]
 
 
 def whole(weights: Weights) -> Iterator[tuple[str, Tensor]]:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from whet.errors import EngineDied, WhetError
-from whet.generate.base import Generator, Request, furthest
+from whet.generate.base import Generator, Request
 from whet.records import Sample, Weights
 
 T = TypeVar("T")
@@ -129,8 +129,12 @@ class Fleet:
         self.version = next((one.version for one in self.lanes if one.version != weights.version), weights.version)
 
     def score(self, ids: Sequence[Tensor]) -> list[Tensor]:
-        """The scores of the engine whose numbers lie furthest from the first one's."""
-        return furthest(self._all(lambda _, lane: lane.score(ids)))
+        """The scores of the first engine."""
+        return self.scores(ids)[0]
+
+    def scores(self, ids: Sequence[Tensor]) -> list[list[Tensor]]:
+        """The scores of every engine."""
+        return self._all(lambda _, lane: lane.score(ids))
 
     def rest(self) -> None:
         """See `Generator.rest`."""

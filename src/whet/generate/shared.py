@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from whet.generate.base import Generator, Request, cut, furthest
+from whet.generate.base import Generator, Request, cut, scores
 from whet.records import Sample, Weights
 from whet.workers import Workers
 
@@ -38,8 +38,12 @@ class SharedGenerator:
         self.version = next((one for one in versions if one != weights.version), weights.version)
 
     def score(self, ids: Sequence[Tensor]) -> list[Tensor]:
-        """The scores of the worker whose numbers lie furthest from the first one's."""
-        return furthest(self.workers.together(lambda: self.own.score(ids)))
+        """The scores of the first engine."""
+        return self.scores(ids)[0]
+
+    def scores(self, ids: Sequence[Tensor]) -> list[list[Tensor]]:
+        """The scores of every worker's engines."""
+        return [one for every in self.workers.together(lambda: scores(self.own, ids)) for one in every]
 
     def rest(self) -> None:
         """See `Generator.rest`."""

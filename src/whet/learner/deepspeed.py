@@ -38,6 +38,8 @@ class DeepSpeedLearner(LocalLearner):
             if len(trained) > 1:
                 raise RecipeError("trunk: DeepSpeed trains one role per model; take separate models, or engine fsdp")
             if not trained and self.stage < 3:
+                if self.half and roles[0].name != "ema":  # an average is only written, and stays exact
+                    shell.to(torch.bfloat16)  # what is compared with the policy computes as the policy does
                 continue
             for role in trained:
                 if self.optims[role.name].kind != "adamw":
@@ -116,10 +118,9 @@ class DeepSpeedLearner(LocalLearner):
 
     def _fill(self, parameter: Tensor, value: Tensor) -> None:
         import deepspeed
-        from deepspeed.utils import safe_set_full_fp32_param
 
         if parameter.requires_grad:  # else it has no master copy
-            safe_set_full_fp32_param(parameter, value.to(parameter.device, torch.float32))
+            self._put(parameter, value)
         if hasattr(parameter, "ds_id"):
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 parameter.data.copy_(value)
@@ -144,8 +145,6 @@ class DeepSpeedLearner(LocalLearner):
             yield f"{key}|step", steps[0].detach().reshape(()).clone()
 
     def _put_states(self, name: str, saved: Mapping[str, Tensor]) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state
-
         if not len(saved):
             return
         step, base = next(saved[key] for key in saved if key.endswith("|step")), self._optimisers[name][0][0]
@@ -157,8 +156,29 @@ class DeepSpeedLearner(LocalLearner):
         parameters = self.roles[name].parameters()
         for key, parameter in parameters.items():
             for moment in MOMENTS:
-                value = saved[f"{key}|{moment}"].to(parameter.device, torch.float32)
-                safe_set_full_optimizer_state(parameter, value, moment)
+                self._put(parameter, saved[f"{key}|{moment}"], moment)
+
+    def _put(self, parameter: Any, value: Tensor, moment: str | None = None) -> None:
+        """A whole value into the master copy of a parameter, or into one of its moments.
+
+        At stage 3 each worker takes its own part: DeepSpeed's own way of cutting the whole fails on the last worker alone,
+        and leaves the others waiting, where the workers' number does not divide the size.
+        """
+        from deepspeed import utils
+
+        value = value.to(parameter.device, torch.float32)
+        if self.stage == 3:
+            size = parameter.partition_numel()
+            flat = torch.nn.functional.pad(value.flatten(), (0, size * self.workers.size - value.numel()))
+            own = flat[size * self.workers.rank : size * (self.workers.rank + 1)]
+            if moment is None:
+                utils.safe_set_local_fp32_param(parameter, own)
+            else:
+                utils.safe_set_local_optimizer_state(parameter, own, moment)
+        elif moment is None:
+            utils.safe_set_full_fp32_param(parameter, value)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, value, moment)
 
     def _link(self, name: str) -> None:
         """ZeRO 1 and 2 tell parameters of their moments after the first group's step, when the others have none yet."""
@@ -172,11 +192,10 @@ def imported() -> Any:
     """The deepspeed package, told beforehand what it would otherwise compile or guess on a machine without GPU."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("DS_BUILD_OPS", "0")
-    try:
-        import deepspeed
-    except ImportError as error:
-        raise RecipeError('learner.engine: deepspeed is not installed; pip install "whet[deepspeed]"') from error
+    for name, value in (("DS_BUILD_OPS", "0"), ("LOCAL_RANK", "0")):
+        os.environ.setdefault(name, value)
+    import deepspeed
+
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)

@@ -140,18 +140,22 @@ class LocalLearner:
                 raise CheckpointError(f"{folder}: the frozen weights of the {name} are not those this run began with")
         if about["optimisers"] != self._kinds():
             raise CheckpointError(f"{folder}: its optimisers are {about['optimisers']}, this run's {self._kinds()}")
-        self.version, self._blended = about["version"], set(about["blended"])
-        for name in self._changing():
-            own, saved = self.roles[name].parameters(), Stored(folder, name)
+        self._blended = set(about["blended"])
+        weights = {name: Stored(folder, name) for name in self._changing()}
+        states = {name: Stored(folder, f"{name}.optimiser") for name in self._optimisers}
+        for name, saved in weights.items():
+            own = self.roles[name].parameters()
             if own.keys() != saved.keys() or any(self._shape(own[key]) != saved.shape(key) for key in own):
                 raise CheckpointError(
                     f"{folder}: the {name}'s parameters are others than this run's; is the model the same?"
                 )
+        self.version = about["version"]
+        for name, saved in weights.items():
             with torch.no_grad():
-                for key, parameter in own.items():
+                for key, parameter in self.roles[name].parameters().items():
                     self._fill(parameter, saved[key])
-        for name in self._optimisers:
-            self._put_states(name, Stored(folder, f"{name}.optimiser"))
+        for name, saved in states.items():
+            self._put_states(name, saved)
 
     @torch.no_grad()
     def rescale(self, role: str, scale: float, shift: float) -> None:

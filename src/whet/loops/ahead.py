@@ -11,7 +11,7 @@ from torch import Tensor
 from whet.dials import Sampling
 from whet.errors import RunStopped
 from whet.generate import Generator, Request
-from whet.generate.base import furthest
+from whet.generate.base import scores
 from whet.loops.source import Hand
 from whet.plan.schedule import chosen, lead
 from whet.records import Group, Prompt, Sample, Weights
@@ -280,8 +280,12 @@ class Ahead:
         self._turn += 1
 
     def score(self, ids: Sequence[Tensor]) -> list[Tensor]:
-        """Of all lanes, the scores that lie furthest from the first one's."""
-        return furthest(self.driver.still(lambda: [lane.score(ids) for lane in self.lanes]))
+        """The scores of the first lane."""
+        return self.scores(ids)[0]
+
+    def scores(self, ids: Sequence[Tensor]) -> list[list[Tensor]]:
+        """The scores of every lane."""
+        return self.driver.still(lambda: [one for lane in self.lanes for one in scores(lane, ids)])
 
     def state(self) -> dict[str, Any]:
         """The buffer and which step each version was for, as JSON; with it the number of prompts handed out."""

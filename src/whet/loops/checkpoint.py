@@ -7,10 +7,11 @@ import re
 import secrets
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from whet.errors import CheckpointError
+from whet.errors import CheckpointError, EngineDied
 from whet.learner import Learner
 from whet.loops.interrupt import Stop
 from whet.records.files import write_json
@@ -36,6 +37,9 @@ def save(folder: Path, step: int, learner: Learner, loop: Mapping[str, Any], *, 
         workers.wait()
         workers.together(lambda: learner.save(aside / "learner"))
         workers.together(lambda: _commit(aside, final, loop) if workers.first else None)
+    except EngineDied:  # a worker, not the disk
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     except Exception as error:  # OSError from the file system, SafetensorError for the same cause from safetensors
         shutil.rmtree(aside, ignore_errors=True)
         good = latest(folder)
@@ -89,7 +93,8 @@ class Keeper:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
         whole = self.learner.version == self.version and self.step > self.saved
         if isinstance(error, Exception) and not isinstance(error, CheckpointError) and whole:
-            self._save()
+            with suppress(EngineDied):  # what ended the run is what is told
+                self._save()
 
     def _save(self) -> None:
         save(self.folder, self.step, self.learner, {"step": self.step, **self.state}, keep=self.keep)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from whet.errors import RunStopped
 from whet.generate import Generator
+from whet.generate.base import scores
 from whet.ops import masked_sum
 from whet.records import Batch
 
@@ -105,17 +106,19 @@ def published(
     """
     if generator.version != version:
         stop(step, f"the generator has weights of version {generator.version}, the learner is at {version}")
-    got, precision = generator.score([canary])[0], HALF if half else GAP[expected.dtype]
-    gap = float((got - expected).abs().max())
-    if not gap <= 10 * precision:
-        stop(
-            step,
-            f"after the push the generator scores the canary {gap:.4f} nats off the learner's score (bound {10 * precision})",
-        )
-    moved, off, stale = (float((a - b).norm()) for a, b in ((expected, before), (got, expected), (got, before)))
-    if moved > 0.1 * precision * len(expected) ** 0.5 and stale < off:
-        stop(
-            step,
-            f"after the push the generator still scores the canary as the learner did before its updates ({stale:.2g} nats from "
-            f"those scores, {off:.2g} from the new ones); the new weights did not arrive",
-        )
+    precision = HALF if half else GAP[expected.dtype]
+    moved = float((expected - before).norm())
+    for (got,) in scores(generator, [canary]):
+        gap = float((got - expected).abs().max())
+        if not gap <= 10 * precision:
+            stop(
+                step,
+                f"after the push the generator scores the canary {gap:.4f} nats off the learner's score (bound {10 * precision})",
+            )
+        off, stale = float((got - expected).norm()), float((got - before).norm())
+        if moved > 0.1 * precision * len(expected) ** 0.5 and stale < off:
+            stop(
+                step,
+                f"after the push the generator still scores the canary as the learner did before its updates ({stale:.2g} nats "
+                f"from those scores, {off:.2g} from the new ones); the new weights did not arrive",
+            )

@@ -1,0 +1,103 @@
+"""What engines cannot do is refused by name before any model is loaded; a missing extra is one line with the install command."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+import whet
+from whet.errors import RecipeError
+from whet.workers import Workers
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("engines")
+    (folder / "reward.py").write_text("def score(prompts, completions, **_):\n    return [0.0 for _ in completions]\n")
+    tiny.folder(folder / "model")
+    tiny.write_jsonl(folder / "prompts.jsonl", [{"prompt": word} for word in "abcdefgh"])
+    return {
+        "model": str(folder / "model"), "data": str(folder / "prompts.jsonl"), "reward": f"{folder}/reward.py:score",
+        "rollout": {"prompts": 4, "steps": 1}, "sampling": {"max_new_tokens": 4}, "out": str(folder / "out"),
+    }  # fmt: skip
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "truncation": ({"generator": "vllm", "sampling.top_p": 0.9}, "sampling: a vllm engine does not say which tokens"),
+    "no server": ({"generator": "server"}, "generator.urls: where are the servers"),
+    "servers without": ({"generator.urls": ["http://127.0.0.1:1"]}, "generator.urls: it is for engine server"),
+    "count": ({"generator.count": 2}, "generator.count: it is for engine vllm, and this one is local"),
+    "adapter": ({"generator": "vllm", "generator.push": "adapter"}, "there is no adapter without model.lora"),
+    "segment": ({"generator.segment": 8}, "generator.segment: answers are waited for"),
+    "half": ({"learner.half": True}, "learner.half: local has no such thing"),
+    "offload on replicas": ({"learner": "ddp", "learner.offload": True}, "learner.offload: ddp has no such thing"),
+    "trunk": (
+        {"learner": "zero2", "trunk": "shared", "model.lora.rank": 2},
+        "trunk: DeepSpeed trains one role per model",
+    ),
+    "an engine that is none": ({"learner": "zero4"}, "learner.engine"),
+}
+
+
+@pytest.mark.parametrize(("changes", "said"), REFUSED.values(), ids=REFUSED)
+def test_what_an_engine_cannot_do_is_refused(given: dict[str, Any], changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        whet.run("reinforce", **{**given, **changes})
+    assert not Path(given["out"]).exists()
+
+
+def test_one_process_cannot_be_two(given: dict[str, Any]) -> None:
+    from whet.cli import config, crew
+    from whet.cli.recipe import Online
+
+    recipe = config.resolve(Online, "ppo", None, [("learner", "local")])
+    with pytest.raises(RecipeError, match="local is one process, and there are 2"):
+        crew.engine_of(recipe, 2)
+    assert crew.engine_of(config.resolve(Online, "ppo", None, []), 2) == "fsdp"
+    with pytest.raises(RecipeError, match=r"--cluster auto --cluster\.engines 1"):
+        crew.check_generator(config.resolve(Online, "ppo", None, [("generator.max_staleness", 1)]), 2)
+
+
+MISSING = {
+    "vllm": ({"generator": "vllm"}, r'pip install "whet\[vllm\]"'),
+    "deepspeed": ({"learner": "zero2"}, r'pip install "whet\[deepspeed\]"'),
+    "ray": ({"cluster": "auto"}, r'pip install "whet\[ray\]"'),
+}
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_a_missing_extra_is_one_line_with_the_install_command(
+    name: str, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place in ("whet.generate.vllm", "whet.cli.crew"):
+        monkeypatch.setattr(f"{place}.find_spec", lambda *_: None)
+    changes, said = MISSING[name]
+    with pytest.raises(RecipeError, match=said) as raised:
+        whet.run("reinforce", **{**given, **changes})
+    assert "\n" not in str(raised.value)
+
+
+def test_one_worker_alone_does_nothing_together() -> None:
+    alone = Workers()
+    assert alone.first
+    assert alone.gather(3) == [3]
+    assert alone.told("x") == "x"
+    assert alone.together(lambda: 5) == [5]
+    with pytest.raises(ZeroDivisionError):
+        alone.together(lambda: 1 // 0)
+    assert list(alone.own([1, 2, 3])) == [1, 2, 3]
+
+
+def test_the_plan_of_a_recipe_is_told(given: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    from whet.cli.main import main
+
+    words = ["plan", "ppo", "--model", given["model"], "--reward", given["reward"], "--gpus", "8", "--gpu-memory", "80"]
+    assert main(words) == 0
+    told = capsys.readouterr().out
+    for word in ("policy", "critic", "reference", "push"):
+        assert word in told
+    assert main(["plan", "ppo", "--model", given["model"]]) == 2
+    assert "--gpus" in capsys.readouterr().err
+    assert main(["plan", "sample"]) == 2
+    assert main(["plan", "--help"]) == 0

@@ -1,0 +1,554 @@
+"""The seams as Ray actors: the same contract and numbers, and runs that outlive their workers and machines."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from generate.test_contract import (  # noqa: F401  (each is run here with the fixture `generator` below)
+    END,
+    plain,
+    requests,
+    test_a_score_is_one_log_prob_for_every_id_after_the_first,
+    test_an_answer_does_not_depend_on_the_seed_of_its_neighbours,
+    test_an_answer_is_the_same_alone_in_another_batch_and_in_another_order,
+    test_an_end_token_on_the_last_allowed_place_is_a_stop,
+    test_each_id_has_a_log_prob_and_the_text_is_of_the_ids,
+    test_it_says_the_version_it_adopted,
+    test_no_requests_give_no_samples,
+    test_one_sample_per_request_in_their_order,
+    test_requests_with_other_dials_do_not_change_each_other,
+    test_the_end_token_belongs_to_the_answer_and_nothing_follows_it,
+    test_the_same_requests_give_the_same_samples,
+)
+from models import helpers as h
+
+from engines import cluster_jobs as jobs
+from engines.cluster_jobs import PPO, basics
+from engines.jobs import gap, leaves
+from whet.cluster import Wanted, World, connected, folders, survive
+from whet.cluster import ray as door
+from whet.cluster.generator import ActorGenerator
+from whet.cluster.learner import ClusterLearner, Regrow
+from whet.cluster.placement import place
+from whet.cluster.survive import death
+from whet.cluster.worker import Process
+from whet.errors import CheckpointError, EngineDied, ModelError, RecipeError, RewardError, RunStopped
+from whet.generate.local import LocalGenerator
+from whet.loops import checkpoint
+from whet.records import Weights
+from whet.workers import Workers
+
+TESTS = Path(__file__).parent.parent
+ENVIRONMENT = {
+    # a lost node is declared dead in 1.4 s instead of 14
+    "RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "3",
+    "RAY_health_check_timeout_ms": "1000", "RAY_health_check_initial_delay_ms": "500",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1",
+    "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
+}  # fmt: skip
+HERE = Wanted(learners=1)
+TOLERANCE = 1e-5
+
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
+
+
+# --- without Ray ------------------------------------------------------------------------------------------------------
+
+
+def test_without_ray_there_is_one_line_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with (
+        pytest.raises(RecipeError, match=r'^cluster.address: ray is not installed; pip install "whet\[ray\]"$'),
+        connected("auto"),
+    ):
+        pass
+
+
+def test_the_room_is_imported_without_ray() -> None:
+    code = "import sys, whet.cluster; print('ray' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
+
+
+def test_a_running_cluster_is_found_and_a_dead_one_is_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import socket
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    assert door.running() == ""
+    (tmp_path / "ray").mkdir()
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        (tmp_path / "ray" / "ray_current_cluster").write_text(address)
+        assert door.running() == address
+    assert door.running() == ""
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert door.running() == "head:6379"
+
+
+def test_what_one_machine_must_hold() -> None:
+    apart = Wanted(2, 3, 1, cpus=2, gpus=1)
+    assert apart.bundles(2) == [{"CPU": 2, "GPU": 1}] * 5 + [{"CPU": 2}]
+    assert apart.total_cpus == 12
+    both = replace(apart, together=True)
+    assert both.bundles(2) == [{"CPU": 6, "GPU": 1}] * 2 + [{"CPU": 2}]  # two engines sit with the first learner
+    assert both.bundles(1) == [{"CPU": 8, "GPU": 1}, {"CPU": 2}]
+
+
+def test_a_death_is_found_behind_what_it_caused() -> None:
+    died = EngineDied("learner 1 died")
+    torn = CheckpointError("could not be written")
+    torn.__cause__ = died
+    assert death(torn) is died
+    assert death(CheckpointError("disk full")) is None
+    assert death(None) is None
+
+
+def test_a_process_is_not_taken_for_another_with_its_id() -> None:
+    with subprocess.Popen(["sleep", "60"]) as child:
+        one = Process.of(child.pid)
+        assert one.lives
+        replace(one, began="1").kill()
+        replace(one, host="elsewhere").kill()
+        assert child.poll() is None
+        one.kill()
+    assert not one.lives
+
+
+def test_a_shelf_keeps_two_pushes_and_is_swept_only_when_its_owner_is_gone(tmp_path: Path) -> None:
+    shelf = folders.Shelf("aaaa", "learner")
+    paths = [shelf.put(number, iter([("w", torch.full((3,), float(number)))])) for number in range(4)]
+    assert [path.is_dir() for path in paths] == [False, False, True, True]
+    folders.sweep()
+    assert shelf.folder.is_dir()
+    with pytest.raises(FileExistsError):
+        folders.Shelf("aaaa", "learner")
+    left = shelf.folder
+    shelf._lock.close()  # as when its process dies
+    folders.sweep()
+    assert not left.exists()
+    with pytest.raises(FileNotFoundError):
+        shelf.put(4, iter([("w", torch.zeros(1))]))  # who lives on writes nowhere
+    assert not left.exists()
+
+
+# --- one Ray with two nodes ----------------------------------------------------------------------------------------------
+
+
+class Machines:
+    """A Ray of two nodes on this machine: the head with 2 CPUs, where the driver is, and another with 4."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        head = {"num_cpus": 2, "object_store_memory": 100 << 20, "include_dashboard": False}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        self.other: Any = None
+        self.grow()
+
+    def grow(self) -> None:
+        self.other = self.cluster.add_node(num_cpus=4, object_store_memory=100 << 20)
+
+    def lose(self) -> None:
+        """The raylet is killed, and nobody tells its workers."""
+        node, self.other = self.other, None
+        self.cluster.remove_node(node, allow_graceful=False)
+
+
+def processes() -> set[int]:
+    """Every process that descends from this one."""
+    import psutil
+
+    found = psutil.Process().children(recursive=True)
+    return {
+        one.pid for one in found if one.status() != psutil.STATUS_ZOMBIE and "multiprocessing" not in str(one.cmdline())
+    }
+
+
+def shelves() -> list[str]:
+    return [path.name for path in folders._memory().glob(f"{folders.PREFIX}*")]
+
+
+@pytest.fixture(scope="module")
+def machines() -> Iterator[Machines]:
+    pytest.importorskip("ray")
+    before = {name: os.environ.get(name) for name in ENVIRONMENT}
+    os.environ |= ENVIRONMENT
+    here = processes()
+    made = Machines()
+    with connected(made.cluster.address):
+        yield made
+    made.cluster.shutdown()
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.update({name: value})
+    until = time.monotonic() + 10
+    while (left := processes() - here) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not left, "processes were left behind"
+    assert shelves() == []
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_in_shared_memory() -> Iterator[None]:
+    yield
+    assert shelves() == []
+
+
+def local() -> LocalGenerator:
+    torch.set_num_threads(1)
+    role = h.policy("qwen3", dtype=torch.float32, name="sampler")
+    return LocalGenerator(role, END, lambda ids: " ".join(map(str, ids)), copy=True)
+
+
+@pytest.fixture(scope="module")
+def engine(machines: Machines) -> Iterator[ActorGenerator]:
+    one = ActorGenerator(local, limit=60)
+    one.role = h.policy("qwen3", dtype=torch.float32)  # type: ignore[attr-defined]  (what the contract adopts)
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def generator(engine: ActorGenerator) -> ActorGenerator:
+    """The same engine, back at its first weights."""
+    if engine.version:
+        engine.adopt(Weights(0, engine.role))  # type: ignore[attr-defined]
+    return engine
+
+
+def test_an_engine_elsewhere_gives_what_one_here_gives(generator: ActorGenerator) -> None:
+    assert list(generator.generate(requests())) == list(local().generate(requests()))
+    ids = torch.tensor([2, 3, 4, 5])
+    assert torch.equal(generator.score([ids])[0], local().score([ids])[0])
+
+
+def test_a_push_that_cannot_be_read_is_refused_by_name(generator: ActorGenerator, tmp_path: Path) -> None:
+    (tmp_path / "weights.safetensors").write_bytes(b"torn")
+    with pytest.raises(RunStopped, match=r"the push of version 7 cannot be read .*SafetensorError"):
+        generator.adopt(Weights(7, tmp_path))
+    with pytest.raises(RunStopped, match="lacks"):
+        generator.adopt(Weights(7, tmp_path / "gone"))
+    assert generator.version == 0
+
+
+def test_listeners_are_on_loopback_only(machines: Machines, engine: ActorGenerator) -> None:
+    assert listening(processes() | {os.getpid()}) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+def listening(pids: set[int]) -> set[str]:
+    import psutil
+
+    return {one.laddr.ip for one in psutil.net_connections("tcp") if one.status == "LISTEN" and one.pid in pids}
+
+
+def test_an_impossible_placement_fails_in_time_and_says_what_there_is(machines: Machines) -> None:
+    began = time.monotonic()
+    with pytest.raises(RecipeError) as told:
+        place(Wanted(3, 2, 1, cpus=2, smallest=2, patience=1))
+    assert time.monotonic() - began < 5
+    words = str(told.value)
+    assert "no place for 3 learners (at least 2), 2 engines and 1 reward workers with 2 CPU each within 1 s" in words
+    assert "2 machines are there" in words
+    assert "4 CPU and 0 GPU" in words
+    with pytest.raises(RecipeError, match="with 1 CPU and 1 GPU each"):
+        place(Wanted(1, gpus=1, patience=0.5))
+
+
+# --- the learner ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_learner_of_actors_has_the_numbers_of_one_process(machines: Machines, size: int, tmp_path: Path) -> None:
+    expected = basics(jobs.learner(Workers()), tmp_path / "here")
+    with World(Wanted(size)) as world:
+        own = world.learner(jobs.learner)
+        got = basics(own, tmp_path / "there")
+        folder = own.publish().handle.folder
+        assert folder.is_dir()
+        assert len([one for one in folder.parent.iterdir() if one.is_dir()]) == 2
+        for file in (tmp_path / "there" / "saved").glob("policy*.safetensors"):
+            file.unlink()
+        with pytest.raises(CheckpointError, match="are not all there"):
+            own.load(tmp_path / "there" / "saved")
+        assert own.measure(jobs_batch(), frozenset({"old_logp"}))["old_logp"].shape  # it goes on
+    worst = gap(got, expected)
+    print(f"\n{size} workers: {worst}")
+    assert worst[0] < (TOLERANCE if size == 2 else 1e-12)
+    assert gap(got["third"], got["again"])[0] == 0.0
+
+
+def jobs_batch() -> Any:
+    from engines.jobs import batch
+
+    return batch()
+
+
+@pytest.fixture(scope="module")
+def falling(machines: Machines) -> Iterator[Callable[[], ClusterLearner]]:
+    """Learners of two workers that fail where they are told to; a new one only where the last one died."""
+    world: World | None = None
+    own: ClusterLearner | None = None
+
+    def alive() -> ClusterLearner:
+        nonlocal world, own
+        if own is None or own.remotes[0].dead:
+            if world is not None:
+                world.close()
+            world = World(Wanted(2), limit=30)
+            own = world.learner(jobs.clumsy, push="weights")
+        return own
+
+    yield alive
+    if world is not None:
+        world.close()
+
+
+@pytest.mark.parametrize("who", ["all", "0", "1"])
+@pytest.mark.parametrize("kind", [RunStopped, CheckpointError, RewardError, RecipeError])
+def test_what_workers_raise_comes_out_as_itself(falling: Any, kind: type[Exception], who: str) -> None:
+    with pytest.raises(kind, match=r"^said by [01]$") as told:
+        falling().blend(kind.__name__, who, 0.0)
+    assert type(told.value) is kind
+    falling().blend("nothing", "nobody", 0.0)  # the workers answered all, and go on
+
+
+def test_what_a_users_code_raises_comes_out_as_itself(falling: Any) -> None:
+    with pytest.raises(KeyError, match="what a user's code raises"):
+        falling().blend("key", "1", 0.0)
+
+
+def test_workers_that_drift_apart_are_told(falling: Any) -> None:
+    with pytest.raises(RunStopped, match=r"different versions, \[0, 1\]"):
+        falling().blend("drift", "1", 0.0)
+    with pytest.raises(RunStopped, match=r"different versions, \[0, 2\]"):
+        falling().blend("drift", "1", 0.0)
+    falling().remotes[0].kill("is to be made anew")
+
+
+@pytest.mark.parametrize("who", ["0", "1"])
+def test_a_worker_that_dies_is_named_and_the_others_are_killed(falling: Any, who: str) -> None:
+    own = falling()
+    pids = [one.where.process for one in own.remotes]
+    with pytest.raises(EngineDied, match=f"learner {who} of 2 died"):
+        own.blend("die", who, 0.0)
+    with pytest.raises(EngineDied, match="learner 0 of 2"):
+        own.publish()
+    until = time.monotonic() + 5
+    while any(one.lives for one in pids) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not any(one.lives for one in pids)
+
+
+def test_a_worker_that_hangs_is_given_up(machines: Machines) -> None:
+    with World(Wanted(2), limit=3) as world:
+        own = world.learner(jobs.clumsy)
+        pids = [one.where.process for one in own.remotes]
+        with pytest.raises(EngineDied, match="learner 0 of 2, learner 1 of 2 did not answer within 3 s"):
+            own.blend("stop", "1", 0.0)
+    assert not any(one.lives for one in pids)  # the stopped one hears no request to end
+
+
+def test_a_learner_that_cannot_be_built_says_why(machines: Machines) -> None:
+    with World(HERE) as world, pytest.raises(ModelError, match=r"^no such folder, says worker 0$"):
+        world.learner(jobs.critic_role)
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The run in one process."""
+    return PPO(tmp_path_factory.mktemp("alone")).alone()
+
+
+def close(got: dict[str, Any], expected: dict[str, Any], tolerance: float) -> None:
+    """The same tokens; numbers and weights within the tolerance of their size, at least 1 (a loss is a sum that cancels)."""
+    assert got["ids"] == expected["ids"]
+    ours, theirs = dict(leaves(got)), dict(leaves(expected))
+    assert ours.keys() == theirs.keys()
+    for where, one in ours.items():
+        other = theirs[where]
+        if isinstance(one, (int, float, torch.Tensor)):
+            off = float(torch.as_tensor(one - other).abs().max())
+            assert off <= tolerance * max(1.0, float(torch.as_tensor(other).abs().max())), where
+
+
+def killer(kills: dict[int, list[str]], told: list[str]) -> Callable[[int, World], None]:
+    """Kills workers of these kinds, at once or a moment later, before these rollouts; each kill happens once."""
+
+    def before(step: int, world: World) -> None:
+        for kind in kills.pop(step, []):
+            groups = {
+                "learner": world._learner.remotes if world._learner else [],
+                "engine": [one.remote for one in world._engines[-world.wanted.engines :]],
+                "reward": world._pool.remotes if world._pool else [],
+            }
+            victim: Any = groups[kind][-1]
+            told.append(victim.name)
+            threading.Timer(0.02, os.kill, (victim.where.process.pid, signal.SIGKILL)).start()
+
+    return before
+
+
+def test_a_run_over_the_cluster_outlives_its_workers_to_the_bit(
+    machines: Machines, alone: dict[str, Any], tmp_path: Path
+) -> None:
+    """Two learners, two engines on two nodes, a reward worker: the unkilled run first, which is the one-process run."""
+    wanted, told = Wanted(2, 2, 1), list[str]()
+    whole = PPO(tmp_path / "whole").survive(wanted)
+    close(whole, alone, TOLERANCE)
+    kills = {1: ["engine", "reward"], 2: ["learner"]}
+    killed = PPO(tmp_path / "killed", before=killer(kills, told)).survive(wanted, restarts=3)
+    assert told == ["engine 1", "reward worker 0", "learner 1 of 2"]
+    assert gap(killed, whole)[0] == 0.0
+
+
+def test_a_run_that_keeps_dying_ends_with_the_last_cause(machines: Machines, tmp_path: Path) -> None:
+    tried = []
+
+    def attempt(world: World, resume: bool) -> None:
+        tried.append(resume)
+        raise EngineDied(f"death number {len(tried)}")
+
+    with pytest.raises(EngineDied, match="the run died 3 times; the last cause: death number 3"):
+        survive(attempt, HERE, restarts=2, quiet=True)
+    assert tried == [False, True, True]
+
+    def failing(world: World, resume: bool) -> None:
+        raise RunStopped("a NaN")
+
+    with pytest.raises(RunStopped, match="a NaN"):
+        survive(failing, HERE, restarts=2, quiet=True)
+
+
+def test_a_lost_machine_makes_the_world_smaller_and_a_new_one_larger(
+    machines: Machines, alone: dict[str, Any], tmp_path: Path
+) -> None:
+    sizes: list[int] = []
+
+    def before(step: int, world: World) -> None:
+        sizes.append(world.learners)
+        if step == 1 and machines.other is not None and sizes == [2, 2]:
+            machines.lose()
+        if world.learners == 1 and machines.other is None:
+            machines.grow()
+
+    wanted = Wanted(2, cpus=2, smallest=1, patience=4, strategy="SPREAD")
+    got = PPO(tmp_path, before=before).survive(wanted, restarts=4)
+    assert sizes[:2] == [2, 2]
+    assert 1 in sizes
+    assert sizes[-1] == 2
+    close(got, alone, TOLERANCE)
+
+
+class Pushing:
+    """A generator between which and the learner a push goes wrong, the second one of the run."""
+
+    def __init__(self, own: Any, wrong: str) -> None:
+        self.own, self.wrong, self.pushes = own, wrong, list[Weights]()
+
+    def adopt(self, weights: Weights) -> None:
+        self.pushes.append(weights)
+        if len(self.pushes) == 2:
+            before = self.pushes[0]
+            if self.wrong == "dropped":
+                return
+            if self.wrong == "delayed":
+                weights = before
+            if self.wrong == "reordered":
+                weights = Weights(weights.version, before.handle)
+            if self.wrong in ("torn", "changed"):
+                (file,) = weights.handle.folder.glob("*.safetensors")
+                content = bytearray(file.read_bytes())
+                content[len(content) // 2 :] = b"" if self.wrong == "torn" else bytes(len(content) - len(content) // 2)
+                file.unlink()  # what is mapped already stays as it is
+                file.write_bytes(content)
+        self.own.adopt(weights)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.own, name)
+
+
+def test_a_push_that_goes_wrong_stops_the_run_by_name(machines: Machines, tmp_path: Path) -> None:
+    words = {
+        "dropped": "the generator has weights of version", "delayed": "the generator has weights of version",
+        "reordered": "the generator scores the canary", "torn": "cannot be read",
+        "changed": "the generator scores the canary",
+    }  # fmt: skip
+    with World(Wanted(1, 1)) as world:
+        own = world.learner(partial(jobs.learner, engine="local"))
+        source = world.generator([jobs.generator])
+        for wrong, word in words.items():
+            before = own.version
+            with pytest.raises(RunStopped, match=word):
+                PPO(tmp_path / wrong, equal_start=False).train(own, Pushing(source, wrong), jobs.rewards(), False)
+            assert own.version == before + 1  # not a single update more
+
+
+def test_an_orphan_that_lives_on_touches_nothing(
+    machines: Machines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its node is lost while it saves; it writes when the next attempt has long committed, and on to its old shelf."""
+    kept = tmp_path / "checkpoints"
+    kept.mkdir()
+    away = Wanted(1, cpus=3)  # only the other node has that many
+    lost: list[Process] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(Process, "kill", lambda self: None)  # as on another machine
+        world = World(away, limit=60)
+        own = world.learner(jobs.late)
+        old = own.publish().handle.folder.parent
+        lost.append(own.remotes[0].where.process)
+        waiting = threading.Thread(target=lambda: (wait_for(kept / "waiting"), machines.lose()))
+        waiting.start()
+        with pytest.raises(CheckpointError, match="learner 0 of 1 died"):
+            checkpoint.save(kept, 1, own, {"step": 1})
+        waiting.join()
+        world.close()
+    assert lost[0].lives, "the orphan was to live on"
+    assert not old.exists()
+
+    with World(Wanted(1)) as world:
+        own = world.learner(partial(jobs.learner, engine="local"))
+        final = checkpoint.save(kept, 1, own, {"step": 1})
+        fresh = own.publish().handle.folder
+        before = contents_of(final) | contents_of(fresh.parent)
+        (kept / "go").touch()
+        wait_for(kept / "woke")
+        assert contents_of(final) | contents_of(fresh.parent) == before
+        assert checkpoint.latest(kept) == final
+        assert not old.exists()
+        assert world.attempt not in old.name
+        checkpoint.save(kept, 2, own, {"step": 2})  # what the orphan left aside goes with the next one
+        assert not list(kept.glob(f"{checkpoint.ASIDE}*"))
+    lost[0].kill()
+    machines.grow()
+
+
+def wait_for(path: Path, seconds: float = 30.0) -> None:
+    until = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < until, f"{path} did not appear"
+        time.sleep(0.02)
+
+
+def contents_of(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_growing_back_is_no_death() -> None:
+    assert issubclass(Regrow, EngineDied)  # so that it passes through whatever lets a death pass

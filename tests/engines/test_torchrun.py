@@ -1,0 +1,205 @@
+"""The command line under torchrun: the numbers of one process, restarts after a kill, and another number of workers."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+import tiny
+from safetensors.torch import load_file
+
+from engines.jobs import FLOOR, stopping
+from engines.together import free_port, together
+from whet.cli.main import main
+
+STEPS = 6
+REWARD = '''
+"""A reward that takes its time, so that a run can be killed in its midst."""
+import time
+
+def score(prompts, completions, **_):
+    time.sleep(0.2)
+    return [float(len(one.split()) % 5) for one in completions]
+'''
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("torchrun")
+    tiny.folder(folder / "model")
+    prompts = ["a yes", "b no", "c d e", "good bad", "one two three", "hello"]
+    tiny.write_jsonl(folder / "prompts.jsonl", [{"prompt": one} for one in prompts])
+    rows = [{"prompt": one, "completion": " ".join(["maybe"] * (1 + n)) + " yes"} for n, one in enumerate(prompts)]
+    tiny.write_jsonl(folder / "rows.jsonl", rows)
+    (folder / "reward.py").write_text(REWARD)
+    return folder
+
+
+def ppo(place: Path, out: str) -> list[str]:
+    dials = {
+        "model": place / "model", "data": place / "prompts.jsonl", "reward": f"{place / 'reward.py'}:score",
+        "rollout.steps": STEPS, "rollout.prompts": 4, "rollout.minibatch": 2, "rollout.answers-at-once": 2,
+        "max-new-tokens": 6, "optim.lr": 0.001, "critic.optim.lr": 0.001, "train.save-every": 1, "train.keep": 10,
+        "out": place / out,
+    }  # fmt: skip
+    return ["ppo", *(str(part) for name, value in dials.items() for part in (f"--{name}", value)), "--quiet"]
+
+
+def sft(place: Path, out: str) -> list[str]:
+    dials = {"model": place / "model", "data": place / "rows.jsonl", "train.batch": 3, "train.epochs": 2,
+             "train.micro-tokens": 24, "optim.lr": 0.001, "out": place / out}  # fmt: skip
+    return ["sft", *(str(part) for name, value in dials.items() for part in (f"--{name}", value)), "--quiet"]
+
+
+def started(given: list[str], workers: int = 2, restarts: int = 0) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(workers), "--max-restarts"]
+    command += [str(restarts), "--master-addr", "127.0.0.1", "--master-port", str(free_port()), "-m", "whet", *given]
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def ended(run: subprocess.Popen, seconds: float = 150) -> str:
+    """What it said; all of its processes are gone afterwards."""
+    try:
+        return run.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"still running after {seconds} s")
+    finally:
+        try:
+            os.killpg(run.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
+def worker(run: subprocess.Popen, rank: int) -> int:
+    """The process of this rank."""
+    for one in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((one / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == run.pid and f"\0RANK={rank}\0" in (one / "environ").read_text():
+                return int(one.name)
+        except OSError:
+            continue
+    raise AssertionError(f"there is no worker {rank}")
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    file = folder / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return [{name: value for name, value in json.loads(line).items() if "seconds" not in name} for line in lines]
+
+
+def tokens(folder: Path) -> list[list[list[int]]]:
+    files = sorted((folder / "rollouts").glob("*.parquet"))
+    return [pyarrow.parquet.read_table(file)["completion_ids"].to_pylist() for file in files]
+
+
+def gap(got: list[dict[str, float]], expected: list[dict[str, float]]) -> float:
+    """The largest relative difference; see FLOOR for numbers near 0, and a KL is a difference of log-probs of size 3."""
+    assert len(got) == len(expected)
+    assert [one.keys() for one in got] == [one.keys() for one in expected]
+    return max(
+        abs(ours[name] - value) / max(abs(value), 0.1 if name != "explained_variance" else 10.0, FLOOR)
+        for ours, theirs in zip(got, expected, strict=True)
+        for name, value in theirs.items()
+    )
+
+
+def until(condition: Callable[[], bool], run: subprocess.Popen, seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert run.poll() is None, run.communicate()[0][-3000:]
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def two(place: Path) -> Path:
+    """A run of two workers that nobody disturbed."""
+    said = ended(started(ppo(place, "two")))
+    assert len(metrics(place / "two")) == STEPS, said[-3000:]
+    return place / "two"
+
+
+def weights(folder: Path) -> Any:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def test_a_run_of_two_workers_has_the_numbers_and_tokens_of_one_process(place: Path, two: Path) -> None:
+    assert main(ppo(place, "one")) in (0, None)
+    assert tokens(two) == tokens(place / "one")
+    assert gap(metrics(two), metrics(place / "one")) < 1e-5
+    for name, value in weights(two).items():
+        assert float((value - weights(place / "one")[name]).abs().max()) < 1e-5
+
+
+def test_sft_of_two_workers_has_the_numbers_of_one_process(place: Path) -> None:
+    assert main(sft(place, "sft-one")) in (0, None)
+    said = ended(started(sft(place, "sft-two")))
+    assert metrics(place / "sft-two"), said[-3000:]
+    assert gap(metrics(place / "sft-two"), metrics(place / "sft-one")) < 1e-5
+
+
+@pytest.mark.parametrize("rank", [1])
+def test_a_killed_worker_is_restarted_and_the_run_ends_with_the_same_bits(place: Path, two: Path, rank: int) -> None:
+    folder = place / f"killed-{rank}"
+    run = started(ppo(place, folder.name), restarts=3)
+    until(lambda: len(metrics(folder)) >= 2, run)
+    os.kill(worker(run, rank), signal.SIGKILL)
+    said = ended(run)
+    assert run.returncode == 0, said[-3000:]
+    assert metrics(folder) == metrics(two)
+    assert tokens(folder) == tokens(two)
+    assert all(bool((value == weights(two)[name]).all()) for name, value in weights(folder).items())
+
+
+def test_a_run_of_two_workers_goes_on_alone(place: Path, two: Path) -> None:
+    folder = place / "alone"
+    shutil.copytree(two, folder)
+    for later in sorted((folder / "checkpoints").glob("step-*"))[3:]:
+        shutil.rmtree(later)
+    (folder / "recipe.yaml").write_text((two / "recipe.yaml").read_text().replace(str(two), str(folder)))
+    assert main([*ppo(place, folder.name), "--resume"]) in (0, None)
+    assert metrics(folder)[:3] == metrics(two)[:3]
+    assert gap(metrics(folder), metrics(two)) < 1e-5
+    assert tokens(folder) == tokens(two)
+
+
+# --- one worker alone fails, or is told to stop -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+def stopped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    folder = tmp_path_factory.mktemp("stopped")
+    yield folder, together(2, folder / "told", stopping, request.param, folder)
+
+
+def test_a_reward_that_raises_on_one_worker_stops_all_with_its_words_at_once(stopped: Any) -> None:
+    for told in stopped[1]:
+        assert "RewardError" in told["raises"][0]
+        assert "the grader is out" in told["raises"][0]
+        assert told["raises"][1] < 10
+
+
+def test_ctrl_c_on_one_worker_saves_the_step_and_stops_all(stopped: Any) -> None:
+    folder, all_told = stopped
+    for told in all_told:
+        assert told["interrupted"][0] == "KeyboardInterrupt: the checkpoint of step 2 is saved; continue with --resume"
+    assert [row["step"] for row in metrics(folder / "interrupted")] == [1, 2]
+    assert (folder / "interrupted" / "checkpoints" / "step-00000002" / "manifest.json").is_file()
+
+
+def test_an_exception_that_cannot_travel_stops_all_at_once_too(stopped: Any) -> None:
+    for told in stopped[1]:
+        assert told["odd"][1] < 10
+        assert "lost" in told["odd"][0]
