@@ -287,6 +287,42 @@ MUTANTS: list[Mutant] = [
         ("_scalar(role, flat[at - 1]) + each", "_scalar(role, flat[at]) + each"),
         ('*logprobs(None, "full_entropy" in names)', '*logprobs(support, "full_entropy" in names)'),
     ),
+    *_of(
+        "plan/schedule.py",
+        "plan/test_schedule.py",
+        ("return (max_staleness + 1) // 2", "return max_staleness"),
+        ("max(0, last - step) * prompts)", "max(0, last - step + 1) * prompts)"),
+        ("sorted(out, key=lambda one: (one.ended is None, one.ended or 0, one.draw))", "list(out)"),
+    ),
+    *_of(
+        "loops/ahead.py",
+        "loops/test_ahead.py",
+        ("min(lead(self.staleness), self.steps - 1 - self.step)", "lead(self.staleness) + 1"),
+        ("self._published[self.version] = self._turn", "self._published[self.version] = self._turn - 1"),
+        ("begun = () if answer is None else answer.ids", "begun = ()"),
+        ('"buffer": self.buffer.state(),', '"buffer": [],'),
+        ("if max(ages, default=0) > self.buffer.staleness:", "if False:"),
+    ),
+    *_of(
+        "loops/selfcheck.py",
+        "loops/test_push.py",
+        ("and stale < off:", "and stale < 0:"),
+        ("if not gap <= 10 * precision:", "if gap > 10 * precision:"),
+        ("if generator.version != version:", "if False:"),
+    ),
+    *_of(
+        "records/types.py",
+        "loops/test_ahead.py",
+        ("self.token_versions() + later.token_versions()", "later.token_versions() + self.token_versions()"),
+        ("self.sampler_logp + later.sampler_logp", "later.sampler_logp + self.sampler_logp"),
+    ),
+    *_of(
+        "records/batching.py",
+        "records/test_dealt.py",
+        ("cost = (len(parts[-1][1]) + len(rows)) * longest[number]", "cost = len(rows) * longest[number]"),
+        ("places = -(-len(cut(budget)) // workers) * workers", "places = (len(cut(budget)) // workers + 1) * workers"),
+        ("parts = sorted(cut(low), key=lambda part: -part[0])", "parts = sorted(cut(budget), key=lambda part: part[0])"),
+    ),
 ]
 
 

@@ -91,6 +91,11 @@ def launched() -> bool:
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
+def first() -> bool:
+    """Of the processes that a launcher started this is the first one, or it is alone."""
+    return os.environ.get("RANK", "0") == "0" or not launched()
+
+
 def join(
     rank: int | None = None, size: int | None = None, address: str = "", port: int = 0, *, timeout: float = 600.0
 ) -> Workers:

@@ -1,5 +1,6 @@
 """What a cluster's workers build in the tests, and one small PPO run of the loop over it."""
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ import torch
 from loops import helpers as lh
 from models import helpers as h
 
-from engines.jobs import OPTIM, kind_of
+from engines.jobs import OPTIM, kind_of, leaves
 from whet.cluster import Wanted, World, survive
 from whet.dials import Sampling
 from whet.generate import Generator
@@ -22,6 +23,14 @@ from whet.records import Weights
 from whet.rewards import Weighted
 from whet.workers import Workers
 
+TESTS = Path(__file__).parent.parent
+ENVIRONMENT = {
+    # a lost node is declared dead in 1.4 s instead of 14
+    "RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "3",
+    "RAY_health_check_timeout_ms": "1000", "RAY_health_check_initial_delay_ms": "500",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1",
+    "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
+}  # fmt: skip
 ANSWERS = 2
 STEPS = 4
 
@@ -128,6 +137,38 @@ def ended(folder: Path) -> dict[str, Any]:
     return {"ids": rollouts, "metrics": metrics, "weights": load_file(folder / "model" / "model.safetensors")}
 
 
+def close(got: dict[str, Any], expected: dict[str, Any], tolerance: float) -> None:
+    """The same tokens; numbers and weights within the tolerance of their size, at least 1 (a loss is a sum that cancels)."""
+    assert got["ids"] == expected["ids"]
+    ours, theirs = dict(leaves(got)), dict(leaves(expected))
+    assert ours.keys() == theirs.keys()
+    for where, one in ours.items():
+        other = theirs[where]
+        if isinstance(one, (int, float, torch.Tensor)):
+            off = float(torch.as_tensor(one - other).abs().max())
+            assert off <= tolerance * max(1.0, float(torch.as_tensor(other).abs().max())), where
+
+
+class Machines:
+    """A Ray of two nodes on this machine: the head with 2 CPUs, where the driver is, and another with 4."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        head = {"num_cpus": 2, "object_store_memory": 100 << 20, "include_dashboard": False}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        self.other: Any = None
+        self.grow()
+
+    def grow(self) -> None:
+        self.other = self.cluster.add_node(num_cpus=4, object_store_memory=100 << 20)
+
+    def lose(self) -> None:
+        """The raylet is killed, and nobody tells its workers."""
+        node, self.other = self.other, None
+        self.cluster.remove_node(node, allow_graceful=False)
+
+
 # --- the learner's contract, by its protocol alone ----------------------------------------------------------------------
 
 
@@ -188,7 +229,6 @@ class Clumsy:
 
     def blend(self, target: str, source: str, mix: float) -> None:
         """`target` says what happens, `source` in which worker ("all", or its rank)."""
-        import os
         import signal
 
         from whet import errors
@@ -214,18 +254,41 @@ def clumsy(workers: Workers) -> Any:
 
 
 class Late(LocalLearner):
-    """Writes only when a file appears: the orphan of a lost machine, busy when it was lost."""
+    """Its process is lost to everyone while it saves, and lives on: it writes when a file appears, which may be much later.
+
+    (Ray's workers die with their node's raylet here; on a machine that is only cut off from the others they do not.)
+    """
 
     def save(self, folder: Path) -> None:
-        flag = folder.parent.parent / "go"
-        (folder.parent.parent / "waiting").touch()
-        while not flag.exists():
+        import signal
+
+        if os.fork():
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.setsid()
+        os.closerange(3, 4096)  # nobody hears of it any more
+        kept = folder.parent.parent
+        (kept / "orphan").write_text(str(os.getpid()))
+        while not (kept / "go").exists():
             time.sleep(0.05)
-        try:
-            super().save(folder)
-            (folder.parent.parent / "written").touch()
-        finally:
-            (folder.parent.parent / "woke").touch()
+        said = [_tried(lambda: super(Late, self).save(folder)), _tried(self._push)]
+        (kept / "woke").write_text("; ".join(said))
+        os._exit(0)
+
+    def _push(self) -> None:
+        import gc
+
+        from whet.cluster.folders import Shelf
+
+        (shelf,) = (one for one in gc.get_objects() if isinstance(one, Shelf))
+        shelf.put(2, self.roles["policy"].whole())
+
+
+def _tried(work: Callable[[], None]) -> str:
+    try:
+        work()
+    except OSError as error:
+        return type(error).__name__
+    return "written"
 
 
 def late(workers: Workers) -> LocalLearner:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -179,9 +179,9 @@ def test_a_run_of_two_workers_goes_on_alone(place: Path, two: Path) -> None:
 
 
 @pytest.fixture(scope="module", params=["ddp", "fsdp"])
-def stopped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def stopped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("stopped")
-    yield folder, together(2, folder / "told", stopping, request.param, folder)
+    return folder, together(2, folder / "told", stopping, request.param, folder)
 
 
 def test_a_reward_that_raises_on_one_worker_stops_all_with_its_words_at_once(stopped: Any) -> None:

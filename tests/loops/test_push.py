@@ -110,7 +110,7 @@ def test_a_push_that_goes_wrong_stops_the_run_before_the_next_update(fault: Any,
     assert own.version == 2  # two rollouts were learned from; the second one's weights never arrived
 
 
-@pytest.mark.parametrize("rate", [3e-3, 1e-3, 3e-4])
+@pytest.mark.parametrize("rate", [3e-5, 1e-5])
 def test_a_lost_push_is_seen_where_the_scores_are_still_within_the_bound(rate: float, tmp_path: Path) -> None:
     """The weights moved so little that old and new scores agree to the canary's bound; the old ones are nearer."""
     method = method_of("ppo")
@@ -118,7 +118,7 @@ def test_a_lost_push_is_seen_where_the_scores_are_still_within_the_bound(rate: f
     def generator(*given: Any) -> Faulty:
         return Faulty(*given, fault=dropped_but_said_to_be_there)
 
-    with pytest.raises(RunStopped, match="step 1: after the push the generator"):
+    with pytest.raises(RunStopped, match="step 1: after the push the generator still scores"):
         go(tmp_path, method, learner=learner_of(cast(method), lr=rate), generator=generator, steps=4)
 
 

@@ -1,5 +1,6 @@
 """Who works in a run: the learner, the generator and the rewards of a recipe, in this process or in every worker."""
 
+import os
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -7,6 +8,8 @@ from typing import Any
 
 from whet.cli import build
 from whet.cli import recipe as fields
+from whet.cluster import Wanted, World, connected, survive
+from whet.cluster.ray import require
 from whet.dials import Optim
 from whet.errors import RecipeError
 from whet.generate import Generator
@@ -19,8 +22,9 @@ from whet.models.roles import Role
 from whet.records import Chat
 from whet.rewards import Weighted
 from whet.rewards.functions import FunctionReward
+from whet.rewards.model import reading
 from whet.rewards.shared import SharedReward
-from whet.workers import Workers
+from whet.workers import Workers, launched
 
 
 def engine_of(recipe: fields.Offline | fields.Online, workers: int) -> str:
@@ -191,3 +195,82 @@ def sampler_role(recipe: fields.Online) -> Role:
     """A plain model of the policy's kind for a generator that has its own copy of the weights."""
     tokenizer, _ = build.tokenizer_and_chat(recipe.model)
     return build.causal_role("sampler", recipe.model, tokenizer, trained=False, seed=0)
+
+
+# --- on a cluster ------------------------------------------------------------------------------------------------------
+
+
+def check_cluster(recipe: fields.Offline | fields.Online) -> None:
+    """Refuses places that nobody asked for, and a cluster without Ray."""
+    wanted, plain = recipe.cluster, fields.Cluster()
+    if wanted.address is None:
+        for name in ("learners", "engines", "rewards", "together", "smallest"):
+            if getattr(wanted, name) != getattr(plain, name):
+                raise RecipeError(f"cluster.{name}: there is no cluster; set --cluster auto, or leave it out")
+        return
+    require()
+    if launched():
+        raise RecipeError("cluster: torchrun starts the workers, or the cluster does; leave one of them out")
+    if wanted.smallest > wanted.learners:
+        raise RecipeError(f"cluster.smallest: at most the {wanted.learners} of cluster.learners; got {wanted.smallest}")
+    if isinstance(recipe, fields.Offline) and (wanted.engines or wanted.rewards):
+        raise RecipeError("cluster: training on a file has neither engines nor rewards; leave them out")
+    if isinstance(recipe, fields.Online):
+        if recipe.generator.max_staleness and not wanted.engines:
+            raise RecipeError(
+                "generator.max_staleness: the learner's workers answer and learn in turns; set cluster.engines"
+            )
+        if recipe.generator.count > 1:
+            raise RecipeError("generator.count: on a cluster it is cluster.engines")
+        if wanted.together and not wanted.engines:
+            raise RecipeError(
+                "cluster.together: there are no engines of their own; set cluster.engines, or leave it out"
+            )
+
+
+def on_cluster(
+    recipe: fields.Offline | fields.Online, attempt: Callable[[World, bool], None], resume: bool, quiet: bool
+) -> None:
+    """Runs the attempt on the recipe's cluster, again and from the last checkpoint where workers die."""
+    own = recipe.cluster
+    gpus = 1.0 if build.source_of(recipe.model).torch_device().type == "cuda" else 0.0
+    wanted = Wanted(
+        own.learners, own.engines, own.rewards, together=own.together, cpus=own.cpus, gpus=gpus, smallest=own.smallest,
+        patience=own.patience,
+    )  # fmt: skip
+    assert own.address is not None
+    with connected(own.address, cpus=wanted.total_cpus):
+        survive(attempt, wanted, restarts=own.restarts, resume=resume, quiet=quiet)
+
+
+def placed(work: Callable[..., Any]) -> Callable[..., Any]:
+    """The work in another process, in the folder that this one is in: a recipe's paths may be relative."""
+    return partial(_in_folder, os.getcwd(), work)
+
+
+def _in_folder(folder: str, work: Callable[..., Any], *given: Any) -> Any:
+    os.chdir(folder)
+    return work(*given)
+
+
+def answers_inside(recipe: fields.Online, longest: int, learner: LocalLearner) -> Generator:
+    """The generator of a learner's worker."""
+    _, chat = build.tokenizer_and_chat(recipe.model)
+    return generator_of(recipe, chat, learner, longest)
+
+
+def engine_alone(recipe: fields.Online, longest: int) -> Generator:
+    """One engine in a process of its own."""
+    _, chat = build.tokenizer_and_chat(recipe.model)
+    if recipe.generator.engine != "local":
+        return engines_of(recipe, chat, longest)[0]()
+    role = sampler_role(recipe)
+    return LocalGenerator(role, chat.end_ids, chat.text, unit=recipe.rollout.answers_at_once, copy=True)
+
+
+def rewards_alone(recipe: fields.Online) -> list[Weighted]:
+    """All rewards of the recipe in one process of their own, reward models included."""
+    tokenizer, _ = build.tokenizer_and_chat(recipe.model)
+    roles = build.reward_roles(recipe, tokenizer)
+    readers = {name: reading(role, recipe.train.micro_tokens) for name, role in roles.items()}
+    return build.rewards_of(recipe, tokenizer, lambda name, *given: readers[name](*given))

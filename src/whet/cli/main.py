@@ -147,11 +147,13 @@ def _command(words: list[str]) -> int:
         if recipe is not None:
             raise RecipeError(f"{recipe}: demo takes no recipe; its own are in the package")
         return run(verb, **_grouped(overrides))
+    from whet.workers import first
+
     result = run(verb, recipe, resume="resume" in flags, quiet="quiet" in flags, **_grouped(overrides))
     if isinstance(result, dict):
         width = max(map(len, result))
         print("\n".join(f"{name:<{width}}  {value:.6g}" for name, value in result.items()))
-    else:
+    elif first():
         print(result)
     return 0
 

@@ -16,6 +16,7 @@ import torch
 from whet.cli import build, config, crew
 from whet.cli import recipe as fields
 from whet.cli.method import checked
+from whet.cluster import World
 from whet.dials import Sampling
 from whet.errors import RecipeError, UserError
 from whet.feedback import Question, ScoreRanker
@@ -35,7 +36,7 @@ from whet.records import Chat, Group, Prompt, numbers, read_rows
 from whet.records.files import write_json, write_jsonl
 from whet.rewards import Weighted
 from whet.rewards.functions import called, load_function
-from whet.workers import Workers, free_port, join, launched, leave
+from whet.workers import Workers, first, free_port, join, launched, leave
 
 SFT = Objective((Term("policy", "train", part(nll), token_mean, name="nll"),))
 """The objective of SFT and pre-training: the mean over all trained tokens of -log pi."""
@@ -52,6 +53,7 @@ class Options:
 def run_offline(verb: str, recipe: fields.Offline, options: Options) -> Path:
     """pretrain, sft, reward, dpo, ipo: rows of a file through an objective. Returns the run folder."""
     _threads(recipe.threads)
+    crew.check_cluster(recipe)
     folder = _folder(recipe, verb, options)
     build.check_optim(recipe.optim, "optim")
     if recipe.train.eval_every and not recipe.data.eval:
@@ -101,6 +103,14 @@ def run_offline(verb: str, recipe: fields.Offline, options: Options) -> Path:
         learner.export(role, folder / "model", tokenizer, merge=recipe.model.export == "merged")
 
     make = partial(crew.offline_learner, verb, recipe, objective, steps)
+    if recipe.cluster.address is not None:
+        crew.on_cluster(
+            recipe,
+            lambda world, resume: train(world.learner(crew.placed(make)), replace(options, resume=resume)),
+            options.resume,
+            options.quiet,
+        )
+        return folder
     with _working(recipe, options, folder) as (workers, own):
         train(make(workers), own)
     return folder
@@ -109,6 +119,7 @@ def run_offline(verb: str, recipe: fields.Offline, options: Options) -> Path:
 def run_online(verb: str, recipe: fields.Online, options: Options) -> Path:
     """ppo, grpo and the other online methods. Returns the run folder."""
     _threads(recipe.threads)
+    crew.check_cluster(recipe)
     folder = _folder(recipe, verb, options)
     build.check_optim(recipe.optim, "optim")
     if recipe.critic.optim is not None:
@@ -133,7 +144,7 @@ def run_online(verb: str, recipe: fields.Online, options: Options) -> Path:
         if recipe.ptx.data
         else []
     )
-    for caution in build.cautions(recipe, algorithm):
+    for caution in build.cautions(recipe, algorithm) if first() else ():
         print(f"whet: {caution}", file=sys.stderr)
     positions = load.positions(build.source_of(recipe.model))
     canary = min(160, positions)
@@ -162,7 +173,19 @@ def run_online(verb: str, recipe: fields.Online, options: Options) -> Path:
         if recipe.rollout.ema is not None:
             learner.export("ema", folder / "ema", tokenizer)
 
-    make = partial(crew.online_learner, recipe, algorithm, total)
+    make = partial(crew.online_learner, recipe, algorithm, total, scores=not recipe.cluster.rewards)
+    if recipe.cluster.address is not None:
+
+        def attempt(world: World, resume: bool) -> None:
+            inside = None if recipe.cluster.engines else crew.placed(partial(crew.answers_inside, recipe, longest))
+            learner = world.learner(crew.placed(make), push=recipe.generator.push, answers=inside)
+            generator = world.generator([crew.placed(partial(crew.engine_alone, recipe, longest))])
+            scorers = crew.placed(partial(crew.rewards_alone, recipe))
+            rewards = world.rewards(scorers) if recipe.cluster.rewards else crew.rewards_of(recipe, tokenizer, learner)
+            train(learner, generator, rewards, replace(options, resume=resume))
+
+        crew.on_cluster(recipe, attempt, options.resume, options.quiet)
+        return folder
     with _working(recipe, options, folder) as (workers, own):
         crew.check_generator(recipe, workers.size)
         learner = make(workers)
