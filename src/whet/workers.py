@@ -1,6 +1,7 @@
 """The processes that work together: who is which, sums and gathers over them, and how torchrun starts them."""
 
 import os
+import pickle
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ class Workers:
             found = work()
         except Exception as raised:
             error = raised
-        both = self.gather((found, error))
+        both = self.gather((found, error if self.size == 1 else _sendable(error)))
         for _, raised_there in both:
             if raised_there is not None:
                 raise raised_there if error is None else error
@@ -84,6 +85,14 @@ class Workers:
         for rank, share in enumerate(shares):
             out[rank :: self.size] = share
         return out
+
+
+def _sendable(error: Exception | None) -> Exception | None:
+    """The error, or one that says the same where its own class cannot travel to another process."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def launched() -> bool:

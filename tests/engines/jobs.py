@@ -680,21 +680,34 @@ def runs(workers: Workers, engines: Sequence[str], folder: Path, few: bool = Fal
     return out
 
 
+def runs_and_stops(workers: Workers, engines: Sequence[str], folder: Path) -> dict[str, Any]:
+    return {**runs(workers, engines, folder), "stops": {one: stopping(workers, one, folder / one) for one in engines}}
+
+
+def cases_and_runs(workers: Workers, folder: Path, sources: Mapping[str, Sequence[str]], few: Path) -> dict[str, Any]:
+    return {"cases": cases(workers, (), folder, sources), "runs": runs(workers, TORCH, few, True)}
+
+
 def stopping(workers: Workers, engine: str, folder: Path) -> dict[str, tuple[str, float]]:
-    """Runs that the second worker alone disturbs: {what: (the error that this worker got, seconds until it came)}."""
+    """Runs that the second worker alone disturbs: {what: (the error that this worker got, seconds from its cause)}."""
+    caused = [time.time()]
 
     def raises(turn: int) -> None:
         if turn == 2:
+            caused[0] = time.time()
             raise ValueError("the grader is out")
 
     def interrupted(turn: int) -> None:
         if turn == 2:
+            caused[0] = time.time()
             os.kill(os.getpid(), signal.SIGINT)
 
     out = {}
     for what in (raises, interrupted):
-        out[what.__name__] = disturbed(partial(disturbed_run, Make(engine, workers), folder / what.__name__, what))
-    out["odd"] = disturbed(lambda: workers.together(partial(odd_error, workers)))
+        told = disturbed(partial(disturbed_run, Make(engine, workers), folder / what.__name__, what))
+        out[what.__name__] = (told, time.time() - max(workers.gather(caused[0])))
+    began = time.time()
+    out["odd"] = (disturbed(lambda: workers.together(partial(odd_error, workers))), time.time() - began)
     return out
 
 
@@ -706,13 +719,12 @@ def odd_error(workers: Workers) -> None:
         raise Local("lost")
 
 
-def disturbed(work: Callable[[], Any]) -> tuple[str, float]:
-    began = time.monotonic()
+def disturbed(work: Callable[[], Any]) -> str:
     try:
         work()
     except BaseException as error:
-        return f"{type(error).__name__}: {error}", time.monotonic() - began
-    return "went on", time.monotonic() - began
+        return f"{type(error).__name__}: {error}"
+    return "went on"
 
 
 def disturbed_run(make: Make, folder: Path, what: Callable[[int], None]) -> None:

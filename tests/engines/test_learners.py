@@ -10,7 +10,9 @@ import torch
 from models import helpers as h
 
 from engines import jobs
-from engines.jobs import CASES, TORCH, ZERO, Failed, cases, gap, saved_by
+from engines.jobs import CASES, OFFLINE, ONLINE, TORCH, ZERO, Failed, cases, cases_and_runs, gap, runs, saved_by
+from engines.test_same_numbers import gap as run_gap
+from engines.test_same_numbers import metrics, rollouts
 from engines.together import together
 from whet.learner.local import LocalLearner
 from whet.workers import Workers
@@ -73,7 +75,11 @@ class Ran:
         return self._once("zero", lambda: self._launch(2, ZERO, SECOND))
 
     def three(self) -> dict[str, Any]:
-        return self._once("three", lambda: self._launch(3, (), self._three()))
+        return self._once("three", self._launch_three)
+
+    def few(self) -> dict[str, Any]:
+        """Short runs with fewer rows than three workers, in one process."""
+        return self._once("few", lambda: runs(Workers(), ["local"], self.folder / "few", True)["local"])
 
     def _launch(self, size: int, engines: tuple[str, ...], sources: dict[str, list[str]]) -> dict[str, Any]:
         self.alone()
@@ -87,12 +93,13 @@ class Ran:
                     assert gap(other[engine][case], first[engine][case])[0] == 0, f"workers differ: {engine}/{case}"
         return first
 
-    def _three(self) -> dict[str, list[str]]:
+    def _launch_three(self) -> dict[str, Any]:
         self.torch()
+        sources = {engine: [source for source in THREE[engine] if source in TORCH] for engine in TORCH}
         if DEEPSPEED:
             self.zero()
-            return THREE
-        return {engine: [source for source in THREE[engine] if source in TORCH] for engine in TORCH}
+            sources = THREE
+        return together(3, self.folder / "three", cases_and_runs, self.cases, sources, self.folder / "few")[0]
 
 
 @pytest.fixture(scope="module")
@@ -330,7 +337,7 @@ def test_one_process_continues_what_two_began(ran: Ran, of: Any, source: str) ->
     ],
 )
 def test_three_workers_continue_what_two_began(ran: Ran, of: Any, engine: str, source: str) -> None:
-    got, whole = ran.three()[engine]["from"][source], of("local", "saving")
+    got, whole = ran.three()["cases"][engine]["from"][source], of("local", "saving")
     assert not isinstance(got, Failed), got
     close(got, {key: whole[key] for key in got})
 
@@ -351,6 +358,21 @@ def test_a_missing_part_is_refused_and_leaves_the_weights_alone(of: Any, engine:
     got = of(engine, "refusing")
     assert "the files of policy are not all there" in got["missing"]
     h.equal_weights(got["before"], got["after"])
+
+
+# --- more workers than rows -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", TORCH)
+@pytest.mark.parametrize("method", [*OFFLINE, *ONLINE])
+def test_three_workers_with_fewer_rows_than_workers_run_as_one_process(ran: Ran, engine: str, method: str) -> None:
+    for told in (ran.three()["runs"][engine][method], ran.few()[method]):
+        assert not isinstance(told, Failed), told
+    got, expected = (ran.folder / "few" / one / method for one in (engine, "local"))
+    assert metrics(expected)
+    worst, where = run_gap(metrics(got), metrics(expected))
+    assert worst <= TOLERANCE, f"{where}: {worst:.3g}"
+    assert [one["completion_ids"] for one in rollouts(got)] == [one["completion_ids"] for one in rollouts(expected)]
 
 
 # --- export -----------------------------------------------------------------------------------------------------------

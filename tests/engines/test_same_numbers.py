@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 
-from engines.jobs import OFFLINE, ONLINE, Failed, leaves, runs
+from engines.jobs import OFFLINE, ONLINE, Failed, leaves, runs, runs_and_stops
 from engines.together import together
 from whet.workers import Workers
 
@@ -25,40 +25,37 @@ ENGINES = ["ddp", "fsdp", pytest.param("zero2", marks=needs_deepspeed), pytest.p
 
 
 class Ran:
-    """The folders of the launches, each started when it is first asked for."""
+    """The launches, each started when it is first asked for, and their run folders."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.made: dict[str, Any] = {}
 
-    def of(self, engine: str, size: int, method: str) -> Path:
-        """The run folder of a method on an engine; on three workers those whose batches are smaller than that."""
-        engines = ("local",) if size == 1 else ("ddp", "fsdp") if engine in ("ddp", "fsdp") else ("zero2", "zero3")
-        for few in (False, True):
-            name = f"{size}-{engines[0]}-{few}"
-            wanted = size == 1 or few == (size == 3)
-            if wanted and name not in self.made:
-                self.made[name] = self._launch(engines, size, few, self.folder / name)
-        found = self.made[f"{size}-{engines[0]}-{size == 3}"]
+    def launched(self, name: str) -> Any:
+        """What a launch told; where it failed once it fails again at once."""
+        if name not in self.made:
+            folder = self.folder / name
+            engines = {"one": ("local",), "torch": ("ddp", "fsdp"), "zero": ("zero2", "zero3")}[name]
+            try:
+                if name == "one":
+                    self.made[name] = runs(Workers(), engines, folder)
+                else:
+                    job = runs_and_stops if name == "torch" else runs
+                    self.made[name] = together(2, folder / "told", job, engines, folder)
+            except Exception as error:
+                self.made[name] = error
+        found = self.made[name]
         if isinstance(found, Exception):
             raise AssertionError(str(found))
-        assert not isinstance(found[engine][method], Failed), found[engine][method]
-        return self.folder / f"{size}-{engines[0]}-{size == 3}" / engine / method
+        return found
 
-    def alone(self, few: bool, method: str) -> Path:
-        self.of("local", 1, method)
-        return self.folder / f"1-local-{few}" / "local" / method
-
-    @staticmethod
-    def _launch(engines: tuple[str, ...], size: int, few: bool, folder: Path) -> Any:
-        try:
-            return (
-                runs(Workers(), engines, folder, few)
-                if size == 1
-                else together(size, folder / "told", runs, engines, folder, few)[0]
-            )
-        except Exception as error:
-            return error
+    def of(self, engine: str, method: str) -> Path:
+        """The run folder of a method on an engine with two workers, or alone."""
+        name = "one" if engine == "local" else "zero" if engine.startswith("zero") else "torch"
+        told = self.launched(name)
+        told = told if name == "one" else told[0]
+        assert not isinstance(told[engine][method], Failed), told[engine][method]
+        return self.folder / name / engine / method
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +89,7 @@ def gap(got: Any, expected: Any) -> tuple[float, str]:
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("method", METHODS)
 def test_two_workers_give_the_metrics_of_one_process(ran: Ran, engine: str, method: str) -> None:
-    got, expected = metrics(ran.of(engine, 2, method)), metrics(ran.alone(False, method))
+    got, expected = metrics(ran.of(engine, method)), metrics(ran.of("local", method))
     assert len(expected) == 10
     worst, where = gap(got, expected)
     assert worst <= TOLERANCE, f"{where}: {worst:.3g}"
@@ -101,7 +98,7 @@ def test_two_workers_give_the_metrics_of_one_process(ran: Ran, engine: str, meth
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("method", ONLINE)
 def test_two_workers_sample_the_tokens_of_one_process(ran: Ran, engine: str, method: str) -> None:
-    got, expected = rollouts(ran.of(engine, 2, method)), rollouts(ran.alone(False, method))
+    got, expected = rollouts(ran.of(engine, method)), rollouts(ran.of("local", method))
     assert len(expected) == 10
     for ours, theirs in zip(got, expected, strict=True):
         for name in ("completion_ids", "draw", "answer", "version", "finish", "reward/own"):
@@ -113,7 +110,7 @@ def test_two_workers_sample_the_tokens_of_one_process(ran: Ran, engine: str, met
 @pytest.mark.parametrize("method", ONLINE)
 def test_the_runs_that_are_compared_did_learn(ran: Ran, method: str) -> None:
     """Else equal numbers would say nothing: weights move, answers differ from step to step, and so do lengths."""
-    rows, answers = metrics(ran.alone(False, method)), rollouts(ran.alone(False, method))
+    rows, answers = metrics(ran.of("local", method)), rollouts(ran.of("local", method))
     assert rows[0]["kl"] == 0
     assert rows[-1]["kl"] > 1e-3
     assert all(row["grad_norm/policy"] > 0 for row in rows)
@@ -121,10 +118,41 @@ def test_the_runs_that_are_compared_did_learn(ran: Ran, method: str) -> None:
     assert len({len(ids) for one in answers for ids in one["completion_ids"]}) > 3
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-@pytest.mark.parametrize("method", METHODS)
-def test_three_workers_with_fewer_rows_than_workers_give_the_same(ran: Ran, engine: str, method: str) -> None:
-    got, expected = ran.of(engine, 3, method), ran.alone(True, method)
-    worst, where = gap(metrics(got), metrics(expected))
-    assert worst <= TOLERANCE, f"{where}: {worst:.3g}"
-    assert [one["completion_ids"] for one in rollouts(got)] == [one["completion_ids"] for one in rollouts(expected)]
+# --- one worker alone fails, or is told to stop -----------------------------------------------------------------------
+
+
+@pytest.fixture(params=["ddp", "fsdp"])
+def stops(request: pytest.FixtureRequest, ran: Ran) -> tuple[Path, list[Any]]:
+    told = ran.launched("torch")
+    return ran.folder / "torch" / request.param, [one["stops"][request.param] for one in told]
+
+
+def test_a_reward_that_raises_on_one_worker_stops_all_with_its_words_within_seconds(stops: Any) -> None:
+    for told in stops[1]:
+        words, seconds = told["raises"]
+        assert "RewardError" in words
+        assert "the grader is out" in words
+        assert seconds < 10
+
+
+def test_a_run_that_a_reward_stopped_kept_its_last_step(stops: Any) -> None:
+    folder, _ = stops
+    assert [row["step"] for row in metrics(folder / "raises")] == [1]
+    assert (folder / "raises" / "checkpoints" / "step-00000001" / "manifest.json").is_file()
+
+
+def test_ctrl_c_on_one_worker_saves_the_step_and_stops_all(stops: Any) -> None:
+    folder, both = stops
+    for told in both:
+        words, seconds = told["interrupted"]
+        assert words == "KeyboardInterrupt: the checkpoint of step 2 is saved; continue with --resume"
+        assert seconds < 10
+    assert [row["step"] for row in metrics(folder / "interrupted")] == [1, 2]
+    assert (folder / "interrupted" / "checkpoints" / "step-00000002" / "manifest.json").is_file()
+
+
+def test_an_exception_that_cannot_travel_stops_all_within_seconds_too(stops: Any) -> None:
+    for told in stops[1]:
+        words, seconds = told["odd"]
+        assert "lost" in words
+        assert seconds < 10

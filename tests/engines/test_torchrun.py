@@ -16,8 +16,8 @@ import pytest
 import tiny
 from safetensors.torch import load_file
 
-from engines.jobs import FLOOR, stopping
-from engines.together import free_port, together
+from engines.jobs import FLOOR
+from engines.together import free_port
 from whet.cli.main import main
 
 STEPS = 6
@@ -173,33 +173,3 @@ def test_a_run_of_two_workers_goes_on_alone(place: Path, two: Path) -> None:
     assert metrics(folder)[:3] == metrics(two)[:3]
     assert gap(metrics(folder), metrics(two)) < 1e-5
     assert tokens(folder) == tokens(two)
-
-
-# --- one worker alone fails, or is told to stop -----------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module", params=["ddp", "fsdp"])
-def stopped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("stopped")
-    return folder, together(2, folder / "told", stopping, request.param, folder)
-
-
-def test_a_reward_that_raises_on_one_worker_stops_all_with_its_words_at_once(stopped: Any) -> None:
-    for told in stopped[1]:
-        assert "RewardError" in told["raises"][0]
-        assert "the grader is out" in told["raises"][0]
-        assert told["raises"][1] < 10
-
-
-def test_ctrl_c_on_one_worker_saves_the_step_and_stops_all(stopped: Any) -> None:
-    folder, all_told = stopped
-    for told in all_told:
-        assert told["interrupted"][0] == "KeyboardInterrupt: the checkpoint of step 2 is saved; continue with --resume"
-    assert [row["step"] for row in metrics(folder / "interrupted")] == [1, 2]
-    assert (folder / "interrupted" / "checkpoints" / "step-00000002" / "manifest.json").is_file()
-
-
-def test_an_exception_that_cannot_travel_stops_all_at_once_too(stopped: Any) -> None:
-    for told in stopped[1]:
-        assert told["odd"][1] < 10
-        assert "lost" in told["odd"][0]

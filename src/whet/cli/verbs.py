@@ -54,6 +54,7 @@ def run_offline(verb: str, recipe: fields.Offline, options: Options) -> Path:
     """pretrain, sft, reward, dpo, ipo: rows of a file through an objective. Returns the run folder."""
     _threads(recipe.threads)
     crew.check_cluster(recipe)
+    options = _restarted(recipe, verb, options)
     folder = _folder(recipe, verb, options)
     build.check_optim(recipe.optim, "optim")
     if recipe.train.eval_every and not recipe.data.eval:
@@ -111,7 +112,7 @@ def run_offline(verb: str, recipe: fields.Offline, options: Options) -> Path:
             options.quiet,
         )
         return folder
-    with _working(recipe, options, folder) as (workers, own):
+    with _working(recipe, options) as (workers, own):
         train(make(workers), own)
     return folder
 
@@ -120,6 +121,7 @@ def run_online(verb: str, recipe: fields.Online, options: Options) -> Path:
     """ppo, grpo and the other online methods. Returns the run folder."""
     _threads(recipe.threads)
     crew.check_cluster(recipe)
+    options = _restarted(recipe, verb, options)
     folder = _folder(recipe, verb, options)
     build.check_optim(recipe.optim, "optim")
     if recipe.critic.optim is not None:
@@ -186,7 +188,7 @@ def run_online(verb: str, recipe: fields.Online, options: Options) -> Path:
 
         crew.on_cluster(recipe, attempt, options.resume, options.quiet)
         return folder
-    with _working(recipe, options, folder) as (workers, own):
+    with _working(recipe, options) as (workers, own):
         crew.check_generator(recipe, workers.size)
         learner = make(workers)
         rewards = crew.rewards_of(recipe, tokenizer, learner, workers)
@@ -366,8 +368,8 @@ def _standardise(learner: Learner, scores: torch.Tensor) -> None:
 
 
 @contextmanager
-def _working(recipe: Any, options: Options, folder: Path) -> Iterator[tuple[Workers, Options]]:
-    """This process alone, or as one of torchrun's workers: the first one talks, and a restarted run is resumed.
+def _working(recipe: Any, options: Options) -> Iterator[tuple[Workers, Options]]:
+    """This process alone, or as one of torchrun's workers, of which the first one talks.
 
     An engine for several workers gets a group of processes to be happy with, if only of one.
     """
@@ -376,10 +378,15 @@ def _working(recipe: Any, options: Options, folder: Path) -> Iterator[tuple[Work
         yield Workers(), options
         return
     workers = join() if launched() else join(0, 1, "127.0.0.1", free_port())
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and (folder / "recipe.yaml").is_file()
-    again = workers.told(again)
-    yield workers, replace(options, resume=options.resume or again, quiet=options.quiet or not workers.first)
+    yield workers, replace(options, quiet=options.quiet or not workers.first)
     leave()
+
+
+def _restarted(recipe: Any, verb: str, options: Options) -> Options:
+    """What torchrun started again goes on where it was, if it had begun."""
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    begun = (Path(recipe.out or f"runs/{verb}") / "recipe.yaml").is_file()
+    return replace(options, resume=options.resume or (again and begun))
 
 
 def _folder(recipe: Any, verb: str, options: Options) -> Path:

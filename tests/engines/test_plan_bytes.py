@@ -1,0 +1,74 @@
+"""The plan's memory formulas against what two workers of each engine really hold: weights, gradients, moments."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from models import helpers as h
+
+from engines.together import together
+from whet.cli.verbs import SFT
+from whet.learner.fsdp import FSDPLearner
+from whet.learner.replica import ReplicaLearner
+from whet.plan import memory
+from whet.plan.shape import Shape
+from whet.records import Batch
+from whet.workers import Workers
+
+ENGINES = ["ddp", "fsdp", "zero1", "zero2", "zero3"]
+
+
+def held(tensors: Any) -> int:
+    """Bytes of the storages behind these, each once."""
+    local = [getattr(one, "_local_tensor", one) for one in tensors if isinstance(one, torch.Tensor)]
+    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in local}.values())
+
+
+def job(workers: Workers, engine: str) -> dict[str, int]:
+    if engine.startswith("zero"):
+        from whet.learner.deepspeed import DeepSpeedLearner
+
+        kind: Any = partial(DeepSpeedLearner, stage=int(engine[-1]))
+    else:
+        kind = {"ddp": ReplicaLearner, "fsdp": FSDPLearner}[engine]
+    own = kind({"policy": h.policy(dtype=torch.float32)}, {"policy": h.FREE}, total=4, budget=64, workers=workers)
+    batch = Batch.of(h.rows())
+    own.update([(term, batch, batch.counts()) for term in SFT.terms])
+    states = [
+        value
+        for optimiser, _ in own._optimisers["policy"]
+        for one in optimiser.state.values()
+        for value in one.values()
+    ]
+    parameters = list(own.roles["policy"].parameters().values())
+    out = {"moments": held(states)}
+    if engine in ("ddp", "fsdp"):
+        out |= {"weights": held(parameters), "gradients": held([one.grad for one in parameters])}
+    elif engine == "zero3":
+        zero = own._engines["policy"].optimizer
+        out |= {
+            "weights": held([one.ds_tensor for one in parameters]),
+            "masters": held(zero.fp32_partitioned_groups_flat),
+        }
+    else:
+        zero = own._engines["policy"].optimizer
+        out |= {"weights": held(parameters), "masters": held(zero.single_partition_of_fp32_groups)}
+    return out
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_workers_hold_what_the_plan_says(engine: str, tmp_path: Path) -> None:
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    got = together(2, tmp_path, job, engine)
+    shape = Shape.of(tiny.config("qwen3").to_dict())
+    said = memory.trained(shape, memory.Layout(engine=engine, workers=2))  # type: ignore[arg-type]
+    for one in got:
+        assert one["weights"] == pytest.approx(said.weights, rel=0.02)  # a few odd sizes are padded
+        masters = one.get("masters", 0)
+        assert one["moments"] + masters == pytest.approx(said.optimiser, rel=0.02)
+        if "gradients" in one:
+            assert one["gradients"] == pytest.approx(said.gradients, rel=0.02)
