@@ -81,7 +81,7 @@ def caption(path: Path) -> str:
 def tree() -> str:
     lines = ["src/whet/"]
     for path in [
-        *(HOUSE / f"{name}.py" for name in ("errors", "dials", "choices", "catalogue")),
+        *(HOUSE / f"{name}.py" for name in ("errors", "dials", "choices", "catalogue", "workers")),
         *(p for name in FLOOR for p in sorted((HOUSE / name).rglob("*.py"))),
         HOUSE / "conformance.py",
     ]:
