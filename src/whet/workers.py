@@ -106,12 +106,12 @@ def first() -> bool:
 
 
 def join(
-    rank: int | None = None, size: int | None = None, address: str = "", port: int = 0, *, timeout: float = 600.0
+    rank: int | None = None, size: int | None = None, address: str = "", port: int = 0, *, timeout: float = 7200.0
 ) -> Workers:
     """This process becomes one of the workers: by torchrun's variables, or by what is given.
 
     The store is one of its own, a port further for every restart: torchrun's keeps addresses of the processes that
-    died, and restarts through it hang. `timeout` seconds is how long one waits for another that died.
+    died, and restarts through it hang. `timeout` seconds is how long one waits for another; a launcher ends them sooner when one dies.
     """
     import torch.distributed as dist
 

@@ -3,10 +3,12 @@
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from loops import helpers as lh
@@ -150,18 +152,25 @@ def close(got: dict[str, Any], expected: dict[str, Any], tolerance: float) -> No
 
 
 class Machines:
-    """A Ray of two nodes on this machine: the head with 2 CPUs, where the driver is, and another with 4."""
+    """A Ray of two nodes on this machine: the head with 3 CPUs, where the driver is, and another with 4."""
 
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
 
-        head = {"num_cpus": 2, "object_store_memory": 100 << 20, "include_dashboard": False}
+        head = {"num_cpus": 3, "object_store_memory": 100 << 20, "include_dashboard": False}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.other: Any = None
+        # a node dies with the thread that started it: this one stays
+        self._keeper = ThreadPoolExecutor(1)
         self.grow()
 
     def grow(self) -> None:
-        self.other = self.cluster.add_node(num_cpus=4, object_store_memory=100 << 20)
+        self.other = self._keeper.submit(self._added).result()
+
+    def _added(self) -> Any:
+        # Ray would set a signal's handler for the new node, which only the main thread may do
+        with mock.patch("ray._private.utils.set_sigterm_handler"):
+            return self.cluster.add_node(num_cpus=4, object_store_memory=100 << 20)
 
     def lose(self) -> None:
         """The raylet is killed, and nobody tells its workers."""

@@ -373,7 +373,7 @@ def test_a_run_over_the_cluster_outlives_its_workers_to_the_bit(
     close(whole, alone, TOLERANCE)
     kills = {1: ["engine", "reward"], 2: ["learner"]}
     killed = PPO(tmp_path / "killed", before=killer(kills, told)).survive(wanted, restarts=3)
-    assert told == ["engine 1", "reward worker 0", "learner 1 of 2"]
+    assert [name.split()[0] for name in told] == ["engine", "reward", "learner"]
     assert gap(killed, whole)[0] == 0.0
 
 

@@ -13,12 +13,11 @@ from engines.together import together
 from whet.workers import Workers
 
 TOLERANCE = 1e-5
-SCALE = 0.1
-"""Below it a number's difference counts absolutely: a KL, an advantage's mean or a policy's loss is a sum over terms of
-size 1 (log-probs are about 3 nats, each right to 3e-7) that nearly cancel."""
-ILL = 10.0
-"""The scale of 1 - var(returns - values) / var(returns), which nothing trains on: a small difference of two large variances,
-divided by a small one."""
+SCALES = {"loss": 1e-3, "grad_norm": 1e-3, "": 0.1}
+"""The scale below which a difference counts absolutely. Losses and norms: 1e-3, since a policy's loss is a sum of advantages
+that nearly cancels, of terms of size 1. The rest (a KL is a difference of log-probs of 3 nats): 0.1."""
+TOKENS = 1e-4
+"""For single tokens, over which nothing averages: after 36 updates a log-prob of 6 nats is right to 3e-5."""
 METHODS = (*OFFLINE, *ONLINE)
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 ENGINES = ["ddp", "fsdp", pytest.param("zero2", marks=needs_deepspeed), pytest.param("zero3", marks=needs_deepspeed)]
@@ -65,7 +64,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
 
 def metrics(folder: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if "seconds" not in name} for line in lines]
+    left_out = ("seconds", "explained_variance")  # the latter trains nothing, and divides by a variance near 0
+    return [{name: value for name, value in line.items() if not name.startswith(left_out)} for line in lines]
 
 
 def rollouts(folder: Path) -> list[dict[str, list]]:
@@ -79,8 +79,8 @@ def gap(got: Any, expected: Any) -> tuple[float, str]:
     worst = (0.0, "")
     for where, other in theirs.items():
         if isinstance(other, float):
-            scale = ILL if where.endswith("explained_variance") else max(abs(other), SCALE)
-            worst = max(worst, (abs(ours[where] - other) / scale, where))
+            scale = next(scale for name, scale in SCALES.items() if name in where)
+            worst = max(worst, (abs(ours[where] - other) / max(abs(other), scale), where))
         else:
             assert ours[where] == other, where
     return worst
@@ -104,7 +104,7 @@ def test_two_workers_sample_the_tokens_of_one_process(ran: Ran, engine: str, met
         for name in ("completion_ids", "draw", "answer", "version", "finish", "reward/own"):
             assert ours[name] == theirs[name]
     worst, where = gap(got, expected)
-    assert worst <= TOLERANCE, f"{where}: {worst:.3g}"
+    assert worst <= TOKENS, f"{where}: {worst:.3g}"
 
 
 @pytest.mark.parametrize("method", ONLINE)

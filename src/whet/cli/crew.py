@@ -1,7 +1,11 @@
 """Who works in a run: the learner, the generator and the rewards of a recipe, in this process or in every worker."""
 
 import os
+import secrets
+import sys
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -9,7 +13,8 @@ from typing import Any
 from whet.cli import build
 from whet.cli import recipe as fields
 from whet.cluster import Wanted, World, connected, survive
-from whet.cluster.ray import require
+from whet.cluster.folders import Post
+from whet.cluster.ray import require, there
 from whet.dials import Optim
 from whet.errors import RecipeError
 from whet.generate import Generator
@@ -30,7 +35,15 @@ from whet.workers import Workers, launched
 def engine_of(recipe: fields.Offline | fields.Online, workers: int) -> str:
     """The learner's engine by name. Raises RecipeError where it cannot work with so many workers."""
     learning = recipe.learner
-    engine = {"auto": "local" if workers == 1 else "fsdp"}.get(learning.engine, learning.engine)
+    muon = "muon" in (recipe.optim.kind, critic_optim(recipe).kind)
+    alone = workers == 1 and not (learning.half or learning.offload)
+    engine = ("local" if alone else "ddp" if muon else "fsdp") if learning.engine == "auto" else learning.engine
+    if muon and engine not in ("local", "ddp"):
+        raise RecipeError(f"optim.kind: muon needs whole matrices, and {engine} shards them; take adamw, or ddp")
+    averaged = isinstance(recipe, fields.Online) and recipe.rollout.ema is not None and engine == "zero3"
+    refreshed = getattr(getattr(recipe, "rollout", recipe), "refresh", fields.Refresh()).every
+    if learning.half and engine.startswith("zero") and (refreshed or averaged):
+        raise RecipeError("learner.half: DeepSpeed would keep the averaged reference in half precision; take fsdp")
     if engine == "local" and workers > 1:
         raise RecipeError(f"learner.engine: local is one process, and there are {workers}; take ddp, fsdp or zero2")
     if engine in ("local", "ddp") and (learning.half or learning.offload):
@@ -68,6 +81,12 @@ def check_generator(recipe: fields.Online, workers: int) -> None:
             )
     if wanted.push == "adapter" and recipe.model.lora is None:
         raise RecipeError("generator.push: there is no adapter without model.lora; leave it at weights")
+    if wanted.sleep and wanted.max_staleness:
+        raise RecipeError("generator.sleep: engines that answer ahead never rest; leave it out, or max_staleness at 0")
+    if wanted.engine == "server" and workers not in (1, len(wanted.urls)):
+        raise RecipeError(
+            f"generator.urls: each of the {workers} workers needs a server of its own; got {len(wanted.urls)}"
+        )
     if wanted.segment != plain.segment and not wanted.max_staleness:
         raise RecipeError("generator.segment: answers are waited for; it is for generator.max_staleness above 0")
     if wanted.max_staleness and workers > 1:
@@ -75,6 +94,11 @@ def check_generator(recipe: fields.Online, workers: int) -> None:
             "generator.max_staleness: torchrun's workers answer and learn in turns; give the engines places of their own "
             "with --cluster auto --cluster.engines 1"
         )
+
+
+def critic_optim(recipe: fields.Offline | fields.Online) -> Optim:
+    """The critic's optimiser, which is the policy's where it has none of its own."""
+    return (recipe.critic.optim if isinstance(recipe, fields.Online) else None) or recipe.optim
 
 
 def learner_of(
@@ -155,9 +179,13 @@ def generator_of(recipe: fields.Online, chat: Chat, learner: LocalLearner, longe
     if recipe.generator.engine == "local":
         own = local_generator(recipe, chat, learner)
     else:
-        # an engine that is made again reads the weights anew; while the learner moves on they are no longer that version's
-        restarts = 0 if recipe.generator.max_staleness else recipe.cluster.restarts
-        own = Fleet(engines_of(recipe, chat, longest), restarts=restarts)
+        makes = engines_of(recipe, chat, longest)
+        if recipe.generator.engine == "server" and workers.size > 1:
+            makes = makes[workers.rank : workers.rank + 1]  # only one may push to a server
+        attempt = workers.told(secrets.token_hex(8))
+        here = os.environ.get("LOCAL_RANK", "0") == "0" if launched() else workers.first
+        learner.post = Post(workers, attempt, adapter=recipe.generator.push == "adapter", writes=here)
+        own = Fleet(makes, restarts=recipe.cluster.restarts)
     return SharedGenerator(own, workers, unit) if workers.size > 1 else own
 
 
@@ -172,12 +200,13 @@ def engines_of(recipe: fields.Online, chat: Chat, longest: int) -> list[Callable
 
     source = build.source_of(recipe.model)
     lora = recipe.model.lora
+    on_cpu = source.torch_device().type == "cpu"
     make = partial(
         VLLMGenerator, recipe.model.path, chat.end_ids, chat.text, max_model_len=longest,
         dtype=str(source.torch_dtype()).removeprefix("torch.") if wanted.dtype == "auto" else wanted.dtype,
-        kv_cache_mib=wanted.cache_mib, gpu_memory=wanted.memory, max_num_seqs=min(256, recipe.rollout.answers_at_once),
-        transfer=wanted.transfer, lora=wanted.push == "adapter", lora_rank=lora.rank if lora else 16,
-        sleep=wanted.sleep,
+        kv_cache_mib=wanted.cache_mib if on_cpu else 0, gpu_memory=wanted.memory,
+        max_num_seqs=min(256, recipe.rollout.answers_at_once), transfer=wanted.transfer, lora=wanted.push == "adapter",
+        lora_rank=lora.rank if lora else 16, sleep=wanted.sleep,
     )  # fmt: skip
     return [make] * wanted.count
 
@@ -209,6 +238,8 @@ def check_cluster(recipe: fields.Offline | fields.Online) -> None:
                 raise RecipeError(f"cluster.{name}: there is no cluster; set --cluster auto, or leave it out")
         return
     require()
+    for count in {wanted.learners, wanted.smallest}:
+        engine_of(recipe, count)
     if launched():
         raise RecipeError("cluster: torchrun starts the workers, or the cluster does; leave one of them out")
     if wanted.smallest > wanted.learners:
@@ -219,6 +250,10 @@ def check_cluster(recipe: fields.Offline | fields.Online) -> None:
         if recipe.generator.max_staleness and not wanted.engines:
             raise RecipeError(
                 "generator.max_staleness: the learner's workers answer and learn in turns; set cluster.engines"
+            )
+        if recipe.generator.engine == "server" and len(recipe.generator.urls) != wanted.engines:
+            raise RecipeError(
+                f"cluster.engines: one for each of the {len(recipe.generator.urls)} servers; got {wanted.engines}"
             )
         if recipe.generator.count > 1:
             raise RecipeError("generator.count: on a cluster it is cluster.engines")
@@ -233,13 +268,17 @@ def on_cluster(
 ) -> None:
     """Runs the attempt on the recipe's cluster, again and from the last checkpoint where workers die."""
     own = recipe.cluster
-    gpus = 1.0 if build.source_of(recipe.model).torch_device().type == "cuda" else 0.0
     wanted = Wanted(
-        own.learners, own.engines, own.rewards, together=own.together, cpus=own.cpus, gpus=gpus, smallest=own.smallest,
+        own.learners, own.engines, own.rewards, together=own.together, cpus=own.cpus, smallest=own.smallest,
         patience=own.patience,
     )  # fmt: skip
     assert own.address is not None
+    if not recipe.train.save_every and not quiet:
+        print(
+            "whet: train.save_every: a killed worker costs the whole run without checkpoints; set it", file=sys.stderr
+        )
     with connected(own.address, cpus=wanted.total_cpus):
+        wanted = replace(wanted, gpus=1.0 if there("GPU") and recipe.model.device != "cpu" else 0.0)
         survive(attempt, wanted, restarts=own.restarts, resume=resume, quiet=quiet)
 
 
@@ -249,7 +288,8 @@ def placed(work: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _in_folder(folder: str, work: Callable[..., Any], *given: Any) -> Any:
-    os.chdir(folder)
+    with suppress(OSError):  # another machine may not have it; then the recipe's paths are whole ones
+        os.chdir(folder)
     return work(*given)
 
 
@@ -259,11 +299,12 @@ def answers_inside(recipe: fields.Online, longest: int, learner: LocalLearner) -
     return generator_of(recipe, chat, learner, longest)
 
 
-def engine_alone(recipe: fields.Online, longest: int) -> Generator:
-    """One engine in a process of its own."""
+def engine_alone(recipe: fields.Online, longest: int, number: int) -> Generator:
+    """Engine `number` in a process of its own."""
     _, chat = build.tokenizer_and_chat(recipe.model)
     if recipe.generator.engine != "local":
-        return engines_of(recipe, chat, longest)[0]()
+        makes = engines_of(recipe, chat, longest)
+        return makes[number % len(makes)]()
     role = sampler_role(recipe)
     return LocalGenerator(role, chat.end_ids, chat.text, unit=recipe.rollout.answers_at_once, copy=True)
 

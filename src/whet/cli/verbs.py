@@ -149,7 +149,7 @@ def run_online(verb: str, recipe: fields.Online, options: Options) -> Path:
     for caution in build.cautions(recipe, algorithm) if first() else ():
         print(f"whet: {caution}", file=sys.stderr)
     positions = load.positions(build.source_of(recipe.model))
-    canary = min(160, positions)
+    canary = min(160, positions - 1)
     longest = min(positions, max(canary + 1, max(len(one.ids) for one in prompts) + recipe.sampling.max_new_tokens))
     rows = recipe.rollout.prompts * (1 if algorithm.pairs else algorithm.collect.answers)
     total = recipe.rollout.steps * recipe.rollout.epochs * -(-rows // minibatch)
@@ -181,7 +181,8 @@ def run_online(verb: str, recipe: fields.Online, options: Options) -> Path:
         def attempt(world: World, resume: bool) -> None:
             inside = None if recipe.cluster.engines else crew.placed(partial(crew.answers_inside, recipe, longest))
             learner = world.learner(crew.placed(make), push=recipe.generator.push, answers=inside)
-            generator = world.generator([crew.placed(partial(crew.engine_alone, recipe, longest))])
+            alone = [partial(crew.engine_alone, recipe, longest, number) for number in range(recipe.cluster.engines)]
+            generator = world.generator([crew.placed(one) for one in alone])
             scorers = crew.placed(partial(crew.rewards_alone, recipe))
             rewards = world.rewards(scorers) if recipe.cluster.rewards else crew.rewards_of(recipe, tokenizer, learner)
             train(learner, generator, rewards, replace(options, resume=resume))
@@ -378,7 +379,13 @@ def _working(recipe: Any, options: Options) -> Iterator[tuple[Workers, Options]]
         yield Workers(), options
         return
     workers = join() if launched() else join(0, 1, "127.0.0.1", free_port())
-    yield workers, replace(options, quiet=options.quiet or not workers.first)
+    resume = workers.told(options.resume)
+    try:
+        yield workers, replace(options, resume=resume, quiet=options.quiet or not workers.first)
+    except BaseException:
+        if workers.size == 1:  # else the launcher ends the others
+            leave()
+        raise
     leave()
 
 
@@ -394,6 +401,8 @@ def _folder(recipe: Any, verb: str, options: Options) -> Path:
     folder = Path(recipe.out or f"runs/{verb}")
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"out: {folder} is a file; name a folder with --out")
+    if not first():  # the first worker looks, and tells whether to resume
+        return folder
     saved = folder / "recipe.yaml"
     began = (folder / "metrics.jsonl").is_file() or (folder / "checkpoints").is_dir()
     if saved.is_file() and began and not options.resume:
@@ -404,8 +413,8 @@ def _folder(recipe: Any, verb: str, options: Options) -> Path:
         if not saved.is_file():
             raise RecipeError(f"--resume: there is no run in {folder}")
         text = config.to_yaml(recipe, verb)
-        if saved.read_text(encoding="utf-8") != text:
-            changed = _changed(config.read_yaml(saved), config.yaml_tree(text))
+        changed = _changed(_kept(config.read_yaml(saved)), _kept(config.yaml_tree(text)))
+        if changed:
             raise RecipeError(
                 f"--resume: the recipe of {folder} differs in {', '.join(changed)}; a resumed run goes on unchanged"
             )
@@ -423,6 +432,16 @@ def _open(folder: Path, recipe: Any, options: Options, verb: str, workers: Worke
     run = Run(folder, resume_at=step if options.resume else None, trackers=trackers, writes=workers.first)
     run.environment(config.to_yaml(recipe, verb))
     return run
+
+
+def _kept(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a recipe a resumed run goes on with unchanged: all but where the work is done."""
+    elsewhere = {"learner": ("engine", "offload"), "generator": ("count", "urls", "transfer", "memory", "cache_mib")}
+    out = {name: value for name, value in recipe.items() if name != "cluster"}
+    for section, names in elsewhere.items():
+        if isinstance(out.get(section), Mapping):
+            out[section] = {name: value for name, value in out[section].items() if name not in names}
+    return out
 
 
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:

@@ -4,7 +4,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -47,10 +47,10 @@ class Shelf:
             part.append((name, value))
             size += value.numel() * value.element_size()
             if size >= PART:
-                write(aside, f"weights-{count:05d}", part, Workers())
+                _written(aside, f"weights-{count:05d}", part)
                 part, size, count = [], 0, count + 1
         if part:
-            write(aside, f"weights-{count:05d}", part, Workers())
+            _written(aside, f"weights-{count:05d}", part)
         return self.end(number)
 
     def begin(self, number: int) -> Path:
@@ -75,12 +75,46 @@ class Shelf:
         self._lock.close()
 
 
+class Post:
+    """A learner's weights laid on a shelf, whole, before any engine takes them.
+
+    Gathering them is collective, while engines take them one by one, and one that was started again takes them once more:
+    so all workers lay them down together, and engines read. One worker of each machine `writes`.
+    """
+
+    def __init__(self, workers: Workers, attempt: str, *, adapter: bool, writes: bool) -> None:
+        self.workers, self.adapter, self.number = workers, adapter, 0
+        self.folder = _memory() / f"{PREFIX}{attempt}-learner"
+        self.shelf = Shelf(attempt, "learner") if writes else None
+
+    def __call__(self, role: Any, number: int | None = None) -> Path:
+        """Where the role's weights of now are, or its adapter alone."""
+        self.number = self.number + 1 if number is None else number
+        aside = self.shelf.begin(self.number) if self.shelf else Path(os.devnull)
+        if self.adapter:
+            role.export(aside, None, merge=False, write=self.shelf is not None)
+            if self.shelf:
+                self.shelf.end(self.number)
+        elif self.shelf:
+            self.shelf.put(self.number, ((name, value.detach()) for name, value in role.whole()))
+        else:
+            for _ in role.whole():  # gathering is collective
+                pass
+        self.workers.wait()
+        return self.folder / str(self.number)
+
+    def close(self) -> None:
+        """Remove what is there."""
+        if self.shelf:
+            self.shelf.close()
+
+
 def contents(handle: Any) -> dict[str, bytes]:
     """The files of a pushed folder, or of a folder made of what another handle gives."""
     if isinstance(handle, (str, Path)):
         return {path.name: path.read_bytes() for path in sorted(Path(handle).iterdir()) if path.is_file()}
     with tempfile.TemporaryDirectory(dir=_memory()) as folder:
-        write(Path(folder), "weights", whole(Weights(0, handle)), Workers())
+        _written(Path(folder), "weights", whole(Weights(0, handle)))
         return contents(folder)
 
 
@@ -109,6 +143,11 @@ def sweep() -> None:
         with suppress(OSError), lock.open("w") as file:
             _locked(file)
             shutil.rmtree(lock.parent, ignore_errors=True)
+
+
+def _written(folder: Path, name: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    for error in write(folder, name, tensors, Workers()):
+        raise error
 
 
 def _memory() -> Path:

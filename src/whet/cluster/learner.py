@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from whet.cluster.folders import Shelf, contents, unpacked
+from whet.cluster.folders import Post, contents, unpacked
 from whet.cluster.placement import Placement
 from whet.cluster.worker import START, Remote, at_once, ended, in_step
 from whet.errors import EngineDied, RunStopped, WhetError
-from whet.generate.base import Generator, whole
+from whet.generate.base import Generator, scores, whole
 from whet.learner.base import Step, Work
 from whet.learner.local import LocalLearner
 from whet.records import Batch, Weights
@@ -217,6 +217,10 @@ class Inside:
         """See `Generator.score`."""
         return self.learner.ask("score", list(ids))
 
+    def scores(self, ids: Sequence[Tensor]) -> list[list[Tensor]]:
+        """The scores of every worker's engines."""
+        return self.learner.ask("scores", list(ids))
+
     def rest(self) -> None:
         """See `Generator.rest`."""
         self.learner.ask("rest")
@@ -232,7 +236,7 @@ class Member:
 
     learner: LocalLearner
     own: Generator | None = None
-    shelf: Shelf | None = None
+    post: Post | None = None
 
     def port(self, address: str) -> int:
         """A free port at this address."""
@@ -271,19 +275,10 @@ class Member:
 
     def publish(self, number: int) -> tuple[int, Path | None]:
         """All gather the policy in step, and the first one writes it."""
-        if self.workers.first and self.shelf is None:
-            self.shelf = Shelf(self.attempt, "learner")
-        shelf = self.shelf
-        if self.push == "adapter":
-            aside = shelf.begin(number) if shelf else Path(os.devnull)
-            self.learner.export("policy", aside, None, merge=False)
-            return self._told(shelf.end(number) if shelf else None)
-        weights = ((name, value.detach()) for name, value in self.learner.roles["policy"].whole())
-        if shelf:
-            return self._told(shelf.put(number, weights))
-        for _ in weights:  # gathering is collective
-            pass
-        return self._told(None)
+        if self.post is None:
+            adapter = self.push == "adapter"
+            self.post = Post(self.workers, self.attempt, adapter=adapter, writes=self.workers.first)
+        return self._told(self.post(self.learner.roles["policy"], number))
 
     def files(self, folder: Path) -> dict[str, bytes]:
         """What lies in a published folder."""
@@ -302,13 +297,13 @@ class Member:
             own.adopt(weights)
             versions = self.workers.gather(own.version)
             return self._told(next((one for one in versions if one != weights.version), weights.version))
-        found = getattr(own, method)(*given)
+        found = scores(own, *given) if method == "scores" else getattr(own, method)(*given)
         return self._told(found if found is None else list(found))
 
     def close(self) -> None:
         """Remove what was published."""
-        if self.shelf is not None:
-            self.shelf.close()
+        if self.post is not None:
+            self.post.close()
 
     def _told(self, what: Any) -> tuple[int, Any]:
         return self.learner.version, what if self.workers.first else None

@@ -56,6 +56,13 @@ def require() -> None:
         raise RecipeError('cluster.address: ray is not installed; pip install "whet[ray]"')
 
 
+def there(what: str) -> float:
+    """How much of a resource the whole cluster has."""
+    import ray
+
+    return float(ray.cluster_resources().get(what, 0.0))
+
+
 def running() -> str:
     """The address of the cluster that this process belongs to, by RAY_ADDRESS or by what `ray start` left; "" without one."""
     given = os.environ.get("RAY_ADDRESS", "")

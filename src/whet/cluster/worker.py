@@ -226,6 +226,9 @@ def _verdict(raised: Sequence[tuple[Remote, Exception]], silent: Sequence[Remote
     own = [error for _, error in raised if isinstance(error, WhetError)]
     if dead or own:
         return (dead or own)[0]
+    plain = [error for _, error in raised if not _broken(error)]
+    if plain:  # its own mistake (no memory, no disk): the others wait for it, and nobody died
+        return plain[0]
     if silent:
         names = ", ".join(one.name for one in silent)
         return EngineDied(f"cluster: {names} did not answer within {GRACE if raised else limit:g} s")

@@ -47,7 +47,7 @@ class SharedGenerator:
 
     def rest(self) -> None:
         """See `Generator.rest`."""
-        self.own.rest()
+        self.workers.together(self.own.rest)
 
     def close(self) -> None:
         """Each worker ends its own."""

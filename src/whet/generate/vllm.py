@@ -470,7 +470,7 @@ def engine_arguments(
 def require_vllm() -> None:
     """Raises RecipeError where vLLM is not installed."""
     if find_spec("vllm") is None:
-        raise RecipeError('generator.kind: vllm is not installed; pip install "whet[vllm]"')
+        raise RecipeError('generator.engine: vllm is not installed; pip install "whet[vllm]"')
 
 
 def shared_memory() -> str | None:

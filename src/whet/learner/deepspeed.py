@@ -31,6 +31,7 @@ class DeepSpeedLearner(LocalLearner):
 
     def _place(self) -> None:
         same_weights(self)
+        self._marks = self._marked()
         deepspeed = imported()
         super()._place()
         for shell, roles in shells(list(self.roles.values())).values():

@@ -29,6 +29,7 @@ class FSDPLearner(LocalLearner):
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
         same_weights(self)
+        self._marks = self._marked()
         device = next(iter(self.roles.values())).device
         options: dict[str, Any] = {"mesh": init_device_mesh(device.type, (self.workers.size,))}
         # a root that stays whole after a forward without gradient would hide its shards from the optimiser

@@ -1,7 +1,7 @@
 """Learning: micro-batches under a token budget, one optimiser per trained role; here all weights lie in this process."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ from whet.ops import address
 from whet.records import Batch, Weights, dealt, measured
 from whet.records.files import write_json
 from whet.workers import Workers
+
+CHUNK = 1 << 24
+"""Numbers that are summed up at a time for a mark."""
 
 
 class LocalLearner:
@@ -51,6 +54,8 @@ class LocalLearner:
         self.budget, self.packed, self.dropout, self.seed = budget, packed, dropout, seed
         self.version = 0
         self.workers = workers
+        self.post: Callable[[Role], Any] | None = None
+        self._marks: dict[str, str] | None = None
         self._blended: set[str] = set()
         self._scale = 1.0  # what a loss is multiplied with before its gradient goes over the workers
         self._optimisers: dict[str, list[tuple[torch.optim.Optimizer, float]]] = {}
@@ -106,8 +111,9 @@ class LocalLearner:
         return Step(self.version, losses, {}, {}, now)
 
     def publish(self) -> Weights:
-        """The policy role itself: generator and learner share one copy."""
-        return Weights(self.version, self.roles["policy"])
+        """The policy role itself, which generator and learner share; or where `post` has laid its weights down."""
+        role = self.roles["policy"]
+        return Weights(self.version, role if self.post is None else self.post(role))
 
     @torch.no_grad()
     def blend(self, target: str, source: str, mix: float) -> None:
@@ -119,12 +125,15 @@ class LocalLearner:
 
     def save(self, folder: Path) -> None:
         """`role.safetensors` and `role.optimiser.safetensors` per role that changes (see `learner.store`), and `learner.json`."""
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)  # not its parents: where they are missing this machine sees another disk
+        failed = []
         for name in self._changing():
             named = self.roles[name].parameters().items()
-            write(folder, name, ((key, self._whole(p)) for key, p in named), self.workers)
+            failed += write(folder, name, ((key, self._whole(p)) for key, p in named), self.workers)
         for name in self._optimisers:
-            write(folder, f"{name}.optimiser", self._states(name), self.workers)
+            failed += write(folder, f"{name}.optimiser", self._states(name), self.workers)
+        if failed:  # not before: the others gather, and would wait
+            raise failed[0]
         about = {"version": self.version, "total": self.total, "blended": sorted(self._blended)}
         about |= {"frozen": self._frozen(), "optimisers": self._kinds()}
         if self.workers.first:
@@ -255,15 +264,22 @@ class LocalLearner:
 
     def _frozen(self) -> dict[str, str]:
         """A mark for the weights of each role that no update changes: a frozen model, or the base under an adapter."""
+        if self._marks is None:
+            self._marks = self._marked()
+        wrapped = {name for name, role in self.roles.items() if role.wrapped is not None}
+        return {name: mark for name, mark in self._marks.items() if name in wrapped or name not in self._changing()}
+
+    def _marked(self) -> dict[str, str]:
+        """The marks as everything was loaded: an engine takes them before it shards or rounds the weights."""
         marks: dict[int, str] = {}
         out = {}
         for name, role in self.roles.items():
             if role.wrapped is not None:
                 if id(role.model) not in marks:
-                    marks[id(role.model)] = self._fingerprint(role.base_parameters())
+                    marks[id(role.model)] = fingerprint(role.base_parameters())
                 out[name] = marks[id(role.model)]
-            elif name not in self._changing():
-                out[name] = self._fingerprint(role.parameters())
+            elif not role.trained:
+                out[name] = fingerprint(role.parameters())
         return out
 
     def _kinds(self) -> dict[str, list[str]]:
@@ -296,7 +312,7 @@ class LocalLearner:
                 micro = batch.take(rows)
                 with dropout or nullcontext():
                     fresh = self._read(name, micro, wanted, dropout)
-                    device = self.roles[name].device
+                    device = next(iter(fresh.values())).device if fresh else self.roles[name].device
                     columns = {one: value.to(device) for one, value in micro.columns.items()} | fresh
                     shares = [(term.label, term.share(columns, counts)) for term, _, counts in items]
                     if train:
@@ -309,14 +325,18 @@ class LocalLearner:
         totals = self.workers.sum(torch.tensor(list(losses.values()), dtype=torch.float64)).tolist()
         return dict(zip(losses, totals, strict=True)), {name: self._joined(now) for name, now in streams.items()}
 
-    def _fingerprint(self, parameters: Mapping[str, Tensor]) -> str:
-        """A mark that changes when any of these does: their names, shapes, sums and weighted sums."""
-        parts: list[str] = []
-        for name, parameter in parameters.items():
-            flat = self._whole(parameter).double().flatten()
-            ramp = torch.linspace(1, 2, flat.numel(), dtype=torch.float64, device=flat.device)
-            parts.append(f"{name}{self._shape(parameter)}{float(flat.sum())!r}{float((flat * ramp).sum())!r}")
-        return f"{address(*parts):016x}"
+
+def fingerprint(parameters: Mapping[str, Tensor]) -> str:
+    """A mark that changes when any of these does, and that no order of summing changes: whole numbers, not rounded ones."""
+    parts: list[str] = []
+    for name, parameter in parameters.items():
+        whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
+        total = 0
+        for start, piece in enumerate(parameter.detach().contiguous().flatten().view(whole).split(CHUNK)):
+            place = torch.arange(piece.numel(), device=piece.device) + start * CHUNK
+            total += int((piece.to(torch.int64) * (2 * place + 1)).sum())  # it may run over, everywhere in the same way
+        parts.append(f"{name}{tuple(parameter.shape)}{total}")
+    return f"{address(*parts):016x}"
 
 
 def _collect(whole: dict[str, Tensor], fresh: Mapping[str, Tensor], rows: list[int], batch: Batch) -> None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from whet.errors import ModelError
-from whet.learner.local import LocalLearner
+from whet.learner.local import LocalLearner, fingerprint
 from whet.models.roles import Role
 
 BUCKET = 1 << 25
@@ -41,7 +41,7 @@ class ReplicaLearner(LocalLearner):
 def same_weights(learner: LocalLearner) -> None:
     """Raises ModelError where the workers' roles differ before they are spread."""
     for name, role in learner.roles.items():
-        marks = learner.workers.gather(learner._fingerprint(role.parameters()))
+        marks = learner.workers.gather(fingerprint(role.parameters()))
         if len(set(marks)) > 1:
             raise ModelError(
                 f"the workers loaded different weights for the {name}; do all machines see the same folder?"

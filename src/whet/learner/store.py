@@ -9,11 +9,12 @@ from whet.errors import CheckpointError
 from whet.workers import Workers
 
 
-def write(folder: Path, name: str, tensors: Iterable[tuple[str, Tensor]], workers: Workers) -> None:
+def write(folder: Path, name: str, tensors: Iterable[tuple[str, Tensor]], workers: Workers) -> list[Exception]:
     """`name.safetensors`, or for several workers `name-00001-of-00002.safetensors` and so on.
 
     Every worker walks through all tensors in step (gathering one may be collective) and writes its share of the bytes,
-    so nobody ever holds the whole. Each tensor is whole in one file: any engine on any number of workers reads them.
+    so nobody ever holds the whole. Each tensor is whole in one file: any engine on any number of workers reads them. What
+    the disk refused is returned rather than raised, so that this worker goes on in step with the others.
     """
     from safetensors.torch import save_file
 
@@ -25,7 +26,11 @@ def write(folder: Path, name: str, tensors: Iterable[tuple[str, Tensor]], worker
         if owner == workers.rank:
             own[key] = value.detach().cpu().contiguous()
     part = f"-{workers.rank + 1:05d}-of-{workers.size:05d}" if workers.size > 1 else ""
-    save_file(own, str(folder / f"{name}{part}.safetensors"))
+    try:
+        save_file(own, str(folder / f"{name}{part}.safetensors"))
+    except Exception as error:
+        return [error]
+    return []
 
 
 class Stored(Mapping[str, Tensor]):

@@ -251,12 +251,13 @@ class Ahead:
 
     def staleness(self, step: int, groups: Sequence[Group]) -> list[int]:
         """How many steps old the weights of each token's are. Raises RunStopped where one is over the bound."""
-        ages = [
-            step - self._published.get(version, step)
-            for group in groups
-            for sample in group.samples
-            for version in sample.token_versions()
-        ]
+        versions = [one for group in groups for sample in group.samples for one in sample.token_versions()]
+        unknown = set(versions) - self._published.keys()
+        if unknown:
+            raise RunStopped(
+                f"step {step}: an answer has tokens of weights of version {min(unknown)}, which is not known"
+            )
+        ages = [step - self._published[version] for version in versions]
         if max(ages, default=0) > self.buffer.staleness:
             raise RunStopped(
                 f"step {step}: an answer has tokens of weights that are {max(ages)} steps old (bound {self.buffer.staleness})"

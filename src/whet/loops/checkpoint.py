@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from whet.errors import CheckpointError, EngineDied
+from whet.errors import CheckpointError, EngineDied, WhetError
 from whet.learner import Learner
 from whet.loops.interrupt import Stop
 from whet.records.files import write_json
@@ -30,11 +30,7 @@ def save(folder: Path, step: int, learner: Learner, loop: Mapping[str, Any], *, 
     workers, final = learner.workers, folder / f"step-{step:08d}"
     aside = folder / workers.told(f"{ASIDE}{step:08d}-{secrets.token_hex(4)}")
     try:
-        if workers.first:
-            for left in folder.glob(f"{ASIDE}*"):
-                shutil.rmtree(left, ignore_errors=True)
-            aside.mkdir(parents=True)
-        workers.wait()
+        workers.together(lambda: _begin(folder, aside) if workers.first else None)
         workers.together(lambda: learner.save(aside / "learner"))
         workers.together(lambda: _commit(aside, final, loop) if workers.first else None)
     except EngineDied:  # a worker, not the disk
@@ -53,8 +49,21 @@ def save(folder: Path, step: int, learner: Learner, loop: Mapping[str, Any], *, 
     return final
 
 
+def _begin(folder: Path, aside: Path) -> None:
+    for left in folder.glob(f"{ASIDE}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    aside.mkdir(parents=True)
+
+
 def _commit(aside: Path, final: Path, loop: Mapping[str, Any]) -> None:
     """The loop's state and the checksums are written, all is on the disk, and the folder gets its name."""
+    for part in (aside / "learner").glob("*-of-*.safetensors"):
+        name, _, count = part.stem.rpartition("-of-")
+        every = list(part.parent.glob(f"{name[:-5]}[0-9]*-of-{count}.safetensors"))
+        if len(every) != int(count):
+            raise OSError(
+                f"{part.parent}: {len(every)} of {int(count)} parts are here; do all machines see this folder?"
+            )
     write_json(aside / "loop.json", dict(loop))
     sums = {str(path.relative_to(aside)): _sum(path) for path in sorted(aside.rglob("*")) if path.is_file()}
     write_json(aside / MANIFEST, sums)
@@ -92,7 +101,9 @@ class Keeper:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
         whole = self.learner.version == self.version and self.step > self.saved
-        if isinstance(error, Exception) and not isinstance(error, CheckpointError) and whole:
+        # of several workers one alone may have failed, and the others would not come to save; what whet raises, all raise
+        common = Exception if self.learner.workers.size == 1 else WhetError
+        if isinstance(error, common) and not isinstance(error, CheckpointError) and whole:
             with suppress(EngineDied):  # what ended the run is what is told
                 self._save()
 

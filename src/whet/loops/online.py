@@ -86,6 +86,10 @@ def train(
     first, state = loop["step"], loop["state"]
     source.restore(loop, first)
     generator.adopt(learner.publish())
+    canary = torch.tensor([token for prompt in prompts for token in prompt.ids][: plan.canary])
+    if len(canary) > 1:
+        expected = scored(learner, canary)
+        selfcheck.published(first, generator, learner.version, canary, expected, expected, plan.half)
     keeper = checkpoint.Keeper(
         run.checkpoints, learner, every=plan.save_every, total=plan.steps, keep=plan.keep, first=first, stop=stop
     )
