@@ -46,7 +46,7 @@ class Hunter:
         """Called by the run before each rollout: which world it has."""
         self.world = world
         self.sizes.append(world.learners)
-        if not self._thread.is_alive() and not self._over.is_set():
+        if self._thread.ident is None and not self._over.is_set():
             self._thread.start()
 
     def stop(self) -> None:

@@ -30,7 +30,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "count": ({"generator.count": 2}, "generator.count: it is for engine vllm, and this one is local"),
     "adapter": ({"generator": "vllm", "generator.push": "adapter"}, "there is no adapter without model.lora"),
     "segment": ({"generator.segment": 8}, "generator.segment: answers are waited for"),
-    "half": ({"learner.half": True}, "learner.half: local has no such thing"),
+    "half": ({"learner": "local", "learner.half": True}, "learner.half: local has no such thing"),
     "offload on replicas": ({"learner": "ddp", "learner.offload": True}, "learner.offload: ddp has no such thing"),
     "trunk": (
         {"learner": "zero2", "trunk": "shared", "model.lora.rank": 2},

