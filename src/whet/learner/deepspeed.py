@@ -40,7 +40,8 @@ class DeepSpeedLearner(LocalLearner):
                 raise RecipeError("trunk: DeepSpeed trains one role per model; take separate models, or engine fsdp")
             if not trained and self.stage < 3:
                 if self.half and roles[0].name != "ema":  # an average is only written, and stays exact
-                    shell.to(torch.bfloat16)  # what is compared with the policy computes as the policy does
+                    for parameter in shell.parameters():  # as DeepSpeed does with the policy: buffers stay as they are
+                        parameter.data = parameter.data.to(torch.bfloat16)
                 continue
             for role in trained:
                 if self.optims[role.name].kind != "adamw":
