@@ -321,7 +321,10 @@ MUTANTS: list[Mutant] = [
         "records/test_dealt.py",
         ("cost = (len(parts[-1][1]) + len(rows)) * longest[number]", "cost = len(rows) * longest[number]"),
         ("places = -(-len(cut(budget)) // workers) * workers", "places = (len(cut(budget)) // workers + 1) * workers"),
-        ("parts = sorted(cut(low), key=lambda part: -part[0])", "parts = sorted(cut(budget), key=lambda part: part[0])"),
+        (
+            "parts = sorted(cut(low), key=lambda part: -part[0])",
+            "parts = sorted(cut(budget), key=lambda part: part[0])",
+        ),
     ),
 ]
 

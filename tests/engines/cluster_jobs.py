@@ -203,6 +203,7 @@ def basics(own: Any, folder: Path) -> dict[str, Any]:
     out["columns"] = dict(own.columns("critic", given, frozenset({"token_score"})))
     own.blend("reference", "policy", 0.25)
     out["second"] = once()
+    (folder / "saved").mkdir(parents=True)
     own.save(folder / "saved")
     third = once()
     own.load(folder / "saved")

@@ -139,7 +139,9 @@ class Role:
         parameters = dict(self.model.named_parameters())
         for name, parameter in parameters.items():
             if "lora_embedding" in name:
-                raise ModelError(f"model.lora.targets: {name} adapts an embedding, which is not merged here; leave it out")
+                raise ModelError(
+                    f"model.lora.targets: {name} adapts an embedding, which is not merged here; leave it out"
+                )
             if "lora_" in name or ".original_module." in name:
                 continue
             if ".modules_to_save." in name:

@@ -97,7 +97,9 @@ class Window:
         self.prompts, self.max_staleness, self.steps, self.handed = prompts, max_staleness, steps, 0
         self.open: dict[int, Handed] = {}
         """draw -> the group, ascending"""
-        self._asked: tuple[int, int] | None = None  # the step, and how many were complete, when there was nothing to take
+        self._asked: tuple[int, int] | None = (
+            None  # the step, and how many were complete, when there was nothing to take
+        )
         self._complete = 0
 
     def hand_out(self, step: int) -> range:
