@@ -22,7 +22,8 @@ FLOOR = {
 HEAVY = {
     "transformers": {"models", "generate"}, "peft": {"models"}, "pyarrow": {"records", "loops", "cli"}, "datasets": {"records"},
     "matplotlib": {"view"}, "jinja2": {"view"}, "yaml": {"cli"}, "rich": {"loops", "cli"}, "accelerate": {"cli"},
-    "tokenizers": {"cli"}, "safetensors": {"models", "learner", "generate"}, "vllm": {"generate"}, "deepspeed": {"learner"}, "ray": {"cluster"},
+    "tokenizers": {"cli"}, "safetensors": {"models", "learner", "generate"},
+    "vllm": {"generate"}, "deepspeed": {"learner"}, "ray": {"cluster"},
 }  # fmt: skip
 """Which rooms may import a library at all. (cli/demo/world.py makes its own tokenizer and base model.)"""
 
