@@ -1,0 +1,102 @@
+"""Recipes that name an engine or a cluster, from the door to the run folder: the numbers are those of one process."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from engines.helpers import SHAPE
+
+REWARD = "def score(prompts, completions, **_):\n    return [float(len(one.split()) % 5) for one in completions]\n"
+COMMON = [
+    "grpo", "--model", "model", "--data", "prompts.jsonl", "--reward", "reward.py:score", "--answers", "2",
+    "--rollout.steps", "3", "--rollout.prompts", "4", "--rollout.minibatch", "4", "--rollout.answers-at-once", "4",
+    "--max-new-tokens", "8", "--optim.lr", "0.001", "--train.save-every", "1", "--quiet",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipes")
+    tiny.folder(folder / "model", **SHAPE)
+    (folder / "reward.py").write_text(REWARD)
+    tiny.write_jsonl(folder / "prompts.jsonl", [{"prompt": f"{one} {other}"} for one in "abcd" for other in "efgh"])
+    return folder
+
+
+def whet(place: Path, out: str, *words: str) -> list[dict[str, Any]]:
+    """The metrics of a run in a process of its own, which ends well."""
+    command = [sys.executable, "-m", "whet", *COMMON, *words, "--out", out]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (place / out / "model" / "model.safetensors").is_file()
+    return [json.loads(line) for line in (place / out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def alone(place: Path) -> list[dict[str, Any]]:
+    return whet(place, "alone")
+
+
+def test_a_cluster_started_by_the_recipe_gives_the_numbers_of_one_process(place: Path, alone: list) -> None:
+    pytest.importorskip("ray")
+    words = ("--cluster", "auto", "--cluster.learners", "2", "--cluster.engines", "1", "--cluster.rewards", "1")
+    found = whet(place, "cluster", *words)
+    for one, other in zip(alone, found, strict=True):
+        for name in ("score", "length", "kl", "entropy"):
+            assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-5), name
+
+
+def test_engines_on_a_cluster_answer_ahead(place: Path) -> None:
+    pytest.importorskip("ray")
+    words = (
+        "--cluster",
+        "auto",
+        "--cluster.engines",
+        "1",
+        "--generator.max-staleness",
+        "1",
+        "--generator.segment",
+        "3",
+    )
+    found = whet(place, "ahead", *words, "--correct", "token_weight")
+    assert len(found) == 3
+    assert all(row["staleness_max"] <= 1 for row in found)
+
+
+def test_vllm_answers_with_the_learners_log_probs(place: Path) -> None:
+    pytest.importorskip("vllm")
+    found = whet(place, "vllm", "--generator", "vllm", "--generator.cache-mib", "64")
+    assert len(found) == 3
+    assert max(row["sampler_gap"] for row in found) < 1e-4
+    assert min(row["grad_norm/policy"] for row in found) > 0
+
+
+def test_vllm_answers_ahead_of_its_learner(place: Path) -> None:
+    pytest.importorskip("vllm")
+    words = (
+        "--generator",
+        "vllm",
+        "--generator.cache-mib",
+        "64",
+        "--generator.max-staleness",
+        "1",
+        "--correct",
+        "token_weight",
+    )
+    assert max(row["staleness_max"] for row in whet(place, "vllm-ahead", *words)) <= 1
+
+
+def test_each_of_torchruns_workers_has_an_engine(place: Path, alone: list) -> None:
+    pytest.importorskip("vllm")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "whet", *COMMON]
+    words = ["--generator", "vllm", "--generator.cache-mib", "64", "--out", "vllm-two"]
+    done = subprocess.run([*launch, *words], cwd=place, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in (place / "vllm-two" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 3
+    assert max(row["sampler_gap"] for row in rows) < 1e-4
