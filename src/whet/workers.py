@@ -110,15 +110,16 @@ def join(
 ) -> Workers:
     """This process becomes one of the workers: by torchrun's variables, or by what is given.
 
-    The store is one of its own, a port further for every restart: torchrun's keeps addresses of the processes that
-    died, and restarts through it hang. `timeout` seconds is how long one waits for another; a launcher ends them sooner when one dies.
+    The store is one of its own for every attempt: torchrun's keeps addresses of the processes that died, and restarts
+    through it hang. It only tells where this one is. `timeout` seconds is how long one waits for another; a launcher ends
+    them sooner when one dies.
     """
     import torch.distributed as dist
 
     if rank is None or size is None:
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]) + 1 + restart
+        address, port = os.environ["MASTER_ADDR"], _agreed(dist, rank, restart)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     patience = timedelta(seconds=timeout)
@@ -129,11 +130,22 @@ def join(
     return Workers(rank, size, dist.new_group(backend="gloo", timeout=patience) if size > 1 else None)
 
 
-def free_port() -> int:
-    """A port of this machine's loopback that nobody listens on."""
+def free_port(address: str = "127.0.0.1") -> int:
+    """A port at this address of this machine that nobody listens on."""
     with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
+        one.bind((address, 0))
         return one.getsockname()[1]
+
+
+def _agreed(dist: Any, rank: int, attempt: int) -> int:
+    """The port of this attempt's store: the first worker finds a free one and says so through torchrun's store."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return port + 1 + attempt  # a launcher without a store of its own
+    told, key = dist.TCPStore(address, port, is_master=False, timeout=timedelta(minutes=5)), f"whet/port/{attempt}"
+    if rank == 0:
+        told.set(key, str(free_port(address)))
+    return int(told.get(key))
 
 
 def _store(dist: Any, address: str, port: int, size: int, patience: timedelta) -> Any:

@@ -354,7 +354,7 @@ def test_an_engine_in_processes_of_its_own(folders: dict, fresh: dict) -> None:
 def test_what_cannot_work_is_said_at_once(folders: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("whet.generate.vllm.find_spec", lambda name: None)
-        with pytest.raises(RecipeError, match=r'generator.kind: vllm is not installed; pip install "whet\[vllm\]"'):
+        with pytest.raises(RecipeError, match=r'generator.engine: vllm is not installed; pip install "whet\[vllm\]"'):
             VLLMGenerator(tmp_path, e.END, e.text, **e.options())
     with pytest.raises(ModelError, match="vLLM cannot start"):
         VLLMGenerator(tmp_path, e.END, e.text, **e.options(separate=False))
