@@ -48,3 +48,8 @@ class RunStopped(WhetError):
 
 class CheckpointError(WhetError):
     """A checkpoint cannot be read, or belongs to another run."""
+
+
+def first_line(error: BaseException) -> str:
+    """An error's message without what follows its first line; its class where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -4,7 +4,6 @@ import os
 import secrets
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -280,17 +279,6 @@ def on_cluster(
     with connected(own.address, cpus=wanted.total_cpus):
         wanted = replace(wanted, gpus=1.0 if there("GPU") and recipe.model.device != "cpu" else 0.0)
         survive(attempt, wanted, restarts=own.restarts, resume=resume, quiet=quiet)
-
-
-def placed(work: Callable[..., Any]) -> Callable[..., Any]:
-    """The work in another process, in the folder that this one is in: a recipe's paths may be relative."""
-    return partial(_in_folder, os.getcwd(), work)
-
-
-def _in_folder(folder: str, work: Callable[..., Any], *given: Any) -> Any:
-    with suppress(OSError):  # another machine may not have it; then the recipe's paths are whole ones
-        os.chdir(folder)
-    return work(*given)
 
 
 def answers_inside(recipe: fields.Online, longest: int, learner: LocalLearner) -> Generator:

@@ -107,7 +107,7 @@ def run_offline(verb: str, recipe: fields.Offline, options: Options) -> Path:
     if recipe.cluster.address is not None:
         crew.on_cluster(
             recipe,
-            lambda world, resume: train(world.learner(crew.placed(make)), replace(options, resume=resume)),
+            lambda world, resume: train(world.learner(make), replace(options, resume=resume)),
             options.resume,
             options.quiet,
         )
@@ -179,11 +179,11 @@ def run_online(verb: str, recipe: fields.Online, options: Options) -> Path:
     if recipe.cluster.address is not None:
 
         def attempt(world: World, resume: bool) -> None:
-            inside = None if recipe.cluster.engines else crew.placed(partial(crew.answers_inside, recipe, longest))
-            learner = world.learner(crew.placed(make), push=recipe.generator.push, answers=inside)
+            inside = None if recipe.cluster.engines else partial(crew.answers_inside, recipe, longest)
+            learner = world.learner(make, push=recipe.generator.push, answers=inside)
             alone = [partial(crew.engine_alone, recipe, longest, number) for number in range(recipe.cluster.engines)]
-            generator = world.generator([crew.placed(one) for one in alone])
-            scorers = crew.placed(partial(crew.rewards_alone, recipe))
+            generator = world.generator(alone)
+            scorers = partial(crew.rewards_alone, recipe)
             rewards = world.rewards(scorers) if recipe.cluster.rewards else crew.rewards_of(recipe, tokenizer, learner)
             train(learner, generator, rewards, replace(options, resume=resume))
 
@@ -371,7 +371,7 @@ def _standardise(learner: Learner, scores: torch.Tensor) -> None:
 def _working(recipe: Any, options: Options) -> Iterator[tuple[Workers, Options]]:
     """This process alone, or as one of torchrun's workers, of which the first one talks.
 
-    An engine for several workers gets a group of processes to be happy with, if only of one.
+    An engine for several workers needs a group of processes, if only of one.
     """
     engine = crew.engine_of(recipe, int(os.environ["WORLD_SIZE"]) if launched() else 1)
     if not launched() and engine == "local":

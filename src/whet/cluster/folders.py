@@ -14,6 +14,7 @@ from torch import Tensor
 from whet.generate.base import whole
 from whet.learner.store import write
 from whet.records import Weights
+from whet.records.files import shared_memory
 from whet.workers import Workers
 
 PREFIX = "whet-push-"
@@ -31,7 +32,7 @@ class Shelf:
 
     def __init__(self, attempt: str, name: str) -> None:
         sweep()
-        self.folder = _memory() / f"{PREFIX}{attempt}-{name}"
+        self.folder = shared_memory() / f"{PREFIX}{attempt}-{name}"
         self.folder.mkdir()
         aside = self.folder / "locking"
         self._lock = aside.open("w")
@@ -84,7 +85,7 @@ class Post:
 
     def __init__(self, workers: Workers, attempt: str, *, adapter: bool, writes: bool) -> None:
         self.workers, self.adapter, self.number = workers, adapter, 0
-        self.folder = _memory() / f"{PREFIX}{attempt}-learner"
+        self.folder = shared_memory() / f"{PREFIX}{attempt}-learner"
         self.shelf = Shelf(attempt, "learner") if writes else None
 
     def __call__(self, role: Any, number: int | None = None) -> Path:
@@ -113,7 +114,7 @@ def contents(handle: Any) -> dict[str, bytes]:
     """The files of a pushed folder, or of a folder made of what another handle gives."""
     if isinstance(handle, (str, Path)):
         return {path.name: path.read_bytes() for path in sorted(Path(handle).iterdir()) if path.is_file()}
-    with tempfile.TemporaryDirectory(dir=_memory()) as folder:
+    with tempfile.TemporaryDirectory(dir=shared_memory()) as folder:
         _written(Path(folder), "weights", whole(Weights(0, handle)))
         return contents(folder)
 
@@ -133,13 +134,13 @@ def unpacked(files: Mapping[str, bytes]) -> Iterator[Path]:
 
 def remove(attempt: str) -> None:
     """Every shelf of an attempt on this machine."""
-    for folder in _memory().glob(f"{PREFIX}{attempt}-*"):
+    for folder in shared_memory().glob(f"{PREFIX}{attempt}-*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def sweep() -> None:
     """Remove the shelves on this machine whose owner is gone."""
-    for lock in _memory().glob(f"{PREFIX}*/{LOCK}"):
+    for lock in shared_memory().glob(f"{PREFIX}*/{LOCK}"):
         with suppress(OSError), lock.open("w") as file:
             _locked(file)
             shutil.rmtree(lock.parent, ignore_errors=True)
@@ -148,11 +149,6 @@ def sweep() -> None:
 def _written(folder: Path, name: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
     for error in write(folder, name, tensors, Workers()):
         raise error
-
-
-def _memory() -> Path:
-    shared = Path("/dev/shm")
-    return shared if shared.is_dir() and os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
 
 
 def _locked(file: Any) -> None:

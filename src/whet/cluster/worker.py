@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from whet.errors import EngineDied, WhetError
+from whet.errors import EngineDied, WhetError, first_line
 
 T = TypeVar("T")
 
@@ -144,7 +144,7 @@ class Remote:
             raise EngineDied(f"cluster: {self.name} {self.dead}") from None
         except ray.exceptions.RayError as error:
             self.kill("died")
-            raise EngineDied(f"cluster: {self.name} died ({_first_line(error)})") from error
+            raise EngineDied(f"cluster: {self.name} died ({first_line(error)})") from error
 
     def kill(self, why: str = "was ended") -> None:
         """Ray is asked to kill it, and it is not asked anything any more."""
@@ -235,7 +235,7 @@ def _verdict(raised: Sequence[tuple[Remote, Exception]], silent: Sequence[Remote
     broken = [(one, error) for one, error in raised if _broken(error)]
     if broken:
         one, error = broken[0]
-        return EngineDied(f"cluster: {one.name} lost its connection to the others ({_first_line(error)})")
+        return EngineDied(f"cluster: {one.name} lost its connection to the others ({first_line(error)})")
     return raised[0][1] if raised else None
 
 
@@ -246,8 +246,3 @@ def _broken(error: Exception) -> bool:
     kinds = tuple(kind for kind in (getattr(dist, "DistError", None),) if kind is not None)
     words = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL", "Timed out waiting")
     return isinstance(error, kinds) or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from whet.dials import Sampling
+from whet.errors import ModelError
 from whet.ops import address, addressed_uniform
 from whet.records import Prompt, Sample, Weights
 
@@ -86,13 +87,19 @@ def scores(generator: Generator, ids: Sequence[Tensor]) -> list[list[Tensor]]:
 
 
 def whole(weights: Weights) -> Iterator[tuple[str, Tensor]]:
-    """Every weight by its Hugging Face name: from the policy role, or from a folder of safetensors."""
-    if not isinstance(weights.handle, Path):
+    """Every weight by its Hugging Face name: from the policy role, or from a folder of safetensors.
+
+    Raises ModelError where the folder has none.
+    """
+    if not isinstance(weights.handle, (str, Path)):
         yield from weights.handle.whole()
         return
     from safetensors import safe_open
 
-    for file in sorted(weights.handle.glob("*.safetensors")):
+    files = sorted(Path(weights.handle).glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{weights.handle}: no *.safetensors files in it")
+    for file in files:
         with safe_open(str(file), framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118
                 yield name, opened.get_tensor(name)

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from whet.errors import EngineDied, ModelError, RecipeError, RunStopped
+from whet.errors import EngineDied, ModelError, RecipeError, RunStopped, first_line
 from whet.generate import vllm_push
 from whet.generate.base import Request
-from whet.generate.vllm_push import About, Inlet, Transfer, first_line
+from whet.generate.vllm_push import About, Inlet, Transfer
 from whet.generate.vllm_worker import EXTENSION, FOLDER
 from whet.ops import address
 from whet.records import Sample, Weights
+from whet.records.files import shared_memory
 
 QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 """Set before vLLM is imported, unless the user has set them."""
@@ -471,11 +472,6 @@ def require_vllm() -> None:
     """Raises RecipeError where vLLM is not installed."""
     if find_spec("vllm") is None:
         raise RecipeError('generator.engine: vllm is not installed; pip install "whet[vllm]"')
-
-
-def shared_memory() -> str | None:
-    """The folder that lies in memory on Linux; elsewhere None, the folder for temporary files."""
-    return "/dev/shm" if os.path.isdir("/dev/shm") and os.access("/dev/shm", os.W_OK) else None
 
 
 def _refuse_inside_ranks(separate: bool) -> None:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from whet.errors import EngineDied, ModelError, RecipeError, RunStopped, WhetError
+from whet.errors import EngineDied, ModelError, RecipeError, RunStopped, WhetError, first_line
+from whet.generate.base import whole
 from whet.generate.vllm_worker import gloo_group
 from whet.records import Weights
 
@@ -135,7 +135,7 @@ class Inlet:
         """
         push = Push(self.control, weights.version)
         try:
-            self.transport.carry(push, checked(tensors(weights.handle), self.about))
+            self.transport.carry(push, checked(whole(weights), self.about))
         except BaseException as error:
             if push.started:
                 self.torn = f"the push of weights {weights.version} failed half-way ({first_line(error)}); push whole weights first"
@@ -143,20 +143,6 @@ class Inlet:
                 raise
             raise EngineDied(f"generator: weights {weights.version} did not go in: {first_line(error)}") from error
         self.torn = ""
-
-
-def tensors(handle: Any) -> Iterator[Named]:
-    """The full weights of a role (its `whole`), or of a folder of safetensors files."""
-    if not isinstance(handle, (str, Path)):
-        yield from handle.whole()
-        return
-    files = sorted(Path(handle).glob("*.safetensors"))
-    if not files:
-        raise ModelError(f"{handle}: no *.safetensors files in it")
-    for file in files:
-        with safe_open(str(file), "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                yield name, opened.get_tensor(name)
 
 
 def checked(pairs: Iterable[Named], about: About) -> Iterator[Named]:
@@ -380,11 +366,6 @@ class _Source:
 
     def __iter__(self) -> Iterator[Named]:
         return ((name, tensor.detach().cuda()) for name, tensor in self.pairs)
-
-
-def first_line(error: BaseException) -> str:
-    """The error's message without what follows its first line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 BACKENDS = {"shared": Shared.backend, "gloo": Gloo.backend, "nccl": "nccl", "ipc": "ipc"}

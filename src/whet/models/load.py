@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from whet.errors import ModelError
+from whet.errors import ModelError, first_line
 from whet.ops import address
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -37,7 +37,7 @@ class Source:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise ModelError(
-                f"model.device: {self.device!r} is no device of this machine ({_first_line(error)})"
+                f"model.device: {self.device!r} is no device of this machine ({first_line(error)})"
             ) from error
         return device
 
@@ -64,7 +64,7 @@ def load_tokenizer(source: Source, *, pad_token: str | None = None) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=source.trust_remote_code)
     except Exception as error:  # transformers raises many kinds for a folder without a tokenizer
-        raise ModelError(f"{source.path}: no tokenizer can be loaded from here ({_first_line(error)})") from error
+        raise ModelError(f"{source.path}: no tokenizer can be loaded from here ({first_line(error)})") from error
     if pad_token is not None:
         if pad_token not in tokenizer.get_vocab():
             raise ModelError(f"--model.pad-token {pad_token!r}: the tokenizer of {source.path} has no such token")
@@ -158,7 +158,7 @@ def _configuration(path: str, trust_remote_code: bool = False) -> Any:
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds for a folder without a model
-        raise ModelError(f"{path}: no model configuration can be read from here ({_first_line(error)})") from error
+        raise ModelError(f"{path}: no model configuration can be read from here ({first_line(error)})") from error
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -212,7 +212,7 @@ def _loaded(load: Callable[..., Any], source: Source, path: str, **options: Any)
     except ModelError:
         raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for what is no model
-        raise ModelError(f"{source.path}: no such model can be loaded from here ({_first_line(error)})") from error
+        raise ModelError(f"{source.path}: no such model can be loaded from here ({first_line(error)})") from error
     # a scalar head may be new; anything else that is missing would be drawn at random, without a word
     lost = [key for key in about["missing_keys"] if not key.startswith(("score.", "classifier."))]
     if lost or about["mismatched_keys"]:
@@ -280,7 +280,3 @@ def _quiet(model: Any) -> Any:
             if isinstance(value, float) and ("dropout" in name or "layerdrop" in name):
                 setattr(module, name, 0.0)
     return model.eval()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,6 +1,8 @@
-"""Small files, written whole: aside first, then renamed, so that a half one never stands under the name."""
+"""Where files are put: small ones written whole (aside first, then renamed), and the folder that lies in memory."""
 
 import json
+import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,3 +23,9 @@ def _write(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.writing")
     aside.write_text(text, encoding="utf-8")
     aside.rename(path)
+
+
+def shared_memory() -> Path:
+    """The folder that lies in memory on Linux; elsewhere the folder for temporary files."""
+    shared = Path("/dev/shm")
+    return shared if shared.is_dir() and os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
