@@ -3,6 +3,7 @@
 import os
 import pickle
 import socket
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,6 +13,11 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
+
+PORT = "whet/port"
+"""Where torchrun's store says the port of the workers' own."""
+GLANCE = timedelta(seconds=2)
+"""To see whether a store is there."""
 
 
 @dataclass(frozen=True)
@@ -116,15 +122,14 @@ def join(
     """
     import torch.distributed as dist
 
+    patience = timedelta(seconds=timeout)
     if rank is None or size is None:
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-        address, port = os.environ["MASTER_ADDR"], _agreed(dist, rank, restart)
+        store = _met(dist, rank, size, patience)
+    else:
+        store = _store(dist, address, port, size, patience, owns=rank == 0)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    patience = timedelta(seconds=timeout)
-    store = _store(dist, address, port, size, patience) if rank == 0 else None
-    store = store or dist.TCPStore(address, port, size, is_master=False, timeout=patience)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
     return Workers(rank, size, dist.new_group(backend="gloo", timeout=patience) if size > 1 else None)
@@ -137,19 +142,60 @@ def free_port(address: str = "127.0.0.1") -> int:
         return one.getsockname()[1]
 
 
-def _agreed(dist: Any, rank: int, attempt: int) -> int:
-    """The port of this attempt's store: the first worker finds a free one and says so through torchrun's store."""
+def note(fact: str) -> None:
+    """Tell torchrun's store a fact that later attempts of this launch can ask for; nothing without such a store."""
+    told = _launcher()
+    if told is not None:
+        told.set(f"whet/noted/{fact}", "yes")
+
+
+def noted(fact: str) -> bool:
+    """An attempt of this launch has noted it."""
+    told = _launcher()
+    return told is not None and told.check([f"whet/noted/{fact}"])
+
+
+def _launcher() -> Any:
+    """torchrun's own store, which outlives its restarts; None with a launcher that has none (nor restarts)."""
+    import torch.distributed as dist
+
+    if not launched() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return port + 1 + attempt  # a launcher without a store of its own
-    told, key = dist.TCPStore(address, port, is_master=False, timeout=timedelta(minutes=5)), f"whet/port/{attempt}"
+    return dist.TCPStore(address, port, is_master=False, timeout=timedelta(minutes=5))
+
+
+def _met(dist: Any, rank: int, size: int, patience: timedelta) -> Any:
+    """The store of this attempt; torchrun's own tells where it is.
+
+    Agents of several machines count restarts apart, so an attempt has no number that all of its workers know: the first
+    one says its port, and another one that finds nothing there, or a store that its rank was in already, looks again.
+    """
+    address, told = os.environ["MASTER_ADDR"], _launcher()
+    if told is None:
+        return _store(dist, address, int(os.environ["MASTER_PORT"]), size, patience, owns=rank == 0)
     if rank == 0:
-        told.set(key, str(free_port(address)))
-    return int(told.get(key))
+        port = free_port(address)
+        store = _store(dist, address, port, size, patience, owns=True)
+        told.set(PORT, str(port))
+        return store
+    until = time.monotonic() + patience.total_seconds()
+    while True:
+        try:
+            store = _store(dist, address, int(told.get(PORT)), size, GLANCE, owns=False)
+            if store.add(f"whet/here/{rank}", 1) == 1:
+                store.set_timeout(patience)
+                return store
+        except (RuntimeError, ValueError):  # nothing there any more
+            if time.monotonic() > until:
+                raise
+        time.sleep(0.1)
 
 
-def _store(dist: Any, address: str, port: int, size: int, patience: timedelta) -> Any:
-    """The first worker's store, which listens on the address alone: by itself it would on all interfaces."""
+def _store(dist: Any, address: str, port: int, size: int, patience: timedelta, *, owns: bool) -> Any:
+    """The first worker's store, or the way to it. It listens on the address alone: by itself it would on all interfaces."""
+    if not owns:
+        return dist.TCPStore(address, port, size, is_master=False, timeout=patience, wait_for_workers=False)
     with socket.socket() as own:
         own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         own.bind((address, port))

@@ -36,7 +36,7 @@ from whet.records import Chat, Group, Prompt, numbers, read_rows
 from whet.records.files import write_json, write_jsonl
 from whet.rewards import Weighted
 from whet.rewards.functions import called, load_function
-from whet.workers import Workers, first, free_port, join, launched, leave
+from whet.workers import Workers, first, free_port, join, launched, leave, note, noted
 
 SFT = Objective((Term("policy", "train", part(nll), token_mean, name="nll"),))
 """The objective of SFT and pre-training: the mean over all trained tokens of -log pi."""
@@ -54,7 +54,7 @@ def run_offline(verb: str, recipe: fields.Offline, options: Options) -> Path:
     """pretrain, sft, reward, dpo, ipo: rows of a file through an objective. Returns the run folder."""
     _threads(recipe.threads)
     crew.check_cluster(recipe)
-    options = _restarted(recipe, verb, options)
+    options = _restarted(options)
     folder = _folder(recipe, verb, options)
     build.check_optim(recipe.optim, "optim")
     if recipe.train.eval_every and not recipe.data.eval:
@@ -121,7 +121,7 @@ def run_online(verb: str, recipe: fields.Online, options: Options) -> Path:
     """ppo, grpo and the other online methods. Returns the run folder."""
     _threads(recipe.threads)
     crew.check_cluster(recipe)
-    options = _restarted(recipe, verb, options)
+    options = _restarted(options)
     folder = _folder(recipe, verb, options)
     build.check_optim(recipe.optim, "optim")
     if recipe.critic.optim is not None:
@@ -388,11 +388,9 @@ def _working(recipe: Any, options: Options) -> Iterator[tuple[Workers, Options]]
     leave()
 
 
-def _restarted(recipe: Any, verb: str, options: Options) -> Options:
-    """What torchrun started again goes on where it was, if it had begun."""
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    begun = (Path(recipe.out or f"runs/{verb}") / "recipe.yaml").is_file()
-    return replace(options, resume=options.resume or (again and begun))
+def _restarted(options: Options) -> Options:
+    """What torchrun started again goes on where it was, if an earlier attempt had begun; the first worker asks."""
+    return replace(options, resume=options.resume or (first() and noted("begun")))
 
 
 def _folder(recipe: Any, verb: str, options: Options) -> Path:
@@ -430,6 +428,8 @@ def _open(folder: Path, recipe: Any, options: Options, verb: str, workers: Worke
     trackers = _trackers(recipe.trackers, folder) if workers.first else []
     run = Run(folder, resume_at=step if options.resume else None, trackers=trackers, writes=workers.first)
     run.environment(config.to_yaml(recipe, verb))
+    if workers.first:
+        note("begun")
     return run
 
 
