@@ -50,6 +50,10 @@ class CheckpointError(WhetError):
     """A checkpoint cannot be read, or belongs to another run."""
 
 
+class Spent(EngineDied):
+    """Workers died more often than they may be started again."""
+
+
 def first_line(error: BaseException) -> str:
     """An error's message without what follows its first line; its class where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

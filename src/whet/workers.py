@@ -3,6 +3,7 @@
 import os
 import pickle
 import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from whet.errors import EngineDied, Spent
 
 T = TypeVar("T")
 
@@ -91,6 +94,24 @@ class Workers:
         for rank, share in enumerate(shares):
             out[rank :: self.size] = share
         return out
+
+
+class Lives:
+    """How many workers of a run may still die, whatever they do. Raises Spent when it was one too many."""
+
+    def __init__(self, restarts: int) -> None:
+        self.restarts, self.deaths = restarts, 0
+        self._lock = threading.Lock()
+
+    def spend(self, error: EngineDied) -> None:
+        """One more has died of this."""
+        with self._lock:
+            self.deaths += 1
+            if self.deaths > self.restarts:
+                raise Spent(
+                    f"cluster.restarts: workers died {self.deaths} times and may be started again {self.restarts} times; "
+                    f"the last one: {error}"
+                ) from error
 
 
 def _sendable(error: Exception | None) -> Exception | None:

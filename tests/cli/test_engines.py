@@ -30,6 +30,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "count": ({"generator.count": 2}, "generator.count: it is for engine vllm, and this one is local"),
     "adapter": ({"generator": "vllm", "generator.push": "adapter"}, "there is no adapter without model.lora"),
     "segment": ({"generator.segment": 8}, "generator.segment: answers are waited for"),
+    "one machine's model": ({"generator.tensor_parallel": 2}, "generator.tensor_parallel: it is for engine vllm"),
+    "a server's time": ({"generator": "vllm", "generator.timeout": 5}, "generator.timeout: it is for engine server"),
+    "a copy of 4 bits": (
+        {"model.quantise": "4bit", "model.lora.rank": 2, "generator.max_staleness": 1},
+        "model.quantise: a 4-bit base cannot be handed to a generator of its own",
+    ),
     "half": ({"learner": "local", "learner.half": True}, "learner.half: local has no such thing"),
     "offload on replicas": ({"learner": "ddp", "learner.offload": True}, "learner.offload: ddp has no such thing"),
     "trunk": (
@@ -76,6 +82,21 @@ def test_a_missing_extra_is_one_line_with_the_install_command(
     with pytest.raises(RecipeError, match=said) as raised:
         whet.run("reinforce", **{**given, **changes})
     assert "\n" not in str(raised.value)
+
+
+def test_engines_take_the_gpus_that_learners_leave() -> None:
+    from whet.cli.crew import dealt_gpus
+    from whet.cli.recipe import Generation
+
+    both = [dealt_gpus(6, [0, 1], place, Generation(count=2)) for place in (0, 1)]
+    assert both == [[(2,), (3,)], [(4,), (5,)]]
+    assert dealt_gpus(4, [2], 0, Generation(tensor_parallel=3)) == [(0, 1, 3)]
+    assert dealt_gpus(5, [0, 1], 1, Generation(count=2)) == [(1,), (1,)]
+    assert dealt_gpus(6, [0, 1], 1, Generation(sleep=True)) == [(1,)]
+    with pytest.raises(
+        RecipeError, match="1 engines of 2 GPUs for each of 2 learners do not fit beside them on 5 GPUs"
+    ):
+        dealt_gpus(5, [0, 1], 0, Generation(tensor_parallel=2))
 
 
 def test_one_worker_alone_does_nothing_together() -> None:

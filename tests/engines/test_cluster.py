@@ -43,7 +43,7 @@ from whet.cluster.learner import ClusterLearner, Regrow
 from whet.cluster.placement import place
 from whet.cluster.survive import death
 from whet.cluster.worker import Process
-from whet.errors import CheckpointError, EngineDied, ModelError, RecipeError, RewardError, RunStopped
+from whet.errors import CheckpointError, EngineDied, ModelError, RecipeError, RewardError, RunStopped, Spent
 from whet.generate.local import LocalGenerator
 from whet.loops import checkpoint
 from whet.records import Weights
@@ -93,8 +93,9 @@ def test_a_running_cluster_is_found_and_a_dead_one_is_not(monkeypatch: pytest.Mo
 
 
 def test_what_one_machine_must_hold() -> None:
-    apart = Wanted(2, 3, 1, cpus=2, gpus=1)
-    assert apart.bundles(2) == [{"CPU": 2, "GPU": 1}] * 5 + [{"CPU": 2}]
+    apart = Wanted(2, 3, 1, cpus=2, gpus=1, engine_gpus=4)
+    assert apart.bundles(2) == [{"CPU": 2, "GPU": 1}] * 2 + [{"CPU": 2, "GPU": 4}] * 3 + [{"CPU": 2}]
+    assert replace(apart, reward_gpus=1).bundles(1)[-1] == {"CPU": 2, "GPU": 1}
     assert apart.total_cpus == 12
     both = replace(apart, together=True)
     assert both.bundles(2) == [{"CPU": 6, "GPU": 1}] * 2 + [{"CPU": 2}]  # two engines sit with the first learner
@@ -385,7 +386,7 @@ def test_a_run_that_keeps_dying_ends_with_the_last_cause(machines: Machines, tmp
         tried.append(resume)
         raise EngineDied(f"death number {len(tried)}")
 
-    with pytest.raises(EngineDied, match="the run died 3 times; the last cause: death number 3"):
+    with pytest.raises(Spent, match=r"workers died 3 times and may be started again 2 times .*death number 3"):
         survive(attempt, HERE, restarts=2, quiet=True)
     assert tried == [False, True, True]
 

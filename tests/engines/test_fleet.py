@@ -33,6 +33,7 @@ from whet.generate import Request
 from whet.generate.fleet import Fleet, deal
 from whet.generate.local import LocalGenerator
 from whet.records import Sample, Weights
+from whet.workers import Lives
 
 ONE = threading.Lock()
 """Random weights are drawn one model after the other: engines are made at the same time, and torch's seed is everyone's."""
@@ -92,7 +93,7 @@ def _nobody() -> None:
 
 @pytest.fixture(params=[1, 2, 3])
 def generator(request: pytest.FixtureRequest) -> Iterator[Any]:
-    fleet = Fleet([local] * request.param, restarts=0)
+    fleet = Fleet([local] * request.param, Lives(0))
     fleet.role = h.policy("gpt2", dtype=torch.float32)  # type: ignore[attr-defined]  (what the contract adopts)
     yield fleet
     fleet.close()
@@ -111,7 +112,7 @@ def expected(seed: int | None = None) -> list[tuple]:
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_samples_do_not_depend_on_the_number_of_engines(count: int) -> None:
-    assert plain(list(Fleet([local] * count, restarts=0).generate(requests()))) == expected()
+    assert plain(list(Fleet([local] * count, Lives(0)).generate(requests()))) == expected()
 
 
 def test_all_requests_of_one_draw_go_to_one_engine_and_the_load_is_even() -> None:
@@ -150,14 +151,14 @@ def test_engines_work_at_the_same_time() -> None:
         own = local()
         return Meeting(own.role, own.end_ids, own.text)
 
-    assert plain(list(Fleet([make] * 2, restarts=0).generate(requests()))) == expected()
+    assert plain(list(Fleet([make] * 2, Lives(0)).generate(requests()))) == expected()
 
 
 @pytest.mark.parametrize("call", ["generate", "score", "rest", "adopt"])
 @pytest.mark.parametrize("who", [0, 1])
 def test_an_engine_that_dies_is_made_again_with_the_weights_of_now(call: str, who: int) -> None:
     deaths: list[list[str]] = [[], []]
-    fleet = Fleet([lambda: Mortal(deaths[0]), lambda: Mortal(deaths[1])], restarts=1)
+    fleet = Fleet([lambda: Mortal(deaths[0]), lambda: Mortal(deaths[1])], Lives(1))
     fleet.adopt(Weights(1, policy(5)))
     deaths[who].append(call)
     if call == "adopt":
@@ -184,7 +185,7 @@ def reference_score(seed: int) -> Tensor:
 
 def test_its_requests_are_asked_again_and_the_others_are_not() -> None:
     deaths: list[list[str]] = [["generate"], []]
-    fleet = Fleet([lambda: Mortal(deaths[0]), lambda: Mortal(deaths[1])], restarts=1)
+    fleet = Fleet([lambda: Mortal(deaths[0]), lambda: Mortal(deaths[1])], Lives(1))
     first, second = Mortal.made if Mortal.made[0].deaths is deaths[0] else Mortal.made[::-1]
     list(fleet.generate(requests()))
     assert Mortal.made[2].asked == first.asked
@@ -194,14 +195,14 @@ def test_its_requests_are_asked_again_and_the_others_are_not() -> None:
 def test_a_live_role_is_read_at_its_weights_of_now_by_an_engine_made_again() -> None:
     deaths: list[str] = []
     role = policy(5)
-    fleet = Fleet([lambda: Mortal(deaths)], restarts=1)
+    fleet = Fleet([lambda: Mortal(deaths)], Lives(1))
     fleet.adopt(Weights(1, role))
     deaths.append("generate")
     assert plain(list(fleet.generate(requests()))) == expected(5)
 
 
 def test_one_death_too_many_ends_the_fleet_and_says_so() -> None:
-    fleet = Fleet([lambda: Mortal(["generate"])] * 2, restarts=1)
+    fleet = Fleet([lambda: Mortal(["generate"])] * 2, Lives(1))
     with pytest.raises(EngineDied, match=r"died [23] times and may be started again 1 times; the last one: killed"):
         list(fleet.generate(requests()))
 
@@ -211,7 +212,7 @@ def test_an_engine_that_cannot_start_ends_the_fleet_and_the_others_are_closed() 
         raise EngineDied("no memory")
 
     with pytest.raises(EngineDied, match="no memory"):
-        Fleet([lambda: Mortal([]), never], restarts=2)
+        Fleet([lambda: Mortal([]), never], Lives(2))
     assert [one.closed for one in Mortal.made] == [True]
 
 
@@ -220,7 +221,7 @@ def test_what_is_no_death_is_raised_as_itself_and_costs_no_restart() -> None:
         def adopt(self, weights: Weights) -> None:
             raise RunStopped("another model")
 
-    fleet = Fleet([lambda: Mortal([]), lambda: Wrong([])], restarts=0)
+    fleet = Fleet([lambda: Mortal([]), lambda: Wrong([])], Lives(0))
     with pytest.raises(RunStopped, match="another model"):
         fleet.adopt(Weights(1, policy(1)))
     assert len(Mortal.made) == 2
@@ -245,10 +246,10 @@ def test_one_engine_without_the_push_is_what_the_fleet_tells(place: int) -> None
     def makes(kind: type) -> list[Any]:
         return [(lambda: kind([])) if one == place else (lambda: Mortal([])) for one in range(3)]
 
-    fleet = Fleet(makes(Deaf), restarts=0)
+    fleet = Fleet(makes(Deaf), Lives(0))
     fleet.adopt(Weights(1, policy(5)))
     assert fleet.version == 0
-    fleet = Fleet(makes(Stale), restarts=0)
+    fleet = Fleet(makes(Stale), Lives(0))
     fleet.adopt(Weights(1, policy(5)))
     fresh = reference_score(5)
     told = [torch.equal(one[0], fresh) for one in fleet.scores([torch.tensor([2, 3, 4])])]
@@ -257,7 +258,7 @@ def test_one_engine_without_the_push_is_what_the_fleet_tells(place: int) -> None
 
 def test_lanes_are_generators_that_restart_themselves() -> None:
     deaths: list[list[str]] = [[], []]
-    fleet = Fleet([lambda: Mortal(deaths[0]), lambda: Mortal(deaths[1])], restarts=2)
+    fleet = Fleet([lambda: Mortal(deaths[0]), lambda: Mortal(deaths[1])], Lives(2))
     for lane in fleet.lanes:
         lane.adopt(Weights(1, policy(5)))
     deaths[0].append("generate")
@@ -270,7 +271,7 @@ def test_lanes_are_generators_that_restart_themselves() -> None:
 
 
 def test_closing_ends_every_engine_and_may_be_repeated() -> None:
-    fleet = Fleet([lambda: Mortal([])] * 3, restarts=0)
+    fleet = Fleet([lambda: Mortal([])] * 3, Lives(0))
     fleet.close()
     fleet.close()
     assert [one.closed for one in Mortal.made] == [True] * 3

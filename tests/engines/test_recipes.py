@@ -51,23 +51,6 @@ def test_a_cluster_started_by_the_recipe_gives_the_numbers_of_one_process(place:
             assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-5), name
 
 
-def test_engines_on_a_cluster_answer_ahead(place: Path) -> None:
-    pytest.importorskip("ray")
-    words = (
-        "--cluster",
-        "auto",
-        "--cluster.engines",
-        "1",
-        "--generator.max-staleness",
-        "1",
-        "--generator.segment",
-        "3",
-    )
-    found = whet(place, "ahead", *words, "--correct", "token_weight")
-    assert len(found) == 3
-    assert all(row["staleness_max"] <= 1 for row in found)
-
-
 def test_vllm_answers_with_the_learners_log_probs(place: Path) -> None:
     pytest.importorskip("vllm")
     found = whet(place, "vllm", "--generator", "vllm", "--generator.cache-mib", "64")
@@ -76,19 +59,17 @@ def test_vllm_answers_with_the_learners_log_probs(place: Path) -> None:
     assert min(row["grad_norm/policy"] for row in found) > 0
 
 
-def test_vllm_answers_ahead_of_its_learner(place: Path) -> None:
+def test_vllm_on_a_cluster_takes_adapters_and_answers_ahead(place: Path) -> None:
+    """Every push must pass the canary, and three rollouts take two of them."""
     pytest.importorskip("vllm")
-    words = (
-        "--generator",
-        "vllm",
-        "--generator.cache-mib",
-        "64",
-        "--generator.max-staleness",
-        "1",
-        "--correct",
-        "token_weight",
-    )
-    assert max(row["staleness_max"] for row in whet(place, "vllm-ahead", *words)) <= 1
+    pytest.importorskip("ray")
+    engines = ("--cluster", "auto", "--cluster.engines", "1", "--generator", "vllm", "--generator.cache-mib", "64")
+    adapters = ("--model.lora.rank", "4", "--generator.push", "adapter")
+    ahead = ("--generator.max-staleness", "1", "--generator.segment", "3", "--correct", "token_weight")
+    found = whet(place, "vllm-cluster", *engines, *adapters, *ahead)
+    assert len(found) == 3
+    assert max(row["staleness_max"] for row in found) == 1
+    assert min(row["grad_norm/policy"] for row in found) > 0
 
 
 def test_each_of_torchruns_workers_has_an_engine(place: Path, alone: list) -> None:

@@ -3,11 +3,13 @@
 import os
 import secrets
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
+
+import torch
 
 from whet.cli import build
 from whet.cli import recipe as fields
@@ -28,7 +30,7 @@ from whet.rewards import Weighted
 from whet.rewards.functions import FunctionReward
 from whet.rewards.model import reading
 from whet.rewards.shared import SharedReward
-from whet.workers import Workers, launched
+from whet.workers import Lives, Workers, launched
 
 
 def engine_of(recipe: fields.Offline | fields.Online, workers: int) -> str:
@@ -73,10 +75,20 @@ def check_generator(recipe: fields.Online, workers: int) -> None:
         ("push", "vllm"),
         ("transfer", "vllm"),
         ("sleep", "vllm"),
+        ("tensor_parallel", "vllm"),
+        ("host", "server"),
+        ("timeout", "server"),
     ):
         if getattr(wanted, name) != getattr(plain, name) and wanted.engine != engines:
             raise RecipeError(
                 f"generator.{name}: it is for engine {engines}, and this one is {wanted.engine}; leave it out"
+            )
+    if recipe.model.quantise != "none" and wanted.push != "adapter":
+        own = wanted.engine == "local" and not (wanted.max_staleness or recipe.cluster.engines)
+        if not own or _sharded(recipe, max(workers, recipe.cluster.learners)):
+            raise RecipeError(
+                "model.quantise: a 4-bit base cannot be handed to a generator of its own; let the adapter travel alone "
+                "(--generator vllm --generator.push adapter), or leave quantise at none"
             )
     if wanted.push == "adapter" and recipe.model.lora is None:
         raise RecipeError("generator.push: there is no adapter without model.lora; leave it at weights")
@@ -178,23 +190,64 @@ def generator_of(recipe: fields.Online, chat: Chat, learner: LocalLearner, longe
     if recipe.generator.engine == "local":
         own = local_generator(recipe, chat, learner)
     else:
-        makes = engines_of(recipe, chat, longest)
+        makes = engines_of(recipe, chat, longest, gpus_of(recipe))
         if recipe.generator.engine == "server" and workers.size > 1:
             makes = makes[workers.rank : workers.rank + 1]  # only one may push to a server
-        own = Fleet(makes, restarts=recipe.cluster.restarts)
+        own = Fleet(makes, Lives(recipe.cluster.restarts))
         attempt = workers.told(secrets.token_hex(8))
         here = os.environ.get("LOCAL_RANK", "0") == "0" if launched() else workers.first
         learner.post = Post(workers, attempt, adapter=recipe.generator.push == "adapter", writes=here)
     return SharedGenerator(own, workers, unit) if workers.size > 1 else own
 
 
-def engines_of(recipe: fields.Online, chat: Chat, longest: int) -> list[Callable[[], Generator]]:
-    """How each engine of the recipe is started: vLLM's own, or the servers that run already."""
+def gpus_of(recipe: fields.Online) -> list[tuple[int, ...]]:
+    """The GPUs of each engine that this process starts, out of those it sees; without GPUs they are nobody's choice."""
+    wanted, device = recipe.generator, build.source_of(recipe.model).torch_device()
+    if wanted.engine != "vllm" or device.type != "cuda":
+        return [()] * wanted.count
+    beside, place = (int(os.environ.get(name, one)) for name, one in (("LOCAL_WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    learners = list(range(beside)) if launched() else [device.index or 0]
+    return dealt_gpus(torch.cuda.device_count(), learners, place % len(learners), wanted)
+
+
+def dealt_gpus(gpus: int, learners: Sequence[int], place: int, wanted: fields.Generation) -> list[tuple[int, ...]]:
+    """Which of a machine's `gpus` the engines of learner `place` take, where `learners` have these for themselves.
+
+    Those that are left, where there are enough for the engines of all learners; else, or where engines sleep while the
+    learner works, an engine shares its learner's. Raises RecipeError where engines over several GPUs find too few.
+
+    >>> dealt_gpus(8, [0, 1], 1, fields.Generation(tensor_parallel=2))
+    [(4, 5)]
+    >>> dealt_gpus(3, [0, 1], 1, fields.Generation())
+    [(1,)]
+    """
+    size, count = wanted.tensor_parallel, wanted.count
+    free = [gpu for gpu in range(gpus) if gpu not in learners]
+    if len(free) >= len(learners) * count * size and not wanted.sleep:
+        first = place * count * size
+        return [tuple(free[first + number * size :][:size]) for number in range(count)]
+    if size > 1:
+        raise RecipeError(
+            f"generator.tensor_parallel: {count} engines of {size} GPUs for each of {len(learners)} learners do not fit beside "
+            f"them on {gpus} GPUs; take fewer, leave generator.sleep out, or give engines places of their own with --cluster"
+        )
+    return [(learners[place],)] * count
+
+
+def engines_of(
+    recipe: fields.Online, chat: Chat, longest: int, gpus: Sequence[tuple[int, ...]]
+) -> list[Callable[[], Generator]]:
+    """How each engine of the recipe is started: vLLM's own on these GPUs each, or the servers that run already.
+
+    The servers' API key is VLLM_API_KEY of the environment, as vLLM itself has it.
+    """
     wanted = recipe.generator
     if wanted.engine == "server":
         from whet.generate.server import ServerGenerator
 
-        return [partial(ServerGenerator, url, chat.end_ids, chat.text) for url in wanted.urls]
+        dials: dict[str, Any] = {"host": wanted.host, "timeout": wanted.timeout}
+        dials["api_key"] = os.environ.get("VLLM_API_KEY", "")
+        return [partial(ServerGenerator, url, chat.end_ids, chat.text, **dials) for url in wanted.urls]
     from whet.generate.vllm import VLLMGenerator
 
     source = build.source_of(recipe.model)
@@ -205,18 +258,22 @@ def engines_of(recipe: fields.Online, chat: Chat, longest: int) -> list[Callable
         dtype=str(source.torch_dtype()).removeprefix("torch.") if wanted.dtype == "auto" else wanted.dtype,
         kv_cache_mib=wanted.cache_mib if on_cpu else 0, gpu_memory=wanted.memory,
         max_num_seqs=min(256, recipe.rollout.answers_at_once), transfer=wanted.transfer, lora=wanted.push == "adapter",
-        lora_rank=lora.rank if lora else 16, sleep=wanted.sleep,
+        lora_rank=lora.rank if lora else 16, sleep=wanted.sleep, tensor_parallel=wanted.tensor_parallel,
     )  # fmt: skip
-    return [make] * wanted.count
+    return [partial(make, gpus=own) for own in gpus]
 
 
 def local_generator(recipe: fields.Online, chat: Chat, learner: LocalLearner) -> LocalGenerator:
     """Answers from the learner's own policy, or from a copy where its weights are in shards or move meanwhile."""
     policy = learner.roles["policy"]
-    shards = engine_of(recipe, learner.workers.size) in ("fsdp", "zero3")
     ahead = recipe.generator.max_staleness > 0
-    role = sampler_role(recipe) if shards or ahead else policy
+    role = sampler_role(recipe) if ahead or _sharded(recipe, learner.workers.size) else policy
     return LocalGenerator(role, chat.end_ids, chat.text, unit=recipe.rollout.answers_at_once, copy=role is not policy)
+
+
+def _sharded(recipe: fields.Online, workers: int) -> bool:
+    """No worker of the learner holds the policy whole."""
+    return engine_of(recipe, workers) in ("fsdp", "zero3")
 
 
 def sampler_role(recipe: fields.Online) -> Role:
@@ -254,6 +311,8 @@ def check_cluster(recipe: fields.Offline | fields.Online) -> None:
             raise RecipeError(
                 f"cluster.engines: one for each of the {len(recipe.generator.urls)} servers; got {wanted.engines}"
             )
+        if wanted.together and recipe.generator.tensor_parallel > 1:
+            raise RecipeError("cluster.together: an engine over several GPUs needs them for itself; leave it out")
         if recipe.generator.count > 1:
             raise RecipeError("generator.count: on a cluster it is cluster.engines")
         if wanted.together and not wanted.engines:
@@ -277,8 +336,12 @@ def on_cluster(
             "whet: train.save_every: a killed worker costs the whole run without checkpoints; set it", file=sys.stderr
         )
     with connected(own.address, cpus=wanted.total_cpus):
-        wanted = replace(wanted, gpus=1.0 if there("GPU") and recipe.model.device != "cpu" else 0.0)
-        survive(attempt, wanted, restarts=own.restarts, resume=resume, quiet=quiet)
+        if there("GPU") and recipe.model.device != "cpu":
+            wanted = replace(wanted, gpus=1.0)
+            if isinstance(recipe, fields.Online):
+                models = any(build.is_model(one.source) for one in recipe.reward)
+                wanted = replace(wanted, engine_gpus=float(recipe.generator.tensor_parallel), reward_gpus=float(models))
+        survive(attempt, wanted, restarts=own.restarts, resume=resume, limit=own.timeout, quiet=quiet)
 
 
 def answers_inside(recipe: fields.Online, longest: int, learner: LocalLearner) -> Generator:
@@ -291,7 +354,7 @@ def engine_alone(recipe: fields.Online, longest: int, number: int) -> Generator:
     """Engine `number` in a process of its own."""
     _, chat = build.tokenizer_and_chat(recipe.model)
     if recipe.generator.engine != "local":
-        makes = engines_of(recipe, chat, longest)
+        makes = engines_of(recipe, chat, longest, [()])  # Ray has chosen its GPUs
         return makes[number % len(makes)]()
     role = sampler_role(recipe)
     return LocalGenerator(role, chat.end_ids, chat.text, unit=recipe.rollout.answers_at_once, copy=True)

@@ -156,10 +156,16 @@ class Generation:
     """vLLM engines that share the load (under a cluster: cluster.engines)"""
     urls: tuple[str, ...] = ()
     """where the servers are, such as "http://127.0.0.1:8000" """
+    tensor_parallel: Count = 1
+    """GPUs that one vLLM engine is split over"""
+    host: str = "127.0.0.1"
+    """this machine's address as the servers reach it, where they take weights by gloo or nccl"""
+    timeout: Positive = 600.0
+    """seconds that a server may take for one answer before it counts as dead"""
     push: Literal["weights", "adapter"] = "weights"
     """what travels after an update: all weights, or with model.lora the adapter alone"""
     transfer: Literal["auto", "shared", "gloo", "nccl", "ipc"] = "auto"
-    """how it travels to vLLM; "auto" is shared memory on CPU and CUDA IPC on a GPU"""
+    """how it travels to vLLM; "auto" is shared memory; ipc is for an engine on the learner's own GPU"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """the engine's precision; "auto" is the model's"""
     memory: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.5
@@ -189,13 +195,15 @@ class Cluster:
     together: bool = False
     """engines share the learner's GPUs instead of having their own"""
     cpus: Positive = 1.0
-    """CPUs of each worker"""
+    """CPUs of each worker, which has as many threads"""
     smallest: Count = 1
     """learners to go on with where a lost machine's cannot be placed again"""
     restarts: NotNegativeInt = 20
     """times that workers are started again before the run gives up"""
     patience: Positive = 60.0
     """seconds to wait for a place before a smaller world is tried"""
+    timeout: Positive = 1800.0
+    """seconds that one call to a worker may take before it counts as dead"""
 
 
 @dataclass(frozen=True)

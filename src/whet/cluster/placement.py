@@ -19,7 +19,8 @@ class Wanted:
 
     learners, engines, rewards  workers of each kind
     together    engine i sits with learner i (modulo the learners) and shares its GPU
-    cpus, gpus  of each worker; reward workers get no GPU
+    cpus        of each worker
+    gpus, engine_gpus, reward_gpus  of each learner, engine and reward worker; who has none sees none
     smallest    learners to go on with where the others cannot be placed
     patience    seconds to wait for the whole world
     strategy    "PACK" keeps workers on few machines, "SPREAD" on many
@@ -31,6 +32,8 @@ class Wanted:
     together: bool = False
     cpus: float = 1.0
     gpus: float = 0.0
+    engine_gpus: float = 0.0
+    reward_gpus: float = 0.0
     smallest: int = 1
     patience: float = 60.0
     strategy: Literal["PACK", "SPREAD"] = "PACK"
@@ -39,8 +42,8 @@ class Wanted:
         """What must lie on one machine each: learners first, then engines with a place of their own, then rewards."""
         extra = self.guests(learners)
         first = _needs(self.cpus * (1 + extra), self.gpus)
-        engines = [] if self.together else [_needs(self.cpus, self.gpus)] * self.engines
-        return [first] * learners + engines + [_needs(self.cpus, 0.0)] * self.rewards
+        engines = [] if self.together else [_needs(self.cpus, self.engine_gpus)] * self.engines
+        return [first] * learners + engines + [_needs(self.cpus, self.reward_gpus)] * self.rewards
 
     def guests(self, learners: int) -> int:
         """Most engines that sit with one learner."""
@@ -64,18 +67,23 @@ class Placement:
 
     def learner(self, number: int) -> dict[str, Any]:
         """Options of learner `number`."""
-        return self._options(number, self.wanted.gpus)
+        return self._options(number, self._share)
 
     def engine(self, number: int) -> dict[str, Any]:
         """Options of engine `number`."""
         if self.wanted.together:
-            return self._options(number % self.learners, self.wanted.gpus)
-        return self._options(self.learners + number, self.wanted.gpus)
+            return self._options(number % self.learners, self._share)
+        return self._options(self.learners + number, self.wanted.engine_gpus)
 
     def reward(self, number: int) -> dict[str, Any]:
         """Options of reward worker `number`."""
         before = 0 if self.wanted.together else self.wanted.engines
-        return self._options(self.learners + before + number, 0.0)
+        return self._options(self.learners + before + number, self.wanted.reward_gpus)
+
+    @property
+    def _share(self) -> float:
+        """A learner's part of its GPU, on which engines may sit as well."""
+        return self.wanted.gpus / (1 + self.wanted.guests(self.learners))
 
     def grows(self) -> bool:
         """There are fewer learners than wanted, and a place for one more has appeared."""
@@ -93,10 +101,9 @@ class Placement:
     def _options(self, bundle: int, gpus: float) -> dict[str, Any]:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        share = 1 + self.wanted.guests(self.learners)
         return {
             "num_cpus": self.wanted.cpus,
-            "num_gpus": gpus / share if self.wanted.together else gpus,
+            "num_gpus": gpus,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=bundle),
         }
 

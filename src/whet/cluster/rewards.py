@@ -1,6 +1,5 @@
 """Rewards in actors of their own: groups are dealt over them, and a share whose worker died is scored again."""
 
-import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -9,20 +8,17 @@ from whet.cluster.worker import Remote, at_once, ended
 from whet.errors import EngineDied
 from whet.records import Group
 from whet.rewards.base import Scores, Weighted, joined, shares
+from whet.workers import Lives
 
 Make = Callable[[], Sequence[Weighted]]
 """Builds all rewards in a worker; it travels there, so it must be picklable."""
 
 
 class Pool:
-    """Reward workers that each hold all rewards. One that dies is started again, `restarts` times in all.
+    """Reward workers that each hold all rewards. One that dies is started again. Raises Spent when `lives` are."""
 
-    Raises EngineDied when the restarts are spent.
-    """
-
-    def __init__(self, make: Make, options: Sequence[dict[str, Any]], *, restarts: int, limit: float) -> None:
-        self.make, self.options, self.limit = make, options, limit
-        self.restarts, self.deaths, self._lock = restarts, 0, threading.Lock()
+    def __init__(self, make: Make, options: Sequence[dict[str, Any]], lives: Lives, *, limit: float) -> None:
+        self.make, self.options, self.lives, self.limit = make, options, lives, limit
         self.remotes: list[Remote | None] = [None] * len(options)
 
     def ask(self, method: str, given: Sequence[Sequence[Any] | None]) -> list[Any]:
@@ -53,10 +49,7 @@ class Pool:
         one, self.remotes[number] = self.remotes[number], None
         if one is not None:
             one.end()
-        with self._lock:
-            self.deaths += 1
-            if self.deaths > self.restarts:
-                raise EngineDied(f"cluster: reward workers died {self.deaths} times; the last one: {error}") from error
+        self.lives.spend(error)
 
 
 class ClusterReward:

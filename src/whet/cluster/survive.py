@@ -7,7 +7,8 @@ from typing import TypeVar
 from whet.cluster.learner import Regrow
 from whet.cluster.placement import Wanted
 from whet.cluster.world import World
-from whet.errors import EngineDied
+from whet.errors import EngineDied, Spent
+from whet.workers import Lives
 
 T = TypeVar("T")
 
@@ -24,21 +25,23 @@ def survive(
     """What `attempt(world, resume)` returns. When a worker's death ends it, it is called again with a new world and resume.
 
     The world is whole again where its machines are, else smaller (see `placement.place`); when there is a place for more
-    learners after a checkpoint, the run goes on from there with more (`Regrow`, which is no death). Raises EngineDied of
-    the last cause when it died more than `restarts` times, and at once whatever else the attempt raises.
+    learners after a checkpoint, the run goes on from there with more (`Regrow`, which is no death). Raises Spent of
+    the last cause when workers died more than `restarts` times over all worlds, those that a world replaces itself
+    (engines, reward workers) counted, and at once whatever else the attempt raises.
     """
-    deaths = 0
+    lives = Lives(restarts)
     while True:
         try:
-            with World(wanted, restarts=restarts, limit=limit) as world:
+            with World(wanted, lives, limit=limit) as world:
                 return attempt(world, resume)
         except Exception as error:
             cause = death(error)
             if cause is None:
                 raise
-            deaths += not isinstance(cause, Regrow)
-            if deaths > restarts:
-                raise EngineDied(f"cluster: the run died {deaths} times; the last cause: {cause}") from error
+            if isinstance(cause, Spent):
+                raise cause from error
+            if not isinstance(cause, Regrow):
+                lives.spend(cause)
             if not quiet:
                 print(f"whet: {cause}; going on from the last checkpoint", file=sys.stderr)
         resume = True

@@ -73,9 +73,12 @@ class Where:
 class Body:
     """What runs in a worker process: it holds one thing and calls its methods."""
 
-    def prepare(self, paths: Sequence[str], folder: str) -> Where:
+    def prepare(self, paths: Sequence[str], folder: str, gpu: bool) -> Where:
         """The driver's paths count here too, so that its functions are found. Says where this is."""
         import ray
+
+        if not gpu:  # Ray shows all of the machine's to who asked for none
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
         sys.path += [path for path in paths if path not in sys.path]
         if os.path.isdir(folder):
@@ -105,7 +108,8 @@ class Remote:
         kind: Any = ray.remote(Body)
         self.actor = kind.options(max_restarts=0, max_task_retries=0, **options).remote()
         self.processes: list[Process] = []
-        self.where: Where = self._get(self.actor.prepare.remote([*sys.path, os.getcwd()], os.getcwd()), START)
+        gpu = options.get("num_gpus", 0) > 0
+        self.where: Where = self._get(self.actor.prepare.remote([*sys.path, os.getcwd()], os.getcwd(), gpu), START)
         self.processes = [self.where.process]
 
     def hold(self, make: Callable[[], Any]) -> "Remote":

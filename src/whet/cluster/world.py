@@ -18,18 +18,19 @@ from whet.generate.base import Generator
 from whet.generate.fleet import Fleet
 from whet.learner.local import LocalLearner
 from whet.rewards.base import Weighted
+from whet.workers import Lives
 
 
 class World:
     """What is built in one attempt. A context manager: at its end nothing is left, orphans on this machine included.
 
-    The attempt's id is random: what it writes into shared memory has it in its path. `restarts` is how often engines, and
-    how often reward workers, are started again; `limit` is how many seconds a call to a worker may take.
+    The attempt's id is random: what it writes into shared memory has it in its path. `lives` say how often
+    engines and reward workers are started again (None: never); `limit` is how many seconds a call to a worker may take.
     Raises RecipeError where there is no place for it.
     """
 
-    def __init__(self, wanted: Wanted, *, restarts: int = 20, limit: float = 1800.0) -> None:
-        self.wanted, self.restarts, self.limit = wanted, restarts, limit
+    def __init__(self, wanted: Wanted, lives: Lives | None = None, *, limit: float = 1800.0) -> None:
+        self.wanted, self.lives, self.limit = wanted, lives or Lives(0), limit
         self.attempt = secrets.token_hex(8)
         self.placement: Placement = place(wanted)
         self._engines: list[ActorGenerator] = []
@@ -65,9 +66,7 @@ class World:
             assert self._learner is not None
             return Inside(self._learner)
         own = [makes[number % len(makes)] for number in range(self.wanted.engines)]
-        self._fleet = Fleet(
-            [partial(self._engine, make, number) for number, make in enumerate(own)], restarts=self.restarts
-        )
+        self._fleet = Fleet([partial(self._engine, make, number) for number, make in enumerate(own)], self.lives)
         return self._fleet
 
     def rewards(self, make: MakeRewards) -> list[Weighted]:
@@ -75,7 +74,7 @@ class World:
         if not self.wanted.rewards:
             return list(make())
         options = [self.placement.reward(number) for number in range(self.wanted.rewards)]
-        self._pool = Pool(make, options, restarts=self.restarts, limit=self.limit)
+        self._pool = Pool(make, options, self.lives, limit=self.limit)
         return weighted(self._pool)
 
     def remotes(self) -> list[Remote]:

@@ -1,6 +1,6 @@
 """Answers from several engines as one: the load is spread over them, and an engine that died is made again."""
 
-import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -11,32 +11,19 @@ from torch import Tensor
 from whet.errors import EngineDied, WhetError
 from whet.generate.base import Generator, Request
 from whet.records import Sample, Weights
+from whet.workers import Lives
 
 T = TypeVar("T")
 
 
-class Lives:
-    """How many engines may still die, counted over all of a fleet. Raises EngineDied when it was one too many."""
-
-    def __init__(self, restarts: int) -> None:
-        self.restarts, self.deaths = restarts, 0
-        self._lock = threading.Lock()
-
-    def spend(self, error: EngineDied) -> None:
-        """One more has died of this."""
-        with self._lock:
-            self.deaths += 1
-            if self.deaths > self.restarts:
-                raise EngineDied(
-                    f"generator: engines died {self.deaths} times and may be started again {self.restarts} times; "
-                    f"the last one: {error}"
-                ) from error
+PAUSE, LONGEST = 0.5, 30.0
+"""Seconds before an engine that could not be made is tried again: twice as long each time, at most so long."""
 
 
 class Lane:
     """One engine that is made again when it dies, takes the weights last adopted, and is asked again.
 
-    Raises EngineDied when `lives` are spent.
+    Raises Spent when `lives` are.
     """
 
     def __init__(self, make: Callable[[], Generator], lives: Lives) -> None:
@@ -76,9 +63,12 @@ class Lane:
 
     def _lasting(self, work: Callable[[Generator], T], coming: Weights | None = None) -> T:
         """What `work` gives, by as many engines as it takes. A new engine gets the weights, unless `work` brings them."""
+        pause = 0.0
         while True:
             try:
                 if self.own is None:
+                    time.sleep(pause)
+                    pause = min(LONGEST, 2 * pause or PAUSE)
                     self.own = self._make()
                     if self._weights is not None and coming is None:
                         self.own.adopt(self._weights)
@@ -91,17 +81,17 @@ class Lane:
 
 
 class Fleet:
-    """Several engines as one Generator. Each engine is made by one of `makes`; together they may die `restarts` times.
+    """Several engines as one Generator. Each engine is made by one of `makes`; together they may die as often as `lives` say.
 
     All requests of one draw go to one engine, which reads their common prompt once; the draws with the most tokens to
     come are dealt first, each to the engine with the fewest. The deal depends on the requests alone, so the same requests
     at the same number of engines give the same bits, whoever died meanwhile.
 
-    Raises EngineDied when the restarts are spent, and whatever an engine raises that did not die.
+    Raises Spent when the lives are, and whatever an engine raises that did not die.
     """
 
-    def __init__(self, makes: Sequence[Callable[[], Generator]], *, restarts: int) -> None:
-        self.lives = Lives(restarts)
+    def __init__(self, makes: Sequence[Callable[[], Generator]], lives: Lives) -> None:
+        self.lives = lives
         self._threads = ThreadPoolExecutor(len(makes), "whet-fleet")
         self.lanes: list[Lane] = []
         """Every engine as a generator of its own, which restarts in the same way."""

@@ -252,7 +252,7 @@ class Server:
     model            folder or name of a Hugging Face model, with its tokenizer
     start_timeout    seconds that it may take to answer
     options          of the engine, as in `VLLMGenerator`: max_model_len, dtype, kv_cache_mib, gpu_memory, max_num_seqs,
-                     tensor_parallel, seed, transfer ("shared" by default), sleep
+                     tensor_parallel, seed, transfer ("shared" by default), gpus, sleep
 
     Raises RecipeError without vLLM, ModelError when the server ends or does not answer in time.
     """

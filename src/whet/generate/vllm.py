@@ -34,6 +34,9 @@ CLOSE = 15.0
 WATCH = 0.2
 """Seconds between two looks at whether the engine's processes live."""
 
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The room for adapters that vLLM can make."""
+
 Answer = tuple[tuple[int, ...], tuple[float, ...]]
 """The new token ids and the log-prob each was drawn with."""
 
@@ -172,7 +175,8 @@ class VLLMGenerator(EngineGenerator):
     separate         True: the engine runs in child processes, and its death is an EngineDied. False: in this process,
                      which starts faster; vLLM then changes some of torch here (on a CPU `torch.set_num_threads` does
                      nothing any more), and a crash is this process's own
-    transfer         how whole weights travel; "auto" is "ipc" between processes on a GPU, otherwise "shared"
+    transfer         how whole weights travel; "auto" is "shared". "ipc" needs an engine on the GPU of the weights
+    gpus             which of the GPUs that this process sees, by number; default: the first ones
     lora             adopt adapters instead of whole weights
     lora_rank        largest rank of these adapters
     sleep            the engine can give a GPU's memory back between rollouts
@@ -198,6 +202,7 @@ class VLLMGenerator(EngineGenerator):
         seed: int = 0,
         separate: bool = True,
         transfer: Transfer = "auto",
+        gpus: Sequence[int] = (),
         lora: bool = False,
         lora_rank: int = 16,
         sleep: bool = False,
@@ -205,9 +210,8 @@ class VLLMGenerator(EngineGenerator):
         super().__init__(end_ids, text, max_model_len)
         require_vllm()
         _refuse_inside_ranks(separate)
-        if transfer == "auto":
-            # a process cannot open its own CUDA handles
-            transfer = "ipc" if torch.cuda.is_available() and separate else "shared"
+        if transfer == "ipc" and not separate:
+            raise RecipeError("generator.transfer: a process cannot open its own CUDA handles; take shared")
         self._folder = Path(tempfile.mkdtemp(prefix="whet-", dir=shared_memory()))
         self._remove = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._can_sleep = sleep
@@ -215,11 +219,12 @@ class VLLMGenerator(EngineGenerator):
         arguments = engine_arguments(
             model, self._folder, max_model_len=max_model_len, dtype=dtype, kv_cache_mib=kv_cache_mib,
             gpu_memory=gpu_memory, max_num_seqs=max_num_seqs, tensor_parallel=tensor_parallel, seed=seed,
-            transfer=transfer, sleep=sleep,
+            transfer="shared" if transfer == "auto" else transfer, gpus=gpus, sleep=sleep,
         )  # fmt: skip
         if lora:
             # one slot only: base requests beside an adapter would be computed with the adapter
-            arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": lora_rank}
+            rank = next((size for size in RANKS if size >= lora_rank), lora_rank)
+            arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
             del arguments["weight_transfer_config"]
         self._llm: Any = _start(arguments | {"skip_tokenizer_init": True}, separate)
         self._processes = _processes(self._llm) if separate else []
@@ -451,6 +456,7 @@ def engine_arguments(
     tensor_parallel: int = 1,
     seed: int = 0,
     transfer: str = "shared",
+    gpus: Sequence[int] = (),
     sleep: bool = False,
 ) -> dict[str, Any]:
     """vLLM's own arguments for an engine as whet needs it; the options are those of `VLLMGenerator`."""
@@ -463,6 +469,8 @@ def engine_arguments(
         "enable_sleep_mode": sleep and on_gpu, "additional_config": {FOLDER: str(folder)},
         "weight_transfer_config": {"backend": vllm_push.BACKENDS[transfer]},
     }  # fmt: skip
+    if gpus:
+        arguments["device_ids"] = list(gpus)
     if kv_cache_mib or not on_gpu:
         arguments["kv_cache_memory_bytes"] = (kv_cache_mib or 512) << 20
     return arguments
@@ -494,10 +502,11 @@ def _start(given: dict[str, Any], separate: bool) -> Any:
     try:
         return LLM(**given)
     except Exception as error:
-        raise ModelError(f"generator: vLLM cannot start with {given['model']}: {first_line(error)}") from error
+        why = " ".join(str(error).split())[:500] or type(error).__name__  # its first line alone may say nothing
+        raise ModelError(f"generator: vLLM cannot start with {given['model']}: {why}") from error
     finally:
         if before is None:
-            del os.environ[name]
+            os.environ.pop(name, None)
         else:
             os.environ[name] = before
 
