@@ -22,6 +22,8 @@ ROOT = Path(__file__).parent.parent
 SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 512}  # fmt: skip
 
+SFT = ("sft", "--model", "model", "--data", "rows.jsonl", "--train.steps", "10", "--optim.lr", "0.001")
+
 
 @dataclass
 class Bench:
@@ -40,6 +42,10 @@ class Bench:
         done = subprocess.run(command, capture_output=True, text=True, cwd=self.folder)
         if done.returncode:
             raise RuntimeError(done.stderr[-3000:])
+        return self.metrics(out)
+
+    def metrics(self, out: str) -> list[dict[str, Any]]:
+        """What a run has written."""
         return [json.loads(line) for line in (self.folder / out / "metrics.jsonl").read_text().splitlines()]
 
     def ppo(self, out: str, *words: str, workers: int = 1, steps: int = 10) -> list[dict[str, Any]]:
@@ -67,6 +73,11 @@ def made(folder: Path) -> None:
     )
 
 
+def alone(bench: Bench) -> list[dict[str, Any]]:
+    """SFT on one process, run when it is first asked for."""
+    return bench.metrics("sft-alone") if (bench.folder / "sft-alone").exists() else bench.whet("sft-alone", *SFT)
+
+
 def worst(one: list[dict[str, Any]], other: list[dict[str, Any]], names: tuple[str, ...]) -> float:
     """The largest relative difference of these numbers over all steps."""
     return max(
@@ -76,26 +87,20 @@ def worst(one: list[dict[str, Any]], other: list[dict[str, Any]], names: tuple[s
 
 def same_numbers(bench: Bench, engine: str) -> str:
     """SFT on one process and on all workers."""
-    common = ["sft", "--model", "model", "--data", "rows.jsonl", "--train.steps", "10", "--optim.lr", "0.001"]
-    alone = (
-        bench.whet("sft-alone", *common) if not (bench.folder / "sft-alone").exists() else _metrics(bench, "sft-alone")
-    )
-    many = bench.whet(f"sft-{engine}", *common, "--learner", engine, workers=bench.workers)
-    return f"loss and gradient norm differ by {worst(alone, many, ('loss', 'grad_norm/policy')):.1e} at most"
+    many = bench.whet(f"sft-{engine}", *SFT, "--learner", engine, workers=bench.workers)
+    return f"loss and gradient norm differ by {worst(alone(bench), many, ('loss', 'grad_norm/policy')):.1e} at most"
 
 
 def half(bench: Bench, engine: str) -> str:
     """The same in bfloat16 over float32 weights."""
-    common = ["sft", "--model", "model", "--data", "rows.jsonl", "--train.steps", "10", "--optim.lr", "0.001"]
-    many = bench.whet(f"half-{engine}", *common, "--learner", engine, "--learner.half", workers=bench.workers)
-    return f"loss differs from float32's by {worst(_metrics(bench, 'sft-alone'), many, ('loss',)):.1e} at most"
+    many = bench.whet(f"half-{engine}", *SFT, "--learner", engine, "--learner.half", workers=bench.workers)
+    return f"loss differs from float32's by {worst(alone(bench), many, ('loss',)):.1e} at most"
 
 
-def engine(bench: Bench, dtype: str) -> str:
+def engine(bench: Bench, *words: str) -> str:
     """vLLM answers, weights are pushed after each rollout, and the canary is checked each time."""
-    found = bench.ppo(
-        f"vllm-{dtype}", "--generator", "vllm", "--generator.dtype", dtype, "--correct", "token_weight", steps=4
-    )
+    name = "-".join(("vllm", *(word for word in words if not word.startswith("--"))))
+    found = bench.ppo(name, "--generator", "vllm", *words, "--correct", "token_weight", steps=4)
     gap = max(row["sampler_gap"] for row in found)
     return f"4 pushes arrived; mean log-prob gap to the learner {gap:.1e} nats"
 
@@ -123,10 +128,6 @@ def suites(bench: Bench) -> str:
     return told
 
 
-def _metrics(bench: Bench, out: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (bench.folder / out / "metrics.jsonl").read_text().splitlines()]
-
-
 def main() -> int:
     """Runs all checks; 1 where one failed."""
     import torch
@@ -144,10 +145,19 @@ def main() -> int:
     workers = max(2, torch.cuda.device_count()) if given.device == "cpu" else torch.cuda.device_count()
     kind = torch.cuda.get_device_name() if given.device == "cuda" else f"CPU {platform.machine()}"
     names = ("ddp", "fsdp", "zero1", "zero2", "zero3")
+    pushes: dict[str, tuple[str, ...]] = {"shared": (), "gloo": ("--generator.transfer", "gloo")}
+    if given.device == "cuda":
+        # handles reach an engine on the learner's own GPU alone; NCCL one on another alone
+        pushes["ipc"] = ("--generator.transfer", "ipc", "--generator.sleep")
+        if workers > 1:
+            pushes["nccl"] = ("--generator.transfer", "nccl")
+        if workers > 2:
+            pushes["two GPUs"] = ("--generator.tensor-parallel", "2")
     checks: list[tuple[str, Callable[[Bench], str]]] = [
-        *((f"{one}, float32, {workers} workers", partial(same_numbers, engine=one)) for one in names),
-        *((f"{one}, bfloat16, {workers} workers", partial(half, engine=one)) for one in ("fsdp", "zero3")),
-        *((f"vllm, {one}", partial(engine, dtype=one)) for one in ("float32", "bfloat16")),
+        *((f"{one}, float32, workers: {workers}", partial(same_numbers, engine=one)) for one in names),
+        *((f"{one}, bfloat16, workers: {workers}", partial(half, engine=one)) for one in ("fsdp", "zero3")),
+        *((f"vllm, float32, {how}", lambda bench, words=words: engine(bench, *words)) for how, words in pushes.items()),
+        ("vllm, bfloat16", lambda bench: engine(bench, "--generator.dtype", "bfloat16")),
         ("local, a short learning run", learns),
         ("contract suites", suites),
     ]
@@ -155,7 +165,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(given.device, workers, Path(folder))
         made(bench.folder)
-        print(f"| what | device | result | seconds |\n|---|---|---|---|  ({kind}, torch {torch.__version__})")
+        print(f"{kind}, torch {torch.__version__}\n\n| what | device | result | seconds |\n|---|---|---|---|")
         for name, check in checks:
             if given.only and given.only not in name:
                 continue

@@ -6,7 +6,7 @@ from typing import Any
 
 import tiny
 import torch
-from generate.test_contract import END
+from generate.contract import END
 from models import helpers as h
 from torch import Tensor
 

@@ -14,19 +14,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from generate.test_contract import (  # noqa: F401  (each is run here with the fixture `generator` below)
-    test_a_score_is_one_log_prob_for_every_id_after_the_first,
-    test_an_answer_does_not_depend_on_the_seed_of_its_neighbours,
-    test_an_answer_is_the_same_alone_in_another_batch_and_in_another_order,
-    test_an_end_token_on_the_last_allowed_place_is_a_stop,
-    test_each_id_has_a_log_prob_and_the_text_is_of_the_ids,
-    test_it_says_the_version_it_adopted,
-    test_no_requests_give_no_samples,
-    test_one_sample_per_request_in_their_order,
-    test_requests_with_other_dials_do_not_change_each_other,
-    test_the_end_token_belongs_to_the_answer_and_nothing_follows_it,
-    test_the_same_requests_give_the_same_samples,
-)
+from generate.contract import Contract
 from models import helpers as h
 
 from engines import helpers as e
@@ -63,6 +51,10 @@ def generator(connected: ServerGenerator) -> ServerGenerator:
     if connected.version or connected.inlet.torn:
         connected.adopt(Weights(0, connected.role))
     return connected
+
+
+class TestContract(Contract):
+    """It keeps the generators' contract."""
 
 
 def test_it_agrees_with_transformers(generator: Any) -> None:

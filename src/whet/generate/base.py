@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -55,8 +55,11 @@ class Generator(Protocol):
     tokens could be drawn under top-p, top-k and min-p. A generator whose engine died raises EngineDied.
     """
 
-    version: int
     reports: frozenset[str]
+
+    @property
+    def version(self) -> int:
+        """The version of the adopted weights, 0 before the first."""
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
         """One sample per request, in order. The same requests at the same weights give the same samples."""
@@ -74,6 +77,14 @@ class Generator(Protocol):
         """Nothing is wanted any more: engines of its own end."""
 
 
+@runtime_checkable
+class Several(Protocol):
+    """What a generator with several engines behind it has besides."""
+
+    def scores(self, ids: Sequence[Tensor]) -> list[list[Tensor]]:
+        """`score` of every engine."""
+
+
 def cut(requests: Sequence[Request], size: int) -> list[list[int]]:
     """The places of the requests in units of at most `size`: requests of like length share a unit."""
     turn = sorted(range(len(requests)), key=lambda place: (len(requests[place].given()), place))
@@ -82,8 +93,7 @@ def cut(requests: Sequence[Request], size: int) -> list[list[int]]:
 
 def scores(generator: Generator, ids: Sequence[Tensor]) -> list[list[Tensor]]:
     """`score` of every engine behind a generator: one that is stale must not hide behind the others."""
-    several = getattr(generator, "scores", None)
-    return several(ids) if several is not None else [generator.score(ids)]
+    return generator.scores(ids) if isinstance(generator, Several) else [generator.score(ids)]
 
 
 def whole(weights: Weights) -> Iterator[tuple[str, Tensor]]:

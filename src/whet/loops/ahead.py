@@ -63,9 +63,11 @@ class Buffer:
     def admit(self) -> None:
         """Hand out what the bound allows, each group to the lane with the fewest answers to make."""
         ahead = min(lead(self.staleness), self.steps - 1 - self.step) * self.prompts
+        load = [sum(one.left() for one in self.pending if one.lane == lane) for lane in range(self.lanes)]
         for draw, prompt in self.hand.take(max(0, self.wanted + ahead - len(self.pending))):
-            load = [sum(one.left() for one in self.pending if one.lane == lane) for lane in range(self.lanes)]
-            self.pending.append(Pending(draw, prompt, self.step, load.index(min(load)), [None] * self.answers))
+            lane = load.index(min(load))
+            self.pending.append(Pending(draw, prompt, self.step, lane, [None] * self.answers))
+            load[lane] += self.answers
 
     def requests(self, lane: int, slots: int, most: int) -> list[Request]:
         """What a lane works on: its first `slots` unfinished answers, for `most` tokens each."""
@@ -93,7 +95,8 @@ class Buffer:
         found = chosen(self.pending, self.step, self.wanted, self.staleness, self.prompts)
         if found is None:
             return None
-        self.pending = [one for one in self.pending if one not in found]
+        gone = {one.draw for one in found}
+        self.pending = [one for one in self.pending if one.draw not in gone]
         self.wanted = 0
         return [Group(one.prompt, tuple(answer for answer in one.answers if answer is not None)) for one in found]
 

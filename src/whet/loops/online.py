@@ -10,6 +10,7 @@ import torch
 
 from whet.dials import Sampling
 from whet.generate import Generator
+from whet.generate.fleet import Fleet
 from whet.learner import Learner, Step, look_across
 from whet.loops import checkpoint, selfcheck
 from whet.loops.ahead import Ahead, Buffer, Driver, Threads
@@ -158,7 +159,7 @@ def _source(
     hand, answers = Hand(prompts, most, plan.seed), algorithm.collect.answers
     if not plan.max_staleness and driver is None:
         return Now(generator, hand, answers, sampling, plan.seed)
-    lanes = getattr(generator, "lanes", None) or [generator]
+    lanes: Sequence[Generator] = generator.lanes if isinstance(generator, Fleet) else [generator]
     buffer = Buffer(
         hand, answers, sampling, plan.seed, steps=plan.steps, prompts=plan.prompts, staleness=plan.max_staleness,
         lanes=len(lanes),
