@@ -51,14 +51,6 @@ def test_a_cluster_started_by_the_recipe_gives_the_numbers_of_one_process(place:
             assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-5), name
 
 
-def test_vllm_answers_with_the_learners_log_probs(place: Path) -> None:
-    pytest.importorskip("vllm")
-    found = whet(place, "vllm", "--generator", "vllm", "--generator.cache-mib", "64")
-    assert len(found) == 3
-    assert max(row["sampler_gap"] for row in found) < 1e-4
-    assert min(row["grad_norm/policy"] for row in found) > 0
-
-
 def test_vllm_on_a_cluster_takes_adapters_and_answers_ahead(place: Path) -> None:
     """Every push must pass the canary, and three rollouts take two of them."""
     pytest.importorskip("vllm")
@@ -72,7 +64,7 @@ def test_vllm_on_a_cluster_takes_adapters_and_answers_ahead(place: Path) -> None
     assert min(row["grad_norm/policy"] for row in found) > 0
 
 
-def test_each_of_torchruns_workers_has_an_engine(place: Path, alone: list) -> None:
+def test_each_of_torchruns_workers_has_an_engine_with_the_learners_log_probs(place: Path) -> None:
     pytest.importorskip("vllm")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "whet", *COMMON]
     words = ["--generator", "vllm", "--generator.cache-mib", "64", "--out", "vllm-two"]
@@ -81,3 +73,4 @@ def test_each_of_torchruns_workers_has_an_engine(place: Path, alone: list) -> No
     rows = [json.loads(line) for line in (place / "vllm-two" / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 3
     assert max(row["sampler_gap"] for row in rows) < 1e-4
+    assert min(row["grad_norm/policy"] for row in rows) > 0

@@ -80,6 +80,19 @@ def test_a_placement_uses_no_more_gpus_than_there_are() -> None:
     assert {(one.layout.engine, one.layout.workers) for one in chosen} == {("zero2", 2)}
 
 
+def test_the_flags_of_a_placement_are_a_recipes() -> None:
+    from whet.cli import config
+    from whet.cli.main import parsed
+    from whet.cli.recipe import Online
+
+    for one in placement.candidates(RUN, Hardware(6, 10.0)):
+        recipe = config.resolve(Online, "ppo", None, parsed(one.flags.split())[1])
+        assert recipe.learner.engine == one.layout.engine
+        assert (recipe.cluster.learners, recipe.cluster.engines) == (one.layout.workers, one.engines)
+        assert recipe.cluster.together == recipe.generator.sleep == one.shared
+        assert recipe.generator.tensor_parallel == one.tensor_parallel
+
+
 def test_seconds_by_hand() -> None:
     """One GPU that reaches everything it promises: 32 rows of 50 tokens, 20 of them answer."""
     hardware = Hardware(1, 1.0, single_flops=1e9, training=1.0, reading=1.0)

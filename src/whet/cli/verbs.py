@@ -148,20 +148,9 @@ def run_online(verb: str, recipe: fields.Online, options: Options) -> Path:
     )
     for caution in build.cautions(recipe, algorithm) if first() else ():
         print(f"whet: {caution}", file=sys.stderr)
-    positions = load.positions(build.source_of(recipe.model))
-    canary = min(160, positions - 1)
-    longest = min(positions, max(canary + 1, max(len(one.ids) for one in prompts) + recipe.sampling.max_new_tokens))
     rows = recipe.rollout.prompts * (1 if algorithm.pairs else algorithm.collect.answers)
     total = recipe.rollout.steps * recipe.rollout.epochs * -(-rows // minibatch)
-    plan = online.Plan(
-        steps=recipe.rollout.steps, prompts=recipe.rollout.prompts, minibatch=minibatch, epochs=recipe.rollout.epochs,
-        seed=recipe.seed, ptx_batch=recipe.ptx.batch, stop_kl=recipe.rollout.stop_kl, ema=recipe.rollout.ema,
-        equal_start=recipe.reference in (None, recipe.model.path), end_ids=chat.end_ids,
-        canary=canary, half=build.source_of(recipe.model).half or recipe.learner.half or recipe.generator.dtype in ("bfloat16", "float16"),
-        save_every=recipe.train.save_every, keep=recipe.train.keep, refresh=recipe.rollout.refresh.every,
-        refresh_mix=recipe.rollout.refresh.mix, max_staleness=recipe.generator.max_staleness,
-        segment=recipe.generator.segment, slots=recipe.rollout.answers_at_once,
-    )  # fmt: skip
+    plan, longest = _plan_of(recipe, minibatch, chat, prompts)
 
     def train(learner: Learner, generator: Generator, rewards: list[Weighted], own: Options) -> None:
         run = _open(folder, recipe, own, verb, learner.workers)
@@ -196,6 +185,24 @@ def run_online(verb: str, recipe: fields.Online, options: Options) -> Path:
             with closing(crew.generator_of(recipe, chat, learner, longest)) as generator:
                 train(learner, generator, rewards, own)
     return folder
+
+
+def _plan_of(recipe: fields.Online, minibatch: int, chat: Chat, prompts: Sequence[Prompt]) -> tuple[online.Plan, int]:
+    """The loop's dials, and the longest sequence that a generator meets, in tokens: an answer, or the canary."""
+    source, rollout, generator = build.source_of(recipe.model), recipe.rollout, recipe.generator
+    positions = load.positions(source)
+    canary = min(160, positions - 1)
+    longest = min(positions, max(canary + 1, max(len(one.ids) for one in prompts) + recipe.sampling.max_new_tokens))
+    plan = online.Plan(
+        steps=rollout.steps, prompts=rollout.prompts, minibatch=minibatch, epochs=rollout.epochs, seed=recipe.seed,
+        ptx_batch=recipe.ptx.batch, stop_kl=rollout.stop_kl, ema=rollout.ema,
+        equal_start=recipe.reference in (None, recipe.model.path), end_ids=chat.end_ids, canary=canary,
+        half=source.half or recipe.learner.half or generator.dtype in ("bfloat16", "float16"),
+        save_every=recipe.train.save_every, keep=recipe.train.keep, refresh=rollout.refresh.every,
+        refresh_mix=rollout.refresh.mix, max_staleness=generator.max_staleness, segment=generator.segment,
+        slots=rollout.answers_at_once,
+    )  # fmt: skip
+    return plan, longest
 
 
 def run_sample(recipe: fields.Sample, options: Options) -> Path:

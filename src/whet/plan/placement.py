@@ -199,6 +199,21 @@ class Placement:
         where = "on the same GPUs, in turns" if self.shared else "beside it"
         return f"{learner}, {_counted(self.engines, 'engine')}{each} {where}"
 
+    @property
+    def flags(self) -> str:
+        """What a recipe needs for it, as on the command line."""
+        layout, engines = self.layout, self.engines
+        words = {
+            f"--learner {layout.engine}": True,
+            "--learner.half": layout.half,
+            "--learner.offload": layout.offload,
+            f"--cluster auto --cluster.learners {layout.workers}": layout.workers + engines > 1,
+            f"--generator vllm --cluster.engines {engines}": engines > 0,
+            f"--generator.tensor-parallel {self.tensor_parallel}": self.tensor_parallel > 1,
+            "--cluster.together --generator.sleep": self.shared,
+        }
+        return " ".join(word for word, used in words.items() if used)
+
 
 def parts(run: Run, layout: Layout) -> list[Part]:
     """Every role on one GPU of the learner."""
@@ -413,7 +428,7 @@ def candidates(
             options = (
                 placed(run, hardware, layout, tensor_parallel=width, shared=shared)
                 for layout in layouts(run, kind, workers)
-                for width in (1, 2, 4, 8)
+                for width in ((1,) if shared else (1, 2, 4, 8))  # an engine over several GPUs has them for itself
             )
             first = next((one for one in options if one is not None), None)
             found += [first] if first is not None else []

@@ -77,7 +77,7 @@ def _active(run: Run) -> str:
 
 def _suggested(run: Run, hardware: Hardware, found: Sequence[Placement]) -> list[str]:
     best, layout = found[0], found[0].layout
-    lines = [best.name, f"train.micro_tokens {layout.micro_tokens}{_lowered(run, layout)}"]
+    lines = [best.name, best.flags, f"train.micro_tokens {layout.micro_tokens}{_lowered(run, layout)}"]
     if layout.checkpointing and not run.checkpointing:
         lines.append("model.gradient_checkpointing true: without it not one row fits")
     if layout.offload and not run.offload:
