@@ -50,6 +50,10 @@ class CheckpointError(WhetError):
     """A checkpoint cannot be read, or belongs to another run."""
 
 
+class WorldDied(EngineDied):
+    """More died than can be started again by itself: the whole world must be built anew."""
+
+
 class Spent(EngineDied):
     """Workers died more often than they may be started again."""
 

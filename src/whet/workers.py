@@ -6,8 +6,10 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -114,6 +116,13 @@ class Lives:
                 ) from error
 
 
+def at_once(works: Sequence[Callable[[], T]]) -> list[T]:
+    """What each gives, in threads at the same time; all have ended when the first error is raised."""
+    with ThreadPoolExecutor(max(1, len(works)), "whet-at-once") as threads:
+        futures = [threads.submit(work) for work in works]
+    return [future.result() for future in futures]
+
+
 def _sendable(error: Exception | None) -> Exception | None:
     """The error, or one that says the same where its own class cannot travel to another process."""
     try:
@@ -154,6 +163,12 @@ def join(
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
     return Workers(rank, size, dist.new_group(backend="gloo", timeout=patience) if size > 1 else None)
+
+
+def host() -> str:
+    """Which machine this is, or which container on it, since this start of it."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()} {boot.read_text().strip() if boot.is_file() else ''}"
 
 
 def free_port(address: str = "127.0.0.1") -> int:

@@ -547,6 +547,27 @@ CASES: dict[str, dict[str, Callable[[Make, Path], Any]]] = {
 }
 
 
+SHORT: dict[str, set[str]] = {
+    "local": set(CASES["local"]),
+    "ddp": {"saving", "training_gpt2", "training_adapter", "muon", "exporting", *FEW} - {"training_offloaded"},
+    "fsdp": set(CASES["fsdp"]) - {"training_gpt2", "training_gemma2", "training_checkpointed"},
+    "zero1": {"saving"},
+    "zero2": {
+        "saving",
+        "training_half",
+        "training_adapter",
+        "clipping",
+        "refusing",
+        "exporting",
+        "trunk",
+        "muon",
+        *FEW,
+    },
+    "zero3": {"saving", "not_a_number", "endless_gradient", "training_half", "exporting"},
+}
+"""The cases of a short run; the others are in the long one."""
+
+
 class Failed(str):
     """A case that raised, with its traceback."""
 
@@ -567,9 +588,9 @@ def cases(
     engines: Sequence[str],
     folder: Path,
     sources: Mapping[str, Sequence[str]] | None = None,
-    only: Sequence[str] | None = None,
+    only: Mapping[str, set[str]] | None = None,
 ) -> dict[str, Any]:
-    """{engine: {case: what it gave}}; a case that raises is told as Failed, and the next one goes on.
+    """{engine: {case: what it gave}} of all cases, or `only` of some of each engine; one that raises is told as Failed.
 
     Then, under "from", each engine goes on from the checkpoints that its `sources` saved.
     """
@@ -577,7 +598,7 @@ def cases(
     for engine in engines:
         out[engine] = {"seconds": {}}
         for name, case in CASES[engine].items():
-            if only is None or name in only:
+            if only is None or name in only[engine]:
                 own, began = folder / engine / name, time.process_time()
                 own.mkdir(parents=True, exist_ok=True)
                 out[engine][name] = told_or_failed(partial(case, Make(engine, workers), own))

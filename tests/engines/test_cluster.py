@@ -87,6 +87,19 @@ def test_what_one_machine_must_hold() -> None:
     assert both.bundles(1) == [{"CPU": 8, "GPU": 1}, {"CPU": 2}]
 
 
+def test_smaller_worlds_keep_at_least_one_of_each() -> None:
+    wanted = Wanted(2, 4, 1, cpus=2)
+    assert [(one.learners, one.engines, one.rewards) for one in wanted.smaller()] == [
+        (2, 1, 1), (1, 4, 1), (1, 2, 1), (1, 1, 1)
+    ]  # fmt: skip
+    assert [(one.learners, one.engines) for one in replace(wanted, rewards=0, smallest=2).smaller()] == [(2, 1)]
+    assert [one.learners for one in Wanted(3, smallest=2).smaller()] == [2]
+    one = replace(wanted, learners=1, engines=2)
+    assert one.missing(wanted) == [{"CPU": 2}]
+    assert replace(one, learners=2).missing(wanted) == [{"CPU": 2}] * 2
+    assert wanted.missing(wanted) == []
+
+
 def test_a_death_is_found_behind_what_it_caused() -> None:
     died = EngineDied("learner 1 died")
     torn = CheckpointError("could not be written")
@@ -387,8 +400,10 @@ def test_a_run_that_keeps_dying_ends_with_the_last_cause(machines: Machines, tmp
 
 
 def test_a_lost_machine_makes_the_world_smaller_and_a_new_one_larger(
-    machines: Machines, alone: dict[str, Any], tmp_path: Path
+    machines: Machines, alone: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What sat there is asked for in vain first: an engine or a reward worker without a place is no reason to wait on."""
+    monkeypatch.setattr("whet.cluster.worker.START", 15.0)
     sizes: list[int] = []
 
     def before(step: int, world: World) -> None:
@@ -398,8 +413,8 @@ def test_a_lost_machine_makes_the_world_smaller_and_a_new_one_larger(
         if world.learners == 1 and machines.other is None:
             machines.grow()
 
-    wanted = Wanted(2, cpus=2, smallest=1, patience=4, strategy="SPREAD")
-    got = PPO(tmp_path, before=before).survive(wanted, restarts=4)
+    wanted = Wanted(2, 2, 1, smallest=1, patience=4, strategy="SPREAD")  # the head has places for three
+    got = PPO(tmp_path, before=before).survive(wanted, restarts=8)
     assert sizes[:2] == [2, 2]
     assert 1 in sizes
     assert sizes[-1] == 2

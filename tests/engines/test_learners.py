@@ -1,7 +1,7 @@
 """Learners on several processes keep the contract of the one-process learner, number by number."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from models import helpers as h
 
 from engines import jobs
-from engines.jobs import CASES, OFFLINE, ONLINE, TORCH, ZERO, Failed, cases, cases_and_runs, gap, runs, saved_by
+from engines.jobs import CASES, OFFLINE, ONLINE, SHORT, TORCH, ZERO, Failed, cases, cases_and_runs, gap, runs, saved_by
 from engines.test_same_numbers import gap as run_gap
 from engines.test_same_numbers import metrics, rollouts
 from engines.together import together
@@ -20,14 +20,21 @@ from whet.workers import Workers
 TOLERANCE = 1e-5
 DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 needs_deepspeed = pytest.mark.skipif(not DEEPSPEED, reason="deepspeed is not installed")
-ENGINES = [*TORCH, *(pytest.param(engine, marks=needs_deepspeed) for engine in ZERO)]
-SHARDED = ["fsdp", *ENGINES[3:]]
 
 
-def those_of(case: str) -> list[Any]:
+def marked(*given: str, case: str = "", short: bool = True) -> Any:
+    """A test's engines (and more), with the marks of these and of the case."""
+    marks = [needs_deepspeed] if any(one in ZERO for one in given) else []
+    shown = short and (not case or case in SHORT[given[0]])
+    return pytest.param(*given, marks=marks if shown else [*marks, pytest.mark.long])
+
+
+def those_of(case: str, engines: Sequence[str] = (*TORCH, *ZERO)) -> list[Any]:
     """The engines that run a case."""
-    marks = {engine: [needs_deepspeed] if engine in ZERO else [] for engine in (*TORCH, *ZERO)}
-    return [pytest.param(engine, marks=marks[engine]) for engine in marks if case in CASES[engine]]
+    return [marked(engine, case=case) for engine in engines if case in CASES[engine]]
+
+
+SHARDED = ("fsdp", "zero2", "zero3")
 
 
 OWN = {"training_half", "half_beside_its_reference", "exact_kl_column", "muon", "other_weights", "refusing", "trunk"}
@@ -38,15 +45,17 @@ SECOND = {
     "zero2": ["local", "ddp", "fsdp", "zero1", "zero2"],
     "zero3": ["fsdp", "zero2", "zero3"],
 }
+SHORTER = {"zero1": ["zero1"], "zero2": ["local", "zero2"], "zero3": ["fsdp", "zero3"]}
+"""What of it a short run does."""
 THREE = {"ddp": ["zero3", "fsdp"], "fsdp": ["zero2", "ddp"], "zero2": ["fsdp"], "zero3": ["ddp"]}
 """Which engine goes on from whose checkpoint: on two processes, and on three."""
 
 
 class Ran:
-    """What came out of the launches, each started when it is first asked for."""
+    """What came out of the launches, each started when it is first asked for; in short runs of fewer cases."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, long: bool) -> None:
+        self.folder, self.long = folder, long
         self._made: dict[str, Any] = {}
 
     @property
@@ -77,7 +86,7 @@ class Ran:
         return self._once("torch", lambda: self._launch(2, TORCH, FIRST))
 
     def zero(self) -> dict[str, Any]:
-        return self._once("zero", lambda: self._launch(2, ZERO, SECOND))
+        return self._once("zero", lambda: self._launch(2, ZERO, SECOND if self.long else SHORTER))
 
     def three(self) -> dict[str, Any]:
         return self._once("three", self._launch_three)
@@ -91,7 +100,9 @@ class Ran:
         if "zero1" in engines:
             self.torch()
         name = f"{size}-{'-'.join(engines)}"
-        first, *others = together(size, self.folder / name, cases, engines, self.cases, sources)
+        first, *others = together(
+            size, self.folder / name, cases, engines, self.cases, sources, None if self.long else SHORT
+        )
         for engine in first:
             for case in first[engine].keys() - {"seconds"}:
                 for other in others:
@@ -108,8 +119,8 @@ class Ran:
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    return Ran(tmp_path_factory.mktemp("learners"))
+def ran(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Ran:
+    return Ran(tmp_path_factory.mktemp("learners"), pytestconfig.getoption("--long"))
 
 
 @pytest.fixture
@@ -136,12 +147,7 @@ def same(got: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize(
     ("engine", "case"),
-    [
-        pytest.param(engine, case, marks=[needs_deepspeed] if engine in ZERO else [])
-        for engine in (*TORCH, *ZERO)
-        for case in CASES[engine]
-        if case not in OWN
-    ],
+    [marked(engine, case, case=case) for engine in (*TORCH, *ZERO) for case in CASES[engine] if case not in OWN],
 )
 def test_the_numbers_are_those_of_one_process(of: Any, engine: str, case: str) -> None:
     got, expected = of(engine, case), of("local", case)
@@ -183,7 +189,7 @@ def test_the_learning_rate_follows_its_schedule(of: Any, engine: str) -> None:
     assert of(engine, "scheduling")["lr"] == pytest.approx([0.01 / 3, 0.02 / 3, 0.01, 0.006])
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", those_of("one_role_of_two"))
 def test_a_role_that_is_not_in_the_work_stays_as_it_is(of: Any, engine: str) -> None:
     got = of(engine, "one_role_of_two")
     for role in ("critic", "reference"):
@@ -191,7 +197,7 @@ def test_a_role_that_is_not_in_the_work_stays_as_it_is(of: Any, engine: str) -> 
     assert gap(got["before"]["policy"], got["after"]["policy"])[0] > 1e-3
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", those_of("not_a_number"))
 def test_a_loss_that_is_no_number_on_one_worker_stops_all_before_any_weight_moves(of: Any, engine: str) -> None:
     got = of(engine, "not_a_number")
     assert got["message"] == "update 1: the loss of policy/train/reinforce is nan; no weight was changed by it"
@@ -199,7 +205,7 @@ def test_a_loss_that_is_no_number_on_one_worker_stops_all_before_any_weight_move
     h.equal_weights(got["before"], got["after"])
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", those_of("endless_gradient"))
 def test_a_gradient_that_is_no_number_moves_no_role_at_all(of: Any, engine: str) -> None:
     got = of(engine, "endless_gradient")
     assert got["message"].startswith("update 1: the gradient norm of critic is ")
@@ -207,7 +213,7 @@ def test_a_gradient_that_is_no_number_moves_no_role_at_all(of: Any, engine: str)
     h.equal_weights(got["before"], got["after"])
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", those_of("blending"))
 def test_a_blend_mixes_by_hand_and_is_saved(of: Any, engine: str) -> None:
     got = of(engine, "blending")
     for key, value in got["mixed"]["ema"].items():
@@ -240,7 +246,7 @@ def test_the_exact_kl_is_right_or_refused_in_words(of: Any, engine: str) -> None
         close(got, of("local", "exact_kl_column"))
 
 
-@pytest.mark.parametrize("engine", SHARDED[:2])
+@pytest.mark.parametrize("engine", those_of("muon", SHARDED))
 def test_muon_is_refused_by_name_where_matrices_are_cut(of: Any, engine: str) -> None:
     assert of(engine, "muon")["refused"].startswith("optim.kind: muon needs whole matrices")
 
@@ -265,7 +271,7 @@ def test_workers_that_loaded_other_weights_are_refused(of: Any, engine: str) -> 
 # --- half precision ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", SHARDED)
+@pytest.mark.parametrize("engine", those_of("training_half", SHARDED))
 def test_computing_in_bfloat16_gives_nearly_the_losses_of_float32(of: Any, engine: str) -> None:
     (_, got, *_), (_, expected, *_) = (of(one, "training_half")["steps"] for one in (engine, "local"))
     for loss in ("policy/train/nll", "critic/rollout/value_loss"):
@@ -275,7 +281,7 @@ def test_computing_in_bfloat16_gives_nearly_the_losses_of_float32(of: Any, engin
         assert got["norm"][role] == pytest.approx(expected["norm"][role], rel=5e-2)
 
 
-@pytest.mark.parametrize("engine", SHARDED)
+@pytest.mark.parametrize("engine", those_of("training_half", SHARDED))
 def test_half_precision_is_saved_and_loaded_to_the_bit(of: Any, engine: str) -> None:
     got = of(engine, "training_half")
     h.equal_weights(got["weights"], got["loaded"])
@@ -294,7 +300,7 @@ def test_equal_policy_and_reference_agree_to_the_bit_in_half_precision_too(of: A
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", those_of("saving"))
 def test_a_checkpoint_is_safetensors_and_json_in_one_part_per_worker(of: Any, engine: str) -> None:
     parts = [
         f"{name}-0000{n}-of-00002.safetensors" for name in ("critic", "critic.optimiser", "policy") for n in (1, 2)
@@ -303,7 +309,7 @@ def test_a_checkpoint_is_safetensors_and_json_in_one_part_per_worker(of: Any, en
     assert of(engine, "saving")["files"] == sorted([*parts, "learner.json"])
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", those_of("saving"))
 def test_going_on_from_a_checkpoint_on_as_many_workers_gives_the_same_bits(of: Any, engine: str) -> None:
     got, whole = of(engine, "from")[engine], of(engine, "saving")
     assert not isinstance(got, Failed), got
@@ -313,7 +319,7 @@ def test_going_on_from_a_checkpoint_on_as_many_workers_gives_the_same_bits(of: A
 @pytest.mark.parametrize(
     ("engine", "source"),
     [
-        pytest.param(engine, source, marks=[needs_deepspeed] if engine in ZERO or source in ZERO else [])
+        marked(engine, source, short=source in (FIRST | SHORTER)[engine])
         for engine, sources in (FIRST | SECOND).items()
         for source in sources
         if source != engine
@@ -325,7 +331,7 @@ def test_another_engines_checkpoint_continues_as_the_uninterrupted_run(of: Any, 
     close(got, {key: whole[key] for key in got})
 
 
-@pytest.mark.parametrize("source", ENGINES)
+@pytest.mark.parametrize("source", those_of("saving"))
 def test_one_process_continues_what_two_began(ran: Ran, of: Any, source: str) -> None:
     of(source, "saving")
     whole = of("local", "saving")
@@ -335,11 +341,7 @@ def test_one_process_continues_what_two_began(ran: Ran, of: Any, source: str) ->
 
 @pytest.mark.parametrize(
     ("engine", "source"),
-    [
-        pytest.param(engine, source, marks=[needs_deepspeed] if engine in ZERO or source in ZERO else [])
-        for engine, sources in THREE.items()
-        for source in sources
-    ],
+    [marked(engine, source, short=False) for engine, sources in THREE.items() for source in sources],
 )
 def test_three_workers_continue_what_two_began(ran: Ran, of: Any, engine: str, source: str) -> None:
     got, whole = ran.three()["cases"][engine]["from"][source], of("local", "saving")
@@ -368,6 +370,7 @@ def test_a_missing_part_is_refused_and_leaves_the_weights_alone(of: Any, engine:
 # --- more workers than rows -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("engine", TORCH)
 @pytest.mark.parametrize("method", [*OFFLINE, *ONLINE])
 def test_three_workers_with_fewer_rows_than_workers_run_as_one_process(ran: Ran, engine: str, method: str) -> None:
@@ -387,7 +390,7 @@ def test_three_workers_with_fewer_rows_than_workers_run_as_one_process(ran: Ran,
     ("engine", "kind"),
     [
         *((engine, kind) for engine in TORCH for kind in ("qwen3", "llama", "gpt2", "gemma2")),
-        *(pytest.param(engine, kind, marks=needs_deepspeed) for engine in ZERO[1:] for kind in ("qwen3", "llama")),
+        *(marked(engine, kind) for engine in ZERO[1:] for kind in ("qwen3", "llama")),
     ],
 )
 def test_an_exported_folder_is_read_by_transformers_to_the_bit(ran: Ran, of: Any, engine: str, kind: str) -> None:

@@ -42,6 +42,7 @@ def alone(place: Path) -> list[dict[str, Any]]:
     return whet(place, "alone")
 
 
+@pytest.mark.long
 def test_a_cluster_started_by_the_recipe_gives_the_numbers_of_one_process(place: Path, alone: list) -> None:
     pytest.importorskip("ray")
     words = ("--cluster", "auto", "--cluster.learners", "2", "--cluster.engines", "1", "--cluster.rewards", "1")
@@ -64,6 +65,7 @@ def test_vllm_on_a_cluster_takes_adapters_and_answers_ahead(place: Path) -> None
     assert min(row["grad_norm/policy"] for row in found) > 0
 
 
+@pytest.mark.long
 def test_each_of_torchruns_workers_has_an_engine_with_the_learners_log_probs(place: Path) -> None:
     pytest.importorskip("vllm")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "whet", *COMMON]

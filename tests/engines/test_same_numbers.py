@@ -21,21 +21,24 @@ TOKENS = 1e-4
 """For single tokens, over which nothing averages: after 36 updates a log-prob of 6 nats is right to 3e-5."""
 METHODS = (*OFFLINE, *ONLINE)
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
-ENGINES = ["ddp", "fsdp", pytest.param("zero2", marks=needs_deepspeed), pytest.param("zero3", marks=needs_deepspeed)]
+ENGINES = [
+    "ddp", "fsdp", pytest.param("zero2", marks=[needs_deepspeed, pytest.mark.long]),
+    pytest.param("zero3", marks=needs_deepspeed),
+]  # fmt: skip
 
 
 class Ran:
     """The launches, each started when it is first asked for, and their run folders."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, long: bool) -> None:
+        self.folder, self.zero = folder, ("zero2", "zero3") if long else ("zero3",)
         self.made: dict[str, Any] = {}
 
     def launched(self, name: str) -> Any:
         """What a launch told; where it failed once it fails again at once."""
         if name not in self.made:
             folder = self.folder / name
-            engines = {"one": ("local",), "torch": ("ddp", "fsdp"), "zero": ("zero2", "zero3")}[name]
+            engines = {"one": ("local",), "torch": ("ddp", "fsdp"), "zero": self.zero}[name]
             try:
                 if name == "one":
                     self.made[name] = runs(Workers(), engines, folder)
@@ -59,8 +62,8 @@ class Ran:
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    return Ran(tmp_path_factory.mktemp("runs"))
+def ran(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Ran:
+    return Ran(tmp_path_factory.mktemp("runs"), pytestconfig.getoption("--long"))
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:

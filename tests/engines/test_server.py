@@ -169,6 +169,7 @@ def test_a_killed_engine_is_noticed_and_the_server_ends(generator: Any, server: 
         generator.score([torch.tensor([2, 3])])
 
 
+@pytest.mark.long
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="ended while starting"):
         Server(tmp_path, **e.options())

@@ -155,6 +155,7 @@ def test_a_run_of_two_workers_has_the_numbers_and_tokens_of_one_process(place: P
         assert float((value - weights(place / "one")[name]).abs().max()) < 1e-5
 
 
+@pytest.mark.long
 def test_sft_of_two_workers_has_the_numbers_of_one_process(place: Path) -> None:
     assert main(sft(place, "sft-one")) in (0, None)
     said = ended(started(sft(place, "sft-two")))
@@ -162,7 +163,7 @@ def test_sft_of_two_workers_has_the_numbers_of_one_process(place: Path) -> None:
     assert gap(metrics(place / "sft-two"), metrics(place / "sft-one")) < 1e-5
 
 
-@pytest.mark.parametrize("machines", [1, 2])
+@pytest.mark.parametrize("machines", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_a_killed_worker_is_restarted_and_the_run_ends_with_the_same_bits(
     place: Path, two: Path, machines: int
 ) -> None:

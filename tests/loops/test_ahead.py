@@ -18,6 +18,7 @@ from whet import plan as planned
 from whet.dials import Optim, Sampling
 from whet.errors import EngineDied, RunStopped
 from whet.generate import Request
+from whet.generate.fleet import Fleet
 from whet.generate.local import LocalGenerator
 from whet.learner.local import LocalLearner
 from whet.loops import online
@@ -28,11 +29,11 @@ from whet.records import Sample
 from whet.rewards import Weighted
 
 
-class Lanes:
+class Lanes(Fleet):
     """Several local generators with copies of their own."""
 
     def __init__(self, count: int, end_ids: Sequence[int] = END) -> None:
-        self.lanes = [
+        self.lanes: list = [
             LocalGenerator(h.policy(dtype=torch.float32, name="sampler"), end_ids, str, copy=True) for _ in range(count)
         ]
 

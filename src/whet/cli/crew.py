@@ -92,6 +92,10 @@ def check_generator(recipe: fields.Online, workers: int) -> None:
             )
     if wanted.push == "adapter" and recipe.model.lora is None:
         raise RecipeError("generator.push: there is no adapter without model.lora; leave it at weights")
+    if wanted.transfer in ("ipc", "nccl") and workers > 1:
+        raise RecipeError(
+            f"generator.transfer: {wanted.transfer} is for one worker, and there are {workers}; leave it at auto"
+        )
     if wanted.sleep and wanted.max_staleness:
         raise RecipeError("generator.sleep: engines that answer ahead never rest; leave it out, or max_staleness at 0")
     if wanted.engine == "server" and workers not in (1, len(wanted.urls)):
@@ -195,8 +199,7 @@ def generator_of(recipe: fields.Online, chat: Chat, learner: LocalLearner, longe
             makes = makes[workers.rank : workers.rank + 1]  # only one may push to a server
         own = Fleet(makes, Lives(recipe.cluster.restarts))
         attempt = workers.told(secrets.token_hex(8))
-        here = os.environ.get("LOCAL_RANK", "0") == "0" if launched() else workers.first
-        learner.post = Post(workers, attempt, adapter=recipe.generator.push == "adapter", writes=here)
+        learner.post = Post(workers, attempt, adapter=recipe.generator.push == "adapter", everywhere=True)
     return SharedGenerator(own, workers, unit) if workers.size > 1 else own
 
 
@@ -340,7 +343,8 @@ def on_cluster(
             wanted = replace(wanted, gpus=1.0)
             if isinstance(recipe, fields.Online):
                 models = any(build.is_model(one.source) for one in recipe.reward)
-                wanted = replace(wanted, engine_gpus=float(recipe.generator.tensor_parallel), reward_gpus=float(models))
+                size = 0 if recipe.generator.engine == "server" else recipe.generator.tensor_parallel
+                wanted = replace(wanted, engine_gpus=float(size), reward_gpus=float(models))
         survive(attempt, wanted, restarts=own.restarts, resume=resume, limit=own.timeout, quiet=quiet)
 
 

@@ -189,15 +189,15 @@ def run_online(verb: str, recipe: fields.Online, options: Options) -> Path:
 
 def _plan_of(recipe: fields.Online, minibatch: int, chat: Chat, prompts: Sequence[Prompt]) -> tuple[online.Plan, int]:
     """The loop's dials, and the longest sequence that a generator meets, in tokens: an answer, or the canary."""
-    source, rollout, generator = build.source_of(recipe.model), recipe.rollout, recipe.generator
-    positions = load.positions(source)
+    rollout, generator = recipe.rollout, recipe.generator
+    positions = load.positions(build.source_of(recipe.model))
     canary = min(160, positions - 1)
     longest = min(positions, max(canary + 1, max(len(one.ids) for one in prompts) + recipe.sampling.max_new_tokens))
     plan = online.Plan(
         steps=rollout.steps, prompts=rollout.prompts, minibatch=minibatch, epochs=rollout.epochs, seed=recipe.seed,
         ptx_batch=recipe.ptx.batch, stop_kl=rollout.stop_kl, ema=rollout.ema,
         equal_start=recipe.reference in (None, recipe.model.path), end_ids=chat.end_ids, canary=canary,
-        half=source.half or recipe.learner.half or generator.dtype in ("bfloat16", "float16"),
+        half=generator.dtype in ("bfloat16", "float16"),
         save_every=recipe.train.save_every, keep=recipe.train.keep, refresh=rollout.refresh.every,
         refresh_mix=rollout.refresh.mix, max_staleness=generator.max_staleness, segment=generator.segment,
         slots=rollout.answers_at_once,
@@ -428,7 +428,7 @@ def _folder(recipe: Any, verb: str, options: Options) -> Path:
 def _open(folder: Path, recipe: Any, options: Options, verb: str, workers: Workers) -> Run:
     """The run's record, made once everything that can be refused has been. One worker writes it."""
     workers.wait()
-    found = offline.checkpoint.latest(folder / "checkpoints") if options.resume else None
+    found = offline.checkpoint.latest(folder / "checkpoints") if options.resume and workers.first else None
     if options.resume and found is None and workers.first:
         print(f"whet: no checkpoint was saved in {folder} yet; the run starts over", file=sys.stderr)
     step = json.loads((found / "loop.json").read_text(encoding="utf-8"))["step"] if found else 0

@@ -9,13 +9,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from whet.generate.base import whole
 from whet.learner.store import write
 from whet.records import Weights
 from whet.records.files import shared_memory
-from whet.workers import Workers
+from whet.workers import Workers, host
 
 PREFIX = "whet-push-"
 LOCK = "lock"
@@ -80,12 +81,15 @@ class Post:
     """A learner's weights laid on a shelf, whole, before any engine takes them.
 
     Gathering them is collective, while engines take them one by one, and one that was started again takes them once more:
-    so all workers lay them down together, and engines read. One worker of each machine `writes`.
+    so all workers lay them down together, and engines read. The first worker writes; with `everywhere` the first one of each
+    machine does.
     """
 
-    def __init__(self, workers: Workers, attempt: str, *, adapter: bool, writes: bool) -> None:
+    def __init__(self, workers: Workers, attempt: str, *, adapter: bool, everywhere: bool) -> None:
         self.workers, self.adapter, self.number = workers, adapter, 0
         self.folder = shared_memory() / f"{PREFIX}{attempt}-learner"
+        machines = workers.gather(host())
+        writes = machines.index(machines[workers.rank]) == workers.rank if everywhere else workers.first
         self.shelf = Shelf(attempt, "learner") if writes else None
 
     def __call__(self, role: Any, number: int | None = None) -> Path:
@@ -101,6 +105,8 @@ class Post:
         else:
             for _ in role.whole():  # gathering is collective
                 pass
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # an engine that slept on this GPU wakes for these weights
         self.workers.wait()
         return self.folder / str(self.number)
 

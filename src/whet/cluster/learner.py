@@ -1,6 +1,7 @@
 """A learner whose workers are actors: every call goes to all of them, and what the first one returns is what is returned."""
 
 import os
+import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,13 +15,13 @@ from torch import Tensor
 
 from whet.cluster.folders import Post, contents, unpacked
 from whet.cluster.placement import Placement
-from whet.cluster.worker import START, Remote, at_once, ended, in_step
+from whet.cluster.worker import START, Remote, ended, first_to_fail, in_step
 from whet.errors import EngineDied, RunStopped, WhetError
 from whet.generate.base import Generator, scores, whole
 from whet.learner.base import Step, Work
 from whet.learner.local import LocalLearner
 from whet.records import Batch, Weights
-from whet.workers import Workers, join
+from whet.workers import Workers, at_once, free_port, join
 
 PORTS = 3
 """Ports that are tried: between its choice and its use another program may take one."""
@@ -92,7 +93,7 @@ class ClusterLearner:
                 self._start()
                 if self._join(last=tried + 1 == PORTS):
                     break
-            self._all("build", make, answers, push, attempt)
+            self.coarse: bool = self._all("build", make, answers, push, attempt)
         except BaseException:
             self.close()
             raise
@@ -139,8 +140,15 @@ class ClusterLearner:
         self._all("call", "load", folder.absolute())
 
     def export(self, role: str, folder: Path, tokenizer: Any = None, *, merge: bool = True) -> None:
-        """See `Learner.export`."""
-        self._all("export", role, folder.absolute(), tokenizer, merge)
+        """See `Learner.export`. A worker of a lost attempt that lives on cannot write into it: each attempt writes beside it,
+        and the driver gives the name."""
+        folder = folder.absolute()
+        aside = folder.with_name(f".{folder.name}-{self._attempt}")
+        self._all("export", role, aside, tokenizer, merge)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+        for old in folder.parent.glob(f".{folder.name}-*"):
+            shutil.rmtree(old, ignore_errors=True)
 
     def ask(self, method: str, *given: Any) -> Any:
         """What the first worker's generator gives; all of them take part."""
@@ -155,7 +163,7 @@ class ClusterLearner:
 
     def _all(self, method: str, *given: Any) -> Any:
         if self._grows:
-            raise Regrow("cluster: there is a place for more learners")
+            raise Regrow("cluster: there is a place for a larger world")
         told = in_step(self.remotes, method, given, self.limit)
         versions = [version for version, _ in told]
         if len(set(versions)) > 1:
@@ -185,9 +193,7 @@ class ClusterLearner:
             for rank, one in enumerate(self.remotes)
         ]
         try:
-            self.remotes[0].answer(asked[0])  # it owns the store: where that fails the others would wait
-            for one, reference in zip(self.remotes, asked, strict=True):
-                one.answer(reference)
+            first_to_fail(dict(zip(asked, self.remotes, strict=True)), self.limit)
         except Exception as error:
             taken = "in use" in str(error).lower()
             ended(self.remotes)
@@ -240,9 +246,7 @@ class Member:
 
     def port(self, address: str) -> int:
         """A free port at this address."""
-        with socket.socket() as one:
-            one.bind((address, 0))
-            return one.getsockname()[1]
+        return free_port(address)
 
     def join(self, rank: int, size: int, address: str, port: int, own: str, timeout: float) -> None:
         """Become worker `rank`; `own` is this machine's address, "" where all are on one machine."""
@@ -253,11 +257,11 @@ class Member:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
         self.workers = join(rank, size, address, port, timeout=timeout)
 
-    def build(self, make: Make, answers: Any, push: str, attempt: str) -> tuple[int, None]:
-        """Load the models."""
+    def build(self, make: Make, answers: Any, push: str, attempt: str) -> tuple[int, bool]:
+        """Load the models. Says `Learner.coarse`."""
         self.learner, self.push, self.attempt = make(self.workers), push, attempt
         self.own = answers(self.learner) if answers is not None else None
-        return self._told(None)
+        return self._told(self.learner.coarse)
 
     def call(self, method: str, *given: Any) -> tuple[int, Any]:
         """A call of the learner."""
@@ -277,7 +281,7 @@ class Member:
         """All gather the policy in step, and the first one writes it."""
         if self.post is None:
             adapter = self.push == "adapter"
-            self.post = Post(self.workers, self.attempt, adapter=adapter, writes=self.workers.first)
+            self.post = Post(self.workers, self.attempt, adapter=adapter, everywhere=False)
         return self._told(self.post(self.learner.roles["policy"], number))
 
     def files(self, folder: Path) -> dict[str, bytes]:

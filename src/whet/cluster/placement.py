@@ -1,8 +1,9 @@
-"""Where workers sit: a place for every learner, engine and reward worker, or for fewer learners where machines were lost."""
+"""Where workers sit: a place for every learner, engine and reward worker, or for fewer where machines were lost."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from whet.errors import RecipeError
@@ -10,7 +11,7 @@ from whet.errors import RecipeError
 SOON = 5.0
 """Seconds for each smaller world, once the whole one was waited for."""
 GLANCE = 1.0
-"""Seconds to see whether one more learner has a place."""
+"""Seconds to see whether more workers have a place."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,26 @@ class Wanted:
         """Most engines that sit with one learner."""
         return math.ceil(self.engines / learners) if self.together else 0
 
+    def smaller(self) -> Iterator["Wanted"]:
+        """Worlds to go on with where machines were lost, the largest first: fewer learners, down to `smallest`, and of
+        engines and reward workers all, as large a part as of the learners, or one."""
+        seen = {self}
+        for learners in range(self.learners, min(self.smallest, self.learners) - 1, -1):
+            for part in (1.0, learners / self.learners, 0.0):
+                engines, rewards = (max(min(1, n), math.ceil(n * part)) for n in (self.engines, self.rewards))
+                one = replace(self, learners=learners, engines=engines, rewards=rewards)
+                if one not in seen:
+                    seen.add(one)
+                    yield one
+
+    def missing(self, whole: "Wanted") -> list[dict[str, float]]:
+        """What a larger world needs besides: one learner more, or where these are all there all other workers of `whole`."""
+        if self.learners < whole.learners:
+            return self.bundles(self.learners + 1)[:1]
+        engines = 0 if self.together else whole.engines - self.engines
+        own = [_needs(self.cpus, self.engine_gpus)] * engines
+        return own + [_needs(self.cpus, self.reward_gpus)] * (whole.rewards - self.rewards)
+
     @property
     def total_cpus(self) -> float:
         """CPUs of the whole world."""
@@ -60,10 +81,10 @@ def _needs(cpus: float, gpus: float) -> dict[str, float]:
 
 
 class Placement:
-    """The places of `learners` learners and of all engines and rewards; each gives the options of an actor that sits there."""
+    """The places of all workers of `wanted`, which may be a smaller world than the `whole`; options for actors that sit there."""
 
-    def __init__(self, wanted: Wanted, learners: int, group: Any) -> None:
-        self.wanted, self.learners, self.group = wanted, learners, group
+    def __init__(self, wanted: Wanted, whole: Wanted, group: Any) -> None:
+        self.wanted, self.whole, self.learners, self.group = wanted, whole, wanted.learners, group
 
     def learner(self, number: int) -> dict[str, Any]:
         """Options of learner `number`."""
@@ -86,10 +107,11 @@ class Placement:
         return self.wanted.gpus / (1 + self.wanted.guests(self.learners))
 
     def grows(self) -> bool:
-        """There are fewer learners than wanted, and a place for one more has appeared."""
-        if self.learners >= self.wanted.learners:
+        """There are fewer workers than wanted, and a place for more has appeared."""
+        missing = self.wanted.missing(self.whole)
+        if not missing:
             return False
-        group = _group([self.wanted.bundles(self.learners + 1)[0]], self.wanted.strategy)
+        group = _group(missing, self.wanted.strategy)
         found = bool(group.wait(GLANCE))
         _remove(group)
         return found
@@ -113,10 +135,12 @@ def place(wanted: Wanted) -> Placement:
 
     Raises RecipeError where not even the smallest does: an impossible placement would wait for ever in Ray.
     """
-    for learners in range(wanted.learners, min(wanted.smallest, wanted.learners) - 1, -1):
-        group = _group(wanted.bundles(learners), wanted.strategy)
-        if group.wait(wanted.patience if learners == wanted.learners else min(SOON, wanted.patience)):
-            return Placement(wanted, learners, group)
+    for one in (wanted, *wanted.smaller()):
+        group = _group(one.bundles(one.learners), one.strategy)
+        if group.wait(wanted.patience if one is wanted else min(SOON, wanted.patience)):
+            if one is not wanted:
+                print(f"whet: no place for {_asked(wanted)}; going on with {_asked(one)}", file=sys.stderr)
+            return Placement(one, wanted, group)
         _remove(group)
     raise RecipeError(f"cluster: no place for {_asked(wanted)} within {wanted.patience:g} s; {_there()}")
 

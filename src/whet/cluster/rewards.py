@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from whet.cluster.worker import Remote, at_once, ended
-from whet.errors import EngineDied
+from whet.cluster.worker import Remote, ended
+from whet.errors import EngineDied, Spent, WorldDied
 from whet.records import Group
 from whet.rewards.base import Scores, Weighted, joined, shares
-from whet.workers import Lives
+from whet.workers import Lives, at_once
 
 Make = Callable[[], Sequence[Weighted]]
 """Builds all rewards in a worker; it travels there, so it must be picklable."""
@@ -33,6 +33,8 @@ class Pool:
         while given is not None:
             try:
                 return self._worker(number).ask(method, *given)
+            except (WorldDied, Spent):
+                raise
             except EngineDied as error:
                 self._lost(number, error)
         return None

@@ -25,7 +25,7 @@ def survive(
     """What `attempt(world, resume)` returns. When a worker's death ends it, it is called again with a new world and resume.
 
     The world is whole again where its machines are, else smaller (see `placement.place`); when there is a place for more
-    learners after a checkpoint, the run goes on from there with more (`Regrow`, which is no death). Raises Spent of
+    workers after a checkpoint, the run goes on from there with more (`Regrow`, which is no death). Raises Spent of
     the last cause when workers died more than `restarts` times over all worlds, those that a world replaces itself
     (engines, reward workers) counted, and at once whatever else the attempt raises.
     """

@@ -2,17 +2,16 @@
 
 import os
 import signal
-import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from whet.errors import EngineDied, WhetError, first_line
+from whet.errors import EngineDied, WhetError, WorldDied, first_line
+from whet.workers import host
 
 T = TypeVar("T")
 
@@ -33,23 +32,18 @@ class Process:
     @classmethod
     def of(cls, pid: int) -> "Process":
         """The process that has this id now, on this machine."""
-        return cls(_host(), pid, _began(pid))
+        return cls(host(), pid, _began(pid))
 
     @property
     def lives(self) -> bool:
         """It runs on this machine; a dead one that nobody has asked about yet does not count."""
-        return self.host == _host() and bool(self.began) and _began(self.pid) == self.began
+        return self.host == host() and bool(self.began) and _began(self.pid) == self.began
 
     def kill(self) -> None:
         """End it where it is on this machine; elsewhere nothing. It may be an orphan that Ray has lost."""
         if self.lives:
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(self.pid, signal.SIGKILL)
-
-
-def _host() -> str:
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return f"{socket.gethostname()} {boot.read_text().strip() if boot.is_file() else ''}"
 
 
 def _began(pid: int) -> str:
@@ -98,7 +92,7 @@ class Body:
 class Remote:
     """A worker process, seen from the driver. `name` is what errors call it.
 
-    Raises EngineDied where it cannot be started.
+    Raises EngineDied where it cannot be started, WorldDied where there is no place for it any more.
     """
 
     def __init__(self, name: str, options: dict[str, Any], *, limit: float) -> None:
@@ -109,7 +103,9 @@ class Remote:
         self.actor = kind.options(max_restarts=0, max_task_retries=0, **options).remote()
         self.processes: list[Process] = []
         gpu = options.get("num_gpus", 0) > 0
-        self.where: Where = self._get(self.actor.prepare.remote([*sys.path, os.getcwd()], os.getcwd(), gpu), START)
+        self.where: Where = self._get(
+            self.actor.prepare.remote([*sys.path, os.getcwd()], os.getcwd(), gpu), START, WorldDied
+        )
         self.processes = [self.where.process]
 
     def hold(self, make: Callable[[], Any]) -> "Remote":
@@ -135,17 +131,21 @@ class Remote:
         """The answer to what was asked with `start`. Raises what `ask` raises."""
         return self._get(reference, self.limit if limit is None else limit)
 
-    def _get(self, reference: Any, limit: float) -> Any:
+    def _get(self, reference: Any, limit: float, silent: type[EngineDied] = EngineDied) -> Any:
         import ray
 
         try:
             return ray.get(reference, timeout=limit)
         except ray.exceptions.RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
+            if (
+                isinstance(cause, ray.exceptions.RayError) and cause is not error
+            ):  # what was sent had died with its keeper
+                raise WorldDied(f"cluster: {self.name} was sent what is lost ({first_line(cause)})") from error
             raise cause from (None if isinstance(cause, WhetError) else error)
         except ray.exceptions.GetTimeoutError:
             self.kill(f"did not answer within {limit:g} s")
-            raise EngineDied(f"cluster: {self.name} {self.dead}") from None
+            raise silent(f"cluster: {self.name} {self.dead}") from None
         except ray.exceptions.RayError as error:
             self.kill("died")
             raise EngineDied(f"cluster: {self.name} died ({first_line(error)})") from error
@@ -180,11 +180,18 @@ def ended(workers: Sequence[Remote]) -> list[Remote]:
     return [one for one in workers if not one.end()]
 
 
-def at_once(works: Sequence[Callable[[], T]]) -> list[T]:
-    """What each gives, all at the same time; all have ended when the first error is raised."""
-    with ThreadPoolExecutor(max(1, len(works)), "whet-cluster") as threads:
-        futures = [threads.submit(work) for work in works]
-    return [future.result() for future in futures]
+def first_to_fail(asked: Mapping[Any, Remote], limit: float) -> None:
+    """All that was asked is waited for. What fails first is raised at once: the others may wait for it in vain."""
+    import ray
+
+    pending = dict(asked)
+    while pending:
+        ready, _ = ray.wait(list(pending), num_returns=1, timeout=limit)
+        if not ready:
+            names = ", ".join(one.name for one in pending.values())
+            raise EngineDied(f"cluster: {names} did not answer within {limit:g} s")
+        for reference in ready:
+            pending.pop(reference).answer(reference)
 
 
 def in_step(workers: Sequence[Remote], method: str, given: Sequence[Any], limit: float) -> list[Any]:

@@ -30,9 +30,11 @@ class World:
     """
 
     def __init__(self, wanted: Wanted, lives: Lives | None = None, *, limit: float = 1800.0) -> None:
-        self.wanted, self.lives, self.limit = wanted, lives or Lives(0), limit
+        self.lives, self.limit = lives or Lives(0), limit
         self.attempt = secrets.token_hex(8)
         self.placement: Placement = place(wanted)
+        self.wanted = self.placement.wanted
+        """What found a place."""
         self._engines: list[ActorGenerator] = []
         self._learner: ClusterLearner | None = None
         self._fleet: Fleet | None = None

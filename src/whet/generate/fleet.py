@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from whet.errors import EngineDied, WhetError
+from whet.errors import EngineDied, ModelError, Spent, WhetError, WorldDied
 from whet.generate.base import Generator, Request
 from whet.records import Sample, Weights
 from whet.workers import Lives
@@ -23,11 +23,11 @@ PAUSE, LONGEST = 0.5, 30.0
 class Lane:
     """One engine that is made again when it dies, takes the weights last adopted, and is asked again.
 
-    Raises Spent when `lives` are.
+    Raises Spent when `lives` are, and WorldDied where another engine would not help.
     """
 
     def __init__(self, make: Callable[[], Generator], lives: Lives) -> None:
-        self._make, self._lives = make, lives
+        self._make, self._lives, self._first = make, lives, True
         self._weights: Weights | None = None
         self.own: Generator | None = None
         self.own = self._lasting(lambda own: own)
@@ -61,6 +61,17 @@ class Lane:
         if own is not None:
             own.close()
 
+    def _made(self) -> Generator:
+        """A new engine. What the first one was told it cannot do is an error; for a later one it is a death like others."""
+        try:
+            own = self._make()
+        except ModelError as error:
+            if self._first:
+                raise
+            raise EngineDied(f"generator: an engine could not be started again: {error}") from error
+        self._first = False
+        return own
+
     def _lasting(self, work: Callable[[Generator], T], coming: Weights | None = None) -> T:
         """What `work` gives, by as many engines as it takes. A new engine gets the weights, unless `work` brings them."""
         pause = 0.0
@@ -69,10 +80,12 @@ class Lane:
                 if self.own is None:
                     time.sleep(pause)
                     pause = min(LONGEST, 2 * pause or PAUSE)
-                    self.own = self._make()
+                    self.own = self._made()
                     if self._weights is not None and coming is None:
                         self.own.adopt(self._weights)
                 return work(self.own)
+            except (WorldDied, Spent):
+                raise
             except EngineDied as error:
                 with suppress(Exception):  # it is dead: what it says to being closed does not matter
                     self.close()

@@ -20,7 +20,7 @@ from whet.errors import EngineDied, ModelError, RecipeError, RunStopped, first_l
 from whet.generate import vllm_push
 from whet.generate.base import Request
 from whet.generate.vllm_push import About, Inlet, Transfer
-from whet.generate.vllm_worker import EXTENSION, FOLDER
+from whet.generate.vllm_worker import EXTENSION, FOLDER, OWNER
 from whet.ops import address
 from whet.records import Sample, Weights
 from whet.records.files import shared_memory
@@ -226,6 +226,8 @@ class VLLMGenerator(EngineGenerator):
             rank = next((size for size in RANKS if size >= lora_rank), lora_rank)
             arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
             del arguments["weight_transfer_config"]
+        if not separate:
+            del arguments["additional_config"][OWNER]
         self._llm: Any = _start(arguments | {"skip_tokenizer_init": True}, separate)
         self._processes = _processes(self._llm) if separate else []
         self.inlet: Inlet | Adapters = Adapters(self._do, self._folder)
@@ -234,7 +236,9 @@ class VLLMGenerator(EngineGenerator):
             about = About.of(self)
             self.vocabulary = about.vocabulary
             if not lora:
-                self.inlet = Inlet(self, vllm_push.transport(about), about)
+                self.inlet = Inlet(
+                    self, vllm_push.transport(about, gpu=gpus[0] if gpus and transfer == "ipc" else 0), about
+                )
         except BaseException:
             self.close()
             raise
@@ -466,7 +470,7 @@ def engine_arguments(
         "max_num_batched_tokens": max(max_model_len, 2048), "enable_chunked_prefill": False, "seed": seed,
         "tensor_parallel_size": tensor_parallel, "enforce_eager": not on_gpu, "gpu_memory_utilization": gpu_memory,
         "logprobs_mode": "processed_logprobs", "worker_extension_cls": EXTENSION, "generation_config": "vllm",
-        "enable_sleep_mode": sleep and on_gpu, "additional_config": {FOLDER: str(folder)},
+        "enable_sleep_mode": sleep and on_gpu, "additional_config": {FOLDER: str(folder), OWNER: os.getpid()},
         "weight_transfer_config": {"backend": vllm_push.BACKENDS[transfer]},
     }  # fmt: skip
     if gpus:

@@ -104,12 +104,12 @@ class Push:
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """All chunks have come: mend what a reload passes over, forget the cache, check the version.
 
-        Raises RunStopped when the cache cannot be reset or the engine says another version.
+        Raises EngineDied when the cache cannot be reset, RunStopped when the engine says another version.
         """
         self.control.finish_weight_update(weight_version or self.version)
         self.control.call("whet_mend")
         if not self.control.reset_prefix_cache():
-            raise RunStopped("generator: the prefix cache could not be reset after a push: requests are still running")
+            raise EngineDied("generator: the prefix cache could not be reset after a push: requests are still running")
         said = self.control.weight_version()
         if said != self.version:
             raise RunStopped(f"generator: weights {self.version} were pushed, but the engine says it has {said!r}")
@@ -309,18 +309,20 @@ def _broadcast(group: Any, held: Sequence[Tensor], failed: list[BaseException]) 
 class OnGPU(Transport):
     """vLLM's own trainer side of "nccl" or "ipc". It needs a GPU, and is written from vLLM's sources: never yet run.
 
-    "ipc" hands over CUDA memory between processes that see the same GPUs. "nccl" broadcasts; its store listens on
-    `host` at a free port.
+    "ipc" hands over memory of GPU `gpu`, which must be the engine's own. "nccl" broadcasts from there, which must be
+    another one; its store listens on `host` at a free port. Both meet through torch's default process group where there is
+    one, so they are for a process that works alone.
     """
 
-    def __init__(self, backend: str, workers: int, host: str = "127.0.0.1") -> None:
-        self.backend, self.workers, self.host = backend, workers, host
+    def __init__(self, backend: str, workers: int, host: str = "127.0.0.1", gpu: int = 0) -> None:
+        self.backend, self.workers, self.host, self.gpu = backend, workers, host, gpu
         self.source, self.engine = _Source(), None
 
     def carry(self, push: Push, pairs: Iterator[Named]) -> None:
         """One push through vLLM's trainer engine, which is made at the first one and after a failed one."""
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
+        torch.cuda.set_device(self.gpu)  # each thread has its own
         self.source.pairs = pairs
         engine: Any = self.engine or WeightTransferTrainerFactory.trainer_init(
             self._info(), client=push, source=self.source
@@ -372,7 +374,7 @@ BACKENDS = {"shared": Shared.backend, "gloo": Gloo.backend, "nccl": "nccl", "ipc
 """vLLM's names of the transports."""
 
 
-def transport(about: About, host: str = "127.0.0.1") -> Transport:
+def transport(about: About, host: str = "127.0.0.1", gpu: int = 0) -> Transport:
     """The trainer's side of the transport that the engine was started with.
 
     Raises RecipeError where whet knows none of that name, or a shared folder is not on this machine.
@@ -382,7 +384,7 @@ def transport(about: About, host: str = "127.0.0.1") -> Transport:
     if about.backend == Gloo.backend:
         return Gloo(about.workers, host)
     if about.backend in ("nccl", "ipc"):
-        return OnGPU(about.backend, about.workers, host)
+        return OnGPU(about.backend, about.workers, host, gpu)
     raise RecipeError(
         f"generator.transfer: the engine takes weights by {about.backend!r}, known are {sorted(BACKENDS)}"
     )

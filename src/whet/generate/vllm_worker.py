@@ -5,6 +5,11 @@ but nothing in it can be used then.
 """
 
 import json
+import os
+import signal
+import threading
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -29,6 +34,8 @@ except ImportError:
 EXTENSION = "whet.generate.vllm_worker.Extension"
 FOLDER = "whet_folder"
 """The key in vLLM's additional_config under which a worker is told, at its start, where weight files may lie."""
+OWNER = "whet_owner"
+"""The same for the process that started the engine: without it the engine ends."""
 
 
 def gloo_group(store: TCPStore, host: str, rank: int, size: int, seconds: float) -> ProcessGroupGloo:
@@ -48,6 +55,9 @@ class Extension:
     def whet_about(self) -> dict[str, Any]:
         """What `vllm_push.About` says of the engine, in forms that JSON can carry."""
         worker: Any = self
+        owner = worker.vllm_config.additional_config.get(OWNER)
+        if owner is not None and not any(one.name == "whet-owner" for one in threading.enumerate()):
+            threading.Thread(target=_watch, args=(owner,), daemon=True, name="whet-owner").start()
         names = _shapes(_model_folder(worker.model_config))
         tied = getattr(worker.model_config.hf_text_config, "tie_word_embeddings", False)
         ignored = [
@@ -89,6 +99,27 @@ class Extension:
             # a quantised head must not be processed twice
             if isinstance(module, ParallelLMHead) and isinstance(module.quant_method, UnquantizedEmbeddingMethod):
                 module.quant_method.process_weights_after_loading(module)
+
+
+def _watch(owner: int) -> None:
+    """Ends this process, and those between it and its owner, once the owner is gone: vLLM's would hold their memory for ever."""
+    import psutil
+
+    between = []
+    try:
+        whose = psutil.Process(owner)
+        for one in psutil.Process().parents():
+            if one == whose:
+                break
+            between.append(one)
+        while whose.is_running() and whose.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(1.0)
+    except psutil.NoSuchProcess:
+        pass
+    for one in between:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @dataclass

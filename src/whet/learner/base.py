@@ -39,6 +39,10 @@ class Learner(Protocol):
     version: int
     workers: Workers
 
+    @property
+    def coarse(self) -> bool:
+        """A role is computed in half precision, so that its numbers are only nearly those of another program."""
+
     def measure(self, batch: Batch, columns: frozenset[str]) -> Batch:
         """The batch with these measured columns (see `records.columns`), without gradient or dropout."""
 

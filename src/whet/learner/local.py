@@ -38,6 +38,8 @@ class LocalLearner:
     in updates only, with masks addressed by (seed, version).
     """
 
+    half = False
+
     def __init__(
         self,
         roles: Mapping[str, Role],
@@ -98,6 +100,12 @@ class LocalLearner:
             self._step(role)
         self.version += 1
         return Step(self.version, losses, norms, rates, now)
+
+    @property
+    def coarse(self) -> bool:
+        """See `Learner.coarse`."""
+        kinds = {parameter.dtype for role in self.roles.values() for parameter in role.model.parameters()}
+        return self.half or not kinds.isdisjoint({torch.bfloat16, torch.float16})
 
     def _check(self, kind: str, values: Mapping[str, float]) -> None:
         for name, value in values.items():

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from whet.generate.base import scores
 from whet.loops.source import Hand
 from whet.plan.schedule import chosen, lead
 from whet.records import Group, Prompt, Sample, Weights
+from whet.workers import at_once
 
 
 @dataclass
@@ -274,11 +276,7 @@ class Ahead:
     def adopt(self, weights: Weights) -> None:
         """All lanes take them between two segments; unfinished answers go on under them."""
 
-        def every() -> None:
-            for lane in self.lanes:
-                lane.adopt(weights)
-
-        self.driver.still(every)
+        self.driver.still(lambda: at_once([partial(lane.adopt, weights) for lane in self.lanes]))
         self.version = next((one.version for one in self.lanes if one.version != weights.version), weights.version)
         self._published[self.version] = self._turn
         self._turn += 1
@@ -289,7 +287,8 @@ class Ahead:
 
     def scores(self, ids: Sequence[Tensor]) -> list[list[Tensor]]:
         """The scores of every lane."""
-        return self.driver.still(lambda: [one for lane in self.lanes for one in scores(lane, ids)])
+        found = self.driver.still(lambda: at_once([partial(scores, lane, ids) for lane in self.lanes]))
+        return [one for several in found for one in several]
 
     def state(self) -> dict[str, Any]:
         """The buffer and which step each version was for, as JSON; with it the number of prompts handed out."""

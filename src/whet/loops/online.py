@@ -35,7 +35,8 @@ class Plan:
     reference moves by `refresh_mix` towards the policy. With `max_staleness` the generator answers ahead: answers may be of
     weights that many rollouts old, unfinished ones go on under new weights after `segment` tokens, and each of its
     engines works on at most `slots` at a time. `end_ids` are the tokens that end an answer; `canary` is the length of
-    the sequence that generator and learner both score after each push; `half` says that weights are in half precision.
+    the sequence that generator and learner both score after each push; `half` says that the generator
+    computes in half precision.
     """
 
     steps: int
@@ -79,6 +80,7 @@ def train(
     """Runs `plan.steps` rollouts with their updates; a resumed run goes on after its last checkpoint, to the same bits."""
     if not algorithm.has_ratio() and (plan.epochs > 1 or plan.minibatch < plan.prompts * algorithm.collect.answers):
         raise ValueError("a method without ratio takes exactly one update per rollout")
+    plan = replace(plan, half=plan.half or learner.coarse)
     source = _source(algorithm, generator, prompts, sampling, plan, driver)
     generator = source if isinstance(source, Ahead) else generator
     stream = _Stream(ptx, plan)
