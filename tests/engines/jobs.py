@@ -632,6 +632,12 @@ SMALL = 0.1
 """The same for a tensor, whose largest number is its scale."""
 
 
+SCALES = {"loss": 1e-2, "grad_norm": 1e-3, "": 0.1}
+"""The scale below which a difference counts absolutely. Losses: 1e-2, since a policy's loss is a sum of advantages
+that nearly cancels, of terms of size 1, whose own rounding in float32 is 1e-7. Norms: 1e-3. The rest
+(a KL is a difference of log-probs of 3 nats): 0.1."""
+
+
 def gap(got: Any, expected: Any) -> tuple[float, str]:
     """(the largest relative difference of nested results, where). Words and lengths must be equal."""
     ours, theirs = dict(leaves(got)), dict(leaves(expected))

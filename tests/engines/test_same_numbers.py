@@ -8,15 +8,11 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 
-from engines.jobs import OFFLINE, ONLINE, Failed, leaves, runs, runs_and_stops
+from engines.jobs import OFFLINE, ONLINE, SCALES, Failed, leaves, runs, runs_and_stops
 from engines.together import together
 from whet.workers import Workers
 
 TOLERANCE = 1e-5
-SCALES = {"loss": 1e-2, "grad_norm": 1e-3, "": 0.1}
-"""The scale below which a difference counts absolutely. Losses: 1e-2, since a policy's loss is a sum of advantages
-that nearly cancels, of terms of size 1, whose own rounding in float32 is 1e-7. Norms: 1e-3. The rest
-(a KL is a difference of log-probs of 3 nats): 0.1."""
 TOKENS = 1e-4
 """For single tokens, over which nothing averages: after 36 updates a log-prob of 6 nats is right to 3e-5."""
 METHODS = (*OFFLINE, *ONLINE)

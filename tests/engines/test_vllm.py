@@ -5,6 +5,8 @@ These start real engines; they are skipped where vLLM is not installed.
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,9 +30,8 @@ from whet.records import Weights
 
 pytest.importorskip("vllm")
 pytestmark = [
-    # vLLM walks over every name of torch.distributed when its worker is imported, and leaves its sockets' context open
+    # vLLM walks over every name of torch.distributed when its worker is imported
     pytest.mark.filterwarnings("ignore:`torch.distributed.reduce_op` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:Unclosed context <zmq:ResourceWarning"),
 ]
 BOUND = 1e-4
 SEEDS = (0, 1)
@@ -341,6 +342,38 @@ def test_an_engine_in_processes_of_its_own(folders: dict, fresh: dict) -> None:
         engine.close()
     assert not engine.processes()
     assert not any(map(e.runs, victims))
+
+
+OWNER = """
+import sys
+from engines import helpers as e
+from whet.generate.vllm import VLLMGenerator
+
+if __name__ == "__main__":
+    engine = VLLMGenerator(sys.argv[1], e.END, e.text, **e.options())
+    print("processes", *engine.processes(), flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.long
+def test_an_engine_whose_owner_was_killed_ends(folders: dict, tmp_path: Path) -> None:
+    (tmp_path / "owner.py").write_text(OWNER)
+    command = [sys.executable, str(tmp_path / "owner.py"), str(folders["qwen3", 0])]
+    path = os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}
+    ) as owner:
+        assert owner.stdout is not None
+        said = next(line for line in owner.stdout if line.startswith("processes"))
+        pids = [int(word) for word in said.split()[1:]]
+        assert pids
+        assert all(map(e.runs, pids))
+        owner.kill()
+    until = time.monotonic() + 20
+    while any(map(e.runs, pids)) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not any(map(e.runs, pids))
 
 
 def test_what_cannot_work_is_said_at_once(folders: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
