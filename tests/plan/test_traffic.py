@@ -1,5 +1,6 @@
 """Bytes that travel, worked by hand for a shape of 1352 parameters on four workers."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -67,17 +68,22 @@ def test_a_forward_gathers_once() -> None:
 
 
 def test_pushes() -> None:
-    network = Network(inside=1000.0, between=100.0, per_node=8)
-    whole = traffic.push(SMALL, layout("fsdp"), network, engines=8, tensor_parallel=2, bytes_each=2)
+    network = Network(inside=1000.0, between=100.0, host=200.0, per_node=8)
+    sent = partial(traffic.push, SMALL, network=network, bytes_each=2)
+    whole = sent(layout=layout("fsdp"), engines=8, tensor_parallel=2, route="broadcast")
     assert (whole.received, whole.everywhere, whole.gathered) == (2 * P, 2 * P * 16, SHARE * 2 * P)
     assert whole.seconds == pytest.approx(SHARE * 2.704 + 27.04)  # gathered within a node, sent between nodes
-    near = traffic.push(SMALL, layout("ddp"), network, engines=4, bytes_each=2)
-    assert (near.gathered, near.seconds) == (0, pytest.approx(2.704))
-    one_by_one = traffic.push(SMALL, layout("ddp"), network, engines=4, broadcast=False, bytes_each=2)
-    assert one_by_one.seconds == pytest.approx(4 * 2.704)
+    near = sent(layout=layout("ddp"), engines=4, route="broadcast")
+    assert (near.gathered, near.seconds, near.held) == (0, pytest.approx(2.704), 0)
+    files = sent(layout=layout("ddp"), engines=4)
+    assert files.seconds == pytest.approx(2 * 13.52)  # written and read; all on one node
+    assert files.held == 3 * 2 * P
+    far = sent(layout=layout("ddp"), engines=8, tensor_parallel=2)
+    assert far.seconds == pytest.approx(2 * 13.52 + 2 * 27.04)  # 4 + 16 GPUs are three nodes
+    assert sent(layout=layout("ddp"), engines=4, shared=True).seconds == files.seconds
     light = traffic.push(SMALL, layout("ddp"), network, engines=4, adapters=50)
     assert (light.received, light.everywhere) == (200, 800)
-    assert traffic.push(SMALL, layout("fsdp"), network, engines=4, shared=True).everywhere == 0
+    assert traffic.push(SMALL, layout("fsdp"), network, engines=4, shared=True, route="handles").everywhere == 0
 
 
 def test_rings_over_nodes_use_all_cards_of_a_node() -> None:
@@ -90,7 +96,7 @@ def test_columns() -> None:
     assert traffic.columns(layout("fsdp"), rows=6, tokens=10, count=2) == SHARE * 4 * 6 * 10 * 2
 
 
-@pytest.mark.parametrize("name", ["inside", "between", "per_node"])
+@pytest.mark.parametrize("name", ["inside", "between", "host", "per_node"])
 def test_a_network_that_stands_still_is_told(name: str) -> None:
     with pytest.raises(RecipeError, match=f"network.{name}: above 0; got 0"):
         Network(**{name: 0})

@@ -95,6 +95,7 @@ def _online(verb: str, recipe: fields.Online, options: Options) -> Run:
         engine_bytes=engine,
         engine_memory=recipe.generator.memory,
         push_adapter=recipe.generator.push == "adapter",
+        route={"nccl": "broadcast", "ipc": "handles"}.get(recipe.generator.transfer, "files"),  # type: ignore[arg-type]
     )
 
 

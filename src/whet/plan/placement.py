@@ -54,6 +54,7 @@ class Run:
     engine_bytes: int = 2
     """generator.dtype: bytes of a number in the engines, 2 or 4"""
     push_adapter: bool = False
+    route: traffic.Route = "files"
     """generator.push: the adapter alone travels to the engines"""
     engine_memory: float = 0.9
     """generator.memory: the share of a GPU's memory that an engine takes"""
@@ -352,7 +353,7 @@ def placed(run: Run, hardware: Hardware, layout: Layout, *, tensor_parallel: int
     if fits is None:
         return None
     if not run.online:
-        return Placement(fits, 0, 1, False, None, times(run, fits, hardware, 0.0), traffic.Push(0, 0, 0, 0))
+        return Placement(fits, 0, 1, False, None, times(run, fits, hardware, 0.0), traffic.Push(0, 0, 0, 0, 0))
     engines = (hardware.gpus - (0 if shared else fits.workers)) // tensor_parallel
     if engines < 1:
         return None
@@ -371,6 +372,7 @@ def placed(run: Run, hardware: Hardware, layout: Layout, *, tensor_parallel: int
     pushed = traffic.push(
         run.policy, fits, hardware.network, engines=engines, tensor_parallel=tensor_parallel, shared=shared,
         adapters=run.adapters if run.push_adapter else 0, bytes_each=run.held_bytes if run.lora_rank else 4,
+        route="files" if run.route == "handles" and not shared else run.route,
     )  # fmt: skip
     return Placement(
         fits, engines, tensor_parallel, shared, serving, times(run, fits, hardware, pushed.seconds), pushed

@@ -172,10 +172,12 @@ def _bytes(run: Run, hardware: Hardware, best: Placement) -> list[str]:
         held = "bfloat16" if run.lora_rank and run.held_bytes == 2 else "float32"
         what = "the adapter" if run.push_adapter and run.adapters else f"{held} weights"
         sent = f"then {_gib(best.push.received)} GiB to every engine's GPU ({_gib(best.push.everywhere)} GiB in all)"
-        sent = "then copied on each GPU" if best.shared else sent
+        sent = "then handed over on each GPU" if not best.push.received else sent
         lines.append(
             f"push: {what}, {_gib(best.push.gathered)} GiB gathered by the learner, {sent}, {_seconds(best.push.seconds)}"
         )
+        if best.push.held:
+            lines.append(f"in the memory of each node with engines: up to {_gib(best.push.held)} GiB of files for it")
     gathered = traffic.columns(best.layout, rows=run.rows, tokens=run.answer_tokens, count=run.columns)
     lines.append(
         f"columns: {run.columns} of {run.rows} x {run.answer_tokens} numbers, at most {gathered / 2**20:.1f} MiB"
@@ -234,7 +236,7 @@ def _assumed(run: Run, hardware: Hardware, best: Placement) -> list[str]:
         f"computation {dtype}, at {speed / 1e12:g} TFLOP/s: {hardware.training:.0%} reached in updates, {hardware.reading:.0%} in "
         f"forwards; {hardware.bandwidth / 1e12:g} TB/s of memory, {hardware.decoding:.0%} reached while decoding (H100 SXM)",
         f"network: {network.inside / 1e9:g} GB/s a GPU within a node of {network.per_node}, {network.between / 1e9:g} GB/s a GPU "
-        "between nodes",
+        f"between nodes, {network.host / 1e9:g} GB/s for files in a node's memory",
     ]
     rows = f"{run.rows} rows a step of {run.prompt_tokens} prompt tokens"
     if run.online:

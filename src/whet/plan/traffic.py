@@ -5,6 +5,7 @@ scattering them, moves S (W - 1) / W through every GPU, and an all-reduce is bot
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from whet.errors import RecipeError
 from whet.plan.memory import Layout
@@ -21,9 +22,11 @@ class Network:
     """a GPU's share of the network between nodes (400 Gbit/s a GPU: 50e9)"""
     per_node: int = 8
     """GPUs of a node"""
+    host: float = 5e9
+    """one process writing or reading files in a node's memory (an assumption; nothing of it was measured on such a node)"""
 
     def __post_init__(self) -> None:
-        for name in ("inside", "between", "per_node"):
+        for name in ("inside", "between", "per_node", "host"):
             if not getattr(self, name) > 0:
                 raise RecipeError(f"network.{name}: above 0; got {getattr(self, name)}")
 
@@ -104,13 +107,21 @@ def update(layout: Layout, count: int, *, held: int = 4) -> Traffic:
     return Traffic(0.0, ring_share(4 * count, w) if layout.whole_gradients else 0.0)
 
 
+Route = Literal["files", "broadcast", "handles"]
+"""How new weights reach engines: files in memory, a broadcast over NCCL, or handles of memory on the same GPU (IPC)."""
+
+
 @dataclass(frozen=True)
 class Push:
-    """New weights for the engines: bytes that every engine GPU receives, what the learner gathers first, and seconds."""
+    """New weights for the engines: bytes that every engine GPU receives, what the learner gathers first, and seconds.
+
+    `held` are the bytes that lie in the memory of each node with engines: the last two pushes, and the one that is written.
+    """
 
     received: float
     gathered: float
     everywhere: float
+    held: float
     seconds: float
 
 
@@ -124,23 +135,30 @@ def push(
     bytes_each: int = 4,
     adapters: int = 0,
     shared: bool = False,
-    broadcast: bool = True,
+    route: Route = "files",
 ) -> Push:
     """One push of the policy's weights (P bytes_each, as the learner holds them) or of its `adapters` alone (in float32) to E engines.
 
-    Shares are gathered over the learner first; then one worker sends the whole, and every GPU of every engine
-    receives it and keeps its part. A pipelined `broadcast` takes the time of one copy, whatever E is; without it (files,
-    servers) the copies leave one after another. Engines on the learner's own GPUs (`shared`) read what was gathered.
+    Shares are gathered over the learner first; then every GPU of every engine receives the whole and keeps its part. By
+    `files` one worker writes them into its node's memory, they travel to the other nodes with engines one after another,
+    and all engines read them at the same time. A pipelined `broadcast` takes the time of one copy, whatever E is. Engines
+    on the learner's own GPUs (`shared`) are on the nodes of the learner; `handles` need no copy at all.
     """  # fmt: skip
     size = 4.0 * adapters if adapters else float(bytes_each * shape.parameters())
     gathered = ring_share(size, layout.workers) if layout.shards else 0.0
     seconds = gathered / network.ring(layout.workers)
-    if shared:
-        return Push(0.0, gathered, 0.0, seconds)
+    if route == "handles":
+        return Push(0.0, gathered, 0.0, 0.0, seconds)
     receivers = engines * tensor_parallel
-    speed = network.inside if layout.workers + receivers <= network.per_node else network.between
-    copies = 1 if broadcast else engines
-    return Push(size, gathered, size * receivers, seconds + copies * size / speed)
+    gpus = max(layout.workers, receivers) if shared else layout.workers + receivers
+    if route == "broadcast":
+        speed = network.inside if gpus <= network.per_node else network.between
+        return Push(size, gathered, size * receivers, 0.0, seconds + size / speed)
+    nodes = -(-gpus // network.per_node)
+    first = 0 if shared else layout.workers // network.per_node  # nodes that the learner fills alone
+    others = nodes - max(first, 1)
+    seconds += 2 * size / network.host + others * size / network.between
+    return Push(size, gathered, size * receivers, 3 * size, seconds)
 
 
 def columns(layout: Layout, *, rows: int, tokens: int, count: int) -> float:
