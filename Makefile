@@ -7,12 +7,13 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test engines lint format bench mutants proof soak gpu clean help
+.PHONY: demo test engines engines-long lint format bench mutants proof soak gpu clean help
 
 help:
 	@echo "make demo [SEED=1] [OUT=runs/demo]   the whole recipe on a little world, with a report"
 	@echo "make test                            all tests"
 	@echo "make engines                         the tests of vLLM, FSDP2, DeepSpeed and Ray, in an environment of their own"
+	@echo "make engines-long                    all of these tests, the long ones too"
 	@echo "make lint                            ruff and mypy"
 	@echo "make mutants                         breaks the mathematics line by line; the tests must turn red"
 	@echo "make proof                           every known answer at full length, over three seeds; writes docs/proof.json"
@@ -53,6 +54,9 @@ QUIET = VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 RAY_USAGE_STATS_ENABLED=0 RAY_ENABL
 
 engines: .venv-engines/ready
 	$(QUIET) .venv-engines/bin/python -m pytest -q tests/engines
+
+engines-long: .venv-engines/ready
+	$(QUIET) .venv-engines/bin/python -m pytest -q --long tests/engines
 
 soak: .venv-engines/ready
 	$(QUIET) .venv-engines/bin/python -m proof.soak

@@ -103,6 +103,7 @@ def test_the_overview_names_every_verb() -> None:
         ("sample", ["--count", "--reward", "--keep"]),
         ("rank", ["--judge-form"]),
         ("eval", ["--against"]),
+        ("serve", ["--port", "--max-model-len", "--tensor-parallel"]),
         ("demo", ["--out"]),
     ],
 )

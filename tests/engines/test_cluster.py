@@ -413,7 +413,7 @@ def test_a_lost_machine_makes_the_world_smaller_and_a_new_one_larger(
         if world.learners == 1 and machines.other is None:
             machines.grow()
 
-    wanted = Wanted(2, 2, 1, smallest=1, patience=4, strategy="SPREAD")  # the head has places for three
+    wanted = Wanted(2, 2, 1, cpus=0.9, smallest=1, patience=4, strategy="SPREAD")  # the head has places for three
     got = PPO(tmp_path, before=before).survive(wanted, restarts=8)
     assert sizes[:2] == [2, 2]
     assert 1 in sizes

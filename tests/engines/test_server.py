@@ -4,6 +4,8 @@ These start a real server; they are skipped where vLLM is not installed.
 """
 
 import http.server
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -167,6 +169,23 @@ def test_a_killed_engine_is_noticed_and_the_server_ends(generator: Any, server: 
     assert not server.folder.exists()
     with pytest.raises(EngineDied, match=r"nothing answers|push whole weights first"):
         generator.score([torch.tensor([2, 3])])
+
+
+@pytest.mark.long
+def test_the_verb_starts_one_and_ends_it_with_itself(tmp_path: Path) -> None:
+    tiny.folder(tmp_path / "model", **e.SHAPE)
+    command = [sys.executable, "-m", "whet", "serve", "--model", str(tmp_path / "model"), "--cache-mib", "64"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        url = run.stdout.readline().split()[0]
+        generator = ServerGenerator(url, e.END, e.text)
+        assert generator.max_model_len == 512
+        assert len(list(generator.generate(e.asked()))) == 8
+        started = descendants(run.pid)
+        assert len(started) > 2
+        run.terminate()
+        assert run.wait(60) == 0
+    assert not any(map(alive, started))
 
 
 @pytest.mark.long

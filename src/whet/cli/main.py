@@ -18,6 +18,7 @@ OTHERS = {
     "sample": "K answers for every prompt of a file",
     "rank": "answers become rankings, by a judge function or by their scores",
     "eval": "win rate under a judge, a reward model's accuracy, or a held-out loss",
+    "serve": "a vLLM server on this machine, from which runs take answers (generator.engine server)",
     "explain": "a recipe's objective with its numbers, its arithmetic, and where it ends",
     "plan": "what a training recipe needs on so many GPUs: memory, traffic, time",
     "demo": "the whole recipe on a little world, with a report",
@@ -74,6 +75,10 @@ def run(verb: str, recipe: str | None = None, *, resume: bool = False, quiet: bo
         return verbs.run_offline(verb, resolved, options)
     if verb in ONLINE:
         return verbs.run_online(verb, resolved, options)
+    if verb == "serve":
+        from whet.cli.serve import run_serve
+
+        return run_serve(resolved)
     others: dict[str, Callable[..., Any]] = {"sample": verbs.run_sample, "rank": verbs.run_rank, "eval": verbs.run_eval}
     return others[verb](resolved, options)
 

@@ -411,9 +411,37 @@ class Eval:
     """CPU threads; 0 leaves torch's own choice"""
 
 
+@dataclass(frozen=True)
+class Serve:
+    """Recipe of serve: a vLLM server that takes weights. Needs whet[vllm]."""
+
+    model: Frozen = Frozen()
+    port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
+    """where it listens on loopback; 0 is any free port"""
+    max_model_len: Annotated[int, msgspec.Meta(ge=2)] | None = None
+    """longest prompt and answer together, in tokens; default: what the model's positions allow"""
+    answers_at_once: Count = 256
+    """answers that are generated together"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """the server's precision; "auto" is the model's"""
+    transfer: Literal["auto", "shared", "gloo", "nccl", "ipc"] = "auto"
+    """how weights travel to it; "auto" is shared memory"""
+    tensor_parallel: Count = 1
+    """GPUs that it is split over"""
+    memory: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.5
+    """share of a GPU's memory that it takes"""
+    cache_mib: Count = 512
+    """size of its KV cache on CPU, in MiB"""
+    sleep: bool = False
+    """it can give its GPU's memory back between rollouts"""
+
+
 def kind_of(verb: str) -> type:
     """The record of a verb's recipe."""
-    others = {"sample": Sample, "rank": Rank, "eval": Eval, "reward": RewardModel, "pretrain": Offline, "sft": Offline}
+    others = {
+        "sample": Sample, "rank": Rank, "eval": Eval, "serve": Serve, "reward": RewardModel, "pretrain": Offline,
+        "sft": Offline,
+    }  # fmt: skip
     return others.get(verb, Preference if verb in PREFERENCE else Online)
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -34,6 +33,7 @@ from whet.generate.vllm import (
 )
 from whet.generate.vllm_push import About, Inlet
 from whet.records import Weights
+from whet.workers import free_port
 
 UNSET = "default"
 """What vLLM calls weights that nobody pushed."""
@@ -250,6 +250,7 @@ class Server:
     """A vLLM server on loopback, started here; a context manager that ends it and all of its processes.
 
     model            folder or name of a Hugging Face model, with its tokenizer
+    port             where it listens; 0 is any free port
     start_timeout    seconds that it may take to answer
     options          of the engine, as in `VLLMGenerator`: max_model_len, dtype, kv_cache_mib, gpu_memory, max_num_seqs,
                      tensor_parallel, seed, transfer ("shared" by default), gpus, sleep
@@ -257,12 +258,11 @@ class Server:
     Raises RecipeError without vLLM, ModelError when the server ends or does not answer in time.
     """
 
-    def __init__(self, model: str | Path, *, start_timeout: float = 600.0, **options: Any) -> None:
+    def __init__(self, model: str | Path, *, port: int = 0, start_timeout: float = 600.0, **options: Any) -> None:
         require_vllm()
         self.folder = Path(tempfile.mkdtemp(prefix="whet-", dir=shared_memory()))
         arguments = engine_arguments(model, self.folder, **options)
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
+        port = port or free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log = self.folder / "server.log"
         command = [
@@ -311,6 +311,7 @@ class Server:
                 )
             try:
                 if asked.raw("GET", "/health")[0] == 200:
+                    asked.ask("POST", "/collective_rpc", {"method": "whet_about"})  # from now on it knows its owner
                     return
             except EngineDied:
                 pass
