@@ -246,7 +246,7 @@ def test_an_impossible_placement_fails_in_time_and_says_what_there_is(machines: 
 # --- the learner ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_learner_of_actors_has_the_numbers_of_one_process(machines: Machines, size: int, tmp_path: Path) -> None:
     expected = basics(jobs.learner(Workers()), tmp_path / "here")
     with World(Wanted(size)) as world:
@@ -399,6 +399,7 @@ def test_a_run_that_keeps_dying_ends_with_the_last_cause(machines: Machines, tmp
         survive(failing, HERE, restarts=2, quiet=True)
 
 
+@pytest.mark.long
 def test_a_lost_machine_makes_the_world_smaller_and_a_new_one_larger(
     machines: Machines, alone: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
