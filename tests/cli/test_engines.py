@@ -26,6 +26,10 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "truncation": ({"generator": "vllm", "sampling.top_p": 0.9}, "sampling: a vllm engine does not say which tokens"),
     "no server": ({"generator": "server"}, "generator.urls: where are the servers"),
+    "a server that is not there": (
+        {"generator": "server", "generator.urls": ["http://127.0.0.1:1"]},
+        r"generator.urls: .*nothing answers at http://127.0.0.1:1 .*start one with whet serve",
+    ),
     "servers without": ({"generator.urls": ["http://127.0.0.1:1"]}, "generator.urls: it is for engine server"),
     "count": ({"generator.count": 2}, "generator.count: it is for engine vllm, and this one is local"),
     "adapter": ({"generator": "vllm", "generator.push": "adapter"}, "there is no adapter without model.lora"),

@@ -17,7 +17,7 @@ from whet.cluster import Wanted, World, connected, survive
 from whet.cluster.folders import Post
 from whet.cluster.ray import require, there
 from whet.dials import Optim
-from whet.errors import RecipeError
+from whet.errors import EngineDied, RecipeError
 from whet.generate import Generator
 from whet.generate.fleet import Fleet
 from whet.generate.local import LocalGenerator
@@ -90,6 +90,8 @@ def check_generator(recipe: fields.Online, workers: int) -> None:
                 "model.quantise: a 4-bit base cannot be handed to a generator of its own; let the adapter travel alone "
                 "(--generator vllm --generator.push adapter), or leave quantise at none"
             )
+    if wanted.engine == "server" and recipe.cluster.address is None:
+        _reached(wanted.urls)
     if wanted.push == "adapter" and recipe.model.lora is None:
         raise RecipeError("generator.push: there is no adapter without model.lora; leave it at weights")
     if wanted.transfer in ("ipc", "nccl") and workers > 1:
@@ -109,6 +111,19 @@ def check_generator(recipe: fields.Online, workers: int) -> None:
             "generator.max_staleness: torchrun's workers answer and learn in turns; give the engines places of their own "
             "with --cluster auto --cluster.engines 1"
         )
+
+
+def _reached(urls: Sequence[str]) -> None:
+    """Refuses servers that do not answer now: once a run goes on, they would be waited for."""
+    from whet.generate.server import Http
+
+    for url in urls:
+        try:
+            Http(url, 10.0).raw("GET", "/health")
+        except EngineDied as error:
+            raise RecipeError(
+                f"generator.urls: {error}; start one with whet serve --model DIR, or mend the address"
+            ) from error
 
 
 def critic_optim(recipe: fields.Offline | fields.Online) -> Optim:

@@ -138,9 +138,8 @@ class Remote:
             return ray.get(reference, timeout=limit)
         except ray.exceptions.RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
-            if (
-                isinstance(cause, ray.exceptions.RayError) and cause is not error
-            ):  # what was sent had died with its keeper
+            if cause is not error and isinstance(cause, ray.exceptions.RayError):
+                # its own work did not fail: what was to be sent to it died with its keeper
                 raise WorldDied(f"cluster: {self.name} was sent what is lost ({first_line(cause)})") from error
             raise cause from (None if isinstance(cause, WhetError) else error)
         except ray.exceptions.GetTimeoutError:

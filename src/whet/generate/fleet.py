@@ -23,7 +23,8 @@ PAUSE, LONGEST = 0.5, 30.0
 class Lane:
     """One engine that is made again when it dies, takes the weights last adopted, and is asked again.
 
-    Raises Spent when `lives` are, and WorldDied where another engine would not help.
+    One that cannot even be started the first time is an error at once. Raises Spent when `lives` are, and WorldDied where
+    another engine would not help.
     """
 
     def __init__(self, make: Callable[[], Generator], lives: Lives) -> None:
@@ -62,7 +63,7 @@ class Lane:
             own.close()
 
     def _made(self) -> Generator:
-        """A new engine. What the first one was told it cannot do is an error; for a later one it is a death like others."""
+        """A new engine. Where a later one cannot be started, that is a death like others."""
         try:
             own = self._make()
         except ModelError as error:
@@ -90,6 +91,8 @@ class Lane:
                 with suppress(Exception):  # it is dead: what it says to being closed does not matter
                     self.close()
                 self.own = None
+                if self._first:
+                    raise
                 self._lives.spend(error)
 
 
