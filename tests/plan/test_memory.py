@@ -195,7 +195,6 @@ def test_what_is_unfolded_by_hand() -> None:
     # root and its gradient; two layers, one gradient, its float32 input to the reduce-scatter
     assert size("fsdp") == 2 * 4 * 168 + 592 * (8 + 4 + 4)
     assert size("fsdp", half=True) == 2 * 2 * 168 + 592 * (4 + 2 + 4)
-    assert size("fsdp", whole_gradients=True) == size("fsdp") + 4 * 1352
     assert size("zero2") == 4 * 1352 + 1352
     assert size("zero3") == 4 * 1352 + 1352 + 4 * 1352
     assert frozen(SMALL, Layout("fsdp", 4), bytes_each=2).states == 2 * 1352 / 4
@@ -222,7 +221,6 @@ def test_an_engine_is_filled_with_blocks() -> None:
         ({"half": True}, "learner.half: local has no such thing; take fsdp or zero2"),
         ({"engine": "zero3", "workers": 0}, "learner.workers: at least 1; got 0"),
         ({"micro_tokens": 0}, "learner.micro_tokens: at least 1; got 0"),
-        ({"engine": "zero2", "workers": 2, "whole_gradients": True}, "only fsdp has the choice"),
     ],
 )
 def test_what_cannot_be_laid_out_is_told(dials: dict, what: str) -> None:

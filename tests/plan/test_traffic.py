@@ -24,7 +24,6 @@ def layout(engine: Any, **dials: Any) -> Layout:
         ("zero2", {"half": True}, 0, 2 * P),
         ("zero3", {"half": True}, 2 * 2 * P, 2 * P),  # 3 x 2 P: Rajbhandari et al. 2020
         ("fsdp", {"half": True}, 2 * 2 * P, 4 * P),
-        ("fsdp", {"half": True, "whole_gradients": True}, 2 * 2 * P, 0),
         ("fsdp", {}, 4 * 2 * P, 4 * P),
     ],
 )
@@ -40,7 +39,6 @@ def test_a_micro_batch(engine: Any, dials: dict, gathered: float, reduced: float
         ("zero2", {"half": True}, 2 * P, 0),
         ("zero3", {}, 0, 0),
         ("fsdp", {}, 0, 0),
-        ("fsdp", {"whole_gradients": True}, 0, 4 * P),
     ],
 )
 def test_an_update(engine: Any, dials: dict, gathered: float, reduced: float) -> None:

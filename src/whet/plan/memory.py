@@ -43,8 +43,6 @@ class Layout:
     """gradient checkpointing: only the layers' inputs are kept"""
     micro_tokens: int = 8192
     """tokens of one forward pass, padding counted"""
-    whole_gradients: bool = False
-    """fsdp reduces once an update instead of after every micro-batch: less traffic, and a whole gradient on every GPU"""
 
     def __post_init__(self) -> None:
         if self.engine not in get_args(Engine):
@@ -57,8 +55,6 @@ class Layout:
         for name in ("half", "offload"):
             if getattr(self, name) and self.engine in ("local", "ddp"):
                 raise RecipeError(f"learner.{name}: {self.engine} has no such thing; take fsdp or zero2")
-        if self.whole_gradients and self.engine != "fsdp":
-            raise RecipeError(f"learner.whole_gradients: only fsdp has the choice; the engine is {self.engine}")
 
     @property
     def shards(self) -> bool:
@@ -167,7 +163,7 @@ def working(shape: Shape, layout: Layout, count: int, *, head: str = "language",
     - local: nothing; ddp: the bucket that is summed at once, 4 min(T, `REPLICA_BUCKET` + the largest tensor).
     - fsdp (one unit per layer, the rest is the root): the root's weights, which the backward unfolds first and folds last,
       and its gradient; beside them either two layers (this one, and the next one already on its way) with one layer's
-      gradient and its float32 input to the reduce-scatter, or that input for the root. With `whole_gradients` 4 T more.
+      gradient and its float32 input to the reduce-scatter, or that input for the root.
     - zero1, zero2: the reduce bucket (c `BUCKET`), and the float32 copy of a worker's gradient share in the step (4 T / W).
     - zero3: the same, and up to `LIVE` unfolded parameters.
     """
@@ -181,7 +177,7 @@ def working(shape: Shape, layout: Layout, count: int, *, head: str = "language",
         root, layer = shape.end_parameters(head), shape.layer_parameters()
         ends = c * root * (1 + trains)
         beside = max(2 * c * layer + (c + 4) * layer * trains, 4 * root * trains)
-        return ends + beside + (4 * count if layout.whole_gradients else 0)
+        return ends + beside
     step = 0.0 if layout.offload else 4 * count / layout.workers
     live = c * min(shape.parameters(head), LIVE) if layout.engine == "zero3" else 0
     return c * min(count, BUCKET) + step + live

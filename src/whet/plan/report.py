@@ -137,7 +137,7 @@ def _others(run: Run, hardware: Hardware, best: Placement) -> list[str]:
     rows = []
     for engine in ENGINES if not run.muon else ("ddp",):
         half = run.half and engine != "ddp"
-        layout = replace(best.layout, engine=engine, half=half, offload=False, whole_gradients=False)
+        layout = replace(best.layout, engine=engine, half=half, offload=False)
         total = placement.needed(placement.parts(run, layout))
         rows.append([engine, _gib(total), _verdict(total, hardware.usable)])
     width = max(len(row[1]) for row in rows)

@@ -72,7 +72,7 @@ def micro_batch(shape: Shape, layout: Layout, count: int, *, head: str = "langua
     """Traffic of one trained role's forward and backward over one micro-batch; `count` parameters are trained.
 
     - fsdp gathers all weights in the forward and again in the backward (`reshard_after_forward` holds for the root too), c
-      bytes each, and reduces and scatters gradients in float32, unless `whole_gradients` leaves that to the update.
+      bytes each, and reduces and scatters gradients in float32.
     - zero3 gathers all weights twice and reduces in c bytes: 3 P c in all (Rajbhandari et al. 2020, section 7.2.2).
     - zero2 reduces in c bytes; local, ddp and zero1 stay silent until the update.
     With layers recomputed (checkpointing) nothing is gathered a third time: they are unfolded for their backward anyway.
@@ -80,8 +80,7 @@ def micro_batch(shape: Shape, layout: Layout, count: int, *, head: str = "langua
     c, w = layout.computes_in(held), layout.workers
     whole = shape.parameters(head)
     if layout.engine == "fsdp":
-        reduced = 0.0 if layout.whole_gradients else ring_share(4 * count, w)
-        return Traffic(ring_share(2 * c * whole, w), reduced)
+        return Traffic(ring_share(2 * c * whole, w), ring_share(4 * count, w))
     if layout.engine == "zero3":
         return Traffic(ring_share(2 * c * whole, w), ring_share(c * count, w))
     return Traffic(0.0, ring_share(c * count, w) if layout.engine == "zero2" else 0.0)
@@ -97,14 +96,14 @@ def update(layout: Layout, count: int, *, held: int = 4) -> Traffic:
     """Traffic of one trained role at the optimiser's step, once an update.
 
     ddp all-reduces 4 T, 2 (W - 1) / W times; zero1 reduces c T to their owners and gathers the new weights back; zero2
-    gathers them; fsdp with `whole_gradients` reduces and scatters 4 T.
+    gathers them; fsdp and zero3 have sent everything before.
     """
     c, w = layout.computes_in(held), layout.workers
     if layout.engine == "ddp":
         return Traffic(0.0, 2 * ring_share(4 * count, w))
     if layout.engine in ("zero1", "zero2"):
         return Traffic(ring_share(c * count, w), ring_share(c * count, w) if layout.engine == "zero1" else 0.0)
-    return Traffic(0.0, ring_share(4 * count, w) if layout.whole_gradients else 0.0)
+    return Traffic(0.0)
 
 
 Route = Literal["files", "broadcast", "handles"]
