@@ -80,12 +80,23 @@ MISSING = {
 def test_a_missing_extra_is_one_line_with_the_install_command(
     name: str, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for place in ("whet.generate.vllm", "whet.cli.crew"):
+    for place in ("whet.generate.base", "whet.cli.crew"):
         monkeypatch.setattr(f"{place}.find_spec", lambda *_: None)
     changes, said = MISSING[name]
     with pytest.raises(RecipeError, match=said) as raised:
         whet.run("reinforce", **{**given, **changes})
     assert "\n" not in str(raised.value)
+
+
+def test_the_correction_that_is_advised_exists(given: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    from whet.cli import build, config
+    from whet.cli.recipe import Online
+    from whet.methods import compose
+
+    recipe = config.resolve(Online, "ppo", None, [("generator.max_staleness", 1)])
+    (told,) = build.cautions(recipe, compose.online("ppo"))
+    advised = told.partition("--correct ")[2].split()[0]
+    assert compose.online("ppo", correct=advised).correct is not None
 
 
 def test_engines_take_the_gpus_that_learners_leave() -> None:

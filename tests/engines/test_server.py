@@ -23,7 +23,8 @@ from engines import helpers as e
 from whet.dials import Sampling
 from whet.errors import EngineDied, ModelError, RecipeError, RunStopped
 from whet.generate import vllm_push
-from whet.generate.server import Http, Server, ServerGenerator, flags
+from whet.generate.http import Http
+from whet.generate.server import Server, ServerGenerator, flags
 from whet.generate.vllm import alive, descendants
 from whet.records import Weights
 

@@ -378,7 +378,7 @@ def test_an_engine_whose_owner_was_killed_ends(folders: dict, tmp_path: Path) ->
 
 def test_what_cannot_work_is_said_at_once(folders: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("whet.generate.vllm.find_spec", lambda name: None)
+        patch.setattr("whet.generate.base.find_spec", lambda name: None)
         with pytest.raises(RecipeError, match=r'generator.engine: vllm is not installed; pip install "whet\[vllm\]"'):
             VLLMGenerator(tmp_path, e.END, e.text, **e.options())
     with pytest.raises(ModelError, match="vLLM cannot start"):

@@ -91,6 +91,9 @@ def test_the_flags_of_a_placement_are_a_recipes() -> None:
         assert (recipe.cluster.learners, recipe.cluster.engines) == (one.layout.workers, one.engines)
         assert recipe.cluster.together == recipe.generator.sleep == one.shared
         assert recipe.generator.tensor_parallel == one.tensor_parallel
+        assert recipe.train.micro_tokens == one.layout.micro_tokens
+    ahead = placement.candidates(replace(RUN, beside=True, tensor_parallel=2), Hardware(6, 10.0))
+    assert {(one.shared, one.tensor_parallel) for one in ahead} == {(False, 2)}
 
 
 def test_seconds_by_hand() -> None:
@@ -167,9 +170,9 @@ def test_ahead_a_step_is_shorter_and_the_ages_stay_within_the_bound() -> None:
 
 def test_half_precision_is_offered_and_taken() -> None:
     told = lines(RUN, Hardware(4, 4.0))
-    assert any(line.startswith("learner.half true would compute in bfloat16") for line in told)
+    assert any(line.startswith("--learner fsdp --learner.half would compute in bfloat16") for line in told)
     half = "\n".join(lines(replace(RUN, half=True), Hardware(4, 4.0)))
-    assert "learner.half true would" not in half
+    assert "learner.half would" not in half
     assert "computation in bfloat16, at 989 TFLOP/s" in half
     assert "learner fsdp on 1 GPU" in "\n".join(lines(replace(RUN, half=True)))
 

@@ -483,7 +483,7 @@ def _about_correction(recipe: fields.Online, algorithm: Algorithm) -> list[str]:
     if algorithm.correct is None and recipe.generator.max_staleness:
         return [
             "generator.max_staleness: answers of older weights are learned from as if the present ones had made them; "
-            "--correct token_truncate weighs them"
+            "--correct token_weight weighs them"
         ]
     return []
 

@@ -19,7 +19,9 @@ from whet.cluster.ray import require, there
 from whet.dials import Optim
 from whet.errors import EngineDied, RecipeError
 from whet.generate import Generator
+from whet.generate.base import require_vllm
 from whet.generate.fleet import Fleet
+from whet.generate.http import Http
 from whet.generate.local import LocalGenerator
 from whet.generate.shared import SharedGenerator
 from whet.learner.local import LocalLearner
@@ -94,10 +96,14 @@ def check_generator(recipe: fields.Online, workers: int) -> None:
         _reached(wanted.urls)
     if wanted.push == "adapter" and recipe.model.lora is None:
         raise RecipeError("generator.push: there is no adapter without model.lora; leave it at weights")
-    if wanted.transfer in ("ipc", "nccl") and workers > 1:
+    if wanted.transfer in ("ipc", "nccl") and (workers > 1 or recipe.cluster.address):
         raise RecipeError(
-            f"generator.transfer: {wanted.transfer} is for one worker, and there are {workers}; leave it at auto"
+            f"generator.transfer: {wanted.transfer} is for one learner without a cluster; leave it at auto"
         )
+    if wanted.engine == "vllm":
+        require_vllm()
+        if recipe.cluster.address is None:
+            gpus_of(recipe)
     if wanted.sleep and wanted.max_staleness:
         raise RecipeError("generator.sleep: engines that answer ahead never rest; leave it out, or max_staleness at 0")
     if wanted.engine == "server" and workers not in (1, len(wanted.urls)):
@@ -115,14 +121,12 @@ def check_generator(recipe: fields.Online, workers: int) -> None:
 
 def _reached(urls: Sequence[str]) -> None:
     """Refuses servers that do not answer now: once a run goes on, they would be waited for."""
-    from whet.generate.server import Http
-
     for url in urls:
         try:
             Http(url, 10.0).raw("GET", "/health")
         except EngineDied as error:
             raise RecipeError(
-                f"generator.urls: {error}; start one with whet serve --model DIR, or mend the address"
+                f"generator.urls: {str(error).removeprefix('generator: ')}; start one with whet serve --model DIR, or mend the address"
             ) from error
 
 

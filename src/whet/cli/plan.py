@@ -95,6 +95,8 @@ def _online(verb: str, recipe: fields.Online, options: Options) -> Run:
         engine_bytes=engine,
         engine_memory=recipe.generator.memory,
         push_adapter=recipe.generator.push == "adapter",
+        beside=recipe.generator.max_staleness > 0,
+        tensor_parallel=recipe.generator.tensor_parallel if recipe.generator.tensor_parallel > 1 else 0,
         route={"nccl": "broadcast", "ipc": "handles"}.get(recipe.generator.transfer, "files"),  # type: ignore[arg-type]
     )
 

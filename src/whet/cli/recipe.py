@@ -153,7 +153,7 @@ class Generation:
     engine: Literal["local", "vllm", "server"] = "local"
     """transformers in the learner's processes, vLLM engines that whet starts, or vLLM servers that run already"""
     count: Count = 1
-    """vLLM engines that share the load (under a cluster: cluster.engines)"""
+    """vLLM engines of each learner's process that share its load (under a cluster: cluster.engines)"""
     urls: tuple[str, ...] = ()
     """where the servers are, such as "http://127.0.0.1:8000" """
     tensor_parallel: Count = 1
@@ -167,7 +167,7 @@ class Generation:
     transfer: Literal["auto", "shared", "gloo", "nccl", "ipc"] = "auto"
     """how it travels to vLLM; "auto" is shared memory; ipc is for an engine on the learner's own GPU"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """the engine's precision; "auto" is the model's"""
+    """the engine's precision; "auto" is model.dtype's, which is float32 unless the recipe says otherwise (or adapters on a GPU)"""
     memory: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.5
     """share of a GPU's memory that an engine takes"""
     cache_mib: Count = 512
@@ -197,7 +197,7 @@ class Cluster:
     cpus: Positive = 1.0
     """CPUs of each worker, which has as many threads"""
     smallest: Count = 1
-    """learners to go on with where a lost machine's cannot be placed again"""
+    """after a death: learners to go on with where a lost machine's cannot be placed again"""
     restarts: NotNegativeInt = 20
     """times that workers are started again before the run gives up"""
     patience: Positive = 60.0
@@ -423,7 +423,7 @@ class Serve:
     answers_at_once: Count = 256
     """answers that are generated together"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """the server's precision; "auto" is the model's"""
+    """the server's precision; "auto" is model.dtype's, which is float32 unless the recipe says otherwise"""
     transfer: Literal["auto", "shared", "gloo", "nccl", "ipc"] = "auto"
     """how weights travel to it; "auto" is shared memory"""
     tensor_parallel: Count = 1

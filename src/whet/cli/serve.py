@@ -8,14 +8,16 @@ from typing import Any
 from whet.cli import build
 from whet.cli import recipe as fields
 from whet.errors import RecipeError
+from whet.generate.base import require_vllm
 from whet.models import load
 
 
 def run_serve(recipe: fields.Serve) -> str:
     """Starts the server, says its address, and stays until it ends or is told to. Returns how it ended."""
+    source = build.source_of(recipe.model)
+    require_vllm()
     from whet.generate.server import Server
 
-    source = build.source_of(recipe.model)
     longest = recipe.max_model_len or load.positions(source)
     on_cpu = source.torch_device().type == "cpu"
     dtype = str(source.torch_dtype()).removeprefix("torch.") if recipe.dtype == "auto" else recipe.dtype

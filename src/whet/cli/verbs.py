@@ -139,7 +139,7 @@ def run_online(verb: str, recipe: fields.Online, options: Options) -> Path:
     reader = build.reader_of(recipe.model, recipe.data, chat, room=recipe.sampling.max_new_tokens)
     prompts = build.rows_of(recipe.data, reader.prompts)
     build.check_columns(prompts)
-    crew.check_generator(recipe, 1)
+    crew.check_generator(recipe, int(os.environ["WORLD_SIZE"]) if launched() else 1)
     build.check_rewards(recipe, tokenizer)
     ptx = (
         build.reader_of(recipe.model, fields.Rows(), chat).demonstrations(read_rows(recipe.ptx.data))
@@ -178,12 +178,10 @@ def run_online(verb: str, recipe: fields.Online, options: Options) -> Path:
 
         crew.on_cluster(recipe, attempt, options.resume, options.quiet)
         return folder
-    with _working(recipe, options) as (workers, own):
-        crew.check_generator(recipe, workers.size)
-        with closing(make(workers)) as learner:
-            rewards = crew.rewards_of(recipe, tokenizer, learner, workers)
-            with closing(crew.generator_of(recipe, chat, learner, longest)) as generator:
-                train(learner, generator, rewards, own)
+    with _working(recipe, options) as (workers, own), closing(make(workers)) as learner:
+        rewards = crew.rewards_of(recipe, tokenizer, learner, workers)
+        with closing(crew.generator_of(recipe, chat, learner, longest)) as generator:
+            train(learner, generator, rewards, own)
     return folder
 
 

@@ -130,23 +130,23 @@ class Placement:
         }
 
 
-def place(wanted: Wanted) -> Placement:
-    """The whole world, or after `patience` seconds the largest one that finds a place.
+def place(wanted: Wanted, *, shrinks: bool = True) -> Placement:
+    """The whole world, or where it `shrinks`, after `patience` seconds, the largest one that finds a place.
 
     Raises RecipeError where not even the smallest does: an impossible placement would wait for ever in Ray.
     """
-    for one in (wanted, *wanted.smaller()):
+    for one in (wanted, *(wanted.smaller() if shrinks else ())):
         group = _group(one.bundles(one.learners), one.strategy)
         if group.wait(wanted.patience if one is wanted else min(SOON, wanted.patience)):
             if one is not wanted:
                 print(f"whet: no place for {_asked(wanted)}; going on with {_asked(one)}", file=sys.stderr)
             return Placement(one, wanted, group)
         _remove(group)
-    raise RecipeError(f"cluster: no place for {_asked(wanted)} within {wanted.patience:g} s; {_there()}")
+    raise RecipeError(f"cluster: no place for {_asked(wanted, shrinks)} within {wanted.patience:g} s; {_there()}")
 
 
-def _asked(wanted: Wanted) -> str:
-    fewest = f" (at least {wanted.smallest})" if wanted.smallest < wanted.learners else ""
+def _asked(wanted: Wanted, shrinks: bool = False) -> str:
+    fewest = f" (at least {wanted.smallest})" if shrinks and wanted.smallest < wanted.learners else ""
     where = " on the learners' places" if wanted.together else ""
     each = f"{wanted.cpus:g} CPU" + (f" and {wanted.gpus:g} GPU" if wanted.gpus else "")
     return (

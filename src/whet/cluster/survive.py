@@ -24,15 +24,15 @@ def survive(
 ) -> T:
     """What `attempt(world, resume)` returns. When a worker's death ends it, it is called again with a new world and resume.
 
-    The world is whole again where its machines are, else smaller (see `placement.place`); when there is a place for more
-    workers after a checkpoint, the run goes on from there with more (`Regrow`, which is no death). Raises Spent of
+    The first world is whole. Later ones are where machines are back, else smaller (see `placement.place`); when there is a
+    place for more workers after a checkpoint, the run goes on from there with more (`Regrow`, which is no death). Raises Spent of
     the last cause when workers died more than `restarts` times over all worlds, those that a world replaces itself
     (engines, reward workers) counted, and at once whatever else the attempt raises.
     """
-    lives = Lives(restarts)
+    lives, shrinks = Lives(restarts), False
     while True:
         try:
-            with World(wanted, lives, limit=limit) as world:
+            with World(wanted, lives, limit=limit, shrinks=shrinks) as world:
                 return attempt(world, resume)
         except Exception as error:
             cause = death(error)
@@ -44,7 +44,7 @@ def survive(
                 lives.spend(cause)
             if not quiet:
                 print(f"whet: {cause}; going on from the last checkpoint", file=sys.stderr)
-        resume = True
+        resume = shrinks = True
 
 
 def death(error: BaseException | None) -> EngineDied | None:

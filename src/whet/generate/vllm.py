@@ -9,7 +9,6 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from whet.errors import EngineDied, ModelError, RecipeError, RunStopped, first_line
 from whet.generate import vllm_push
-from whet.generate.base import Request
+from whet.generate.base import Request, require_vllm
 from whet.generate.vllm_push import About, Inlet, Transfer
 from whet.generate.vllm_worker import EXTENSION, FOLDER, OWNER
 from whet.ops import address
@@ -478,12 +477,6 @@ def engine_arguments(
     if kv_cache_mib or not on_gpu:
         arguments["kv_cache_memory_bytes"] = (kv_cache_mib or 512) << 20
     return arguments
-
-
-def require_vllm() -> None:
-    """Raises RecipeError where vLLM is not installed."""
-    if find_spec("vllm") is None:
-        raise RecipeError('generator.engine: vllm is not installed; pip install "whet[vllm]"')
 
 
 def _refuse_inside_ranks(separate: bool) -> None:

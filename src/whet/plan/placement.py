@@ -55,6 +55,10 @@ class Run:
     """generator.dtype: bytes of a number in the engines, 2 or 4"""
     push_adapter: bool = False
     route: traffic.Route = "files"
+    beside: bool = False
+    """engines may not share the learner's GPUs (they answer ahead)"""
+    tensor_parallel: int = 0
+    """GPUs of an engine; 0 leaves it to the plan"""
     """generator.push: the adapter alone travels to the engines"""
     engine_memory: float = 0.9
     """generator.memory: the share of a GPU's memory that an engine takes"""
@@ -206,6 +210,8 @@ class Placement:
         layout, engines = self.layout, self.engines
         words = {
             f"--learner {layout.engine}": True,
+            f"--train.micro-tokens {layout.micro_tokens}": True,
+            "--model.gradient-checkpointing": layout.checkpointing,
             "--learner.half": layout.half,
             "--learner.offload": layout.offload,
             f"--cluster auto --cluster.learners {layout.workers}": layout.workers + engines > 1,
@@ -372,7 +378,7 @@ def placed(run: Run, hardware: Hardware, layout: Layout, *, tensor_parallel: int
     pushed = traffic.push(
         run.policy, fits, hardware.network, engines=engines, tensor_parallel=tensor_parallel, shared=shared,
         adapters=run.adapters if run.push_adapter else 0, bytes_each=run.held_bytes if run.lora_rank else 4,
-        route="files" if run.route == "handles" and not shared else run.route,
+        route=run.route if fits.workers == 1 else "files",
     )  # fmt: skip
     return Placement(
         fits, engines, tensor_parallel, shared, serving, times(run, fits, hardware, pushed.seconds), pushed
@@ -426,11 +432,12 @@ def candidates(
         kind = engine or natural(run, workers)
         if kind == "local" and workers > 1:
             continue
-        for shared in (False, True):
+        for shared in (False,) if run.beside or run.tensor_parallel > 1 else (False, True):
             options = (
                 placed(run, hardware, layout, tensor_parallel=width, shared=shared)
                 for layout in layouts(run, kind, workers)
-                for width in ((1,) if shared else (1, 2, 4, 8))  # an engine over several GPUs has them for itself
+                # an engine over several GPUs has them for itself
+                for width in ((1,) if shared else (run.tensor_parallel,) if run.tensor_parallel else (1, 2, 4, 8))
             )
             first = next((one for one in options if one is not None), None)
             found += [first] if first is not None else []

@@ -85,8 +85,8 @@ def _suggested(run: Run, hardware: Hardware, found: Sequence[Placement]) -> list
     if not (run.half or run.muon) and run.held_bytes == 4:
         faster = placement.times(run, replace(layout, engine=_sharded(layout), half=True), hardware, 0.0)
         lines.append(
-            f"learner.half true would compute in bfloat16: measure and update {_seconds(faster.learn)} instead of "
-            f"{_seconds(best.times.learn)}"
+            f"--learner {_sharded(layout)} --learner.half would compute in bfloat16: measure and update {_seconds(faster.learn)} "
+            f"instead of {_seconds(best.times.learn)}"
         )
     other = next((one for one in found if one.shared != best.shared), None)
     if other is not None and best.engines:
