@@ -13,7 +13,7 @@ from models import helpers as h
 from torch import Tensor
 
 from whet.dials import Sampling
-from whet.errors import EngineDied, RunStopped
+from whet.errors import EngineDied, ModelError, RunStopped, WorldDied
 from whet.generate import Request
 from whet.generate.fleet import Fleet, deal
 from whet.generate.local import LocalGenerator
@@ -203,6 +203,38 @@ def test_an_engine_that_cannot_start_ends_the_fleet_and_the_others_are_closed() 
     with pytest.raises(EngineDied, match="no memory"):
         Fleet([lambda: Mortal([]), never], Lives(2))
     assert [one.closed for one in Mortal.made] == [True]
+
+
+def test_a_later_engine_that_cannot_start_is_tried_again_after_growing_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("whet.generate.fleet.time.sleep", pauses.append)
+    starts = iter(["starts", "GPU is full", "GPU is full", "starts"])
+    deaths: list[str] = []
+
+    def make() -> Any:
+        if (said := next(starts)) != "starts":
+            raise ModelError(said)
+        return Mortal(deaths)
+
+    fleet = Fleet([make], Lives(3))
+    fleet.adopt(Weights(1, policy(5)))
+    deaths.append("generate")
+    assert plain(list(fleet.generate(requests()))) == expected(5)
+    assert (fleet.lives.deaths, pauses) == (3, [0.0, 0.0, 0.5, 1.0])
+
+    with pytest.raises(ModelError, match="GPU is full"):
+        Fleet([lambda: (_ for _ in ()).throw(ModelError("GPU is full"))], Lives(3))
+
+
+def test_where_another_engine_would_not_help_none_is_made() -> None:
+    class Alone(Mortal):
+        def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
+            raise WorldDied("its machine is gone")
+
+    fleet = Fleet([lambda: Alone([])], Lives(3))
+    with pytest.raises(WorldDied):
+        list(fleet.generate(requests()))
+    assert (len(Mortal.made), fleet.lives.deaths) == (1, 0)
 
 
 def test_what_is_no_death_is_raised_as_itself_and_costs_no_restart() -> None:
