@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -349,11 +350,18 @@ def _tests(source: Path, paths: str) -> None:
     os._exit(int(pytest.main(["-x", "-q", "--assert=plain", *(str(ROOT / "tests" / one) for one in paths.split())])))
 
 
-def status(source: Path, paths: str) -> int | None:
-    """pytest's exit status against this copy of the sources: 0 passed, 1 a test failed; anything else killed no mutant."""
+def status(source: Path, paths: str, limit: float | None = None) -> int | None:
+    """pytest's exit status against this copy of the sources: 0 passed, 1 a test failed; anything else killed no mutant.
+
+    Tests that are not through after `limit` seconds have failed: a mutant may make a loop endless.
+    """
     process = multiprocessing.get_context("fork").Process(target=_tests, args=(source, paths))
     process.start()
-    process.join()
+    process.join(limit)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        return 1
     return process.exitcode
 
 
@@ -370,15 +378,19 @@ def main(part: str = "") -> int:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "src"
         shutil.copytree(ROOT / "src", source)
+        limits: dict[str, float] = {}
         for paths in dict.fromkeys(one.tests for one in mutants):
-            if status(source, paths) != 0:
+            began = time.monotonic()
+            fine = status(source, paths) == 0
+            limits[paths] = 60 + 10 * (time.monotonic() - began)
+            if not fine:
                 print(f"tests/{paths}: they fail without any mutant")
                 return 1
         for number, one in enumerate(mutants, 1):
             target = source / "whet" / one.file
             text = target.read_text(encoding="utf-8")
             target.write_text(text.replace(one.old, one.new), encoding="utf-8")
-            alive = status(source, one.tests) != 1
+            alive = status(source, one.tests, limits[one.tests]) != 1
             target.write_text(text, encoding="utf-8")
             if alive:
                 survivors.append(one)
