@@ -54,7 +54,7 @@ class WorldDied(EngineDied):
     """More died than can be started again by itself: the whole world must be built anew."""
 
 
-class Spent(EngineDied):
+class Spent(WorldDied):
     """Workers died more often than they may be started again."""
 
 

@@ -16,8 +16,8 @@ import pytest
 import tiny
 from safetensors.torch import load_file
 
-from engines.together import free_port
 from whet.cli.main import main
+from whet.workers import free_port
 
 STEPS = 6
 SCALE = 0.1

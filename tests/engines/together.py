@@ -1,7 +1,6 @@
 """Several real processes on this machine that work together over gloo, and what each of them returned."""
 
 import os
-import socket
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,11 +8,7 @@ from typing import Any
 
 import torch
 
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+from whet.workers import free_port
 
 
 def _run(rank: int, size: int, port: int, folder: str, job: Callable[..., Any], given: Sequence[Any]) -> None:

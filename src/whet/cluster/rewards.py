@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from whet.cluster.worker import Remote, ended
-from whet.errors import EngineDied, Spent, WorldDied
+from whet.errors import EngineDied, WorldDied
 from whet.records import Group
 from whet.rewards.base import Scores, Weighted, joined, shares
 from whet.workers import Lives, at_once
@@ -33,7 +33,7 @@ class Pool:
         while given is not None:
             try:
                 return self._worker(number).ask(method, *given)
-            except (WorldDied, Spent):
+            except WorldDied:
                 raise
             except EngineDied as error:
                 self._lost(number, error)

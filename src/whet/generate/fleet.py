@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from whet.errors import EngineDied, ModelError, Spent, WhetError, WorldDied
+from whet.errors import EngineDied, ModelError, WhetError, WorldDied
 from whet.generate.base import Generator, Request
 from whet.records import Sample, Weights
 from whet.workers import Lives
@@ -85,7 +85,7 @@ class Lane:
                     if self._weights is not None and coming is None:
                         self.own.adopt(self._weights)
                 return work(self.own)
-            except (WorldDied, Spent):
+            except WorldDied:
                 raise
             except EngineDied as error:
                 with suppress(Exception):  # it is dead: what it says to being closed does not matter

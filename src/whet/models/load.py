@@ -41,11 +41,6 @@ class Source:
             ) from error
         return device
 
-    @property
-    def half(self) -> bool:
-        """The weights are in half precision."""
-        return self.torch_dtype() in (torch.bfloat16, torch.float16)
-
     def torch_dtype(self) -> torch.dtype:
         """The floating-point type this source asks for."""
         if self.dtype == "auto":
