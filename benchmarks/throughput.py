@@ -1,11 +1,12 @@
 """How many samples and real tokens (padding not counted) the loops train per CPU second on a fixed workload.
 
-    python -m benchmarks.throughput [sft dpo reward ppo grpo sample] [--world DIR]
+    python -m benchmarks.throughput [sft dpo reward ppo grpo] [--world DIR] [--short]
 
 `--world DIR` takes `model/`, `sft.jsonl` (prompt, completion), `pref.jsonl` (prompt, chosen, rejected) and `prompts.jsonl`
 from a folder, so that a peer can be run on the very same work; without it a world is made: a Qwen3 of hidden width 128 with 4
 layers and 2,048 words, and rows of log-normal lengths. Start-up is not counted: the first updates are left out. One thread.
-Absolute numbers of a shared machine mean little; compare two programs in one run.
+Absolute numbers of a shared machine mean little; compare two programs in one run. `--short` shows in seconds that all of it
+runs; its numbers mean nothing.
 """
 
 import argparse
@@ -21,8 +22,8 @@ WARM = {"sft": 4, "dpo": 3, "reward": 3, "grpo": 2, "ppo": 1}
 """steps that are not counted"""
 
 
-def make_world(folder: Path, seed: int = 0) -> None:
-    """A model folder and the rows of every workload."""
+def make_world(folder: Path, seed: int = 0, *, short: bool = False) -> None:
+    """A model folder and the rows of every workload; with `short` a small model and few short rows."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
@@ -40,23 +41,29 @@ def make_world(folder: Path, seed: int = 0) -> None:
     )
     torch.manual_seed(seed)
     config = Qwen3Config(
-        vocab_size=2048, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=2048, hidden_size=32 if short else 128, intermediate_size=512, num_hidden_layers=1 if short else 4,
+        num_attention_heads=4, num_key_value_heads=2,
         head_dim=32, max_position_embeddings=512, tie_word_embeddings=True, eos_token_id=1, pad_token_id=0, bos_token_id=None,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
 
     def text(median: float, low: int, high: int) -> str:
-        return " ".join(stream.choices(words, k=int(min(high, max(low, stream.lognormvariate(0, 0.6) * median)))))
+        length = int(min(high, max(low, stream.lognormvariate(0, 0.6) * median)))
+        return " ".join(stream.choices(words, k=min(length, 8) if short else length))
 
-    rows = [{"prompt": text(40, 8, 120), "completion": text(60, 8, 128)} for _ in range(512)]
-    pairs = [{"prompt": text(40, 8, 120), "chosen": text(60, 8, 128), "rejected": text(60, 8, 128)} for _ in range(256)]
+    count = 96 if short else 512
+    rows = [{"prompt": text(40, 8, 120), "completion": text(60, 8, 128)} for _ in range(count)]
+    pairs = [
+        {"prompt": text(40, 8, 120), "chosen": text(60, 8, 128), "rejected": text(60, 8, 128)}
+        for _ in range(80 if short else 256)
+    ]
     prompts = [{"prompt": text(40, 8, 120)} for _ in range(256)]
     for name, own in (("sft", rows), ("pref", pairs), ("prompts", prompts)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
 
 
-def measured(workload: str, world: Path, out: Path) -> dict[str, Any]:
+def measured(workload: str, world: Path, out: Path, *, short: bool = False) -> dict[str, Any]:
     """One workload run through its verb; throughput over the steps after the first few (`WARM`)."""
     import whet
     from whet.loops import record
@@ -70,7 +77,7 @@ def measured(workload: str, world: Path, out: Path) -> dict[str, Any]:
 
     record.Run.metrics = stamped  # type: ignore[method-assign]
     common: dict[str, Any] = {"model": str(world / "model"), "out": str(out / workload), "threads": 1, "lr": 1e-5}
-    online = {"data": str(world / "prompts.jsonl"), "max_new_tokens": 128}
+    online = {"data": str(world / "prompts.jsonl"), "max_new_tokens": 8 if short else 128}
     function = {"reward": f"{__name__}:length"}
     if workload == "sft":
         whet.run("sft", data=str(world / "sft.jsonl"), **common, **{"train.batch": 16, "train.epochs": 1})
@@ -78,7 +85,7 @@ def measured(workload: str, world: Path, out: Path) -> dict[str, Any]:
         method = {"method.name": "pairwise"} if workload == "reward" else {}
         whet.run(workload, data=str(world / "pref.jsonl"), **common, **method, **{"train.batch": 16, "train.epochs": 1})
     elif workload == "grpo":
-        rollout = {"rollout.steps": 6, "rollout.prompts": 8, "answers": 8, "beta": 0.0}
+        rollout = {"rollout.steps": 6, "rollout.prompts": 8, "answers": 8, "loss_kl": None}
         whet.run("grpo", **common, **online, **function, **rollout)
     elif workload == "ppo":
         rollout = {"rollout.steps": 3, "rollout.prompts": 64, "rollout.minibatch": 16, "rollout.epochs": 4}
@@ -104,13 +111,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workloads", nargs="*", default=["sft", "dpo", "reward", "ppo", "grpo"])
     parser.add_argument("--world", type=Path)
+    parser.add_argument("--short", action="store_true")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         world = chosen.world or Path(folder) / "world"
         if chosen.world is None:
-            make_world(world)
+            make_world(world, short=chosen.short)
         for workload in chosen.workloads:
-            print(json.dumps(measured(workload, world, Path(folder))), flush=True)
+            print(json.dumps(measured(workload, world, Path(folder), short=chosen.short)), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 With --only, or --missing (what docs/proof.json does not have yet), the other cases keep what they had there.
 
-python -m proof.run [--jobs 2] [--seeds 3] [--only REGEX OF CASES]
+python -m proof.run [--jobs 2] [--seeds 3] [--only REGEX OF CASES] [--missing] [--out docs/proof.json]
 """
 
 import argparse
@@ -77,12 +77,12 @@ def _row(own: list[dict[str, float]], method: str, bound: float) -> dict:
     }  # fmt: skip
 
 
-def _write(rows: dict[str, dict | None], seeds: int) -> None:
-    """docs/proof.json: what was run, when and with which versions, and the cases so far."""
+def _write(rows: dict[str, dict | None], seeds: int, file: Path) -> None:
+    """`file` (docs/proof.json): what was run, when and with which versions, and the cases so far."""
     about = {"date": datetime.now(UTC).date().isoformat(), "seeds": seeds, "samples": 240 * 512}
     about |= {name: metadata.version(name) for name in ("torch", "transformers")}
     whole = {"about": about, "cases": {name: row for name, row in rows.items() if row}}
-    FILE.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> int:
@@ -94,9 +94,10 @@ def main() -> int:
         parser.add_argument(option, type=int, default=default)
     parser.add_argument("--only", default="")
     parser.add_argument("--missing", action="store_true")
+    parser.add_argument("--out", type=Path, default=FILE)
     given = parser.parse_args()
     known = cases.cases(Problem())
-    before = json.loads(FILE.read_text(encoding="utf-8"))["cases"] if FILE.is_file() else {}
+    before = json.loads(given.out.read_text(encoding="utf-8"))["cases"] if given.out.is_file() else {}
     names = [
         name for name in (*known, *OFFLINE) if re.search(given.only, name) and not (given.missing and name in before)
     ]
@@ -111,7 +112,9 @@ def main() -> int:
             if len(found[name]) == given.seeds:  # a run that is cut off keeps the cases that were done
                 bound = BOUNDS.get(name) or (known[name].bound if known[name].field == "regularised" else 0.005)
                 rows[name] = _row(list(found[name].values()), known[name].method if name in known else "dpo", bound)
-                _write({case: rows.get(case) or before.get(case) for case in (*known, *OFFLINE)}, given.seeds)
+                _write(
+                    {case: rows.get(case) or before.get(case) for case in (*known, *OFFLINE)}, given.seeds, given.out
+                )
     print(f"{'case':<42}{'start':>8}{'worst left':>12}{'bound':>8}{'its end to pi*':>16}")
     for name in names:
         row = rows[name]

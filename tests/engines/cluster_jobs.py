@@ -14,7 +14,8 @@ import torch
 from loops import helpers as lh
 from models import helpers as h
 
-from engines.jobs import OPTIM, kind_of, leaves
+from engines.comparing import gap
+from engines.jobs import OPTIM, kind_of
 from whet.cluster import Wanted, World, survive
 from whet.dials import Sampling
 from whet.generate import Generator
@@ -35,8 +36,6 @@ ENVIRONMENT = {
 }  # fmt: skip
 ANSWERS = 2
 STEPS = 4
-SCALE = 0.1
-"""Below it a difference counts absolutely: a policy's loss, like a KL, is a sum of terms of size 1 that nearly cancels."""
 
 
 def learner(workers: Workers, engine: str = "fsdp") -> LocalLearner:
@@ -142,16 +141,9 @@ def ended(folder: Path) -> dict[str, Any]:
 
 
 def close(got: dict[str, Any], expected: dict[str, Any], tolerance: float) -> None:
-    """The same tokens; numbers and weights within the tolerance of their size, at least `SCALE`."""
-    assert got["ids"] == expected["ids"]
-    ours, theirs = dict(leaves(got)), dict(leaves(expected))
-    assert ours.keys() == theirs.keys()
-    for where, one in ours.items():
-        other = theirs[where]
-        # explained_variance trains nothing, and divides by a variance near 0
-        if isinstance(one, (int, float, torch.Tensor)) and "explained_variance" not in where:
-            off = float(torch.as_tensor(one - other).abs().max())
-            assert off <= tolerance * max(SCALE, float(torch.as_tensor(other).abs().max())), f"{where}: {off:.2g}"
+    """The same tokens; numbers and weights within the tolerance of their scale."""
+    worst, where = gap(got, expected)
+    assert worst <= tolerance, f"{where}: {worst:.2g}"
 
 
 class Machines:

@@ -9,7 +9,7 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from models import helpers as h
 from torch import Tensor
 
+from engines.comparing import Failed
 from whet import methods
 from whet.cli.verbs import SFT
 from whet.dials import Optim, Sampling
@@ -568,10 +569,6 @@ SHORT: dict[str, set[str]] = {
 """The cases of a short run; the others are in the long one."""
 
 
-class Failed(str):
-    """A case that raised, with its traceback."""
-
-
 def told_or_failed(case: Callable[[], Any]) -> Any:
     try:
         return copy.deepcopy(case())
@@ -608,56 +605,6 @@ def cases(
         for source in names:
             own[source] = told_or_failed(partial(resuming, Make(engine, workers), saved_by(folder, source)))
     return out
-
-
-# --- comparing --------------------------------------------------------------------------------------------------------
-
-
-def leaves(thing: Any, where: str = "") -> Iterator[tuple[str, Any]]:
-    """Every number, tensor and word in nested results, with its path."""
-    if isinstance(thing, Mapping):
-        for key, value in thing.items():
-            yield from leaves(value, f"{where}/{key}")
-    elif isinstance(thing, (list, tuple)):
-        for number, value in enumerate(thing):
-            yield from leaves(value, f"{where}/{number}")
-    else:
-        yield where, thing
-
-
-FLOOR = 1e-3
-"""The scale below which a number's difference counts absolutely: a policy's loss is a sum of advantages that nearly cancel,
-of terms of size 1."""
-SMALL = 0.1
-"""The same for a tensor, whose largest number is its scale."""
-
-
-SCALES = {"loss": 1e-2, "grad_norm": 1e-3, "": 0.1}
-"""The scale below which a difference counts absolutely. Losses: 1e-2, since a policy's loss is a sum of advantages
-that nearly cancels, of terms of size 1, whose own rounding in float32 is 1e-7. Norms: 1e-3. The rest
-(a KL is a difference of log-probs of 3 nats): 0.1."""
-
-
-def gap(got: Any, expected: Any) -> tuple[float, str]:
-    """(the largest relative difference of nested results, where). Words and lengths must be equal."""
-    ours, theirs = dict(leaves(got)), dict(leaves(expected))
-    if ours.keys() != theirs.keys():
-        return float("inf"), f"only on one side: {sorted(ours.keys() ^ theirs.keys())[:4]}"
-    worst, place = 0.0, ""
-    for where, one in ours.items():
-        other = theirs[where]
-        if isinstance(one, Tensor):
-            fits = one.shape == other.shape
-            scale = max(float(other.abs().max()), SMALL) if other.numel() else 1.0
-            off = float((one.double() - other.double()).abs().max()) / scale if fits and one.numel() else 0.0
-            off = off if fits else float("inf")
-        elif isinstance(one, (int, float)) and not isinstance(one, bool):
-            off = abs(one - other) / max(abs(other), FLOOR)
-        else:
-            off = 0.0 if one == other or isinstance(one, Failed) else float("inf")  # a traceback is another's own
-        if not off <= worst:
-            worst, place = off if off == off else float("inf"), where
-    return worst, place
 
 
 # --- whole runs through the loops -------------------------------------------------------------------------------------

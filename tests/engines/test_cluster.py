@@ -20,7 +20,7 @@ from models import helpers as h
 
 from engines import cluster_jobs as jobs
 from engines.cluster_jobs import ENVIRONMENT, PPO, Machines, basics, close
-from engines.jobs import gap
+from engines.comparing import gap
 from whet.cluster import Wanted, World, connected, folders, survive
 from whet.cluster import ray as door
 from whet.cluster.generator import ActorGenerator

@@ -10,8 +10,8 @@ import torch
 from models import helpers as h
 
 from engines import jobs
-from engines.jobs import CASES, OFFLINE, ONLINE, SHORT, TORCH, ZERO, Failed, cases, cases_and_runs, gap, runs, saved_by
-from engines.test_same_numbers import gap as run_gap
+from engines.comparing import Failed, gap
+from engines.jobs import CASES, OFFLINE, ONLINE, SHORT, TORCH, ZERO, cases, cases_and_runs, runs, saved_by
 from engines.test_same_numbers import metrics, rollouts
 from engines.together import together
 from whet.learner.local import LocalLearner
@@ -378,7 +378,7 @@ def test_three_workers_with_fewer_rows_than_workers_run_as_one_process(ran: Ran,
         assert not isinstance(told, Failed), told
     got, expected = (ran.folder / "few" / one / method for one in (engine, "local"))
     assert metrics(expected)
-    worst, where = run_gap(metrics(got), metrics(expected))
+    worst, where = gap(metrics(got), metrics(expected))
     assert worst <= TOLERANCE, f"{where}: {worst:.3g}"
     assert [one["completion_ids"] for one in rollouts(got)] == [one["completion_ids"] for one in rollouts(expected)]
 

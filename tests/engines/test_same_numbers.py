@@ -8,7 +8,8 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 
-from engines.jobs import OFFLINE, ONLINE, SCALES, Failed, leaves, runs, runs_and_stops
+from engines.comparing import Failed, gap
+from engines.jobs import OFFLINE, ONLINE, runs, runs_and_stops
 from engines.together import together
 from whet.workers import Workers
 
@@ -63,27 +64,11 @@ def ran(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    left_out = ("seconds", "explained_variance")  # the latter trains nothing, and divides by a variance near 0
-    return [{name: value for name, value in line.items() if not name.startswith(left_out)} for line in lines]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def rollouts(folder: Path) -> list[dict[str, list]]:
     return [pyarrow.parquet.read_table(file).to_pydict() for file in sorted((folder / "rollouts").glob("*.parquet"))]
-
-
-def gap(got: Any, expected: Any) -> tuple[float, str]:
-    """(the largest relative difference of nested numbers, where); words, whole numbers and lengths must be equal."""
-    ours, theirs = dict(leaves(got)), dict(leaves(expected))
-    assert ours.keys() == theirs.keys()
-    worst = (0.0, "")
-    for where, other in theirs.items():
-        if isinstance(other, float):
-            scale = next(scale for name, scale in SCALES.items() if name in where)
-            worst = max(worst, (abs(ours[where] - other) / max(abs(other), scale), where))
-        else:
-            assert ours[where] == other, where
-    return worst
 
 
 @pytest.mark.parametrize("engine", ENGINES)
