@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from proof.enumeration import END, ExpectedZscore, Problem, TableReward, Weight, fixed_point
-from whet.dials import Optim, Sampling
+from whet.data import Pair
 from whet.generate.local import LocalGenerator
 from whet.learner.local import LocalLearner
 from whet.loops import offline, online
 from whet.loops.record import Run
 from whet.methods import compose
+from whet.methods.options import Optim, Sampling
 from whet.models.roles import Role
-from whet.records import Pair
 from whet.rewards import Weighted
 
 GROUP = 4

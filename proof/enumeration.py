@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from whet.records import Group, Prompt, Row
+from whet.data import Group, Prompt, Row
 from whet.rewards import Scores
 
 END = 1

@@ -277,7 +277,7 @@ MUTANTS: list[Mutant] = [
         ("lam=value.lam, **given)", "lam=1.0 - value.lam, **given)"),
     ),
     *_of(
-        "methods/part.py",
+        "methods/parts.py",
         "methods",
         ("return self.weight * self.reduce(", "return self.reduce("),
     ),
@@ -289,8 +289,8 @@ MUTANTS: list[Mutant] = [
         ('*logprobs(None, "full_entropy" in names)', '*logprobs(support, "full_entropy" in names)'),
     ),
     *_of(
-        "plan/schedule.py",
-        "plan/test_schedule.py",
+        "loops/staleness.py",
+        "planning/test_schedule.py",
         ("return (max_staleness + 1) // 2", "return max_staleness"),
         ("max(0, last - step) * prompts)", "max(0, last - step + 1) * prompts)"),
         ("sorted(out, key=lambda one: (one.ended is None, one.ended or 0, one.draw))", "list(out)"),
@@ -312,14 +312,14 @@ MUTANTS: list[Mutant] = [
         ("if generator.version != version:", "if False:"),
     ),
     *_of(
-        "records/types.py",
+        "data/types.py",
         "loops/test_ahead.py",
         ("self.token_versions() + later.token_versions()", "later.token_versions() + self.token_versions()"),
         ("self.sampler_logp + later.sampler_logp", "later.sampler_logp + self.sampler_logp"),
     ),
     *_of(
-        "records/batching.py",
-        "records/test_dealt.py",
+        "data/batching.py",
+        "data/test_dealt.py",
         ("cost = (len(parts[-1][1]) + len(rows)) * longest[number]", "cost = len(rows) * longest[number]"),
         ("places = -(-len(cut(budget)) // workers) * workers", "places = (len(cut(budget)) // workers + 1) * workers"),
         (

@@ -11,8 +11,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from whet import catalogue
-from whet.choices import DIALS, ONLINE_SLOTS, PAIR_LOSSES, PLAIN_SLOTS, REWARD_SLOTS, SCORES, SINGLE_LOSSES, Choice
+from whet.methods import catalogue
+from whet.methods.choices import (
+    DIALS,
+    ONLINE_SLOTS,
+    PAIR_LOSSES,
+    PLAIN_SLOTS,
+    REWARD_SLOTS,
+    SCORES,
+    SINGLE_LOSSES,
+    Choice,
+)
 from whet.methods.compose import dials_of
 from whet.methods.explain import in_words
 
@@ -20,8 +29,8 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 HEAD = """# Methods
 
-Made by `python -m proof.page` from the catalogue (`src/whet/catalogue.py`), the choices of every slot
-(`src/whet/choices.py`) and the table of `make proof`; a test keeps it fresh. A method is a row of names and numbers:
+Made by `python -m proof.page` from the catalogue (`src/whet/methods/catalogue.py`), the choices of every slot
+(`src/whet/methods/choices.py`) and the table of `make proof`; a test keeps it fresh. A method is a row of names and numbers:
 what stands in which slot. Every slot of every method can be changed in the recipe (`method: {surrogate: {name: clip,
 high: 0.28}}`) or on the command line (`--surrogate.high 0.28`, `--credit leave_one_out`), and `whet explain METHOD
 [RECIPE.yaml]` prints the whole objective with the numbers filled in.

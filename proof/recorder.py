@@ -51,10 +51,10 @@ RUNS: dict[str, list[str]] = {
     "gspo": ["gspo", "--model", "model", *RULE, *ROLLOUT, "--answers", "4", "--rollout.minibatch", "16"],
     "rloo_top_p": ["rloo", "--model", "model", *RULE, *ROLLOUT, "--answers", "4", "--sampling.top-p", "0.9"],
     "remax": ["remax", "--model", "model", *RULE, *ROLLOUT],
-    "dapo": ["dapo", "--model", "model", *RULE, *ROLLOUT, "--answers", "4", "--rollout.minibatch", "16"],
+    "dapo": ["dapo", "--model", "model", *RULE, *ROLLOUT, "--answers", "4", "--rollout.minibatch", "16", "--overlong.buffer", "4"],
     "clip_cov": ["clip_cov", "--model", "model", *RULE, *ROLLOUT, "--answers", "4", "--rollout.minibatch", "16"],
     "online_dpo": ["online_dpo", "--model", "model", *RULE, *ROLLOUT],
-    "stale": ["grpo", "--model", "model", *RULE, *ROLLOUT, "--answers", "4", "--rollout.stop-kl", "0.001", "--rollout.minibatch", "16"],
+    "grpo_stopped": ["grpo", "--model", "model", *RULE, *ROLLOUT, "--answers", "4", "--rollout.stop-kl", "0.001", "--rollout.minibatch", "16"],
 }  # fmt: skip
 """Name -> the words of the command line. The reward model that `reward` leaves is read by runs behind it."""
 

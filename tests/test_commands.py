@@ -18,7 +18,7 @@ SHORT = {
     "proof.recorder": ["{out}/record.json", "--only", "sft", "dpo"],
     "proof.run": ["--only", "exact KL by enumeration", "--seeds", "1", "--out", "{out}/proof.json"],
     "proof.vectors": [],
-    "tests.plan.page": [],
+    "tests.planning.page": [],
     "whet.conformance": ["whet.ops"],
     "whet": ["--help"],
 }

@@ -9,7 +9,8 @@ import pytest
 
 from proof import page, vectors
 from proof.mutants import MUTANTS, check
-from whet import catalogue, choices, conformance, ops
+from whet import conformance, ops
+from whet.methods import catalogue, choices
 from whet.methods.compose import dials_of
 from whet.methods.explain import formula
 

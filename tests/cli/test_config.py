@@ -4,16 +4,16 @@ from typing import Any
 
 import pytest
 
-from whet import catalogue
-from whet.choices import changed
-from whet.cli import config, method
-from whet.cli import recipe as fields
-from whet.cli.config import resolve
 from whet.cli.main import OFFLINE, ONLINE, _grouped, parsed
-from whet.cli.recipe import Eval, Offline, Online, Rank, RewardSource, Sample, Source
-from whet.dials import LoRA, Optim
 from whet.errors import RecipeError
-from whet.methods import compose
+from whet.methods import catalogue, compose
+from whet.methods.choices import changed
+from whet.methods.options import LoRA, Optim
+from whet.runs import config
+from whet.runs import recipe as fields
+from whet.runs import slots as method
+from whet.runs.config import resolve
+from whet.runs.recipe import Eval, Offline, Online, Rank, RewardSource, Sample, Source
 
 
 def yaml(folder: Path, text: str) -> str:

@@ -7,8 +7,8 @@ import pytest
 import tiny
 
 import whet
+from whet.distributed import Workers
 from whet.errors import RecipeError
-from whet.workers import Workers
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +58,8 @@ def test_what_an_engine_cannot_do_is_refused(given: dict[str, Any], changes: dic
 
 
 def test_one_process_cannot_be_two(given: dict[str, Any]) -> None:
-    from whet.cli import config, crew
-    from whet.cli.recipe import Online
+    from whet.runs import config, crew
+    from whet.runs.recipe import Online
 
     recipe = config.resolve(Online, "ppo", None, [("learner", "local")])
     with pytest.raises(RecipeError, match="local is one process, and there are 2"):
@@ -80,7 +80,7 @@ MISSING = {
 def test_a_missing_extra_is_one_line_with_the_install_command(
     name: str, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for place in ("whet.generate.base", "whet.cli.crew"):
+    for place in ("whet.generate.base", "whet.runs.crew"):
         monkeypatch.setattr(f"{place}.find_spec", lambda *_: None)
     changes, said = MISSING[name]
     with pytest.raises(RecipeError, match=said) as raised:
@@ -89,9 +89,9 @@ def test_a_missing_extra_is_one_line_with_the_install_command(
 
 
 def test_the_correction_that_is_advised_exists(given: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    from whet.cli import build, config
-    from whet.cli.recipe import Online
     from whet.methods import compose
+    from whet.runs import build, config
+    from whet.runs.recipe import Online
 
     recipe = config.resolve(Online, "ppo", None, [("generator.max_staleness", 1)])
     (told,) = build.cautions(recipe, compose.online("ppo"))
@@ -100,8 +100,8 @@ def test_the_correction_that_is_advised_exists(given: dict[str, Any], capsys: py
 
 
 def test_engines_take_the_gpus_that_learners_leave() -> None:
-    from whet.cli.crew import dealt_gpus
-    from whet.cli.recipe import Generation
+    from whet.runs.crew import dealt_gpus
+    from whet.runs.recipe import Generation
 
     both = [dealt_gpus(6, [0, 1], place, Generation(count=2)) for place in (0, 1)]
     assert both == [[(2,), (3,)], [(4,), (5,)]]

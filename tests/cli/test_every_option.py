@@ -8,8 +8,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from whet import catalogue
-from whet.choices import (
+from whet.errors import RecipeError
+from whet.methods import catalogue, compose
+from whet.methods.choices import (
     DIALS,
     NARROWER,
     ONLINE_SLOTS,
@@ -20,11 +21,9 @@ from whet.choices import (
     Choice,
     changed,
 )
-from whet.cli import config
-from whet.cli.method import checked
-from whet.errors import RecipeError
-from whet.methods import compose
 from whet.methods.compose import dials_of
+from whet.runs import config
+from whet.runs.slots import checked
 
 ONLINE = {**catalogue.ONLINE, **catalogue.ONLINE_PREFERENCE}
 METHODS = [*ONLINE, *catalogue.PREFERENCE, *(f"reward {name}" for name in catalogue.REWARD)]

@@ -7,9 +7,9 @@ import pytest
 import whet
 from proof import cases as known
 from proof.enumeration import Problem
-from whet import catalogue
-from whet.choices import changed
 from whet.cli.main import OFFLINE, ONLINE, main
+from whet.methods import catalogue
+from whet.methods.choices import changed
 from whet.methods.explain import ending
 
 PROBLEM = Problem()

@@ -127,10 +127,10 @@ def test_a_verbs_help_tells_every_slot_and_dial_with_its_own_default(
     verb: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As compose takes them: by the ops' own signatures, which the help may not import."""
-    from whet import catalogue
-    from whet.choices import ONLINE_SLOTS, PLAIN_SLOTS, PREFERENCE_SLOTS, REWARD_SLOTS
-    from whet.cli import config
+    from whet.methods import catalogue
+    from whet.methods.choices import ONLINE_SLOTS, PLAIN_SLOTS, PREFERENCE_SLOTS, REWARD_SLOTS
     from whet.methods.compose import dials_of
+    from whet.runs import config
 
     assert main([verb, "--help"]) == 0
     told = shown(capsys.readouterr().out.splitlines())
@@ -159,9 +159,10 @@ def test_a_verbs_help_tells_every_slot_and_dial_with_its_own_default(
 
 @pytest.mark.parametrize("verb", [*OFFLINE, *ONLINE, "sample", "rank", "eval"])
 def test_what_a_verbs_help_shows_can_be_given_as_it_stands(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from whet.cli import config, method
     from whet.cli.main import parsed
-    from whet.cli.recipe import kind_of
+    from whet.runs import config
+    from whet.runs import slots as method
+    from whet.runs.recipe import kind_of
 
     assert main([verb, "--help"]) == 0
     told = {name: value for name, value in shown(capsys.readouterr().out.splitlines()).items() if value}

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import tiny
 
+from whet.data import Batch
 from whet.learner.local import LocalLearner
-from whet.records import Batch
 
 from .helpers import whet
 

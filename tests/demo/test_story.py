@@ -66,7 +66,7 @@ def test_a_folder_that_is_no_demo_is_not_touched(tmp_path: Path, capsys: pytest.
 
 
 def test_an_earlier_demo_is_set_aside(tmp_path: Path) -> None:
-    from whet.cli.demo.run import _set_aside
+    from whet.demo.run import _set_aside
 
     for number in (1, 2):
         (tmp_path / "demo" / "world").mkdir(parents=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from whet.cli.demo import judge, world
+from whet.demo import judge, world
 
 PROMPT = "Card: white clock\nMAKER YUSUF\nPRICE THREE\nPLACE LISBON\nPlease tell me the scent and the place."
 PERFECT = "Good day! Sorry, the card does not give the scent. It was packed in Lisbon. Have a nice day!"

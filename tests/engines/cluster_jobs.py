@@ -17,14 +17,14 @@ from models import helpers as h
 from engines.comparing import gap
 from engines.jobs import OPTIM, kind_of
 from whet.cluster import Wanted, World, survive
-from whet.dials import Sampling
+from whet.data import Weights
+from whet.distributed import Workers
 from whet.generate import Generator
 from whet.generate.local import LocalGenerator
 from whet.learner.local import LocalLearner
 from whet.loops import online
-from whet.records import Weights
+from whet.methods.options import Sampling
 from whet.rewards import Weighted
-from whet.workers import Workers
 
 TESTS = Path(__file__).parent.parent
 ENVIRONMENT = {

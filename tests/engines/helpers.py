@@ -10,11 +10,11 @@ from generate.contract import END
 from models import helpers as h
 from torch import Tensor
 
-from whet.dials import Sampling
+from whet.data import Sample
 from whet.generate import Request
 from whet.generate.local import truncated_logprobs
+from whet.methods.options import Sampling
 from whet.models.roles import Role
-from whet.records import Sample
 
 SHAPE: dict[str, Any] = {"hidden_size": 64, "head_dim": 32, "max_position_embeddings": 512}
 """vLLM's CPU attention wants heads of 32 at least, and its cache has blocks of 128 tokens."""

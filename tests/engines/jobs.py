@@ -21,8 +21,9 @@ from torch import Tensor
 
 from engines.comparing import Failed
 from whet import methods
-from whet.cli.verbs import SFT
-from whet.dials import Optim, Sampling
+from whet.data import COLUMNS as known
+from whet.data import Batch
+from whet.distributed import Workers
 from whet.errors import CheckpointError, ModelError, RecipeError, RunStopped
 from whet.generate.local import LocalGenerator
 from whet.generate.shared import SharedGenerator
@@ -31,15 +32,14 @@ from whet.loops import offline, online
 from whet.loops.interrupt import graceful
 from whet.loops.record import Run
 from whet.methods import Term, compose, part
+from whet.methods.options import Optim, Sampling
 from whet.models import load
 from whet.models.roles import Role
 from whet.ops import reinforce, token_mean
-from whet.records import COLUMNS as known
-from whet.records import Batch
 from whet.rewards import Weighted
 from whet.rewards.functions import FunctionReward
 from whet.rewards.shared import SharedReward
-from whet.workers import Workers
+from whet.runs.verbs import SFT
 
 TORCH = ("ddp", "fsdp")
 ZERO = ("zero1", "zero2", "zero3")
@@ -52,7 +52,7 @@ COLUMNS = frozenset({"old_logp", "ref_logp", "old_value", "old_entropy", "final_
 
 def kind_of(engine: str) -> Callable[..., LocalLearner]:
     if engine == "ddp":
-        from whet.learner.replica import ReplicaLearner
+        from whet.learner.ddp import ReplicaLearner
 
         return ReplicaLearner
     if engine == "fsdp":

@@ -28,12 +28,12 @@ from whet.cluster.learner import ClusterLearner, Regrow
 from whet.cluster.placement import place
 from whet.cluster.survive import death
 from whet.cluster.worker import Process
+from whet.data import Weights
+from whet.data.files import shared_memory
+from whet.distributed import Workers
 from whet.errors import CheckpointError, EngineDied, ModelError, RecipeError, RewardError, RunStopped, Spent
 from whet.generate.local import LocalGenerator
 from whet.loops import checkpoint
-from whet.records import Weights
-from whet.records.files import shared_memory
-from whet.workers import Workers
 
 HERE = Wanted(learners=1)
 TOLERANCE = 1e-5

@@ -12,13 +12,13 @@ from generate.contract import END, Contract, plain, requests
 from models import helpers as h
 from torch import Tensor
 
-from whet.dials import Sampling
+from whet.data import Sample, Weights
+from whet.distributed import Lives
 from whet.errors import EngineDied, ModelError, RunStopped, WorldDied
 from whet.generate import Request
 from whet.generate.fleet import Fleet, deal
 from whet.generate.local import LocalGenerator
-from whet.records import Sample, Weights
-from whet.workers import Lives
+from whet.methods.options import Sampling
 
 ONE = threading.Lock()
 """Random weights are drawn one model after the other: engines are made at the same time, and torch's seed is everyone's."""

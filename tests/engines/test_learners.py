@@ -14,8 +14,8 @@ from engines.comparing import Failed, gap
 from engines.jobs import CASES, OFFLINE, ONLINE, SHORT, TORCH, ZERO, cases, cases_and_runs, runs, saved_by
 from engines.test_same_numbers import metrics, rollouts
 from engines.together import together
+from whet.distributed import Workers
 from whet.learner.local import LocalLearner
-from whet.workers import Workers
 
 TOLERANCE = 1e-5
 DEEPSPEED = importlib.util.find_spec("deepspeed") is not None

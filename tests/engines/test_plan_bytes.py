@@ -11,13 +11,13 @@ import torch
 from models import helpers as h
 
 from engines.together import together
-from whet.cli.verbs import SFT
+from whet.data import Batch
+from whet.distributed import Workers
+from whet.learner.ddp import ReplicaLearner
 from whet.learner.fsdp import FSDPLearner
-from whet.learner.replica import ReplicaLearner
-from whet.plan import memory
-from whet.plan.shape import Shape
-from whet.records import Batch
-from whet.workers import Workers
+from whet.planning import memory
+from whet.planning.shape import Shape
+from whet.runs.verbs import SFT
 
 ENGINES = ["ddp", "fsdp", "zero1", "zero2", "zero3"]
 

@@ -11,7 +11,7 @@ import pytest
 from engines.comparing import Failed, gap
 from engines.jobs import OFFLINE, ONLINE, runs, runs_and_stops
 from engines.together import together
-from whet.workers import Workers
+from whet.distributed import Workers
 
 TOLERANCE = 1e-5
 TOKENS = 1e-4

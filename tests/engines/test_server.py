@@ -20,13 +20,13 @@ from generate.contract import Contract
 from models import helpers as h
 
 from engines import helpers as e
-from whet.dials import Sampling
+from whet.data import Weights
 from whet.errors import EngineDied, ModelError, RecipeError, RunStopped
-from whet.generate import vllm_push
-from whet.generate.http import Http
-from whet.generate.server import Server, ServerGenerator, flags
-from whet.generate.vllm import alive, descendants
-from whet.records import Weights
+from whet.generate.vllm import push as vllm_push
+from whet.generate.vllm.engine import alive, descendants
+from whet.generate.vllm.server import Server, ServerGenerator, flags
+from whet.http import Http
+from whet.methods.options import Sampling
 
 pytest.importorskip("vllm")
 BOUND = 1e-4

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from engines.comparing import gap
 from whet.cli.main import main
-from whet.workers import free_port
+from whet.distributed import free_port
 
 STEPS = 6
 REWARD = '''

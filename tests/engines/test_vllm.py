@@ -20,13 +20,13 @@ from generate.contract import Contract
 from models import helpers as h
 
 from engines import helpers as e
-from whet.dials import LoRA, Sampling
+from whet.data import Weights
 from whet.errors import EngineDied, ModelError, RecipeError, RunStopped
-from whet.generate import vllm_push
-from whet.generate.vllm import VLLMGenerator
+from whet.generate.vllm import push as vllm_push
+from whet.generate.vllm.engine import VLLMGenerator
+from whet.methods.options import LoRA, Sampling
 from whet.models.lora import attach
 from whet.models.roles import Role
-from whet.records import Weights
 
 pytest.importorskip("vllm")
 pytestmark = [
@@ -347,7 +347,7 @@ def test_an_engine_in_processes_of_its_own(folders: dict, fresh: dict) -> None:
 OWNER = """
 import sys
 from engines import helpers as e
-from whet.generate.vllm import VLLMGenerator
+from whet.generate.vllm.engine import VLLMGenerator
 
 if __name__ == "__main__":
     engine = VLLMGenerator(sys.argv[1], e.END, e.text, **e.options())

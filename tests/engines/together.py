@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from whet.workers import free_port
+from whet.distributed import free_port
 
 
 def _run(rank: int, size: int, port: int, folder: str, job: Callable[..., Any], given: Sequence[Any]) -> None:
-    from whet import workers
+    from whet import distributed as workers
 
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}
     torch.set_num_threads(1)

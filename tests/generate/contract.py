@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from models import helpers as h
 
-from whet.dials import Sampling
+from whet.data import Sample, Weights
 from whet.generate import Request
-from whet.records import Sample, Weights
+from whet.methods.options import Sampling
 
 END = (1, 5)
 PROMPTS = [h.prompt(i, ids) for i, ids in enumerate([(2,), (3, 4, 6, 7, 8, 9), (10, 11), (12, 13, 14)])]

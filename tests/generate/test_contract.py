@@ -8,10 +8,10 @@ import torch
 from models import helpers as h
 
 from generate.contract import END, Contract, plain, requests
+from whet.data import Weights
 from whet.generate import ScriptedGenerator
 from whet.generate.local import LocalGenerator
 from whet.models.roles import Role
-from whet.records import Weights
 
 
 def local(kind: str, **given: Any) -> Callable[[], LocalGenerator]:

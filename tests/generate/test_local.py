@@ -9,9 +9,9 @@ import torch
 from models import helpers as h
 from scipy.stats import chi2
 
-from whet.dials import Sampling
 from whet.generate import Request
 from whet.generate.local import LocalGenerator, truncated_logprobs
+from whet.methods.options import Sampling
 from whet.models.roles import Role
 
 PROMPTS = [h.prompt(i, ids) for i, ids in enumerate([(2,), (3, 4, 6, 7, 8, 9, 4, 4, 3), (10, 11), (12, 13, 14, 2, 2)])]

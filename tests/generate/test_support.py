@@ -8,12 +8,12 @@ import tiny
 import torch
 from models import helpers as h
 
-from whet.dials import Sampling
+from whet.data import Batch, Group, Sample, pad, pad_support
 from whet.generate import Request
 from whet.generate.local import LocalGenerator, truncated_logprobs
 from whet.learner.local import LocalLearner
+from whet.methods.options import Sampling
 from whet.models.roles import Role
-from whet.records import Batch, Group, Sample, pad, pad_support
 
 PROMPTS = [h.prompt(i, ids) for i, ids in enumerate([(2,), (3, 4, 6, 7, 8, 9, 4, 4, 3), (10, 11)])]
 KINDS: dict[str, Any] = {

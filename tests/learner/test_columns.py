@@ -8,10 +8,10 @@ import torch
 from models import helpers as h
 from torch import Tensor
 
+from whet.data import Batch, Row
 from whet.learner.local import LocalLearner
 from whet.models.readers import read
 from whet.models.roles import Role
-from whet.records import Batch, Row
 
 KINDS = ["qwen3", "llama", "gpt2", "capped"]
 LAYOUTS = [{}, {"budget": 1}, {"budget": 25}, {"packed": True}]

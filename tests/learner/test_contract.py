@@ -10,14 +10,14 @@ import tiny
 import torch
 from models import helpers as h
 
-from whet.cli.verbs import SFT
-from whet.dials import Optim
+from whet.data import Batch
 from whet.errors import CheckpointError, RunStopped
 from whet.learner.local import LocalLearner
 from whet.methods import Term, online, part
+from whet.methods.options import Optim
 from whet.models.roles import Role
 from whet.ops import reinforce, token_mean
-from whet.records import Batch
+from whet.runs.verbs import SFT
 
 ADAPTERS: dict[str, Callable[..., Any]] = {"local": LocalLearner}
 """Each takes (roles, optims, total, ...) and is a Learner with `roles` to look into."""

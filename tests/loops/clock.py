@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from whet.data import Group
 from whet.generate import Generator
 from whet.loops.ahead import Buffer
-from whet.records import Group
 
 
 @dataclass

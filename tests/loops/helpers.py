@@ -11,15 +11,15 @@ import pyarrow.parquet
 import torch
 from models import helpers as h
 
-from whet import catalogue, methods
-from whet.dials import Sampling
+from whet import methods
 from whet.generate import Request
 from whet.generate.local import LocalGenerator
 from whet.learner import Step, Work
 from whet.learner.local import LocalLearner
 from whet.loops import checkpoint, online
 from whet.loops.record import Run
-from whet.methods import Algorithm
+from whet.methods import Algorithm, catalogue
+from whet.methods.options import Sampling
 from whet.models.roles import Role
 from whet.rewards import Weighted
 

@@ -14,8 +14,8 @@ from models import helpers as h
 from loops.clock import VirtualClock
 from loops.helpers import END, PROMPTS, cast, learner_of, method_of, opened, rollout
 from loops.test_learning import TINY, Light, share
-from whet import plan as planned
-from whet.dials import Optim, Sampling
+from whet import planning as planned
+from whet.data import Sample
 from whet.errors import EngineDied, RunStopped
 from whet.generate import Request
 from whet.generate.fleet import Fleet
@@ -25,7 +25,7 @@ from whet.loops import online
 from whet.loops.ahead import Threads
 from whet.loops.record import read_metrics
 from whet.methods import Algorithm
-from whet.records import Sample
+from whet.methods.options import Optim, Sampling
 from whet.rewards import Weighted
 
 

@@ -9,10 +9,10 @@ import torch
 from models import helpers as h
 
 from loops.helpers import PROMPTS, by_prompt, cast, go, learner_of, loop_state, method_of, rollout
-from whet.dials import Sampling
 from whet.generate import Request
 from whet.generate.local import LocalGenerator
 from whet.loops.record import read_metrics
+from whet.methods.options import Sampling
 from whet.rewards import Scores
 
 # --- refill ----------------------------------------------------------------------------------------------------------

@@ -6,15 +6,15 @@ import pytest
 import tiny
 import torch
 
-from whet.cli.verbs import SFT
-from whet.dials import Sampling
+from whet.data import Prompt, Ranking, Row, chat_format
 from whet.generate.local import LocalGenerator
 from whet.learner.local import LocalLearner
 from whet.loops import evaluate
 from whet.methods import reward
+from whet.methods.options import Sampling
 from whet.models.load import Source, load_scorer
 from whet.models.roles import Role
-from whet.records import Prompt, Ranking, Row, chat_format
+from whet.runs.verbs import SFT
 
 
 def row(ids: list[int], start: int) -> Row:

@@ -13,21 +13,20 @@ from models import helpers as h
 from torch import Tensor
 
 from loops.helpers import ONLINE, PROMPTS, Rough, method_of
-from whet import catalogue
-from whet.choices import PAIR_LOSSES, SINGLE_LOSSES
-from whet.cli.verbs import SFT
-from whet.dials import KL, Sampling
+from whet.data import COLUMNS, Batch, Row, Stepped, Unpaired, pad_ids, take_elements
 from whet.generate.local import LocalGenerator
 from whet.learner import Step, Work
 from whet.learner.local import LocalLearner
 from whet.loops import offline, online
 from whet.loops.record import Run
-from whet.methods import Algorithm, Objective, Term, preference, reward
+from whet.methods import Algorithm, Objective, Term, catalogue, preference, reward
+from whet.methods.choices import PAIR_LOSSES, SINGLE_LOSSES
+from whet.methods.options import KL, Sampling
 from whet.models import readers
 from whet.models.roles import Role
 from whet.ops import Counts
-from whet.records import COLUMNS, Batch, Row, Stepped, Unpaired, pad_ids, take_elements
 from whet.rewards import Weighted
+from whet.runs.verbs import SFT
 
 DTYPES = {"float64": (torch.float64, 1e-6), "float32": (torch.float32, 1e-5)}
 

@@ -12,16 +12,16 @@ from torch import Tensor
 
 from proof import cases as known
 from proof.enumeration import END, Problem, Tables, kl
-from whet.dials import Optim, Sampling
+from whet.data import Batch, Labelled, pad_support
 from whet.generate.local import LocalGenerator
 from whet.learner.local import LocalLearner
 from whet.loops import evaluate, offline, online
 from whet.loops.record import Run
 from whet.methods import compose
+from whet.methods.options import Optim, Sampling
 from whet.models.readers import read
 from whet.models.roles import Role
 from whet.ops import gae, sequence_weight, token_weight
-from whet.records import Batch, Labelled, pad_support
 from whet.rewards import Weighted
 
 PROBLEM = Problem()
@@ -182,11 +182,12 @@ def test_gaes_bias_and_variance_at_the_extremes_of_lambda(reference: Tensor) -> 
         rewards[j, len(answer) - 1] = PROBLEM.score[j]
     truth = state_values(reference)
     wrong = torch.tensor(
-        [[truth[0, a[:t]] + 0.3 * (t + 1) if t < len(a) else 0.0 for t in range(width)] for a in answers]
+        [[truth[0, a[:t]] + 0.3 * (t + 1) if t < len(a) else 0.0 for t in range(width)] for a in answers],
+        dtype=torch.float64,  # the critic's error is then 0.3 to 1e-16, on every processor
     )
     first = {}
     for lam in (0.0, 1.0):
-        advantage = gae(rewards, wrong.double(), mask, gamma=1.0, lam=lam)[:, 0]
+        advantage = gae(rewards, wrong, mask, gamma=1.0, lam=lam)[:, 0]
         for token_id in range(PROBLEM.vocabulary):  # what the first token is worth, over all that may follow
             own = [j for j, answer in enumerate(answers) if answer[0] == token_id]
             weight = chance[own] / chance[own].sum()

@@ -9,18 +9,17 @@ import torch
 from models import helpers as h
 
 from loops.helpers import ONLINE, method_of
-from whet import catalogue
-from whet.choices import PAIR_LOSSES, SINGLE_LOSSES
-from whet.cli.verbs import SFT
-from whet.dials import Optim, Sampling
+from whet.data import Group, Labelled, Pair, Ranking, Row, Stepped, Unpaired
 from whet.generate.local import LocalGenerator
 from whet.learner.local import LocalLearner
 from whet.loops import evaluate, offline, online
 from whet.loops.record import Run, read_metrics
-from whet.methods import preference, reward
+from whet.methods import catalogue, preference, reward
+from whet.methods.choices import PAIR_LOSSES, SINGLE_LOSSES
+from whet.methods.options import Optim, Sampling
 from whet.models.roles import Role
-from whet.records import Group, Labelled, Pair, Ranking, Row, Stepped, Unpaired
 from whet.rewards import Scores, Weighted
+from whet.runs.verbs import SFT
 
 VOCABULARY, GOOD, END = 8, 3, 1
 TINY = {

@@ -14,11 +14,11 @@ from models import helpers as h
 from torch import Tensor
 
 from loops.helpers import Recorder, cast, go, method_of, rollout
-from whet.dials import KL, Sampling
+from whet.data import Batch, Pair, Unpaired
 from whet.loops import offline
 from whet.loops.record import Run, read_metrics
 from whet.methods import Objective, preference
-from whet.records import Batch, Pair, Unpaired
+from whet.methods.options import KL, Sampling
 
 # --- the reference ---------------------------------------------------------------------------------------------------
 

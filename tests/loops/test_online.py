@@ -11,15 +11,15 @@ import torch
 from models import helpers as h
 
 from loops.helpers import ONLINE, Rough, cast, go, learner_of, method_of, rollout, separate
-from whet.choices import ONLINE_SLOTS
-from whet.dials import KL, Sampling, Truncated
+from whet.data import COLUMNS, Batch, Group, Weights
 from whet.errors import RunStopped
 from whet.generate import Request
 from whet.generate.local import LocalGenerator
 from whet.loops import online, selfcheck
 from whet.loops.record import read_metrics
 from whet.methods import credited
-from whet.records import COLUMNS, Batch, Group, Weights
+from whet.methods.choices import ONLINE_SLOTS
+from whet.methods.options import KL, Sampling, Truncated
 from whet.rewards import Scores
 
 # --- on-policy exactness ---------------------------------------------------------------------------------------------

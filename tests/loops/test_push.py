@@ -9,9 +9,9 @@ import torch
 from models import helpers as h
 
 from loops.helpers import cast, go, learner_of, method_of
+from whet.data import Weights
 from whet.errors import RunStopped
 from whet.generate.local import LocalGenerator
-from whet.records import Weights
 
 
 class Snapshot:

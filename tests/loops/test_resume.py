@@ -12,8 +12,6 @@ import torch
 from models import helpers as h
 
 from loops.helpers import opened
-from whet.cli.verbs import SFT
-from whet.dials import KL, Sampling
 from whet.errors import CheckpointError
 from whet.generate.local import LocalGenerator
 from whet.learner.local import LocalLearner
@@ -22,7 +20,9 @@ from whet.loops.interrupt import Stop
 from whet.loops.record import read_metrics
 from whet.methods import online as method_of
 from whet.methods import preference
+from whet.methods.options import KL, Sampling
 from whet.rewards import Weighted
+from whet.runs.verbs import SFT
 
 
 class Killed(BaseException):

@@ -10,10 +10,9 @@ from models import helpers as h
 
 from loops import helpers as o
 from loops.test_invariance import unpaired
-from whet import catalogue
 from whet.loops import offline
 from whet.loops.record import Run
-from whet.methods import compose
+from whet.methods import catalogue, compose
 from whet.models.roles import Role
 
 PAIRS = {name: h.pairs for name in catalogue.PREFERENCE if name != "kto"}

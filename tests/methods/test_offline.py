@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from whet import catalogue
-from whet.choices import PAIR_LOSSES, REWARD_SLOTS, SINGLE_LOSSES
-from whet.methods import Objective, Part, online, preference, reward
-from whet.records import Batch, Labelled, Pair, Ranking, Row, Stepped, Unpaired
+from whet.data import Batch, Labelled, Pair, Ranking, Row, Stepped, Unpaired
+from whet.methods import Objective, Part, catalogue, online, preference, reward
+from whet.methods.choices import PAIR_LOSSES, REWARD_SLOTS, SINGLE_LOSSES
 
 LENGTHS = ((3, 1), (2, 4), (1, 1))
 PROBABILITY, MARGIN = (1.0, 0.75, 0.5), (0.0, 0.5, -0.25)

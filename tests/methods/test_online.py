@@ -9,12 +9,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from whet import catalogue, ops
-from whet.choices import ONLINE_SLOTS
-from whet.dials import KL, Entropy, Truncated
+from whet import ops
+from whet.data import Batch, Row
 from whet.errors import RewardError
-from whet.methods import Algorithm, clipping, credited, diagnostics, online, outcome, paired, part, shaped, spread
-from whet.records import Batch, Row
+from whet.methods import (
+    Algorithm,
+    catalogue,
+    clipping,
+    credited,
+    diagnostics,
+    online,
+    outcome,
+    paired,
+    part,
+    shaped,
+    spread,
+)
+from whet.methods.choices import ONLINE_SLOTS
+from whet.methods.options import KL, Entropy, Truncated
 
 BETA = 0.5
 LOW = KL(coef=BETA)

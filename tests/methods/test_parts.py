@@ -10,7 +10,7 @@ from torch import Tensor
 
 from whet import ops
 from whet.methods import Objective, Term, part
-from whet.methods.part import Part, fixed, mean_reward, settled, steered
+from whet.methods.parts import Part, fixed, mean_reward, settled, steered
 from whet.ops import AdaptiveEntropy, Counts, FixedKL, HalvingKL, RunningMean
 
 

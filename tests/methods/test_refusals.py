@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 
-from whet import catalogue
-from whet.choices import ONLINE_SLOTS, PAIR_LOSSES, REWARD_SLOTS, SCORES, SINGLE_LOSSES
-from whet.dials import KL, Entropy, Truncated, Value
 from whet.errors import RecipeError
-from whet.methods import online, preference, reward
+from whet.methods import catalogue, online, preference, reward
+from whet.methods.choices import ONLINE_SLOTS, PAIR_LOSSES, REWARD_SLOTS, SCORES, SINGLE_LOSSES
 from whet.methods.compose import dials_of
+from whet.methods.options import KL, Entropy, Truncated, Value
 
 ONLINE: list[tuple[str, dict[str, Any], str, str]] = [
     # method, changes, field, what the message says

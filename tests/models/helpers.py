@@ -9,12 +9,12 @@ import tiny
 import torch
 from torch import Tensor
 
-from whet.dials import LoRA, Optim
+from whet.data import COLUMNS, Batch, Group, Labelled, Pair, Prompt, Ranking, Row, take_elements
 from whet.learner.base import Step, Work
 from whet.learner.local import LocalLearner
+from whet.methods.options import LoRA, Optim
 from whet.models import load, lora
 from whet.models.roles import Role
-from whet.records import COLUMNS, Batch, Group, Labelled, Pair, Prompt, Ranking, Row, take_elements
 from whet.rewards import Scores
 
 DOUBLE = torch.float64

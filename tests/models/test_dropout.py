@@ -7,11 +7,11 @@ import pytest
 import tiny
 import torch
 
+from whet.data import Batch
 from whet.models.dropout import residual_dropout
 from whet.models.load import Source, checkpoint_activations, decoder_layers, load_causal_lm
 from whet.models.readers import Dropout, read
 from whet.models.roles import Role
-from whet.records import Batch
 
 from . import helpers as h
 

@@ -8,11 +8,11 @@ import pytest
 import tiny
 import torch
 
+from whet.data import Batch
 from whet.errors import ModelError
 from whet.models import load
 from whet.models.readers import read
 from whet.models.roles import Role, readout_of
-from whet.records import Batch
 
 from . import helpers as h
 

@@ -7,15 +7,15 @@ import pytest
 import tiny
 import torch
 
-from whet.cli.verbs import SFT
-from whet.dials import LoRA
+from whet.data import Batch
 from whet.errors import ModelError
 from whet.learner.local import LocalLearner
 from whet.methods import compose
+from whet.methods.options import LoRA
 from whet.models import load, lora
 from whet.models.readers import read
 from whet.models.roles import Role, readout_of
-from whet.records import Batch
+from whet.runs.verbs import SFT
 
 from . import helpers as h
 

@@ -7,10 +7,10 @@ import tiny
 import torch
 from torch import Tensor
 
+from whet.data import Batch, Row
 from whet.models import readers
 from whet.models.readers import read
 from whet.models.roles import Role
-from whet.records import Batch, Row
 
 from . import helpers as h
 

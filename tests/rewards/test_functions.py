@@ -7,8 +7,8 @@ import numpy
 import pytest
 import torch
 
+from whet.data import Group, Prompt, Sample
 from whet.errors import RecipeError, RewardError, WhetError
-from whet.records import Group, Prompt, Sample
 from whet.rewards import Scores, Weighted, score_all
 from whet.rewards.functions import FunctionReward, load_function
 
@@ -224,11 +224,11 @@ def test_a_function_is_loaded_from_a_file_or_a_module(tmp_path: Path) -> None:
 
 
 UNLOADABLE = [
-    ("judge", r"'judge': a function is named as \"file\.py:function\""),
+    ("judge", r"'judge': expected \"file\.py:name\" or \"package\.module:name\""),
     ("nowhere.py:judge", r"nowhere\.py:judge: no such file nowhere\.py"),
     ("no_such_module:judge", r"no_such_module:judge: importing no_such_module failed with ModuleNotFoundError"),
-    ("math:judge", r"math:judge: math has no function 'judge'"),
-    ("math:pi", r"math:pi: math has no function 'pi'"),
+    ("math:judge", r"math:judge: math has no 'judge'"),
+    ("math:pi", r"math:pi: it is a float, not a function"),
 ]
 
 

@@ -7,9 +7,9 @@ import pytest
 import tiny
 import torch
 
+from whet.data import Group, Prompt, Sample, chat_format
 from whet.models.load import Source, load_scorer, load_tokenizer
 from whet.models.roles import Role
-from whet.records import Group, Prompt, Sample, chat_format
 from whet.rewards import Weighted, score_all
 from whet.rewards.functions import FunctionReward
 from whet.rewards.model import ModelReward

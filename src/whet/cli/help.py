@@ -8,23 +8,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from whet.catalogue import REWARD
-from whet.choices import DIALS, HIDDEN, ONLINE_SLOTS, PLAIN_SLOTS, PREFERENCE_SLOTS, REWARD_SLOTS, Choice
-from whet.cli.config import choices, fields_of, section
+from whet.methods.catalogue import REWARD
+from whet.methods.choices import DIALS, HIDDEN, ONLINE_SLOTS, PLAIN_SLOTS, PREFERENCE_SLOTS, REWARD_SLOTS, Choice
+from whet.runs.config import choices, fields_of, section
 
 ROOT = Path(__file__).parent.parent
-
-PLAN = {
-    "gpus": "how many GPUs there are",
-    "gpu_memory": "memory of one, in GiB [80]",
-    "learners": "GPUs of the learner; default: what fits and is quickest",
-    "prompt_tokens": "tokens of a prompt [512]",
-    "mean_answer": "tokens of an answer on average; default: half of the longest",
-    "per_node": "GPUs of one machine [8]",
-    "inside": "bytes per second between GPUs of one machine [3e11]",
-    "between": "bytes per second between machines [2.5e10]",
-}
-"""What `whet plan` takes beside the recipe's fields."""
 
 
 @cache
@@ -68,7 +56,7 @@ def _plain(value: ast.expr | None) -> str:
 
 def recipe_lines(kind: type, defaults: Any, prefix: str = "") -> list[str]:
     """One line per field of a recipe, nested ones with dots: its meaning, its choices, and the verb's own default."""
-    docs = field_docs("cli/recipe.py") | field_docs("dials.py")
+    docs = field_docs("runs/recipe.py") | field_docs("methods/options.py")
     own = {name: told for one in reversed(kind.__mro__) for name, told in docs.get(one.__name__, {}).items()}
     lines = []
     for name, annotation in fields_of(kind).items():

@@ -4,8 +4,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from whet import catalogue
 from whet.errors import RecipeError, UserError, WhetError
+from whet.methods import catalogue
 
 OFFLINE = {
     "pretrain": "next-token training on `text` rows",
@@ -59,15 +59,15 @@ def run(verb: str, recipe: str | None = None, *, resume: bool = False, quiet: bo
     Returns what the verb leaves: the run folder, the file, or the numbers of eval.
     """
     if verb == "demo":
-        from whet.cli.demo.run import demo
+        from whet.demo.run import demo
 
         return demo(fields)
     if verb not in {**OFFLINE, **ONLINE, **OTHERS}:
         raise _unknown_verb(verb)
     if verb in ("explain", "plan"):
         raise RecipeError(f"{verb}: from Python it is whet.{verb}(verb, recipe, **fields)")
-    from whet.cli import config, verbs
-    from whet.cli.recipe import kind_of
+    from whet.runs import config, verbs
+    from whet.runs.recipe import kind_of
 
     resolved = config.resolve(kind_of(verb), verb, recipe, list(fields.items()))
     options = verbs.Options(resume, quiet)
@@ -76,7 +76,7 @@ def run(verb: str, recipe: str | None = None, *, resume: bool = False, quiet: bo
     if verb in ONLINE:
         return verbs.run_online(verb, resolved, options)
     if verb == "serve":
-        from whet.cli.serve import run_serve
+        from whet.runs.serve import run_serve
 
         return run_serve(resolved)
     others: dict[str, Callable[..., Any]] = {"sample": verbs.run_sample, "rank": verbs.run_rank, "eval": verbs.run_eval}
@@ -87,9 +87,9 @@ def explain(verb: str, recipe: str | None = None, **fields: Any) -> str:
     """What `run` would do with the same arguments, in words and formulas."""
     if verb not in {**OFFLINE, **ONLINE}:
         raise _unknown_verb(verb) if verb not in OTHERS else RecipeError(f"explain: {verb} trains nothing")
-    from whet.cli import config
-    from whet.cli.explain import explanation
-    from whet.cli.recipe import kind_of
+    from whet.runs import config
+    from whet.runs.explain import explanation
+    from whet.runs.recipe import kind_of
 
     return explanation(verb, config.resolve(kind_of(verb), verb, recipe, list(fields.items())))
 
@@ -98,9 +98,9 @@ def plan(verb: str, recipe: str | None = None, **fields: Any) -> str:
     """What `run` would need on a number of GPUs: `plan("ppo", model="DIR", gpus=64, gpu_memory=80)`, as text."""
     if verb not in {**OFFLINE, **ONLINE}:
         raise _unknown_verb(verb) if verb not in OTHERS else RecipeError(f"plan: {verb} trains nothing")
-    from whet.cli import config
-    from whet.cli.plan import plan, taken
-    from whet.cli.recipe import kind_of
+    from whet.runs import config
+    from whet.runs.plan import plan, taken
+    from whet.runs.recipe import kind_of
 
     options, rest = taken(fields)
     return plan(verb, config.resolve(kind_of(verb), verb, recipe, list(rest.items())), options)
@@ -114,7 +114,7 @@ def _told(about: str, words: list[str]) -> str:
     if verb not in {**OFFLINE, **ONLINE, **OTHERS}:
         from pathlib import Path
 
-        from whet.cli.config import read_yaml
+        from whet.runs.config import read_yaml
 
         if not Path(words[0]).is_file():
             raise _unknown_verb(words[0])
@@ -152,7 +152,7 @@ def _command(words: list[str]) -> int:
         if recipe is not None:
             raise RecipeError(f"{recipe}: demo takes no recipe; its own are in the package")
         return run(verb, **_grouped(overrides))
-    from whet.workers import first
+    from whet.distributed import first
 
     result = run(verb, recipe, resume="resume" in flags, quiet="quiet" in flags, **_grouped(overrides))
     if isinstance(result, dict):
@@ -231,8 +231,9 @@ def _overview() -> str:
 
 
 def _verb_help(verb: str) -> str:
-    from whet.cli import config, help
-    from whet.cli.recipe import kind_of
+    from whet.cli import help
+    from whet.runs import config
+    from whet.runs.recipe import PlanOptions, kind_of
 
     about = {**OFFLINE, **ONLINE, **OTHERS}[verb]
     lines = [
@@ -252,7 +253,7 @@ def _verb_help(verb: str) -> str:
         )
         own = []
         if verb == "plan":
-            own = ["options:", *(f"  --{name.replace('_', '-'):<15} {text}" for name, text in help.PLAN.items()), ""]
+            own = ["options [default]:", *help.recipe_lines(PlanOptions, PlanOptions(0)), ""]
         return "\n".join([*lines[:3], "", *own, "takes every field of the verb it is about"])
     kind = kind_of(verb)
     defaults = config.resolve(kind, verb, None, [])

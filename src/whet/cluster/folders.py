@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from whet.data import Weights
+from whet.data.files import shared_memory
+from whet.distributed import Workers, host
 from whet.generate.base import whole
 from whet.learner.store import write
-from whet.records import Weights
-from whet.records.files import shared_memory
-from whet.workers import Workers, host
 
 PREFIX = "whet-push-"
 LOCK = "lock"

@@ -16,12 +16,12 @@ from torch import Tensor
 from whet.cluster.folders import Post, contents, unpacked
 from whet.cluster.placement import Placement
 from whet.cluster.worker import START, Remote, ended, first_to_fail, in_step
+from whet.data import Batch, Weights
+from whet.distributed import Workers, at_once, free_port, join
 from whet.errors import EngineDied, RunStopped, WhetError
 from whet.generate.base import Generator, scores, whole
 from whet.learner.base import Step, Work
 from whet.learner.local import LocalLearner
-from whet.records import Batch, Weights
-from whet.workers import Workers, at_once, free_port, join
 
 PORTS = 3
 """Ports that are tried: between its choice and its use another program may take one."""

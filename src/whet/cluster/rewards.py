@@ -5,10 +5,10 @@ from functools import partial
 from typing import Any
 
 from whet.cluster.worker import Remote, ended
+from whet.data import Group
+from whet.distributed import Lives, at_once
 from whet.errors import EngineDied, WorldDied
-from whet.records import Group
 from whet.rewards.base import Scores, Weighted, joined, shares
-from whet.workers import Lives, at_once
 
 Make = Callable[[], Sequence[Weighted]]
 """Builds all rewards in a worker; it travels there, so it must be picklable."""

@@ -7,8 +7,8 @@ from typing import TypeVar
 from whet.cluster.learner import Regrow
 from whet.cluster.placement import Wanted
 from whet.cluster.world import World
+from whet.distributed import Lives
 from whet.errors import EngineDied, Spent
-from whet.workers import Lives
 
 T = TypeVar("T")
 

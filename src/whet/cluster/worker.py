@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from whet.distributed import host
 from whet.errors import EngineDied, WhetError, WorldDied, first_line
-from whet.workers import host
 
 T = TypeVar("T")
 

@@ -14,11 +14,11 @@ from whet.cluster.placement import Placement, Wanted, place
 from whet.cluster.rewards import Make as MakeRewards
 from whet.cluster.rewards import Pool, weighted
 from whet.cluster.worker import Remote, ended
+from whet.distributed import Lives
 from whet.generate.base import Generator
 from whet.generate.fleet import Fleet
 from whet.learner.local import LocalLearner
 from whet.rewards.base import Weighted
-from whet.workers import Lives
 
 
 class World:

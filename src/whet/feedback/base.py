@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from whet.records import ranks_of
+from whet.data import ranks_of
 
 
 @dataclass(frozen=True)

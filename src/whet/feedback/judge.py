@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from whet.data import ranks_of
 from whet.errors import RewardError
 from whet.feedback.base import Question
-from whet.records import ranks_of
 
 
 class ScoreJudge:

@@ -9,10 +9,10 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from whet.dials import Sampling
+from whet.data import Prompt, Sample, Weights
 from whet.errors import ModelError, RecipeError
+from whet.methods.options import Sampling
 from whet.ops import address, addressed_uniform
-from whet.records import Prompt, Sample, Weights
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from whet.data import Sample, Weights
+from whet.distributed import Lives
 from whet.errors import EngineDied, ModelError, WhetError, WorldDied
 from whet.generate.base import Generator, Request
-from whet.records import Sample, Weights
-from whet.workers import Lives
 
 T = TypeVar("T")
 
@@ -169,8 +169,8 @@ class Fleet:
 def deal(requests: Sequence[Request], count: int) -> list[list[int]]:
     """The places of the requests for each of `count` engines, in order. Tokens to read and tokens that may come count alike.
 
-    >>> from whet.dials import Sampling
-    >>> from whet.records import Prompt
+    >>> from whet.methods.options import Sampling
+    >>> from whet.data import Prompt
     >>> asked = [Request(Prompt("", (2,) * n, (), {}), draw, 0, Sampling(4), 0) for draw, n in enumerate((9, 2, 3))]
     >>> deal(asked, 2)
     [[0], [1, 2]]

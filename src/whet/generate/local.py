@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from whet.dials import Sampling
+from whet.data import Sample, Weights
 from whet.errors import RunStopped
 from whet.generate.base import Request, cut, draw, whole
+from whet.methods.options import Sampling
 from whet.models.roles import Role
 from whet.ops import token_logprobs
-from whet.records import Sample, Weights
 
 DROP_SHARE = 0.25
 """The cache is compacted when this share of its rows has finished."""

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
+from whet.data import Sample, Weights
+from whet.distributed import Workers
 from whet.generate.base import Generator, Request, cut, scores
-from whet.records import Sample, Weights
-from whet.workers import Workers
 
 
 class SharedGenerator:

@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from whet.data import COLUMNS, Batch, Weights
+from whet.distributed import Workers
 from whet.methods import Part, Term
 from whet.ops import Counts
-from whet.records import COLUMNS, Batch, Weights
-from whet.workers import Workers
 
 Work = Sequence[tuple[Term, Batch, Counts]]
 """One update: the terms of the objective, each with its mini-batch and that mini-batch's global counts."""

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from whet.errors import RecipeError
+from whet.learner.ddp import same_weights
 from whet.learner.local import LocalLearner
-from whet.learner.replica import same_weights
 from whet.models.load import decoder_layers
 from whet.models.roles import Role
 from whet.models.shell import shells

@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from whet.dials import Optim
+from whet.data import Batch, Weights, dealt, measured
+from whet.data.files import write_json
+from whet.distributed import Workers
 from whet.errors import CheckpointError, RunStopped
 from whet.learner.base import Step, Work
 from whet.learner.store import Stored, write
+from whet.methods.options import Optim
 from whet.models.dropout import Dropout
 from whet.models.load import decoder_layers
 from whet.models.readers import BARE, read
 from whet.models.roles import Role
 from whet.ops import address
-from whet.records import Batch, Weights, dealt, measured
-from whet.records.files import write_json
-from whet.workers import Workers
 
 CHUNK = 1 << 24
 """Numbers that are summed up at a time for a mark."""

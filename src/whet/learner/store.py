@@ -5,8 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from whet.distributed import Workers
 from whet.errors import CheckpointError
-from whet.workers import Workers
 
 
 def write(folder: Path, name: str, tensors: Iterable[tuple[str, Tensor]], workers: Workers) -> list[Exception]:

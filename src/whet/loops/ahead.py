@@ -9,14 +9,14 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from whet.dials import Sampling
+from whet.data import Group, Prompt, Sample, Weights
+from whet.distributed import at_once
 from whet.errors import RunStopped
 from whet.generate import Generator, Request
 from whet.generate.base import scores
 from whet.loops.source import Hand
-from whet.plan.schedule import chosen, lead
-from whet.records import Group, Prompt, Sample, Weights
-from whet.workers import at_once
+from whet.loops.staleness import chosen, lead
+from whet.methods.options import Sampling
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Buffer:
     """What is handed out, to which lane, and how far it is. Knows no clock and no thread.
 
     At most `wanted + lead x prompts` groups are out at a time, `wanted` being what the loop waits for right now: so nothing
-    is begun that could not be consumed within the bound (see `plan.schedule`, which has the rules and their simulator).
+    is begun that could not be consumed within the bound (the rules are in `loops.staleness`, their simulator in `planning.schedule`).
     """
 
     def __init__(

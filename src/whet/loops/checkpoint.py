@@ -11,10 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from whet.data.files import write_json
 from whet.errors import CheckpointError, EngineDied, WhetError
 from whet.learner import Learner
 from whet.loops.interrupt import Stop
-from whet.records.files import write_json
 
 MANIFEST = "manifest.json"
 ASIDE = ".writing-"

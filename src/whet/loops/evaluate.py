@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from whet.dials import Sampling
+from whet.data import Batch, Element, Group, Prompt
 from whet.generate import Generator, Request
 from whet.learner import Learner, look_across
 from whet.methods import Objective
+from whet.methods.options import Sampling
 from whet.ops import Counts, address, addressed_uniform
-from whet.records import Batch, Element, Group, Prompt
 
 
 def held_out(

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from whet.data import COLUMNS, Batch, Element, order, pad
 from whet.learner import Learner, look_across
 from whet.loops import checkpoint, selfcheck
 from whet.loops.evaluate import held_out
@@ -14,8 +15,7 @@ from whet.loops.interrupt import Stop
 from whet.loops.progress import Progress
 from whet.loops.record import Run
 from whet.methods import Objective
-from whet.methods.part import mean_reward
-from whet.records import COLUMNS, Batch, Element, order, pad
+from whet.methods.parts import mean_reward
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from whet.dials import Sampling
+from whet.data import Batch, Element, Group, Prompt, Row, minibatches, order, pad, pad_support, take_elements
 from whet.generate import Generator
 from whet.generate.fleet import Fleet
 from whet.learner import Learner, Step, look_across
@@ -19,9 +19,9 @@ from whet.loops.progress import Progress
 from whet.loops.record import Run, mean_of
 from whet.loops.source import Hand, Now, Source, answered
 from whet.methods import Algorithm, clipping, credited, diagnostics, outcome, paired, shaped, spread
-from whet.methods.part import mean_reward
+from whet.methods.options import Sampling
+from whet.methods.parts import mean_reward
 from whet.ops import address, masked_mean, masked_sum
-from whet.records import Batch, Element, Group, Prompt, Row, minibatches, order, pad, pad_support, take_elements
 from whet.rewards import Weighted, score_all
 
 

@@ -10,9 +10,13 @@ from typing import Any
 
 import torch
 
-from whet.records import COLUMNS, Batch, Group
-from whet.records.files import write_json
+from whet.data import Batch, Group
+from whet.data.files import write_json
+from whet.loops import rollouts
+from whet.trackers import Tracker
 
+SHOWN = 16
+"""Answers of a rollout that trackers get."""
 PACKAGES = ("torch", "transformers", "peft", "numpy", "tokenizers", "safetensors")
 
 
@@ -23,7 +27,7 @@ class Run:
     """
 
     def __init__(
-        self, folder: Path, *, resume_at: int | None = None, trackers: Sequence[Any] = (), writes: bool = True
+        self, folder: Path, *, resume_at: int | None = None, trackers: Sequence[Tracker] = (), writes: bool = True
     ) -> None:
         self.folder, self.trackers, self.writes = folder, tuple(trackers), writes
         self._metrics = folder / "metrics.jsonl"
@@ -33,9 +37,7 @@ class Run:
         if resume_at is not None and self._metrics.is_file():
             kept = [row for row in read_metrics(folder) if row["step"] <= resume_at]
             self._metrics.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            for path in (folder / "rollouts").glob("step-*.parquet"):
-                if int(path.stem.split("-")[1]) > resume_at:
-                    path.unlink()
+            rollouts.remove_after(folder, resume_at)
 
     @property
     def checkpoints(self) -> Path:
@@ -59,46 +61,27 @@ class Run:
         with self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         for tracker in self.trackers:
-            tracker.log({name: value for name, value in line.items() if name != "step"}, step=step)
+            tracker.log(step, {name: value for name, value in line.items() if name != "step"})
 
     def rollout(self, step: int, groups: Sequence[Group], batch: Batch, names: Sequence[str]) -> None:
-        """`rollouts/step-00000042.parquet`: one row an answer; per-token columns as lists, as long as the answer.
-
-        `names` are the rewards of the batch's `rewards` column.
-        """
+        """`rollouts/step-00000042.parquet` (see `loops.rollouts`), and some of its answers to the trackers."""
         if not self.writes:
             return
-        import pyarrow
-        import pyarrow.parquet
+        rollouts.write(self.folder, step, groups, batch, names)
+        if self.trackers:
+            scores = batch["score"].tolist() if "score" in batch.columns else []
+            samples = [(group.prompt.text, sample.text) for group in groups for sample in group.samples]
+            rows = [
+                {"prompt": prompt, "completion": text, "score": score}
+                for (prompt, text), score in zip(samples[:SHOWN], scores, strict=False)
+            ]
+            for tracker in self.trackers:
+                tracker.samples(step, rows)
 
-        samples = [(group.prompt, sample) for group in groups for sample in group.samples]
-        table: dict[str, list] = {
-            "prompt_id": [prompt.id for prompt, _ in samples],
-            "prompt": [prompt.text for prompt, _ in samples],
-            "completion": [sample.text for _, sample in samples],
-            "prompt_ids": [list(prompt.ids) for prompt, _ in samples],
-            "completion_ids": [list(sample.ids) for _, sample in samples],
-            "draw": [sample.draw for _, sample in samples],
-            "answer": [sample.answer for _, sample in samples],
-            "version": [sample.version for _, sample in samples],
-            "finish": [sample.finish for _, sample in samples],
-        }
-        for name, values in batch.columns.items():
-            if name in ("element", "place", "rewards", "address"):
-                continue
-            rows = values.tolist()
-            if COLUMNS[name].per_token:
-                rows = [row[: batch.rows[number].response] for number, row in enumerate(rows)]
-            if values.ndim == 3:  # the support, without what pads it
-                rows = [[[token for token in step if token >= 0] for step in row] for row in rows]
-            table[name] = rows
-        for number, name in enumerate(names):
-            table[f"reward/{name}"] = batch["rewards"][:, number].tolist()
-        folder = self.folder / "rollouts"
-        folder.mkdir(exist_ok=True)
-        aside = folder / f".writing-{step:08d}"
-        pyarrow.parquet.write_table(pyarrow.table(table), aside)
-        aside.rename(folder / f"step-{step:08d}.parquet")
+    def close(self) -> None:
+        """The trackers write what they have buffered."""
+        for tracker in self.trackers:
+            tracker.end()
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
@@ -118,5 +101,5 @@ def mean_of(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: sum(row[name] for row in rows if name in row) / sum(name in row for row in rows) for name in names}
 
 
-def _plain(value: Any) -> float | int | str:
+def _plain(value: Any) -> float:
     return value.item() if hasattr(value, "item") else value

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from whet.data import Batch
 from whet.errors import RunStopped
 from whet.generate import Generator
 from whet.generate.base import scores
 from whet.ops import masked_sum
-from whet.records import Batch
 
 GAP = {torch.float64: 1e-6, torch.float32: 2e-3}
 """Largest mean |sampler_logp - old_logp| in nats, by the precision of the log-probs."""

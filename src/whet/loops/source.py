@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from whet.dials import Sampling
+from whet.data import Group, Prompt, order
 from whet.generate import Generator, Request
-from whet.records import Group, Prompt, order
+from whet.methods.options import Sampling
 
 
 class Hand:

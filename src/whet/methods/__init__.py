@@ -1,19 +1,32 @@
-"""An algorithm is a value: a frozen record of named parts."""
+"""An algorithm is a value: a frozen record of named parts. Names are imported when they are first used."""
 
-from whet.methods.algorithm import (
-    Algorithm,
-    Collect,
-    Penalty,
-    clipping,
-    credited,
-    diagnostics,
-    outcome,
-    paired,
-    shaped,
-    spread,
-)
-from whet.methods.compose import online, preference, reward
-from whet.methods.part import Objective, Part, Term, part
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from whet.methods.algorithm import (
+        Algorithm,
+        Collect,
+        Penalty,
+        clipping,
+        credited,
+        diagnostics,
+        outcome,
+        paired,
+        shaped,
+        spread,
+    )
+    from whet.methods.compose import online, preference, reward
+    from whet.methods.parts import Objective, Part, Term, part
+
+_HOMES = {
+    "algorithm": (
+        "Algorithm", "Collect", "Penalty", "clipping", "credited", "diagnostics", "outcome", "paired", "shaped", "spread",
+    ),
+    "compose": ("online", "preference", "reward"),
+    "parts": ("Objective", "Part", "Term", "part"),
+}  # fmt: skip
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Algorithm",
@@ -34,3 +47,10 @@ __all__ = [
     "shaped",
     "spread",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The options and the catalogue beside these names load no torch, so the package must not either."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

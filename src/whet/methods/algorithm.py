@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from whet import ops
-from whet.dials import Truncated
+from whet.data import COLUMNS, Batch, take_elements
 from whet.errors import RewardError
-from whet.methods.part import Objective, Part, State, Term, fixed, settled, steered
+from whet.methods.options import Truncated
+from whet.methods.parts import Objective, Part, State, Term, fixed, settled, steered
 from whet.ops import Controller
-from whet.records import COLUMNS, Batch, take_elements
 
 
 @dataclass(frozen=True)

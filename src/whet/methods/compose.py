@@ -11,8 +11,11 @@ import msgspec
 import torch
 from torch import Tensor
 
-from whet import catalogue, ops
-from whet.choices import (
+from whet import ops
+from whet.errors import RecipeError
+from whet.methods import catalogue
+from whet.methods.algorithm import Algorithm, Collect, Penalty
+from whet.methods.choices import (
     DIALS,
     HIDDEN,
     ONLINE_SLOTS,
@@ -26,10 +29,8 @@ from whet.choices import (
     changed,
     named,
 )
-from whet.dials import KL, Entropy, Truncated, Value
-from whet.errors import RecipeError
-from whet.methods.algorithm import Algorithm, Collect, Penalty
-from whet.methods.part import Objective, Part, Term, part
+from whet.methods.options import KL, Entropy, Truncated, Value
+from whet.methods.parts import Objective, Part, Term, part
 from whet.ops import AdaptiveEntropy, AdaptiveKL, Controller, FixedKL, HalvingKL, RunningMean
 
 Slots = Mapping[str, Any]
@@ -536,4 +537,4 @@ assert set(DIALS) >= {
     for known in table.values()
     for one in known.values()
     for name in dials_of(one)
-}, "every dial has one meaning in whet.choices.DIALS"
+}, "every dial has one meaning in whet.methods.choices.DIALS"

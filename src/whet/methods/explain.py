@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from string import Formatter
 from typing import Any
 
-from whet import catalogue
-from whet.choices import ONLINE_SLOTS, PREFERENCE_SLOTS, REWARD_SLOTS, Choice, named
-from whet.dials import KL, Entropy, Truncated, Value
+from whet.methods import catalogue
+from whet.methods.choices import ONLINE_SLOTS, PREFERENCE_SLOTS, REWARD_SLOTS, Choice, named
 from whet.methods.compose import dials_of, record
+from whet.methods.options import KL, Entropy, Truncated, Value
 
 Slots = Mapping[str, Any]
 

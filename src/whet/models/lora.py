@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from whet.dials import LoRA
 from whet.errors import ModelError
+from whet.methods.options import LoRA
 from whet.models.load import scalar_head
 from whet.ops import address, addressed_uniform
 

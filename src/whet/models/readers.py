@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from whet.data import Batch, Row, pad_ids
 from whet.models.dropout import Dropout
 from whet.models.roles import Role
 from whet.models.shell import through
 from whet.ops import entropy, exact_kl, linear_collision, linear_kl, linear_logprobs, token_logprobs
-from whet.records import Batch, Row, pad_ids
 
 LANGUAGE = frozenset({"logp", "full_logp", "entropy", "full_entropy", "collision", "exact_kl"})
 ATTENTION: dict[str, Callable[[Tensor], Tensor]] = {
@@ -276,6 +276,6 @@ def _packed(rows: Sequence[Row]) -> tuple[Tensor, dict[str, Tensor], _Where]:
 def _record_mask(rows: Sequence[Row]) -> Tensor:
     """The rows' own masks (B, T). Not the batch's column: that may have lost rows, and then the head would run over
     other positions than when the old log-probs were measured, and the ratio would not be exactly 1."""
-    from whet.records import pad
+    from whet.data import pad
 
     return pad([row.mask for row in rows])

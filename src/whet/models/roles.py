@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from whet.data.files import write_json
 from whet.errors import ModelError
 from whet.models.load import scalar_head
 from whet.models.lora import save_adapter
-from whet.records.files import write_json
 
 Readout = Literal["last", "mean", "sum"]
 READOUT_FILE = "whet.json"

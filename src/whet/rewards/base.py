@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from whet.data import Group, Sample, pad
 from whet.errors import RewardError
-from whet.records import Group, Sample, pad
 
 
 @dataclass(frozen=True)

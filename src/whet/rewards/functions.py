@@ -1,14 +1,11 @@
 """Rewards from Python functions, `f(prompts, completions, **columns) -> list[float]`, in the user's own file or module."""
 
-import importlib
-import importlib.util
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
+from whet.data import Group
 from whet.errors import RecipeError, RewardError
-from whet.records import Group
+from whet.registry import load_object
 from whet.rewards.base import Scores, checked, columns_of
 
 
@@ -43,27 +40,7 @@ def called(function: Callable[..., Any], label: str, /, *given: Any, **named: An
 
 def load_function(spec: str) -> Callable[..., Any]:
     """The function named by "file.py:name" or "package.module:name". Raises RecipeError when there is none."""
-    place, _, name = spec.rpartition(":")
-    if not place:
-        raise RecipeError(f'{spec!r}: a function is named as "file.py:function" or "package.module:function"')
-    try:
-        if place.endswith(".py"):
-            path = Path(place)
-            if not path.is_file():
-                raise RecipeError(f"{spec}: no such file {place}")
-            found = importlib.util.spec_from_file_location(f"whet_user_{path.stem}", path.resolve())
-            assert found is not None
-            assert found.loader is not None
-            module = importlib.util.module_from_spec(found)
-            sys.modules[found.name] = module
-            found.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
-    except RecipeError:
-        raise
-    except Exception as error:  # a user's module may fail in any way while it is imported
-        raise RecipeError(f"{spec}: importing {place} failed with {type(error).__name__}: {error}") from error
-    function = getattr(module, name, None)
+    function = load_object(spec)
     if not callable(function):
-        raise RecipeError(f"{spec}: {place} has no function {name!r}")
+        raise RecipeError(f"{spec}: it is a {type(function).__name__}, not a function")
     return function

@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from whet.data import Batch, Chat, Group, Row, micro_batches
 from whet.errors import RewardError
 from whet.models.readers import read
 from whet.models.roles import Role
-from whet.records import Batch, Chat, Group, Row, micro_batches
 from whet.rewards.base import Scores
 
 Reading = Callable[[Batch, frozenset[str]], Mapping[str, torch.Tensor]]

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from whet.records import Group
+from whet.data import Group
+from whet.distributed import Workers
 from whet.rewards.base import Reward, Scores, joined, shares
-from whet.workers import Workers
 
 
 class SharedReward:

@@ -1,0 +1,56 @@
+"""What crosses between floors, and how text becomes tensors."""
+
+from whet.data.batching import dealt, micro_batches, minibatches, order, pad_ids, take_elements
+from whet.data.chat import PLAIN, Chat, chat_format
+from whet.data.columns import COLUMNS, Column, measured
+from whet.data.rows import Located, Reader, numbers, ranks_of, read_rows
+from whet.data.types import (
+    Batch,
+    Element,
+    Group,
+    Labelled,
+    Pair,
+    Prompt,
+    Ranking,
+    Row,
+    Sample,
+    Stepped,
+    Unpaired,
+    Weights,
+    pad,
+    pad_support,
+)
+
+__all__ = [
+    "COLUMNS",
+    "PLAIN",
+    "Batch",
+    "Chat",
+    "Column",
+    "Element",
+    "Group",
+    "Labelled",
+    "Located",
+    "Pair",
+    "Prompt",
+    "Ranking",
+    "Reader",
+    "Row",
+    "Sample",
+    "Stepped",
+    "Unpaired",
+    "Weights",
+    "chat_format",
+    "dealt",
+    "measured",
+    "micro_batches",
+    "minibatches",
+    "numbers",
+    "order",
+    "pad",
+    "pad_ids",
+    "pad_support",
+    "ranks_of",
+    "read_rows",
+    "take_elements",
+]  # fmt: skip

@@ -1,0 +1,482 @@
+"""Rows of data files: read, checked one by one, and turned into records.
+
+Column names are the field's: `text`, `prompt`, `completion`, `messages`, `chosen`, `rejected`, `responses` + `ranks` or
+`scores`, `score`. A bad row raises DataError with its file and line, what was expected and what to do, before any
+model is loaded.
+"""
+
+import csv
+import difflib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from whet.data.chat import Chat
+from whet.data.types import Labelled, Pair, Prompt, Ranking, Row, Stepped, Unpaired
+from whet.errors import DataError
+
+
+@dataclass(frozen=True)
+class Located:
+    """A data row and where it stands: "my.jsonl:12" (lines and rows count from 1)."""
+
+    row: Mapping[str, Any]
+    where: str
+
+
+def read_rows(source: str) -> list[Located]:
+    """All rows of a JSONL, Parquet or CSV file, or of a `datasets` name ("name", "name:split").
+
+    Raises DataError for a missing or empty file, invalid UTF-8, invalid JSON, a line that is no object, and for two
+    rows with the same `id`.
+    """
+    path = Path(source)
+    readers = {".jsonl": _jsonl, ".json": _jsonl, ".parquet": _parquet, ".csv": _csv}
+    if path.suffix in readers:
+        if not path.is_file():
+            raise DataError(f"{source}: no such file")
+        rows = list(readers[path.suffix](path))
+    elif path.exists():
+        raise DataError(f"{source}: expected a .jsonl, .parquet or .csv file or the name of a dataset")
+    else:
+        rows = list(_hub(source))
+    if not rows:
+        raise DataError(f"{source}: the file is empty; at least one row is needed")
+    rows = [Located({key: value for key, value in one.row.items() if value is not None}, one.where) for one in rows]
+    seen: dict[Any, str] = {}
+    for located in rows:
+        name = located.row.get("id")
+        if name is not None and str(name) in seen:
+            raise DataError(f"{located.where}: id {name!r} was already used at {seen[str(name)]}; ids must be unique")
+        if name is not None:
+            seen[str(name)] = located.where
+    return rows
+
+
+def _jsonl(path: Path) -> Iterator[Located]:
+    with path.open("rb") as lines:
+        for number, raw in enumerate(lines, 1):
+            where = f"{path}:{number}"
+            try:
+                line = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{where}: not valid UTF-8 at byte {error.start} of the line; save the file as UTF-8"
+                ) from error
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"{where}: not valid JSON ({error.msg} at column {error.colno}); one object a line"
+                ) from error
+            if not isinstance(row, dict):
+                raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}")
+            yield Located(row, where)
+
+
+def _parquet(path: Path) -> Iterator[Located]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: not a readable Parquet file ({error})") from error
+    for number, row in enumerate(table.to_pylist(), 1):
+        yield Located(row, f"{path}:{number}")
+
+
+def _csv(path: Path) -> Iterator[Located]:
+    csv.field_size_limit(1 << 30)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            reader = csv.DictReader(lines)
+            for row in reader:
+                if None in row or None in row.values():
+                    raise DataError(f"{path}:{reader.line_num}: the row has another number of fields than the header")
+                yield Located(row, f"{path}:{reader.line_num}")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not valid UTF-8 at byte {error.start}; save the file as UTF-8") from error
+    except csv.Error as error:
+        raise DataError(f"{path}: not valid CSV ({error})") from error
+
+
+def _hub(source: str) -> Iterator[Located]:
+    path = Path(source.partition(":")[0])
+    if path.suffix or source.startswith((".", "/", "~")):
+        near = (
+            difflib.get_close_matches(path.name, [one.name for one in path.parent.glob("*")], n=1)
+            if path.parent.is_dir()
+            else []
+        )
+        raise DataError(f"{source}: no such file" + (f"; did you mean {path.with_name(near[0])}?" if near else ""))
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(f"{source}: no such file; for a dataset by name install whet[datasets]") from error
+    name, _, split = source.partition(":")
+    try:
+        rows = datasets.load_dataset(name, split=split or "train")
+    except Exception as error:  # whatever the hub client raises: offline, no such name, no such split
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{source}: neither a file nor a dataset that can be loaded ({reason})") from error
+    for number, row in enumerate(rows, 1):
+        yield Located(row, f"{source}:{number}")
+
+
+def _text(located: Located, name: str) -> str:
+    value = _field(located, name)
+    if not isinstance(value, str):
+        raise DataError(f"{located.where}: field {name!r} must be a string, got {type(value).__name__}")
+    if not value.strip():
+        raise DataError(f"{located.where}: field {name!r} is empty")
+    return value
+
+
+def _field(located: Located, name: str) -> Any:
+    if located.row.get(name) is None:
+        have = ", ".join(sorted(key for key, value in located.row.items() if value is not None)) or "nothing"
+        raise DataError(f"{located.where}: field {name!r} is missing (the row has {have})")
+    return located.row[name]
+
+
+def _number(located: Located, name: str, value: Any) -> float:
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise DataError(f"{located.where}: field {name!r} must be a finite number, got {value!r}")
+    return float(value)
+
+
+def numbers(located: Located, name: str, count: int) -> list[float]:
+    """The field as a list of `count` finite numbers, one per answer. Raises DataError for anything else."""
+    values = _field(located, name)
+    if not isinstance(values, list) or len(values) != count:
+        got = len(values) if isinstance(values, list) else repr(values)
+        raise DataError(f"{located.where}: field {name!r} must have one number per answer: {count} answers, got {got}")
+    return [_number(located, name, value) for value in values]
+
+
+def _messages(located: Located, name: str) -> list[dict[str, str]]:
+    """The field as a list of messages; a string is one user message."""
+    value = _field(located, name)
+    if isinstance(value, str):
+        return [{"role": "user", "content": _text(located, name)}]
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{located.where}: field {name!r} must be a string or a list of messages, got {value!r:.80}")
+    for number, message in enumerate(value):
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or "role" not in message:
+            raise DataError(
+                f"{located.where}: field {name!r}, message {number}: expected "
+                f'{{"role": ..., "content": "..."}}, got {message!r:.80}'
+            )
+        if message["role"] not in ("system", "user", "assistant", "tool"):
+            raise DataError(
+                f"{located.where}: field {name!r}, message {number}: role {message['role']!r} is none of "
+                "system, user, assistant, tool"
+            )
+        if not message["content"].strip():
+            raise DataError(f"{located.where}: field {name!r}, message {number}: the content is empty")
+    return value
+
+
+def _ended(located: Located, count: int) -> list[bool]:
+    """Which answers ended by themselves: the `finish` column of sampled rows says "length" of those cut off."""
+    finish = located.row.get("finish")
+    if finish is None:
+        return [True] * count
+    if not isinstance(finish, list) or len(finish) != count:
+        raise DataError(f"{located.where}: field 'finish' must have one entry per answer ({count}), got {finish!r:.80}")
+    return [one != "length" for one in finish]
+
+
+def _answer(located: Located, name: str) -> str:
+    """The field as one answer: a string, or a list with one assistant message."""
+    value = _field(located, name)
+    if isinstance(value, list):
+        messages = _messages(located, name)
+        if len(messages) != 1 or messages[0]["role"] != "assistant":
+            raise DataError(
+                f"{located.where}: field {name!r} must be one assistant message, got {len(messages)} messages"
+            )
+        return messages[0]["content"]
+    return _text(located, name)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Turns located rows into records for one tokenizer.
+
+    `max_tokens` is the longest sequence, `mend` what a message advises about it;
+    `too_long` says what happens to a longer one: "error", "drop" (the row is
+    left out) or "cut" (its end is cut off). `turns` is "all" or "last"; `separator` stands between steps.
+    """
+
+    chat: Chat
+    max_tokens: int
+    mend: str = "raise --data.max-tokens"
+    too_long: str = "error"
+    turns: str = "all"
+    separator: str = "\n"
+
+    def texts(self, rows: Sequence[Located]) -> list[Row]:
+        """`text` rows: every token is trained, the end token too; longer texts are cut into pieces.
+
+        A piece opens with the last token of the one before, so no transition is lost.
+        """
+        tokenizer, out = self.chat.tokenizer, []
+        for ids in tokenizer([_text(located, "text") for located in rows])["input_ids"]:
+            ids = ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
+            for start in range(0, len(ids) - 1, self.max_tokens - 1):
+                piece = ids[start : start + self.max_tokens]
+                out.append(Row(torch.tensor(piece), 1, torch.ones(len(piece) - 1, dtype=torch.bool)))
+        return self._some(out, "no text has two tokens")
+
+    def prompts(self, rows: Sequence[Located]) -> list[Prompt]:
+        """`prompt` rows (a string or messages). The other fields reach reward functions as columns."""
+        out = []
+        for number, located in enumerate(rows):
+            messages = _messages(located, "prompt")
+            ids = self._located(located, lambda messages=messages: self.chat.prompt_ids(messages))
+            if len(ids) > self.max_tokens:
+                if self.too_long == "drop":
+                    continue
+                raise self._long(located, "the prompt", len(ids))
+            out.append(Prompt(str(located.row.get("id", number)), tuple(ids), tuple(messages), located.row))
+        return self._some(out)
+
+    def demonstrations(self, rows: Sequence[Located]) -> list[Row]:
+        """`prompt` + `completion`, `messages`, or `text` rows, as they come: what SFT trains on."""
+        if all("text" in located.row and located.row.keys().isdisjoint(("messages", "prompt")) for located in rows):
+            return self.texts(rows)
+        out = []
+        for located in rows:
+            if "text" in located.row and "messages" not in located.row and "prompt" not in located.row:
+                out.extend(self.texts([located]))
+                continue
+            if located.row.get("messages") is not None:
+                messages = _messages(located, "messages")
+            else:
+                messages = [
+                    *_messages(located, "prompt"),
+                    {"role": "assistant", "content": _answer(located, "completion")},
+                ]
+            row = self._located(located, lambda messages=messages: self.chat.row(messages, turns=self.turns))
+            out.extend(self._fit(located, row, "the conversation"))
+        return self._some(out)
+
+    def pairs(self, rows: Sequence[Located]) -> list[Pair]:
+        """`prompt`, `chosen`, `rejected` rows, or rankings (every untied pair of one). `probability`, `margin` optional.
+
+        Without `prompt`, chosen and rejected are whole conversations that share all but their last message.
+        """
+        out: list[Pair] = []
+        tied = False
+        for located in rows:
+            if "responses" in located.row:
+                for ranking in self._rankings([located]):
+                    tied = tied or len(set(ranking.ranks)) == 1
+                    order = sorted(range(len(ranking.rows)), key=lambda index: ranking.ranks[index])
+                    for i, better in enumerate(order):
+                        for worse in order[i + 1 :]:
+                            if ranking.ranks[better] < ranking.ranks[worse]:
+                                out.append(Pair(ranking.rows[better], ranking.rows[worse]))
+                continue
+            messages, answers = self._two(located)
+            sides = [self._answer_row(located, messages, answer) for answer in answers]
+            if sides[0] is None or sides[1] is None:
+                continue
+            probability = _number(located, "probability", located.row.get("probability", 1.0))
+            if not 0 <= probability <= 1:
+                raise DataError(f"{located.where}: field 'probability' must lie in [0, 1], got {probability}")
+            out.append(
+                Pair(sides[0], sides[1], probability, _number(located, "margin", located.row.get("margin", 0.0)))
+            )
+        return self._some(out, "every ranking has ties alone, and no pair comes from those" if tied else "")
+
+    def rankings(self, rows: Sequence[Located]) -> list[Ranking]:
+        """`prompt`, `responses` and `ranks` (1 is best) or `scores` (higher is better); chosen / rejected pairs too."""
+        return self._some(self._rankings(rows))
+
+    def _rankings(self, rows: Sequence[Located]) -> list[Ranking]:
+        out = []
+        for located in rows:
+            if "chosen" in located.row:
+                messages, responses = self._two(located)
+                ranks = [1, 2]
+            else:
+                messages = _messages(located, "prompt")
+                responses, ranks = self._ranked(located)
+            ended = _ended(located, len(responses))
+            sides = [self._answer_row(located, messages, *one) for one in zip(responses, ended, strict=True)]
+            whole = tuple(side for side in sides if side is not None)
+            if len(whole) == len(sides):
+                out.append(Ranking(whole, tuple(ranks)))
+        return out
+
+    def labelled(self, rows: Sequence[Located]) -> list[Labelled]:
+        """`prompt`, `completion`, `score` rows."""
+        out = []
+        for located in rows:
+            score = _number(located, "score", _field(located, "score"))
+            row = self._answer_row(located, _messages(located, "prompt"), _answer(located, "completion"))
+            if row is not None:
+                out.append(Labelled(row, score))
+        return self._some(out)
+
+    def unpaired(self, rows: Sequence[Located]) -> list[Unpaired]:
+        """`prompt`, `completion` and `label` (true is good) rows; a `chosen` / `rejected` row is one good and one bad answer.
+
+        Beside each answer stands that of the nearest earlier row with another prompt (the first ones take the last rows'):
+        a mismatched answer, from which KTO estimates its KL.
+        """
+        told: list[tuple[Located, list, str, bool]] = []
+        for located in rows:
+            if "chosen" in located.row:
+                messages, answers = self._two(located)
+                told += [(located, messages, answers[0], True), (located, messages, answers[1], False)]
+                continue
+            good = _field(located, "label")
+            if isinstance(good, str) and good.lower() in ("true", "false"):
+                good = good.lower() == "true"
+            if not isinstance(good, bool) and good not in (0, 1):
+                raise DataError(f"{located.where}: field 'label' must be true or false, got {good!r}")
+            told.append((located, _messages(located, "prompt"), _answer(located, "completion"), bool(good)))
+        out = []
+        for number, (located, messages, answer, good) in enumerate(told):
+            others = (told[(number - back) % len(told)] for back in range(1, len(told)))
+            other = next((one for one in others if one[1] != messages), None)
+            if other is None:
+                raise DataError(
+                    f"{located.where}: every row has the same prompt; answers of other prompts are needed too"
+                )
+            row, wrong = (self._answer_row(located, messages, text) for text in (answer, other[2]))
+            if row is not None and wrong is not None:
+                out.append(Unpaired(row, wrong, good))
+        return self._some(out)
+
+    def steps(self, rows: Sequence[Located]) -> list[Stepped]:
+        """`prompt`, `completions` (the steps, in order) and `labels` (one in [0, 1] a step) rows.
+
+        The steps are joined by the separator. A step ends with the token that has the separator in it, the last one with
+        the answer's end.
+        """
+        out = []
+        for located in rows:
+            steps = _field(located, "completions")
+            if not isinstance(steps, list) or not steps or not all(isinstance(one, str) and one for one in steps):
+                raise DataError(f"{located.where}: field 'completions' must be a list of steps, got {steps!r:.80}")
+            for number, one in enumerate(steps):
+                if self.separator in one:
+                    raise DataError(
+                        f"{located.where}: field 'completions', step {number} has the separator {self.separator!r} in it; "
+                        "name another with --data.separator"
+                    )
+            given = _field(located, "labels")
+            labels = (
+                [float(one) if isinstance(one, bool) else one for one in given] if isinstance(given, list) else given
+            )
+            labels = numbers(Located({**located.row, "labels": labels}, located.where), "labels", len(steps))
+            if not all(0 <= label <= 1 for label in labels):
+                raise DataError(f"{located.where}: field 'labels' must lie in [0, 1], got {labels}")
+            full = [*_messages(located, "prompt"), {"role": "assistant", "content": self.separator.join(steps)}]
+            row = self._located(located, lambda full=full: self.chat.row(full, turns="last"))
+            ends = torch.tensor([self.chat.ends_step(token, self.separator) for token in row.ids[row.start :].tolist()])
+            ends[-1] = True
+            if int(ends.sum()) != len(steps):
+                raise DataError(
+                    f"{located.where}: {len(steps)} steps, but {int(ends.sum())} tokens end one; the tokenizer does not keep "
+                    f"the separator {self.separator!r} apart, name another with --data.separator"
+                )
+            values = torch.zeros(row.response)
+            values[ends] = torch.tensor(labels)
+            for kept in self._fit(located, row, "the prompt with its answer"):
+                if bool(ends[: kept.response].any()):  # a row that is cut keeps the steps that are whole
+                    out.append(Stepped(kept, values[: kept.response], ends[: kept.response]))
+        return self._some(out)
+
+    def _two(self, located: Located) -> tuple[list[dict[str, str]], list[str]]:
+        if located.row.get("prompt") is not None:
+            return _messages(located, "prompt"), [_answer(located, "chosen"), _answer(located, "rejected")]
+        if isinstance(_field(located, "chosen"), str):
+            raise DataError(
+                f"{located.where}: field 'prompt' is missing; without it chosen and rejected must be lists of messages"
+            )
+        chosen, rejected = _messages(located, "chosen"), _messages(located, "rejected")
+        if chosen[:-1] != rejected[:-1] or len(chosen) < 2:
+            raise DataError(f"{located.where}: chosen and rejected must share every message but the last")
+        for name, messages in (("chosen", chosen), ("rejected", rejected)):
+            if messages[-1]["role"] != "assistant":
+                raise DataError(f"{located.where}: field {name!r} must end with an assistant message")
+        return chosen[:-1], [chosen[-1]["content"], rejected[-1]["content"]]
+
+    def _ranked(self, located: Located) -> tuple[list[str], list[int]]:
+        responses = _field(located, "responses")
+        if not isinstance(responses, list) or len(responses) < 2:
+            raise DataError(
+                f"{located.where}: field 'responses' must be a list of at least two answers, got {responses!r:.80}"
+            )
+        for number, answer in enumerate(responses):
+            if not isinstance(answer, str):  # an empty answer is one: the model stopped at once
+                raise DataError(
+                    f"{located.where}: field 'responses', answer {number}: expected a string, got {answer!r:.80}"
+                )
+        name = "ranks" if located.row.get("ranks") is not None else "scores"
+        values = numbers(located, name, len(responses))
+        return responses, ranks_of(values if name == "scores" else [-value for value in values])
+
+    def _answer_row(
+        self, located: Located, messages: Sequence[Mapping[str, str]], answer: str, ended: bool = True
+    ) -> Row | None:
+        full = [*messages, {"role": "assistant", "content": answer}]
+        row = self._located(located, lambda: self.chat.row(full, turns="last"))
+        row = row if ended or row.response == 1 else row.without_end()
+        fitted = self._fit(located, row, "the prompt with its answer")
+        return fitted[0] if fitted else None
+
+    def _fit(self, located: Located, row: Row, what: str) -> list[Row]:
+        if row.length <= self.max_tokens:
+            return [row]
+        if self.too_long == "error":
+            raise self._long(located, what, row.length)
+        if self.too_long == "drop" or row.start >= self.max_tokens:
+            return []
+        mask = row.mask[: self.max_tokens - row.start]
+        return [Row(row.ids[: self.max_tokens], row.start, mask)] if bool(mask.any()) else []
+
+    def _long(self, located: Located, what: str, length: int) -> DataError:
+        return DataError(
+            f"{located.where}: {what} has {length} tokens, the limit is {self.max_tokens}; {self.mend}, "
+            "or leave such rows out with --data.too-long drop"
+        )
+
+    def _some(self, records: list, why: str = "") -> list:
+        if not records:
+            why = why or f"all are longer than {self.max_tokens} tokens; {self.mend}"
+            raise DataError(f"no row is left: {why}")
+        return records
+
+    def _located(self, located: Located, make: Any) -> Any:
+        try:
+            return make()
+        except DataError as error:
+            raise DataError(f"{located.where}: {error}") from error
+
+
+def ranks_of(scores: Sequence[float]) -> list[int]:
+    """Ranks of scores, 1 for the highest; equal scores share a rank.
+
+    >>> ranks_of([0.5, 2.0, 0.5])
+    [2, 1, 2]
+    """
+    return [1 + sum(other > score for other in scores) for score in scores]

@@ -1,0 +1,312 @@
+"""What crosses between floors: frozen records, each with its shapes and a worked example."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from whet.data.columns import COLUMNS
+from whet.ops import Counts
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is asked: the token ids that a generator continues, and the data row they came from.
+
+    >>> Prompt("7", (5, 9, 2), ({"role": "user", "content": "hi"},), {"prompt": "hi"}).text
+    'hi'
+    """
+
+    id: str
+    ids: tuple[int, ...]
+    messages: tuple[Mapping[str, str], ...]
+    row: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """The last user message, which is what reward functions get for a single-turn prompt."""
+        return self.messages[-1]["content"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answer: its token ids (the end token included), the log-probs it was sampled with, and what made it.
+
+    `draw` is the running number of the prompt handed out, `answer` the answer's number for that prompt; `version` is
+    the version of the weights that made the last token, `versions` that of each token where they differ. `sampler_logp` is
+    in nats, one per id. `finish` is "stop", "length" or, for an answer that will be continued, "paused". `support` has,
+    under top-p, top-k or min-p, the tokens that could be drawn at each place.
+
+    >>> Sample(0, 1, (8, 2), (-0.1, -0.7), version=3, finish="stop", text="yes").truncated
+    False
+    """
+
+    draw: int
+    answer: int
+    ids: tuple[int, ...]
+    sampler_logp: tuple[float, ...]
+    version: int
+    finish: str
+    text: str
+    support: tuple[tuple[int, ...], ...] | None = None
+    versions: tuple[int, ...] | None = None
+
+    def token_versions(self) -> tuple[int, ...]:
+        """The version of the weights that made each token."""
+        return self.versions if self.versions is not None else (self.version,) * len(self.ids)
+
+    def continued(self, later: "Sample") -> "Sample":
+        """This paused answer with the tokens that a later call put behind it."""
+        support = None if self.support is None or later.support is None else self.support + later.support
+        versions = self.token_versions() + later.token_versions()
+        return Sample(
+            self.draw, self.answer, self.ids + later.ids, self.sampler_logp + later.sampler_logp, later.version,
+            later.finish, later.text, support, versions if len(set(versions)) > 1 else None,
+        )  # fmt: skip
+
+    @property
+    def truncated(self) -> bool:
+        """The answer was cut off at the length limit."""
+        return self.finish == "length"
+
+
+@dataclass(frozen=True)
+class Group:
+    """A prompt and the answers it got; G = len(samples)."""
+
+    prompt: Prompt
+    samples: tuple[Sample, ...]
+
+    def rows(self) -> list["Row"]:
+        """Prompt and answer as one row, for each answer; every token of the answer is trained."""
+        return [
+            Row(
+                torch.tensor(self.prompt.ids + one.ids),
+                len(self.prompt.ids),
+                torch.ones(len(one.ids), dtype=torch.bool),
+            )
+            for one in self.samples
+        ]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a learner hands to a generator: the version, and a handle (here the policy role itself)."""
+
+    version: int
+    handle: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One token sequence: ids (S,) int64, `start` the first response position (>= 1), mask (S - start,) bool.
+
+    The mask is True on the response tokens that are trained. Where it is False inside the response, somebody else
+    wrote (a tool, the user's next turn).
+
+    >>> row = Row(torch.tensor([5, 9, 8, 2]), 2, torch.tensor([True, True]))
+    >>> row.length, row.response
+    (4, 2)
+    """
+
+    ids: Tensor
+    start: int
+    mask: Tensor
+
+    @property
+    def length(self) -> int:
+        """Tokens in all."""
+        return self.ids.shape[0]
+
+    @property
+    def response(self) -> int:
+        """Tokens from the first response position on."""
+        return self.mask.shape[0]
+
+    def without_end(self) -> "Row":
+        """The same row without its last token: an answer that was cut off before its end."""
+        return Row(self.ids[:-1], self.start, self.mask[:-1])
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """Two answers to one prompt, the chosen one first. `probability` that it is better, `margin` by how much."""
+
+    chosen: Row
+    rejected: Row
+    probability: float = 1.0
+    margin: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """K answers to one prompt and their ranks, 1 is best, equal ranks are ties."""
+
+    rows: tuple[Row, ...]
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """One answer with an absolute score."""
+
+    row: Row
+    score: float
+
+
+@dataclass(frozen=True, eq=False)
+class Unpaired:
+    """One answer that is good or bad, and beside it an answer that belongs to another prompt."""
+
+    row: Row
+    mismatched: Row
+    good: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Stepped:
+    """One answer with a label in [0, 1] for each step: `labels` (response,), `ends` (response,) True on each step's last token."""
+
+    row: Row
+    labels: Tensor
+    ends: Tensor
+
+
+Element = Row | Pair | Ranking | Labelled | Unpaired | Stepped
+"""What is trained as one: it is never split between micro-batches."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Rows with their columns: what parts and learners see.
+
+    `rows` has B entries, those of one element next to each other. `columns` maps a name of `records.columns` to a
+    tensor whose first axis is B, and whose second, if it is per token, is T = the longest response.
+
+    >>> batch = Batch.of([Row(torch.tensor([5, 9, 8, 2]), 2, torch.tensor([True, True]))])
+    >>> batch.counts()
+    Counts(tokens=2, sequences=1, elements=1)
+    """
+
+    rows: tuple[Row, ...]
+    columns: Mapping[str, Tensor]
+
+    @staticmethod
+    def of(elements: Sequence[Element]) -> "Batch":
+        """The batch of these elements, with their own columns (rank, target, margin, probability) where they have any."""
+        rows: list[Row] = []
+        index: list[int] = []
+        place: list[int] = []
+        extra: dict[str, list[float]] = {}
+        for number, element in enumerate(elements):
+            own: tuple[Row, ...]
+            numbers: dict[str, list[float]]
+            match element:
+                case Row():
+                    own, numbers = (element,), {}
+                case Pair():
+                    own = (element.chosen, element.rejected)
+                    numbers = {"probability": [element.probability] * 2, "margin": [element.margin] * 2}
+                case Ranking():
+                    own, numbers = element.rows, {"rank": list(element.ranks)}
+                case Labelled():
+                    own, numbers = (element.row,), {"target": [element.score]}
+                case Unpaired():
+                    own, numbers = (element.row, element.mismatched), {"good": [element.good] * 2}
+                case Stepped():
+                    own, numbers = (element.row,), {}
+            rows.extend(own)
+            index.extend([number] * len(own))
+            place.extend(range(len(own)))
+            for name, values in numbers.items():
+                extra.setdefault(name, []).extend(values)
+        mask, places = pad([row.mask for row in rows]), torch.tensor(place)
+        columns = {"element": torch.tensor(index), "place": places, "mask": mask}
+        if elements and isinstance(elements[0], Pair):
+            columns["chosen_mask"] = mask & (places == 0)[:, None]
+        if elements and isinstance(elements[0], Unpaired):
+            good = torch.tensor([element.good for element in elements if isinstance(element, Unpaired)])
+            columns["chosen_mask"] = mask & ((places == 0) & good.repeat_interleave(2))[:, None]
+        stepped = [element for element in elements if isinstance(element, Stepped)]
+        if stepped:
+            columns |= {"step": pad([one.ends for one in stepped]), "step_label": pad([one.labels for one in stepped])}
+        return Batch(tuple(rows), columns | {name: torch.tensor(values) for name, values in extra.items()})
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.columns[name]
+
+    def with_columns(self, **columns: Tensor) -> "Batch":
+        """The same rows with these columns added or replaced."""
+        return replace(self, columns={**self.columns, **columns})
+
+    def elements(self) -> list[list[int]]:
+        """The row numbers of each element, in order."""
+        out: list[list[int]] = []
+        before = None
+        for row, element in enumerate(self["element"].tolist()):
+            if element != before:
+                out.append([])
+            out[-1].append(row)
+            before = element
+        return out
+
+    def take(self, rows: Sequence[int]) -> "Batch":
+        """These rows as a batch of their own; T shrinks to the longest of them, elements are numbered anew."""
+        kept = tuple(self.rows[row] for row in rows)
+        longest, index = max((row.response for row in kept), default=0), torch.tensor(rows, dtype=torch.long)
+        columns = {}
+        for name, column in self.columns.items():
+            column = column.index_select(0, index)
+            columns[name] = column[:, :longest] if COLUMNS[name].per_token else column
+        columns["element"] = torch.unique_consecutive(columns["element"], return_inverse=True)[1]
+        return Batch(kept, columns)
+
+    @staticmethod
+    def joined(batches: Sequence["Batch"]) -> "Batch":
+        """Batches with the same columns behind one another; per-token columns are padded, elements and groups numbered on."""
+        longest = max(row.response for batch in batches for row in batch.rows)
+        columns: dict[str, Tensor] = {}
+        for name in batches[0].columns:
+            parts, first = [], 0
+            widest = max(batch[name].shape[-1] for batch in batches)
+            for batch in batches:
+                part = batch[name]
+                if part.ndim == 3:
+                    part = functional.pad(part, (0, widest - part.shape[2], 0, longest - part.shape[1]), value=-1)
+                elif COLUMNS[name].per_token:
+                    part = functional.pad(part, (0, longest - part.shape[1]))
+                if name in ("element", "group"):
+                    part = torch.unique_consecutive(part, return_inverse=True)[1] + first
+                    first = int(part.max()) + 1
+                parts.append(part)
+            columns[name] = torch.cat(parts)
+        return Batch(tuple(row for batch in batches for row in batch.rows), columns)
+
+    def counts(self, mask: str = "mask") -> Counts:
+        """Tokens where this mask is True, sequences with any, and elements."""
+        tokens = self[mask].sum(1)
+        elements = torch.unique_consecutive(self["element"]).numel()
+        return Counts(int(tokens.sum()), int((tokens > 0).sum()), elements)
+
+
+def pad(values: Sequence[Tensor], length: int | None = None) -> Tensor:
+    """1-D tensors laid out as (B, T), 0 or False behind each: the one place where padding is made."""
+    longest = max((value.shape[0] for value in values), default=0) if length is None else length
+    out = torch.zeros(len(values), longest, dtype=values[0].dtype if values else torch.float32)
+    for number, value in enumerate(values):
+        out[number, : value.shape[0]] = value
+    return out
+
+
+def pad_support(supports: Sequence[Sequence[Sequence[int]]]) -> Tensor:
+    """The tokens that could be drawn, per answer and place, as (B, T, S) int64 with -1 behind each list."""
+    longest = max(map(len, supports), default=0)
+    widest = max((len(one) for answer in supports for one in answer), default=0)
+    out = torch.full((len(supports), longest, widest), -1)
+    for number, answer in enumerate(supports):
+        for place, tokens in enumerate(answer):
+            out[number, place, : len(tokens)] = torch.tensor(tokens)
+    return out

@@ -1,0 +1,316 @@
+"""What the demo tells: the table on the terminal, summary.json, and the report with plots and samples."""
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from whet.data.files import write_json
+from whet.demo import judge
+from whet.loops import rollouts
+from whet.loops.record import read_metrics
+from whet.view.plots import Plot, smoothed
+from whet.view.report import Figures, Prose, Section, Table, Talk, page
+
+WINDOW = 5
+"""rollouts over which the proxy and gold curves are smoothed"""
+
+SHOWN = (
+    "settled",
+    "honest",
+    "invented",
+    "silent",
+    "wrong_value",
+    "denied",
+    "unasked",
+    "repeated",
+    "rude",
+    "filler",
+    "broken",
+    "perfect",
+)
+
+
+def tell(out: Path, numbers: Mapping[str, Any]) -> None:
+    """Prints the table and writes summary.json and report.html into `out`."""
+    answers = {name: _rows(out / f"answers_{name}.jsonl") for name in ("base", "ppo")}
+    texts = {
+        "base": [(row["prompt"], row["answer"]) for row in answers["base"]],
+        "sft": [(row["prompt"], row["against"]) for row in answers["ppo"]],
+        "ppo": [(row["prompt"], row["answer"]) for row in answers["ppo"]],
+    }
+    summary = summarised(numbers)
+    rates = {name: aspect_rates(pairs) for name, pairs in texts.items()}
+    summary |= {
+        "aspects": rates, "edits": {kind: share for kind, (share, _) in numbers["edits"].items()}, "raw_loss": numbers["raw"],
+        "reward_model_accuracy_noisy": numbers["accuracy"]["noisy"], "reward_model_ceiling_noisy": numbers["ceiling"],
+    }  # fmt: skip
+    write_json(out / "summary.json", summary)
+    html = page("whet demo: the market desk", LEAD, sections(out, numbers, summary, texts))
+    (out / "report.html").write_text(html, encoding="utf-8")
+    _print(summary)
+    print(f"\n{out / 'summary.json'}\n{out / 'report.html'}")
+
+
+def summarised(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of summary.json."""
+    base, ppo = numbers["models"]["base"], numbers["models"]["ppo"]
+    models = {
+        "base": _model(base, "score", base["kl"], "win_rate"),
+        "sft": _model(ppo, "against", 0.0, None),
+        "ppo": _model(ppo, "score", ppo["kl"], "win_rate"),
+    }
+    return {
+        "seed": numbers["seed"], "seconds": numbers["seconds"], "reward_model_accuracy": numbers["accuracy"]["noise_free"],
+        "models": models,
+    }  # fmt: skip
+
+
+def _model(found: Mapping[str, float], score: str, kl: float, win: str | None) -> dict[str, Any]:
+    rate = [found[f"gold/{win}{end}"] for end in ("", "_low", "_high")] if win else [0.5, 0.5, 0.5]
+    return {
+        "gold": found[f"gold/{score}"], "gold_ci": [found[f"gold/{score}_low"], found[f"gold/{score}_high"]],
+        "reward_model": found[f"reward/{score}"], "kl_to_sft": kl, "win_rate_vs_sft": rate[0], "win_rate_ci": rate[1:],
+    }  # fmt: skip
+
+
+def aspect_rates(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
+    """The mean of each aspect over the answers it applies to."""
+    found = [judge.aspects(prompt, answer) for prompt, answer in pairs]
+    out = {}
+    for name in SHOWN:
+        values = [value for row in found if (value := row[name]) is not None]
+        out[name] = sum(values) / max(1, len(values))
+    return out
+
+
+def curve(run: Path) -> list[tuple[float, float, float]]:
+    """(sqrt(KL to SFT), reward-model score, gold) of each rollout of a run, in order; gold is told after the fact."""
+    out = []
+    for row in read_metrics(run):
+        table = rollouts.read(run, int(row["step"]), ["prompt", "completion"])
+        gold = judge.gold(table["prompt"], table["completion"])
+        out.append((math.sqrt(max(row["kl"], 0.0)), row["score"], sum(gold) / len(gold)))
+    return out
+
+
+LEAD = (
+    "A small base model goes through InstructGPT's recipe: supervised fine-tuning, four answers a prompt, rankings by a noisy "
+    "person, a reward model, PPO with a pre-training term. The person is played by a judge that training meets through its "
+    "rankings alone; here it tells afterwards what happened. SFT is stopped early on flawed demonstrations, on purpose: there is "
+    "much to improve, and a win rate against it says so."
+)
+
+GOLD_WORDS = (
+    "Gold is the judge's score of an answer: +1 for each of the two asked facts settled (its value, or honestly that the card lacks it), "
+    "-1 for one passed over, -2 for each false statement, +0.5 each for a greeting and a goodbye, and something off for rudeness, filler, "
+    "repetition, unasked facts and broken sentences; 3 is the best. The reward model's score, the proxy, has mean 0 and deviation 1 over "
+    "the answers it was trained on."
+)
+
+ASPECTS = {
+    "settled": "asked facts settled (share)", "honest": "admits that the card lacks a fact", "invented": "invents a fact the card lacks",
+    "silent": "says nothing about a fact the card lacks", "wrong_value": "states a wrong value", "denied": "denies a fact the card has",
+    "unasked": "unasked facts", "repeated": "repeats itself", "rude": "rude", "filler": "filler",
+    "broken": "has a sentence that is none", "perfect": "perfect answers",
+}  # fmt: skip
+
+
+def sections(
+    out: Path, numbers: Mapping[str, Any], summary: Mapping[str, Any], texts: Mapping[str, Any]
+) -> list[Section]:
+    """The report's sections."""
+    main, over = curve(out / "ppo"), curve(out / "over_optimised")
+    rates, edits, raw = summary["aspects"], numbers["edits"], numbers["raw"]
+    models = ("base", "sft", "ppo")
+    aspect_rows = [[ASPECTS[name], *(f"{rates[model][name]:.2f}" for model in models)] for name in SHOWN]
+    edit_rows = [
+        [kind.replace("_", " "), f"{share:.2f}", str(count), "yes" if kind in judge.RANKED_EDITS else "no"]
+        for kind, (share, count) in edits.items()
+    ]
+    raw_rows = [
+        [name.replace("_", " "), f"{value:.4f}", f"{100 * (value / raw['sft'] - 1):+.1f} %"]
+        for name, value in raw.items()
+    ]
+    blind = [kind.replace("_", " ") for kind, (share, _) in edits.items() if share < 0.65]
+    return [
+        Section("Result", [Prose(GOLD_WORDS), Table(HEADS, table_rows(summary)), Prose(_result(summary))]),
+        Section(
+            "What the answers do",
+            [
+                Prose(
+                    "Rates per aspect on the held-out prompts, told by the judge. Admitting, inventing and passing over in silence are "
+                    "rates among the prompts that ask for a fact the card lacks, about half of them. Words in brackets, as [wrong], are "
+                    "proofreader's marks that the base model learned from its raw text."
+                ),
+                Table(("", *models), aspect_rows),
+            ],
+        ),
+        Section(
+            "The reward model",
+            [
+                Prose(
+                    f"It orders {summary['reward_model_accuracy']:.1%} of held-out pairs as the judge does without noise, and "
+                    f"{numbers['accuracy']['noisy']:.1%} as the noisy person does; the judge itself reaches "
+                    f"{numbers['ceiling']:.1%} there, so no model can expect more. "
+                    "Pair accuracy hides what was not learned, so held-out answers are edited in one known way each. Where the last "
+                    f"column says yes, edits of that kind also stand among the ranked answers ({judge.EDITED_SHARE:.0%} of the "
+                    "rankings hold one), since samples of one model seldom show such a flaw alone."
+                ),
+                Table(("edit", "share rated worse", "answers", "among the rankings"), edit_rows),
+            ],
+        ),
+        Section(
+            "Proxy and gold",
+            [
+                Prose(
+                    "Left: the run above. Right: a reward model from 400 rankings only, and nothing that holds the policy near SFT, "
+                    "neither a KL cost nor the pre-training term (over-optimisation, Gao, Schulman and Hilton 2022). "
+                    + _turn(over)
+                ),
+                Figures([_proxy_plot("PPO-ptx", main), _proxy_plot("over-optimised", over)]),
+            ],
+        ),
+        Section(
+            "What ptx does",
+            [
+                Prose(
+                    "Loss on held-out raw text, nats per token. SFT forgets some of it; the pre-training term brings it back."
+                ),
+                Table(("", "loss", "against SFT"), raw_rows),
+            ],
+        ),
+        Section("Training", [Figures(_training_plots(out))]),
+        Section("What these models cannot do", [Prose(_limits(blind, rates))]),
+        Section("Before and after", [Prose("The first held-out prompts, not chosen."), *_talks(texts)]),
+    ]
+
+
+HEADS = ("", "gold", "95 %", "reward model", "KL to SFT, nats/answer", "win rate vs SFT", "95 %")
+
+
+def table_rows(summary: Mapping[str, Any]) -> list[list[str]]:
+    """The main table's rows as text."""
+    rows = []
+    for name, found in summary["models"].items():
+        low, high = found["gold_ci"]
+        win = (
+            ["", ""]
+            if name == "sft"
+            else [f"{found['win_rate_vs_sft']:.3f}", "{:.3f} to {:.3f}".format(*found["win_rate_ci"])]
+        )
+        rows.append(
+            [
+                name,
+                f"{found['gold']:.2f}",
+                f"{low:.2f} to {high:.2f}",
+                f"{found['reward_model']:.2f}",
+                f"{found['kl_to_sft']:.2f}",
+                *win,
+            ]
+        )
+    return rows
+
+
+def _result(summary: Mapping[str, Any]) -> str:
+    gold = summary["models"]["ppo"]["gold"] - summary["models"]["sft"]["gold"]
+    return (
+        f"Seed {summary['seed']}, {summary['seconds']:.0f} seconds. PPO's answers win against SFT's on "
+        f"{summary['models']['ppo']['win_rate_vs_sft']:.1%} of the prompts (a tie counts one half) and score {gold:+.2f} in gold. "
+        "Intervals are bootstraps over the 400 prompts of this one seed; other seeds differ by more than that."
+    )
+
+
+def _limits(blind: Sequence[str], rates: Mapping[str, Mapping[str, float]]) -> str:
+    told = f"The reward model hardly notices these edits: {', '.join(blind)}. " if blind else ""
+    ppo = rates["ppo"]
+    return (
+        told
+        + f"After PPO {ppo['wrong_value']:.0%} of the answers still state a wrong value, {ppo['denied']:.0%} deny a fact that "
+        f"the card has, and where the card lacks an asked fact {ppo['silent']:.0%} pass over it in silence instead of saying so; "
+        f"{ppo['broken']:.0%} hold a sentence that is none. "
+        "The models know this one desk and its few hundred words; nothing here says how they would do elsewhere."
+    )
+
+
+def _turn(points: Sequence[tuple[float, float, float]]) -> str:
+    """What the smoothed curves did, in words: where gold was highest, and where both ended."""
+    kl, proxy, gold = (smoothed([point[i] for point in points], WINDOW) for i in range(3))
+    top = max(range(len(gold)), key=gold.__getitem__)
+    return (
+        f"There gold is highest, {gold[top]:.2f}, at sqrt(KL) {kl[top]:.2f} with a reward-model score of {proxy[top]:.2f}; at the end, at "
+        f"sqrt(KL) {kl[-1]:.2f}, the reward model gives {proxy[-1]:.2f} and gold {gold[-1]:.2f}."
+    )
+
+
+def _proxy_plot(title: str, points: Sequence[tuple[float, float, float]]) -> Plot:
+    kl, proxy, gold = (smoothed([point[i] for point in points], WINDOW) for i in range(3))
+    return Plot(
+        title,
+        {"reward model": list(zip(kl, proxy, strict=True)), "gold": list(zip(kl, gold, strict=True))},
+        "sqrt(KL to SFT)",
+        "score",
+    )
+
+
+def _training_plots(out: Path) -> list[Plot]:
+    def line(run: str, name: str, window: int) -> list[tuple[float, float]]:
+        rows = [row for row in read_metrics(out / run) if name in row]
+        values = smoothed([row[name] for row in rows], window)
+        return list(zip([row["step"] for row in rows], values, strict=True))
+
+    losses = {"base": line("base", "loss", 10), "sft": line("sft", "loss", 10)}
+    return [
+        Plot("loss of base and SFT", losses, "update", "nats per token"),
+        Plot("reward model, K-way loss", {"reward": line("reward", "loss", 20)}, "update", "loss"),
+        Plot("PPO: answer length", {"tokens": line("ppo", "length", 3)}, "rollout", "tokens"),
+        Plot("PPO: KL to SFT", {"kl": line("ppo", "kl", 3)}, "rollout", "nats per answer"),
+        Plot(
+            "PPO: critic", {"explained variance": line("ppo", "explained_variance", 3)}, "rollout", "explained variance"
+        ),
+    ]
+
+
+def _talks(texts: Mapping[str, Sequence[tuple[str, str]]], count: int = 8) -> list[Talk]:
+    out = []
+    for number in range(count):
+        prompt = texts["sft"][number][0]
+        answers = [
+            (name, texts[name][number][1], f"gold {judge.gold_score(prompt, texts[name][number][1]):+.1f}")
+            for name in texts
+        ]
+        out.append(Talk(prompt, answers))
+    return out
+
+
+def _print(summary: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table as Shown
+
+    shown = Shown(title=f"seed {summary['seed']}, {summary['seconds']:.0f} s")
+    for place, head in enumerate(HEADS):
+        shown.add_column(head, justify="left" if place == 0 else "right")
+    for row in table_rows(summary):
+        shown.add_row(*row)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(shown)
+    noisy, ceiling = summary["reward_model_accuracy_noisy"], summary["reward_model_ceiling_noisy"]
+    console.print(
+        f"reward model: {summary['reward_model_accuracy']:.1%} of noise-free pairs, {noisy:.1%} of noisy ones (ceiling {ceiling:.1%})"
+    )
+    raw = summary["raw_loss"]
+    console.print(
+        f"raw text, nats per token: sft {raw['sft']:.4f}, ppo {raw['ppo']:.4f}, ppo without ptx {raw['ppo_without_ptx']:.4f}"
+    )
+    for name in ("settled", "honest", "invented", "wrong_value", "perfect"):
+        console.print(
+            f"{ASPECTS[name]:<36}"
+            + "  ".join(f"{model} {rates[name]:.2f}" for model, rates in summary["aspects"].items())
+        )
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    from whet.demo.run import read
+
+    return read(path)

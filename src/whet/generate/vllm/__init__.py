@@ -1,0 +1,1 @@
+"""Generation with vLLM: engines that this process starts, and servers."""

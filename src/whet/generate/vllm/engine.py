@@ -1,0 +1,571 @@
+"""Answers from a vLLM engine that this process starts, in this process or in child processes of its own."""
+
+import os
+import shutil
+import tempfile
+import threading
+import time
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from whet.data import Sample, Weights
+from whet.data.files import shared_memory
+from whet.errors import EngineDied, ModelError, RecipeError, RunStopped, first_line
+from whet.generate.base import Request, require_vllm
+from whet.generate.vllm import push as vllm_push
+from whet.generate.vllm.push import About, Inlet, Transfer
+from whet.generate.vllm.worker import EXTENSION, FOLDER, OWNER
+from whet.ops import address
+
+QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+"""Set before vLLM is imported, unless the user has set them."""
+
+CLOSE = 15.0
+"""Seconds that an engine has to end by itself."""
+
+WATCH = 0.2
+"""Seconds between two looks at whether the engine's processes live."""
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The room for adapters that vLLM can make."""
+
+Answer = tuple[tuple[int, ...], tuple[float, ...]]
+"""The new token ids and the log-prob each was drawn with."""
+
+
+class EngineGenerator(ABC):
+    """What generators on vLLM share: requests become token ids and dials, answers become samples.
+
+    `end_ids` alone end an answer, and `text` alone makes its text; vLLM sees token ids only. Each request has a seed of
+    its own from its address. No prompt and answer together may be longer than `max_model_len` tokens.
+    """
+
+    reports = frozenset({"sampler_logp"})
+    vocabulary: int
+    """How many token ids the model knows."""
+
+    def __init__(self, end_ids: Sequence[int], text: Callable[[Sequence[int]], str], max_model_len: int) -> None:
+        self.end_ids, self.text, self.max_model_len = tuple(end_ids), text, max_model_len
+        self.version = 0
+        self._can_sleep = self._asleep = False
+        self._unfit = ""
+        """Why the engine may not be used any more."""
+
+    @property
+    @abstractmethod
+    def _torn(self) -> str:
+        """Why its weights may not be used until the next push; "" when they may."""
+
+    @abstractmethod
+    def _answers(self, prompts: Sequence[Sequence[int]], dials: Sequence[dict[str, Any]]) -> list[Answer]:
+        """One answer per prompt, in order; raises EngineDied."""
+
+    @abstractmethod
+    def _scores(self, ids: Sequence[Sequence[int]]) -> list[list[float]]:
+        """The log-probs of each sequence's tokens after the first; raises EngineDied."""
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
+        """See `Generator.generate`. All of one call are answered together.
+
+        Raises RecipeError for a request that does not fit the engine's length, EngineDied when the engine died or its
+        weights are torn.
+        """
+        if not requests:
+            return
+        self._usable()
+        prompts = [request.given() for request in requests]
+        for prompt, request in zip(prompts, requests, strict=True):
+            self._fits(prompt, request.room)
+        found = self._answers(prompts, [self._dials(request) for request in requests])
+        for request, (ids, logps) in zip(requests, found, strict=True):
+            yield self._sample(request, ids, logps)
+
+    def score(self, ids: Sequence[Tensor]) -> list[Tensor]:
+        """See `Generator.score`. Raises what `generate` raises. The prefix cache is not read for it."""
+        self._usable()
+        given = [one.tolist() for one in ids]
+        for one in given:
+            self._fits(one, 1)  # vLLM makes one token behind what it scores
+        return [torch.tensor(values) for values in self._scores(given)]
+
+    def sleep(self) -> None:
+        """Give the GPU's memory back (on a CPU nothing); the next `generate`, `score` or `adopt` wakes the engine.
+
+        Raises RecipeError when the engine was started without `sleep`.
+        """
+        if not self._can_sleep:
+            raise RecipeError("generator.sleep: the engine was started without it")
+        if not self._asleep:
+            self._pause(True)
+            self._asleep = True
+
+    def rest(self) -> None:
+        """Sleep where the engine can."""
+        if self._can_sleep:
+            self.sleep()
+
+    def wake(self) -> None:
+        """Take the memory again; nothing when the engine is awake."""
+        if self._asleep:
+            self._pause(False)
+            self._asleep = False
+
+    @abstractmethod
+    def _pause(self, asleep: bool) -> None:
+        """Put the engine to sleep, or wake it."""
+
+    def _usable(self) -> None:
+        if self._unfit or self._torn:
+            raise EngineDied(f"generator: {self._unfit or self._torn}")
+        self.wake()
+
+    def _fits(self, given: Sequence[int], room: int) -> None:
+        """vLLM would give fewer tokens without a word, and die of an id that the model does not have."""
+        if len(given) + room > self.max_model_len:
+            raise RecipeError(
+                f"generator.max_model_len: {len(given)} tokens and {room} new ones do not fit into {self.max_model_len}"
+            )
+        if not given or min(given) < 0 or max(given) >= self.vocabulary:
+            raise RecipeError(f"generator: a prompt is empty or has ids outside the model's {self.vocabulary}")
+
+    def _dials(self, request: Request) -> dict[str, Any]:
+        """vLLM's names for what is asked."""
+        sampling = request.sampling
+        seed = address("vllm", request.seed, request.draw, request.answer, len(request.begun))
+        return {
+            "max_tokens": request.room, "temperature": sampling.temperature, "top_p": sampling.top_p,
+            "top_k": sampling.top_k, "min_p": sampling.min_p, "seed": seed & (1 << 63) - 1, "logprobs": 0,
+            "stop_token_ids": list(self.end_ids), "ignore_eos": True,
+        }  # fmt: skip
+
+    def _sample(self, request: Request, ids: tuple[int, ...], logps: tuple[float, ...]) -> Sample:
+        if request.sampling.temperature == 0:
+            logps = (0.0,) * len(ids)  # greedy is certain; vLLM says the model's own log-prob
+        finish = request.finish(ids, self.end_ids)
+        if finish != "stop" and len(ids) < request.room:
+            raise RunStopped(
+                f"generator: vLLM ended an answer after {len(ids)} of {request.room} tokens at no end token"
+            )
+        text = self.text((*request.begun, *ids))
+        return Sample(request.draw, request.answer, ids, logps, self.version, finish, text)
+
+
+class VLLMGenerator(EngineGenerator):
+    """An engine of this process's own.
+
+    Weights come in whole through vLLM's weight transfer, or with `lora` as adapters alone over the base model in
+    `model`. Until the first `adopt` it answers from what is in `model`.
+
+    model            folder or name of a Hugging Face model
+    max_model_len    longest prompt and answer together, in tokens
+    dtype            what the engine computes in ("auto" would make bfloat16 of float32 weights)
+    kv_cache_mib     size of the cache of keys and values, in MiB; 0: on a CPU 512, on a GPU what `gpu_memory` leaves
+    gpu_memory       share of the GPU's memory for weights and cache
+    max_num_seqs     how many answers are computed at once
+    tensor_parallel  over how many GPUs the model is split
+    seed             of the engine; answers have seeds of their own
+    separate         True: the engine runs in child processes, and its death is an EngineDied. False: in this process,
+                     which starts faster; vLLM then changes some of torch here (on a CPU `torch.set_num_threads` does
+                     nothing any more), and a crash is this process's own
+    transfer         how whole weights travel; "auto" is "shared". "ipc" needs an engine on the GPU of the weights
+    gpus             which of the GPUs that this process sees, by number; default: the first ones
+    lora             adopt adapters instead of whole weights
+    lora_rank        largest rank of these adapters
+    sleep            the engine can give a GPU's memory back between rollouts
+
+    With `separate` the script that makes one needs the `if __name__ == "__main__"` guard. Samples are the same in any
+    batch on a CPU; on a GPU that takes vLLM's own VLLM_BATCH_INVARIANT=1.
+
+    Raises RecipeError without vLLM or for options that cannot work together, ModelError when vLLM cannot start.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        end_ids: Sequence[int],
+        text: Callable[[Sequence[int]], str],
+        *,
+        max_model_len: int,
+        dtype: str = "float32",
+        kv_cache_mib: int = 0,
+        gpu_memory: float = 0.5,
+        max_num_seqs: int = 64,
+        tensor_parallel: int = 1,
+        seed: int = 0,
+        separate: bool = True,
+        transfer: Transfer = "auto",
+        gpus: Sequence[int] = (),
+        lora: bool = False,
+        lora_rank: int = 16,
+        sleep: bool = False,
+    ) -> None:
+        super().__init__(end_ids, text, max_model_len)
+        require_vllm()
+        _refuse_inside_ranks(separate)
+        if transfer == "ipc" and not separate:
+            raise RecipeError("generator.transfer: a process cannot open its own CUDA handles; take shared")
+        self._folder = Path(tempfile.mkdtemp(prefix="whet-", dir=shared_memory()))
+        self._remove = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self._can_sleep = sleep
+        self._owns_group = not separate and not torch.distributed.is_initialized()
+        arguments = engine_arguments(
+            model, self._folder, max_model_len=max_model_len, dtype=dtype, kv_cache_mib=kv_cache_mib,
+            gpu_memory=gpu_memory, max_num_seqs=max_num_seqs, tensor_parallel=tensor_parallel, seed=seed,
+            transfer="shared" if transfer == "auto" else transfer, gpus=gpus, sleep=sleep,
+        )  # fmt: skip
+        if lora:
+            # one slot only: base requests beside an adapter would be computed with the adapter
+            rank = next((size for size in RANKS if size >= lora_rank), lora_rank)
+            arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
+            del arguments["weight_transfer_config"]
+        if not separate:
+            del arguments["additional_config"][OWNER]
+        self._llm: Any = _start(arguments | {"skip_tokenizer_init": True}, separate)
+        self._processes = _processes(self._llm) if separate else []
+        self.inlet: Inlet | Adapters = Adapters(self._do, self._folder)
+        try:
+            self._llm.update_weight_version("0")
+            about = About.of(self)
+            self.vocabulary = about.vocabulary
+            if not lora:
+                self.inlet = Inlet(
+                    self, vllm_push.transport(about, gpu=gpus[0] if gpus and transfer == "ipc" else 0), about
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    def adopt(self, weights: Weights) -> None:
+        """Take a role's weights (or with `lora` its adapter), or those of a folder; then the old ones' cache is dropped.
+
+        Raises ModelError when they do not fit the engine's model, EngineDied when the engine died or could not take
+        them, RunStopped when it says another version afterwards.
+        """
+        if self._unfit:
+            raise EngineDied(f"generator: {self._unfit}")
+        self.wake()
+        self.inlet.push(weights)
+        self.version = weights.version
+
+    def processes(self) -> list[int]:
+        """The ids of the engine's own processes that are alive; none with `separate=False`."""
+        return [process.pid for process in self._processes if alive(process)]
+
+    def close(self) -> None:
+        """End the engine and all its processes, and remove its folder. May be called again."""
+        if self._llm is None:
+            return
+        llm, self._llm, self._unfit = self._llm, None, "the engine was closed"
+        if isinstance(self.inlet, Inlet):
+            self.inlet.transport.close()
+        try:
+            if self._processes:
+                wait([_in_thread(llm.llm_engine.engine_core.shutdown)], CLOSE)
+            else:
+                llm.llm_engine.engine_core.shutdown()
+        finally:
+            end(self._processes, 1.0)
+            if self._owns_group:
+                _leave_groups()
+            self._remove()
+
+    # What a push asks of an engine (`vllm_push.Control`).
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """vLLM's own call."""
+        self._do(lambda llm: llm.init_weight_transfer_engine({"init_info": init_info}))
+
+    def start_weight_update(self) -> None:
+        """vLLM's own call."""
+        self._do(lambda llm: llm.start_weight_update())
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """vLLM's own call."""
+        self._do(lambda llm: llm.update_weights({"update_info": update_info}))
+
+    def finish_weight_update(self, weight_version: str) -> None:
+        """vLLM's own call."""
+        self._do(lambda llm: llm.finish_weight_update(weight_version))
+
+    def weight_version(self) -> str:
+        """vLLM's own call."""
+        return self._do(lambda llm: llm.get_weight_version())
+
+    def reset_prefix_cache(self) -> bool:
+        """vLLM's own call."""
+        return bool(self._do(lambda llm: llm.reset_prefix_cache()))
+
+    def call(self, method: str) -> list[Any]:
+        """A method of the worker extension."""
+        return self._do(lambda llm: llm.collective_rpc(method))
+
+    @property
+    def _torn(self) -> str:
+        return self.inlet.torn
+
+    def _pause(self, asleep: bool) -> None:
+        self._do(lambda llm: llm.sleep(level=1) if asleep else llm.wake_up())
+
+    def _answers(self, prompts: Sequence[Sequence[int]], dials: Sequence[dict[str, Any]]) -> list[Answer]:
+        out = []
+        for output in self._run(prompts, dials):
+            made = output.outputs[0]
+            ids = tuple(made.token_ids)
+            versions = {span.version for span in made.weight_versions or ()}
+            if versions != {str(self.version)}:
+                raise RunStopped(f"generator: asked for an answer of weights {self.version}, got one of {versions}")
+            logps = (places[token].logprob for places, token in zip(made.logprobs, ids, strict=True))
+            out.append((ids, tuple(logps)))
+        return out
+
+    def _scores(self, ids: Sequence[Sequence[int]]) -> list[list[float]]:
+        if isinstance(self.inlet, Adapters):
+            return [self._stepwise(one) for one in ids]
+        asked = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "ignore_eos": True}
+        return [
+            [places[token].logprob for places, token in zip(output.prompt_logprobs[1:], one[1:], strict=True)]
+            for output, one in zip(self._run(ids, [asked] * len(ids)), ids, strict=True)
+        ]
+
+    def _stepwise(self, ids: Sequence[int]) -> list[float]:
+        """One request per token: with adapters vLLM cannot give log-probs of a prompt."""
+        asked = {
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "logprobs": 1,
+            "ignore_eos": True,
+            "skip_reading_prefix_cache": True,
+        }
+        given = [ids[:place] for place in range(1, len(ids))]
+        outputs = self._run(given, [asked | {"logprob_token_ids": [token]} for token in ids[1:]]) if given else []
+        return [output.outputs[0].logprobs[0][token].logprob for output, token in zip(outputs, ids[1:], strict=True)]
+
+    def _run(self, prompts: Sequence[Sequence[int]], dials: Sequence[dict[str, Any]]) -> list[Any]:
+        """vLLM's outputs. After any failure the engine may hold half of a batch, so it is not used again."""
+        from vllm import SamplingParams
+
+        adapter = self.inlet.current if isinstance(self.inlet, Adapters) else None
+        given = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        params = [SamplingParams(detokenize=False, **one) for one in dials]
+        try:
+            return self._do(lambda llm: llm.generate(given, params, use_tqdm=False, lora_request=adapter))
+        except EngineDied:
+            raise
+        except BaseException as error:
+            self._unfit = f"the vLLM engine was stopped in the middle of a batch ({first_line(error)})"
+            if isinstance(error, Exception):
+                raise EngineDied(f"generator: the vLLM engine failed: {first_line(error)}") from error
+            raise
+
+    def _do(self, work: Callable[[Any], Any]) -> Any:
+        """A call to vLLM; the engine's death becomes EngineDied.
+
+        vLLM would wait for ever for an engine process that was killed outright, so while it waits, in a thread of its
+        own, the processes are watched from here.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            if not self._processes:
+                return work(self._llm)
+            future = _in_thread(lambda: work(self._llm))
+            while not wait([future], WATCH).done:
+                if not all(map(alive, self._processes)) and not wait([future], 5 * WATCH).done:
+                    raise EngineDeadError()
+            return future.result()
+        except Exception as error:
+            # a worker's death comes as whatever the call made of it
+            if not isinstance(error, EngineDeadError) and all(map(alive, self._processes)):
+                raise
+            self._unfit = "the vLLM engine died"
+            raise EngineDied("generator: the vLLM engine died") from error
+
+
+class Adapters:
+    """Takes adapters into an engine with one slot for them; `current` is sent with every request from the first on.
+
+    `do` makes a call to vLLM. `torn` says why no request may be made, after an adapter did not go in.
+    """
+
+    def __init__(self, do: Callable[[Callable[[Any], Any]], Any], folder: Path) -> None:
+        self.do, self.folder = do, folder
+        self.current: Any = None
+        self.torn = ""
+        self._number = 0
+
+    def push(self, weights: Weights) -> None:
+        """The adapter under an id of its own, because under a used id vLLM keeps the old one; the old one goes first.
+
+        Raises ModelError for a folder without an adapter, EngineDied when the engine died or does not take it,
+        RunStopped when the engine says another version or adapter afterwards.
+        """
+        from vllm.lora.request import LoRARequest
+
+        folder = self._adapter_folder(weights.handle)
+        self._number += 1
+        new = LoRARequest(f"whet-{self._number}", self._number, str(folder))
+        self.torn = f"the adapter of weights {weights.version} did not go in; push another one first"
+        try:
+            said = self.do(lambda llm: _swap(llm, new, str(weights.version)))
+        except EngineDied:
+            raise
+        except Exception as error:
+            raise EngineDied(f"generator: weights {weights.version} did not go in: {first_line(error)}") from error
+        if said != ({self._number}, str(weights.version), True):
+            raise RunStopped(
+                f"generator: adapter {self._number} of weights {weights.version} was pushed, "
+                f"but the engine says adapters, version and whether its cache is clear are {said}"
+            )
+        self.current, self.torn = new, ""
+
+    def _adapter_folder(self, handle: Any) -> Path:
+        if isinstance(handle, (str, Path)):
+            folder = Path(handle)
+        else:
+            folder = self.folder / "adapter"
+            shutil.rmtree(folder, ignore_errors=True)
+            handle.export(folder, None, merge=False)
+        if not (folder / "adapter_config.json").is_file():
+            raise ModelError(f"{folder}: no adapter_config.json in it, and this generator takes adapters (lora)")
+        return folder
+
+
+def _swap(llm: Any, new: Any, version: str) -> tuple[set[int], str, bool]:
+    """The adapters the engine has afterwards, the version it says, and whether its cache is clear."""
+    engine = llm.llm_engine
+    for old in engine.list_loras():
+        engine.remove_lora(old)
+    engine.add_lora(new)
+    llm.update_weight_version(version)
+    return set(engine.list_loras()), llm.get_weight_version(), bool(llm.reset_prefix_cache())
+
+
+def engine_arguments(
+    model: str | Path,
+    folder: Path,
+    *,
+    max_model_len: int,
+    dtype: str = "float32",
+    kv_cache_mib: int = 0,
+    gpu_memory: float = 0.5,
+    max_num_seqs: int = 64,
+    tensor_parallel: int = 1,
+    seed: int = 0,
+    transfer: str = "shared",
+    gpus: Sequence[int] = (),
+    sleep: bool = False,
+) -> dict[str, Any]:
+    """vLLM's own arguments for an engine as whet needs it; the options are those of `VLLMGenerator`."""
+    on_gpu = torch.cuda.is_available()
+    arguments: dict[str, Any] = {
+        "model": str(model), "dtype": dtype, "max_model_len": max_model_len, "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max(max_model_len, 2048), "enable_chunked_prefill": False, "seed": seed,
+        "tensor_parallel_size": tensor_parallel, "enforce_eager": not on_gpu, "gpu_memory_utilization": gpu_memory,
+        "logprobs_mode": "processed_logprobs", "worker_extension_cls": EXTENSION, "generation_config": "vllm",
+        "enable_sleep_mode": sleep and on_gpu, "additional_config": {FOLDER: str(folder), OWNER: os.getpid()},
+        "weight_transfer_config": {"backend": vllm_push.BACKENDS[transfer]},
+    }  # fmt: skip
+    if gpus:
+        arguments["device_ids"] = list(gpus)
+    if kv_cache_mib or not on_gpu:
+        arguments["kv_cache_memory_bytes"] = (kv_cache_mib or 512) << 20
+    return arguments
+
+
+def _refuse_inside_ranks(separate: bool) -> None:
+    group = torch.distributed
+    if not separate and group.is_available() and group.is_initialized() and group.get_world_size() > 1:
+        raise RecipeError(
+            "generator.separate: false inside a process group of several ranks, where vLLM would hang; set it to true"
+        )
+
+
+def _start(given: dict[str, Any], separate: bool) -> Any:
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    from vllm import LLM, envs
+
+    name = "VLLM_ENABLE_V1_MULTIPROCESSING"
+    before = os.environ.get(name)
+    os.environ[name] = str(int(separate))
+    envs.disable_envs_cache()  # an earlier engine in this process froze what vLLM knows of the environment
+    try:
+        return LLM(**given)
+    except Exception as error:
+        why = " ".join(str(error).split())[:500] or type(error).__name__  # its first line alone may say nothing
+        raise ModelError(f"generator: vLLM cannot start with {given['model']}: {why}") from error
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
+
+
+def _processes(llm: Any) -> list[Any]:
+    started = llm.llm_engine.engine_core.resources.engine_manager.processes
+    return [process for one in started for process in descendants(one.pid)]
+
+
+def _in_thread(work: Callable[[], Any]) -> "Future[Any]":
+    """The work done in a daemon thread, which does not keep this process from ending."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name="whet-vllm").start()
+    return future
+
+
+def descendants(pid: int) -> list[Any]:
+    """This process and all that it started, as psutil knows them; none when it is gone."""
+    import psutil
+
+    try:
+        root = psutil.Process(pid)
+        return [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def alive(process: Any) -> bool:
+    """It runs; a dead one that nobody has asked about yet does not count."""
+    import psutil
+
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def end(processes: Sequence[Any], seconds: float) -> None:
+    """Give processes so long to end by themselves, then kill those that are left and wait until they are gone."""
+    import psutil
+
+    for grace, last in ((seconds, False), (5.0, True)):
+        until = time.monotonic() + grace
+        while any(map(alive, processes)) and time.monotonic() < until:
+            time.sleep(0.02)
+        for process in () if last else filter(alive, processes):
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                pass
+
+
+def _leave_groups() -> None:
+    """An engine in this process made process groups in it; without them another engine can be started."""
+    from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+
+    destroy_model_parallel()
+    destroy_distributed_environment()

@@ -1,0 +1,290 @@
+"""Answers from a vLLM server over HTTP: one that runs already, or one that whet starts on loopback."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from whet.data import Weights
+from whet.distributed import free_port
+from whet.errors import EngineDied, ModelError, RecipeError, RunStopped
+from whet.generate.base import require_vllm
+from whet.generate.vllm import push as vllm_push
+from whet.generate.vllm.engine import (
+    CLOSE,
+    QUIET,
+    Answer,
+    EngineGenerator,
+    alive,
+    descendants,
+    end,
+    engine_arguments,
+    shared_memory,
+)
+from whet.generate.vllm.push import About, Inlet
+from whet.http import Http
+
+UNSET = "default"
+"""What vLLM calls weights that nobody pushed."""
+
+
+class ServerGenerator(EngineGenerator):
+    """A vLLM server that takes and gives token ids over /v1/completions, and takes weights by its own routes.
+
+    The server must have been started as `Server` does it: VLLM_SERVER_DEV_MODE=1, whet's worker extension, a weight
+    transfer that whet knows, processed log-probs, no chunked prefill on a CPU, and vLLM's own generation configuration.
+    Only one run may push to it.
+
+    url              http://host:port
+    timeout          seconds after which a request without an answer counts as an engine that died
+    connections      how many answers are asked for at once
+    host             address of this machine that the server's workers reach, for weights over gloo or NCCL
+    api_key          sent to the server; it does not guard the weight routes
+    sleep            the server was started with it
+
+    Raises RecipeError when the server is not such a one, EngineDied when nothing answers there.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        end_ids: Sequence[int],
+        text: Callable[[Sequence[int]], str],
+        *,
+        timeout: float = 600.0,
+        connections: int = 64,
+        host: str = "127.0.0.1",
+        api_key: str = "",
+        sleep: bool = False,
+    ) -> None:
+        self.http = Http(url, timeout, api_key)
+        if not self.http.local:
+            print(
+                f"whet: {url} is not on this machine, and its weight routes are not guarded by an API key: whoever "
+                "reaches the port can replace the weights",
+                file=sys.stderr,
+            )
+        served = self.http.ask("GET", "/v1/models")["data"][0]
+        super().__init__(end_ids, text, served["max_model_len"])
+        self._can_sleep = sleep
+        self.model, self.connections = served["id"], connections
+        about = About.of(self)
+        _refuse(about)
+        self.vocabulary = about.vocabulary
+        self.inlet = Inlet(self, vllm_push.transport(about, host), about)
+        self._label = self.weight_version()
+        if self._label != UNSET:
+            self.inlet.torn = f"the server has weights {self._label!r} of an earlier run; push whole weights first"
+
+    def adopt(self, weights: Weights) -> None:
+        """Take a role's weights, or those of a folder; then the old ones' cache is dropped.
+
+        Raises ModelError when they do not fit the server's model, EngineDied when the server died or could not take
+        them, RunStopped when it says another version afterwards.
+        """
+        self.wake()
+        self.inlet.push(weights)
+        self.version, self._label = weights.version, str(weights.version)
+
+    def close(self) -> None:
+        """Leave the server; it goes on."""
+        self.inlet.transport.close()
+        self._unfit = "the connection was closed"
+
+    # What a push asks of an engine (`vllm_push.Control`).
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """vLLM's own route."""
+        self.http.ask("POST", "/init_weight_transfer_engine", {"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        """vLLM's own route."""
+        self.http.ask("POST", "/start_weight_update")
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """vLLM's own route."""
+        self.http.ask("POST", "/update_weights", {"update_info": update_info})
+
+    def finish_weight_update(self, weight_version: str) -> None:
+        """vLLM's own route."""
+        self.http.ask("POST", "/finish_weight_update", {"weight_version": weight_version})
+
+    def weight_version(self) -> str:
+        """vLLM's own route."""
+        return self.http.ask("GET", "/weight_info")["weight_version"]
+
+    def reset_prefix_cache(self) -> bool:
+        """vLLM's own route."""
+        return self.http.ask("POST", "/reset_prefix_cache")["success"]
+
+    def call(self, method: str) -> list[Any]:
+        """A method of the worker extension. Raises RecipeError when the server has no such route."""
+        return self.http.ask("POST", "/collective_rpc", {"method": method})["results"]
+
+    @property
+    def _torn(self) -> str:
+        return self.inlet.torn
+
+    def _pause(self, asleep: bool) -> None:
+        self.http.ask("POST", "/sleep?level=1" if asleep else "/wake_up")
+
+    def _answers(self, prompts: Sequence[Sequence[int]], dials: Sequence[dict[str, Any]]) -> list[Answer]:
+        out = []
+        for choice in self._complete(prompts, dials):
+            logps = choice["logprobs"]["token_logprobs"]
+            out.append((tuple(choice["token_ids"]), tuple(logps)))
+        return out
+
+    def _scores(self, ids: Sequence[Sequence[int]]) -> list[list[float]]:
+        asked = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "ignore_eos": True}
+        choices = self._complete(ids, [asked] * len(ids))
+        return [
+            [
+                places[str(token)]["logprob"]
+                for places, token in zip(choice["prompt_logprobs"][1:], one[1:], strict=True)
+            ]
+            for choice, one in zip(choices, ids, strict=True)
+        ]
+
+    def _complete(self, prompts: Sequence[Sequence[int]], dials: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The server's choices. Raises RunStopped when somebody else changed its weights meanwhile."""
+        asked = [
+            {"model": self.model, "prompt": list(prompt), "return_token_ids": True, "add_special_tokens": False, **one}
+            for prompt, one in zip(prompts, dials, strict=True)
+        ]
+        pool = ThreadPoolExecutor(self.connections)
+        try:
+            answers = list(pool.map(lambda body: self.http.ask("POST", "/v1/completions", body), asked))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        said = self.weight_version()
+        if said != self._label:
+            raise RunStopped(f"generator: asked for answers of weights {self._label}, the server now has {said!r}")
+        return [answer["choices"][0] for answer in answers]
+
+
+def _refuse(about: About) -> None:
+    """Raises RecipeError for a server whose answers would be wrong, or which would die of them."""
+    if about.logprobs_mode != "processed_logprobs":
+        raise RecipeError("generator.urls: start the server with --logprobs-mode processed_logprobs")
+    if about.splits_prompts:
+        raise RecipeError("generator.urls: start the server with --no-enable-chunked-prefill")
+
+
+class Server:
+    """A vLLM server on loopback, started here; a context manager that ends it and all of its processes.
+
+    model            folder or name of a Hugging Face model, with its tokenizer
+    port             where it listens; 0 is any free port
+    start_timeout    seconds that it may take to answer
+    options          of the engine, as in `VLLMGenerator`: max_model_len, dtype, kv_cache_mib, gpu_memory, max_num_seqs,
+                     tensor_parallel, seed, transfer ("shared" by default), gpus, sleep
+
+    Raises RecipeError without vLLM, ModelError when the server ends or does not answer in time.
+    """
+
+    def __init__(self, model: str | Path, *, port: int = 0, start_timeout: float = 600.0, **options: Any) -> None:
+        require_vllm()
+        self.folder = Path(tempfile.mkdtemp(prefix="whet-", dir=shared_memory()))
+        arguments = engine_arguments(model, self.folder, **options)
+        port = port or free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = self.folder / "server.log"
+        command = [
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+        ]
+        with self.log.open("wb") as log:
+            # a session of its own, so that everything it starts can be ended with it
+            self.process = subprocess.Popen(
+                [*command, *flags(arguments)], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True, env=QUIET | os.environ | {"VLLM_SERVER_DEV_MODE": "1"},
+            )  # fmt: skip
+        self._end = weakref.finalize(self, _end, self.process, self.folder)
+        try:
+            self._wait(start_timeout)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def processes(self) -> list[int]:
+        """The ids of its processes that are alive, the server's own first."""
+        return [process.pid for process in descendants(self.process.pid) if alive(process)]
+
+    def close(self) -> None:
+        """End it and all of its processes, and remove its folder. May be called again."""
+        self._end()
+
+    def _wait(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        asked = Http(self.url, 5.0)
+        while time.monotonic() < until:
+            if self.process.poll() is not None:
+                raise ModelError(
+                    f"generator: the vLLM server ended while starting; its last words: {self._last_words()}"
+                )
+            try:
+                if asked.raw("GET", "/health")[0] == 200:
+                    asked.ask("POST", "/collective_rpc", {"method": "whet_about"})  # from now on it knows its owner
+                    return
+            except EngineDied:
+                pass
+            time.sleep(0.5)
+        raise ModelError(
+            f"generator: the vLLM server did not answer within {seconds:g} s; its last words: {self._last_words()}"
+        )
+
+    def _last_words(self) -> str:
+        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        errors = [line for line in lines if "Error" in line]
+        return (errors or lines or ["none"])[-1].strip()
+
+
+def flags(arguments: dict[str, Any]) -> list[str]:
+    """vLLM's arguments as its command line wants them."""
+    out = []
+    for name, value in arguments.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            out.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            out += [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return out
+
+
+def _end(process: "subprocess.Popen[bytes]", folder: Path) -> None:
+    """Ask it to end, then end all of its session for sure."""
+    processes = descendants(process.pid)
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(CLOSE)
+        except subprocess.TimeoutExpired:
+            pass
+    try:
+        os.killpg(process.pid, signal.SIGKILL)  # also what was left behind by parents that died
+    except ProcessLookupError:
+        pass
+    process.wait()
+    end(processes, 0.0)
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,255 @@
+"""What runs inside vLLM's workers: ways for weights to come in without a GPU, and mends around a reload.
+
+vLLM imports this module in each worker because it is named as the worker extension. It may be imported without vLLM,
+but nothing in it can be used then.
+"""
+
+import json
+import os
+import signal
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
+
+try:
+    from vllm.distributed.weight_transfer.base import (
+        WeightTransferEngine,
+        WeightTransferInitInfo,
+        WeightTransferUpdateInfo,
+    )
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+except ImportError:
+    WeightTransferEngine = WeightTransferInitInfo = WeightTransferUpdateInfo = object
+    WeightTransferEngineFactory = None
+
+EXTENSION = "whet.generate.vllm.worker.Extension"
+FOLDER = "whet_folder"
+"""The key in vLLM's additional_config under which a worker is told, at its start, where weight files may lie."""
+OWNER = "whet_owner"
+"""The same for the process that started the engine: without it the engine ends."""
+
+
+def gloo_group(store: TCPStore, host: str, rank: int, size: int, seconds: float) -> ProcessGroupGloo:
+    """One member of the group that carries weights; it listens on `host` alone and gives up after `seconds`.
+
+    It is built by hand so that the process's own default group, if it has one, is left alone.
+    """
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._devices = [ProcessGroupGloo.create_device(hostname=host)]
+    options._timeout = timedelta(seconds=seconds)
+    return ProcessGroupGloo(PrefixStore("whet", store), rank, size, options)
+
+
+class Extension:
+    """Methods that vLLM mixes into its worker class; the driver calls them by name."""
+
+    def whet_about(self) -> dict[str, Any]:
+        """What `vllm_push.About` says of the engine, in forms that JSON can carry."""
+        worker: Any = self
+        owner = worker.vllm_config.additional_config.get(OWNER)
+        if owner is not None and not any(one.name == "whet-owner" for one in threading.enumerate()):
+            threading.Thread(target=_watch, args=(owner,), daemon=True, name="whet-owner").start()
+        names = _shapes(_model_folder(worker.model_config))
+        tied = getattr(worker.model_config.hf_text_config, "tie_word_embeddings", False)
+        ignored = [
+            name for name in names if (tied and name == "lm_head.weight") or name.endswith("rotary_emb.inv_freq")
+        ]
+        return {
+            "shapes": {name: shape for name, shape in names.items() if name not in ignored},
+            "ignored": sorted({*ignored, *(["lm_head.weight"] if tied else [])}),
+            "vocabulary": worker.model_config.get_vocab_size(),
+            "logprobs_mode": worker.model_config.logprobs_mode,
+            "splits_prompts": worker.device.type == "cpu" and worker.scheduler_config.enable_chunked_prefill,
+            "backend": getattr(worker.vllm_config.weight_transfer_config, "backend", ""),
+            "folder": worker.vllm_config.additional_config.get(FOLDER, ""),
+            "workers": worker.parallel_config.world_size,
+        }
+
+    def whet_forget(self) -> None:
+        """Drop what an unfinished push left behind.
+
+        vLLM would count its tensors into the next push, and finish layers before all of their tensors had come.
+        """
+        from vllm.model_executor.model_loader.reload.layerwise import _place_kernel_tensors, get_layerwise_info
+
+        worker: Any = self
+        worker._weight_update_active = False
+        for layer in worker.get_model().modules():
+            info = get_layerwise_info(layer)
+            if info.can_load():
+                if info.kernel_tensors is not None:
+                    _place_kernel_tensors(layer, info)
+                info.reset()
+
+    def whet_mend(self) -> None:
+        """Give a tied head the embedding's new weights: a reload passes it over, and on a CPU it keeps packed old ones."""
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+
+        worker: Any = self
+        for module in worker.get_model().modules():
+            # a quantised head must not be processed twice
+            if isinstance(module, ParallelLMHead) and isinstance(module.quant_method, UnquantizedEmbeddingMethod):
+                module.quant_method.process_weights_after_loading(module)
+
+
+def _watch(owner: int) -> None:
+    """Ends this process, and those between it and its owner, once the owner is gone: vLLM's would hold their memory for ever."""
+    import psutil
+
+    between = []
+    try:
+        whose = psutil.Process(owner)
+        for one in psutil.Process().parents():
+            if one == whose:
+                break
+            between.append(one)
+        while whose.is_running() and whose.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(1.0)
+    except psutil.NoSuchProcess:
+        pass
+    for one in between:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass
+class SharedInit(WeightTransferInitInfo):
+    """Nothing has to be agreed on: the folder was fixed when the worker started."""
+
+
+@dataclass
+class SharedUpdate(WeightTransferUpdateInfo):
+    """One chunk: the name of a safetensors file in the worker's own folder."""
+
+    file: str
+
+
+@dataclass
+class GlooInit(WeightTransferInitInfo):
+    """Where the trainer's store listens, the size of the group with the trainer in it, and its time limit."""
+
+    host: str
+    port: int
+    size: int
+    seconds: float
+
+
+@dataclass
+class GlooUpdate(WeightTransferUpdateInfo):
+    """One chunk: its tensors in the order in which the trainer broadcasts them."""
+
+    names: list[str]
+    dtypes: list[str]
+    shapes: list[list[int]]
+
+
+class _Reloading(WeightTransferEngine):
+    """A push in checkpoint format: vLLM reloads layer by layer as the tensors arrive."""
+
+    def start_weight_update(self) -> None:
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        initialize_layerwise_reload(self.model)
+
+    def finish_weight_update(self) -> None:
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        # vLLM's own version waits for the accelerator, and torch raises where there is none
+        self.receive_weights(self.parse_update_info(update_info))
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+
+
+class SharedEngine(_Reloading):
+    """Weights from safetensors files in one folder, which is best in shared memory. Paths out of it are refused."""
+
+    init_info_cls, update_info_cls = SharedInit, SharedUpdate
+
+    def init_transfer_engine(self, init_info: SharedInit) -> None:
+        """Nothing to prepare."""
+
+    def receive_weights(self, update_info: SharedUpdate) -> None:
+        """Load one file. Raises ValueError for a path that leads out of the folder."""
+        folder = Path(self.vllm_config.additional_config[FOLDER]).resolve()
+        file = (folder / update_info.file).resolve()
+        if file.parent != folder:
+            raise ValueError(f"{update_info.file!r} is not a file of the weight folder")
+        with safe_open(str(file), "pt") as tensors:
+            self.model.load_weights((name, tensors.get_tensor(name)) for name in tensors.keys())  # noqa: SIM118
+
+    def shutdown(self) -> None:
+        """Nothing is held."""
+
+
+class GlooEngine(_Reloading):
+    """Weights broadcast by the trainer over gloo."""
+
+    init_info_cls, update_info_cls = GlooInit, GlooUpdate
+    group: Any = None
+
+    def init_transfer_engine(self, init_info: GlooInit) -> None:
+        """Join the trainer's group; the trainer is its rank 0."""
+        rank = 1 + self.parallel_config.rank
+        limit = timedelta(seconds=init_info.seconds)
+        store = TCPStore(init_info.host, init_info.port, is_master=False, timeout=limit)
+        self.group = gloo_group(store, init_info.host, rank, init_info.size, init_info.seconds)
+
+    def receive_weights(self, update_info: GlooUpdate) -> None:
+        """Receive one chunk into host memory and load it."""
+        self.model.load_weights(self._received(update_info))
+
+    def _received(self, chunk: GlooUpdate) -> list[tuple[str, Tensor]]:
+        # all of the chunk is received before any of it is loaded, so that a loading error leaves no broadcast unmatched
+        if self.group is None:
+            raise RuntimeError("the group for weights was not joined")
+        out = []
+        for name, dtype, shape in zip(chunk.names, chunk.dtypes, chunk.shapes, strict=True):
+            tensor = torch.empty(shape, dtype=getattr(torch, dtype))
+            self.group.broadcast(tensor, 0).wait()
+            out.append((name, tensor))
+        return out
+
+    def shutdown(self) -> None:
+        """Leave the group."""
+        self.group = None
+
+
+if WeightTransferEngineFactory is not None:
+    WeightTransferEngineFactory.register_engine("whet_shared", SharedEngine)
+    WeightTransferEngineFactory.register_engine("whet_gloo", GlooEngine)
+
+
+def _model_folder(model_config: Any) -> Path:
+    """The folder that the engine's first weights came from."""
+    if Path(model_config.model).is_dir():
+        return Path(model_config.model)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model_config.model, revision=model_config.revision, local_files_only=True))
+
+
+def _shapes(folder: Path) -> dict[str, list[int]]:
+    """The shape of each tensor in a folder of safetensors files, read from their headers alone."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        files = sorted(file.name for file in folder.glob("*.safetensors"))
+    out: dict[str, list[int]] = {}
+    for file in files:
+        with safe_open(str(folder / file), "pt") as tensors:
+            out |= {name: list(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    return out

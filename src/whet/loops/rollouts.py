@@ -1,0 +1,81 @@
+"""Writes and reads the rollouts of a run: one Parquet file per step, one row per answer, per-token columns as lists."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from whet.data import COLUMNS, Batch, Group
+from whet.errors import DataError
+
+SCHEMA = 1
+"""Version of the columns, in the file's metadata. Version 1 also stands for files without one."""
+LEFT_OUT = ("element", "place", "rewards", "address")
+"""Columns of the batch that no file has."""
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """The file of a step of the run in this folder."""
+    return folder / "rollouts" / f"step-{step:08d}.parquet"
+
+
+def write(folder: Path, step: int, groups: Sequence[Group], batch: Batch, names: Sequence[str]) -> Path:
+    """Write the file of a step. Per-token columns are as long as the answer; `names` are the rewards of the column `rewards`."""
+    import pyarrow
+    import pyarrow.parquet
+
+    samples = [(group.prompt, sample) for group in groups for sample in group.samples]
+    table: dict[str, list[Any]] = {
+        "prompt_id": [prompt.id for prompt, _ in samples],
+        "prompt": [prompt.text for prompt, _ in samples],
+        "completion": [sample.text for _, sample in samples],
+        "prompt_ids": [list(prompt.ids) for prompt, _ in samples],
+        "completion_ids": [list(sample.ids) for _, sample in samples],
+        "draw": [sample.draw for _, sample in samples],
+        "answer": [sample.answer for _, sample in samples],
+        "version": [sample.version for _, sample in samples],
+        "finish": [sample.finish for _, sample in samples],
+    }
+    for name, values in batch.columns.items():
+        if name in LEFT_OUT:
+            continue
+        rows = values.tolist()
+        if COLUMNS[name].per_token:
+            rows = [row[: batch.rows[number].response] for number, row in enumerate(rows)]
+        if values.ndim == 3:  # the support, without its padding
+            rows = [[[token for token in step if token >= 0] for step in row] for row in rows]
+        table[name] = rows
+    for number, name in enumerate(names):
+        table[f"reward/{name}"] = batch["rewards"][:, number].tolist()
+    path = path_of(folder, step)
+    path.parent.mkdir(exist_ok=True)
+    aside = path.with_name(f".writing-{step:08d}")
+    whole = pyarrow.table(table).replace_schema_metadata({"whet.schema": str(SCHEMA)})
+    pyarrow.parquet.write_table(whole, aside)
+    aside.rename(path)
+    return path
+
+
+def read(folder: Path, step: int, columns: Sequence[str] | None = None) -> dict[str, list[Any]]:
+    """Column -> one value per answer, of a step of the run in this folder; all columns, or these.
+
+    Raises DataError for a file that a newer version wrote.
+    """
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(path_of(folder, step), columns=None if columns is None else list(columns))
+    version = int((table.schema.metadata or {}).get(b"whet.schema", b"1"))
+    if version > SCHEMA:
+        raise DataError(f"{path_of(folder, step)}: schema version {version}; this whet reads up to {SCHEMA}, update it")
+    return table.to_pydict()
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps that have a file, in order."""
+    return sorted(int(path.stem.split("-")[1]) for path in (folder / "rollouts").glob("step-*.parquet"))
+
+
+def remove_after(folder: Path, step: int) -> None:
+    """Remove the files of later steps: a resumed run writes them again."""
+    for one in steps(folder):
+        if one > step:
+            path_of(folder, one).unlink()

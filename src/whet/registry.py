@@ -1,0 +1,177 @@
+"""Tables of adapters: a name, an entry point or "file.py:Name" finds an adapter, which is imported when it is first used.
+
+An adapter is a module with `Options` (a frozen dataclass), `make(options, context)` and, if it refuses anything,
+`check(options, context)`; or a class, whose keyword-only parameters are its options. A user's adapter is named by its file
+("mine.py:Thing"), by its module ("package.module:Thing"), or by an entry point of the group "whet.<seam>".
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from whet.errors import RecipeError
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """One adapter: its options as a frozen dataclass, what it refuses (`check` raises), and how it is made."""
+
+    name: str
+    options: type
+    make: Callable[[Any, Any], Any]
+    check: Callable[[Any, Any], None]
+
+
+class Registry:
+    """The adapters of one seam by name. `built_in` maps a name to its module; `protocol` has the methods that a class needs.
+
+    >>> Registry("trackers", {"console": "whet.trackers.console"}, object).names()
+    ['console']
+    """
+
+    def __init__(self, seam: str, built_in: Mapping[str, str], protocol: type) -> None:
+        self.seam, self.built_in, self.protocol = seam, built_in, protocol
+
+    def names(self) -> list[str]:
+        """The built-in names and those of installed entry points."""
+        return sorted({*self.built_in, *(one.name for one in self._entry_points())})
+
+    def find(self, name: str) -> Adapter:
+        """The adapter of this name. Raises RecipeError with the known names, or with the place of what is wrong in a user's file."""
+        if name in self.built_in:
+            return self._of_module(name, importlib.import_module(self.built_in[name]))
+        for entry in self._entry_points():
+            if entry.name == name:
+                try:
+                    return self._of(name, entry.load())
+                except RecipeError:
+                    raise
+                except Exception as error:
+                    raise RecipeError(f"{self.seam}: loading {entry.value} failed with {_told(error)}") from error
+        if ":" not in name:
+            raise RecipeError(
+                f'{self.seam}: unknown name {name!r}; known are {", ".join(self.names())}, or your own as "file.py:Name"'
+            )
+        return self._of(name, load_object(name))
+
+    def _entry_points(self) -> list[Any]:
+        from importlib.metadata import entry_points
+
+        return list(entry_points(group=f"whet.{self.seam}"))
+
+    def _of(self, name: str, found: Any) -> Adapter:
+        if inspect.ismodule(found):
+            return self._of_module(name, found)
+        if not callable(found):
+            raise RecipeError(
+                f"{self.seam}: {name} is a {type(found).__name__}; give a class or a function that makes one"
+            )
+        if inspect.isclass(found):
+            self._has_methods(name, found)
+        return Adapter(name, options_of(found), lambda options, _: found(**_values(options)), _no_check)
+
+    def _of_module(self, name: str, module: Any) -> Adapter:
+        missing = [part for part in ("Options", "make") if not hasattr(module, part)]
+        if missing:
+            raise RecipeError(
+                f"{self.seam}: {module.__name__} has no {missing[0]}; an adapter's module has Options and make"
+            )
+        return Adapter(name, module.Options, module.make, getattr(module, "check", _no_check))
+
+    def _has_methods(self, name: str, found: type) -> None:
+        """Raises RecipeError where the class lacks a method of the protocol, or has one with other parameters."""
+        for method, wanted in inspect.getmembers(self.protocol, inspect.isfunction):
+            if method.startswith("_"):
+                continue
+            parameters = [one for one in inspect.signature(wanted).parameters.values() if one.name != "self"]
+            own = getattr(found, method, None)
+            form = f"{method}({', '.join(one.name for one in parameters)})"
+            if not callable(own):
+                raise RecipeError(f"{self.seam}: {place_of(found)}: class {found.__name__} has no method {form}")
+            required = [
+                None for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD and one.default is one.empty
+            ]
+            try:
+                inspect.signature(own).bind(None, *required)
+            except TypeError as error:
+                raise RecipeError(
+                    f"{self.seam}: {place_of(own)}: {found.__name__}.{method} must take {form} ({error})"
+                ) from error
+
+
+def options_of(function: Callable[..., Any]) -> type:
+    """A frozen dataclass of a callable's keyword-only parameters, with their types and defaults.
+
+    >>> def tracker(*, path: str = "log", every: int = 1): ...
+    >>> options_of(tracker)(every=2)
+    Options(path='log', every=2)
+    """
+    fields: list[Any] = []
+    for one in inspect.signature(function).parameters.values():
+        if one.kind is one.KEYWORD_ONLY:
+            kind = Any if one.annotation is one.empty else one.annotation
+            fields.append((one.name, kind) if one.default is one.empty else (one.name, kind, one.default))
+    return dataclasses.make_dataclass("Options", sorted(fields, key=len), frozen=True)
+
+
+def load_object(spec: str) -> Any:
+    """The object named by "file.py:name" or "package.module:name". Raises RecipeError when there is none."""
+    place, _, name = spec.rpartition(":")
+    if not place:
+        raise RecipeError(f'{spec!r}: expected "file.py:name" or "package.module:name"')
+    try:
+        if place.endswith(".py"):
+            path = Path(place)
+            if not path.is_file():
+                raise RecipeError(f"{spec}: no such file {place}")
+            found = importlib.util.spec_from_file_location(f"whet_user_{path.stem}", path.resolve())
+            assert found is not None
+            assert found.loader is not None
+            module = importlib.util.module_from_spec(found)
+            sys.modules[found.name] = module
+            found.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+    except RecipeError:
+        raise
+    except Exception as error:  # a user's module may fail in any way while it is imported
+        raise RecipeError(f"{spec}: importing {place} failed with {_told(error)}") from error
+    if not hasattr(module, name):
+        raise RecipeError(f"{spec}: {place} has no {name!r}")
+    return getattr(module, name)
+
+
+def place_of(thing: Any) -> str:
+    """The file and line where a class or function is defined."""
+    try:
+        return f"{inspect.getsourcefile(thing)}:{inspect.getsourcelines(thing)[1]}"
+    except (OSError, TypeError):
+        return getattr(thing, "__module__", "?")
+
+
+def _told(error: Exception) -> str:
+    """The error's class and message, with the line of the user's file that raised it."""
+    trace, where = error.__traceback__, ""
+    while trace is not None:
+        if (
+            not trace.tb_frame.f_code.co_filename.startswith("<frozen")
+            and trace.tb_frame.f_code.co_filename != __file__
+        ):
+            where = f" (at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})"
+        trace = trace.tb_next
+    if isinstance(error, SyntaxError):
+        where = f" (at {error.filename}:{error.lineno})"
+    return f"{type(error).__name__}: {error}{where}"
+
+
+def _values(options: Any) -> dict[str, Any]:
+    return {one.name: getattr(options, one.name) for one in dataclasses.fields(options)}
+
+
+def _no_check(options: Any, context: Any) -> None:
+    """Nothing is refused."""

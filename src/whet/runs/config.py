@@ -1,0 +1,234 @@
+"""How a verb's defaults, a YAML file and dotted overrides become one checked recipe. Light to import."""
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from whet.methods import catalogue
+from whet.methods.choices import changed
+from whet.runs.recipe import MAIN_FIELD
+from whet.errors import RecipeError
+
+SHIPPED = Path(__file__).parent / "recipes"
+
+
+SHORT = {"chat_template": "model.chat_template", "lr": "optim.lr", "max_new_tokens": "sampling.max_new_tokens"}
+"""Overrides that may be written without their section."""
+
+
+def resolve(kind: type, verb: str, recipe: str | None, overrides: Sequence[tuple[str, Any]]) -> Any:
+    """The recipe record: the kind's defaults, the verb's shipped recipe, the user's, then the overrides, checked.
+
+    Raises RecipeError naming the field, the value got and the fix.
+    """
+    shipped = SHIPPED / f"{verb}.yaml"
+    if not shipped.is_file():
+        shipped = SHIPPED / f"{catalogue.shipped_recipe(verb)}.yaml"
+    layers = [_expand(kind, read_yaml(shipped), "")] if shipped.is_file() else []
+    if recipe is not None:
+        path = Path(recipe)
+        if not path.is_file() and (SHIPPED / f"{recipe}.yaml").is_file():
+            path = SHIPPED / f"{recipe}.yaml"
+        if not path.is_file():
+            raise RecipeError(
+                f"{recipe}: no such recipe; the shipped ones are {', '.join(sorted(p.stem for p in SHIPPED.glob('*.yaml')))}"
+            )
+        given = read_yaml(path)
+        named_verb = given.pop("verb", verb)
+        if named_verb != verb:
+            raise RecipeError(f"verb: {recipe} is a recipe of {named_verb}; got {verb}")
+        layers.append(_expand(kind, given, ""))
+    layers += [_expand(kind, _nested(kind, name.replace("-", "_"), value), "") for name, value in overrides]
+    tree: dict[str, Any] = {}
+    methods = [_method_of(layer) for layer in layers]
+    for layer in layers:
+        _merge(tree, {key: value for key, value in layer.items() if key != "method"})
+    if "method" in fields_of(kind):
+        tree["method"] = _composed(verb, methods)
+    return converted(tree, kind, "")
+
+
+def _method_of(layer: Mapping[str, Any]) -> Mapping[str, Any]:
+    method = layer.get("method") or {}
+    if not isinstance(method, Mapping):
+        raise RecipeError(f"method: expected a mapping of slots, such as {{kl: {{coef: 0.1}}}}; got {method!r}")
+    return method
+
+
+def _composed(verb: str, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The verb's method with every layer's changes, slot by slot; a reward model's method is picked by its `name`."""
+    out: dict[str, Any] = {}
+    if verb == "reward":
+        names = [layer["name"] for layer in layers if "name" in layer]
+        out["name"] = names[-1] if names else "k_way"
+        if out["name"] not in catalogue.REWARD:
+            raise unknown(str(out["name"]), list(catalogue.REWARD))
+    slots = dict(catalogue.slots_of(verb, out.get("name")))
+    for layer in layers:
+        slots = changed(slots, {key: value for key, value in layer.items() if key != "name" or verb != "reward"})
+    return out | slots
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A recipe file as a tree."""
+    import yaml
+
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not valid YAML: {error}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of fields, got {type(tree).__name__}")
+    return tree
+
+
+def yaml_tree(text: str) -> dict[str, Any]:
+    """The tree of a YAML text."""
+    import yaml
+
+    return yaml.safe_load(text)
+
+
+def to_yaml(record: Any, verb: str | None = None) -> str:
+    """A resolved recipe as YAML, with the verb it belongs to where it is given."""
+    import yaml
+
+    tree = ({} if verb is None else {"verb": verb}) | msgspec.to_builtins(record)
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def converted(tree: Mapping[str, Any], kind: Any, where: str) -> Any:
+    """The tree as a record of this kind. Raises RecipeError with the field's dotted name, what is wrong and what was got."""
+    try:
+        return msgspec.convert(tree, kind, strict=False)
+    except msgspec.ValidationError as error:
+        what, _, path = str(error).partition(" - at `$")
+        name = (where + path.rstrip("`").replace("[...]", "")).strip(".")
+        got: Any = tree
+        for key, place in re.findall(r"([^.\[\]]+)|\[(\d+)\]", path.rstrip("`")):
+            got = (
+                got.get(key)
+                if isinstance(got, Mapping)
+                else got[int(place)]
+                if place and isinstance(got, list)
+                else got
+            )
+        told = _choices_at(kind, path.rstrip("`").strip("."))
+        known = f"; known are {', '.join(told)}" if told else ""
+        raise RecipeError(f"{name or 'recipe'}: {what[:1].lower()}{what[1:]}{known}; got {got!r}") from error
+
+
+def _choices_at(kind: Any, path: str) -> tuple[str, ...]:
+    """The choices of the field at a dotted path of a record."""
+    for key in path.split("."):
+        if not (isinstance(kind, type) and (dataclasses.is_dataclass(kind) or issubclass(kind, msgspec.Struct))):
+            return ()
+        hints = typing.get_type_hints(kind, include_extras=True)
+        if key not in hints:
+            return ()
+        annotation, kind = hints[key], section(hints[key])
+    return choices(annotation)
+
+
+def unknown(name: str, known: Sequence[str]) -> RecipeError:
+    """The error for a field that does not exist, with the nearest one that does."""
+    near = [other for other in known if other.rpartition(".")[2] == name]
+    near = (
+        near
+        or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        or difflib.get_close_matches(name.rsplit(".", 1)[-1], list(known), n=1, cutoff=0.5)
+    )
+    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"
+    return RecipeError(f"unknown field {name!r}; {hint}")
+
+
+def fields_of(kind: type) -> dict[str, Any]:
+    """Field name -> type of a recipe record."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {one.name: hints[one.name] for one in dataclasses.fields(kind)}
+
+
+def section(annotation: Any) -> type | None:
+    """The record behind an annotation: `LoRA | None` -> LoRA, `list[Source]` -> None."""
+    options = (
+        typing.get_args(annotation)
+        if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union
+        else (annotation,)
+    )
+    return next((option for option in options if dataclasses.is_dataclass(option)), None)  # type: ignore[return-value]
+
+
+def choices(annotation: Any) -> tuple[str, ...]:
+    """The values a field may have, where they are listed: those of its Literal."""
+    parts = (annotation, *typing.get_args(annotation))
+    return next((tuple(map(str, typing.get_args(one))) for one in parts if typing.get_origin(one) is Literal), ())
+
+
+def leaves(kind: type, prefix: str = "") -> list[str]:
+    """Every field of a recipe with its dots."""
+    out = []
+    for name, annotation in fields_of(kind).items():
+        inner = section(annotation)
+        out += [f"{prefix}{name}", *(leaves(inner, f"{prefix}{name}.") if inner else ())]
+    return out
+
+
+def _nested(kind: type, name: str, value: Any) -> dict[str, Any]:
+    """{"a": {"b": value}} from "a.b". A first key that is no field of the recipe is a dial of its method."""
+    keys = SHORT.get(name, name).split(".")
+    known = fields_of(kind)
+    if keys[0] not in known and "method" in known:
+        keys = ["method", *keys]
+    tree: Any = value
+    for key in reversed(keys):
+        tree = {key: tree}
+    return tree
+
+
+def _expand(kind: type, tree: Any, where: str) -> Any:
+    """The tree with bare values put into their section's main field, and every key checked to exist."""
+    if not isinstance(tree, Mapping):
+        if kind not in MAIN_FIELD or tree is None:
+            return tree
+        tree = {MAIN_FIELD[kind]: tree}
+    known = fields_of(kind)
+    out = {}
+    for key, value in tree.items():
+        name = f"{where}.{key}".strip(".")
+        if key not in known:
+            raise unknown(name, [f"{where}.{other}".strip(".") for other in known])
+        inner = section(known[key])
+        listed = typing.get_args(known[key])
+        element = next(
+            (
+                section(option)
+                for option in (*listed, *(a for o in listed for a in typing.get_args(o)))
+                if section(option)
+            ),
+            None,
+        )
+        if inner is not None:
+            value = _expand(inner, value, name)
+        elif typing.get_origin(known[key]) is list and not isinstance(value, list):
+            value = [_expand(element, value, name) if element else value]
+        elif element is not None and isinstance(value, list):
+            value = [_expand(element, one, name) for one in value]
+        out[key] = value
+    return out
+
+
+def _merge(tree: dict[str, Any], other: Mapping[str, Any]) -> None:
+    for key, value in other.items():
+        if isinstance(value, Mapping) and isinstance(tree.get(key), dict):
+            _merge(tree[key], value)
+        else:
+            tree[key] = value

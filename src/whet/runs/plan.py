@@ -1,0 +1,114 @@
+"""`whet plan`: a recipe's roles, arithmetic and model shapes, handed to `whet.planning` as plain values."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from whet.runs import build, config
+from whet.runs import recipe as fields
+from whet.runs.slots import checked
+from whet.errors import ModelError, RecipeError
+from whet.methods import compose
+from whet.planning import Hardware, Network, Run, Shape, parse_engine, report
+
+
+def plan(verb: str, recipe: Any, options: fields.PlanOptions) -> str:
+    """The text for a resolved recipe. Raises RecipeError where nothing fits, or the recipe trains nothing."""
+    if isinstance(recipe, fields.Online):
+        run = _online(verb, recipe, options)
+    elif isinstance(recipe, fields.Offline):
+        run = _offline(verb, recipe, options)
+    else:
+        raise RecipeError(f"plan: {verb} trains nothing; plan a training verb, such as ppo or dpo")
+    hardware = Hardware(options.gpus, options.gpu_memory, Network(options.inside, options.between, options.per_node))
+    engine = None if recipe.learner.engine == "auto" else parse_engine(recipe.learner.engine)
+    return report(run, hardware, title=verb, engine=engine, learners=options.learners)
+
+
+def shape_of(path: str) -> Shape:
+    """The shape that a model folder's config.json describes; an adapter's is its base's. Raises ModelError without one."""
+    folder = Path(path)
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        return shape_of(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ModelError(f"{path}: a plan reads the model's config.json, and there is none here; give a folder")
+    return Shape.of(json.loads(file.read_text(encoding="utf-8")))
+
+
+def _common(recipe: fields.Offline | fields.Online, options: fields.PlanOptions) -> dict[str, Any]:
+    lora, dtype = recipe.model.lora, recipe.model.dtype
+    held = {"bfloat16": 2, "float16": 2, "float64": 8}.get(dtype, 2 if lora and dtype == "auto" else 4)
+    return {
+        "policy": shape_of(recipe.model.path), "prompt_tokens": options.prompt_tokens, "mean_answer": options.mean_answer,
+        "micro_tokens": recipe.train.micro_tokens, "checkpointing": recipe.model.gradient_checkpointing,
+        "half": recipe.learner.half, "offload": recipe.learner.offload, "held_bytes": held,
+        "lora_rank": lora.rank if lora else 0, "lora_targets": lora.targets if lora else "all-linear",
+        "muon": recipe.optim.kind == "muon",
+    }  # fmt: skip
+
+
+def _online(verb: str, recipe: fields.Online, options: fields.PlanOptions) -> Run:
+    slots = checked(verb, recipe.method)
+    weights = [one.weight for one in recipe.reward] or [1.0]
+    algorithm = compose.online_of(slots, longest=recipe.sampling.max_new_tokens, weights=weights)
+    minibatch = build.check_arithmetic(recipe, algorithm, verb)
+    roles, common = algorithm.roles(), _common(recipe, options)
+    models = [one.source for one in recipe.reward if build.is_model(one.source)]
+    own = "reference" in roles and recipe.reference in (None, recipe.model.path)
+    on_base = own and recipe.model.lora is not None
+    start = recipe.critic.path or (models[0] if models else recipe.model.path)
+    elements = recipe.rollout.prompts * (1 if algorithm.pairs else algorithm.collect.answers)
+    dtype = recipe.generator.dtype
+    engine = common["held_bytes"] if dtype == "auto" else 4 if dtype == "float32" else 2
+    return Run(
+        **common,
+        critic=shape_of(start) if "critic" in roles else None,
+        reference=shape_of(recipe.reference or recipe.model.path) if "reference" in roles and not on_base else None,
+        base_read=on_base,
+        rewards=tuple((build.name_of(one), shape_of(one)) for one in models),
+        average=recipe.rollout.ema is not None,
+        prompts=recipe.rollout.prompts,
+        answers=algorithm.collect.answers + algorithm.collect.greedy,
+        answer_tokens=recipe.sampling.max_new_tokens,
+        updates=-(-elements // minibatch),
+        epochs=recipe.rollout.epochs,
+        one_trunk=recipe.trunk == "shared",
+        engine_bytes=engine,
+        engine_memory=recipe.generator.memory,
+        push_adapter=recipe.generator.push == "adapter",
+        beside=recipe.generator.max_staleness > 0,
+        tensor_parallel=recipe.generator.tensor_parallel if recipe.generator.tensor_parallel > 1 else 0,
+        route={"nccl": "broadcast", "ipc": "handles"}.get(recipe.generator.transfer, "files"),  # type: ignore[arg-type]
+    )
+
+
+def _offline(verb: str, recipe: fields.Offline, options: fields.PlanOptions) -> Run:
+    """One update of a run on rows; its rows are taken to be as long as data.max_tokens allows (1024 without)."""
+    longest = recipe.data.max_tokens or 1024
+    prompt = min(options.prompt_tokens, longest - 1)
+    rows, reads, reference = 1, False, None
+    if isinstance(recipe, fields.Preference):
+        objective = compose.preference_of(checked(verb, recipe.method))
+        rows = 1 if "good" in objective.reads() else 2
+        reads = "ref_logp" in objective.reads()
+        if reads and not (recipe.model.lora and recipe.reference in (None, recipe.model.path)):
+            reference = shape_of(recipe.reference or recipe.model.path)
+    elif isinstance(recipe, fields.RewardModel):
+        rows = 2
+    return Run(
+        **{**_common(recipe, options), "prompt_tokens": prompt}, online=False, reference=reference,
+        base_read=reads and reference is None, prompts=recipe.train.batch, answers=rows, answer_tokens=longest - prompt,
+    )  # fmt: skip
+
+
+def taken(given: Mapping[str, Any]) -> tuple[fields.PlanOptions, dict[str, Any]]:
+    """(the plan's own options, the recipe's fields) of a command line. Raises RecipeError for a wrong option."""
+    names = config.fields_of(fields.PlanOptions)
+    own = {name: value for name, value in given.items() if name in names}
+    if "gpus" not in own:
+        raise RecipeError("--gpus: how many GPUs? for example --gpus 8 --gpu-memory 80")
+    rest = {name: value for name, value in given.items() if name not in names}
+    return config.converted(own, fields.PlanOptions, "plan"), rest

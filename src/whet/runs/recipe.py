@@ -1,0 +1,484 @@
+"""The fields of every recipe: frozen records, light to import, each field with its meaning, unit and range."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from whet.methods.catalogue import PREFERENCE
+from whet.methods.options import Count, LoRA, NotNegativeInt, Optim, Positive, Sampling, Share
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Which model, and how it is loaded."""
+
+    path: str = ""
+    """Hugging Face folder or hub name"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    """"auto" is float32, and bfloat16 under adapters on a GPU"""
+    device: str = "auto"
+    """"cpu", "cuda", "cuda:1", ...; "auto" takes a GPU where there is one"""
+    trust_remote_code: bool = False
+    """run code that comes with the model"""
+    quantise: Literal["none", "4bit"] = "none"
+    """"4bit" loads the base in 4 bits for LoRA (QLoRA); needs a GPU"""
+    chat_template: str | None = None
+    """"plain" (### Human / ### Assistant), "none" (prompt and completion joined), a Jinja file; default: the tokenizer's own"""
+    pad_token: str | None = None
+    """a token to pad with, for tokenizers that have none"""
+
+
+@dataclass(frozen=True)
+class Model(Frozen):
+    """Which model, and how it is loaded and trained."""
+
+    lora: LoRA | None = None
+    """train adapters instead of all weights"""
+    export: Literal["merged", "adapter"] = "merged"
+    """what the result of a LoRA run holds"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, more time"""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data file and its share of the draws."""
+
+    path: str
+    """a .jsonl, .parquet or .csv file, or a dataset's name ("name:split")"""
+    weight: Positive = 1.0
+    """relative share when several are mixed"""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which rows, and what is done with long ones."""
+
+    train: str | list[Source] = ""
+    """a file or dataset; a list of {path, weight} is mixed by weight"""
+    eval: str | None = None
+    """held-out rows of the same form"""
+    max_tokens: Annotated[int, msgspec.Meta(ge=2)] | None = None
+    """longest sequence; default: what the model's positions allow"""
+    too_long: Literal["error", "drop", "cut"] = "error"
+    """what happens to a longer row"""
+    turns: Literal["all", "last"] = "all"
+    """which assistant turns of a conversation are trained"""
+    separator: str = "\n"
+    """what stands between the steps of `completions` rows (reward --method.name process)"""
+    shuffle: bool = True
+    """a new order each epoch"""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows, where nothing is trained on their texts."""
+
+    train: str = ""
+    """a .jsonl, .parquet or .csv file, or a dataset's name ("name:split")"""
+    max_tokens: Annotated[int, msgspec.Meta(ge=2)] | None = None
+    """longest prompt; default: what the model's positions allow beside an answer"""
+    too_long: Literal["error", "drop"] = "error"
+    """what happens to a longer row"""
+
+
+@dataclass(frozen=True)
+class Loop:
+    """How the work is cut, and what is kept."""
+
+    micro_tokens: Count = 8192
+    """most tokens of one forward pass, padding counted; changes memory and speed, never a number"""
+    packing: bool = False
+    """lay rows behind one another instead of padding them"""
+    save_every: NotNegativeInt = 0
+    """updates (online: rollouts) between checkpoints; one is always saved at the end, when interrupted and when a step fails"""
+    keep: Count = 2
+    """checkpoints that stay"""
+
+
+@dataclass(frozen=True)
+class Train(Loop):
+    """How long, and in which portions."""
+
+    epochs: Positive = 1.0
+    """passes over the data"""
+    steps: Count | None = None
+    """updates in all; overrides epochs"""
+    batch: Count = 32
+    """elements (conversations, pairs, rankings) per update"""
+    dropout: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
+    """residual dropout with addressed masks"""
+    eval_every: NotNegativeInt = 0
+    """updates between evaluations on data.eval; 0: at the end"""
+
+
+@dataclass(frozen=True)
+class Head:
+    """The scalar head of a reward model."""
+
+    readout: Literal["last", "mean", "sum"] | None = None
+    """the score is read on the last token, or is the mean or sum of all answer tokens'; default: as saved, last when new"""
+    standardise: bool = False
+    """afterwards shift and scale the scores to mean 0 and deviation 1 over the training answers"""
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """A reference that follows the policy (TR-DPO, Gorbatovski et al. 2024; iterative GRPO, Shao et al. 2024)."""
+
+    every: NotNegativeInt = 0
+    """updates (online: rollouts) between refreshes; 0 is never"""
+    mix: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+    """reference <- (1 - mix) reference + mix policy; TR-DPO: 0.6"""
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How the learner's weights lie over its workers."""
+
+    engine: Literal["auto", "local", "ddp", "fsdp", "zero1", "zero2", "zero3"] = "auto"
+    """who learns: one process, replicas, torch's FSDP2, DeepSpeed's ZeRO; "auto" is local alone and fsdp on several workers"""
+    half: bool = False
+    """compute in bfloat16 over float32 weights (fsdp and zero)"""
+    offload: bool = False
+    """keep what is sharded in CPU memory between uses (fsdp and zero)"""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Who answers."""
+
+    engine: Literal["local", "vllm", "server"] = "local"
+    """transformers in the learner's processes, vLLM engines that whet starts, or vLLM servers that run already"""
+    count: Count = 1
+    """vLLM engines of each learner's process that share its load (under a cluster: cluster.engines)"""
+    urls: tuple[str, ...] = ()
+    """where the servers are, such as "http://127.0.0.1:8000" """
+    tensor_parallel: Count = 1
+    """GPUs that one vLLM engine is split over"""
+    host: str = "127.0.0.1"
+    """this machine's address as the servers reach it, where they take weights by gloo or nccl"""
+    timeout: Positive = 600.0
+    """seconds that a server may take for one answer before it counts as dead"""
+    push: Literal["weights", "adapter"] = "weights"
+    """what travels after an update: all weights, or with model.lora the adapter alone"""
+    transfer: Literal["auto", "shared", "gloo", "nccl", "ipc"] = "auto"
+    """how it travels to vLLM; "auto" is shared memory; ipc is for an engine on the learner's own GPU"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """the engine's precision; "auto" is model.dtype's, which is float32 unless the recipe says otherwise (or adapters on a GPU)"""
+    memory: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.5
+    """share of a GPU's memory that an engine takes"""
+    cache_mib: Count = 512
+    """size of the KV cache of an engine on CPU, in MiB"""
+    sleep: bool = False
+    """engines give their GPU's memory to the learner while it learns"""
+    max_staleness: NotNegativeInt = 0
+    """rollouts that an answer may be older than the weights it trains; 0 waits for every answer, more generates ahead"""
+    segment: Count = 64
+    """with max_staleness: tokens after which an unfinished answer goes on under the newest weights"""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where the work is placed. Needs whet[ray]."""
+
+    address: str | None = None
+    """"auto" connects to a running Ray cluster, or starts one here; or host:port; default: no cluster"""
+    learners: Count = 1
+    """workers of the learner"""
+    engines: NotNegativeInt = 0
+    """generators of their own; 0: the learner's workers answer"""
+    rewards: NotNegativeInt = 0
+    """workers that score; 0: reward models are read by the learner's workers, functions here"""
+    together: bool = False
+    """engines share the learner's GPUs instead of having their own"""
+    cpus: Positive = 1.0
+    """CPUs of each worker, which has as many threads"""
+    smallest: Count = 1
+    """after a death: learners to go on with where a lost machine's cannot be placed again"""
+    restarts: NotNegativeInt = 20
+    """times that workers are started again before the run gives up"""
+    patience: Positive = 60.0
+    """seconds to wait for a place before a smaller world is tried"""
+    timeout: Positive = 1800.0
+    """seconds that one call to a worker may take before it counts as dead"""
+
+
+@dataclass(frozen=True)
+class Offline:
+    """Recipe of pretrain and sft, and what reward and the preference methods share with them."""
+
+    model: Model = Model()
+    data: Data = Data()
+    optim: Optim = Optim()
+    train: Train = Train()
+    learner: Learning = Learning()
+    cluster: Cluster = Cluster()
+    seed: NotNegativeInt = 0
+    """every random choice is a function of it"""
+    out: str = ""
+    """run folder"""
+    threads: NotNegativeInt = 0
+    """CPU threads; 0 leaves torch's own choice"""
+    trackers: list[Any] = field(default_factory=list)
+    """console, tensorboard, wandb, trackio, mlflow, ... (needs whet[trackers]), "mine.py:Tracker", or {name: ..., options}"""
+
+
+@dataclass(frozen=True)
+class RewardModel(Offline):
+    """Recipe of reward."""
+
+    method: dict[str, Any] = field(default_factory=dict)
+    """`name` (k_way, pairwise, log_exp, absolute, process) and its slots"""
+    head: Head = Head()
+
+
+@dataclass(frozen=True)
+class Preference(Offline):
+    """Recipe of the preference methods: dpo, orpo, kto, ..."""
+
+    method: dict[str, Any] = field(default_factory=dict)
+    """the method's slots"""
+    reference: str | None = None
+    """the reference model; default: the model itself"""
+    precompute: bool = False
+    """measure the reference once before training instead of at every update"""
+    refresh: Refresh = Refresh()
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """What scores whole answers: a model folder, or a function."""
+
+    source: str
+    """a reward-model folder, or "file.py:function" """
+    weight: float = 1.0
+    """its share of the score"""
+
+
+@dataclass(frozen=True)
+class RewardSource(Scorer):
+    """One reward: a model folder, or a function."""
+
+    name: str | None = None
+    """its name in the logs"""
+    dense: bool = False
+    """a reward model gives its score at every token"""
+    step: str | None = None
+    """with dense: only at tokens with this text in them (such as "\\n"), which end a step, and at the answer's end"""
+
+
+@dataclass(frozen=True)
+class Critic:
+    """The critic of methods that have one."""
+
+    path: str | None = None
+    """where it starts; default: the first reward model, else the model with a fresh head"""
+    optim: Optim | None = None
+    """its optimiser; default: the policy's"""
+
+
+@dataclass(frozen=True)
+class Ptx:
+    """The pre-training stream of PPO-ptx."""
+
+    data: str | None = None
+    """`text` (or completion) rows"""
+    batch: Count = 32
+    """rows per update"""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """How experience is gathered and used."""
+
+    steps: Count = 100
+    """rollouts in all"""
+    prompts: Count = 64
+    """prompts per rollout"""
+    minibatch: Count | None = None
+    """answers (in online preference methods: pairs) per update; default: all of a rollout"""
+    epochs: Count = 1
+    """passes over each rollout"""
+    answers_at_once: Count = 256
+    """answers that are generated together"""
+    stop_kl: Positive | None = None
+    """end a rollout's updates once a mini-batch's KL(old || new) exceeds this, in nats per token (it needs several updates)"""
+    ema: Share | None = None
+    """keep an average of the policy with this weight of the past; it is exported beside the policy"""
+    refresh: Refresh = Refresh()
+
+
+@dataclass(frozen=True)
+class Online:
+    """Recipe of the online methods: ppo, grpo, rloo, online_dpo, ..."""
+
+    model: Model = Model()
+    reference: str | None = None
+    """reference model; default: the model itself"""
+    critic: Critic = Critic()
+    reward: list[RewardSource] = field(default_factory=list)
+    """what scores the answers; several are summed by weight"""
+    data: Rows = Rows()
+    """`prompt` rows; their other fields reach reward functions"""
+    ptx: Ptx = Ptx()
+    method: dict[str, Any] = field(default_factory=dict)
+    """the method's slots"""
+    sampling: Sampling = Sampling()
+    rollout: Rollout = Rollout()
+    optim: Optim = Optim()
+    train: Loop = Loop()
+    learner: Learning = Learning()
+    generator: Generation = Generation()
+    cluster: Cluster = Cluster()
+    trunk: Literal["separate", "shared"] = "separate"
+    """"shared": one base model in memory, policy, critic and reward as adapters on it, the reference without (needs lora)"""
+    seed: NotNegativeInt = 0
+    """every random choice is a function of it"""
+    out: str = ""
+    """run folder"""
+    threads: NotNegativeInt = 0
+    """CPU threads; 0 leaves torch's own choice"""
+    trackers: list[Any] = field(default_factory=list)
+    """console, tensorboard, wandb, trackio, mlflow, ... (needs whet[trackers]), "mine.py:Tracker", or {name: ..., options}"""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Recipe of sample: K answers per prompt."""
+
+    model: Frozen = Frozen()
+    data: Rows = Rows()
+    """`prompt` rows"""
+    count: Count = 4
+    """answers per prompt"""
+    reward: list[Scorer] = field(default_factory=list)
+    """what scores the answers; several are summed by weight"""
+    keep: Literal["all", "best"] = "all"
+    """"best" writes the answer with the highest score alone, as prompt and completion: best of n as SFT data"""
+    micro_tokens: Count = 8192
+    """most tokens of one forward pass of a reward model"""
+    sampling: Sampling = Sampling()
+    answers_at_once: Count = 256
+    """answers that are generated together"""
+    seed: NotNegativeInt = 0
+    """every random choice is a function of it"""
+    out: str = ""
+    """JSONL file: the rows with `responses`"""
+    threads: NotNegativeInt = 0
+    """CPU threads; 0 leaves torch's own choice"""
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Recipe of rank: `responses` rows become ranking rows."""
+
+    data: Rows = Rows()
+    """rows with `prompt` and `responses`, and `scores` when there is no judge"""
+    judge: str | None = None
+    """"file.py:function": f(prompts, completions, **columns) -> scores"""
+    judge_form: Literal["score", "rank"] = "score"
+    """"rank": the function is f(prompt, responses, **columns) -> ranks"""
+    out: str = ""
+    """JSONL file: the rows with `ranks`"""
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Recipe of eval: win rate under judges, reward-model accuracy, or held-out loss."""
+
+    model: Frozen = Frozen()
+    against: str | None = None
+    """the other model of a win rate"""
+    judge: list[str] = field(default_factory=list)
+    """what scores the answers of a win rate: "file.py:function" or a reward-model folder; several are told apart"""
+    data: Rows = Rows()
+    """prompts (win rate), rankings or pairs (accuracy of a reward model), text or conversations (loss)"""
+    sampling: Sampling = Sampling()
+    answers_at_once: Count = 256
+    """answers that are generated together"""
+    answers: str | None = None
+    """JSONL file for both models' answers with their scores and KL"""
+    micro_tokens: Count = 8192
+    """most tokens of one forward pass"""
+    seed: NotNegativeInt = 0
+    """every random choice is a function of it"""
+    out: str | None = None
+    """JSON file for the numbers"""
+    threads: NotNegativeInt = 0
+    """CPU threads; 0 leaves torch's own choice"""
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Recipe of serve: a vLLM server that takes weights. Needs whet[vllm]."""
+
+    model: Frozen = Frozen()
+    port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
+    """where it listens on loopback; 0 is any free port"""
+    max_model_len: Annotated[int, msgspec.Meta(ge=2)] | None = None
+    """longest prompt and answer together, in tokens; default: what the model's positions allow"""
+    answers_at_once: Count = 256
+    """answers that are generated together"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """the server's precision; "auto" is model.dtype's, which is float32 unless the recipe says otherwise"""
+    transfer: Literal["auto", "shared", "gloo", "nccl", "ipc"] = "auto"
+    """how weights travel to it; "auto" is shared memory"""
+    tensor_parallel: Count = 1
+    """GPUs that it is split over"""
+    memory: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.5
+    """share of a GPU's memory that it takes"""
+    cache_mib: Count = 512
+    """size of its KV cache on CPU, in MiB"""
+    sleep: bool = False
+    """it can give its GPU's memory back between rollouts"""
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What `whet plan` takes beside the recipe's fields."""
+
+    gpus: Count
+    """number of GPUs"""
+    gpu_memory: Positive = 80.0
+    """memory of one GPU, in GiB"""
+    learners: Count | None = None
+    """GPUs of the learner; default: the fastest number that fits"""
+    prompt_tokens: Count = 512
+    """tokens of a prompt"""
+    mean_answer: Positive | None = None
+    """tokens of an answer on average; default: half of the longest"""
+    per_node: Count = 8
+    """GPUs of one machine"""
+    inside: Positive = 300e9
+    """bytes per second between the GPUs of one machine"""
+    between: Positive = 25e9
+    """bytes per second between machines"""
+
+
+def kind_of(verb: str) -> type:
+    """The record of a verb's recipe."""
+    others = {
+        "sample": Sample, "rank": Rank, "eval": Eval, "serve": Serve, "reward": RewardModel, "pretrain": Offline,
+        "sft": Offline,
+    }  # fmt: skip
+    return others.get(verb, Preference if verb in PREFERENCE else Online)
+
+
+MAIN_FIELD: Mapping[type, str] = {
+    Frozen: "path",
+    Model: "path",
+    Data: "train",
+    Rows: "train",
+    Scorer: "source",
+    RewardSource: "source",
+    Source: "path",
+    Critic: "path",
+    Ptx: "data",
+    Learning: "engine",
+    Generation: "engine",
+    Cluster: "address",
+}
+"""What a bare value given for a whole section means: `--model DIR` is `--model.path DIR`."""

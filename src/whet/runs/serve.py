@@ -1,0 +1,49 @@
+"""`whet serve`: a vLLM server on this machine's loopback, from which a run in another process takes answers."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from whet.runs import build
+from whet.runs import recipe as fields
+from whet.errors import RecipeError
+from whet.generate.base import require_vllm
+from whet.models import load
+
+
+def run_serve(recipe: fields.Serve) -> str:
+    """Starts the server, says its address, and stays until it ends or is told to. Returns how it ended."""
+    source = build.source_of(recipe.model)
+    require_vllm()
+    from whet.generate.vllm.server import Server
+
+    longest = recipe.max_model_len or load.positions(source)
+    on_cpu = source.torch_device().type == "cpu"
+    dtype = str(source.torch_dtype()).removeprefix("torch.") if recipe.dtype == "auto" else recipe.dtype
+    options: dict[str, Any] = {
+        "max_model_len": longest, "dtype": dtype, "kv_cache_mib": recipe.cache_mib if on_cpu else 0, "sleep": recipe.sleep,
+        "gpu_memory": recipe.memory, "tensor_parallel": recipe.tensor_parallel, "max_num_seqs": recipe.answers_at_once,
+        "transfer": "shared" if recipe.transfer == "auto" else recipe.transfer,
+    }  # fmt: skip
+    with _ended_by_signals(), Server(recipe.model.path, port=recipe.port, **options) as server:
+        print(f"{server.url} (Ctrl-C ends it; --generator server --generator.urls '[{server.url}]')", flush=True)
+        try:
+            server.process.wait()
+        except KeyboardInterrupt:
+            return "ended"
+        raise RecipeError(f"serve: the server ended by itself (exit status {server.process.returncode})")
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM is Ctrl-C too: the server's processes are ended with it."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

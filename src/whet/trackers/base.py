@@ -1,0 +1,48 @@
+"""The Tracker protocol, and the table of trackers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from whet.registry import Registry
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """The run that a tracker is told about: its name, its folder and its resolved recipe."""
+
+    name: str
+    folder: Path
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Tracker(Protocol):
+    """Who is told about a run. Only the first worker calls it."""
+
+    def start(self, run: RunInfo) -> None:
+        """The run begins, or goes on after a checkpoint."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The metrics of one step. A resumed run may log a step again."""
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Some answers of a rollout: dicts with prompt, completion and score."""
+
+    def end(self) -> None:
+        """The run ended; what was buffered is written."""
+
+
+_ACCELERATE = "whet.trackers.accelerate"
+TRACKERS = Registry(
+    "trackers",
+    {
+        "console": "whet.trackers.console",
+        **dict.fromkeys(
+            ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"),
+            _ACCELERATE,
+        ),
+    },
+    Tracker,
+)
+"""Every tracker by name."""

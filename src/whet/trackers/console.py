@@ -1,0 +1,48 @@
+"""Prints the metrics of each step as one line."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from whet.trackers.base import RunInfo
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the console tracker."""
+
+    every: int = 1
+    """steps between two lines"""
+    num_samples: int = 0
+    """answers of a rollout that are printed"""
+
+
+class ConsoleTracker:
+    """Metrics and samples on standard error."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    def start(self, run: RunInfo) -> None:
+        """See `Tracker.start`."""
+        print(f"run {run.name} in {run.folder}", file=sys.stderr)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """See `Tracker.log`."""
+        if step % self.options.every == 0:
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            print(f"step {step}  {shown}", file=sys.stderr, flush=True)
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """See `Tracker.samples`."""
+        for row in rows[: self.options.num_samples] if step % self.options.every == 0 else ():
+            print(f"step {step}  score {row['score']:.4g}  {row['prompt']!r} -> {row['completion']!r}", file=sys.stderr)
+
+    def end(self) -> None:
+        """See `Tracker.end`."""
+
+
+def make(options: Options, context: Any) -> ConsoleTracker:
+    """The tracker."""
+    return ConsoleTracker(options)

@@ -1,0 +1,44 @@
+"""Rows as pictures: the tokens in order, the trained ones in brackets, "⏎" for a newline token."""
+
+from typing import Any
+
+import tiny
+import torch
+
+from whet.data import Row
+
+SPECIAL = ["<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+PLAIN_WORDS = ["user", "assistant", "system", "###", "Human:", "Assistant:", "\n"]
+
+
+def picture(row: Row, tokenizer: Any) -> str:
+    """ "<user> hello <assistant> [yes] [<end>]" """
+    words = [word.replace("\n", "⏎") for word in tokenizer.convert_ids_to_tokens(row.ids.tolist())]
+    trained = [False] * row.start + row.mask.tolist()
+    return " ".join(f"[{word}]" if on else word for word, on in zip(words, trained, strict=True))
+
+
+def lines_tokenizer(template: str | None = None) -> Any:
+    """tiny's words, header tokens of several formats, and a token of its own for every newline; spaces are nothing."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<eos>", "<unk>", *SPECIAL, *PLAIN_WORDS, *tiny.WORDS]
+    inner = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    cut = [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split("\n", "isolated")]
+    inner.pre_tokenizer = pre_tokenizers.Sequence(cut)
+    out = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        eos_token="<eos>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        additional_special_tokens=SPECIAL,
+    )
+    out.chat_template = template
+    return out
+
+
+def row(length: int, *, start: int = 1, trained: str = "") -> Row:
+    """A row of ids 10, 11, ...; `trained` draws its mask, "" is all of it."""
+    mask = [bit == "1" for bit in trained] or [True] * (length - start)
+    return Row(torch.arange(10, 10 + length), start, torch.tensor(mask))
