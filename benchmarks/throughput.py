@@ -69,29 +69,40 @@ def measured(workload: str, world: Path, out: Path, *, short: bool = False) -> d
     from whet.loops import record
 
     stamps: list[float] = []
-    write = record.Run.metrics
+    write = record.RunFolder.metrics
 
     def stamped(run: Any, step: int, **numbers: float) -> None:
         stamps.append(time.process_time())
         write(run, step, **numbers)
 
-    record.Run.metrics = stamped  # type: ignore[method-assign]
+    record.RunFolder.metrics = stamped  # type: ignore[method-assign]
     common: dict[str, Any] = {"model": str(world / "model"), "out": str(out / workload), "threads": 1, "lr": 1e-5}
     online = {"data": str(world / "prompts.jsonl"), "max_new_tokens": 8 if short else 128}
     function = {"reward": f"{__name__}:length"}
     if workload == "sft":
-        whet.run("sft", data=str(world / "sft.jsonl"), **common, **{"train.batch": 16, "train.epochs": 1})
+        whet.run("sft", data=str(world / "sft.jsonl"), **common, **{"train.batch_size": 16, "train.num_epochs": 1})
     elif workload in ("dpo", "reward"):
-        method = {"method.name": "pairwise"} if workload == "reward" else {}
-        whet.run(workload, data=str(world / "pref.jsonl"), **common, **method, **{"train.batch": 16, "train.epochs": 1})
+        method = {"algorithm.name": "pairwise"} if workload == "reward" else {}
+        whet.run(
+            workload,
+            data=str(world / "pref.jsonl"),
+            **common,
+            **method,
+            **{"train.batch_size": 16, "train.num_epochs": 1},
+        )
     elif workload == "grpo":
-        rollout = {"rollout.steps": 6, "rollout.prompts": 8, "answers": 8, "loss_kl": None}
+        rollout = {"rollout.num_steps": 6, "rollout.prompts_per_step": 8, "num_generations": 8, "kl_in_loss": None}
         whet.run("grpo", **common, **online, **function, **rollout)
     elif workload == "ppo":
-        rollout = {"rollout.steps": 3, "rollout.prompts": 64, "rollout.minibatch": 16, "rollout.epochs": 4}
+        rollout = {
+            "rollout.num_steps": 3,
+            "rollout.prompts_per_step": 64,
+            "rollout.mini_batch_size": 16,
+            "rollout.ppo_epochs": 4,
+        }
         whet.run("ppo", **common, **online, **function, **rollout)
     rows = record.read_metrics(out / workload)[WARM[workload] :]
-    record.Run.metrics = write  # type: ignore[method-assign]
+    record.RunFolder.metrics = write  # type: ignore[method-assign]
     seconds = stamps[-1] - stamps[WARM[workload] - 1]
     samples = {"sft": 16, "dpo": 16, "reward": 16, "grpo": 64, "ppo": 64}[workload] * len(rows)
     tokens = sum(row.get("tokens", row.get("length", 0) * (64 if workload in ("grpo", "ppo") else 0)) for row in rows)

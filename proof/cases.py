@@ -13,7 +13,7 @@ from whet.data import Pair
 from whet.generate.local import LocalGenerator
 from whet.learner.local import LocalLearner
 from whet.loops import offline, online
-from whet.loops.record import Run
+from whet.loops.record import RunFolder
 from whet.methods import compose
 from whet.methods.options import Optim, Sampling
 from whet.models.roles import Role
@@ -26,12 +26,12 @@ GROUP = 4
 @dataclass(frozen=True)
 class Case:
     """One method with its changed slots; `field` is its expected update (see `enumeration.Weight`), None where it is that of
-    the KL-regularised reward, whose end is pi*. `group` answers per prompt, so that a rollout has 512 in all; `bound` nats may be
+    the KL-regularized reward, whose end is pi*. `group` answers per prompt, so that a rollout has 512 in all; `bound` nats may be
     left where the end is pi*, 0.005 elsewhere. `longer` multiplies the rollouts: the noise of a z-score does not vanish."""
 
     method: str
     changes: Mapping[str, Any]
-    field: str = "regularised"
+    field: str = "regularized"
     group: int = 64
     critic: bool = False
     bound: float = 0.003
@@ -42,46 +42,63 @@ def cases(problem: Problem) -> dict[str, Case]:
     """Every case by the name it has in the table."""
     cost = {"coef": problem.beta}
     loss = {name: {"name": name, "coef": problem.beta} for name in ("k2", "k3", "k3_weighted", "exact", "k2_sequence")}
-    centred = {"credit": "group_center", "reduce": "sequence_sum"}
+    centered = {"advantage": "group_center", "reduction": "sequence_sum"}
     return {
-        "ppo": Case("ppo", {"kl": cost, "credit": {"lam": 0.95}, "value": {"clip": None}}, critic=True),
-        "ppo_kl": Case("ppo_kl", {"kl": cost, "credit": {"lam": 0.95}, "value": {"clip": None}}, critic=True),
-        "policy_gradient": Case("policy_gradient", {"kl": cost, "value": {"clip": None}}, critic=True),
-        # its lambda is 1 - 1 / (2 |y|): for answers this short the critic's error enters, so its bound is wider
-        "vapo, KL in the reward": Case("vapo", {"kl": cost, "credit": {"alpha": 2.0}}, critic=True, bound=0.01),
-        "reinforce": Case("reinforce", {"kl": cost}),
-        "reinforce, exact KL": Case("reinforce", {"kl": cost | {"estimator": "exact"}}),
-        "reinforce_pp": Case("reinforce_pp", {"kl": cost}),
-        "remax": Case("remax", {"kl": cost}),
-        "rloo": Case("rloo", {"kl": cost}),
-        "rloo, exact KL": Case("rloo", {"kl": cost | {"estimator": "exact"}}),
-        "rloo, clipped ratio of the answer": Case(
-            "rloo", {"kl": cost, "ratio": "product", "surrogate": "clip", "reduce": "sequence_mean"}
+        "ppo": Case(
+            "ppo",
+            {"kl_in_reward": cost, "advantage": {"gae_lambda": 0.95}, "value": {"clip_range_vf": None}},
+            critic=True,
         ),
-        "dr_grpo, KL in the reward": Case("dr_grpo", {"kl": cost}),
-        "optimal_baseline, KL in the reward": Case("optimal_baseline", {"kl": cost}),
-        "cispo, centred, KL in the reward": Case("cispo", {"kl": cost, "credit": "leave_one_out"}),
+        "ppo_kl": Case(
+            "ppo_kl",
+            {"kl_in_reward": cost, "advantage": {"gae_lambda": 0.95}, "value": {"clip_range_vf": None}},
+            critic=True,
+        ),
+        "policy_gradient": Case(
+            "policy_gradient", {"kl_in_reward": cost, "value": {"clip_range_vf": None}}, critic=True
+        ),
+        # its lambda is 1 - 1 / (2 |y|): for answers this short the critic's error enters, so its bound is wider
+        "vapo, KL in the reward": Case(
+            "vapo", {"kl_in_reward": cost, "advantage": {"alpha": 2.0}}, critic=True, bound=0.01
+        ),
+        "reinforce": Case("reinforce", {"kl_in_reward": cost}),
+        "reinforce, exact KL": Case("reinforce", {"kl_in_reward": cost | {"estimator": "exact"}}),
+        "reinforce_pp": Case("reinforce_pp", {"kl_in_reward": cost}),
+        "remax": Case("remax", {"kl_in_reward": cost}),
+        "rloo": Case("rloo", {"kl_in_reward": cost}),
+        "rloo, exact KL": Case("rloo", {"kl_in_reward": cost | {"estimator": "exact"}}),
+        "rloo, clipped ratio of the answer": Case(
+            "rloo", {"kl_in_reward": cost, "ratio": "product", "surrogate": "clip", "reduction": "sequence_mean"}
+        ),
+        "dr_grpo, KL in the reward": Case("dr_grpo", {"kl_in_reward": cost}),
+        "optimal_baseline, KL in the reward": Case("optimal_baseline", {"kl_in_reward": cost}),
+        "cispo, centered, KL in the reward": Case("cispo", {"kl_in_reward": cost, "advantage": "leave_one_out"}),
         "dr_grpo, sequence k2 in the loss": Case(
             "dr_grpo",
-            {"loss_kl": loss["k2_sequence"], "credit": "leave_one_out"} | {"reduce": "sequence_sum"},
+            {"kl_in_loss": loss["k2_sequence"], "advantage": "leave_one_out"} | {"reduction": "sequence_sum"},
             group=GROUP,
         ),
-        "dr_grpo, k2 in the loss": Case("dr_grpo", {"loss_kl": loss["k2"]} | centred, "centred k2", GROUP),
-        "dr_grpo, exact KL in the loss": Case("dr_grpo", {"loss_kl": loss["exact"]} | centred, "centred k2", GROUP),
+        "dr_grpo, k2 in the loss": Case("dr_grpo", {"kl_in_loss": loss["k2"]} | centered, "centered k2", GROUP),
+        "dr_grpo, exact KL in the loss": Case(
+            "dr_grpo", {"kl_in_loss": loss["exact"]} | centered, "centered k2", GROUP
+        ),
         "dr_grpo, weighted k3 in the loss": Case(
-            "dr_grpo", {"loss_kl": loss["k3_weighted"]} | centred, "centred k2", GROUP
+            "dr_grpo", {"kl_in_loss": loss["k3_weighted"]} | centered, "centered k2", GROUP
         ),
-        "dr_grpo, k3 in the loss": Case("dr_grpo", {"loss_kl": loss["k3"]} | centred, "centred k3", GROUP),
+        "dr_grpo, k3 in the loss": Case("dr_grpo", {"kl_in_loss": loss["k3"]} | centered, "centered k3", GROUP),
         "leave one out, k2 in the loss": Case(
-            "dr_grpo", {"loss_kl": loss["k2"], "credit": "leave_one_out", "reduce": "sequence_sum"}, "k2", GROUP
+            "dr_grpo",
+            {"kl_in_loss": loss["k2"], "advantage": "leave_one_out", "reduction": "sequence_sum"},
+            "k2",
+            GROUP,
         ),
-        "grpo": Case("grpo", {"loss_kl": loss["k3"]}, "zscore k3 per answer", GROUP, longer=2.5),
-        "grpo, only centred": Case(
-            "grpo", {"loss_kl": loss["k3"], "credit": "group_center"}, "centred k3 per answer", GROUP
+        "grpo": Case("grpo", {"kl_in_loss": loss["k3"]}, "zscore k3 per answer", GROUP, longer=2.5),
+        "grpo, only centered": Case(
+            "grpo", {"kl_in_loss": loss["k3"], "advantage": "group_center"}, "centered k3 per answer", GROUP
         ),
         "gspo, k3 in the loss": Case(
             "gspo",
-            {"loss_kl": loss["k3"], "surrogate": {"low": 0.2, "high": 0.2}},
+            {"kl_in_loss": loss["k3"], "surrogate": {"clip_low": 0.2, "clip_high": 0.2}},
             "zscore k3 per answer",
             GROUP,
             longer=2.5,
@@ -97,11 +114,11 @@ def weight_of(name: str, problem: Problem, group: int) -> Weight:
     def weight(now: Tensor, reference: Tensor, on: Tensor) -> Tensor:
         chance, ratio = now.sum(-1).exp(), now - reference
         length = on.sum(-1, keepdim=True)
-        if name == "regularised":
+        if name == "regularized":
             total = score - beta * ratio.sum(-1)
             return (total - (chance * total).sum(-1, keepdim=True))[..., None].expand(now.shape)
         advantage = score - (chance * score).sum(-1, keepdim=True)
-        if "centred" in name:  # the mean has the answer itself in it
+        if "centered" in name:  # the mean has the answer itself in it
             advantage = advantage * (1 - 1 / group)
         if zscore is not None:
             advantage = torch.stack([zscore(one) for one in chance])
@@ -115,7 +132,7 @@ def weight_of(name: str, problem: Problem, group: int) -> Weight:
 def ends(case: Case, problem: Problem, reference: Tensor) -> tuple[Tensor, Tensor]:
     """(log pi of the case's own fixed point, log pi*), each (prompts, answers); reference (P, Y, T) token log-probs."""
     optimum = problem.optimum(reference.sum(-1))
-    if case.field == "regularised":
+    if case.field == "regularized":
         return optimum, optimum
     return fixed_point(problem, reference, weight_of(case.field, problem, case.group)), optimum
 
@@ -135,22 +152,22 @@ def learned(case: Case, problem: Problem, folder: Path, budget: Budget, *, seed:
     policy, reference = problem.model(seed), problem.model(seed)
     roles = {"policy": Role("policy", policy, True), "reference": Role("reference", reference, False)}
     rollouts = round(budget.rollouts * case.longer)
-    optim = Optim(lr=budget.lr, schedule="cosine", final=0.0, betas=(0.9, 0.99))
+    optim = Optim(lr=budget.lr, schedule="cosine", min_lr_ratio=0.0, betas=(0.9, 0.99))
     optims = {"policy": optim}
     if case.critic:
         roles["critic"] = Role("critic", problem.scorer(seed + 2), True)
-        optims["critic"] = Optim(lr=budget.critic_lr, schedule="cosine", final=0.0, betas=(0.9, 0.99))
-    method = compose.online(case.method, longest=problem.longest, **{**case.changes, "answers": case.group})
+        optims["critic"] = Optim(lr=budget.critic_lr, schedule="cosine", min_lr_ratio=0.0, betas=(0.9, 0.99))
+    method = compose.online(case.method, longest=problem.longest, **{**case.changes, "num_generations": case.group})
     prompts = problem.records()
     repeated = budget.answers // (len(prompts) * case.group)
     learner = LocalLearner(roles, optims, total=rollouts, budget=1 << 14, seed=seed)
     generator = LocalGenerator(roles["policy"], (END,), str, unit=budget.answers)
-    plan = online.Plan(
+    plan = online.OnlinePlan(
         rollouts, repeated * len(prompts), budget.answers, 1, seed, canary=20, equal_start=True, end_ids=(END,)
     )
     reward = Weighted("table", TableReward(problem))
     sampling = Sampling(problem.longest)
-    online.train(method, learner, generator, [reward], prompts, sampling, plan, Run(folder), quiet=True)
+    online.train(method, learner, generator, [reward], prompts, sampling, plan, RunFolder(folder), quiet=True)
     return problem.distribution(policy)
 
 
@@ -187,10 +204,12 @@ def preferred(
     policy, reference = problem.model(seed), problem.model(seed)
     roles = {"policy": Role("policy", policy, True), "reference": Role("reference", reference, False)}
     schedule = "constant" if final == 1.0 else "cosine"
-    optim = Optim(lr=lr, schedule=schedule, final=final, betas=(0.9, 0.99))
+    optim = Optim(lr=lr, schedule=schedule, min_lr_ratio=final, betas=(0.9, 0.99))
     learner = LocalLearner(roles, {"policy": optim}, total=steps, budget=1 << 14, seed=seed)
     objective = compose.preference("dpo", beta=problem.beta)
-    offline.train(objective, learner, [elements], offline.Plan(steps, batch, seed), Run(folder), quiet=True)
+    offline.train(
+        objective, learner, [elements], offline.OfflinePlan(steps, batch, seed), RunFolder(folder), quiet=True
+    )
     return problem.distribution(policy)
 
 
@@ -205,15 +224,15 @@ def enumerated(problem: Problem, budget: Budget, *, seed: int = 0) -> Tensor:
     length = torch.tensor([len(answer) for _ in problem.prompts for answer in problem.answers])
     step = torch.arange(longest - 1)
     on = (step >= start[:, None] - 1) & (step < (start + length)[:, None] - 1)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=budget.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    optim = Optim(lr=budget.lr, schedule="cosine", final=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=budget.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    optim = Optim(lr=budget.lr, schedule="cosine", min_lr_ratio=0.0)
     for update in range(budget.rollouts):
-        optimiser.param_groups[0]["lr"] = budget.lr * optim.factor(update, budget.rollouts)
+        optimizer.param_groups[0]["lr"] = budget.lr * optim.factor(update, budget.rollouts)
         logp = model(input_ids=ids, use_cache=False).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
         own = torch.where(on, logp, torch.zeros_like(logp)).sum(1).reshape(len(problem.prompts), -1)
         loss = (own.exp() * (own - target)).sum(-1).mean()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
     return problem.distribution(model)

@@ -1,4 +1,4 @@
-"""A problem small enough to enumerate: every answer, the optimum of the KL-regularised problem, and each method's own fixed point.
+"""A problem small enough to enumerate: every answer, the optimum of the KL-regularized problem, and each method's own fixed point.
 
 Nothing here uses whet's formulas: distributions come from transformers' own forward pass, the fixed points from the
 expected gradient of each method written out over all answers in plain float64 tables.

@@ -24,7 +24,7 @@ SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "
 
 FLOAT, HALF, TOKEN, COARSE = 1e-5, 5e-2, 1e-4, 1e-3
 """Bounds: numbers in float32, anything in bfloat16, a token's log-prob in float32 by other kernels, the same on a GPU."""
-SFT = ("sft", "--model", "model", "--data", "rows.jsonl", "--train.steps", "10", "--optim.lr", "0.001")
+SFT = ("sft", "--model", "model", "--data", "rows.jsonl", "--train.num-steps", "10", "--optim.lr", "0.001")
 
 
 @dataclass
@@ -54,8 +54,9 @@ class Bench:
         """A small PPO run."""
         common = [
             "ppo", "--model", "model", "--data", "prompts.jsonl", "--reward", "reward.py:score", "--max-new-tokens", "12",
-            "--rollout.steps", str(steps), "--rollout.prompts", "32", "--rollout.minibatch", "16",
-            "--rollout.answers-at-once", "8", "--train.micro-tokens", "256", "--optim.lr", "0.0005", "--critic.optim.lr", "0.001",
+            "--rollout.num-steps", str(steps), "--rollout.prompts-per-step", "32", "--rollout.mini-batch-size", "16",
+            "--rollout.max-num-seqs", "8", "--train.max-tokens-per-micro-batch", "256", "--optim.lr", "0.0005",
+            "--critic.optim.lr", "0.001",
         ]  # fmt: skip
         return self.whet(out, *common, *words, workers=workers)
 
@@ -102,14 +103,14 @@ def same_numbers(bench: Bench, engine: str) -> str:
 
 def half(bench: Bench, engine: str) -> str:
     """The same in bfloat16 over float32 weights."""
-    many = bench.whet(f"half-{engine}", *SFT, "--learner", engine, "--learner.half", workers=bench.workers)
+    many = bench.whet(f"half-{engine}", *SFT, "--learner", engine, "--learner.precision bf16", workers=bench.workers)
     return f"loss differs from float32's by {within(worst(alone(bench), many, ('loss',)), HALF)} at most"
 
 
 def engine(bench: Bench, *words: str) -> str:
     """vLLM answers, weights are pushed after each rollout, and the canary is checked each time."""
     name = "-".join(("vllm", *(word for word in words if not word.startswith("--"))))
-    found = bench.ppo(name, "--generator", "vllm", *words, "--correct", "token_weight", steps=4)
+    found = bench.ppo(name, "--generator", "vllm", *words, "--importance-correction", "token_weight", steps=4)
     gap = max(row["sampler_gap"] for row in found)
     bound = HALF if "bfloat16" in words else TOKEN if bench.device == "cpu" else COARSE
     return f"4 pushes arrived; mean log-prob gap to the learner {within(gap, bound)} nats"

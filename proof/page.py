@@ -13,8 +13,8 @@ from typing import Any
 
 from whet.methods import catalogue
 from whet.methods.choices import (
-    DIALS,
     ONLINE_SLOTS,
+    OPTIONS,
     PAIR_LOSSES,
     PLAIN_SLOTS,
     REWARD_SLOTS,
@@ -22,7 +22,7 @@ from whet.methods.choices import (
     SINGLE_LOSSES,
     Choice,
 )
-from whet.methods.compose import dials_of
+from whet.methods.compose import choice_options
 from whet.methods.explain import in_words
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -32,7 +32,7 @@ HEAD = """# Methods
 Made by `python -m proof.page` from the catalogue (`src/whet/methods/catalogue.py`), the choices of every slot
 (`src/whet/methods/choices.py`) and the table of `make proof`; a test keeps it fresh. A method is a row of names and numbers:
 what stands in which slot. Every slot of every method can be changed in the recipe (`method: {surrogate: {name: clip,
-high: 0.28}}`) or on the command line (`--surrogate.high 0.28`, `--credit leave_one_out`), and `whet explain METHOD
+high: 0.28}}`) or on the command line (`--surrogate.clip-high 0.28`, `--advantage leave_one_out`), and `whet explain METHOD
 [RECIPE.yaml]` prints the whole objective with the numbers filled in.
 
 pi now, pi_old when the rollout was taken, pi_ref the reference, pi_sampler what the generator reported; rho the ratio
@@ -52,7 +52,7 @@ All counts are global: over all micro-batches, so no split changes a number (`te
 - ratio `sequence` = `token` for answers of one token; `sequence_token` has the value of `sequence` and, where A is
   one number an answer, its gradient.
 - `group_center` = (G - 1) / G x `leave_one_out`; `group_zscore` = `group_center` / deviation.
-- `gae` with lam 1 = `monte_carlo` - V; with V = 0 it is `monte_carlo`; `gae_adaptive` = `gae` with lam = 1 - 1 /
+- `gae` with gae_lambda 1 = `monte_carlo` - V; with V = 0 it is `monte_carlo`; `gae_adaptive` = `gae` with gae_lambda = 1 - 1 /
   (alpha |y|).
 - `log_exp` = `pairwise` without margin; `k_way` of two answers = `pairwise`; `dpo` with `policy_score` = `cpo`, with
   its mean and a margin `simpo`.
@@ -67,7 +67,7 @@ gradient (`tests/learner/test_columns.py`).
 
 TRAP = """## Where methods end: a KL in the loss is a trap
 
-With r the score and beta the coefficient, the optimum of the KL-regularised problem is pi*(y|x) = pi_ref(y|x) exp(r /
+With r the score and beta the coefficient, the optimum of the KL-regularized problem is pi*(y|x) = pi_ref(y|x) exp(r /
 beta) / Z. A KL **in the reward** (k1, or exact, which puts each token's own part in the loss) leads there. A KL **in
 the loss** is differentiated through the sampled tokens alone: it ignores that a token changes the KL of later tokens,
 the group's mean makes beta G / (G - 1), the group's deviation divides the reward but not the KL, and k3's gradient is
@@ -97,20 +97,10 @@ def slot(slots: Mapping[str, Any], name: str) -> str:
 
 def online_rows() -> list[list[str]]:
     """One row per online method."""
-    shown = {
-        "answers",
-        "kl",
-        "credit",
-        "whiten",
-        "ratio",
-        "surrogate",
-        "loss_kl",
-        "reduce",
-        "place",
-        "combine",
-        "value",
-        "truncated",
-    }
+    columns = (
+        "kl_in_reward", "advantage", "normalize_advantage", "ratio", "surrogate", "kl_in_loss", "reduction",
+    )  # fmt: skip
+    shown = {*columns, "num_generations", "reward_placement", "combine", "value", "truncated"}
     rows = []
     for name, one in catalogue.ONLINE.items():
         s = one.slots
@@ -119,8 +109,8 @@ def online_rows() -> list[list[str]]:
         ]
         if s["value"] and s["value"] != catalogue.ONLINE["ppo"].slots["value"]:
             other.append(f"value: {in_words(s['value'])}")
-        columns = [slot(s, key) for key in ("kl", "credit", "whiten", "ratio", "surrogate", "loss_kl", "reduce")]
-        rows.append([f"`{name}`", one.source, s["answers"], *columns, "; ".join(other) or "-"])
+        filled = [slot(s, key) for key in columns]
+        rows.append([f"`{name}`", one.source, s["num_generations"], *filled, "; ".join(other) or "-"])
     return rows
 
 
@@ -128,10 +118,12 @@ def choice_rows(choices: Mapping[str, Choice]) -> list[list[str]]:
     """One row per choice of a slot."""
     rows = []
     for name, one in choices.items():
-        dials = ", ".join(
-            f"{dial} {in_words(value)}" for dial, value in dials_of(one).items() if isinstance(value, (int, float, str))
+        options = ", ".join(
+            f"{option} {in_words(value)}"
+            for option, value in choice_options(one).items()
+            if isinstance(value, (int, float, str))
         )
-        rows.append([f"`{name}`", one.formula, dials or "-", one.source or "-"])
+        rows.append([f"`{name}`", one.formula, options or "-", one.source or "-"])
     return rows
 
 
@@ -200,14 +192,14 @@ def text() -> str:
     head = [
         "method",
         "source",
-        "answers",
+        "num_generations",
         "KL in the reward",
-        "credit",
-        "whiten",
+        "advantage",
+        "normalize_advantage",
         "ratio",
         "surrogate",
         "KL in the loss",
-        "reduce",
+        "reduction",
         "else",
     ]
     out = [HEAD, "## Online methods", ""]
@@ -235,17 +227,18 @@ def text() -> str:
             for name, one in both.items()
         ],
     )
-    out += ["## Reward models", "", "`whet reward --method.name NAME`.", ""]
+    out += ["## Reward models", "", "`whet reward --algorithm.name NAME`.", ""]
     out += table(
         ["method", "source", "about"], [[f"`{name}`", one.source, one.about] for name, one in catalogue.REWARD.items()]
     )
     out += ["## The parts of every slot", ""]
-    for name, known in {**ONLINE_SLOTS, "score (preference)": SCORES, "loss (pairs)": PAIR_LOSSES, "loss (single answers)": SINGLE_LOSSES,
+    for name, known in {**ONLINE_SLOTS, "implicit_reward (preference)": SCORES,
+                        "loss (pairs)": PAIR_LOSSES, "loss (single answers)": SINGLE_LOSSES,
                         "loss (reward models)": REWARD_SLOTS["loss"]}.items():  # fmt: skip
-        out += [f"### {name}", "", *table(["part", "formula", "dials", "source"], choice_rows(known))]
+        out += [f"### {name}", "", *table(["part", "formula", "options", "source"], choice_rows(known))]
     out += ["### slots with a number or a record", ""]
     out += [f"- `{name}`: {meaning}" for name, (_, meaning) in PLAIN_SLOTS.items()]
-    out += ["", "### dials", "", *(f"- `{name}`: {meaning}" for name, (_, meaning) in DIALS.items()), ""]
+    out += ["", "### options", "", *(f"- `{name}`: {meaning}" for name, (_, meaning) in OPTIONS.items()), ""]
     out += [
         REDUCTIONS,
         TRAP,

@@ -24,41 +24,48 @@ from typing import Any
 
 WORDS = [f"w{number}" for number in range(40)]
 SEED = ["--seed", "3", "--threads", "1", "--quiet"]
-ROLLOUT = ["--rollout.steps", "10", "--rollout.prompts", "8", "--max-new-tokens", "10", "--lr", "3e-3"]
+ROLLOUT = ["--rollout.num-steps", "10", "--rollout.prompts-per-step", "8", "--max-new-tokens", "10", "--lr", "3e-3"]
 RULE = ["--data", "prompts.jsonl", "--reward", "rules.py:count"]
 LORA = ["--model.lora.rank", "4"]
 SLOW = "1e-3"
 
+MODEL = ["--model", "model"]
+GROUPS = ["--num-generations", "4", "--rollout.mini-batch-size", "16"]
+SCORED = ["--data", "prompts.jsonl", "--reward", "out/reward/model"]
+
+
+def on_rows(method: str, data: str, batch: int, *more: str) -> list[str]:
+    """The words of ten updates on the rows of a file."""
+    size = ["--train.num-steps", "10", "--train.batch-size", str(batch)]
+    return [method, *MODEL, "--data", f"{data}.jsonl", *size, "--lr", SLOW, *more]
+
+
 RUNS: dict[str, list[str]] = {
-    "pretrain": ["pretrain", "--model", "model", "--data", "text.jsonl", "--train.steps", "10", "--train.batch", "8", "--lr", SLOW],
-    "sft": ["sft", "--model", "model", "--data", "sft.jsonl", "--train.steps", "10", "--train.batch", "8", "--lr", SLOW],
-    "sft_packed": ["sft", "--model", "model", "--data", "sft.jsonl", "--train.steps", "10", "--train.batch", "8", "--lr", SLOW,
-                   "--train.packing", "--train.dropout", "0.1"],
-    "sft_lora": ["sft", "--model", "model", "--data", "sft.jsonl", "--train.steps", "10", "--train.batch", "8", "--lr", SLOW, *LORA],
-    "sft_muon": ["sft", "--model", "model", "--data", "sft.jsonl", "--train.steps", "10", "--train.batch", "8", "--lr", SLOW,
-                 "--optim.kind", "muon"],
-    "reward": ["reward", "--model", "model", "--data", "ranked.jsonl", "--train.steps", "10", "--train.batch", "6", "--lr", SLOW,
-               "--head.standardise"],
-    "dpo": ["dpo", "--model", "model", "--data", "ranked.jsonl", "--train.steps", "10", "--train.batch", "6", "--lr", SLOW],
-    "ipo": ["ipo", "--model", "model", "--data", "ranked.jsonl", "--train.steps", "10", "--train.batch", "6", "--lr", SLOW],
-    "kto": ["kto", "--model", "model", "--data", "kto.jsonl", "--train.steps", "10", "--train.batch", "8", "--lr", SLOW],
-    "ppo": ["ppo", "--model", "model", "--data", "prompts.jsonl", "--reward", "out/reward/model", *ROLLOUT, "--rollout.minibatch", "4",
-            "--rollout.epochs", "2"],
-    "ppo_shared": ["ppo", "--model", "model", *RULE, *ROLLOUT, "--rollout.minibatch", "4", "--trunk", "shared", *LORA],
-    "instructgpt": ["instructgpt", "--model", "model", "--data", "prompts.jsonl", "--reward", "out/reward/model", *ROLLOUT,
-                    "--rollout.minibatch", "4", "--ptx", "text.jsonl", "--ptx.batch", "4"],
-    "grpo": ["grpo", "--model", "model", *RULE, *ROLLOUT, "--answers", "4", "--rollout.minibatch", "16"],
-    "gspo": ["gspo", "--model", "model", *RULE, *ROLLOUT, "--answers", "4", "--rollout.minibatch", "16"],
-    "rloo_top_p": ["rloo", "--model", "model", *RULE, *ROLLOUT, "--answers", "4", "--sampling.top-p", "0.9"],
-    "remax": ["remax", "--model", "model", *RULE, *ROLLOUT],
-    "dapo": ["dapo", "--model", "model", *RULE, *ROLLOUT, "--answers", "4", "--rollout.minibatch", "16", "--overlong.buffer", "4"],
-    "clip_cov": ["clip_cov", "--model", "model", *RULE, *ROLLOUT, "--answers", "4", "--rollout.minibatch", "16"],
-    "online_dpo": ["online_dpo", "--model", "model", *RULE, *ROLLOUT],
-    "grpo_stopped": ["grpo", "--model", "model", *RULE, *ROLLOUT, "--answers", "4", "--rollout.stop-kl", "0.001", "--rollout.minibatch", "16"],
+    "pretrain": on_rows("pretrain", "text", 8),
+    "sft": on_rows("sft", "sft", 8),
+    "sft_packed": on_rows("sft", "sft", 8, "--train.packing", "--train.dropout", "0.1"),
+    "sft_lora": on_rows("sft", "sft", 8, *LORA),
+    "sft_muon": on_rows("sft", "sft", 8, "--optim.kind", "muon"),
+    "reward": on_rows("reward", "ranked", 6, "--head.standardize"),
+    "dpo": on_rows("dpo", "ranked", 6),
+    "ipo": on_rows("ipo", "ranked", 6),
+    "kto": on_rows("kto", "kto", 8),
+    "ppo": ["ppo", *MODEL, *SCORED, *ROLLOUT, "--rollout.mini-batch-size", "4", "--rollout.ppo-epochs", "2"],
+    "ppo_shared": ["ppo", *MODEL, *RULE, *ROLLOUT, "--rollout.mini-batch-size", "4", "--trunk", "shared", *LORA],
+    "instructgpt": ["instructgpt", *MODEL, *SCORED, *ROLLOUT, "--rollout.mini-batch-size", "4", "--ptx", "text.jsonl",
+                    "--ptx.batch-size", "4"],
+    "grpo": ["grpo", *MODEL, *RULE, *ROLLOUT, *GROUPS],
+    "gspo": ["gspo", *MODEL, *RULE, *ROLLOUT, *GROUPS],
+    "rloo_top_p": ["rloo", *MODEL, *RULE, *ROLLOUT, "--num-generations", "4", "--sampling.top-p", "0.9"],
+    "remax": ["remax", *MODEL, *RULE, *ROLLOUT],
+    "dapo": ["dapo", *MODEL, *RULE, *ROLLOUT, *GROUPS, "--overlong.buffer", "4"],
+    "clip_cov": ["clip_cov", *MODEL, *RULE, *ROLLOUT, *GROUPS],
+    "online_dpo": ["online_dpo", *MODEL, *RULE, *ROLLOUT],
+    "grpo_stopped": ["grpo", *MODEL, *RULE, *ROLLOUT, *GROUPS, "--rollout.target-kl", "0.001"],
 }  # fmt: skip
 """Name -> the words of the command line. The reward model that `reward` leaves is read by runs behind it."""
 
-RENAMED: list[tuple[str, str]] = []
+RENAMED: list[tuple[str, str]] = [(r"(.*/rollout)/step", r"\1/segment_end")]
 """(pattern of an older record's name, what it is called today); the first that matches the whole name counts."""
 
 IGNORED = re.compile(r".*seconds.*")

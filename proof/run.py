@@ -110,7 +110,7 @@ def main() -> int:
             found[name][seed] = done.result()
             print(f"{name}, seed {seed}: {found[name][seed]['left']:.5f} nats left", file=sys.stderr, flush=True)
             if len(found[name]) == given.seeds:  # a run that is cut off keeps the cases that were done
-                bound = BOUNDS.get(name) or (known[name].bound if known[name].field == "regularised" else 0.005)
+                bound = BOUNDS.get(name) or (known[name].bound if known[name].field == "regularized" else 0.005)
                 rows[name] = _row(list(found[name].values()), known[name].method if name in known else "dpo", bound)
                 _write(
                     {case: rows.get(case) or before.get(case) for case in (*known, *OFFLINE)}, given.seeds, given.out

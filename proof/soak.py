@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from engines.cluster_jobs import ENVIRONMENT, PPO, Machines, close
 from engines.jobs import gap
 
-from whet.cluster import Wanted, World, connected
+from whet.cluster import Attempt, Wanted, connected
 
 VICTIMS = ("learner", "engine", "reward", "node")
-WANTED = Wanted(2, 2, 1, patience=30)
+WANTED = Wanted(2, 2, 1, placement_timeout=30)
 SMALLER = 1e-5
 """How far the end may be off where the run went on smaller for a while; else it is the same to the bit."""
 
@@ -38,11 +38,11 @@ class Hunter:
         self.random = random.Random(seed)
         self.told: list[str] = []
         self.sizes: list[int] = []
-        self.world: World | None = None
+        self.world: Attempt | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._hunt, daemon=True)
 
-    def before(self, _step: int, world: World) -> None:
+    def before(self, _step: int, world: Attempt) -> None:
         """Called by the run before each rollout: which world it has."""
         self.world = world
         self.sizes.append(world.learners)

@@ -54,7 +54,7 @@ MASK_NUMBERS = [[0.25, 0.0, 1.0, 0.5], [1.0, 0.75, 0.0, 0.1], [0.6, 0.9, 0.3, 0.
 RATIO = each(lambda a, b: math.exp(a - b), LOGP, OLD)
 
 
-def gae(gamma: float, lam: float) -> list[list[float]]:
+def gae(gamma: float, gae_lambda: float) -> list[list[float]]:
     """The sum of discounted TD errors over the trained tokens that follow, holes skipped."""
     out = [[0.0] * 4 for _ in T]
     for i, row in enumerate(MASK):
@@ -64,7 +64,7 @@ def gae(gamma: float, lam: float) -> list[list[float]]:
             for n, t in enumerate(steps)
         ]
         for n, t in enumerate(steps):
-            out[i][t] = sum((gamma * lam) ** (k - n) * delta[k] for k in range(n, len(steps)))
+            out[i][t] = sum((gamma * gae_lambda) ** (k - n) * delta[k] for k in range(n, len(steps)))
     return out
 
 
@@ -123,11 +123,13 @@ def token_sum(i: int, table: list[list[float]]) -> float:
 
 
 def vectors() -> list[dict[str, Any]]:
-    """Every vector: function, formula, positional inputs, dials, expected output."""
+    """Every vector: function, formula, positional inputs, options, expected output."""
     out: list[dict[str, Any]] = []
 
-    def add(function: str, formula: str, inputs: dict[str, Any], expected: Any, **dials: Any) -> None:
-        out.append({"function": function, "formula": formula, "inputs": inputs, "dials": dials, "expected": expected})
+    def add(function: str, formula: str, inputs: dict[str, Any], expected: Any, **options: Any) -> None:
+        out.append(
+            {"function": function, "formula": formula, "inputs": inputs, "options": options, "expected": expected}
+        )
 
     pair = {"chosen": CHOSEN, "rejected": REJECTED}
     two = {"logp": LOGP, "ref_logp": REF}
@@ -143,17 +145,25 @@ def vectors() -> list[dict[str, Any]]:
         {"logp": LOGP, "old_logp": OLD, "mask": MASK},
         [[m] * 4 for m in means],
     )
-    add("clip", "-min(r A, clip(r, 1 - low, 1 + high) A)", surrogate, clipped(0.2, 0.2), low=0.2, high=0.2)
-    add("clip", "-min(r A, clip(r, 1 - low, 1 + high) A)", surrogate, clipped(0.1, 0.28), low=0.1, high=0.28)
-    add("dual_clip", "clip, and at most -bound A where A < 0", surrogate, dual(1.2), low=0.2, high=0.2, bound=1.2)
+    add("clip", "-min(r A, clip(r, 1 - low, 1 + high) A)", surrogate, clipped(0.2, 0.2), clip_low=0.2, clip_high=0.2)
+    add("clip", "-min(r A, clip(r, 1 - low, 1 + high) A)", surrogate, clipped(0.1, 0.28), clip_low=0.1, clip_high=0.28)
+    add(
+        "dual_clip",
+        "clip, and at most -bound A where A < 0",
+        surrogate,
+        dual(1.2),
+        clip_low=0.2,
+        clip_high=0.2,
+        bound=1.2,
+    )
     add("unclipped", "-r A", surrogate, each(lambda r, a: -r * a, RATIO, T))
     add("reinforce", "-A logp", {"logp": LOGP, "advantage": T}, each(lambda p, a: -a * p, LOGP, T))
     add(
         "cispo", "-clip(r, 1 - low, 1 + high) A logp", {"logp": LOGP, **surrogate},
-        each(lambda p, r, a: -min(max(r, 0.0), 1.28) * a * p, LOGP, RATIO, T), low=1.0, high=0.28,
+        each(lambda p, r, a: -min(max(r, 0.0), 1.28) * a * p, LOGP, RATIO, T), clip_low=1.0, clip_high=0.28,
     )  # fmt: skip
     add(
-        "kl_penalised", "-r A + beta (r - 1 - log r)", {"logp": LOGP, "old_logp": OLD, "advantage": T},
+        "kl_penalized", "-r A + beta (r - 1 - log r)", {"logp": LOGP, "old_logp": OLD, "advantage": T},
         each(lambda p, o, a: -math.exp(p - o) * a + 0.7 * (math.exp(p - o) - 1 - (p - o)), LOGP, OLD, T), beta=0.7,
     )  # fmt: skip
     add(
@@ -171,11 +181,18 @@ def vectors() -> list[dict[str, Any]]:
         kept.append([-math.exp(sum(terms) / len(terms)) * a] * 4)
     add(
         "gmpo", "-A e^(mean of log-ratios clipped on A's side)",
-        {"logp": LOGP, "old_logp": OLD, "advantage": [[SCORE[i]] * 4 for i in range(3)], "mask": MASK}, kept, low=0.2, high=0.25,
+        {"logp": LOGP, "old_logp": OLD, "advantage": [[SCORE[i]] * 4 for i in range(3)], "mask": MASK}, kept, clip_low=0.2, clip_high=0.25,
     )  # fmt: skip
     timed = {"rewards": T, "values": VALUE, "mask": MASK}
-    for gamma, lam in ((1.0, 0.95), (0.9, 0.0), (0.9, 1.0)):
-        add("gae", "sum_k (gamma lam)^k delta_t+k, holes skipped", timed, gae(gamma, lam), gamma=gamma, lam=lam)
+    for gamma, gae_lambda in ((1.0, 0.95), (0.9, 0.0), (0.9, 1.0)):
+        add(
+            "gae",
+            "sum_k (gamma gae_lambda)^k delta_t+k, holes skipped",
+            timed,
+            gae(gamma, gae_lambda),
+            gamma=gamma,
+            gae_lambda=gae_lambda,
+        )
     add("whiten", "(x - mean) / (std + eps), n - 1", {"x": T, "mask": MASK}, whitened(1, 1e-8), ddof=1, eps=1e-8)
     add("whiten", "(x - mean) / (std + eps), n", {"x": T, "mask": MASK}, whitened(0, 1e-8), ddof=0, eps=1e-8)
     grouped = {"score": SCORE, "group": GROUP}
@@ -195,8 +212,8 @@ def vectors() -> list[dict[str, Any]]:
     shaped = {"score": SCORE[:3], "mask": MASK}
     add("terminal", "all on the last trained token", shaped, placed(lambda n, of: float(n == of), SCORE))
     add("uniform", "s / T on each", shaped, placed(lambda n, of: 1 / of, SCORE))
-    add("linear", "(t / T) s", shaped, placed(lambda n, of: n / of, SCORE), normalised=False)
-    add("linear", "2 t s / (T (T + 1))", shaped, placed(lambda n, of: n / (of * (of + 1) / 2), SCORE), normalised=True)
+    add("linear", "(t / T) s", shaped, placed(lambda n, of: n / of, SCORE), normalized=False)
+    add("linear", "2 t s / (T (T + 1))", shaped, placed(lambda n, of: n / (of * (of + 1) / 2), SCORE), normalized=True)
     add(
         "soft_overlong", "s + clip((limit - buffer - |y|) / buffer, -1, 0)", shaped,
         [s + min(max((4 - 3 - len(places(row))) / 3, -1), 0) for s, row in zip(SCORE[:3], MASK, strict=True)], limit=4, buffer=3,
@@ -252,7 +269,7 @@ def vectors() -> list[dict[str, Any]]:
     )
     add("monte_carlo", "sum_k gamma^k r_t+k, holes skipped", {"rewards": T, "mask": MASK}, to_go(0.9), gamma=0.9)
     adaptive = [gae(0.9, max(0.0, 1 - 1 / (0.8 * len(places(MASK[i])))))[i] for i in range(3)]
-    add("gae_adaptive", "gae with lam = max(0, 1 - 1 / (alpha |y|))", timed, adaptive, gamma=0.9, alpha=0.8)
+    add("gae_adaptive", "gae with gae_lambda = max(0, 1 - 1 / (alpha |y|))", timed, adaptive, gamma=0.9, alpha=0.8)
     add(
         "against_greedy", "return to go - baseline", {"rewards": T, "baseline": SCORE[:3], "mask": MASK},
         masked([[x - b for x in row] for row, b in zip(to_go(1.0), SCORE, strict=False)]),
@@ -343,9 +360,9 @@ def vectors() -> list[dict[str, Any]]:
         weights=[1.0, 1.0, 1.0],
         k=1.5,
     )
-    add("standardise", "(s - shift) / scale", {"score": SCORE}, [(s - 0.3) / 1.7 for s in SCORE], shift=0.3, scale=1.7)
+    add("standardize", "(s - shift) / scale", {"score": SCORE}, [(s - 0.3) / 1.7 for s in SCORE], shift=0.3, scale=1.7)
     add(
-        "batch_normalised",
+        "batch_normalized",
         "(s - mean) / (std + eps), n - 1",
         {"score": SCORE},
         [zscore(s, SCORE, 1, 1e-8) for s in SCORE],
@@ -354,7 +371,7 @@ def vectors() -> list[dict[str, Any]]:
     add(
         "step_loss",
         "log(1 + e^s) - label s",
-        {"token_score": T, "step_label": MASK_NUMBERS},
+        {"token_score": T, "segment_label": MASK_NUMBERS},
         each(lambda s, y: math.log1p(math.exp(s)) - y * s, T, MASK_NUMBERS),
     )
 
@@ -390,15 +407,15 @@ def vectors() -> list[dict[str, Any]]:
         temperature=0.7,
     )
 
-    def losses(name: str, formula: str, f: Callable[[float, float], float], **dials: float) -> None:
-        add(name, formula, pair, [f(c, r) for c, r in zip(CHOSEN, REJECTED, strict=True)], **dials)
+    def losses(name: str, formula: str, f: Callable[[float, float], float], **options: float) -> None:
+        add(name, formula, pair, [f(c, r) for c, r in zip(CHOSEN, REJECTED, strict=True)], **options)
 
-    def links(name: str, formula: str, f: Callable[[float], float], **dials: float) -> None:
-        add(name, formula, {"gap": GAP}, [f(g) for g in GAP], **dials)
+    def links(name: str, formula: str, f: Callable[[float], float], **options: float) -> None:
+        add(name, formula, {"gap": GAP}, [f(g) for g in GAP], **options)
 
     losses("pairwise", "-log sigmoid(c - r)", lambda c, r: -logsigmoid(c - r))
     losses("log_exp", "log(1 + e^(r - c))", lambda c, r: math.log1p(math.exp(r - c)))
-    losses("centring", "(c + r)^2", lambda c, r: (c + r) ** 2)
+    losses("centering", "(c + r)^2", lambda c, r: (c + r) ** 2)
     links(
         "sigmoid",
         "-(1 - e) log sigmoid(g) - e log sigmoid(-g)",

@@ -11,7 +11,7 @@ from proof import page, vectors
 from proof.mutants import MUTANTS, check
 from whet import conformance, ops
 from whet.methods import catalogue, choices
-from whet.methods.compose import dials_of
+from whet.methods.compose import choice_options
 from whet.methods.explain import formula
 
 ROOT = Path(__file__).parent.parent
@@ -34,7 +34,7 @@ def test_the_vectors_are_fresh() -> None:
 @pytest.mark.parametrize(("slot", "name", "choice"), EVERY, ids=[f"{slot}-{name}" for slot, name, _ in EVERY])
 def test_a_formula_names_the_parts_own_dials_and_no_others(slot: str, name: str, choice: choices.Choice) -> None:
     named = set(re.findall(r"{(\w+)}", choice.formula))
-    own = {*dials_of(choice)}
+    own = {*choice_options(choice)}
     told_elsewhere = {"weights", "shift_mean", "ddof", "eps", "alpha"}
     assert named <= own | {"weights"}
     assert own <= named | told_elsewhere
@@ -61,7 +61,7 @@ def test_whets_own_ops_conform(capsys: pytest.CaptureFixture[str]) -> None:
         ("k1", lambda logp, ref: ref - logp, "off by up to"),
         ("k3", lambda logp, ref: ops.k3(logp, ref).float(), "off by up to"),
         ("group_center", lambda score, group: score.sum(), "shape (), expected (6,)"),
-        ("gae", lambda *given, **dials: 1 / 0, "ZeroDivisionError"),
+        ("gae", lambda *given, **options: 1 / 0, "ZeroDivisionError"),
     ],
 )
 def test_a_wrong_implementation_is_told(name: str, wrong: object, told: str) -> None:

@@ -126,14 +126,14 @@ def test_the_method_of_the_contributing_guide_works_as_it_stands_there() -> None
     source = re.search(r"```python\n(\"clipped_rloo\".*?)```", text, re.DOTALL)
     assert source
     entry = eval(f"{{{source.group(1)}}}", dict(vars(catalogue)))["clipped_rloo"]
-    algorithm = compose.online_of({**entry.slots, "answers": 2})
+    algorithm = compose.online_of({**entry.slots, "num_generations": 2})
     columns = {
         "token_reward": torch.tensor([[0.0, 1.0], [0.0, 4.0], [2.0, 0.0], [0.0, 0.0]]),
         "group": torch.tensor([0, 0, 1, 1]),
         "mask": torch.tensor([[True, True]] * 3 + [[True, False]]),
     }
     expected = torch.tensor([[-3.0, -3.0], [3.0, 3.0], [2.0, 2.0], [-2.0, 0.0]])
-    assert torch.equal(algorithm.credit(columns), expected)
+    assert torch.equal(algorithm.advantage(columns), expected)
     assert algorithm.terms[0].loss.columns["ratio"].op.__name__ == "sequence_ratio"
 
 

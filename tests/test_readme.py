@@ -13,10 +13,11 @@ from whet.cli.main import main
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 SHORT = {
-    "sft": ["--train.epochs", "1"], "sample": ["--max-new-tokens", "12"], "reward": ["--train.batch", "8"],
-    "ppo": ["--rollout.steps", "2", "--rollout.prompts", "16", "--rollout.minibatch", "8", "--max-new-tokens", "12"],
-    "instructgpt": ["--rollout.steps", "2", "--rollout.prompts", "16", "--rollout.minibatch", "8", "--max-new-tokens", "12"],
-    "grpo": ["--rollout.steps", "2", "--rollout.prompts", "4", "--max-new-tokens", "12"], "eval": ["--max-new-tokens", "12"],
+    "sft": ["--train.num-epochs", "1"], "sample": ["--max-new-tokens", "12"], "reward": ["--train.batch-size", "8"],
+    "ppo": ["--rollout.num-steps", "2", "--rollout.prompts-per-step", "16", "--rollout.mini-batch-size", "8", "--max-new-tokens", "12"],
+    "instructgpt": ["--rollout.num-steps", "2", "--rollout.prompts-per-step", "16", "--rollout.mini-batch-size", "8",
+                    "--max-new-tokens", "12"],
+    "grpo": ["--rollout.num-steps", "2", "--rollout.prompts-per-step", "4", "--max-new-tokens", "12"], "eval": ["--max-new-tokens", "12"],
 }  # fmt: skip
 """What is added so that a command is quick; nothing else is changed."""
 

@@ -1,7 +1,7 @@
 """Checks any implementation of the formulas against docs/conformance: `python -m whet.conformance MODULE [--vectors FILE]`.
 
 MODULE has functions of these names, with the inputs as float64 torch tensors (bool for masks, int64 for groups and ranks)
-by position in the file's order, and the dials as keywords. A function that is not there is skipped and named.
+by position in the file's order, and the options as keywords. A function that is not there is skipped and named.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def check(module: Any, vectors: Sequence[Mapping[str, Any]], tolerance: float) -
             continue
         told = _difference(function, one, tolerance)
         if told:
-            wrong.append(f"{one['function']}({one['formula']}; {one['dials']}): {told}")
+            wrong.append(f"{one['function']}({one['formula']}; {one['options']}): {told}")
         else:
             right += 1
     return wrong, sorted(set(missing)), right
@@ -37,7 +37,7 @@ def _difference(function: Any, one: Mapping[str, Any], tolerance: float) -> str:
 
     expected = _tensor(one["expected"])
     try:
-        got = function(*(_tensor(value) for value in one["inputs"].values()), **one["dials"])
+        got = function(*(_tensor(value) for value in one["inputs"].values()), **one["options"])
         got = torch.as_tensor(got, dtype=torch.float64)
     except Exception as error:  # another implementation may fail in any way
         return f"{type(error).__name__}: {error}"

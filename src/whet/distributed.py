@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from whet.errors import EngineDied, Spent
+from whet.errors import RestartsExhausted, WorkerDied
 
 T = TypeVar("T")
 
@@ -61,11 +61,11 @@ class Workers:
         dist.all_gather_object(out, thing, group=self.group)
         return out
 
-    def told(self, thing: T) -> T:
+    def broadcast(self, thing: T) -> T:
         """The first process's thing."""
         return self.gather(thing)[0]
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """All have come this far."""
         self.gather(None)
 
@@ -86,11 +86,11 @@ class Workers:
                 raise raised_there if error is None else error
         return [one for one, _ in both]  # type: ignore[misc]
 
-    def own(self, things: Sequence[T]) -> Sequence[T]:
+    def shard(self, things: Sequence[T]) -> Sequence[T]:
         """This process's share of the things: every size-th one."""
         return things[self.rank :: self.size]
 
-    def merged(self, shares: Sequence[Sequence[T]]) -> list[T]:
+    def unshard(self, shares: Sequence[Sequence[T]]) -> list[T]:
         """The things in their order again, from every process's share of them."""
         out: list[Any] = [None] * sum(map(len, shares))
         for rank, share in enumerate(shares):
@@ -98,25 +98,25 @@ class Workers:
         return out
 
 
-class Lives:
+class RestartBudget:
     """How many workers of a run may still die, whatever they do. Raises Spent when it was one too many."""
 
     def __init__(self, restarts: int) -> None:
         self.restarts, self.deaths = restarts, 0
         self._lock = threading.Lock()
 
-    def spend(self, error: EngineDied) -> None:
+    def spend(self, error: WorkerDied) -> None:
         """One more has died of this."""
         with self._lock:
             self.deaths += 1
             if self.deaths > self.restarts:
-                raise Spent(
+                raise RestartsExhausted(
                     f"cluster.restarts: workers died {self.deaths} times and may be started again {self.restarts} times; "
                     f"the last one: {error}"
                 ) from error
 
 
-def at_once(works: Sequence[Callable[[], T]]) -> list[T]:
+def run_parallel(works: Sequence[Callable[[], T]]) -> list[T]:
     """What each gives, in threads at the same time; all have ended when the first error is raised."""
     with ThreadPoolExecutor(max(1, len(works)), "whet-at-once") as threads:
         futures = [threads.submit(work) for work in works]

@@ -6,7 +6,7 @@
     │   ├── DataError     a row of a data file: names the file and the line
     │   └── ModelError    a model or tokenizer folder
     ├── RewardError       a reward function or judge raised, or returned what it may not
-    ├── EngineDied        a generator's engine or a worker died; what it was asked for is not lost
+    ├── WorkerDied        a generator's engine or a worker died; what it was asked for is not lost
     ├── RunStopped        a self-check failed while running; says which and why
     └── CheckpointError   a checkpoint is missing, torn or from another run
 
@@ -38,7 +38,7 @@ class RewardError(WhetError):
     """A reward function or judge raised, or returned a wrong count, type or NaN."""
 
 
-class EngineDied(WhetError):
+class WorkerDied(WhetError):
     """An engine that generates, or a worker process, died; its work can be asked of another one."""
 
 
@@ -50,11 +50,11 @@ class CheckpointError(WhetError):
     """A checkpoint cannot be read, or belongs to another run."""
 
 
-class WorldDied(EngineDied):
+class AttemptFailed(WorkerDied):
     """More died than can be started again by itself: the whole world must be built anew."""
 
 
-class Spent(WorldDied):
+class RestartsExhausted(AttemptFailed):
     """Workers died more often than they may be started again."""
 
 

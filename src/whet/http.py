@@ -6,7 +6,7 @@ import json
 from typing import Any
 from urllib.parse import urlsplit
 
-from whet.errors import EngineDied, RecipeError, first_line
+from whet.errors import RecipeError, WorkerDied, first_line
 
 
 class Http:
@@ -33,12 +33,12 @@ class Http:
     def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         """The answer's JSON, None where it has none.
 
-        Raises RecipeError when the server refuses the request, EngineDied when it fails or nothing comes in time.
+        Raises RecipeError when the server refuses the request, WorkerDied when it fails or nothing comes in time.
         """
         status, answer = self.raw(method, path, body)
         text = answer.decode("utf-8", "replace")
         if status >= 500:
-            raise EngineDied(f"generator: the server at {self.url} failed on {path} ({status}): {_message(text)}")
+            raise WorkerDied(f"generator: the server at {self.url} failed on {path} ({status}): {_message(text)}")
         if status == 404:
             raise RecipeError(
                 f"generator.urls: the server at {self.url} has no {path}; start it as whet does, "
@@ -49,7 +49,7 @@ class Http:
         return json.loads(text) if text else None
 
     def raw(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, bytes]:
-        """Status and body of one answer; raises EngineDied when there is none."""
+        """Status and body of one answer; raises WorkerDied when there is none."""
         kind = http.client.HTTPSConnection if self.parts.scheme == "https" else http.client.HTTPConnection
         connection = kind(self.parts.hostname or "", self.parts.port, timeout=self.timeout)
         try:
@@ -57,9 +57,9 @@ class Http:
             response = connection.getresponse()
             return response.status, response.read()
         except TimeoutError as error:
-            raise EngineDied(f"generator: no answer from {self.url} within {self.timeout:g} s") from error
+            raise WorkerDied(f"generator: no answer from {self.url} within {self.timeout:g} s") from error
         except (OSError, http.client.HTTPException) as error:
-            raise EngineDied(f"generator: nothing answers at {self.url} ({first_line(error)})") from error
+            raise WorkerDied(f"generator: nothing answers at {self.url} ({first_line(error)})") from error
         finally:
             connection.close()
 

@@ -74,9 +74,9 @@ def online(*words: str, reward: str = "good") -> list[str]:
         f"HOME/{reward}.py:judge",
         "--max-new-tokens",
         "8",
-        "--rollout.prompts",
+        "--rollout.prompts-per-step",
         "2",
-        "--rollout.steps",
+        "--rollout.num-steps",
         "1",
     ]
     return ["--model", "HOME/m", "--data", "HOME/prompts.jsonl", "--out", "OUT", "--quiet", *given, *words]
@@ -174,8 +174,8 @@ GIVEN: dict[str, tuple[str, list[str], list[str]]] = {
     ),
     "four bits on a CPU": (
         "sft",
-        sft("--model.quantise", "4bit", "--model.device", "cpu", "--model.lora.rank", "2"),
-        ["model.quantise", "GPU"],
+        sft("--model.quantize", "4bit", "--model.device", "cpu", "--model.lora.rank", "2"),
+        ["model.quantize", "GPU"],
     ),
     "adapters on modules that are not there": (
         "sft",
@@ -194,44 +194,56 @@ GIVEN: dict[str, tuple[str, list[str], list[str]]] = {
         sft("--data.max-tokens", "3", "--data.too-long", "drop"),
         ["no row is left", "--data.max-tokens"],
     ),
-    "an unknown field": ("sft", sft("--train.bach", "3"), ["'train.bach'", "did you mean 'train.batch'?"]),
+    "an unknown field": ("sft", sft("--train.bach", "3"), ["'train.bach'", "did you mean 'train.batch_size'?"]),
     "an unknown section": ("sft", sft("--trian.batch", "3"), ["'trian'", "did you mean 'train'?"]),
     "an unknown section online": ("ppo", online("--rolout.steps", "3"), ["rolout", "did you mean 'rollout'?"]),
-    "an unknown dial": (
+    "an unknown option": (
         "grpo",
         online("--surrogate.lwo", "3"),
-        ["method.surrogate.lwo", "did you mean 'method.surrogate.low'?"],
+        ["algorithm.surrogate.lwo", "did you mean 'algorithm.surrogate.clip_low'?"],
     ),
-    "a part for a slot": ("grpo", online("--clip", "0.1"), ["method.clip", "--surrogate clip"]),
-    "an unknown part": ("grpo", online("--credit", "group_zcore"), ["method.credit", "did you mean 'group_zscore'?"]),
-    "a dial of another part": (
+    "a part for a slot": ("grpo", online("--clip", "0.1"), ["algorithm.clip", "--surrogate clip"]),
+    "an unknown part": (
+        "grpo",
+        online("--advantage", "group_zcore"),
+        ["algorithm.advantage", "did you mean 'group_zscore'?"],
+    ),
+    "a option of another part": (
         "ppo",
-        online("--credit.eps", "3"),
-        ["method.credit.eps", "did you mean 'method.credit.lam'?"],
+        online("--advantage.eps", "3"),
+        ["algorithm.advantage.eps", "did you mean 'algorithm.advantage.gamma'?"],
     ),
     "a critic that nothing reads": (
         "grpo",
-        online("--value.clip", "0.2"),
-        ["method.value", "group_zscore has no critic"],
+        online("--value.clip-range-vf", "0.2"),
+        ["algorithm.value", "group_zscore has no critic"],
     ),
-    "a credit without its critic": ("grpo", online("--credit", "gae"), ["method.value", "gae needs a critic"]),
-    "an unknown dial of dpo": ("dpo", sft("--bta", "3"), ["bta", "did you mean 'method.beta'?"]),
-    "an unknown reward method": ("reward", sft("--method.name", "pairwsie"), ["pairwsie", "did you mean 'pairwise'?"]),
+    "a credit without its critic": ("grpo", online("--advantage", "gae"), ["algorithm.value", "gae needs a critic"]),
+    "an unknown option of dpo": ("dpo", sft("--bta", "3"), ["bta", "did you mean 'algorithm.beta'?"]),
+    "an unknown reward method": (
+        "reward",
+        sft("--algorithm.name", "pairwsie"),
+        ["pairwsie", "did you mean 'pairwise'?"],
+    ),
     "an unknown recipe": ("sft", ["mine.yaml", *sft()], ["mine.yaml", "no such recipe"]),
-    "a batch of nothing": ("sft", sft("--train.batch", "0"), ["train.batch", ">= 1", "got 0"]),
+    "a batch of nothing": ("sft", sft("--train.batch-size", "0"), ["train.batch_size", ">= 1", "got 0"]),
     "a learning rate of nothing": ("sft", sft("--lr", "0"), ["optim.lr", "> 0", "got 0"]),
     "a number that is none": ("sft", sft("--lr", "fast"), ["optim.lr", "'fast'"]),
-    "a group of one": ("grpo", online("--answers", "1"), ["method.answers", "at least 2", "got 1"]),
-    "no clip": ("grpo", online("--surrogate.low", "0"), ["method.surrogate.low", "> 0", "got 0"]),
-    "a negative clip": ("ppo", online("--surrogate.high", "-0.2"), ["method.surrogate.high", "> 0", "got -0.2"]),
-    "a minibatch over the batch": (
+    "a group of one": ("grpo", online("--num-generations", "1"), ["algorithm.num_generations", "at least 2", "got 1"]),
+    "no clip": ("grpo", online("--surrogate.clip-low", "0"), ["algorithm.surrogate.clip_low", "> 0", "got 0"]),
+    "a negative clip": (
+        "ppo",
+        online("--surrogate.clip-high", "-0.2"),
+        ["algorithm.surrogate.clip_high", "> 0", "got -0.2"],
+    ),
+    "a mini_batch_size over the batch": (
         "grpo",
-        online("--rollout.minibatch", "64"),
-        ["rollout.minibatch", "2 prompts", "8 answers", "16", "64"],
+        online("--rollout.mini-batch-size", "64"),
+        ["rollout.mini_batch_size", "2 prompts", "8 answers", "16", "64"],
     ),
     "several updates without a ratio": (
         "reinforce",
-        online("--rollout.epochs", "2"),
+        online("--rollout.ppo-epochs", "2"),
         ["rollout", "one update", "2 epochs"],
     ),
     "greedy answers": ("grpo", online("--sampling.temperature", "0"), ["sampling.temperature", "greedy"]),
@@ -268,15 +280,15 @@ GIVEN: dict[str, tuple[str, list[str], list[str]]] = {
     ),
     "no such reward file": ("grpo", online(reward="nothing"), ["HOME/nothing.py", "no such file"]),
     "no such reward function": ("grpo", [*online(), "--reward", "HOME/good.py:juge"], ["HOME/good.py", "'juge'"]),
-    "ptx without rows": ("instructgpt", online("--rollout.minibatch", "2"), ["ptx", "--ptx"]),
+    "ptx without rows": ("instructgpt", online("--rollout.mini-batch-size", "2"), ["ptx", "--ptx"]),
     "a shared trunk without adapters": (
         "ppo",
-        online("--rollout.minibatch", "2", "--trunk", "shared"),
+        online("--rollout.mini-batch-size", "2", "--trunk", "shared"),
         ["trunk", "model.lora"],
     ),
     "an average with adapters": (
         "ppo",
-        online("--rollout.minibatch", "2", "--rollout.ema", "0.5", "--model.lora.rank", "2"),
+        online("--rollout.mini-batch-size", "2", "--rollout.ema", "0.5", "--model.lora.rank", "2"),
         ["rollout.ema", "lora"],
     ),
     "two prompt files": (
@@ -342,22 +354,26 @@ GIVEN: dict[str, tuple[str, list[str], list[str]]] = {
 BESIDE: dict[str, tuple[str, list[str], list[str]]] = {
     "a mix without refreshes": (
         "grpo",
-        ["--rollout.refresh.mix", "0.5"],
-        ["rollout.refresh.mix", "rollout.refresh.every"],
+        ["--rollout.sync-reference.mix", "0.5"],
+        ["rollout.sync_reference.mix", "rollout.sync_reference.every"],
     ),
-    "refreshes without a reference": ("dr_grpo", ["--rollout.refresh.every", "2"], ["rollout.refresh", "reference"]),
+    "refreshes without a reference": (
+        "dr_grpo",
+        ["--rollout.sync-reference.every", "2"],
+        ["rollout.sync_reference", "reference"],
+    ),
     "refreshes under adapters": (
         "grpo",
-        ["--rollout.refresh.every", "2", "--model.lora.rank", "2"],
-        ["rollout.refresh", "no adapters"],
+        ["--rollout.sync-reference.every", "2", "--model.lora.rank", "2"],
+        ["rollout.sync_reference", "no adapters"],
     ),
     "a reference without a KL": ("dr_grpo", ["--reference", "HOME/m"], ["reference"]),
     "a critic without its method": ("grpo", ["--critic", "HOME/m"], ["critic"]),
     "a critic's rate without its method": ("grpo", ["--critic.optim.lr", "0.1"], ["critic"]),
-    "a limit for one update": ("grpo", ["--rollout.stop-kl", "0.1"], ["rollout.stop_kl"]),
+    "a limit for one update": ("grpo", ["--rollout.target-kl", "0.1"], ["rollout.target_kl"]),
     "ptx rows without their term": (
         "ppo",
-        ["--ptx", "HOME/sft.jsonl", "--rollout.minibatch", "2"],
+        ["--ptx", "HOME/sft.jsonl", "--rollout.mini-batch-size", "2"],
         ["ptx.data", "no ptx term"],
     ),
     "a step of a reward that is not dense": (
@@ -375,29 +391,29 @@ BESIDE: dict[str, tuple[str, list[str], list[str]]] = {
         ["--reward", "{source: HOME/m, dense: true}"],
         ["reward.dense", "whole answers"],
     ),
-    "the least of one reward": ("grpo", ["--combine", "minimum"], ["method.combine", "single reward"]),
+    "the least of one reward": ("grpo", ["--combine", "minimum"], ["algorithm.combine", "single reward"]),
     "the spread of one reward": (
         "grpo",
         ["--combine.name", "lower_bound", "--combine.k", "2"],
-        ["method.combine", "single reward"],
+        ["algorithm.combine", "single reward"],
     ),
     "a refill of single answers": (
         "ppo",
-        ["--refill", "1", "--rollout.minibatch", "2"],
-        ["method.answers", "refill", "got 1"],
+        ["--dynamic-sampling", "1", "--rollout.mini-batch-size", "2"],
+        ["algorithm.num_generations", "dynamic_sampling", "got 1"],
     ),
     "an overlong buffer over the limit": (
         "dapo",
         ["--overlong.buffer", "9"],
-        ["method.overlong.buffer", "limit of 8 tokens", "got 9"],
+        ["algorithm.overlong.buffer", "limit of 8 tokens", "got 9"],
     ),
     "more pairs than prompts": (
         "online_dpo",
-        ["--rollout.minibatch", "3"],
-        ["rollout.minibatch", "2 prompts", "pair", "got 3"],
+        ["--rollout.mini-batch-size", "3"],
+        ["rollout.mini_batch_size", "2 prompts", "pair", "got 3"],
     ),
-    "a loss on single answers for pairs": ("online_dpo", ["--loss", "kto"], ["method.loss", "pairs"]),
-    "several updates of ReMax": ("remax", ["--rollout.epochs", "2"], ["rollout", "one update", "2 epochs"]),
+    "a loss on single answers for pairs": ("online_dpo", ["--loss", "kto"], ["algorithm.loss", "pairs"]),
+    "several updates of ReMax": ("remax", ["--rollout.ppo-epochs", "2"], ["rollout", "one update", "2 epochs"]),
 }
 
 
@@ -410,39 +426,47 @@ def test_what_means_something_only_beside_another_field_is_refused_by_name_witho
 
 
 OFFLINE: dict[str, tuple[str, list[str], list[str]]] = {
-    "a mix without refreshes": ("dpo", ["--refresh.mix", "0.5"], ["refresh.mix", "refresh.every"]),
+    "a mix without refreshes": ("dpo", ["--sync-reference.mix", "0.5"], ["sync_reference.mix", "sync_reference.every"]),
     "refreshes of what was measured before": (
         "dpo",
-        ["--refresh.every", "2", "--precompute"],
-        ["refresh", "precompute"],
+        ["--sync-reference.every", "2", "--precompute"],
+        ["sync_reference", "precompute"],
     ),
-    "refreshes under adapters": ("dpo", ["--refresh.every", "2", "--model.lora.rank", "2"], ["refresh", "model.lora"]),
+    "refreshes under adapters": (
+        "dpo",
+        ["--sync-reference.every", "2", "--model.lora.rank", "2"],
+        ["sync_reference", "model.lora"],
+    ),
     "a reference that nothing reads": ("simpo", ["--reference", "HOME/m"], ["reference", "leave reference"]),
     "a measure of no reference": ("cpo", ["--precompute"], ["reference", "leave", "precompute"]),
-    "refreshes of no reference": ("orpo", ["--refresh.every", "2"], ["reference", "leave", "refresh"]),
+    "refreshes of no reference": ("orpo", ["--sync-reference.every", "2"], ["reference", "leave", "sync_reference"]),
     "a separator of no steps": ("reward", ["--data.separator", "c"], ["data.separator"]),
-    "a single answer's loss beside a pair's": ("dpo", ["--loss", "[kto, sigmoid]"], ["method.loss", "do not mix"]),
+    "a single answer's loss beside a pair's": ("dpo", ["--loss", "[kto, sigmoid]"], ["algorithm.loss", "do not mix"]),
     "rewards of a score without reference": (
         "cpo",
         ["--loss", "bco_pair"],
-        ["method.score", "bco_pair", "implicit_reward"],
+        ["algorithm.implicit_reward", "bco_pair", "implicit_reward"],
     ),
-    "a beta of log-odds": ("orpo", ["--beta", "0.1"], ["method.beta"]),
+    "a beta of log-odds": ("orpo", ["--beta", "0.1"], ["algorithm.beta"]),
     "an alpha of another divergence": (
         "dpo",
-        ["--score.alpha", "0.3"],
-        ["method.score.alpha", "alpha divergence", "0.3"],
+        ["--implicit-reward.alpha", "0.3"],
+        ["algorithm.implicit_reward.alpha", "alpha divergence", "0.3"],
     ),
     "a margin of rows that nothing reads": (
         "dpo",
         ["--data", "HOME/margins.jsonl"],
         ["margins.jsonl:1", "'margin'", "dpo"],
     ),
-    "rows of pairs for steps": ("reward", ["--method.name", "process"], ["pairs.jsonl:1", "'completions'", "missing"]),
+    "rows of pairs for steps": (
+        "reward",
+        ["--algorithm.name", "process"],
+        ["pairs.jsonl:1", "'completions'", "missing"],
+    ),
     "another reward loss than its rows": (
         "reward",
         ["--loss", "pairwise"],
-        ["method.loss.name", "--method.name", "'pairwise'"],
+        ["algorithm.loss.name", "--algorithm.name", "'pairwise'"],
     ),
 }
 
@@ -487,13 +511,13 @@ def run_words(home: Path, folder: Path, *words: str) -> list[str]:
 
 
 def test_a_folder_with_a_run_is_not_written_over(home: Path, tmp_path: Path, capsys: Any) -> None:
-    words = run_words(home, tmp_path, *sft("--train.steps", "2"))
+    words = run_words(home, tmp_path, *sft("--train.num-steps", "2"))
     assert whet(capsys, "sft", *words).status == 0
     said_no(home, tmp_path, capsys, "sft", words, ["out", "already holds a run", "--resume", "--out"])
 
 
 def test_resuming_with_another_recipe_names_what_differs(home: Path, tmp_path: Path, capsys: Any) -> None:
-    words = run_words(home, tmp_path, *sft("--train.steps", "2"))
+    words = run_words(home, tmp_path, *sft("--train.num-steps", "2"))
     assert whet(capsys, "sft", *words).status == 0
     other = [*words, "--lr", "0.5", "--seed", "3", "--resume"]
     said_no(home, tmp_path, capsys, "sft", other, ["--resume", "optim.lr", "seed", "unchanged"])
@@ -510,7 +534,7 @@ FAILING = {
 def test_a_reward_function_that_fails_leaves_the_rollouts_and_checkpoints_before(
     kind: str, home: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    words = run_words(home, tmp_path, *online("--rollout.steps", "4", "--train.save-every", "1", reward=kind))
+    words = run_words(home, tmp_path, *online("--rollout.num-steps", "4", "--train.save-every", "1", reward=kind))
     said = whet(capsys, "grpo", *words)
     one_message(said.error, ["reward judge", *FAILING[kind]])
     assert (said.status, said.out) == (1, "")
@@ -523,7 +547,9 @@ def test_a_reward_function_that_fails_leaves_the_rollouts_and_checkpoints_before
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
     assert not (out / "model").exists()
     with pytest.raises(RewardError):
-        main(["grpo", *run_words(home, tmp_path / "again", *online("--rollout.steps", "4", reward=kind)), "--debug"])
+        main(
+            ["grpo", *run_words(home, tmp_path / "again", *online("--rollout.num-steps", "4", reward=kind)), "--debug"]
+        )
     assert whet(capsys, "grpo", *words, "--resume").status == 0  # the third call is the first one of the new process
     assert (out / "model" / "model.safetensors").is_file()
 

@@ -19,7 +19,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     tiny.write_jsonl(folder / "prompts.jsonl", [{"prompt": word} for word in "abcdefgh"])
     return {
         "model": str(folder / "model"), "data": str(folder / "prompts.jsonl"), "reward": f"{folder}/reward.py:score",
-        "rollout": {"prompts": 4, "steps": 1}, "sampling": {"max_new_tokens": 4}, "out": str(folder / "out"),
+        "rollout": {"prompts_per_step": 4, "num_steps": 1}, "sampling": {"max_new_tokens": 4}, "out": str(folder / "out"),
     }  # fmt: skip
 
 
@@ -33,20 +33,20 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "servers without": ({"generator.urls": ["http://127.0.0.1:1"]}, "generator.urls: it is for engine server"),
     "count": ({"generator.count": 2}, "generator.count: it is for engine vllm, and this one is local"),
     "adapter": ({"generator": "vllm", "generator.push": "adapter"}, "there is no adapter without model.lora"),
-    "segment": ({"generator.segment": 8}, "generator.segment: answers are waited for"),
+    "segment": ({"generator.segment_tokens": 8}, "generator.segment_tokens: answers are waited for"),
     "one machine's model": ({"generator.tensor_parallel": 2}, "generator.tensor_parallel: it is for engine vllm"),
     "a server's time": ({"generator": "vllm", "generator.timeout": 5}, "generator.timeout: it is for engine server"),
     "a copy of 4 bits": (
-        {"model.quantise": "4bit", "model.lora.rank": 2, "generator.max_staleness": 1},
-        "model.quantise: a 4-bit base cannot be handed to a generator of its own",
+        {"model.quantize": "4bit", "model.lora.rank": 2, "generator.max_staleness": 1},
+        "model.quantize: a 4-bit base cannot be handed to a generator of its own",
     ),
-    "half": ({"learner": "local", "learner.half": True}, "learner.half: local has no such thing"),
+    "half": ({"learner": "local", "learner.precision": "bf16"}, "learner.precision: local has no such thing"),
     "offload on replicas": ({"learner": "ddp", "learner.offload": True}, "learner.offload: ddp has no such thing"),
     "trunk": (
         {"learner": "zero2", "trunk": "shared", "model.lora.rank": 2},
         "trunk: DeepSpeed trains one role per model",
     ),
-    "an engine that is none": ({"learner": "zero4"}, "learner.engine"),
+    "an engine that is none": ({"learner": "zero4"}, "learner.backend"),
 }
 
 
@@ -59,14 +59,14 @@ def test_what_an_engine_cannot_do_is_refused(given: dict[str, Any], changes: dic
 
 def test_one_process_cannot_be_two(given: dict[str, Any]) -> None:
     from whet.runs import config, crew
-    from whet.runs.recipe import Online
+    from whet.runs.recipe import OnlineRecipe
 
-    recipe = config.resolve(Online, "ppo", None, [("learner", "local")])
+    recipe = config.resolve(OnlineRecipe, "ppo", None, [("learner", "local")])
     with pytest.raises(RecipeError, match="local is one process, and there are 2"):
-        crew.engine_of(recipe, 2)
-    assert crew.engine_of(config.resolve(Online, "ppo", None, []), 2) == "fsdp"
+        crew.backend_of(recipe, 2)
+    assert crew.backend_of(config.resolve(OnlineRecipe, "ppo", None, []), 2) == "fsdp"
     with pytest.raises(RecipeError, match=r"--cluster auto --cluster\.engines 1"):
-        crew.check_generator(config.resolve(Online, "ppo", None, [("generator.max_staleness", 1)]), 2)
+        crew.check_generator(config.resolve(OnlineRecipe, "ppo", None, [("generator.max_staleness", 1)]), 2)
 
 
 MISSING = {
@@ -91,12 +91,12 @@ def test_a_missing_extra_is_one_line_with_the_install_command(
 def test_the_correction_that_is_advised_exists(given: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     from whet.methods import compose
     from whet.runs import build, config
-    from whet.runs.recipe import Online
+    from whet.runs.recipe import OnlineRecipe
 
-    recipe = config.resolve(Online, "ppo", None, [("generator.max_staleness", 1)])
+    recipe = config.resolve(OnlineRecipe, "ppo", None, [("generator.max_staleness", 1)])
     (told,) = build.cautions(recipe, compose.online("ppo"))
-    advised = told.partition("--correct ")[2].split()[0]
-    assert compose.online("ppo", correct=advised).correct is not None
+    advised = told.partition("--importance-correction ")[2].split()[0]
+    assert compose.online("ppo", importance_correction=advised).importance_correction is not None
 
 
 def test_engines_take_the_gpus_that_learners_leave() -> None:
@@ -118,11 +118,11 @@ def test_one_worker_alone_does_nothing_together() -> None:
     alone = Workers()
     assert alone.first
     assert alone.gather(3) == [3]
-    assert alone.told("x") == "x"
+    assert alone.broadcast("x") == "x"
     assert alone.together(lambda: 5) == [5]
     with pytest.raises(ZeroDivisionError):
         alone.together(lambda: 1 // 0)
-    assert list(alone.own([1, 2, 3])) == [1, 2, 3]
+    assert list(alone.shard([1, 2, 3])) == [1, 2, 3]
 
 
 def test_the_plan_of_a_recipe_is_told(given: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

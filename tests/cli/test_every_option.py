@@ -1,4 +1,4 @@
-"""No option is accepted and ignored: every slot, choice and dial of a method counts, or is refused."""
+"""No option is accepted and ignored: every slot, choice and option of a method counts, or is refused."""
 
 import typing
 from collections.abc import Iterator
@@ -11,35 +11,35 @@ import pytest
 from whet.errors import RecipeError
 from whet.methods import catalogue, compose
 from whet.methods.choices import (
-    DIALS,
     NARROWER,
     ONLINE_SLOTS,
     OPTIONAL,
+    OPTIONS,
     PLAIN_SLOTS,
     PREFERENCE_SLOTS,
     REWARD_SLOTS,
     Choice,
     changed,
 )
-from whet.methods.compose import dials_of
+from whet.methods.compose import choice_options
 from whet.runs import config
 from whet.runs.slots import checked
 
 ONLINE = {**catalogue.ONLINE, **catalogue.ONLINE_PREFERENCE}
 METHODS = [*ONLINE, *catalogue.PREFERENCE, *(f"reward {name}" for name in catalogue.REWARD)]
 TRIED = (0.123, 48, 3, 1.7, True, False, "tv", "kl", *"mean max drop half".split(), None)  # noqa: SIM905
-"""Values, the first legal one of which is another than a dial's own."""
+"""Values, the first legal one of which is another than an option's own."""
 
 NEEDS: dict[str, dict[str, Any]] = {
-    "kl.target": {"kl": {"controller": "adaptive", "target": 6.0}},
-    "kl.horizon": {"kl": {"controller": "adaptive", "target": 6.0}},
-    "entropy.step": {"entropy": {"target": 1.0}},
-    "entropy.most": {"entropy": {"target": 1.0}},
-    "truncated.amount": {"truncated": {"rule": "penalise"}},
-    "score.alpha": {"score": {"divergence": "alpha"}},
-    "refill": {"answers": 2},
+    "kl_in_reward.target": {"kl_in_reward": {"controller": "adaptive", "target": 6.0}},
+    "kl_in_reward.horizon": {"kl_in_reward": {"controller": "adaptive", "target": 6.0}},
+    "entropy.increment": {"entropy": {"target": 1.0}},
+    "entropy.max_coef": {"entropy": {"target": 1.0}},
+    "truncated.amount": {"truncated": {"rule": "penalize"}},
+    "implicit_reward.alpha": {"implicit_reward": {"divergence": "alpha"}},
+    "dynamic_sampling": {"num_generations": 2},
 }
-"""Dials that mean something only beside another: alone they are refused, beside it they count."""
+"""Options that mean something only beside another: alone they are refused, beside it they count."""
 
 
 def slots_of(method: str) -> dict[str, Any]:
@@ -78,12 +78,12 @@ def others(kind: Any, now: Any) -> list[Any]:
 
 
 def dial_changes(slot: str, choice: Choice, spec: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    for dial, default in dials_of(choice).items():
-        kind = NARROWER.get(choice.op, {}).get(dial) or DIALS[dial][0]
-        found = others(kind, spec.get(dial, default))
-        assert found, f"{slot}.{dial}: no other legal value of {kind} is known here"
+    for option, default in choice_options(choice).items():
+        kind = NARROWER.get(choice.op, {}).get(option) or OPTIONS[option][0]
+        found = others(kind, spec.get(option, default))
+        assert found, f"{slot}.{option}: no other legal value of {kind} is known here"
         for value in found:
-            yield dial, value
+            yield option, value
 
 
 def field_changes(slot: str, now: Any) -> Iterator[tuple[str, Any]]:
@@ -99,7 +99,7 @@ def field_changes(slot: str, now: Any) -> Iterator[tuple[str, Any]]:
 
 def names_it(error: RecipeError, slot: str, *names: str) -> None:
     """A refusal says which slot or part it is about."""
-    assert str(error).startswith(("method.", "unknown field 'method."))
+    assert str(error).startswith(("algorithm.", "unknown field 'algorithm."))
     assert any(name in str(error) for name in (slot, *names)), f"{slot} {names}: {error}"
 
 
@@ -119,21 +119,21 @@ def differs(method: str, base: Any, changes: dict[str, Any], slot: str, *names: 
 
 
 def each_dial(method: str, slot: str, own: dict[str, Any], found: Iterator[tuple[str, Any]]) -> None:
-    """Every dial counts beside `own`, what stands there; or what it needs is named, and then it counts."""
+    """Every option counts beside `own`, what stands there; or what it needs is named, and then it counts."""
     base = made(method, {slot: own})
-    for dial, value in found:
-        refused = refusal(method, base, {slot: {**own, dial: value}}, slot, dial)
+    for option, value in found:
+        refused = refusal(method, base, {slot: {**own, option: value}}, slot, option)
         literal = isinstance(value, str)  # a way to go on, which may need a number of its own
-        if f"{slot}.{dial}" in NEEDS:
-            assert refused, f"{method}: {slot}.{dial} needs nothing"
-            beside = {**own, **NEEDS[f"{slot}.{dial}"][slot]}
+        if f"{slot}.{option}" in NEEDS:
+            assert refused, f"{method}: {slot}.{option} needs nothing"
+            beside = {**own, **NEEDS[f"{slot}.{option}"][slot]}
             if differs(method, base, {slot: beside}, slot):
-                assert differs(method, made(method, {slot: beside}), {slot: {**beside, dial: value}}, slot), (
+                assert differs(method, made(method, {slot: beside}), {slot: {**beside, option: value}}, slot), (
                     slot,
-                    dial,
+                    option,
                 )
         elif not literal:
-            assert not refused or "changes nothing" in refused, f"{method}: {slot}.{dial} {value} is refused"
+            assert not refused or "changes nothing" in refused, f"{method}: {slot}.{option} {value} is refused"
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -152,8 +152,8 @@ def test_every_dial_of_what_stands_in_a_slot_counts_or_says_what_it_needs(method
             each_dial(method, slot, dict(value or {}), field_changes(slot, value or {}))
         elif isinstance(value, list):
             for number, spec in enumerate(value):
-                for dial, other in [*dial_changes(slot, table[slot][spec["name"]], spec), ("weight", 0.37)]:
-                    again = [*value[:number], {**spec, dial: other}, *value[number + 1 :]]
+                for option, other in [*dial_changes(slot, table[slot][spec["name"]], spec), ("weight", 0.37)]:
+                    again = [*value[:number], {**spec, option: other}, *value[number + 1 :]]
                     assert differs(method, made(method, {}), {slot: again}, slot)
         elif value is not None:
             each_dial(method, slot, value, dial_changes(slot, table[slot][value["name"]], value))
@@ -175,7 +175,7 @@ def test_every_choice_of_a_slot_is_another_method_or_refused_by_name_and_so_are_
 
 
 def filled(choice: Choice) -> dict[str, Any]:
-    """The dials that have no default."""
+    """The options that have no default."""
     return (
         {"buffer": 8, "limit": 60}
         if choice.op == "soft_overlong"
@@ -214,9 +214,9 @@ def test_what_is_optional_can_be_left_out_and_nothing_else_can(method: str) -> N
         if slot == "name" or value is None:
             continue
         optional = slot in OPTIONAL or (slot in PLAIN_SLOTS and type(None) in typing.get_args(PLAIN_SLOTS[slot][0]))
-        if optional:  # but the surrogate decides whether there is a ratio, the credit whether there is a critic
+        if optional:  # but the surrogate decides whether there is a ratio, the advantage whether there is a critic
             assert differs(method, base, {slot: None}, slot) == (slot not in ("ratio", "value"))
         else:
             with pytest.raises(RecipeError) as caught:
                 made(method, {slot: None})
-            assert str(caught.value).startswith(f"method.{slot}")
+            assert str(caught.value).startswith(f"algorithm.{slot}")

@@ -24,7 +24,7 @@ def lines(verb: str, *words: str, **fields: object) -> list[str]:
 def test_every_training_verb_is_explained_with_all_numbers_filled_in(verb: str) -> None:
     text = whet.explain(verb)
     assert text.startswith(verb)
-    for title in ("objective, minimised:", "arithmetic:", "trained and frozen:", "trained tokens:"):
+    for title in ("objective, minimized:", "arithmetic:", "trained and frozen:", "trained tokens:"):
         assert f"\n{title}\n" in text
     assert "{" not in text
     assert ("where it ends:" in text) == (verb in ONLINE)
@@ -32,14 +32,15 @@ def test_every_training_verb_is_explained_with_all_numbers_filled_in(verb: str) 
 
 @pytest.mark.parametrize("name", catalogue.REWARD)
 def test_every_reward_model_is_explained(name: str) -> None:
-    assert lines("reward", **{"method.name": name})[0].startswith(f"reward, {name}: ")
+    assert lines("reward", **{"algorithm.name": name})[0].startswith(f"reward, {name}: ")
 
 
 def test_the_numbers_are_the_recipes() -> None:
     told = lines(
         "grpo",
-        **{"surrogate.high": 0.3, "answers": 4, "loss_kl.coef": 0.01, "rollout.prompts": 6, "rollout.minibatch": 8,
-           "rollout.epochs": 2, "rollout.steps": 5, "sampling.max_new_tokens": 10},
+        **{"surrogate.clip_high": 0.3, "num_generations": 4, "kl_in_loss.coef": 0.01, "rollout.prompts_per_step": 6,
+           "rollout.mini_batch_size": 8,
+           "rollout.ppo_epochs": 2, "rollout.num_steps": 5, "sampling.max_new_tokens": 10},
     )  # fmt: skip
     assert any("-min(rho A, clip(rho, 1 - 0.2, 1 + 0.3) A)" in line for line in told)
     assert any(line.startswith("+ KL in the loss  0.01 (pi_ref / pi") for line in told)
@@ -48,11 +49,13 @@ def test_the_numbers_are_the_recipes() -> None:
     assert "5 rollouts x 6 = 30 updates in all" in told
     assert any(line.startswith("at most 8 x 10 = 80 trained tokens an update") for line in told)
     assert "what divides by a deviation divides the reward but not the KL, so beta is no longer beta" in told
-    assert any(line.startswith("in this recipe: surrogate is clip (high 0.3), the method's is clip") for line in told)
+    assert any(
+        line.startswith("in this recipe: surrogate is clip (clip_high 0.3), the method's is clip") for line in told
+    )
 
 
 def test_pairs_are_counted_as_pairs() -> None:
-    told = lines("online_dpo", **{"answers": 4, "rollout.prompts": 8, "sampling.max_new_tokens": 10})
+    told = lines("online_dpo", **{"num_generations": 4, "rollout.prompts_per_step": 8, "sampling.max_new_tokens": 10})
     assert "8 prompts x 4 answers = 32 answers a rollout, at most 10 tokens each" in told
     assert "8 pairs in mini-batches of 8 = 1 updates, x 1 epochs = 1 updates a rollout" in told
     assert any(line.startswith("at most 16 x 10 = 160 trained tokens an update") for line in told)
@@ -61,13 +64,22 @@ def test_pairs_are_counted_as_pairs() -> None:
 @pytest.mark.parametrize(
     ("fields", "what"),
     [
-        ({"kl.controller": "adaptive", "kl.target": 3.0}, "coefficient adaptive, aims at 3.0 nats per answer"),
-        ({"kl.estimator": "exact", "whiten": None}, "KL(policy || reference) of the token's own state"),
-        ({"place": "linear"}, "a longer answer earns more"),
+        (
+            {"kl_in_reward.controller": "adaptive", "kl_in_reward.target": 3.0},
+            "coefficient adaptive, aims at 3.0 nats per answer",
+        ),
+        (
+            {"kl_in_reward.estimator": "exact", "normalize_advantage": None},
+            "KL(policy || reference) of the token's own state",
+        ),
+        ({"reward_placement": "linear"}, "a longer answer earns more"),
         ({"truncated.rule": "mask"}, "answers cut off at the limit are masked"),
         ({"sampling.top_p": 0.9}, "some tokens cannot be drawn"),
-        ({"rollout.refresh.every": 5, "rollout.refresh.mix": 0.6}, "moves by 0.6 towards the policy every 5 rollouts"),
-        ({"entropy.coef": 0.01, "entropy.target": 0.5}, "steered to 0.5 nats per token"),
+        (
+            {"rollout.sync_reference.every": 5, "rollout.sync_reference.mix": 0.6},
+            "moves by 0.6 towards the policy every 5 rollouts",
+        ),
+        ({"entropy.ent_coef": 0.01, "entropy.target": 0.5}, "steered to 0.5 nats per token"),
         ({"model.lora.rank": 8}, "by adapters of rank 8"),
     ],
 )
@@ -79,24 +91,28 @@ def test_what_a_recipe_sets_is_told(fields: dict, what: str) -> None:
 def test_where_a_method_is_said_to_end_is_where_it_ends(name: str) -> None:
     """The words against the fixed points that `proof.cases` computes: pi* is promised exactly where it is reached."""
     case = CASES[name]
-    slots = changed(catalogue.ONLINE[case.method].slots, {**case.changes, "answers": case.group})
+    slots = changed(catalogue.ONLINE[case.method].slots, {**case.changes, "num_generations": case.group})
     promised = ending(slots)[0].startswith("pi*")
-    assert promised == (case.field == "regularised")
+    assert promised == (case.field == "regularized")
 
 
 @pytest.mark.parametrize(
     ("verb", "fields", "why"),
     [
         ("instructgpt", {}, "moved: the pre-training term pulls elsewhere"),
-        ("ppo", {"entropy.coef": 0.1}, "moved: the entropy bonus pulls towards undecided distributions"),
-        ("reinforce", {"credit.gamma": 0.5}, "moved: gamma below 1 discounts"),
-        ("ppo", {"rescale": "batch"}, "moved: scores are divided by statistics of the policy's own answers"),
+        ("ppo", {"entropy.ent_coef": 0.1}, "moved: the entropy bonus pulls towards undecided distributions"),
+        ("reinforce", {"advantage.gamma": 0.5}, "moved: gamma below 1 discounts"),
+        (
+            "ppo",
+            {"reward_normalization": "batch"},
+            "moved: scores are divided by statistics of the policy's own answers",
+        ),
         ("ppo", {"truncated.rule": "mask"}, "moved: answers cut off at the limit follow the rule mask"),
         ("ppo", {"sampling.top_p": 0.9}, "moved: some tokens cannot be drawn"),
-        ("reinforce", {"reduce": "sequence_mean"}, "moved: each answer is divided by its length"),
-        ("ppo", {"kl.estimator": "k3"}, "moved: the k3 in the reward lacks its own gradient"),
-        ("ppo", {"kl.where": "sequence"}, "moved: the KL is divided by the answer's length"),
-        ("ppo", {"loss_kl": "k2"}, "moved: there is another KL in the loss"),
+        ("reinforce", {"reduction": "sequence_mean"}, "moved: each answer is divided by its length"),
+        ("ppo", {"kl_in_reward.estimator": "k3"}, "moved: the k3 in the reward lacks its own gradient"),
+        ("ppo", {"kl_in_reward.where": "sequence"}, "moved: the KL is divided by the answer's length"),
+        ("ppo", {"kl_in_loss": "k2"}, "moved: there is another KL in the loss"),
     ],
 )
 def test_what_moves_the_end_is_said(verb: str, fields: dict, why: str) -> None:
@@ -105,15 +121,15 @@ def test_what_moves_the_end_is_said(verb: str, fields: dict, why: str) -> None:
     assert not any(line.startswith("pi*") for line in told)
 
 
-def test_a_group_that_is_only_centred_scales_beta_by_its_size() -> None:
-    told = lines("dr_grpo", **{"loss_kl": "k2", "answers": 4})
-    assert "the group's mean has the answer itself in it, so the effective beta is 4/3 of loss_kl.coef" in told
+def test_a_group_that_is_only_centered_scales_beta_by_its_size() -> None:
+    told = lines("dr_grpo", **{"kl_in_loss": "k2", "num_generations": 4})
+    assert "the group's mean has the answer itself in it, so the effective beta is 4/3 of kl_in_loss.coef" in told
 
 
 def test_a_recipe_may_name_its_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text("verb: rloo\nmethod: {answers: 6}\n")
-    assert main(["explain", str(recipe), "--kl.coef", "0.2"]) == 0
+    recipe.write_text("method: rloo\nalgorithm: {num_generations: 6}\n")
+    assert main(["explain", str(recipe), "--kl-in-reward.coef", "0.2"]) == 0
     told = capsys.readouterr().out
     assert told.startswith("rloo: ")
     assert "x 6 answers" in told
@@ -128,8 +144,14 @@ def test_a_recipe_may_name_its_verb(tmp_path: Path, capsys: pytest.CaptureFixtur
         ([], "which method?"),
         (["rloop"], "did you mean 'rloo'?"),
         (["sample"], "sample trains nothing"),
-        (["grpo", "--kl.coeff", "1"], "unknown field 'method.kl.coeff'; did you mean 'method.kl.coef'?"),
-        (["rloo", "--answers", "1"], "method.answers: the credit leave_one_out compares the answers of a group"),
+        (
+            ["grpo", "--kl-in-reward.coeff", "1"],
+            "unknown field 'algorithm.kl_in_reward.coeff'; did you mean 'algorithm.kl_in_reward.coef'?",
+        ),
+        (
+            ["rloo", "--num-generations", "1"],
+            "algorithm.num_generations: the advantage leave_one_out compares the answers of a group",
+        ),
     ],
 )
 def test_what_cannot_be_explained_is_told(words: list[str], what: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,4 +163,4 @@ def test_a_recipe_without_a_verb_is_told_how_to_name_it(tmp_path: Path, capsys: 
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("seed: 3\n")
     assert main(["explain", str(recipe)]) == 2
-    assert "it names no verb; add a line such as `verb: ppo`" in capsys.readouterr().err
+    assert "it names no verb; add a line such as `method: ppo`" in capsys.readouterr().err

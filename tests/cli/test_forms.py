@@ -9,7 +9,17 @@ from transformers import AutoModelForCausalLM
 
 from whet.cli.main import main
 
-SHORT = ["--rollout.steps", "3", "--rollout.prompts", "8", "--max-new-tokens", "8", "--lr", "1e-2", "--quiet"]
+SHORT = [
+    "--rollout.num-steps",
+    "3",
+    "--rollout.prompts-per-step",
+    "8",
+    "--max-new-tokens",
+    "8",
+    "--lr",
+    "1e-2",
+    "--quiet",
+]
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +32,17 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "judge.py").write_text(
         "def yes(prompts, completions, **columns):\n    return [c.count('yes') for c in completions]\n"
     )
-    adapter = ["--model.lora.rank", "4", "--model.export", "adapter", "--train.batch", "4", "--lr", "1e-2", "--quiet"]
+    adapter = [
+        "--model.lora.rank",
+        "4",
+        "--model.export",
+        "adapter",
+        "--train.batch-size",
+        "4",
+        "--lr",
+        "1e-2",
+        "--quiet",
+    ]
     given = ["--model", f"{folder}/m", "--data", f"{folder}/ranked.jsonl"]
     assert main(["reward", *given, *adapter, "--out", f"{folder}/reward"]) == 0
     return folder
@@ -35,7 +55,7 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 def test_one_trunk_begins_where_separate_copies_begin(home: Path, tmp_path: Path) -> None:
     """The same policy, reference, reward adapter and critic: the first rollout and its losses are the same."""
     given = ["ppo", "--model", f"{home}/m", "--data", f"{home}/prompts.jsonl", "--reward", f"{home}/reward/model"]
-    given += ["--model.lora.rank", "4", "--rollout.minibatch", "8", *SHORT]
+    given += ["--model.lora.rank", "4", "--rollout.mini-batch-size", "8", *SHORT]
     for trunk in ("shared", "separate"):
         assert main([*given, "--trunk", trunk, "--out", f"{tmp_path}/{trunk}"]) == 0
         AutoModelForCausalLM.from_pretrained(tmp_path / trunk / "model")
@@ -58,7 +78,18 @@ def test_recomputed_activations_change_no_number(home: Path, tmp_path: Path) -> 
     ]
     for form in ("false", "true"):
         assert (
-            main([*given, "--answers", "4", "--model.gradient-checkpointing", form, "--out", f"{tmp_path}/{form}"]) == 0
+            main(
+                [
+                    *given,
+                    "--num-generations",
+                    "4",
+                    "--model.gradient-checkpointing",
+                    form,
+                    "--out",
+                    f"{tmp_path}/{form}",
+                ]
+            )
+            == 0
         )
     for one, two in zip(metrics(tmp_path / "false"), metrics(tmp_path / "true"), strict=True):
         assert one["score"] == pytest.approx(two["score"], abs=1e-6)
@@ -76,7 +107,7 @@ def test_a_run_in_half_precision_passes_its_own_checks(home: Path, tmp_path: Pat
         f"{home}/judge.py:yes",
         *SHORT,
     ]
-    assert main([*given, "--model.dtype", "bfloat16", "--answers", "4", "--out", f"{tmp_path}/half"]) == 0
+    assert main([*given, "--model.dtype", "bfloat16", "--num-generations", "4", "--out", f"{tmp_path}/half"]) == 0
     assert all(row["sampler_gap"] < 0.1 for row in metrics(tmp_path / "half"))
     assert all(row["ratio_mean"] == 1.0 for row in metrics(tmp_path / "half"))
 
@@ -93,6 +124,6 @@ def test_a_method_that_is_steered_by_its_own_moves_sees_a_single_update(home: Pa
         f"{home}/judge.py:yes",
         *SHORT,
     ]
-    given += ["--rollout.minibatch", "8", "--surrogate.target", "1e-6", "--surrogate.beta", "0.5"]
+    given += ["--rollout.mini-batch-size", "8", "--surrogate.target", "1e-6", "--surrogate.beta", "0.5"]
     assert main([*given, "--out", f"{tmp_path}/steered"]) == 0
     assert [row["state/term0.beta"] for row in metrics(tmp_path / "steered")] == [0.5, 1.0, 2.0]

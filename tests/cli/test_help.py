@@ -70,37 +70,46 @@ def test_the_overview_names_every_verb() -> None:
         (
             "grpo",
             [
-                "--rollout.prompts",
-                "--rollout.refresh.every",
+                "--rollout.prompts-per-step",
+                "--rollout.sync-reference.every",
                 "--sampling.max-new-tokens",
-                "--method.answers",
-                "--method.surrogate",
-                "--method.surrogate.low",
-                "--method.kl.coef",
-                "--method.loss-kl.coef",
-                "--method.entropy.target",
+                "--algorithm.num-generations",
+                "--algorithm.surrogate",
+                "--algorithm.surrogate.clip-low",
+                "--algorithm.kl-in-reward.coef",
+                "--algorithm.kl-in-loss.coef",
+                "--algorithm.entropy.target",
                 "dual_clip",
             ],
         ),
         (
             "ppo",
-            ["--method.credit.lam", "--method.value.clip", "--method.whiten.ddof", "leave_one_out", "--critic.path"],
+            [
+                "--algorithm.advantage.gae-lambda",
+                "--algorithm.value.clip-range-vf",
+                "--algorithm.normalize-advantage.ddof",
+                "leave_one_out",
+                "--critic.path",
+            ],
         ),
         (
             "dpo",
             [
                 "--reference",
-                "--method.beta",
-                "--method.loss.label-smoothing",
+                "--algorithm.beta",
+                "--algorithm.loss.label-smoothing",
                 "bco_pair",
                 "--precompute",
-                "--refresh.mix",
+                "--sync-reference.mix",
             ],
         ),
-        ("kto", ["--method.loss.desirable", "--method.loss.undesirable"]),
-        ("orpo", ["--method.loss", "--method.sft-weight", "--method.loss.margin"]),
-        ("reward", ["--head.readout", "k_way", "--method.loss.ties", "--method.name", "process", "--data.separator"]),
-        ("sample", ["--count", "--reward", "--keep"]),
+        ("kto", ["--algorithm.loss.desirable", "--algorithm.loss.undesirable"]),
+        ("orpo", ["--algorithm.loss", "--algorithm.sft-weight", "--algorithm.loss.margin"]),
+        (
+            "reward",
+            ["--head.readout", "k_way", "--algorithm.loss.ties", "--algorithm.name", "process", "--data.separator"],
+        ),
+        ("sample", ["--num-generations", "--reward", "--keep"]),
         ("rank", ["--judge-form"]),
         ("eval", ["--against"]),
         ("serve", ["--port", "--max-model-len", "--tensor-parallel"]),
@@ -129,14 +138,14 @@ def test_a_verbs_help_tells_every_slot_and_dial_with_its_own_default(
     """As compose takes them: by the ops' own signatures, which the help may not import."""
     from whet.methods import catalogue
     from whet.methods.choices import ONLINE_SLOTS, PLAIN_SLOTS, PREFERENCE_SLOTS, REWARD_SLOTS
-    from whet.methods.compose import dials_of
+    from whet.methods.compose import choice_options
     from whet.runs import config
 
     assert main([verb, "--help"]) == 0
     told = shown(capsys.readouterr().out.splitlines())
     table = REWARD_SLOTS if verb == "reward" else {**ONLINE_SLOTS, **PREFERENCE_SLOTS}
     for slot, value in catalogue.slots_of(verb).items():
-        name = f"--method.{slot.replace('_', '-')}"
+        name = f"--algorithm.{slot.replace('_', '-')}"
         assert name in told
         if slot in PLAIN_SLOTS:
             record = config.section(PLAIN_SLOTS[slot][0])
@@ -149,8 +158,8 @@ def test_a_verbs_help_tells_every_slot_and_dial_with_its_own_default(
             assert record or told[name] == str(value)
             continue
         for spec in value if isinstance(value, list) else [value] if value else []:
-            for dial, default in dials_of(table[slot][spec["name"]]).items():
-                own, got = spec.get(dial, default), told[f"{name}.{dial.replace('_', '-')}"]
+            for option, default in choice_options(table[slot][spec["name"]]).items():
+                own, got = spec.get(option, default), told[f"{name}.{option.replace('_', '-')}"]
                 number = isinstance(own, float)
                 assert own is inspect.Parameter.empty or (
                     float(got) == own if number else got == ("null" if own is None else str(own))
@@ -172,11 +181,11 @@ def test_what_a_verbs_help_shows_can_be_given_as_it_stands(verb: str, capsys: py
     for name, value in told.items():
         recipe = config.resolve(kind, verb, None, parsed([f"{name}={value}"])[1])
         switched_on = name.startswith(
-            ("--model.lora.", "--critic.optim.", "--method.")
+            ("--model.lora.", "--critic.optim.", "--algorithm.")
         )  # sections that are empty by default
         assert recipe == plain or switched_on, name
         if hasattr(recipe, "method"):
-            method.checked(verb, recipe.method, config.leaves(kind))
+            method.checked(verb, recipe.algorithm, config.leaves(kind))
 
 
 @pytest.mark.parametrize("verb", [*OFFLINE, *ONLINE])

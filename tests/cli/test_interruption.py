@@ -34,9 +34,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def words(home: Path, out: Path, steps: int, *more: str) -> list[str]:
     given = [
-        "--train.steps",
+        "--train.num-steps",
         str(steps),
-        "--train.batch",
+        "--train.batch-size",
         "4",
         "--train.dropout",
         "0.1",
@@ -74,7 +74,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_resuming_gives_the_same
 
     def full(*given: Any, **named: Any) -> None:
         written.append(given)
-        if len(written) > 2:  # the policy and its optimiser are one checkpoint
+        if len(written) > 2:  # the policy and its optimizer are one checkpoint
             raise OSError(28, "No space left on device")
         real(*given, **named)
 

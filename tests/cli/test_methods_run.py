@@ -50,15 +50,15 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 def offline(home: Path, out: Path, data: str, *more: object) -> list[object]:
-    given = ["--train.steps", 4, "--train.batch", 6, "--lr", "1e-2", "--threads", 1, "--quiet"]
+    given = ["--train.num-steps", 4, "--train.batch-size", 6, "--lr", "1e-2", "--threads", 1, "--quiet"]
     return ["--model", f"{home}/m", "--data", f"{home}/{data}.jsonl", "--out", out, *given, *more]
 
 
 def online(home: Path, out: Path, *more: object) -> list[object]:
     given = [
-        "--rollout.steps",
+        "--rollout.num-steps",
         3,
-        "--rollout.prompts",
+        "--rollout.prompts-per-step",
         6,
         "--max-new-tokens",
         6,
@@ -86,13 +86,18 @@ OFFLINE: dict[str, tuple[str, str, tuple[object, ...], set[str]]] = {
         {"sigmoid", "bco_pair"},
     ),
     "dpo with sft": ("dpo", "pairs", ("--sft-weight", 0.1), {"sigmoid", "sft"}),
-    "a divergence": ("dpo", "pairs", ("--score.divergence", "alpha", "--score.alpha", 0.3), {"sigmoid"}),
+    "a divergence": (
+        "dpo",
+        "pairs",
+        ("--implicit-reward.divergence", "alpha", "--implicit-reward.alpha", 0.3),
+        {"sigmoid"},
+    ),
     "sorted gaps": ("dpo", "pairs", ("--loss", "aot"), {"aot"}),
-    "a moving reference": ("dpo", "pairs", ("--refresh.every", 2, "--refresh.mix", 0.5), {"sigmoid"}),
+    "a moving reference": ("dpo", "pairs", ("--sync-reference.every", 2, "--sync-reference.mix", 0.5), {"sigmoid"}),
     "process": (
         "reward",
         "steps",
-        ("--method.name", "process", "--data.separator", "maybe", "--head.standardise", "false"),
+        ("--algorithm.name", "process", "--data.separator", "maybe", "--head.standardize", "false"),
         {"process"},
     ),
 }
@@ -124,7 +129,7 @@ def test_a_reference_measured_once_gives_the_run_in_which_it_is_measured_at_ever
 
         monkeypatch.setattr(LocalLearner, "measure", counted)
         given = offline(
-            home, tmp_path / name, "pairs", "--train.epochs", 2, "--train.steps", "null", "--precompute", name
+            home, tmp_path / name, "pairs", "--train.num-epochs", 2, "--train.num-steps", "null", "--precompute", name
         )
         assert whet(capsys, "dpo", *given).status == 0
     losses = [[row["loss"] for row in rows(tmp_path / name / "metrics.jsonl")] for name in ("false", "true")]
@@ -136,26 +141,30 @@ def test_a_reference_measured_once_gives_the_run_in_which_it_is_measured_at_ever
 ONLINE: dict[str, tuple[str, tuple[object, ...], set[str]]] = {
     "rloo": ("rloo", (), {"reinforce"}),
     "remax": ("remax", (), {"reinforce"}),
-    "dapo": ("dapo", ("--answers", 4, "--rollout.minibatch", 12, "--overlong.buffer", 3), {"clip"}),
-    "gspo": ("gspo", ("--answers", 4, "--rollout.minibatch", 12), {"clip"}),
-    "gdpo": ("gdpo", ("--answers", 4), {"clip"}),
-    "grpo with top-p": ("grpo", ("--answers", 4, "--sampling.top-p", 0.9, "--loss-kl", "exact"), {"clip", "exact"}),
-    "grpo per step": ("grpo_process", ("--answers", 4), {"clip", "k3"}),
-    "an exact KL": ("rloo", ("--kl.estimator", "exact", "--sampling.min-p", 0.05), {"reinforce", "exact_kl"}),
+    "dapo": ("dapo", ("--num-generations", 4, "--rollout.mini-batch-size", 12, "--overlong.buffer", 3), {"clip"}),
+    "gspo": ("gspo", ("--num-generations", 4, "--rollout.mini-batch-size", 12), {"clip"}),
+    "gdpo": ("gdpo", ("--num-generations", 4), {"clip"}),
+    "grpo with top-p": (
+        "grpo",
+        ("--num-generations", 4, "--sampling.top-p", 0.9, "--kl-in-loss", "exact"),
+        {"clip", "exact"},
+    ),
+    "grpo per step": ("grpo_process", ("--num-generations", 4), {"clip", "k3"}),
+    "an exact KL": ("rloo", ("--kl-in-reward.estimator", "exact", "--sampling.min-p", 0.05), {"reinforce", "exact_kl"}),
     "a moving reference": (
         "grpo",
-        ("--answers", 4, "--rollout.refresh.every", 1, "--rollout.refresh.mix", 0.6),
+        ("--num-generations", 4, "--rollout.sync-reference.every", 1, "--rollout.sync-reference.mix", 0.6),
         {"clip", "k3"},
     ),
     "attention": (
         "ppo",
-        ("--place", "attention", "--rollout.minibatch", 3, "--whiten", "null"),
+        ("--reward-placement", "attention", "--rollout.mini-batch-size", 3, "--normalize-advantage", "null"),
         {"clip", "value_loss"},
     ),
-    "online_dpo": ("online_dpo", ("--answers", 4), {"sigmoid"}),
+    "online_dpo": ("online_dpo", ("--num-generations", 4), {"sigmoid"}),
     "online_dpo, top-k, several updates": (
         "online_dpo",
-        ("--answers", 4, "--sampling.top-k", 9, "--rollout.epochs", 2, "--loss", "[ipo, sft]"),
+        ("--num-generations", 4, "--sampling.top-k", 9, "--rollout.ppo-epochs", 2, "--loss", "[ipo, sft]"),
         {"ipo", "sft"},
     ),
 }
@@ -190,20 +199,24 @@ def test_an_online_method_runs_and_names_its_terms(case: str, home: Path, tmp_pa
         assert len(greedy) == 6
         assert all(value == int(value) for value in greedy.values())  # a count of words, of an answer of its own
     if "per step" in case:
-        assert all("step" in row for row in rollout)
+        assert all("segment_end" in row for row in rollout)
 
 
 CAUTIONS: list[tuple[str, tuple[object, ...], list[str]]] = [
-    ("rloo", ("--sampling.top-p", 0.9), ["kl"]),
-    ("rloo", ("--sampling.top-k", 9), ["kl"]),
-    ("rloo", ("--sampling.min-p", 0.1), ["kl"]),
+    ("rloo", ("--sampling.top-p", 0.9), ["kl_in_reward"]),
+    ("rloo", ("--sampling.top-k", 9), ["kl_in_reward"]),
+    ("rloo", ("--sampling.min-p", 0.1), ["kl_in_reward"]),
     ("rloo", (), []),
-    ("rloo", ("--sampling.top-p", 0.9, "--kl.estimator", "exact"), []),
-    ("rloo", ("--sampling.top-p", 0.9, "--kl", "null"), []),
-    ("grpo", ("--sampling.top-p", 0.9, "--answers", 2), ["loss_kl"]),
-    ("grpo", ("--sampling.top-p", 0.9, "--answers", 2, "--loss-kl", "exact"), []),
-    ("grpo", ("--sampling.top-p", 0.9, "--answers", 2, "--loss-kl", "null"), []),
-    ("grpo", ("--sampling.top-p", 0.9, "--answers", 2, "--kl.coef", 0.1), ["kl", "loss_kl"]),
+    ("rloo", ("--sampling.top-p", 0.9, "--kl-in-reward.estimator", "exact"), []),
+    ("rloo", ("--sampling.top-p", 0.9, "--kl-in-reward", "null"), []),
+    ("grpo", ("--sampling.top-p", 0.9, "--num-generations", 2), ["kl_in_loss"]),
+    ("grpo", ("--sampling.top-p", 0.9, "--num-generations", 2, "--kl-in-loss", "exact"), []),
+    ("grpo", ("--sampling.top-p", 0.9, "--num-generations", 2, "--kl-in-loss", "null"), []),
+    (
+        "grpo",
+        ("--sampling.top-p", 0.9, "--num-generations", 2, "--kl-in-reward.coef", 0.1),
+        ["kl_in_reward", "kl_in_loss"],
+    ),
 ]
 
 
@@ -211,16 +224,16 @@ CAUTIONS: list[tuple[str, tuple[object, ...], list[str]]] = [
 def test_a_kl_estimated_on_answers_that_could_not_have_every_token_is_cautioned_of(
     verb: str, more: tuple, cautioned: list[str], home: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    said = whet(capsys, verb, *online(home, tmp_path / "out", "--rollout.steps", 1, *more))
+    said = whet(capsys, verb, *online(home, tmp_path / "out", "--rollout.num-steps", 1, *more))
     assert said.status == 0
     lines = said.error.splitlines()
     assert [line.partition(": under top_p, top_k or min_p a KL")[0] for line in lines] == [
-        f"whet: method.{slot}" for slot in cautioned
+        f"whet: algorithm.{slot}" for slot in cautioned
     ]
 
 
 def test_the_best_of_n_answers_are_demonstrations_for_sft(home: Path, tmp_path: Path, capsys: Any) -> None:
-    given = ["--model", f"{home}/m", "--data", f"{home}/prompts.jsonl", "--max-new-tokens", 6, "--count", 5]
+    given = ["--model", f"{home}/m", "--data", f"{home}/prompts.jsonl", "--max-new-tokens", 6, "--num-generations", 5]
     given += [
         "--reward",
         f"{home}/judge.py:yes",
@@ -240,24 +253,28 @@ def test_the_best_of_n_answers_are_demonstrations_for_sft(home: Path, tmp_path: 
     assert len({one["completion"] for one in best}) > 3
     tiny.write_jsonl(tmp_path / "rows.jsonl", [one for one in best if one["completion"].strip()])
     words = ["--model", f"{home}/m", "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "out", "--quiet"]
-    assert whet(capsys, "sft", *words, "--train.steps", 3, "--train.batch", 8, "--lr", "1e-2").status == 0
+    assert whet(capsys, "sft", *words, "--train.num-steps", 3, "--train.batch-size", 8, "--lr", "1e-2").status == 0
     metrics = rows(tmp_path / "out" / "metrics.jsonl")
     assert metrics[-1]["loss"] < metrics[0]["loss"]
 
 
 RESUMED: dict[str, tuple[str, tuple[object, ...], str]] = {
-    "online_dpo with bco_pair": ("online_dpo", ("--answers", 4, "--loss", "bco_pair"), "state/term0.delta"),
+    "online_dpo with bco_pair": ("online_dpo", ("--num-generations", 4, "--loss", "bco_pair"), "state/term0.delta"),
     "dapo with refill": (
         "dapo",
-        ("--answers", 4, "--rollout.minibatch", 12, "--overlong", "null", "--sampling.top-p", 0.9),
+        ("--num-generations", 4, "--rollout.mini-batch-size", 12, "--overlong", "null", "--sampling.top-p", 0.9),
         "rounds",
     ),
     "a running deviation": (
         "reinforce",
-        ("--rescale", "running", "--kl.controller", "adaptive", "--kl.target", 1),
+        ("--reward-normalization", "running", "--kl-in-reward.controller", "adaptive", "--kl-in-reward.target", 1),
         "state/running.square",
     ),
-    "a moving reference": ("grpo", ("--answers", 2, "--rollout.refresh.every", 1, "--rollout.refresh.mix", 0.6), "kl"),
+    "a moving reference": (
+        "grpo",
+        ("--num-generations", 2, "--rollout.sync-reference.every", 1, "--rollout.sync-reference.mix", 0.6),
+        "kl",
+    ),
 }
 
 
@@ -266,7 +283,7 @@ def test_a_resumed_run_goes_on_to_the_same_bits(case: str, home: Path, tmp_path:
     """The last checkpoint of a whole run is lost; the one before it is gone on from, with everything that changes."""
     verb, more, name = RESUMED[case]
     for out in ("whole", "again"):
-        given = online(home, tmp_path / out, "--rollout.steps", 4, "--train.save-every", 2, *more)
+        given = online(home, tmp_path / out, "--rollout.num-steps", 4, "--train.save-every", 2, *more)
         assert whet(capsys, verb, *given).status == 0
     assert [path.name for path in sorted((tmp_path / "again" / "checkpoints").iterdir())] == [
         "step-00000002",

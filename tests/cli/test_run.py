@@ -34,7 +34,7 @@ def rows(path: Path) -> list[dict]:
 
 def test_training_returns_its_folder_with_recipe_metrics_and_a_model(home: Path, tmp_path: Path) -> None:
     out = whet.run(
-        "sft", model=f"{home}/m", data=f"{home}/sft.jsonl", out=f"{tmp_path}/out", train={"steps": 3}, lr="1e-3"
+        "sft", model=f"{home}/m", data=f"{home}/sft.jsonl", out=f"{tmp_path}/out", train={"num_steps": 3}, lr="1e-3"
     )
     assert out == tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {
@@ -51,20 +51,20 @@ def test_training_returns_its_folder_with_recipe_metrics_and_a_model(home: Path,
 
 def test_a_reward_model_of_a_single_answer_has_no_deviation_to_scale_by(home: Path, tmp_path: Path) -> None:
     tiny.write_jsonl(tmp_path / "one.jsonl", [{"prompt": "a", "completion": "yes", "score": 1}])
-    given = {"model": f"{home}/m", "data": f"{tmp_path}/one.jsonl", "method": {"name": "absolute"}}
-    out = whet.run("reward", out=f"{tmp_path}/out", train={"steps": 1}, **given)
+    given = {"model": f"{home}/m", "data": f"{tmp_path}/one.jsonl", "algorithm": {"name": "absolute"}}
+    out = whet.run("reward", out=f"{tmp_path}/out", train={"num_steps": 1}, **given)
     about = json.loads((out / "model" / "whet.json").read_text())
     assert math.isfinite(about["shift"])
 
 
 def test_sampling_and_ranking_write_rows_that_keep_what_they_had(home: Path, tmp_path: Path) -> None:
     given = {"model": f"{home}/m", "data": f"{home}/prompts.jsonl", "max_new_tokens": 6}
-    answers = whet.run("sample", out=f"{tmp_path}/answers.jsonl", count=3, **given)
+    answers = whet.run("sample", out=f"{tmp_path}/answers.jsonl", num_generations=3, **given)
     assert [(row["prompt"], row["level"], len(row["responses"])) for row in rows(answers)] == [
         ("hello", 1, 3),
         ("a b", 2, 3),
     ]
-    again = whet.run("sample", out=f"{tmp_path}/again.jsonl", count=3, **given)
+    again = whet.run("sample", out=f"{tmp_path}/again.jsonl", num_generations=3, **given)
     assert again.read_bytes() == answers.read_bytes()
     form = {"data": str(answers), "judge_form": "rank", "judge": f"{home}/judge.py:last_first"}
     ranked = whet.run("rank", out=f"{tmp_path}/ranks.jsonl", **form)
@@ -93,5 +93,5 @@ def test_a_model_is_no_better_than_itself_and_no_nat_away(home: Path) -> None:
 def test_an_unknown_verb_or_field_is_an_error_of_the_recipe(home: Path) -> None:
     with pytest.raises(RecipeError, match="unknown verb 'grop'; did you mean 'grpo'"):
         whet.run("grop")
-    with pytest.raises(RecipeError, match=r"unknown field 'train\.bach'; did you mean 'train\.batch'"):
+    with pytest.raises(RecipeError, match=r"unknown field 'train\.bach'; did you mean 'train\.batch_size'"):
         whet.run("sft", model=f"{home}/m", data=f"{home}/sft.jsonl", **{"train.bach": 3})

@@ -7,7 +7,7 @@ import torch
 from whet.data import (
     COLUMNS,
     Batch,
-    Labelled,
+    Labeled,
     Pair,
     Ranking,
     Stepped,
@@ -117,11 +117,11 @@ def test_a_batch_carries_its_elements_own_columns() -> None:
     assert pairs["probability"].tolist() == [0.75, 0.75, 1.0, 1.0]
     assert pairs["margin"].tolist() == [2.0, 2.0, 0.0, 0.0]
     assert pairs["element"].tolist() == [0, 0, 1, 1]
-    assert pairs["place"].tolist() == [0, 1, 0, 1]
+    assert pairs["index"].tolist() == [0, 1, 0, 1]
     assert pairs["mask"].int().tolist() == [[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 0, 0]]
     assert pairs["chosen_mask"].int().tolist() == [[1, 1, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0]]
     assert Batch.of([Ranking((row(2), row(2), row(2)), (2, 1, 2))])["rank"].tolist() == [2, 1, 2]
-    assert Batch.of([Labelled(row(2), 0.5), Labelled(row(2), -1.0)])["target"].tolist() == [0.5, -1.0]
+    assert Batch.of([Labeled(row(2), 0.5), Labeled(row(2), -1.0)])["target"].tolist() == [0.5, -1.0]
     assert set(pairs.columns) <= set(COLUMNS)
 
 
@@ -154,7 +154,7 @@ def test_unpaired_answers_stand_beside_their_mismatched_ones_with_one_label_for_
     batch = Batch.of([Unpaired(row(3), row(4), True), Unpaired(row(2), row(2), False)])
     assert batch["good"].tolist() == [True, True, False, False]
     assert batch["good"].dtype == torch.bool
-    assert (batch["element"].tolist(), batch["place"].tolist()) == ([0, 0, 1, 1], [0, 1, 0, 1])
+    assert (batch["element"].tolist(), batch["index"].tolist()) == ([0, 0, 1, 1], [0, 1, 0, 1])
     assert batch.counts().elements == 2
     assert set(batch.columns) <= set(COLUMNS)
 
@@ -168,12 +168,12 @@ def stepped(length: int, ends: str, labels: list[float]) -> Stepped:
 
 def test_steps_are_columns_as_wide_as_the_longest_answer() -> None:
     batch = Batch.of([stepped(4, "0101", [1.0, 0.25]), stepped(2, "01", [0.5])])
-    assert batch["step"].int().tolist() == [[0, 1, 0, 1], [0, 1, 0, 0]]
-    assert batch["step_label"].tolist() == [[0, 1.0, 0, 0.25], [0, 0.5, 0, 0]]
+    assert batch["segment_end"].int().tolist() == [[0, 1, 0, 1], [0, 1, 0, 0]]
+    assert batch["segment_label"].tolist() == [[0, 1.0, 0, 0.25], [0, 0.5, 0, 0]]
     assert batch["element"].tolist() == [0, 1]
-    assert (batch.counts("step").tokens, batch.counts().tokens) == (3, 6)
+    assert (batch.counts("segment_end").tokens, batch.counts().tokens) == (3, 6)
     short = batch.take([1])
-    assert (short["step"].shape, short["step_label"].tolist()) == ((1, 2), [[0, 0.5]])
+    assert (short["segment_end"].shape, short["segment_label"].tolist()) == ((1, 2), [[0, 0.5]])
 
 
 SUPPORTS = [[[3, 4], [5]], [[7, 8, 9]], [[1], [2, 6], [3]]]
@@ -226,4 +226,4 @@ def test_joined_batches_number_their_groups_and_elements_on_from_the_first_whate
     assert again["element"].tolist() == [0, 1, 2, 3]
     pairs = Batch.of([Pair(row(3), row(4)), Pair(row(2), row(2))])
     assert Batch.joined([pairs, pairs])["element"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert Batch.joined([pairs, pairs])["place"].tolist() == [0, 1] * 4
+    assert Batch.joined([pairs, pairs])["index"].tolist() == [0, 1] * 4

@@ -134,8 +134,8 @@ def chat() -> Chat:
     return chat_format(tiny.tokenizer())
 
 
-def reader(max_tokens: int = 64, **dials: str) -> Reader:
-    return Reader(chat(), max_tokens, **dials)
+def reader(max_tokens: int = 64, **options: str) -> Reader:
+    return Reader(chat(), max_tokens, **options)
 
 
 def at(*rows: dict) -> list[Located]:
@@ -279,7 +279,7 @@ def test_an_answer_where_the_model_stopped_at_once_can_be_ranked() -> None:
 
 
 def test_absolute_scores_are_labels() -> None:
-    (one,) = reader().labelled(at({"prompt": "a", "completion": "yes", "score": "-0.5"}))
+    (one,) = reader().labeled(at({"prompt": "a", "completion": "yes", "score": "-0.5"}))
     assert (drawn([one.row]), one.score) == ([CHOSEN], -0.5)
 
 
@@ -362,15 +362,15 @@ BAD = [
     ("rankings", ANSWERS | {"ranks": "123"}, "field 'ranks' must have one number per answer: 3 answers, got '123'"),
     ("rankings", {"prompt": "a", "responses": ["b"], "ranks": [1]}, "field 'responses' must be a list of at least two"),
     ("rankings", {"prompt": "a", "responses": ["b", None], "ranks": [1, 2]}, "field 'responses', answer 1: expected a string"),
-    ("labelled", {"prompt": "a", "completion": "b"}, "field 'score' is missing (the row has completion, prompt)"),
-    ("labelled", {"prompt": "a", "completion": "b", "score": True}, "field 'score' must be a finite number, got True"),
+    ("labeled", {"prompt": "a", "completion": "b"}, "field 'score' is missing (the row has completion, prompt)"),
+    ("labeled", {"prompt": "a", "completion": "b", "score": True}, "field 'score' must be a finite number, got True"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("reading", "row", "what"), BAD)
 def test_a_bad_row_is_named_with_file_line_and_field(reading: str, row: dict, what: str) -> None:
     good = {"texts": {"text": "a b"}, "prompts": {"prompt": "a"}, "demonstrations": ROWS[0], "pairs": PAIRS[0],
-        "rankings": ANSWERS | {"ranks": [1, 2, 3]}, "labelled": {"prompt": "a", "completion": "b", "score": 1}}  # fmt: skip
+        "rankings": ANSWERS | {"ranks": [1, 2, 3]}, "labeled": {"prompt": "a", "completion": "b", "score": 1}}  # fmt: skip
     with pytest.raises(DataError) as caught:
         getattr(reader(), reading)(at(good[reading], row))
     assert str(caught.value).startswith(f"my.jsonl:2: {what}")

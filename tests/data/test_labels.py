@@ -88,7 +88,7 @@ def test_a_pair_is_one_good_and_one_bad_answer_with_mismatched_ones_of_another_r
     ]
 
 
-def test_pairs_and_labelled_answers_may_stand_in_one_file() -> None:
+def test_pairs_and_labeled_answers_may_stand_in_one_file() -> None:
     got = reader().unpaired(at({"prompt": "a", "chosen": "yes", "rejected": "no"}, OTHER))
     assert [one.good for one in got] == [True, False, False]
 
@@ -106,8 +106,8 @@ def test_an_answer_that_is_too_long_behind_either_prompt_is_dropped_with_its_ele
 STEPS = {"prompt": "hello", "completions": ["a b", "c", "d e"], "labels": [1, 0.25, False]}
 
 
-def stepper(separator: str = "\n", limit: int = 64, **dials: str) -> Reader:
-    return Reader(chat_format(lines_tokenizer(), "plain"), limit, separator=separator, **dials)
+def stepper(separator: str = "\n", limit: int = 64, **options: str) -> Reader:
+    return Reader(chat_format(lines_tokenizer(), "plain"), limit, separator=separator, **options)
 
 
 def test_a_step_ends_with_its_separator_and_the_last_one_with_the_answer() -> None:

@@ -39,7 +39,7 @@ def test_the_report_is_one_page_that_loads_nothing(story: Path) -> None:
 
 def test_the_judge_reached_training_through_rankings_alone(story: Path) -> None:
     """No recipe of a run that trained names the judge or a column of its scores."""
-    for run in ("base", "sft", "reward", "ppo", "ppo_without_ptx", "small_reward", "over_optimised"):
+    for run in ("base", "sft", "reward", "ppo", "ppo_without_ptx", "small_reward", "over_optimized"):
         assert "judge" not in (story / run / "recipe.yaml").read_text()
     assert set(json.loads((story / "ranked.jsonl").read_text().splitlines()[0])) == {
         "prompt",

@@ -16,7 +16,7 @@ from models import helpers as h
 
 from engines.comparing import gap
 from engines.jobs import OPTIM, kind_of
-from whet.cluster import Wanted, World, survive
+from whet.cluster import Attempt, Wanted, survive
 from whet.data import Weights
 from whet.distributed import Workers
 from whet.generate import Generator
@@ -71,12 +71,12 @@ class PPO:
     folder: Path
     steps: int = STEPS
     save_every: int = 1
-    before: Callable[[int, World], None] | None = None
+    before: Callable[[int, Attempt], None] | None = None
     engine: str = "fsdp"
     equal_start: bool = True
     seconds: float = 0.0
 
-    def attempt(self, world: World, resume: bool) -> dict[str, Any]:
+    def attempt(self, world: Attempt, resume: bool) -> dict[str, Any]:
         """As `whet.cluster.survive` calls it; returns what the run ends with."""
         answers = None if world.wanted.engines else inside
         own = world.learner(partial(learner, engine=self.engine), answers=answers)
@@ -85,9 +85,9 @@ class PPO:
         return self.train(own, source, scores, resume, world)
 
     def train(self, own: Any, source: Any, scores: Any, resume: bool, world: Any = None) -> dict[str, Any]:
-        method = lh.method_of("ppo", answers=ANSWERS)
-        plan = online.Plan(
-            steps=self.steps, prompts=3, minibatch=3 * ANSWERS, canary=20, end_ids=lh.END, equal_start=self.equal_start,
+        method = lh.method_of("ppo", num_generations=ANSWERS)
+        plan = online.OnlinePlan(
+            steps=self.steps, prompts=3, mini_batch_size=3 * ANSWERS, canary=20, end_ids=lh.END, equal_start=self.equal_start,
             save_every=self.save_every, keep=2,
         )  # fmt: skip
         run = lh.opened(self.folder, resume)
@@ -122,8 +122,8 @@ class Watched:
         self.asked += 1
         return self.own.generate(requests)
 
-    def adopt(self, weights: Weights) -> None:
-        self.own.adopt(weights)
+    def load_weights(self, weights: Weights) -> None:
+        self.own.load_weights(weights)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.own, name)
@@ -226,7 +226,7 @@ def critic_role(workers: Workers) -> LocalLearner:
 class Clumsy:
     """A learner that fails where it is told to, in one worker or in all."""
 
-    coarse = False
+    low_precision = False
 
     def __init__(self, workers: Workers) -> None:
         self.workers, self.version = workers, 0
@@ -242,7 +242,7 @@ class Clumsy:
 
         if source not in ("all", str(self.workers.rank)):
             if target in ("die", "stop"):
-                self.workers.wait()
+                self.workers.barrier()
             return
         if target == "die":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -284,9 +284,9 @@ class Late(LocalLearner):
     def _push(self) -> None:
         import gc
 
-        from whet.cluster.folders import Shelf
+        from whet.cluster.folders import PushFolders
 
-        (shelf,) = (one for one in gc.get_objects() if isinstance(one, Shelf))
+        (shelf,) = (one for one in gc.get_objects() if isinstance(one, PushFolders))
         shelf.put(2, self.roles["policy"].whole())
 
 

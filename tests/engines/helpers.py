@@ -61,12 +61,12 @@ def logps(model: Any, ids: Sequence[int], sampling: Sampling | None = None) -> T
 def score_gap(generator: Any, model: Any) -> float:
     """Largest difference of the engine's scores to transformers."""
     sequences = [torch.tensor(LONG), torch.tensor(LONG[:7]), torch.tensor(LONG[40:170])]
-    pairs = zip(generator.score(sequences), sequences, strict=True)
+    pairs = zip(generator.logprobs(sequences), sequences, strict=True)
     return max(float((got - logps(model, ids.tolist())).abs().max()) for got, ids in pairs)
 
 
 def sampling_gap(samples: Sequence[Sample], requests: Sequence[Request], model: Any) -> float:
-    """Largest difference of the log-probs sampled with to transformers, under the request's own dials."""
+    """Largest difference of the log-probs sampled with to transformers, under the request's own options."""
     worst = 0.0
     for sample, request in zip(samples, requests, strict=True):
         whole = logps(model, request.prompt.ids + request.begun + sample.ids, request.sampling)

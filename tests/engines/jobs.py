@@ -30,7 +30,7 @@ from whet.generate.shared import SharedGenerator
 from whet.learner.local import LocalLearner
 from whet.loops import offline, online
 from whet.loops.interrupt import graceful
-from whet.loops.record import Run
+from whet.loops.record import RunFolder
 from whet.methods import Term, compose, part
 from whet.methods.options import Optim, Sampling
 from whet.models import load
@@ -74,11 +74,11 @@ class Make:
     workers: Workers
 
     def __call__(
-        self, roles: Mapping[str, Role], optim: Optim | Mapping[str, Optim] = OPTIM, **dials: Any
+        self, roles: Mapping[str, Role], optim: Optim | Mapping[str, Optim] = OPTIM, **options: Any
     ) -> LocalLearner:
         trained = [name for name, role in roles.items() if role.trained]
         optims = dict.fromkeys(trained, optim) if isinstance(optim, Optim) else optim
-        return kind_of(self.engine)(roles, optims, workers=self.workers, **({"total": 10, "budget": 24} | dials))
+        return kind_of(self.engine)(roles, optims, workers=self.workers, **({"total": 10, "budget": 24} | options))
 
 
 def policy(kind: str = "qwen3", *, name: str = "policy", seed: int = 0) -> Role:
@@ -180,23 +180,23 @@ def training_checkpointed(make: Make, folder: Path) -> Any:
 
 def training_offloaded(make: Make, folder: Path) -> Any:
     """With a checkpoint in the middle, loaded into a fresh learner that goes on."""
-    dials = {} if make.engine in ("local", "ddp") else {"offload": True}
-    own, again = make(cast(), **dials), make(cast(seed=4), **dials)
+    options = {} if make.engine in ("local", "ddp") else {"offload": True}
+    own, again = make(cast(), **options), make(cast(seed=4), **options)
     first = go(own, 1)
     own.save(folder / "offload")
-    make.workers.wait()
+    make.workers.barrier()
     again.load(folder / "offload")
     return {"steps": first + go(again, 1), "weights": whole(again)}
 
 
 def training_half(make: Make, folder: Path) -> Any:
     """Computed in bfloat16; saved, and loaded to the bit."""
-    dials = {} if make.engine in ("local", "ddp") else {"half": True}
-    own = make(cast(), **dials)
+    options = {} if make.engine in ("local", "ddp") else {"bf16": True}
+    own = make(cast(), **options)
     steps = go(own, 1)
     own.save(folder / "half")
-    make.workers.wait()
-    again = make(cast(), **dials)
+    make.workers.barrier()
+    again = make(cast(), **options)
     again.load(folder / "half")
     return {"steps": steps, "types": sorted({str(p.dtype) for one in whole(own).values() for p in one.values()}),
             "weights": whole(own), "loaded": whole(again), "on": [go(own, 1), go(again, 1)]}  # fmt: skip
@@ -256,7 +256,7 @@ def clipping(make: Make, folder: Path) -> Any:
 
 
 def scheduling(make: Make, folder: Path) -> Any:
-    own = make({"policy": policy()}, replace(OPTIM, warmup=0.5, final=0.2), total=4)
+    own = make({"policy": policy()}, replace(OPTIM, warmup_ratio=0.5, min_lr_ratio=0.2), total=4)
     return {"lr": [own.update(work(batch())).lr["policy"] for _ in range(4)], "weights": whole(own)}
 
 
@@ -306,8 +306,8 @@ def kink(value: Tensor) -> Tensor:
 
 def half_beside_its_reference(make: Make, folder: Path) -> Any:
     """Policy and reference with equal weights, both computed in bfloat16: a run checks that they agree to the bit."""
-    dials = {} if make.engine in ("local", "ddp") else {"half": True}
-    own = make({"policy": policy(), "reference": policy(name="reference")}, **dials)
+    options = {} if make.engine in ("local", "ddp") else {"bf16": True}
+    own = make({"policy": policy(), "reference": policy(name="reference")}, **options)
     seen = own.measure(batch(), frozenset({"old_logp", "ref_logp"}))
     return {"old": seen["old_logp"], "ref": seen["ref_logp"]}
 
@@ -323,7 +323,7 @@ def blending(make: Make, folder: Path) -> Any:
     steps = go(own, 1)
     own.blend("ema", "policy", 0.5)
     own.save(folder / "blended")
-    make.workers.wait()
+    make.workers.barrier()
     again = make(cast(seed=3) | {"ema": policy(name="ema", seed=6)})
     again.load(folder / "blended")
     return {"before": before, "mixed": mixed, "copied": copied, "steps": steps, "weights": whole(own),
@@ -362,7 +362,7 @@ def exporting(make: Make, folder: Path) -> Any:
     own.export("policy", folder / "export" / "adapter", merge=False)
     out["adapter"] = {"policy": whole(own)["policy"], "logp": own.columns("policy", batch(), frozenset({"logp"}))}
     out["told"] = go(own, 1, 1)  # and training goes on after it
-    make.workers.wait()
+    make.workers.barrier()
     return out
 
 
@@ -425,7 +425,7 @@ def refusing(make: Make, folder: Path) -> Any:
     own = make(cast())
     go(own, 1, 1)
     own.save(folder / "own")
-    make.workers.wait()
+    make.workers.barrier()
     go(own, 1, 1)
     before = whole(own)
     swapped = cast()
@@ -444,7 +444,7 @@ def refusing(make: Make, folder: Path) -> Any:
 
         shutil.copytree(folder / "own", missing)
         sorted(missing.glob("policy-*.safetensors"))[-1].unlink()
-    make.workers.wait()
+    make.workers.barrier()
     out["missing"] = refused(own, missing)
     return out | {"before": before, "after": whole(own)}
 
@@ -460,7 +460,7 @@ def muon_checkpoint(folder: Path, workers: Workers) -> Path:
         one = LocalLearner(roles, {n: replace(OPTIM, kind="muon") for n in ("policy", "critic")}, total=10, budget=24)
         go(one, 1, 1)
         one.save(path)
-    workers.wait()
+    workers.barrier()
     return path
 
 
@@ -468,7 +468,7 @@ def saving(make: Make, folder: Path) -> Any:
     own = make(cast(), dropout=0.1, seed=3)
     first = go(own, 1)
     own.save(folder / "saved")
-    make.workers.wait()
+    make.workers.barrier()
     files = sorted(str(path.relative_to(folder / "saved")) for path in (folder / "saved").rglob("*") if path.is_file())
     return {"first": first, "rest": go(own, 1), "weights": whole(own), "version": own.version, "files": files}
 
@@ -624,9 +624,15 @@ def offline_run(make: Make, folder: Path, name: str, steps: int, batch: int) -> 
         "reward": h.scorer(dtype=FLOAT, name="reward")
     }
     own = make(roles, RUN, total=steps, dropout=0.1, seed=7)
-    run = Run(folder, writes=make.workers.first)
+    run = RunFolder(folder, writes=make.workers.first)
     offline.train(
-        objective, own, [elements], offline.Plan(steps, batch, eval_every=5), run, evaluation=elements, quiet=True
+        objective,
+        own,
+        [elements],
+        offline.OfflinePlan(steps, batch, eval_every=5),
+        run,
+        evaluation=elements,
+        quiet=True,
     )
 
 
@@ -634,9 +640,12 @@ def scored(ids: tuple[int, ...]) -> float:
     return 0.5 * len(ids) - 0.25 * (sum(ids) % 5)
 
 
-def online_run(make: Make, folder: Path, name: str, steps: int, prompts: int, minibatch: int) -> None:
+def online_run(make: Make, folder: Path, name: str, steps: int, prompts: int, mini_batch_size: int) -> None:
     """As the command line puts it together: answers and rewards shared out over the workers."""
-    workers, method = make.workers, methods.online(name, longest=6, **({"answers": 3} if name == "grpo" else {}))
+    workers, method = (
+        make.workers,
+        methods.online(name, longest=6, **({"num_generations": 3} if name == "grpo" else {})),
+    )
     roles = {"policy": policy(), "reference": policy(name="reference"), "critic": h.scorer(dtype=FLOAT, seed=2)}
     own = make({role: one for role, one in roles.items() if role in method.roles()}, RUN, total=100)
     copied = make.engine in ("fsdp", "zero3")
@@ -646,10 +655,17 @@ def online_run(make: Make, folder: Path, name: str, steps: int, prompts: int, mi
     )
     if workers.size > 1:
         source, reward = SharedGenerator(source, workers, 2), SharedReward(reward, workers)
-    plan = online.Plan(
-        steps=steps, prompts=prompts, minibatch=minibatch, epochs=2, equal_start=True, end_ids=END, canary=20, ema=None
+    plan = online.OnlinePlan(
+        steps=steps,
+        prompts=prompts,
+        mini_batch_size=mini_batch_size,
+        epochs=2,
+        equal_start=True,
+        end_ids=END,
+        canary=20,
+        ema=None,
     )
-    rewards, run = [Weighted("own", reward)], Run(folder, writes=workers.first)
+    rewards, run = [Weighted("own", reward)], RunFolder(folder, writes=workers.first)
     online.train(method, own, source, rewards, PROMPTS, Sampling(6), plan, run, quiet=True)
 
 
@@ -728,10 +744,10 @@ def disturbed_run(make: Make, folder: Path, what: Callable[[int], None]) -> None
     own = make({"policy": policy(), "reference": policy(name="reference")}, RUN, total=100)
     copied = make.engine == "fsdp"
     source = LocalGenerator(policy(seed=9) if copied else own.roles["policy"], END, str, unit=2, copy=copied)
-    plan = online.Plan(steps=4, prompts=4, minibatch=12, end_ids=END, canary=20)
+    plan = online.OnlinePlan(steps=4, prompts=4, mini_batch_size=12, end_ids=END, canary=20)
     rewards = [Weighted("own", SharedReward(FunctionReward(reward), workers))]
-    method = methods.online("grpo", longest=6, answers=3)
-    run = Run(folder, writes=workers.first)
+    method = methods.online("grpo", longest=6, num_generations=3)
+    run = RunFolder(folder, writes=workers.first)
     with graceful() as stop:
         online.train(
             method, own, SharedGenerator(source, workers, 2), rewards, PROMPTS, Sampling(6), plan, run,

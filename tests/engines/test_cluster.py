@@ -21,17 +21,17 @@ from models import helpers as h
 from engines import cluster_jobs as jobs
 from engines.cluster_jobs import ENVIRONMENT, PPO, Machines, basics, close
 from engines.comparing import gap
-from whet.cluster import Wanted, World, connected, folders, survive
+from whet.cluster import Attempt, Wanted, connected, folders, survive
 from whet.cluster import ray as door
 from whet.cluster.generator import ActorGenerator
-from whet.cluster.learner import ClusterLearner, Regrow
+from whet.cluster.learner import ClusterLearner, MoreLearners
 from whet.cluster.placement import place
 from whet.cluster.survive import death
 from whet.cluster.worker import Process
 from whet.data import Weights
 from whet.data.files import shared_memory
 from whet.distributed import Workers
-from whet.errors import CheckpointError, EngineDied, ModelError, RecipeError, RewardError, RunStopped, Spent
+from whet.errors import CheckpointError, ModelError, RecipeError, RestartsExhausted, RewardError, RunStopped, WorkerDied
 from whet.generate.local import LocalGenerator
 from whet.loops import checkpoint
 
@@ -82,7 +82,7 @@ def test_what_one_machine_must_hold() -> None:
     assert apart.bundles(2) == [{"CPU": 2, "GPU": 1}] * 2 + [{"CPU": 2, "GPU": 4}] * 3 + [{"CPU": 2}]
     assert replace(apart, reward_gpus=1).bundles(1)[-1] == {"CPU": 2, "GPU": 1}
     assert apart.total_cpus == 12
-    both = replace(apart, together=True)
+    both = replace(apart, colocate=True)
     assert both.bundles(2) == [{"CPU": 6, "GPU": 1}] * 2 + [{"CPU": 2}]  # two engines sit with the first learner
     assert both.bundles(1) == [{"CPU": 8, "GPU": 1}, {"CPU": 2}]
 
@@ -92,8 +92,8 @@ def test_smaller_worlds_keep_at_least_one_of_each() -> None:
     assert [(one.learners, one.engines, one.rewards) for one in wanted.smaller()] == [
         (2, 1, 1), (1, 4, 1), (1, 2, 1), (1, 1, 1)
     ]  # fmt: skip
-    assert [(one.learners, one.engines) for one in replace(wanted, rewards=0, smallest=2).smaller()] == [(2, 1)]
-    assert [one.learners for one in Wanted(3, smallest=2).smaller()] == [2]
+    assert [(one.learners, one.engines) for one in replace(wanted, rewards=0, min_learners=2).smaller()] == [(2, 1)]
+    assert [one.learners for one in Wanted(3, min_learners=2).smaller()] == [2]
     one = replace(wanted, learners=1, engines=2)
     assert one.missing(wanted) == [{"CPU": 2}]
     assert replace(one, learners=2).missing(wanted) == [{"CPU": 2}] * 2
@@ -101,7 +101,7 @@ def test_smaller_worlds_keep_at_least_one_of_each() -> None:
 
 
 def test_a_death_is_found_behind_what_it_caused() -> None:
-    died = EngineDied("learner 1 died")
+    died = WorkerDied("learner 1 died")
     torn = CheckpointError("could not be written")
     torn.__cause__ = died
     assert death(torn) is died
@@ -197,7 +197,7 @@ def engine(machines: Machines) -> Iterator[ActorGenerator]:
 def generator(engine: ActorGenerator) -> ActorGenerator:
     """The same engine, back at its first weights."""
     if engine.version:
-        engine.adopt(Weights(0, engine.role))  # type: ignore[attr-defined]
+        engine.load_weights(Weights(0, engine.role))  # type: ignore[attr-defined]
     return engine
 
 
@@ -208,15 +208,15 @@ class TestContract(Contract):
 def test_an_engine_elsewhere_gives_what_one_here_gives(generator: ActorGenerator) -> None:
     assert list(generator.generate(requests())) == list(local().generate(requests()))
     ids = torch.tensor([2, 3, 4, 5])
-    assert torch.equal(generator.score([ids])[0], local().score([ids])[0])
+    assert torch.equal(generator.logprobs([ids])[0], local().score([ids])[0])
 
 
 def test_a_push_that_cannot_be_read_is_refused_by_name(generator: ActorGenerator, tmp_path: Path) -> None:
     (tmp_path / "weights.safetensors").write_bytes(b"torn")
     with pytest.raises(RunStopped, match=r"the push of version 7 cannot be read .*SafetensorError"):
-        generator.adopt(Weights(7, tmp_path))
+        generator.load_weights(Weights(7, tmp_path))
     with pytest.raises(ModelError, match=r"gone: no \*.safetensors files in it"):
-        generator.adopt(Weights(7, tmp_path / "gone"))
+        generator.load_weights(Weights(7, tmp_path / "gone"))
     assert generator.version == 0
 
 
@@ -233,14 +233,14 @@ def listening(pids: set[int]) -> set[str]:
 def test_an_impossible_placement_fails_in_time_and_says_what_there_is(machines: Machines) -> None:
     began = time.monotonic()
     with pytest.raises(RecipeError) as told:
-        place(Wanted(3, 2, 1, cpus=2, smallest=2, patience=1))
+        place(Wanted(3, 2, 1, cpus=2, min_learners=2, placement_timeout=1))
     assert time.monotonic() - began < 5
     words = str(told.value)
     assert "no place for 3 learners (at least 2), 2 engines and 1 reward workers with 2 CPU each within 1 s" in words
     assert "2 machines are there" in words
     assert "4 CPU and 0 GPU" in words
     with pytest.raises(RecipeError, match="with 1 CPU and 1 GPU each"):
-        place(Wanted(1, gpus=1, patience=0.5))
+        place(Wanted(1, gpus=1, placement_timeout=0.5))
 
 
 # --- the learner ---------------------------------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ def test_an_impossible_placement_fails_in_time_and_says_what_there_is(machines: 
 @pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_learner_of_actors_has_the_numbers_of_one_process(machines: Machines, size: int, tmp_path: Path) -> None:
     expected = basics(jobs.learner(Workers()), tmp_path / "here")
-    with World(Wanted(size)) as world:
+    with Attempt(Wanted(size)) as world:
         own = world.learner(jobs.learner)
         got = basics(own, tmp_path / "there")
         folder = own.publish().handle.folder
@@ -275,7 +275,7 @@ def jobs_batch() -> Any:
 @pytest.fixture(scope="module")
 def falling(machines: Machines) -> Iterator[Callable[[], ClusterLearner]]:
     """Learners of two workers that fail where they are told to; a new one only where the last one died."""
-    world: World | None = None
+    world: Attempt | None = None
     own: ClusterLearner | None = None
 
     def alive() -> ClusterLearner:
@@ -283,7 +283,7 @@ def falling(machines: Machines) -> Iterator[Callable[[], ClusterLearner]]:
         if own is None or own.remotes[0].dead:
             if world is not None:
                 world.close()
-            world = World(Wanted(2, cpus=0.01), limit=30)
+            world = Attempt(Wanted(2, cpus=0.01), limit=30)
             own = world.learner(jobs.clumsy, push="weights")
         return own
 
@@ -318,9 +318,9 @@ def test_workers_that_drift_apart_are_told(falling: Any) -> None:
 def test_a_worker_that_dies_is_named_and_the_others_are_killed(falling: Any, who: str) -> None:
     own = falling()
     pids = [one.where.process for one in own.remotes]
-    with pytest.raises(EngineDied, match=f"learner {who} of 2 died"):
+    with pytest.raises(WorkerDied, match=f"learner {who} of 2 died"):
         own.blend("die", who, 0.0)
-    with pytest.raises(EngineDied, match="learner 0 of 2"):
+    with pytest.raises(WorkerDied, match="learner 0 of 2"):
         own.publish()
     until = time.monotonic() + 5
     while any(one.lives for one in pids) and time.monotonic() < until:
@@ -329,16 +329,16 @@ def test_a_worker_that_dies_is_named_and_the_others_are_killed(falling: Any, who
 
 
 def test_a_worker_that_hangs_is_given_up(machines: Machines) -> None:
-    with World(Wanted(2), limit=3) as world:
+    with Attempt(Wanted(2), limit=3) as world:
         own = world.learner(jobs.clumsy)
         pids = [one.where.process for one in own.remotes]
-        with pytest.raises(EngineDied, match="learner 0 of 2, learner 1 of 2 did not answer within 3 s"):
+        with pytest.raises(WorkerDied, match="learner 0 of 2, learner 1 of 2 did not answer within 3 s"):
             own.blend("stop", "1", 0.0)
     assert not any(one.lives for one in pids)  # the stopped one hears no request to end
 
 
 def test_a_learner_that_cannot_be_built_says_why(machines: Machines) -> None:
-    with World(HERE) as world, pytest.raises(ModelError, match=r"^no such folder, says worker 0$"):
+    with Attempt(HERE) as world, pytest.raises(ModelError, match=r"^no such folder, says worker 0$"):
         world.learner(jobs.critic_role)
 
 
@@ -351,10 +351,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return PPO(tmp_path_factory.mktemp("alone")).alone()
 
 
-def killer(kills: dict[int, list[str]], told: list[str]) -> Callable[[int, World], None]:
+def killer(kills: dict[int, list[str]], told: list[str]) -> Callable[[int, Attempt], None]:
     """Kills workers of these kinds, at once or a moment later, before these rollouts; each kill happens once."""
 
-    def before(step: int, world: World) -> None:
+    def before(step: int, world: Attempt) -> None:
         for kind in kills.pop(step, []):
             groups = {
                 "learner": world._learner.remotes if world._learner else [],
@@ -384,15 +384,17 @@ def test_a_run_over_the_cluster_outlives_its_workers_to_the_bit(
 def test_a_run_that_keeps_dying_ends_with_the_last_cause(machines: Machines, tmp_path: Path) -> None:
     tried = []
 
-    def attempt(world: World, resume: bool) -> None:
+    def attempt(world: Attempt, resume: bool) -> None:
         tried.append(resume)
-        raise EngineDied(f"death number {len(tried)}")
+        raise WorkerDied(f"death number {len(tried)}")
 
-    with pytest.raises(Spent, match=r"workers died 3 times and may be started again 2 times; .*death number 3"):
+    with pytest.raises(
+        RestartsExhausted, match=r"workers died 3 times and may be started again 2 times; .*death number 3"
+    ):
         survive(attempt, HERE, restarts=2, quiet=True)
     assert tried == [False, True, True]
 
-    def failing(world: World, resume: bool) -> None:
+    def failing(world: Attempt, resume: bool) -> None:
         raise RunStopped("a NaN")
 
     with pytest.raises(RunStopped, match="a NaN"):
@@ -407,14 +409,16 @@ def test_a_lost_machine_makes_the_world_smaller_and_a_new_one_larger(
     monkeypatch.setattr("whet.cluster.worker.START", 15.0)
     sizes: list[int] = []
 
-    def before(step: int, world: World) -> None:
+    def before(step: int, world: Attempt) -> None:
         sizes.append(world.learners)
         if step == 1 and machines.other is not None and sizes == [2, 2]:
             machines.lose()
         if world.learners == 1 and machines.other is None:
             machines.grow()
 
-    wanted = Wanted(2, 2, 1, cpus=0.9, smallest=1, patience=4, strategy="SPREAD")  # the head has places for three
+    wanted = Wanted(
+        2, 2, 1, cpus=0.9, min_learners=1, placement_timeout=4, strategy="SPREAD"
+    )  # the head has places for three
     got = PPO(tmp_path, before=before).survive(wanted, restarts=8)
     assert sizes[:2] == [2, 2]
     assert 1 in sizes
@@ -428,7 +432,7 @@ class Pushing:
     def __init__(self, own: Any, wrong: str) -> None:
         self.own, self.wrong, self.pushes = own, wrong, list[Weights]()
 
-    def adopt(self, weights: Weights) -> None:
+    def load_weights(self, weights: Weights) -> None:
         self.pushes.append(weights)
         if len(self.pushes) == 2:
             before = self.pushes[0]
@@ -444,7 +448,7 @@ class Pushing:
                 content[len(content) // 2 :] = b"" if self.wrong == "torn" else bytes(len(content) - len(content) // 2)
                 file.unlink()  # what is mapped already stays as it is
                 file.write_bytes(content)
-        self.own.adopt(weights)
+        self.own.load_weights(weights)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.own, name)
@@ -456,7 +460,7 @@ def test_a_push_that_goes_wrong_stops_the_run_by_name(machines: Machines, tmp_pa
         "reordered": "the generator scores the canary", "torn": "cannot be read",
         "changed": "the generator scores the canary",
     }  # fmt: skip
-    with World(Wanted(1, 1)) as world:
+    with Attempt(Wanted(1, 1)) as world:
         own = world.learner(partial(jobs.learner, engine="local"))
         source = world.generator([jobs.generator])
         for wrong, word in words.items():
@@ -470,16 +474,16 @@ def test_an_orphan_that_lives_on_touches_nothing(machines: Machines, tmp_path: P
     """It is lost while it saves, and writes when the next attempt has long committed: aside, and to its own old shelf."""
     kept = tmp_path / "checkpoints"
     kept.mkdir()
-    with World(HERE) as world:
+    with Attempt(HERE) as world:
         own = world.learner(jobs.late)
         old = own.publish().handle.folder.parent
-        with pytest.raises((CheckpointError, EngineDied), match="learner 0 of 1 died"):
+        with pytest.raises((CheckpointError, WorkerDied), match="learner 0 of 1 died"):
             checkpoint.save(kept, 1, own, {"step": 1})
     orphan = Process.of(int((kept / "orphan").read_text()))
     assert orphan.lives
     assert not old.exists()
 
-    with World(HERE) as world:
+    with Attempt(HERE) as world:
         own = world.learner(partial(jobs.learner, engine="local"))
         final = checkpoint.save(kept, 1, own, {"step": 1})
         fresh = own.publish().handle.folder.parent
@@ -506,4 +510,4 @@ def contents_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_growing_back_is_no_death() -> None:
-    assert issubclass(Regrow, EngineDied)  # so that it passes through whatever lets a death pass
+    assert issubclass(MoreLearners, WorkerDied)  # so that it passes through whatever lets a death pass

@@ -13,8 +13,8 @@ from models import helpers as h
 from torch import Tensor
 
 from whet.data import Sample, Weights
-from whet.distributed import Lives
-from whet.errors import EngineDied, ModelError, RunStopped, WorldDied
+from whet.distributed import RestartBudget
+from whet.errors import AttemptFailed, ModelError, RunStopped, WorkerDied
 from whet.generate import Request
 from whet.generate.fleet import Fleet, deal
 from whet.generate.local import LocalGenerator
@@ -47,7 +47,7 @@ class Mortal:
     def _maybe(self, call: str) -> None:
         if call in self.deaths:
             self.deaths.remove(call)
-            raise EngineDied(f"killed in {call}")
+            raise WorkerDied(f"killed in {call}")
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
         self.asked += requests
@@ -55,16 +55,16 @@ class Mortal:
         self._maybe("generate")
         yield from samples
 
-    def adopt(self, weights: Weights) -> None:
+    def load_weights(self, weights: Weights) -> None:
         self._maybe("adopt")
         self.adopted.append(weights.version)
-        self.own.adopt(weights)
+        self.own.load_weights(weights)
 
-    def score(self, ids: Sequence[Tensor]) -> list[Tensor]:
+    def logprobs(self, ids: Sequence[Tensor]) -> list[Tensor]:
         self._maybe("score")
-        return self.own.score(ids)
+        return self.own.logprobs(ids)
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         self._maybe("rest")
 
     def close(self) -> None:
@@ -78,7 +78,7 @@ def _nobody() -> None:
 
 @pytest.fixture(params=[1, 2, 3])
 def generator(request: pytest.FixtureRequest) -> Iterator[Any]:
-    fleet = Fleet([local] * request.param, Lives(0))
+    fleet = Fleet([local] * request.param, RestartBudget(0))
     fleet.role = h.policy("gpt2", dtype=torch.float32)  # type: ignore[attr-defined]  (what the contract adopts)
     yield fleet
     fleet.close()
@@ -95,13 +95,13 @@ def policy(seed: int) -> Any:
 def expected(seed: int | None = None) -> list[tuple]:
     one = local()
     if seed is not None:
-        one.adopt(Weights(1, policy(seed)))
+        one.load_weights(Weights(1, policy(seed)))
     return plain(list(one.generate(requests())))
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_samples_do_not_depend_on_the_number_of_engines(count: int) -> None:
-    assert plain(list(Fleet([local] * count, Lives(0)).generate(requests()))) == expected()
+    assert plain(list(Fleet([local] * count, RestartBudget(0)).generate(requests()))) == expected()
 
 
 def test_all_requests_of_one_draw_go_to_one_engine_and_the_load_is_even() -> None:
@@ -140,22 +140,22 @@ def test_engines_work_at_the_same_time() -> None:
         own = local()
         return Meeting(own.role, own.end_ids, own.text)
 
-    assert plain(list(Fleet([make] * 2, Lives(0)).generate(requests()))) == expected()
+    assert plain(list(Fleet([make] * 2, RestartBudget(0)).generate(requests()))) == expected()
 
 
 @pytest.mark.parametrize("call", ["generate", "score", "rest", "adopt"])
 @pytest.mark.parametrize("who", [0, 1])
 def test_an_engine_that_dies_is_made_again_with_the_weights_of_now(call: str, who: int) -> None:
     deaths: list[list[str]] = [[], []]
-    fleet = Fleet([lambda: Mortal(deaths[0]), lambda: Mortal(deaths[1])], Lives(1))
-    fleet.adopt(Weights(1, policy(5)))
+    fleet = Fleet([lambda: Mortal(deaths[0]), lambda: Mortal(deaths[1])], RestartBudget(1))
+    fleet.load_weights(Weights(1, policy(5)))
     deaths[who].append(call)
     if call == "adopt":
-        fleet.adopt(Weights(2, policy(6)))
+        fleet.load_weights(Weights(2, policy(6)))
     elif call == "score":
-        assert torch.equal(fleet.score([torch.tensor([2, 3, 4])])[0], reference_score(5))
+        assert torch.equal(fleet.logprobs([torch.tensor([2, 3, 4])])[0], reference_score(5))
     elif call == "rest":
-        fleet.rest()
+        fleet.sleep()
     version, seed = (2, 6) if call == "adopt" else (1, 5)
     got = list(fleet.generate(requests()))
     assert plain(got) == expected(seed)
@@ -168,13 +168,13 @@ def test_an_engine_that_dies_is_made_again_with_the_weights_of_now(call: str, wh
 
 def reference_score(seed: int) -> Tensor:
     one = local()
-    one.adopt(Weights(1, policy(seed)))
-    return one.score([torch.tensor([2, 3, 4])])[0]
+    one.load_weights(Weights(1, policy(seed)))
+    return one.logprobs([torch.tensor([2, 3, 4])])[0]
 
 
 def test_its_requests_are_asked_again_and_the_others_are_not() -> None:
     deaths: list[list[str]] = [["generate"], []]
-    fleet = Fleet([lambda: Mortal(deaths[0]), lambda: Mortal(deaths[1])], Lives(1))
+    fleet = Fleet([lambda: Mortal(deaths[0]), lambda: Mortal(deaths[1])], RestartBudget(1))
     first, second = Mortal.made if Mortal.made[0].deaths is deaths[0] else Mortal.made[::-1]
     list(fleet.generate(requests()))
     assert Mortal.made[2].asked == first.asked
@@ -184,24 +184,24 @@ def test_its_requests_are_asked_again_and_the_others_are_not() -> None:
 def test_a_live_role_is_read_at_its_weights_of_now_by_an_engine_made_again() -> None:
     deaths: list[str] = []
     role = policy(5)
-    fleet = Fleet([lambda: Mortal(deaths)], Lives(1))
-    fleet.adopt(Weights(1, role))
+    fleet = Fleet([lambda: Mortal(deaths)], RestartBudget(1))
+    fleet.load_weights(Weights(1, role))
     deaths.append("generate")
     assert plain(list(fleet.generate(requests()))) == expected(5)
 
 
 def test_one_death_too_many_ends_the_fleet_and_says_so() -> None:
-    fleet = Fleet([lambda: Mortal(["generate"])] * 2, Lives(1))
-    with pytest.raises(EngineDied, match=r"died [23] times and may be started again 1 times; the last one: killed"):
+    fleet = Fleet([lambda: Mortal(["generate"])] * 2, RestartBudget(1))
+    with pytest.raises(WorkerDied, match=r"died [23] times and may be started again 1 times; the last one: killed"):
         list(fleet.generate(requests()))
 
 
 def test_an_engine_that_cannot_start_ends_the_fleet_and_the_others_are_closed() -> None:
     def never() -> Any:
-        raise EngineDied("no memory")
+        raise WorkerDied("no memory")
 
-    with pytest.raises(EngineDied, match="no memory"):
-        Fleet([lambda: Mortal([]), never], Lives(2))
+    with pytest.raises(WorkerDied, match="no memory"):
+        Fleet([lambda: Mortal([]), never], RestartBudget(2))
     assert [one.closed for one in Mortal.made] == [True]
 
 
@@ -216,49 +216,49 @@ def test_a_later_engine_that_cannot_start_is_tried_again_after_growing_pauses(mo
             raise ModelError(said)
         return Mortal(deaths)
 
-    fleet = Fleet([make], Lives(3))
-    fleet.adopt(Weights(1, policy(5)))
+    fleet = Fleet([make], RestartBudget(3))
+    fleet.load_weights(Weights(1, policy(5)))
     deaths.append("generate")
     assert plain(list(fleet.generate(requests()))) == expected(5)
     assert (fleet.lives.deaths, pauses) == (3, [0.0, 0.0, 0.5, 1.0])
 
     with pytest.raises(ModelError, match="GPU is full"):
-        Fleet([lambda: (_ for _ in ()).throw(ModelError("GPU is full"))], Lives(3))
+        Fleet([lambda: (_ for _ in ()).throw(ModelError("GPU is full"))], RestartBudget(3))
 
 
 def test_where_another_engine_would_not_help_none_is_made() -> None:
     class Alone(Mortal):
         def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
-            raise WorldDied("its machine is gone")
+            raise AttemptFailed("its machine is gone")
 
-    fleet = Fleet([lambda: Alone([])], Lives(3))
-    with pytest.raises(WorldDied):
+    fleet = Fleet([lambda: Alone([])], RestartBudget(3))
+    with pytest.raises(AttemptFailed):
         list(fleet.generate(requests()))
     assert (len(Mortal.made), fleet.lives.deaths) == (1, 0)
 
 
 def test_what_is_no_death_is_raised_as_itself_and_costs_no_restart() -> None:
     class Wrong(Mortal):
-        def adopt(self, weights: Weights) -> None:
+        def load_weights(self, weights: Weights) -> None:
             raise RunStopped("another model")
 
-    fleet = Fleet([lambda: Mortal([]), lambda: Wrong([])], Lives(0))
+    fleet = Fleet([lambda: Mortal([]), lambda: Wrong([])], RestartBudget(0))
     with pytest.raises(RunStopped, match="another model"):
-        fleet.adopt(Weights(1, policy(1)))
+        fleet.load_weights(Weights(1, policy(1)))
     assert len(Mortal.made) == 2
 
 
 class Deaf(Mortal):
     """Takes no push."""
 
-    def adopt(self, weights: Weights) -> None:
+    def load_weights(self, weights: Weights) -> None:
         pass
 
 
 class Stale(Mortal):
     """Says the new version and keeps the old weights."""
 
-    def adopt(self, weights: Weights) -> None:
+    def load_weights(self, weights: Weights) -> None:
         self.own.version = weights.version
 
 
@@ -267,32 +267,32 @@ def test_one_engine_without_the_push_is_what_the_fleet_tells(place: int) -> None
     def makes(kind: type) -> list[Any]:
         return [(lambda: kind([])) if one == place else (lambda: Mortal([])) for one in range(3)]
 
-    fleet = Fleet(makes(Deaf), Lives(0))
-    fleet.adopt(Weights(1, policy(5)))
+    fleet = Fleet(makes(Deaf), RestartBudget(0))
+    fleet.load_weights(Weights(1, policy(5)))
     assert fleet.version == 0
-    fleet = Fleet(makes(Stale), Lives(0))
-    fleet.adopt(Weights(1, policy(5)))
+    fleet = Fleet(makes(Stale), RestartBudget(0))
+    fleet.load_weights(Weights(1, policy(5)))
     fresh = reference_score(5)
-    told = [torch.equal(one[0], fresh) for one in fleet.scores([torch.tensor([2, 3, 4])])]
+    told = [torch.equal(one[0], fresh) for one in fleet.all_logprobs([torch.tensor([2, 3, 4])])]
     assert told == [number != place for number in range(3)]
 
 
 def test_lanes_are_generators_that_restart_themselves() -> None:
     deaths: list[list[str]] = [[], []]
-    fleet = Fleet([lambda: Mortal(deaths[0]), lambda: Mortal(deaths[1])], Lives(2))
+    fleet = Fleet([lambda: Mortal(deaths[0]), lambda: Mortal(deaths[1])], RestartBudget(2))
     for lane in fleet.lanes:
-        lane.adopt(Weights(1, policy(5)))
+        lane.load_weights(Weights(1, policy(5)))
     deaths[0].append("generate")
     deaths[1].append("adopt")
     assert plain(list(fleet.lanes[0].generate(requests()))) == expected(5)
-    fleet.lanes[1].adopt(Weights(2, policy(6)))
+    fleet.lanes[1].load_weights(Weights(2, policy(6)))
     assert plain(list(fleet.lanes[1].generate(requests()))) == expected(6)
     assert [lane.version for lane in fleet.lanes] == [1, 2]
     assert fleet.lives.deaths == 2
 
 
 def test_closing_ends_every_engine_and_may_be_repeated() -> None:
-    fleet = Fleet([lambda: Mortal([])] * 3, Lives(0))
+    fleet = Fleet([lambda: Mortal([])] * 3, RestartBudget(0))
     fleet.close()
     fleet.close()
     assert [one.closed for one in Mortal.made] == [True] * 3

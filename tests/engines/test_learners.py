@@ -303,9 +303,9 @@ def test_equal_policy_and_reference_agree_to_the_bit_in_half_precision_too(of: A
 @pytest.mark.parametrize("engine", those_of("saving"))
 def test_a_checkpoint_is_safetensors_and_json_in_one_part_per_worker(of: Any, engine: str) -> None:
     parts = [
-        f"{name}-0000{n}-of-00002.safetensors" for name in ("critic", "critic.optimiser", "policy") for n in (1, 2)
+        f"{name}-0000{n}-of-00002.safetensors" for name in ("critic", "critic.optimizer", "policy") for n in (1, 2)
     ]
-    parts += [f"policy.optimiser-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    parts += [f"policy.optimizer-0000{n}-of-00002.safetensors" for n in (1, 2)]
     assert of(engine, "saving")["files"] == sorted([*parts, "learner.json"])
 
 
@@ -355,7 +355,7 @@ def test_checkpoints_of_another_run_are_refused_and_leave_the_weights_alone(of: 
     assert "the policy's parameters are others than this run's" in got["model"]
     assert "the policy's parameters are others than this run's" in got["shapes"]
     assert "the frozen weights of the reference are not those" in got["reference"]
-    assert "its optimisers are" in got["muon"]
+    assert "its optimizers are" in got["muon"]
     assert "Muon" in got["muon"]
     h.equal_weights(got["before"], got["after"])
 

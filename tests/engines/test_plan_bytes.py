@@ -44,8 +44,8 @@ def of(workers: Workers, engine: str) -> dict[str, int]:
     own.update([(term, batch, batch.counts()) for term in SFT.terms])
     states = [
         value
-        for optimiser, _ in own._optimisers["policy"]
-        for one in optimiser.state.values()
+        for optimizer, _ in own._optimizers["policy"]
+        for one in optimizer.state.values()
         for value in one.values()
     ]
     parameters = list(own.roles["policy"].parameters().values())
@@ -80,6 +80,6 @@ def test_two_workers_hold_what_the_plan_says(engine: str, found: list[dict[str, 
     for one in (every[engine] for every in found):
         assert one["weights"] == pytest.approx(said.weights, rel=0.02)  # a few odd sizes are padded
         masters = one.get("masters", 0)
-        assert one["moments"] + masters == pytest.approx(said.optimiser, rel=0.02)
+        assert one["moments"] + masters == pytest.approx(said.optimizer, rel=0.02)
         if "gradients" in one:
             assert one["gradients"] == pytest.approx(said.gradients, rel=0.02)

@@ -15,8 +15,8 @@ from engines.test_same_numbers import TOLERANCE, metrics
 
 REWARD = "def score(prompts, completions, **_):\n    return [float(len(one.split()) % 5) for one in completions]\n"
 COMMON = [
-    "grpo", "--model", "model", "--data", "prompts.jsonl", "--reward", "reward.py:score", "--answers", "2",
-    "--rollout.steps", "3", "--rollout.prompts", "4", "--rollout.minibatch", "4", "--rollout.answers-at-once", "4",
+    "grpo", "--model", "model", "--data", "prompts.jsonl", "--reward", "reward.py:score", "--num-generations", "2",
+    "--rollout.num-steps", "3", "--rollout.prompts-per-step", "4", "--rollout.mini-batch-size", "4", "--rollout.max-num-seqs", "4",
     "--max-new-tokens", "8", "--optim.lr", "0.001", "--train.save-every", "1", "--quiet",
 ]  # fmt: skip
 
@@ -59,7 +59,14 @@ def test_vllm_on_a_cluster_takes_adapters_and_answers_ahead(place: Path) -> None
     pytest.importorskip("ray")
     engines = ("--cluster", "auto", "--cluster.engines", "1", "--generator", "vllm", "--generator.cache-mib", "64")
     adapters = ("--model.lora.rank", "4", "--generator.push", "adapter")
-    ahead = ("--generator.max-staleness", "1", "--generator.segment", "3", "--correct", "token_weight")
+    ahead = (
+        "--generator.max-staleness",
+        "1",
+        "--generator.segment-tokens",
+        "3",
+        "--importance-correction",
+        "token_weight",
+    )
     found = whet(place, "vllm-cluster", *engines, *adapters, *ahead)
     assert len(found) == 3
     assert max(row["staleness_max"] for row in found) == 1

@@ -21,7 +21,7 @@ from models import helpers as h
 
 from engines import helpers as e
 from whet.data import Weights
-from whet.errors import EngineDied, ModelError, RecipeError, RunStopped
+from whet.errors import ModelError, RecipeError, RunStopped, WorkerDied
 from whet.generate.vllm import push as vllm_push
 from whet.generate.vllm.engine import alive, descendants
 from whet.generate.vllm.server import Server, ServerGenerator, flags
@@ -52,7 +52,7 @@ def generator(connected: ServerGenerator) -> ServerGenerator:
     """The same server, back at its first weights."""
     connected.inlet.transport.chunk = vllm_push.CHUNK
     if connected.version or connected.inlet.torn:
-        connected.adopt(Weights(0, connected.role))
+        connected.load_weights(Weights(0, connected.role))
     return connected
 
 
@@ -86,13 +86,13 @@ def test_new_weights_agree_with_transformers(generator: Any, chunk: int) -> None
     before = e.plain(list(generator.generate(e.asked())))
     generator.inlet.transport.chunk = chunk
     role = e.role("qwen3", 1)
-    generator.adopt(Weights(1, role))
+    generator.load_weights(Weights(1, role))
     after = list(generator.generate(e.asked()))
     gaps = e.score_gap(generator, role.model), e.sampling_gap(after, e.asked(), role.model)
     print(f"\ngaps after a push {gaps[0]:.1e} {gaps[1]:.1e}")
     assert max(gaps) < BOUND
     assert {sample.version for sample in after} == {1}
-    generator.adopt(Weights(2, generator.role))
+    generator.load_weights(Weights(2, generator.role))
     assert e.plain(list(generator.generate(e.asked()))) == before
 
 
@@ -100,11 +100,11 @@ def test_new_weights_agree_with_transformers(generator: Any, chunk: int) -> None
 def test_after_a_half_failed_push_nothing_is_generated_until_a_whole_one(generator: Any, change: Any) -> None:
     before = e.plain(list(generator.generate(e.asked())))
     generator.inlet.transport.chunk = 1 << 12
-    with pytest.raises((ModelError, EngineDied)):
-        generator.adopt(Weights(4, e.Handle(e.role("qwen3", 2), change)))
-    with pytest.raises(EngineDied, match="weights 4 failed half-way"):
+    with pytest.raises((ModelError, WorkerDied)):
+        generator.load_weights(Weights(4, e.Handle(e.role("qwen3", 2), change)))
+    with pytest.raises(WorkerDied, match="weights 4 failed half-way"):
         list(generator.generate(e.asked()))
-    generator.adopt(Weights(5, generator.role))
+    generator.load_weights(Weights(5, generator.role))
     assert e.plain(list(generator.generate(e.asked()))) == before
 
 
@@ -113,22 +113,22 @@ def test_files_outside_the_servers_folder_are_refused(generator: Any, server: Se
 
     save_file(dict(e.role("qwen3", 1).whole()), str(tmp_path / "evil.safetensors"))
     generator.start_weight_update()
-    with pytest.raises(EngineDied, match="/update_weights"):
+    with pytest.raises(WorkerDied, match="/update_weights"):
         generator.update_weights({"file": str(tmp_path / "evil.safetensors")})
-    generator.adopt(Weights(0, generator.role))
+    generator.load_weights(Weights(0, generator.role))
     assert e.score_gap(generator, generator.role.model) < BOUND
 
 
 def test_a_push_by_somebody_else_is_noticed(generator: Any, server: Server) -> None:
     late = ServerGenerator(server.url, e.END, e.text, timeout=60)
-    with pytest.raises(EngineDied, match="of an earlier run; push whole weights first"):
+    with pytest.raises(WorkerDied, match="of an earlier run; push whole weights first"):
         list(late.generate(e.asked()))
-    late.adopt(Weights(8, e.role("qwen3", 1)))
+    late.load_weights(Weights(8, e.role("qwen3", 1)))
     with pytest.raises(RunStopped, match="the server now has '8'"):
         list(generator.generate(e.asked()))
-    generator.adopt(Weights(9, generator.role))
+    generator.load_weights(Weights(9, generator.role))
     late.close()
-    with pytest.raises(EngineDied, match="closed"):
+    with pytest.raises(WorkerDied, match="closed"):
         late.score([torch.tensor([2, 3])])
 
 
@@ -158,18 +158,18 @@ def test_a_killed_engine_is_noticed_and_the_server_ends(generator: Any, server: 
     assert len(server.processes()) > 1
     start = time.monotonic()
     running[-1].kill()
-    with pytest.raises(EngineDied):
+    with pytest.raises(WorkerDied):
         list(generator.generate(e.asked()))
-    with pytest.raises(EngineDied):
-        generator.adopt(Weights(10, generator.role))
+    with pytest.raises(WorkerDied):
+        generator.load_weights(Weights(10, generator.role))
     print(f"\ndeath noticed in {time.monotonic() - start:.1f} s")
     assert time.monotonic() - start < 20
     server.close()
     server.close()
     assert not any(map(alive, running))
     assert not server.folder.exists()
-    with pytest.raises(EngineDied, match=r"nothing answers|push whole weights first"):
-        generator.score([torch.tensor([2, 3])])
+    with pytest.raises(WorkerDied, match=r"nothing answers|push whole weights first"):
+        generator.logprobs([torch.tensor([2, 3])])
 
 
 @pytest.mark.long
@@ -200,7 +200,7 @@ def test_a_silent_server_is_a_dead_one() -> None:
 
     with socket.create_server(("127.0.0.1", 0)) as silent:
         start = time.monotonic()
-        with pytest.raises(EngineDied, match=r"no answer .* within 0.5 s"):
+        with pytest.raises(WorkerDied, match=r"no answer .* within 0.5 s"):
             ServerGenerator(f"http://127.0.0.1:{silent.getsockname()[1]}", e.END, e.text, timeout=0.5)
         assert time.monotonic() - start < 5
 
@@ -226,7 +226,7 @@ def test_a_server_without_the_weight_routes_is_refused() -> None:
 
 
 def test_a_url_off_this_machine_is_warned_about(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(EngineDied):
+    with pytest.raises(WorkerDied):
         ServerGenerator("http://192.0.2.1:9", e.END, e.text, timeout=0.2)
     assert "not guarded by an API key" in capsys.readouterr().err
     assert [Http(url, 1).local for url in ("http://localhost:1", "http://127.0.0.5:1", "http://[::1]:1")] == [True] * 3

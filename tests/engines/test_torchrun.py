@@ -44,19 +44,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ppo(place: Path, out: str) -> list[str]:
-    dials = {
+    options = {
         "model": place / "model", "data": place / "prompts.jsonl", "reward": f"{place / 'reward.py'}:score",
-        "rollout.steps": STEPS, "rollout.prompts": 4, "rollout.minibatch": 2, "rollout.answers-at-once": 2,
+        "rollout.num_steps": STEPS, "rollout.prompts_per_step": 4, "rollout.mini_batch_size": 2, "rollout.max-num-seqs": 2,
         "max-new-tokens": 6, "optim.lr": 0.001, "critic.optim.lr": 0.001, "train.save-every": 1, "train.keep": 10,
         "out": place / out,
     }  # fmt: skip
-    return ["ppo", *(str(part) for name, value in dials.items() for part in (f"--{name}", value)), "--quiet"]
+    return ["ppo", *(str(part) for name, value in options.items() for part in (f"--{name}", value)), "--quiet"]
 
 
 def sft(place: Path, out: str) -> list[str]:
-    dials = {"model": place / "model", "data": place / "rows.jsonl", "train.batch": 3, "train.epochs": 2,
-             "train.micro-tokens": 24, "optim.lr": 0.001, "out": place / out}  # fmt: skip
-    return ["sft", *(str(part) for name, value in dials.items() for part in (f"--{name}", value)), "--quiet"]
+    options = {"model": place / "model", "data": place / "rows.jsonl", "train.batch_size": 3, "train.num_epochs": 2,
+             "train.max-tokens-per-micro-batch": 24, "optim.lr": 0.001, "out": place / out}  # fmt: skip
+    return ["sft", *(str(part) for name, value in options.items() for part in (f"--{name}", value)), "--quiet"]
 
 
 def started(

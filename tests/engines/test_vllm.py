@@ -21,7 +21,7 @@ from models import helpers as h
 
 from engines import helpers as e
 from whet.data import Weights
-from whet.errors import EngineDied, ModelError, RecipeError, RunStopped
+from whet.errors import ModelError, RecipeError, RunStopped, WorkerDied
 from whet.generate.vllm import push as vllm_push
 from whet.generate.vllm.engine import VLLMGenerator
 from whet.methods.options import LoRA, Sampling
@@ -69,7 +69,7 @@ def generator(tied: VLLMGenerator) -> VLLMGenerator:
     """The same engine, back at its first weights."""
     tied.inlet.transport.chunk = vllm_push.CHUNK
     if tied.version or tied.inlet.torn:
-        tied.adopt(Weights(0, tied.role))
+        tied.load_weights(Weights(0, tied.role))
     return tied
 
 
@@ -122,7 +122,7 @@ def test_what_does_not_fit_is_refused_instead_of_cut(generator: Any) -> None:
     with pytest.raises(RecipeError, match="max_model_len: 395 tokens and 6 new ones"):
         list(generator.generate([request]))
     with pytest.raises(RecipeError, match="max_model_len"):
-        generator.score([torch.full((e.LENGTH,), 7)])
+        generator.logprobs([torch.full((e.LENGTH,), 7)])
 
 
 def test_a_token_that_the_model_does_not_know_is_refused_and_the_engine_lives(generator: Any) -> None:
@@ -140,7 +140,7 @@ def test_new_weights_answer_exactly_like_an_engine_started_on_them(
     generator.inlet.transport.chunk = chunk
     before = e.plain(list(generator.generate(e.asked())))
     role = e.role("qwen3", 1)
-    generator.adopt(Weights(1, role if source == "role" else folders["qwen3", 1]))
+    generator.load_weights(Weights(1, role if source == "role" else folders["qwen3", 1]))
     after = list(generator.generate(e.asked()))
     assert e.plain(after) == fresh["qwen3"] != before
     assert {sample.version for sample in after} == {1}
@@ -153,8 +153,8 @@ def test_new_weights_answer_exactly_like_an_engine_started_on_them(
 @pytest.mark.parametrize("change", [e.missing, e.unknown, e.twice, e.reshaped, e.stops(3)])
 def test_wrong_weights_that_fit_one_chunk_change_nothing(generator: Any, change: Any) -> None:
     before = e.plain(list(generator.generate(e.asked())))
-    with pytest.raises((ModelError, EngineDied)) as caught:
-        generator.adopt(Weights(4, e.Handle(e.role("qwen3", 1), change)))
+    with pytest.raises((ModelError, WorkerDied)) as caught:
+        generator.load_weights(Weights(4, e.Handle(e.role("qwen3", 1), change)))
     assert "up_proj" in str(caught.value) or "disk is gone" in str(caught.value)
     assert generator.version == 0
     assert e.plain(list(generator.generate(e.asked()))) == before
@@ -166,24 +166,24 @@ def test_after_a_half_failed_push_nothing_is_generated_until_a_whole_one(
 ) -> None:
     generator.inlet.transport.chunk = 1
     role = e.role("qwen3", 1)
-    with pytest.raises((ModelError, EngineDied)):
-        generator.adopt(Weights(4, e.Handle(e.role("qwen3", 2), change)))
-    with pytest.raises(EngineDied, match="weights 4 failed half-way"):
+    with pytest.raises((ModelError, WorkerDied)):
+        generator.load_weights(Weights(4, e.Handle(e.role("qwen3", 2), change)))
+    with pytest.raises(WorkerDied, match="weights 4 failed half-way"):
         list(generator.generate(e.asked()))
-    with pytest.raises(EngineDied, match="push whole weights first"):
-        generator.score([torch.tensor([2, 3])])
-    generator.adopt(Weights(5, role))
+    with pytest.raises(WorkerDied, match="push whole weights first"):
+        generator.logprobs([torch.tensor([2, 3])])
+    generator.load_weights(Weights(5, role))
     assert e.plain(list(generator.generate(e.asked()))) == fresh["qwen3"]
 
 
 def test_a_corrupt_file_is_not_loaded(generator: Any, fresh: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(vllm_push, "save_file", lambda tensors, path: Path(path).write_bytes(b"\x10" + b"\0" * 99))
-        with pytest.raises(EngineDied, match="weights 4 did not go in"):
-            generator.adopt(Weights(4, e.role("qwen3", 1)))
-    with pytest.raises(EngineDied, match="half-way"):
+        with pytest.raises(WorkerDied, match="weights 4 did not go in"):
+            generator.load_weights(Weights(4, e.role("qwen3", 1)))
+    with pytest.raises(WorkerDied, match="half-way"):
         list(generator.generate(e.asked()))
-    generator.adopt(Weights(5, e.role("qwen3", 1)))
+    generator.load_weights(Weights(5, e.role("qwen3", 1)))
     assert e.plain(list(generator.generate(e.asked()))) == fresh["qwen3"]
 
 
@@ -195,17 +195,17 @@ def test_files_outside_its_folder_are_refused(generator: Any, folders: dict) -> 
     generator.start_weight_update()
     with pytest.raises(ValueError, match="not a file of the weight folder"):
         generator.update_weights({"file": "../model.safetensors"})
-    generator.adopt(Weights(0, generator.role))
+    generator.load_weights(Weights(0, generator.role))
 
 
 def test_the_engine_must_say_the_pushed_version(generator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(generator, "weight_version", lambda: "9")
         with pytest.raises(RunStopped, match=r"weights 4 were pushed.*'9'"):
-            generator.adopt(Weights(4, generator.role))
-    with pytest.raises(EngineDied):
+            generator.load_weights(Weights(4, generator.role))
+    with pytest.raises(WorkerDied):
         list(generator.generate(e.asked()))
-    generator.adopt(Weights(4, generator.role))
+    generator.load_weights(Weights(4, generator.role))
     generator._llm.update_weight_version("3")
     with pytest.raises(RunStopped, match="asked for an answer of weights 4, got one of"):
         list(generator.generate(e.asked()))
@@ -217,7 +217,7 @@ def test_a_sleeping_engine_wakes_by_itself(generator: Any) -> None:
     generator.sleep()
     assert e.plain(list(generator.generate(e.asked()))) == before
     generator.sleep()
-    generator.adopt(Weights(0, generator.role))
+    generator.load_weights(Weights(0, generator.role))
     assert e.score_gap(generator, generator.role.model) < BOUND
     generator.sleep()
     generator.wake()
@@ -233,12 +233,12 @@ def test_an_interrupted_batch_is_never_mixed_into_the_next(tied: Any, monkeypatc
         patch.setattr(tied._llm.llm_engine, "step", interrupt)
         with pytest.raises(KeyboardInterrupt):
             list(tied.generate(e.asked()))
-    with pytest.raises(EngineDied, match="middle of a batch"):
+    with pytest.raises(WorkerDied, match="middle of a batch"):
         list(tied.generate(e.asked()))
-    with pytest.raises(EngineDied, match="middle of a batch"):
-        tied.adopt(Weights(1, tied.role))
+    with pytest.raises(WorkerDied, match="middle of a batch"):
+        tied.load_weights(Weights(1, tied.role))
     tied.close()
-    with pytest.raises(EngineDied, match="closed"):
+    with pytest.raises(WorkerDied, match="closed"):
         list(tied.generate(e.asked()))
     assert not tied._folder.exists()
 
@@ -253,10 +253,10 @@ def test_adapters_answer_like_the_merged_model(folders: dict, tmp_path: Path) ->
             role.export(tmp_path / f"merged{version}")
             merged = merged_model(tmp_path / f"merged{version}")
             if version == 1:
-                engine.adopt(Weights(version, role))
+                engine.load_weights(Weights(version, role))
             else:
                 role.export(tmp_path / "adapter", merge=False)
-                engine.adopt(Weights(version, tmp_path / "adapter"))
+                engine.load_weights(Weights(version, tmp_path / "adapter"))
             samples = list(engine.generate(e.asked()))
             gaps = e.score_gap(engine, merged), e.sampling_gap(samples, e.asked(), merged)
             print(f"\nadapter {version}: gaps {gaps[0]:.1e} {gaps[1]:.1e}")
@@ -265,13 +265,13 @@ def test_adapters_answer_like_the_merged_model(folders: dict, tmp_path: Path) ->
             said.append(e.plain(samples))
         assert said[0] != said[1] != base != said[0]
         with pytest.raises(ModelError, match="takes adapters"):
-            engine.adopt(Weights(3, folders["qwen3", 1]))
+            engine.load_weights(Weights(3, folders["qwen3", 1]))
         assert e.plain(list(engine.generate(e.asked()))) == said[1]
-        with pytest.raises(EngineDied, match="weights 4 did not go in"):
-            engine.adopt(Weights(4, adapters(4, rank=32)))
-        with pytest.raises(EngineDied, match="weights 4 did not go in"):
+        with pytest.raises(WorkerDied, match="weights 4 did not go in"):
+            engine.load_weights(Weights(4, adapters(4, rank=32)))
+        with pytest.raises(WorkerDied, match="weights 4 did not go in"):
             list(engine.generate(e.asked()))
-        engine.adopt(Weights(5, tmp_path / "adapter"))
+        engine.load_weights(Weights(5, tmp_path / "adapter"))
         assert e.plain(list(engine.generate(e.asked()))) == said[1]
     finally:
         engine.close()
@@ -302,29 +302,29 @@ def test_an_engine_in_processes_of_its_own(folders: dict, fresh: dict) -> None:
         assert engine.processes()
         before = e.plain(list(engine.generate(e.asked())))
         role = e.role("llama", 1)
-        engine.adopt(Weights(1, role))
+        engine.load_weights(Weights(1, role))
         assert e.plain(list(engine.generate(e.asked()))) == fresh["llama"] != before
         gap = e.score_gap(engine, role.model)
         print(f"\nuntied, gloo: gap after a push {gap:.1e}")
         assert gap < BOUND
 
         engine.inlet.transport.chunk = 1 << 13
-        with pytest.raises(EngineDied, match="disk is gone"):
-            engine.adopt(Weights(2, e.Handle(e.role("llama", 2), e.stops(9))))
-        with pytest.raises(EngineDied, match="half-way"):
+        with pytest.raises(WorkerDied, match="disk is gone"):
+            engine.load_weights(Weights(2, e.Handle(e.role("llama", 2), e.stops(9))))
+        with pytest.raises(WorkerDied, match="half-way"):
             list(engine.generate(e.asked()))
-        engine.adopt(Weights(3, role))
+        engine.load_weights(Weights(3, role))
         assert e.plain(list(engine.generate(e.asked()))) == fresh["llama"]
 
         victims = engine.processes()
         os.kill(victims[0], signal.SIGKILL)
         start = time.monotonic()
-        with pytest.raises(EngineDied, match="died"):
+        with pytest.raises(WorkerDied, match="died"):
             list(engine.generate(e.asked()))
-        with pytest.raises(EngineDied, match="died"):
-            engine.adopt(Weights(4, role))
-        with pytest.raises(EngineDied, match="died"):
-            engine.score([torch.tensor([2, 3])])
+        with pytest.raises(WorkerDied, match="died"):
+            engine.load_weights(Weights(4, role))
+        with pytest.raises(WorkerDied, match="died"):
+            engine.logprobs([torch.tensor([2, 3])])
         print(f"death noticed in {time.monotonic() - start:.1f} s")
         assert time.monotonic() - start < 10
         engine.close()
@@ -332,12 +332,12 @@ def test_an_engine_in_processes_of_its_own(folders: dict, fresh: dict) -> None:
         assert not any(map(e.runs, victims))
 
         engine = VLLMGenerator(folders["llama", 0], e.END, e.text, **e.options(transfer="shared"))
-        engine.adopt(Weights(5, role))
+        engine.load_weights(Weights(5, role))
         assert e.plain(list(engine.generate(e.asked()))) == fresh["llama"]
         victims = engine.processes()
         os.kill(victims[-1], signal.SIGKILL)
-        with pytest.raises(EngineDied, match="died"):
-            engine.adopt(Weights(6, role))
+        with pytest.raises(WorkerDied, match="died"):
+            engine.load_weights(Weights(6, role))
     finally:
         engine.close()
     assert not engine.processes()
@@ -379,7 +379,7 @@ def test_an_engine_whose_owner_was_killed_ends(folders: dict, tmp_path: Path) ->
 def test_what_cannot_work_is_said_at_once(folders: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("whet.generate.base.find_spec", lambda name: None)
-        with pytest.raises(RecipeError, match=r'generator.engine: vllm is not installed; pip install "whet\[vllm\]"'):
+        with pytest.raises(RecipeError, match=r'generator.name: vllm is not installed; pip install "whet\[vllm\]"'):
             VLLMGenerator(tmp_path, e.END, e.text, **e.options())
     with pytest.raises(ModelError, match="vLLM cannot start"):
         VLLMGenerator(tmp_path, e.END, e.text, **e.options(separate=False))

@@ -71,7 +71,7 @@ class Contract:
         assert plain(list(generator.generate(asked[::-1])))[::-1] == whole
         assert plain(list(generator.generate(asked[5:]))) == whole[5:]  # as after a resume: by draw, not by count
 
-    def test_an_answer_does_not_depend_on_the_seed_of_its_neighbours(self, generator: Any) -> None:
+    def test_an_answer_does_not_depend_on_the_seed_of_its_neighbors(self, generator: Any) -> None:
         one, other = requests(2, Sampling(8), seed=1), requests(2, Sampling(8), seed=2)
         mixed = [request for both in zip(one, other, strict=True) for request in both]
         got = plain(list(generator.generate(mixed)))
@@ -87,13 +87,13 @@ class Contract:
 
     def test_it_says_the_version_it_adopted(self, generator: Any) -> None:
         assert generator.version == 0
-        generator.adopt(Weights(3, getattr(generator, "role", None)))
+        generator.load_weights(Weights(3, getattr(generator, "role", None)))
         assert generator.version == 3
         assert {sample.version for sample in generator.generate(requests())} == {3}
 
     def test_a_score_is_one_log_prob_for_every_id_after_the_first(self, generator: Any) -> None:
         ids = [torch.tensor([2, 3, 4, 5, 6]), torch.tensor([7, 8]), torch.tensor([3, 1, 9])]
-        got = generator.score(ids)
+        got = generator.logprobs(ids)
         assert [tuple(one.shape) for one in got] == [(4,), (1,), (2,)]
         assert all(float(one.max()) <= 0 for one in got)
 

@@ -46,7 +46,7 @@ def test_adopted_weights_answer_from_then_on() -> None:
     first, second = h.policy(dtype=torch.float32), h.policy(dtype=torch.float32, seed=1)
     generator, fresh = (LocalGenerator(role, END, str) for role in (first, second))
     before = plain(list(generator.generate(requests())))
-    generator.adopt(Weights(1, second))
+    generator.load_weights(Weights(1, second))
     assert plain(list(generator.generate(requests()))) == plain(list(fresh.generate(requests()))) != before
 
 

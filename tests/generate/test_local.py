@@ -28,7 +28,7 @@ def asked(sampling: Sampling, count: int = 4) -> list[Request]:
 
 
 def kept(logp: list[float], sampling: Sampling) -> list[float]:
-    """The distribution sampled from, in plain Python: temperature, top-k, top-p, min-p, renormalised."""
+    """The distribution sampled from, in plain Python: temperature, top-k, top-p, min-p, renormalized."""
     import math
 
     scaled = [value / sampling.temperature for value in logp]
@@ -131,7 +131,7 @@ def test_prompts_of_unlike_length_in_one_batch_are_as_one_at_a_time(kind: str) -
 def test_a_canary_is_scored_as_the_full_forward_does(kind: str) -> None:
     role = Role("policy", KINDS[kind](torch.float64), True)
     ids = [h.row(i, 1, length).ids for i, length in enumerate((1, 7, 40))]
-    for one, got in zip(ids, generator(role).score(ids), strict=True):
+    for one, got in zip(ids, generator(role).logprobs(ids), strict=True):
         expected = h.full_logits(role.model, one).log_softmax(-1)[:-1].gather(1, one[1:, None])[:, 0]
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 

@@ -72,7 +72,7 @@ def test_where_every_token_could_be_drawn_or_one_alone_there_is_no_support(sampl
     assert {sample.support for group in drawn(h.policy(), sampling) for sample in group.samples} == {None}
 
 
-def test_a_request_that_truncates_leaves_its_neighbours_whole() -> None:
+def test_a_request_that_truncates_leaves_its_neighbors_whole() -> None:
     role, plain = h.policy(), Sampling(4)
     asked = [Request(PROMPTS[0], 0, n, replace(plain, top_k=3) if n % 2 else plain, 3) for n in range(4)]
     got = list(LocalGenerator(role, (1, 5), str).generate(asked))
@@ -80,15 +80,15 @@ def test_a_request_that_truncates_leaves_its_neighbours_whole() -> None:
     assert all(len(one) == 3 for sample in got[1::2] for one in sample.support or ())
 
 
-@pytest.mark.parametrize("dials", [{}, {"budget": 12}, {"packed": True}], ids=repr)
+@pytest.mark.parametrize("options", [{}, {"budget": 12}, {"packed": True}], ids=repr)
 @pytest.mark.parametrize("sampling", DIALS, ids=repr)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_learner_reads_what_the_sampler_reported_and_the_whole_vocabularys_beside_it(
-    kind: str, sampling: Sampling, dials: dict[str, Any]
+    kind: str, sampling: Sampling, options: dict[str, Any]
 ) -> None:
     role = Role("policy", KINDS[kind](), True)
     batch = batch_of(drawn(role, sampling), sampling)
-    learner = LocalLearner({"policy": role}, {"policy": h.FREE}, total=1, **dials)
+    learner = LocalLearner({"policy": role}, {"policy": h.FREE}, total=1, **options)
     names = frozenset({"old_logp", "old_full_logp", "old_entropy", "old_collision"})
     got = learner.measure(batch, names)
     torch.testing.assert_close(got["old_logp"], batch["sampler_logp"], rtol=0, atol=1e-5 if kind == "capped" else 1e-9)

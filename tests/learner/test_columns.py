@@ -26,8 +26,8 @@ def roles(kind: str) -> dict[str, Role]:
     return {"policy": Role("policy", model(kind), True), "reference": Role("reference", model(kind, seed=1), False)}
 
 
-def learner(own: dict[str, Role], **dials: Any) -> LocalLearner:
-    return LocalLearner(own, {name: h.FREE for name, role in own.items() if role.trained}, total=1, **dials)
+def learner(own: dict[str, Role], **options: Any) -> LocalLearner:
+    return LocalLearner(own, {name: h.FREE for name, role in own.items() if role.trained}, total=1, **options)
 
 
 def batch() -> Batch:
@@ -51,16 +51,16 @@ def check(got: Tensor, expected: Any, within: float) -> None:
 # --- the exact KL ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dials", LAYOUTS, ids=str)
+@pytest.mark.parametrize("options", LAYOUTS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_exact_kl_is_the_sum_over_the_whole_vocabulary(kind: str, dials: dict[str, Any]) -> None:
+def test_the_exact_kl_is_the_sum_over_the_whole_vocabulary(kind: str, options: dict[str, Any]) -> None:
     own = roles(kind)
 
     def expected(row: Row, temperature: float) -> Tensor:
         p, q = (logprobs(own[name].model, row, temperature) for name in ("policy", "reference"))
         return (p.exp() * (p - q)).sum(-1)
 
-    got = learner(own, **dials).measure(batch(), frozenset({"old_exact_kl"}))["old_exact_kl"]
+    got = learner(own, **options).measure(batch(), frozenset({"old_exact_kl"}))["old_exact_kl"]
     assert float(got.max()) > 0.01
     check(got, expected, 1e-9)
 
@@ -130,11 +130,11 @@ def test_without_a_reference_there_is_no_exact_kl() -> None:
 # --- the collision probability ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dials", LAYOUTS, ids=str)
+@pytest.mark.parametrize("options", LAYOUTS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_collision_is_the_sum_of_the_squared_probabilities(kind: str, dials: dict[str, Any]) -> None:
+def test_the_collision_is_the_sum_of_the_squared_probabilities(kind: str, options: dict[str, Any]) -> None:
     own = roles(kind)
-    got = learner(own, **dials).measure(batch(), frozenset({"old_collision"}))["old_collision"]
+    got = learner(own, **options).measure(batch(), frozenset({"old_collision"}))["old_collision"]
     check(got, lambda row, t: logprobs(own["policy"].model, row, t).exp().square().sum(-1), 1e-9)
     assert bool((got[batch()["mask"]] >= 1 / 27).all())
 
@@ -154,13 +154,13 @@ def attention_by_hand(kind: str, row: Row, name: str) -> Tensor:
     return own / own.sum()
 
 
-@pytest.mark.parametrize("dials", LAYOUTS, ids=str)
+@pytest.mark.parametrize("options", LAYOUTS, ids=str)
 @pytest.mark.parametrize("name", JOINED)
 @pytest.mark.parametrize("kind", ["qwen3", "llama", "gpt2"])
 def test_attention_is_the_last_tokens_in_the_last_layer_as_shares_of_the_trained_tokens(
-    kind: str, name: str, dials: dict[str, Any]
+    kind: str, name: str, options: dict[str, Any]
 ) -> None:
-    got = learner(roles(kind), **dials).measure(Batch.of(h.rows()), frozenset({name}))[name]
+    got = learner(roles(kind), **options).measure(Batch.of(h.rows()), frozenset({name}))[name]
     for number, row in enumerate(h.rows()):
         torch.testing.assert_close(
             got[number, : row.response].double(), attention_by_hand(kind, row, name), rtol=1e-5, atol=1e-6

@@ -29,10 +29,10 @@ OPTIM = Optim(lr=0.02, schedule="constant", max_grad_norm=1e30)
 def make(request: pytest.FixtureRequest) -> Callable[..., Any]:
     adapter = ADAPTERS[request.param]
 
-    def build(roles: dict[str, Role] | None = None, optim: Optim = OPTIM, **dials: Any) -> Any:
+    def build(roles: dict[str, Role] | None = None, optim: Optim = OPTIM, **options: Any) -> Any:
         roles = {"policy": h.policy()} if roles is None else roles
         return adapter(
-            roles, {n: optim for n, role in roles.items() if role.trained}, **({"total": 10, "budget": 40} | dials)
+            roles, {n: optim for n, role in roles.items() if role.trained}, **({"total": 10, "budget": 40} | options)
         )
 
     return build
@@ -184,16 +184,16 @@ def test_dropout_acts_in_updates_by_seed_and_version(make: Any) -> None:
     assert len({*one, *other, plain[0]}) == 5
 
 
-@pytest.mark.parametrize("dials", [{"budget": 1}, {"budget": 10**6}, {"packed": True}], ids=str)
-def test_dropout_gives_the_same_gradient_however_the_batch_is_split(make: Any, dials: dict[str, Any]) -> None:
-    base, other = make(dropout=0.3, seed=1), make(dropout=0.3, seed=1, **dials)
+@pytest.mark.parametrize("options", [{"budget": 1}, {"budget": 10**6}, {"packed": True}], ids=str)
+def test_dropout_gives_the_same_gradient_however_the_batch_is_split(make: Any, options: dict[str, Any]) -> None:
+    base, other = make(dropout=0.3, seed=1), make(dropout=0.3, seed=1, **options)
     base.update(work())
     other.update(work())
     ours, theirs = h.gradients(base)["policy"], h.gradients(other)["policy"]
     assert (ours - theirs).norm() < 1e-6 * ours.norm()
 
 
-# --- the optimisers --------------------------------------------------------------------------------------------------
+# --- the optimizers --------------------------------------------------------------------------------------------------
 
 
 def adamw_by_hand(value: Any, gradients: list, optim: Optim, factors: list[float]) -> Any:
@@ -216,8 +216,8 @@ def test_adamw_steps_by_hand_with_decay_on_matrices_alone(make: Any, kind: str) 
         eps=1e-6,
         max_grad_norm=1e30,
         schedule="linear",
-        warmup=0.25,
-        final=0.2,
+        warmup_ratio=0.25,
+        min_lr_ratio=0.2,
     )
     own = make({"policy": h.policy(kind)}, optim, total=8)
     before, gradients = h.weights(own)["policy"], []
@@ -259,11 +259,11 @@ def test_muon_trains_the_matrices_inside_the_layers_and_adamw_the_rest(make: Any
     ("optim", "total", "factors"),
     [
         (Optim(schedule="constant"), 4, [1, 1, 1, 1]),
-        (Optim(schedule="constant", warmup=0.5), 6, [0.25, 0.5, 0.75, 1, 1, 1]),
-        (Optim(schedule="linear", final=0.0), 4, [1, 0.75, 0.5, 0.25]),
-        (Optim(schedule="linear", final=0.2), 4, [1, 0.8, 0.6, 0.4]),
-        (Optim(schedule="cosine", final=0.0), 4, [1, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4]),
-        (Optim(schedule="cosine", final=0.1), 2, [1, 0.55]),
+        (Optim(schedule="constant", warmup_ratio=0.5), 6, [0.25, 0.5, 0.75, 1, 1, 1]),
+        (Optim(schedule="linear", min_lr_ratio=0.0), 4, [1, 0.75, 0.5, 0.25]),
+        (Optim(schedule="linear", min_lr_ratio=0.2), 4, [1, 0.8, 0.6, 0.4]),
+        (Optim(schedule="cosine", min_lr_ratio=0.0), 4, [1, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4]),
+        (Optim(schedule="cosine", min_lr_ratio=0.1), 2, [1, 0.55]),
     ],
 )
 def test_the_schedule_by_hand(make: Any, optim: Optim, total: int, factors: list[float]) -> None:
@@ -274,7 +274,7 @@ def test_the_schedule_by_hand(make: Any, optim: Optim, total: int, factors: list
     )
 
 
-def test_each_role_has_its_own_optimiser() -> None:
+def test_each_role_has_its_own_optimizer() -> None:
     roles = all_roles()
     optims = {"policy": OPTIM, "critic": replace(OPTIM, lr=0.005, max_grad_norm=0.01)}
     own = LocalLearner(roles, optims, total=4)
@@ -354,7 +354,7 @@ def test_another_model_is_refused(make: Any, tmp_path: Path) -> None:
         make({"policy": h.policy("llama")}).load(tmp_path)
 
 
-def test_another_optimiser_is_refused(make: Any, tmp_path: Path) -> None:
+def test_another_optimizer_is_refused(make: Any, tmp_path: Path) -> None:
     own = make()
     own.update(work())
     own.save(tmp_path)

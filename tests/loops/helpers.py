@@ -14,10 +14,10 @@ from models import helpers as h
 from whet import methods
 from whet.generate import Request
 from whet.generate.local import LocalGenerator
-from whet.learner import Step, Work
+from whet.learner import UpdateResult, Work
 from whet.learner.local import LocalLearner
 from whet.loops import checkpoint, online
-from whet.loops.record import Run
+from whet.loops.record import RunFolder
 from whet.methods import Algorithm, catalogue
 from whet.methods.options import Sampling
 from whet.models.roles import Role
@@ -30,7 +30,7 @@ ONLINE = {**catalogue.ONLINE, **catalogue.ONLINE_PREFERENCE}
 
 def method_of(name: str, **changes: Any) -> Algorithm:
     """A method of the catalogue in small: three answers where it compares them, answers of at most 6 tokens."""
-    few = {"answers": 3} if ONLINE[name].slots["answers"] > 1 else {}
+    few = {"num_generations": 3} if ONLINE[name].slots["num_generations"] > 1 else {}
     short = {"overlong": {"name": "soft_overlong", "buffer": 2}} if name == "dapo" else {}
     return methods.online(name, **({"longest": 6} | few | short | changes))
 
@@ -61,7 +61,7 @@ class Rough(LocalGenerator):
 class Recorder(h.Recorder):
     """Keeps the work of every update and the weights before it."""
 
-    def update(self, work: Work) -> Step:
+    def update(self, work: Work) -> UpdateResult:
         self.works = [*getattr(self, "works", []), work]
         self.befores = [*getattr(self, "befores", []), h.weights(self)]
         self.nows = [*getattr(self, "nows", []), {}]
@@ -70,9 +70,9 @@ class Recorder(h.Recorder):
         return step
 
 
-def learner_of(roles: dict[str, Role], *, lr: float = 0.02, **dials: Any) -> Recorder:
+def learner_of(roles: dict[str, Role], *, lr: float = 0.02, **options: Any) -> Recorder:
     optims = {name: replace(h.FREE, lr=lr) for name, role in roles.items() if role.trained}
-    return Recorder(roles, optims, total=50, **({"budget": 64} | dials))
+    return Recorder(roles, optims, total=50, **({"budget": 64} | options))
 
 
 def go(
@@ -91,12 +91,12 @@ def go(
 ) -> Recorder:
     """One run of the loop; returns its learner. `reward` is one reward or several."""
     own: Any = learner or learner_of(roles or cast(method))
-    whole = plan.get("prompts", 3) * (1 if method.pairs else method.collect.answers)
-    given = {"steps": 1, "prompts": 3, "minibatch": whole, "canary": 20, "end_ids": tuple(end_ids)} | plan
+    whole = plan.get("prompts", 3) * (1 if method.pairs else method.collect.num_generations)
+    given = {"steps": 1, "prompts": 3, "mini_batch_size": whole, "canary": 20, "end_ids": tuple(end_ids)} | plan
     table = reward or h.TableReward(lambda ids: 0.5 * len(ids) - 0.25 * (sum(ids) % 5))
     rewards = [Weighted(f"table{n}" if n else "table", one) for n, one in enumerate(listed(table))]
     source = generator(own.roles["policy"], end_ids, str)
-    run, planned = opened(folder, resume), online.Plan(**given)
+    run, planned = opened(folder, resume), online.OnlinePlan(**given)
     online.train(
         method, own, source, rewards, PROMPTS, sampling, planned, run, ptx=ptx, resume=resume, quiet=True
     )  # fmt: skip
@@ -107,11 +107,11 @@ def listed(one: Any) -> list[Any]:
     return list(one) if isinstance(one, (list, tuple)) else [one]
 
 
-def opened(folder: Path, resume: bool = False) -> Run:
+def opened(folder: Path, resume: bool = False) -> RunFolder:
     """The run folder as the command line opens it."""
     found = checkpoint.latest(folder / "checkpoints") if resume else None
     step = json.loads((found / "loop.json").read_text())["step"] if found else 0
-    return Run(folder, resume_at=step if resume else None)
+    return RunFolder(folder, resume_at=step if resume else None)
 
 
 def loop_state(folder: Path) -> dict[str, Any]:

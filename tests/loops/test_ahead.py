@@ -1,4 +1,4 @@
-"""Answers ahead of the learner: at staleness 0 the synchronous run; beyond it nothing is too old, lost, doubled or mislabelled."""
+"""Answers ahead of the learner: at staleness 0 the synchronous run; beyond it nothing is too old, lost, doubled or mislabeled."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from loops.helpers import END, PROMPTS, cast, learner_of, method_of, opened, rol
 from loops.test_learning import TINY, Light, share
 from whet import planning as planned
 from whet.data import Sample
-from whet.errors import EngineDied, RunStopped
+from whet.errors import RunStopped, WorkerDied
 from whet.generate import Request
 from whet.generate.fleet import Fleet
 from whet.generate.local import LocalGenerator
@@ -47,15 +47,23 @@ def run(
     learner: Any = None,
     resume: bool = False,
     length: int = 6,
-    **dials: Any,
+    **options: Any,
 ) -> Any:
     own = learner or learner_of(cast(method), lr=0.02)
-    whole = 4 * method.collect.answers
-    given = {"steps": 4, "prompts": 4, "minibatch": whole, "canary": 20, "end_ids": END, "slots": 64, "segment": 1}
+    whole = 4 * method.collect.num_generations
+    given = {
+        "steps": 4,
+        "prompts": 4,
+        "mini_batch_size": whole,
+        "canary": 20,
+        "end_ids": END,
+        "slots": 64,
+        "segment": 1,
+    }
     table = h.TableReward(lambda ids: 0.5 * len(ids) - 0.25 * (sum(ids) % 5))
     online.train(
         method, own, lanes or Lanes(1), [Weighted("table", table)], PROMPTS, Sampling(length),
-        online.Plan(**(given | dials)), opened(folder, resume), driver=driver, resume=resume, quiet=True,
+        online.OnlinePlan(**(given | options)), opened(folder, resume), driver=driver, resume=resume, quiet=True,
     )  # fmt: skip
     return own
 
@@ -138,9 +146,9 @@ def test_a_straggler_does_not_hold_a_step(tmp_path: Path) -> None:
         out.lanes = [Slow(h.policy(dtype=torch.float32, name="sampler"), END, str, copy=True)]
         return out
 
-    given = {"lanes": lane(), "length": 50, "steps": 3, "half": True}
+    given = {"lanes": lane(), "length": 50, "steps": 3, "low_precision": True}
     waits, goes = clock(), clock()
-    method = method_of("reinforce", correct="token_weight")
+    method = method_of("reinforce", importance_correction="token_weight")
     run(tmp_path / "waits", method, driver=waits, **given)
     run(tmp_path / "goes", method, driver=goes, **(given | {"lanes": lane()}), max_staleness=2)
     assert waits.collected[0] == 40.0
@@ -151,8 +159,8 @@ def test_a_straggler_does_not_hold_a_step(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("staleness", [1, 2])
 def test_a_resumed_run_loses_no_group_and_doubles_none(staleness: int, tmp_path: Path) -> None:
-    method, dials = method_of("ppo"), {"max_staleness": staleness, "steps": 8, "save_every": 1, "slots": 3}
-    run(tmp_path / "whole", method, driver=clock(), lanes=Lanes(2), **dials)
+    method, options = method_of("ppo"), {"max_staleness": staleness, "steps": 8, "save_every": 1, "slots": 3}
+    run(tmp_path / "whole", method, driver=clock(), lanes=Lanes(2), **options)
 
     class Broken(h.TableReward):
         def score(self, groups: Any) -> Any:
@@ -164,14 +172,14 @@ def test_a_resumed_run_loses_no_group_and_doubles_none(staleness: int, tmp_path:
     with pytest.raises(KeyboardInterrupt):
         online.train(
             method, learner_of(cast(method), lr=0.02), Lanes(2), [Weighted("table", table)], PROMPTS, Sampling(6),
-            online.Plan(prompts=4, minibatch=4, canary=20, end_ids=END, segment=1, **dials), opened(tmp_path / "cut", False),
+            online.OnlinePlan(prompts=4, mini_batch_size=4, canary=20, end_ids=END, segment=1, **options), opened(tmp_path / "cut", False),
             driver=clock(), quiet=True,
         )  # fmt: skip
     saved = sorted((tmp_path / "cut" / "checkpoints").glob("step-*"))[-1]
     state = json.loads((saved / "loop.json").read_text())
     assert state["buffer"]  # answers in flight are part of the checkpoint
     assert state["drawn"] > 4 * state["step"]
-    run(tmp_path / "cut", method, driver=clock(), lanes=Lanes(2), resume=True, **dials)
+    run(tmp_path / "cut", method, driver=clock(), lanes=Lanes(2), resume=True, **options)
     seen = [answer["draw"] for answers in rows(tmp_path / "cut", 8) for answer in answers]
     assert sorted(seen) == list(range(32))
     for step, answers in enumerate(rows(tmp_path / "cut", 8)):
@@ -206,12 +214,12 @@ def test_what_a_lane_raises_ends_the_run(tmp_path: Path) -> None:
     class Dying(LocalGenerator):
         def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
             if self.version:
-                raise EngineDied("the engine is gone")
+                raise WorkerDied("the engine is gone")
             yield from super().generate(requests)
 
     lanes = Lanes(1)
     lanes.lanes = [Dying(h.policy(dtype=torch.float32, name="sampler"), END, str, copy=True)]
-    with pytest.raises(EngineDied, match="the engine is gone"):
+    with pytest.raises(WorkerDied, match="the engine is gone"):
         run(tmp_path, method_of("ppo"), lanes=lanes, max_staleness=1)
 
 
@@ -230,7 +238,7 @@ def test_time_on_the_clock_is_what_the_simulator_says(
     )  # fmt: skip
     lengths = {a["draw"]: len(a["completion_ids"]) for answers in rows(tmp_path, steps) for a in answers}
     said = planned.simulate(
-        steps=steps, prompts=4, answers=1, length=lambda draw, answer: lengths[draw], engines=lanes, slots=slots,
+        steps=steps, prompts=4, num_generations=1, length=lambda draw, answer: lengths[draw], engines=lanes, slots=slots,
         token_seconds=1.0, learn_seconds=learn, push_seconds=0.5, max_staleness=staleness,
     )  # fmt: skip
     assert driver.time == pytest.approx(said.seconds, rel=0.05)
@@ -248,7 +256,7 @@ def curves(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], li
 
 
 def curve(folder: Path, staleness: int, seed: int) -> list[float]:
-    method = method_of("rloo", longest=4, answers=4, correct="token_weight")
+    method = method_of("rloo", longest=4, num_generations=4, importance_correction="token_weight")
     roles = {"policy": h.policy(seed=seed, **TINY), "reference": h.policy(seed=seed, name="reference", **TINY)}
     learner = LocalLearner(
         {name: role for name, role in roles.items() if name in method.roles()},
@@ -257,10 +265,10 @@ def curve(folder: Path, staleness: int, seed: int) -> list[float]:
     lanes = Lanes(0)
     lanes.lanes = [LocalGenerator(h.policy(seed=seed, name="sampler", **TINY), (1,), str, copy=True)]
     prompts = [h.prompt(i, (2 + i, 4 + i)) for i in range(4)]
-    plan = online.Plan(
+    plan = online.OnlinePlan(
         steps=24,
         prompts=8,
-        minibatch=32,
+        mini_batch_size=32,
         seed=seed,
         end_ids=(1,),
         canary=20,

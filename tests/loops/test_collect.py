@@ -25,7 +25,13 @@ def rare(ids: tuple[int, ...]) -> float:
 
 @pytest.mark.parametrize("refill", [1, 3])
 def test_groups_without_spread_are_replaced_within_bounds(tmp_path: Path, refill: int) -> None:
-    go(tmp_path, method_of("grpo", answers=2, refill=refill), reward=h.TableReward(rare), steps=6, save_every=1)
+    go(
+        tmp_path,
+        method_of("grpo", num_generations=2, dynamic_sampling=refill),
+        reward=h.TableReward(rare),
+        steps=6,
+        save_every=1,
+    )
     handed = 0
     lines = read_metrics(tmp_path)
     for step, line in enumerate(lines, 1):
@@ -44,7 +50,12 @@ def test_groups_without_spread_are_replaced_within_bounds(tmp_path: Path, refill
 
 
 def test_where_no_group_ever_has_spread_the_first_ones_are_trained(tmp_path: Path) -> None:
-    go(tmp_path, method_of("grpo", answers=2, refill=2), reward=h.TableReward(lambda ids: 1.0), steps=2)
+    go(
+        tmp_path,
+        method_of("grpo", num_generations=2, dynamic_sampling=2),
+        reward=h.TableReward(lambda ids: 1.0),
+        steps=2,
+    )
     for step, line in enumerate(read_metrics(tmp_path), 1):
         assert (line["rounds"], line["groups_with_spread"], line["groups_replaced"]) == (3, 0, 6)
         first = 9 * (step - 1)
@@ -52,7 +63,11 @@ def test_where_no_group_ever_has_spread_the_first_ones_are_trained(tmp_path: Pat
 
 
 def test_a_rollout_whose_groups_all_have_spread_asks_for_no_more(tmp_path: Path) -> None:
-    go(tmp_path, method_of("grpo", answers=4, refill=3), reward=h.TableReward(lambda ids: sum(ids) + len(ids) / 9))
+    go(
+        tmp_path,
+        method_of("grpo", num_generations=4, dynamic_sampling=3),
+        reward=h.TableReward(lambda ids: sum(ids) + len(ids) / 9),
+    )
     line = read_metrics(tmp_path)[0]
     assert (line["rounds"], line["groups_with_spread"], line["groups_replaced"]) == (1, 3, 0)
 
@@ -66,7 +81,7 @@ def test_steps_of_unlike_reward_are_spread_too(tmp_path: Path) -> None:
             token = tuple(torch.eye(len(s.ids))[s.answer % len(s.ids)] for s in samples)
             return Scores(torch.ones(len(samples)), token)
 
-    go(tmp_path, method_of("grpo_process", answers=4, refill=2), reward=Placed(), end_ids=())
+    go(tmp_path, method_of("grpo_process", num_generations=4, dynamic_sampling=2), reward=Placed(), end_ids=())
     line = read_metrics(tmp_path)[0]
     assert (line["rounds"], line["groups_with_spread"]) == (1, 3)
 
@@ -75,7 +90,7 @@ def test_steps_of_unlike_reward_are_spread_too(tmp_path: Path) -> None:
 def test_refilled_rollouts_keep_their_supports(tmp_path: Path, changes: dict[str, Any]) -> None:
     """Rounds whose widest support differs are joined all the same."""
     own = go(
-        tmp_path, method_of("grpo", answers=2, refill=3), reward=h.TableReward(rare), steps=3,
+        tmp_path, method_of("grpo", num_generations=2, dynamic_sampling=3), reward=h.TableReward(rare), steps=3,
         sampling=Sampling(6, **changes),
     )  # fmt: skip
     assert max(line["rounds"] for line in read_metrics(tmp_path)) > 1
@@ -99,8 +114,8 @@ def greedy(model: Any, prompt: Sequence[int], end: Sequence[int], limit: int) ->
     ("changes", "cut", "end"),
     [
         ({}, 0.0, (1, 5, 9)),
-        ({"truncated": {"rule": "penalise", "amount": 0.75}}, 0.75, ()),
-        ({"answers": 2, "refill": 2}, 0.0, (1, 5, 9)),
+        ({"truncated": {"rule": "penalize", "amount": 0.75}}, 0.75, ()),
+        ({"num_generations": 2, "dynamic_sampling": 2}, 0.0, (1, 5, 9)),
     ],
     ids=["plain", "every answer is cut off and pays", "refilled"],
 )
@@ -124,7 +139,7 @@ def test_remax_subtracts_the_score_of_the_greedy_answer(
         assert answer["advantage"] == pytest.approx(
             [answer["score"] - answer["baseline"]] * len(answer["mask"]), abs=1e-6
         )
-    assert len(answers) == 3 * method.collect.answers
+    assert len(answers) == 3 * method.collect.num_generations
     assert len({answer["baseline"] for answer in answers}) > 1 or "refill" in changes
     assert own.version == 1
 
@@ -145,7 +160,7 @@ def test_the_greedy_answer_does_not_follow_the_sampling_dials(tmp_path: Path) ->
 
 
 def test_online_dpo_trains_the_best_against_the_worst_answer_of_each_prompt(tmp_path: Path) -> None:
-    own = go(tmp_path, method_of("online_dpo", answers=5), steps=2, minibatch=2)
+    own = go(tmp_path, method_of("online_dpo", num_generations=5), steps=2, mini_batch_size=2)
     answers = rollout(tmp_path, 2)
     expected = []
     for group in by_prompt(answers):
@@ -156,8 +171,8 @@ def test_online_dpo_trains_the_best_against_the_worst_answer_of_each_prompt(tmp_
     trained = []
     for work in own.works[-2:]:
         batch = work[0][1]
-        assert batch["place"].tolist() == [0, 1] * len(batch.elements())
-        assert torch.equal(batch["chosen_mask"], batch["mask"] & (batch["place"] == 0)[:, None])
+        assert batch["index"].tolist() == [0, 1] * len(batch.elements())
+        assert torch.equal(batch["chosen_mask"], batch["mask"] & (batch["index"] == 0)[:, None])
         trained += [tuple(tuple(batch.rows[row].ids.tolist()) for row in rows) for rows in batch.elements()]
     assert sorted(trained) == sorted(expected)
     assert [len(work[0][1].elements()) for work in own.works] == [2, 1, 2, 1]
@@ -165,7 +180,7 @@ def test_online_dpo_trains_the_best_against_the_worst_answer_of_each_prompt(tmp_
 
 
 def test_groups_of_equal_scores_give_no_pair(tmp_path: Path) -> None:
-    own = go(tmp_path, method_of("online_dpo", answers=2), reward=h.TableReward(rare), steps=4)
+    own = go(tmp_path, method_of("online_dpo", num_generations=2), reward=h.TableReward(rare), steps=4)
     for step, work in zip([s for s in range(1, 5) if paired(tmp_path, s)], own.works, strict=True):
         assert len(work[0][1].elements()) == paired(tmp_path, step)
     assert 0 < len(own.works) <= 4
@@ -178,7 +193,7 @@ def paired(folder: Path, step: int) -> int:
 
 
 def test_a_rollout_without_any_pair_changes_nothing_and_the_run_goes_on(tmp_path: Path) -> None:
-    method = method_of("online_dpo", answers=2, loss="bco_pair")
+    method = method_of("online_dpo", num_generations=2, loss="bco_pair")
     own = learner_of(cast(method))
     before = h.weights(own)
 
@@ -209,14 +224,14 @@ def test_a_running_mean_stays_where_a_rollout_has_nothing_to_tell(tmp_path: Path
             return scores if self.calls < 3 else Scores(torch.zeros_like(scores.answer))
 
     early = Early(lambda ids: 0.5 * len(ids) + 0.01 * sum(ids))
-    go(tmp_path, method_of("online_dpo", answers=2, loss="bco_pair"), reward=early, steps=4)
+    go(tmp_path, method_of("online_dpo", num_generations=2, loss="bco_pair"), reward=early, steps=4)
     deltas = [line["state/term0.delta"] for line in read_metrics(tmp_path)]
     assert deltas[2] != 0.0
     assert deltas[3] == deltas[2]
 
 
 def test_prompts_of_pairs_are_those_that_were_drawn(tmp_path: Path) -> None:
-    go(tmp_path, method_of("online_dpo", answers=2), steps=2)
+    go(tmp_path, method_of("online_dpo", num_generations=2), steps=2)
     for step in (1, 2):
         assert sorted(tuple(group[0]["prompt_ids"]) for group in by_prompt(rollout(tmp_path, step))) == sorted(
             prompt.ids for prompt in PROMPTS

@@ -12,7 +12,7 @@ from whet.learner.local import LocalLearner
 from whet.loops import evaluate
 from whet.methods import reward
 from whet.methods.options import Sampling
-from whet.models.load import Source, load_scorer
+from whet.models.load import ModelSource, load_scorer
 from whet.models.roles import Role
 from whet.runs.verbs import SFT
 
@@ -53,7 +53,7 @@ def test_held_out_loss_is_the_mean_over_all_tokens_whatever_the_batches() -> Non
 
 
 def test_accuracy_counts_untied_pairs_and_equal_scores_as_half(tmp_path: Path) -> None:
-    model = load_scorer(Source(str(tiny.folder(tmp_path)), dtype="float32", device="cpu"))
+    model = load_scorer(ModelSource(str(tiny.folder(tmp_path)), dtype="float32", device="cpu"))
     rows = [row([3, 9, token, 6], 2) for token in (7, 8, 9)]
     with torch.no_grad():
         scores = [model(one.ids[None]).logits.item() for one in rows]

@@ -15,10 +15,10 @@ from torch import Tensor
 from loops.helpers import ONLINE, PROMPTS, Rough, method_of
 from whet.data import COLUMNS, Batch, Row, Stepped, Unpaired, pad_ids, take_elements
 from whet.generate.local import LocalGenerator
-from whet.learner import Step, Work
+from whet.learner import UpdateResult, Work
 from whet.learner.local import LocalLearner
 from whet.loops import offline, online
-from whet.loops.record import Run
+from whet.loops.record import RunFolder
 from whet.methods import Algorithm, Objective, Term, catalogue, preference, reward
 from whet.methods.choices import PAIR_LOSSES, SINGLE_LOSSES
 from whet.methods.options import KL, Sampling
@@ -72,14 +72,14 @@ def stepped() -> list[Stepped]:
 def of(name: str, **changes: Any) -> Scenario:
     """An online method of the catalogue with three answers a prompt."""
     about = {key: changes.pop(key) for key in ("sampling", "generator") if key in changes}
-    return Scenario(method_of(name, **({"answers": 3} | changes)), **about)
+    return Scenario(method_of(name, **({"num_generations": 3} | changes)), **about)
 
 
 def on_pairs(name: str = "dpo", **changes: Any) -> Scenario:
     return Scenario(preference(name, **changes), h.pairs)
 
 
-WIDE = {"low": 0.2, "high": 0.2}
+WIDE = {"clip_low": 0.2, "clip_high": 0.2}
 CHANGED: Mapping[str, dict[str, Any]] = {
     "dapo": {"overlong": {"name": "soft_overlong", "buffer": 2}},
     "gspo": {"surrogate": WIDE},  # else every answer that moved is beyond the clip
@@ -96,11 +96,11 @@ SCENARIOS: dict[str, Scenario] = {
     "dpo": on_pairs(beta=0.5, sft_weight=0.3),
     **{f"dpo {loss}": on_pairs(loss=loss, **({} if loss == "sft" else {"beta": 0.5})) for loss in TRL},
     **{
-        f"dpo {one}": on_pairs(score={"name": "implicit_reward", "divergence": one}, beta=0.5)
+        f"dpo {one}": on_pairs(implicit_reward={"name": "implicit_reward", "divergence": one}, beta=0.5)
         for one in ("forward_kl", "js", "alpha")
     },
     "dpo mixture": on_pairs(loss=[{"name": "sigmoid", "weight": 0.6}, {"name": "bco_pair"}, {"name": "sft"}]),
-    "ipo mean": on_pairs("ipo", beta=0.5, score={"mean": True}),
+    "ipo mean": on_pairs("ipo", beta=0.5, implicit_reward={"mean": True}),
     "kto": Scenario(preference("kto", beta=0.5), unpaired),
     **{
         f"kto {loss}": Scenario(preference("kto", loss=loss, beta=0.5), unpaired)
@@ -108,29 +108,29 @@ SCENARIOS: dict[str, Scenario] = {
         if loss != "kto"
     },
     "k_way": Scenario(reward("k_way"), h.rankings),
-    "pairwise": Scenario(reward("pairwise", centring=0.05), h.pairs),
-    "log_exp": Scenario(reward("log_exp", centring=0.05), h.pairs),
-    "absolute": Scenario(reward("absolute"), h.labelled),
+    "pairwise": Scenario(reward("pairwise", centering=0.05), h.pairs),
+    "log_exp": Scenario(reward("log_exp", centering=0.05), h.pairs),
+    "absolute": Scenario(reward("absolute"), h.labeled),
     "process": Scenario(reward("process"), stepped),
     "ppo top_p": of("ppo", sampling=Sampling(6, 0.9, top_p=0.8)),
     "grpo top_p": of("grpo", sampling=Sampling(6, 0.9, top_p=0.8)),
-    "grpo top_k k3_weighted": of("grpo", loss_kl="k3_weighted", sampling=Sampling(6, 0.9, top_k=6)),
+    "grpo top_k k3_weighted": of("grpo", kl_in_loss="k3_weighted", sampling=Sampling(6, 0.9, top_k=6)),
     "online_dpo min_p": of("online_dpo", sampling=Sampling(6, 0.9, min_p=0.1)),
     "online_dpo aot": of("online_dpo", loss="aot"),
-    "grpo exact": of("grpo", loss_kl={"name": "exact", "coef": 0.5}),
-    "grpo k2_sequence": of("grpo", loss_kl={"name": "k2_sequence", "coef": 0.5}, reduce="sequence_sum"),
-    "ppo exact": of("ppo", kl=KL(coef=0.5, estimator="exact"), whiten=None),
-    "ppo attention": of("ppo", place="attention"),
-    "ppo attention max": of("ppo", place={"name": "attention", "heads": "max"}),
-    "ppo token_mask": of("ppo", correct={"name": "token_mask", "low": 0.7, "high": 1.5}, generator=Rough),
-    "grpo sequence_weight": of("grpo", correct="sequence_weight", generator=Rough),
-    "grpo entropy": of("grpo", entropy={"coef": 0.3}),
+    "grpo exact": of("grpo", kl_in_loss={"name": "exact", "coef": 0.5}),
+    "grpo k2_sequence": of("grpo", kl_in_loss={"name": "k2_sequence", "coef": 0.5}, reduction="sequence_sum"),
+    "ppo exact": of("ppo", kl_in_reward=KL(coef=0.5, estimator="exact"), normalize_advantage=None),
+    "ppo attention": of("ppo", reward_placement="attention"),
+    "ppo attention max": of("ppo", reward_placement={"name": "attention", "heads": "max"}),
+    "ppo token_mask": of("ppo", importance_correction={"name": "token_mask", "low": 0.7, "high": 1.5}, generator=Rough),
+    "grpo sequence_weight": of("grpo", importance_correction="sequence_weight", generator=Rough),
+    "grpo entropy": of("grpo", entropy={"ent_coef": 0.3}),
     "grpo dual_clip": of("grpo", surrogate={"name": "dual_clip", "bound": 1.3}),
     "gspo token": of("gspo", ratio="sequence_token", surrogate=WIDE),
     "dppo kl": of("dppo", surrogate={"name": "dppo", "divergence": "kl", "bound": 0.3}),
     "instructgpt bootstrap": of("instructgpt", truncated={"rule": "bootstrap"}),
     "grpo mask": of("grpo", truncated={"rule": "mask"}),
-    "ppo running": of("ppo", rescale="running", bound={"name": "clip_score", "bound": 1.5}, place="uniform"),
+    "ppo running": of("ppo", reward_normalization="running", reward_clip={"name": "clip_score", "bound": 1.5}, reward_placement="uniform"),
 }  # fmt: skip
 assert SCENARIOS.keys() >= {*catalogue.ONLINE, *catalogue.ONLINE_PREFERENCE, *catalogue.PREFERENCE, *catalogue.REWARD}
 
@@ -158,26 +158,28 @@ def rewards(name: str) -> list[Weighted]:
     """Scores of both signs, per token where a KL or steps are; two of them for gdpo, none below 0 for maxrl."""
     method = SCENARIOS[name].objective
     assert isinstance(method, Algorithm)
-    dense = method.rescale is None and (method.penalty is not None or name == "grpo_process")
+    dense = method.reward_normalization is None and (method.penalty is not None or name == "grpo_process")
     first = h.TableReward(lambda ids: 0.5 * len(ids) - 0.25 * (sum(ids) % 5) + 2.0 * (name == "maxrl"), dense=dense)
     second = [Weighted("second", h.TableReward(lambda ids: float(sum(ids) % 3)))] if name == "gdpo" else []
     return [Weighted("table", first), *second]
 
 
-def trained(name: str, dtype: torch.dtype, *, updates: int = 2, **dials: Any) -> h.Recorder:
+def trained(name: str, dtype: torch.dtype, *, updates: int = 2, **options: Any) -> h.Recorder:
     """The learner after `updates` updates of the real loop: in the last one policy and rollout differ."""
     scenario = SCENARIOS[name]
-    own = learner(scenario, dtype, **dials)
+    own = learner(scenario, dtype, **options)
     with TemporaryDirectory() as folder:
-        run = Run(Path(folder))
+        run = RunFolder(Path(folder))
         if isinstance(scenario.objective, Objective):
             elements = scenario.elements()
-            offline.train(scenario.objective, own, [elements], offline.Plan(updates, len(elements)), run, quiet=True)
+            offline.train(
+                scenario.objective, own, [elements], offline.OfflinePlan(updates, len(elements)), run, quiet=True
+            )
             return own
         method = scenario.objective
         epochs = updates if method.has_ratio() else 1
-        total = len(PROMPTS) * (1 if method.pairs else method.collect.answers)
-        plan = online.Plan(1, len(PROMPTS), total, epochs, ptx_batch=5, canary=20)
+        total = len(PROMPTS) * (1 if method.pairs else method.collect.num_generations)
+        plan = online.OnlinePlan(1, len(PROMPTS), total, epochs, ptx_batch=5, canary=20)
         generator = scenario.generator(own.roles["policy"], (1, 5, 9), str)
         ptx = rows() if any(term.stream == "ptx" for term in method.terms) else []
         online.train(
@@ -192,7 +194,7 @@ class Recorded:
 
     work: Work
     before: dict[str, dict[str, Tensor]]
-    step: Step
+    step: UpdateResult
     grads: dict[str, Tensor]
     size: float = 0.0
 
@@ -257,7 +259,7 @@ def spoiled(batch: Batch) -> Batch:
     count, columns = len(batch.rows), {}
     mask = torch.cat([batch["mask"], batch["mask"].new_zeros(count, 3)], 1)
     for name, column in batch.columns.items():
-        if COLUMNS[name].per_token and name not in ("mask", "chosen_mask", "step"):
+        if COLUMNS[name].per_token and name not in ("mask", "chosen_mask", "segment_end"):
             column = torch.cat([column, column.new_zeros(count, 3, *column.shape[2:])], 1)
             away = ~mask.reshape(*mask.shape, *[1] * (column.ndim - 2))
             junk = torch.nan if column.is_floating_point() else 1
@@ -314,19 +316,19 @@ LOOPS = [
 """Those whose measured, selected and credited columns differ."""
 
 
-@pytest.mark.parametrize("dials", [{"budget": 1}, {"packed": True, "budget": 10**6}], ids=str)
+@pytest.mark.parametrize("options", [{"budget": 1}, {"packed": True, "budget": 10**6}], ids=str)
 @pytest.mark.parametrize("name", LOOPS)
-def test_a_whole_loop_is_the_same(name: str, dials: dict[str, Any]) -> None:
+def test_a_whole_loop_is_the_same(name: str, options: dict[str, Any]) -> None:
     """Measuring, selecting and crediting included: the last gradient of two updates through the loop."""
-    same(recorded(name, "float64"), recorded_of(trained(name, torch.float64, **dials)), 1e-6)
+    same(recorded(name, "float64"), recorded_of(trained(name, torch.float64, **options)), 1e-6)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize("name", ["sft", "ppo"])
 def test_a_whole_loop_is_the_same_on_other_models(name: str, kind: str) -> None:
     base = replace(recorded_of(trained(name, torch.float64, kind=kind)), size=recorded(name, "float64").size)
-    for dials in ({"budget": 1}, {"packed": True, "budget": 10**6}):
-        same(base, recorded_of(trained(name, torch.float64, kind=kind, **dials)), 1e-6)
+    for options in ({"budget": 1}, {"packed": True, "budget": 10**6}):
+        same(base, recorded_of(trained(name, torch.float64, kind=kind, **options)), 1e-6)
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -377,5 +379,5 @@ def test_the_weight_of_a_term_scales_its_gradient() -> None:
     again.budget, again.packed = 40, False
     h.with_weights(again.roles, base.before)
     term, batch, counts = base.work[0]
-    again.update([(Term(term.role, term.stream, term.loss, term.reduce, 4.0), batch, counts)])
+    again.update([(Term(term.role, term.stream, term.loss, term.reduction, 4.0), batch, counts)])
     torch.testing.assert_close(h.gradients(again)["policy"], 4 * base.grads["policy"], rtol=0, atol=0)

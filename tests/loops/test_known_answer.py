@@ -12,11 +12,11 @@ from torch import Tensor
 
 from proof import cases as known
 from proof.enumeration import END, Problem, Tables, kl
-from whet.data import Batch, Labelled, pad_support
+from whet.data import Batch, Labeled, pad_support
 from whet.generate.local import LocalGenerator
 from whet.learner.local import LocalLearner
 from whet.loops import evaluate, offline, online
-from whet.loops.record import Run
+from whet.loops.record import RunFolder
 from whet.methods import compose
 from whet.methods.options import Optim, Sampling
 from whet.models.readers import read
@@ -45,13 +45,13 @@ def test_the_enumeration_is_complete(reference: Tensor) -> None:
 
 
 def test_a_kl_in_the_reward_ends_at_the_optimum(reference: Tensor) -> None:
-    field = known.weight_of("regularised", PROBLEM, 4)
+    field = known.weight_of("regularized", PROBLEM, 4)
     end = known.fixed_point(PROBLEM, reference, field)
     assert abs(kl(end, PROBLEM.optimum(reference.sum(-1)))) < 1e-9
 
 
 @pytest.mark.parametrize(
-    ("field", "least"), [("k2", 0.004), ("k3", 0.015), ("centred k2", 0.008), ("zscore k3 per answer", 0.4)]
+    ("field", "least"), [("k2", 0.004), ("k3", 0.015), ("centered k2", 0.008), ("zscore k3 per answer", 0.4)]
 )
 def test_a_kl_in_the_loss_ends_elsewhere(field: str, least: float, reference: Tensor) -> None:
     end = known.fixed_point(PROBLEM, reference, known.weight_of(field, PROBLEM, known.GROUP))
@@ -99,14 +99,19 @@ def trained_scores(method: str, elements: list, folder: Path, steps: int = 150) 
     """(prompts, answers): the scores of a reward model after training."""
     role = Role("reward", PROBLEM.scorer(hidden=48), True)
     learner = LocalLearner(
-        {"reward": role}, {"reward": Optim(lr=0.01, schedule="cosine", final=0.0)}, total=steps, budget=1 << 14
+        {"reward": role}, {"reward": Optim(lr=0.01, schedule="cosine", min_lr_ratio=0.0)}, total=steps, budget=1 << 14
     )
     offline.train(
-        compose.reward(method), learner, [elements], offline.Plan(steps, len(elements)), Run(folder), quiet=True
+        compose.reward(method),
+        learner,
+        [elements],
+        offline.OfflinePlan(steps, len(elements)),
+        RunFolder(folder),
+        quiet=True,
     )
     rows = [PROBLEM.row(prompt, answer) for prompt in PROBLEM.prompts for answer in PROBLEM.answers]
-    labelled = [Labelled(row, 0.0) for row in rows]
-    return evaluate.scores(learner, compose.reward("absolute"), labelled).reshape(len(PROBLEM.prompts), -1).double()
+    labeled = [Labeled(row, 0.0) for row in rows]
+    return evaluate.scores(learner, compose.reward("absolute"), labeled).reshape(len(PROBLEM.prompts), -1).double()
 
 
 def test_a_reward_model_on_exact_probabilities_recovers_the_scores(tmp_path: Path) -> None:
@@ -119,7 +124,7 @@ def test_a_reward_model_on_exact_probabilities_recovers_the_scores(tmp_path: Pat
 
 def test_a_reward_model_on_absolute_scores_recovers_them(tmp_path: Path) -> None:
     elements = [
-        Labelled(PROBLEM.row(prompt, answer), float(score))
+        Labeled(PROBLEM.row(prompt, answer), float(score))
         for prompt in PROBLEM.prompts
         for answer, score in zip(PROBLEM.answers, PROBLEM.score, strict=True)
     ]
@@ -141,12 +146,18 @@ def state_values(token: Tensor) -> dict[tuple[int, tuple[int, ...]], float]:
 
 def test_a_trained_critic_knows_the_enumerated_values(reference: Tensor, tmp_path: Path) -> None:
     method = compose.online(
-        "ppo", kl=None, answers=256, credit={"lam": 1.0}, value={"clip": None}, whiten=None, surrogate="unclipped"
+        "ppo",
+        kl_in_reward=None,
+        num_generations=256,
+        advantage={"gae_lambda": 1.0},
+        value={"clip_range_vf": None},
+        normalize_advantage=None,
+        surrogate="unclipped",
     )
     roles = {"policy": Role("policy", PROBLEM.model(), True), "critic": Role("critic", PROBLEM.scorer(), True)}
-    optims = {"policy": Optim(lr=1e-30), "critic": Optim(lr=0.01, schedule="cosine", final=0.0)}
+    optims = {"policy": Optim(lr=1e-30), "critic": Optim(lr=0.01, schedule="cosine", min_lr_ratio=0.0)}
     learner = LocalLearner(roles, optims, total=140, budget=1 << 14)
-    plan = online.Plan(140, 2, 512, canary=20, end_ids=(END,))
+    plan = online.OnlinePlan(140, 2, 512, canary=20, end_ids=(END,))
     table = Weighted("table", known.TableReward(PROBLEM))
     generator = LocalGenerator(roles["policy"], (END,), str)
     online.train(
@@ -157,7 +168,7 @@ def test_a_trained_critic_knows_the_enumerated_values(reference: Tensor, tmp_pat
         PROBLEM.records(),
         Sampling(PROBLEM.longest),
         plan,
-        Run(tmp_path),
+        RunFolder(tmp_path),
         quiet=True,
     )
     rows = [PROBLEM.row(prompt, answer) for prompt in PROBLEM.prompts for answer in PROBLEM.answers]
@@ -186,15 +197,15 @@ def test_gaes_bias_and_variance_at_the_extremes_of_lambda(reference: Tensor) -> 
         dtype=torch.float64,  # the critic's error is then 0.3 to 1e-16, on every processor
     )
     first = {}
-    for lam in (0.0, 1.0):
-        advantage = gae(rewards, wrong, mask, gamma=1.0, lam=lam)[:, 0]
+    for gae_lambda in (0.0, 1.0):
+        advantage = gae(rewards, wrong, mask, gamma=1.0, gae_lambda=gae_lambda)[:, 0]
         for token_id in range(PROBLEM.vocabulary):  # what the first token is worth, over all that may follow
             own = [j for j, answer in enumerate(answers) if answer[0] == token_id]
             weight = chance[own] / chance[own].sum()
             mean = float((weight * advantage[own]).sum())
             spread = float((weight * (advantage[own] - mean) ** 2).sum())
             after = float((weight * PROBLEM.score[own]).sum())
-            first[lam, token_id] = (mean - (after - (truth[0, ()] + 0.3)), spread)
+            first[gae_lambda, token_id] = (mean - (after - (truth[0, ()] + 0.3)), spread)
     for token_id in range(PROBLEM.vocabulary):
         ends = token_id == END
         assert first[1.0, token_id][0] == pytest.approx(0.0, abs=1e-9)
@@ -205,11 +216,11 @@ def test_gaes_bias_and_variance_at_the_extremes_of_lambda(reference: Tensor) -> 
 # --- truncated sampling: the gradient is that of the distribution that is drawn from ----------------------------------------
 
 
-@pytest.mark.parametrize("dials", [{"top_p": 0.6}, {"top_k": 2}, {"min_p": 0.5}, {"top_p": 0.8, "temperature": 1.7}])
-def test_the_gradient_under_truncation_is_that_of_what_is_sampled(dials: dict) -> None:
+@pytest.mark.parametrize("options", [{"top_p": 0.6}, {"top_k": 2}, {"min_p": 0.5}, {"top_p": 0.8, "temperature": 1.7}])
+def test_the_gradient_under_truncation_is_that_of_what_is_sampled(options: dict) -> None:
     policy = Role("policy", PROBLEM.model().double(), True)
     generator = LocalGenerator(policy, (END,), str)
-    sampling = Sampling(PROBLEM.longest, **dials)
+    sampling = Sampling(PROBLEM.longest, **options)
     groups = evaluate.answers(generator, PROBLEM.records()[:1] * 400, sampling)
     seen = {group.samples[0].ids: group.samples[0] for group in groups}
     samples = list(seen.values())

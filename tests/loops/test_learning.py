@@ -9,11 +9,11 @@ import torch
 from models import helpers as h
 
 from loops.helpers import ONLINE, method_of
-from whet.data import Group, Labelled, Pair, Ranking, Row, Stepped, Unpaired
+from whet.data import Group, Labeled, Pair, Ranking, Row, Stepped, Unpaired
 from whet.generate.local import LocalGenerator
 from whet.learner.local import LocalLearner
 from whet.loops import evaluate, offline, online
-from whet.loops.record import Run, read_metrics
+from whet.loops.record import RunFolder, read_metrics
 from whet.methods import catalogue, preference, reward
 from whet.methods.choices import PAIR_LOSSES, SINGLE_LOSSES
 from whet.methods.options import Optim, Sampling
@@ -29,7 +29,7 @@ TINY = {
 PROMPTS = [h.prompt(i, (2 + i, 4 + i)) for i in range(4)]
 
 
-class Light(Run):
+class Light(RunFolder):
     """Writes no rollouts."""
 
     def rollout(self, *given: Any) -> None:
@@ -82,12 +82,12 @@ def learner_of(names: frozenset[str], seed: int, lr: float, total: int) -> Local
 @pytest.mark.parametrize("name", ONLINE)
 def test_an_online_method_raises_the_reward(tmp_path: Path, name: str, seed: int) -> None:
     """The share of one of eight tokens in answers of up to four, over a few rollouts of 32 answers."""
-    answers = 8 if ONLINE[name].slots["answers"] > 1 else 1
-    method = method_of(name, longest=4, answers=answers, **CHANGES.get(name, {}))
+    answers = 8 if ONLINE[name].slots["num_generations"] > 1 else 1
+    method = method_of(name, longest=4, num_generations=answers, **CHANGES.get(name, {}))
     count, steps = 32 // answers, 10
     epochs = 2 if method.has_ratio() else 1
     learner = learner_of(method.roles(), seed, 0.02, steps * epochs)
-    plan = online.Plan(
+    plan = online.OnlinePlan(
         steps, count, count * (1 if method.pairs else answers), epochs, seed, ptx_batch=4, canary=20, end_ids=(END,),
         equal_start=True,
     )  # fmt: skip
@@ -135,8 +135,8 @@ def unpaired(data: Any) -> list[Unpaired]:
     ]
 
 
-def labelled(data: Any) -> list[Labelled]:
-    return [Labelled(answered(p, one), one.count(GOOD) / 4) for p, *both in data for one in both]
+def labeled(data: Any) -> list[Labeled]:
+    return [Labeled(answered(p, one), one.count(GOOD) / 4) for p, *both in data for one in both]
 
 
 def stepped(data: Any) -> list[Stepped]:
@@ -171,7 +171,7 @@ OBJECTIVES: dict[str, tuple[Any, Any]] = {
     },
     # at the paper's tau of 0.05 its slope at gap 0 is 5 (1 - log 2) - 3 / 4 > 0: it first closes a gap
     "dpo discopop": (preference("dpo", loss={"name": "discopop", "tau": 1.0}), on_pairs),
-    **{f"dpo {score['divergence']}": (preference("dpo", score=score), on_pairs) for score in DIVERGENCES},
+    **{f"dpo {score['divergence']}": (preference("dpo", implicit_reward=score), on_pairs) for score in DIVERGENCES},
     "kto": (preference("kto"), unpaired),
     **{f"kto {loss}": (preference("kto", loss=loss), unpaired) for loss in SINGLE_LOSSES if loss != "kto"},
 }
@@ -189,7 +189,7 @@ def test_a_preference_method_orders_held_out_pairs(tmp_path: Path, name: str, se
     learner = learner_of(frozenset({"policy"} | beside), seed, LR.get(name, 0.01), 16)
     start = h.policy(seed=seed, **TINY).model
     data, held = drawn(seed, 256), drawn(100 + seed, 256)
-    offline.train(objective, learner, [made(data)], offline.Plan(16, 32, seed), Light(tmp_path), quiet=True)
+    offline.train(objective, learner, [made(data)], offline.OfflinePlan(16, 32, seed), Light(tmp_path), quiet=True)
     found = margins(learner.roles["policy"].model, start, held)
     assert float((found > 0).float().mean()) > ORDERED.get(name, 0.8)
     assert float(found.mean()) > 0.5
@@ -198,9 +198,9 @@ def test_a_preference_method_orders_held_out_pairs(tmp_path: Path, name: str, se
 SUPERVISED: dict[str, tuple[Any, Any]] = {
     "sft": (SFT, lambda data: [answered(p, better) for p, better, _ in data]),
     "k_way": (reward("k_way"), rankings),
-    "pairwise": (reward("pairwise", centring=0.01), on_pairs),
+    "pairwise": (reward("pairwise", centering=0.01), on_pairs),
     "log_exp": (reward("log_exp"), on_pairs),
-    "absolute": (reward("absolute"), labelled),
+    "absolute": (reward("absolute"), labeled),
     "process": (reward("process"), stepped),
 }
 
@@ -213,7 +213,9 @@ def test_the_loss_on_held_out_data_falls(tmp_path: Path, name: str, seed: int) -
     learner = learner_of(frozenset(term.role for term in objective.terms), seed, 0.01, 20)
     held = made(drawn(100 + seed, 64))
     before = evaluate.held_out(learner, objective, held)
-    offline.train(objective, learner, [made(drawn(seed, 64))], offline.Plan(20, 16, seed), Light(tmp_path), quiet=True)
+    offline.train(
+        objective, learner, [made(drawn(seed, 64))], offline.OfflinePlan(20, 16, seed), Light(tmp_path), quiet=True
+    )
     after = evaluate.held_out(learner, objective, held)
     label = objective.terms[0].label
     assert after[label] < 0.7 * before[label]

@@ -16,7 +16,7 @@ from torch import Tensor
 from loops.helpers import Recorder, cast, go, method_of, rollout
 from whet.data import Batch, Pair, Unpaired
 from whet.loops import offline
-from whet.loops.record import Run, read_metrics
+from whet.loops.record import RunFolder, read_metrics
 from whet.methods import Objective, preference
 from whet.methods.options import KL, Sampling
 
@@ -66,7 +66,7 @@ def preferred(
     """Five updates of three pairs each."""
     roles = {"policy": h.policy(), "reference": h.policy(name="reference", seed=1)}
     own = learner(roles, {"policy": replace(h.FREE, lr=lr)}, total=20, budget=40)
-    offline.train(objective, own, [pairs()], offline.Plan(5, 3, **plan), Run(folder), quiet=True)
+    offline.train(objective, own, [pairs()], offline.OfflinePlan(5, 3, **plan), RunFolder(folder), quiet=True)
     return own
 
 
@@ -104,9 +104,9 @@ def test_a_reference_measured_before_gives_the_numbers_of_one_measured_in_betwee
 # --- running numbers -------------------------------------------------------------------------------------------------
 
 
-def test_scores_are_normalised_by_the_first_mean_and_the_running_deviation(tmp_path: Path) -> None:
+def test_scores_are_normalized_by_the_first_mean_and_the_running_deviation(tmp_path: Path) -> None:
     table = h.TableReward(lambda ids: 3.0 + 0.5 * len(ids) - 0.25 * (sum(ids) % 5))
-    method = method_of("reinforce", answers=3, kl={"coef": 0.1}, rescale="running")
+    method = method_of("reinforce", num_generations=3, kl_in_reward={"coef": 0.1}, reward_normalization="running")
     go(tmp_path, method, reward=table, steps=4)
     seen: list[float] = []
     for step in range(1, 5):
@@ -125,7 +125,7 @@ def test_scores_are_normalised_by_the_first_mean_and_the_running_deviation(tmp_p
 
 
 def test_equal_scores_have_no_deviation_to_divide_by(tmp_path: Path) -> None:
-    method = method_of("reinforce", answers=2, rescale="running")
+    method = method_of("reinforce", num_generations=2, reward_normalization="running")
     go(tmp_path, method, reward=h.TableReward(lambda ids: 2.5), steps=2)
     assert {answer["score"] for step in (1, 2) for answer in rollout(tmp_path, step)} == {0.0}
 
@@ -133,8 +133,8 @@ def test_equal_scores_have_no_deviation_to_divide_by(tmp_path: Path) -> None:
 def test_the_order_is_running_then_bound_then_overlong_then_penalty(tmp_path: Path) -> None:
     """By hand for answers that are all cut off at the limit of 6: clip((r - m) / d, -0.5, 0.5) - 1 - 0.25."""
     method = method_of(
-        "reinforce", answers=4, rescale="running", bound={"name": "clip_score", "bound": 0.5},
-        overlong={"name": "soft_overlong", "buffer": 3}, truncated={"rule": "penalise", "amount": 0.25},
+        "reinforce", num_generations=4, reward_normalization="running", reward_clip={"name": "clip_score", "bound": 0.5},
+        overlong={"name": "soft_overlong", "buffer": 3}, truncated={"rule": "penalize", "amount": 0.25},
     )  # fmt: skip
     go(tmp_path, method, end_ids=())
     answers = rollout(tmp_path)
@@ -161,7 +161,7 @@ def test_the_order_is_running_then_bound_then_overlong_then_penalty(tmp_path: Pa
 def test_the_weight_of_the_entropy_bonus_follows_its_target(
     tmp_path: Path, name: str, coef: float, target: float, most: float, expected: list[float]
 ) -> None:
-    bonus = {"coef": coef, "target": target, "step": 0.01, "most": most}
+    bonus = {"ent_coef": coef, "target": target, "increment": 0.01, "max_coef": most}
     own = go(tmp_path, method_of(name, entropy=bonus), steps=4)
     used = [next(term.weight for term, _, _ in work if term.name == "entropy") for work in own.works]
     assert used == pytest.approx(expected)
@@ -174,7 +174,7 @@ def test_the_weight_of_the_entropy_bonus_follows_its_target(
 
 
 def test_a_fixed_entropy_bonus_is_its_weight_times_the_entropy(tmp_path: Path) -> None:
-    go(tmp_path, method_of("grpo", entropy={"coef": 0.2}), steps=2)
+    go(tmp_path, method_of("grpo", entropy={"ent_coef": 0.2}), steps=2)
     for line in read_metrics(tmp_path):
         assert line["loss/policy/rollout/entropy"] == pytest.approx(-0.2 * line["entropy"], rel=1e-5)
 
@@ -183,7 +183,7 @@ def test_a_fixed_entropy_bonus_is_its_weight_times_the_entropy(tmp_path: Path) -
 def test_the_kl_controller_reads_the_kl_of_the_rollout(tmp_path: Path, estimator: str) -> None:
     """Ziegler et al. 2019: coef <- coef (1 + clip(kl / target - 1, -0.2, 0.2) n / horizon)."""
     kl = KL(coef=0.5, controller="adaptive", target=0.05, horizon=30, estimator=estimator)  # type: ignore[arg-type]
-    method = method_of("ppo", answers=2, kl=kl, whiten=None)
+    method = method_of("ppo", num_generations=2, kl_in_reward=kl, normalize_advantage=None)
     roles = cast(method) | {"reference": h.policy(name="reference", seed=1, dtype=torch.float32)}
     own = go(tmp_path, method, roles, steps=3)
     lines = read_metrics(tmp_path)
@@ -198,7 +198,7 @@ def test_the_kl_controller_reads_the_kl_of_the_rollout(tmp_path: Path, estimator
 
 def test_the_exact_kl_is_that_of_the_two_whole_distributions(tmp_path: Path) -> None:
     """By transformers' own forwards, in the reward, in the loss and in the log."""
-    method = method_of("ppo", answers=2, kl=KL(coef=0.3, estimator="exact"), whiten=None)
+    method = method_of("ppo", num_generations=2, kl_in_reward=KL(coef=0.3, estimator="exact"), normalize_advantage=None)
     roles = cast(method) | {"reference": h.policy(name="reference", seed=1, dtype=torch.float32)}
     ours, theirs = (h.clone(roles)[name].model for name in ("policy", "reference"))
     go(tmp_path, method, roles, sampling=Sampling(6, 0.7))
@@ -230,11 +230,11 @@ def test_bco_subtracts_a_running_mean_of_the_rewards_before(tmp_path: Path, loss
     own = Recorder(roles, {"policy": replace(h.FREE, lr=0.02)}, total=20, budget=40)
     unpaired = [Unpaired(p.chosen, p.rejected, bool(i % 2)) for i, p in enumerate(pairs())]
     source = pairs() if loss == "bco_pair" else unpaired
-    offline.train(objective, own, [source], offline.Plan(5, 3), Run(tmp_path), quiet=True)
+    offline.train(objective, own, [source], offline.OfflinePlan(5, 3), RunFolder(tmp_path), quiet=True)
     delta = 0.0
     for work, now in zip(own.works, own.nows, strict=True):
         term, batch, _ = work[0]
-        assert term.loss.dials["delta"] == pytest.approx(delta, abs=1e-12)
+        assert term.loss.options["delta"] == pytest.approx(delta, abs=1e-12)
         rewards = rewards_of(now, batch, 0.1)
         answers = rewards if loss == "bco_pair" else rewards[::2]  # every second row belongs to another prompt
         delta = 0.9 * delta + 0.1 * statistics.mean(answers)

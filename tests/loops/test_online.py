@@ -17,7 +17,7 @@ from whet.generate import Request
 from whet.generate.local import LocalGenerator
 from whet.loops import online, selfcheck
 from whet.loops.record import read_metrics
-from whet.methods import credited
+from whet.methods import advantages
 from whet.methods.choices import ONLINE_SLOTS
 from whet.methods.options import KL, Sampling, Truncated
 from whet.rewards import Scores
@@ -26,15 +26,15 @@ from whet.rewards import Scores
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("dials", [{"budget": 1}, {"budget": 64}, {"budget": 64, "packed": True}], ids=str)
+@pytest.mark.parametrize("options", [{"budget": 1}, {"budget": 64}, {"budget": 64, "packed": True}], ids=str)
 @pytest.mark.parametrize("make", [separate, h.trunk], ids=["separate copies", "one trunk"])
 def test_on_the_first_step_ratio_is_one_and_kl_is_zero_to_the_bit(
-    tmp_path: Path, make: Any, dials: dict, temperature: float
+    tmp_path: Path, make: Any, options: dict, temperature: float
 ) -> None:
     own = go(
         tmp_path,
-        method_of("ppo", answers=2),
-        learner=learner_of(make(), **dials),
+        method_of("ppo", num_generations=2),
+        learner=learner_of(make(), **options),
         sampling=Sampling(6, temperature),
         equal_start=True,
     )
@@ -59,7 +59,7 @@ def test_in_every_later_step_the_first_ratio_is_one_although_the_policy_moved(tm
 
 def test_several_mini_batches_and_epochs_start_at_ratio_one(tmp_path: Path) -> None:
     """Measured mini-batch by mini-batch: the first update of each rollout is exact although there are four of them."""
-    own = go(tmp_path, method_of("ppo", answers=4), steps=2, minibatch=5, epochs=2)
+    own = go(tmp_path, method_of("ppo", num_generations=4), steps=2, mini_batch_size=5, epochs=2)
     assert own.version == 2 * 2 * 3
 
 
@@ -69,14 +69,14 @@ def test_several_mini_batches_and_epochs_start_at_ratio_one(tmp_path: Path) -> N
 class Deaf(LocalGenerator):
     """Takes no push."""
 
-    def adopt(self, weights: Weights) -> None:
+    def load_weights(self, weights: Weights) -> None:
         pass
 
 
 class Stale(LocalGenerator):
     """Says the new version and keeps the old weights."""
 
-    def adopt(self, weights: Weights) -> None:
+    def load_weights(self, weights: Weights) -> None:
         if self.version == 0 and weights.version == 0:
             self.role = h.clone({"policy": weights.handle})["policy"]
         self.version = weights.version
@@ -172,8 +172,8 @@ def test_a_group_whose_advantages_do_not_sum_to_zero_is_found(earned: float, sha
         token_reward=torch.tensor([[0.0, 0.0, 2 * earned]]).expand(4, 3),
     )
     with pytest.raises(RunStopped, match=rf"sum to 0\.{share} of their sizes"):
-        selfcheck.groups_centred(0, batch)
-    selfcheck.groups_centred(0, batch.take([0, 1]))
+        selfcheck.groups_centered(0, batch)
+    selfcheck.groups_centered(0, batch.take([0, 1]))
 
 
 @pytest.mark.parametrize("name", ONLINE)
@@ -207,12 +207,12 @@ def drawable(logp: torch.Tensor, sampling: Sampling) -> list[int]:
     return [token for token in kept if float((logp[token] - logp[order[0]]).exp()) >= sampling.min_p]
 
 
-@pytest.mark.parametrize("dials", NARROW, ids=str)
+@pytest.mark.parametrize("options", NARROW, ids=str)
 @pytest.mark.parametrize("name", ["ppo", "grpo", "optimal_baseline"])
 def test_where_some_tokens_cannot_be_drawn_the_ratio_is_of_what_was_drawn_from(
-    tmp_path: Path, name: str, dials: dict[str, Any]
+    tmp_path: Path, name: str, options: dict[str, Any]
 ) -> None:
-    method, sampling = method_of(name), Sampling(6, 0.8, **dials)
+    method, sampling = method_of(name), Sampling(6, 0.8, **options)
     roles = cast(method)
     model = h.clone(roles)["policy"].model
     own = go(tmp_path, method, roles, sampling=sampling, steps=3, equal_start=True)
@@ -236,16 +236,16 @@ def test_where_some_tokens_cannot_be_drawn_the_ratio_is_of_what_was_drawn_from(
     assert seen == int(batch["mask"].sum())
 
 
-@pytest.mark.parametrize("dials", NARROW[:2], ids=str)
+@pytest.mark.parametrize("options", NARROW[:2], ids=str)
 @pytest.mark.parametrize("name", ["ppo", "grpo"])
 def test_the_kl_is_that_of_the_whole_vocabulary_where_some_tokens_cannot_be_drawn(
-    tmp_path: Path, name: str, dials: dict[str, Any]
+    tmp_path: Path, name: str, options: dict[str, Any]
 ) -> None:
     """log pi - log pi_ref of the sampled tokens by transformers' own forwards, nothing left out of the softmax."""
     method = method_of(name)
     roles = cast(method) | {"reference": h.policy(name="reference", seed=1, dtype=torch.float32)}
     ours, theirs = (h.clone(roles)[name].model for name in ("policy", "reference"))
-    go(tmp_path, method, roles, sampling=Sampling(6, **dials))
+    go(tmp_path, method, roles, sampling=Sampling(6, **options))
     total = 0.0
     answers = rollout(tmp_path)
     for answer in answers:
@@ -258,12 +258,12 @@ def test_the_kl_is_that_of_the_whole_vocabulary_where_some_tokens_cannot_be_draw
     assert read_metrics(tmp_path)[0]["kl"] == pytest.approx(total / len(answers), abs=1e-4)
 
 
-@pytest.mark.parametrize("dials", NARROW[:2], ids=str)
+@pytest.mark.parametrize("options", NARROW[:2], ids=str)
 def test_own_pairs_are_compared_with_the_reference_over_the_whole_vocabulary(
-    tmp_path: Path, dials: dict[str, Any]
+    tmp_path: Path, options: dict[str, Any]
 ) -> None:
     """Policy and reference are equal at the start, so every implicit reward is 0 and the loss log 2."""
-    own = go(tmp_path, method_of("online_dpo"), sampling=Sampling(6, **dials), equal_start=True)
+    own = go(tmp_path, method_of("online_dpo"), sampling=Sampling(6, **options), equal_start=True)
     assert read_metrics(tmp_path)[0]["loss/policy/rollout/sigmoid"] == pytest.approx(math.log(2), abs=1e-6)
     batch, now = own.work[0][1], own.step.now["rollout"]
     assert torch.equal(now["full_logp"][batch["mask"]], batch["ref_logp"][batch["mask"]])
@@ -286,12 +286,12 @@ def corrected(kind: str, gap: list[float]) -> list[float]:
     }[kind]
 
 
-@pytest.mark.parametrize("kind", ONLINE_SLOTS["correct"])
+@pytest.mark.parametrize("kind", ONLINE_SLOTS["importance_correction"])
 @pytest.mark.parametrize("name", ["ppo", "rloo"])
 def test_a_sampler_that_is_off_is_weighed_where_the_method_says_so(tmp_path: Path, name: str, kind: str) -> None:
     """The column is the formula, it multiplies each token's policy loss, and the run is not stopped."""
-    dials = {"cap": 1.2} if kind.endswith("weight") else {"low": 0.7, "high": 1.5}
-    method = method_of(name, answers=4, correct={"name": kind, **dials})
+    options = {"cap": 1.2} if kind.endswith("weight") else {"low": 0.7, "high": 1.5}
+    method = method_of(name, num_generations=4, importance_correction={"name": kind, **options})
     own = go(tmp_path, method, cast(method, torch.float64), generator=Rough)
     answers = rollout(tmp_path)
     found = []
@@ -316,9 +316,9 @@ def test_without_a_correction_such_a_sampler_stops_the_run(tmp_path: Path, name:
         go(tmp_path, method_of(name), generator=Rough)
 
 
-@pytest.mark.parametrize("kind", ONLINE_SLOTS["correct"])
+@pytest.mark.parametrize("kind", ONLINE_SLOTS["importance_correction"])
 def test_where_the_sampler_is_right_nothing_is_corrected(tmp_path: Path, kind: str) -> None:
-    go(tmp_path, method_of("grpo", correct=kind))
+    go(tmp_path, method_of("grpo", importance_correction=kind))
     weights = torch.tensor([one for answer in rollout(tmp_path) for one in answer["correction"]])
     assert torch.allclose(weights, torch.ones(()), atol=1e-5)
 
@@ -329,7 +329,7 @@ def test_where_the_sampler_is_right_nothing_is_corrected(tmp_path: Path, kind: s
 @pytest.mark.parametrize("name", ["ppo", "grpo", "reinforce"])
 def test_a_truncated_answer_that_is_masked_gives_no_gradient(tmp_path: Path, name: str) -> None:
     """The gradient is that of the batch without those rows."""
-    method = method_of(name, answers=6, truncated=MASKED)
+    method = method_of(name, num_generations=6, truncated=MASKED)
     roles = {key: role for key, role in separate(torch.float64).items() if key in method.roles()}
     own = go(tmp_path, method, roles, sampling=Sampling(3))
     _, batch, _ = own.work[0]
@@ -343,7 +343,7 @@ def test_a_truncated_answer_that_is_masked_gives_no_gradient(tmp_path: Path, nam
 
 
 def test_updates_of_a_rollout_end_once_kl_exceeds_its_limit(tmp_path: Path) -> None:
-    own = go(tmp_path, method_of("ppo"), epochs=4, stop_kl=1e-4)
+    own = go(tmp_path, method_of("ppo"), epochs=4, target_kl=1e-4)
     assert own.version == 2  # the first update sees 0, the second what the first one did
     assert read_metrics(tmp_path)[0]["stopped"] > 0
     assert go(tmp_path / "free", method_of("ppo"), epochs=4).version == 4
@@ -362,10 +362,10 @@ def test_an_average_of_the_policy_follows_it_by_hand(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "versions"), [("ppo", 2 * 2 * 2), ("reinforce", 2)])
 def test_every_sample_carries_the_version_that_made_it(tmp_path: Path, name: str, versions: int) -> None:
-    method = method_of(name, answers=2)
-    dials = {"epochs": 2, "minibatch": 3} if name == "ppo" else {}
+    method = method_of(name, num_generations=2)
+    options = {"epochs": 2, "mini_batch_size": 3} if name == "ppo" else {}
     roles = {key: role for key, role in separate().items() if key in method.roles()}
-    own = go(tmp_path, method, roles, steps=2, **dials)
+    own = go(tmp_path, method, roles, steps=2, **options)
     assert own.version == versions
     assert {answer["version"] for answer in rollout(tmp_path, 2)} == {versions // 2}
 
@@ -374,7 +374,7 @@ def test_every_sample_carries_the_version_that_made_it(tmp_path: Path, name: str
 
 
 def test_a_rollout_is_written_with_per_token_columns_as_long_as_each_answer(tmp_path: Path) -> None:
-    own = go(tmp_path, method_of("ppo", answers=4))
+    own = go(tmp_path, method_of("ppo", num_generations=4))
     answers = rollout(tmp_path)
     assert len(answers) == 12
     assert len({len(answer["completion_ids"]) for answer in answers}) > 1
@@ -402,7 +402,7 @@ def test_a_rollout_is_written_with_per_token_columns_as_long_as_each_answer(tmp_
 @pytest.mark.parametrize("dense", [False, True])
 def test_the_written_token_rewards_add_up_to_score_minus_kl(tmp_path: Path, dense: bool) -> None:
     reward = h.TableReward(lambda ids: 0.5 * len(ids) - 1, dense=dense)
-    go(tmp_path, method_of("ppo", kl=KL(coef=0.3), answers=2), reward=reward, steps=2)
+    go(tmp_path, method_of("ppo", kl_in_reward=KL(coef=0.3), num_generations=2), reward=reward, steps=2)
     for answer in rollout(tmp_path, 2):
         kl = [new - old for new, old in zip(answer["old_logp"], answer["ref_logp"], strict=True)]
         assert answer["score"] == pytest.approx(0.5 * len(answer["completion_ids"]) - 1)
@@ -414,16 +414,16 @@ def test_the_written_token_rewards_add_up_to_score_minus_kl(tmp_path: Path, dens
 
 
 def test_prompts_are_handed_out_epoch_by_epoch(tmp_path: Path) -> None:
-    go(tmp_path, method_of("ppo"), steps=4, prompts=2, minibatch=2)
+    go(tmp_path, method_of("ppo"), steps=4, prompts=2, mini_batch_size=2)
     seen = [answer["prompt_id"] for step in range(1, 5) for answer in rollout(tmp_path, step)]
     assert sorted(seen[:3]) == sorted(seen[3:6]) == ["0", "1", "2"]
     assert [answer["draw"] for step in range(1, 5) for answer in rollout(tmp_path, step)] == list(range(8))
 
 
 def test_crediting_a_recorded_rollout_again_gives_the_same_columns(tmp_path: Path) -> None:
-    method = method_of("ppo", answers=2)
+    method = method_of("ppo", num_generations=2)
     batch = go(tmp_path, method).work[0][1]
-    again = credited(method.at(method.init()), batch)
+    again = advantages(method.at(method.init()), batch)
     for name in ("advantage", "returns", "token_reward"):
-        if name != "advantage" or method.whiten is None:
+        if name != "advantage" or method.normalize_advantage is None:
             assert torch.allclose(again[name], batch[name], atol=1e-6), name

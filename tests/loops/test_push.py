@@ -31,15 +31,15 @@ class Faulty(LocalGenerator):
         super().__init__(h.policy(dtype=torch.float32, name="sampler"), *given, copy=True)
         self.fault, self.seen = fault, list[Snapshot]()
 
-    def adopt(self, weights: Weights) -> None:
+    def load_weights(self, weights: Weights) -> None:
         self.seen.append(Snapshot(weights.handle))
         if len(self.seen) < 3:  # the first push, and that of the first rollout, are whole
-            super().adopt(weights)
+            super().load_weights(weights)
         else:
             self.fault(self, weights, self.seen)
 
     def take(self, version: int, snapshot: Any) -> None:
-        super().adopt(Weights(version, snapshot))
+        super().load_weights(Weights(version, snapshot))
 
 
 def dropped(own: Faulty, weights: Weights, seen: list[Snapshot]) -> None:

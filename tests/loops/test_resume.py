@@ -40,7 +40,7 @@ class Fragile(LocalLearner):
         return super().update(work)
 
 
-OPTIM = replace(h.FREE, lr=0.02, schedule="cosine", warmup=0.2)
+OPTIM = replace(h.FREE, lr=0.02, schedule="cosine", warmup_ratio=0.2)
 
 
 def sft(
@@ -59,7 +59,7 @@ def sft(
         {"policy": h.policy(dtype=torch.float32)}, {"policy": optim}, total=6, budget=30, dropout=dropout, seed=4
     )
     own.dies = dies
-    plan = offline.Plan(6, 4, seed=4, save_every=every, eval_every=3)
+    plan = offline.OfflinePlan(6, 4, seed=4, save_every=every, eval_every=3)
     run = opened(folder, resume)
     offline.train(SFT, own, [h.rows()], plan, run, evaluation=h.rows()[:3], resume=resume, stop=stop, quiet=True)
     return own
@@ -73,27 +73,27 @@ def dpo(folder: Path, *, dies: int = 0, resume: bool = False, **plan: Any) -> Lo
     }
     own = Fragile(roles, {"policy": OPTIM}, total=6, budget=30)
     own.dies = dies
-    given, run = offline.Plan(6, 3, seed=4, save_every=1, **plan), opened(folder, resume)
+    given, run = offline.OfflinePlan(6, 3, seed=4, save_every=1, **plan), opened(folder, resume)
     offline.train(preference("dpo", loss="bco_pair"), own, [h.pairs()], given, run, resume=resume, quiet=True)
     return own
 
 
 ADAPTIVE = KL(controller="adaptive", target=0.5, horizon=20)
 METHODS: dict[str, dict[str, Any]] = {
-    "instructgpt": {"kl": ADAPTIVE},
-    "ppo_kl": {"kl": ADAPTIVE},
-    "dapo": {"kl": ADAPTIVE, "refill": 2, "overlong": {"name": "soft_overlong", "buffer": 2}},
-    "reinforce": {"kl": ADAPTIVE, "rescale": "running", "entropy": {"target": 9.0}},
-    "remax": {"kl": ADAPTIVE},
-    "clip_cov": {"kl": ADAPTIVE, "select": {"name": "clip_cov", "share": 0.2, "cov_low": 0.0}},
-    "online_dpo": {"loss": "bco_pair", "answers": 3},
+    "instructgpt": {"kl_in_reward": ADAPTIVE},
+    "ppo_kl": {"kl_in_reward": ADAPTIVE},
+    "dapo": {"kl_in_reward": ADAPTIVE, "dynamic_sampling": 2, "overlong": {"name": "soft_overlong", "buffer": 2}},
+    "reinforce": {"kl_in_reward": ADAPTIVE, "reward_normalization": "running", "entropy": {"target": 9.0}},
+    "remax": {"kl_in_reward": ADAPTIVE},
+    "clip_cov": {"kl_in_reward": ADAPTIVE, "select": {"name": "clip_cov", "share": 0.2, "cov_low": 0.0}},
+    "online_dpo": {"loss": "bco_pair", "num_generations": 3},
 }
 """What has a state of its own: controllers, running numbers, the count of prompts handed out."""
 
 
 def rl(folder: Path, *, dies: int = 0, resume: bool = False, name: str = "instructgpt") -> LocalLearner:
     """Three rollouts of four updates each (one without ratio), with an average, a reference that moves, and ptx."""
-    method = method_of(name, **({"answers": 2, "longest": 5} | METHODS[name]))
+    method = method_of(name, **({"num_generations": 2, "longest": 5} | METHODS[name]))
     roles = {
         "policy": h.policy(dtype=torch.float32), "reference": h.policy(dtype=torch.float32, name="reference"),
         "critic": h.scorer(dtype=torch.float32, seed=2), "ema": h.policy(dtype=torch.float32, name="ema"),
@@ -110,8 +110,8 @@ def rl(folder: Path, *, dies: int = 0, resume: bool = False, name: str = "instru
 
     table = Dying(lambda ids: float(ids[0] % 3 == 0) if name == "dapo" else 0.5 * len(ids) - 0.25 * (sum(ids) % 5))
     prompts = [h.prompt(i, range(3 + i, 5 + 3 * i)) for i in range(5)]
-    several = {"minibatch": 3, "epochs": 2} if method.has_ratio() else {"minibatch": 6}
-    plan = online.Plan(
+    several = {"mini_batch_size": 3, "epochs": 2} if method.has_ratio() else {"mini_batch_size": 6}
+    plan = online.OnlinePlan(
         3, 3, seed=4, ptx_batch=2 * (name == "instructgpt"), ema=0.8, save_every=1, canary=20, equal_start=True,
         refresh=2, refresh_mix=0.4, **several,
     )  # fmt: skip

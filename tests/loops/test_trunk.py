@@ -11,7 +11,7 @@ from models import helpers as h
 from loops import helpers as o
 from loops.test_invariance import unpaired
 from whet.loops import offline
-from whet.loops.record import Run
+from whet.loops.record import RunFolder
 from whet.methods import catalogue, compose
 from whet.models.roles import Role
 
@@ -83,7 +83,12 @@ def test_a_trunk_gives_what_separate_copies_give_on_preferences(name: str, tmp_p
         )
         elements = PAIRS[name]() if name in PAIRS else unpaired()
         offline.train(
-            objective, learner, [elements], offline.Plan(2, len(elements)), Run(tmp_path / str(number)), quiet=True
+            objective,
+            learner,
+            [elements],
+            offline.OfflinePlan(2, len(elements)),
+            RunFolder(tmp_path / str(number)),
+            quiet=True,
         )
         runs.append(learner)
     agree(*runs)

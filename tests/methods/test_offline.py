@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from whet.data import Batch, Labelled, Pair, Ranking, Row, Stepped, Unpaired
+from whet.data import Batch, Labeled, Pair, Ranking, Row, Stepped, Unpaired
 from whet.methods import Objective, Part, catalogue, online, preference, reward
 from whet.methods.choices import PAIR_LOSSES, REWARD_SLOTS, SINGLE_LOSSES
 
@@ -158,7 +158,7 @@ PREFERENCE: dict[str, tuple[Objective, Callable[[list[list[float]]], float]]] = 
         by_hand(lambda w, r, p: cross_entropy(w - r, 0.9 * p + 0.1 * (1 - p))),
     ),
     "dpo, mean": (
-        preference("dpo", beta=2.0, score={"mean": True}),
+        preference("dpo", beta=2.0, implicit_reward={"mean": True}),
         by_hand(lambda w, r, p: cross_entropy(w - r, p), beta=2.0, score=mean),
     ),
     "dpo, with sft": (
@@ -166,15 +166,15 @@ PREFERENCE: dict[str, tuple[Objective, Callable[[list[list[float]]], float]]] = 
         by_hand(lambda w, r, p: cross_entropy(w - r, p), sft=0.7),
     ),
     "dpo, forward kl": (
-        preference("dpo", beta=0.3, score={"divergence": "forward_kl"}),
+        preference("dpo", beta=0.3, implicit_reward={"divergence": "forward_kl"}),
         by_hand(lambda w, r, p: cross_entropy(w - r, p), score=lambda u, n: -math.exp(-u)),
     ),
     "dpo, js": (
-        preference("dpo", beta=0.3, score={"divergence": "js"}),
+        preference("dpo", beta=0.3, implicit_reward={"divergence": "js"}),
         by_hand(lambda w, r, p: cross_entropy(w - r, p), score=lambda u, n: log_sigmoid(u)),
     ),
     "dpo, alpha": (
-        preference("dpo", beta=0.3, score={"divergence": "alpha", "alpha": 0.25}),
+        preference("dpo", beta=0.3, implicit_reward={"divergence": "alpha", "alpha": 0.25}),
         by_hand(lambda w, r, p: cross_entropy(w - r, p), score=lambda u, n: -math.exp(-0.75 * u) / 0.75),
     ),
     "dpo, hinge": (preference("dpo", beta=0.3, loss="hinge"), by_hand(lambda w, r, p: max(0.0, 1 - (w - r)))),
@@ -224,7 +224,7 @@ PREFERENCE: dict[str, tuple[Objective, Callable[[list[list[float]]], float]]] = 
         by_hand(lambda h, k, p: (h - k - 1 / 0.6) ** 2, beta=1.0),
     ),
     "ipo, mean, with sft": (
-        preference("ipo", beta=0.3, score={"mean": True}, sft_weight=0.2),
+        preference("ipo", beta=0.3, implicit_reward={"mean": True}, sft_weight=0.2),
         by_hand(lambda h, k, p: (h - k - 1 / 0.6) ** 2, beta=1.0, score=mean, sft=0.2),
     ),
     "orpo": (
@@ -257,7 +257,7 @@ def test_every_preference_method_and_every_loss_on_pairs_is_here() -> None:
     assert {term.name for objective, _ in PREFERENCE.values() for term in objective.terms} == PAIR_LOSSES.keys()
 
 
-PAIRED = {"logp", "mask", "place"}
+PAIRED = {"logp", "mask", "index"}
 TABLE: dict[str, tuple[set[str], list[tuple[str, float, str]], set[str]]] = {
     # columns, (name, weight and mask) of each term, columns that are looked up across the mini-batch
     "dpo": (PAIRED | {"ref_logp", "probability"}, [("sigmoid", 1.0, "mask")], set()),
@@ -293,15 +293,15 @@ def test_the_table_has_every_preference_method() -> None:
 
 
 def test_the_defaults_are_those_of_the_papers() -> None:
-    dials = {name: [part.dials for part in preference(name).terms[0].loss.walk()] for name in TABLE}
-    assert dials["dpo"][0] == {"label_smoothing": 0.0, "margin": 0.0}
-    assert [one["beta"] for name in ("dpo", "ipo", "cpo", "kto") for one in dials[name] if "beta" in one][:2] == [
+    options = {name: [part.options for part in preference(name).terms[0].loss.walk()] for name in TABLE}
+    assert options["dpo"][0] == {"label_smoothing": 0.0, "margin": 0.0}
+    assert [one["beta"] for name in ("dpo", "ipo", "cpo", "kto") for one in options[name] if "beta" in one][:2] == [
         0.1,
         0.1,
     ]
-    assert [one["beta"] for one in dials["simpo"] if "beta" in one] == [2.0]
-    assert dials["simpo"][0]["margin"] == 0.5
-    assert dials["kto"][0] == {"beta": 0.1, "desirable": 1.0, "undesirable": 1.0}
+    assert [one["beta"] for one in options["simpo"] if "beta" in one] == [2.0]
+    assert options["simpo"][0]["margin"] == 0.5
+    assert options["kto"][0] == {"beta": 0.1, "desirable": 1.0, "undesirable": 1.0}
 
 
 def test_where_policy_is_reference_a_loss_is_that_of_no_gap() -> None:
@@ -344,7 +344,7 @@ def test_online_dpo_is_dpo_on_the_rollouts_pairs(loss: str) -> None:
     assert list(ours.terms) == expected
     assert list(ours.select) == [(column, of_the_whole_vocabulary(one)) for column, one in theirs.select]
     assert ours.pairs
-    assert ours.has_ratio()  # nothing is credited, so nothing goes stale
+    assert ours.has_ratio()  # nothing is advantages, so nothing goes stale
     assert ours.reads() == {"old_logp", "ref_logp"}
     assert ours.roles() == {"policy", "reference"}
 
@@ -405,7 +405,7 @@ def test_bco_and_apo_zero_on_single_answers() -> None:
 
 
 def test_the_baseline_of_a_score_per_token_is_per_token() -> None:
-    objective = preference("kto", beta=0.3, score={"mean": True})
+    objective = preference("kto", beta=0.3, implicit_reward={"mean": True})
     columns = {**unpaired().columns, "now_logp": NOW + 2}
     baseline = objective.select[0][1](columns)
     each = [u / n for u, n in zip(log_ratios((NOW + 2).tolist())[1::2], (1, 4, 1), strict=True)]
@@ -419,12 +419,12 @@ HARD = (1.0, 1.0, 1.0)
 
 
 def pairwise_by_hand(
-    scores: list[float], *, margins: Any = (0.0,) * 3, soft: Any = HARD, centring: float = 0.0
+    scores: list[float], *, margins: Any = (0.0,) * 3, soft: Any = HARD, centering: float = 0.0
 ) -> float:
     total = 0.0
     for pair, (margin, p) in enumerate(zip(margins, soft, strict=True)):
         chosen, rejected = scores[2 * pair], scores[2 * pair + 1]
-        total += cross_entropy(chosen - rejected - margin, p) + centring * (chosen + rejected) ** 2
+        total += cross_entropy(chosen - rejected - margin, p) + centering * (chosen + rejected) ** 2
     return total / 3
 
 
@@ -447,13 +447,13 @@ def k_way_by_hand(scores: list[float], *, ties: str) -> float:
 
 REWARD: dict[str, tuple[Objective, Callable[[], Batch], Callable[[list[float]], float]]] = {
     "pairwise": (reward("pairwise"), pairs, lambda s: pairwise_by_hand(s, margins=MARGIN, soft=PROBABILITY)),
-    "pairwise, centred": (
-        reward("pairwise", centring=0.3),
+    "pairwise, centered": (
+        reward("pairwise", centering=0.3),
         pairs,
-        lambda s: pairwise_by_hand(s, margins=MARGIN, soft=PROBABILITY, centring=0.3),
+        lambda s: pairwise_by_hand(s, margins=MARGIN, soft=PROBABILITY, centering=0.3),
     ),
     "log_exp": (reward("log_exp"), pairs, pairwise_by_hand),
-    "log_exp, centred": (reward("log_exp", centring=0.3), pairs, lambda s: pairwise_by_hand(s, centring=0.3)),
+    "log_exp, centered": (reward("log_exp", centering=0.3), pairs, lambda s: pairwise_by_hand(s, centering=0.3)),
     "k_way": (reward("k_way"), lambda: rankings(), lambda s: k_way_by_hand(s, ties="drop")),
     "k_way, half": (
         reward("k_way", loss={"ties": "half"}),
@@ -462,7 +462,7 @@ REWARD: dict[str, tuple[Objective, Callable[[], Batch], Callable[[list[float]], 
     ),
     "absolute": (
         reward("absolute"),
-        lambda: labelled(),
+        lambda: labeled(),
         lambda s: sum((x - t) ** 2 / 2 for x, t in zip(s, (1.0, -0.5, 2.0), strict=True)) / 3,
     ),
 }
@@ -472,8 +472,8 @@ def rankings() -> Batch:
     return Batch.of([Ranking(tuple(row(1 + i) for i in range(len(ranks))), ranks) for ranks in RANKS])
 
 
-def labelled() -> Batch:
-    batch = Batch.of([Labelled(row(2), target) for target in (1.0, -0.5, 2.0)])
+def labeled() -> Batch:
+    batch = Batch.of([Labeled(row(2), target) for target in (1.0, -0.5, 2.0)])
     return batch.with_columns(target=batch["target"].double())
 
 
@@ -502,10 +502,10 @@ def test_a_process_reward_model_learns_at_the_ends_of_steps_alone() -> None:
     check(reward("process"), Batch.of(steps), "token_score", scores, expected)
 
 
-RANKED = {"score", "place", "mask"}
+RANKED = {"score", "index", "mask"}
 READS = {
     "k_way": RANKED | {"rank", "element"}, "pairwise": RANKED | {"margin", "probability"}, "log_exp": RANKED,
-    "absolute": {"score", "target", "mask"}, "process": {"token_score", "step_label", "step"},
+    "absolute": {"score", "target", "mask"}, "process": {"token_score", "segment_label", "segment_end"},
 }  # fmt: skip
 
 
@@ -518,7 +518,7 @@ def test_a_reward_method_reads_what_the_table_says(name: str) -> None:
 def test_every_reward_method_is_here_and_has_its_records() -> None:
     assert {name.split(",")[0] for name in REWARD} | {"process"} == catalogue.REWARD.keys()
     assert READS.keys() == catalogue.REWARD.keys() == catalogue.READS.keys() == REWARD_SLOTS["loss"].keys()
-    assert [reward(name).terms[1:] == () for name in catalogue.REWARD] == [True] * 5  # by default nothing is centred
+    assert [reward(name).terms[1:] == () for name in catalogue.REWARD] == [True] * 5  # by default nothing is centered
 
 
 def test_k_way_of_two_is_pairwise_without_margin() -> None:

@@ -14,9 +14,9 @@ from whet.data import Batch, Row
 from whet.errors import RewardError
 from whet.methods import (
     Algorithm,
+    advantages,
     catalogue,
     clipping,
-    credited,
     diagnostics,
     online,
     outcome,
@@ -50,7 +50,7 @@ EVERYTHING = REWARD_KL | {"old_value"}
 TABLE: dict[str, tuple[set[str], bool, str, str]] = {
     # columns that are measured, whether there is a ratio, surrogate, reduction of the policy
     "ppo": (EVERYTHING, True, "clip", "token_mean"),
-    "ppo_kl": (EVERYTHING, True, "kl_penalised", "token_mean"),
+    "ppo_kl": (EVERYTHING, True, "kl_penalized", "token_mean"),
     "instructgpt": (EVERYTHING, True, "clip", "token_mean"),
     "deepspeed_chat": (EVERYTHING, True, "clip", "token_mean"),
     "unclipped": (EVERYTHING, True, "unclipped", "token_mean"),
@@ -113,7 +113,7 @@ def make(name: str, **changes: Any) -> Algorithm:
 
 def clip_bounds(method: Algorithm) -> tuple[float, float] | None:
     found = clipping(method)
-    return None if found is None else (found.dials["low"], found.dials["high"])
+    return None if found is None else (found.options["clip_low"], found.options["clip_high"])
 
 
 def padded(rows: list[list[float]], fill: float = 0.0) -> Tensor:
@@ -131,14 +131,14 @@ def rollout(scores: Any = SCORES, **columns: Any) -> Batch:
             "old_full_logp": padded(FULL), "old_collision": padded(COLLISION),
             "old_value": padded(VALUE), "final_value": torch.tensor(FINAL, dtype=torch.float64),
             "baseline": torch.tensor(GREEDY, dtype=torch.float64),
-            "step": torch.tensor([[0, 1, 1], [0, 1, 0], [1, 0, 0], [1, 0, 1]], dtype=torch.bool),
+            "segment_end": torch.tensor([[0, 1, 1], [0, 1, 0], [1, 0, 0], [1, 0, 1]], dtype=torch.bool),
         }
         | columns
     )  # fmt: skip
 
 
 def credit(method: Algorithm, scores: Any = SCORES, **columns: Any) -> Batch:
-    return credited(method.at(method.init()), rollout(scores, **columns))
+    return advantages(method.at(method.init()), rollout(scores, **columns))
 
 
 def scores_for(name: str) -> tuple[float, ...]:
@@ -158,9 +158,11 @@ def rewards_by_hand(score: Any = SCORES, beta: float = BETA) -> list[list[float]
     ]
 
 
-def gae_by_hand(rewards: list[list[float]], gamma: float, lam: Any, final: Any = (0.0,) * 4) -> list[list[float]]:
-    """The sum of discounted TD errors, written out; lam is one number, or one an answer."""
-    out, lams = [], lam if isinstance(lam, tuple) else (lam,) * 4
+def gae_by_hand(
+    rewards: list[list[float]], gamma: float, gae_lambda: Any, final: Any = (0.0,) * 4
+) -> list[list[float]]:
+    """The sum of discounted TD errors, written out; gae_lambda is one number, or one an answer."""
+    out, lams = [], gae_lambda if isinstance(gae_lambda, tuple) else (gae_lambda,) * 4
     for r, v, last, own in zip(rewards, VALUE, final, lams, strict=True):
         after = [*v[1:], last]
         delta = [r[t] + gamma * after[t] - v[t] for t in range(len(r))]
@@ -197,12 +199,13 @@ def test_every_method_is_in_the_tables() -> None:
 def test_every_choice_of_every_slot_can_be_composed() -> None:
     """Each stands in some method; what it needs is set beside it."""
     beside: dict[str, dict[str, Any]] = {
-        "against_greedy": {"answers": 1}, "gae": {"value": {"clip": 0.2}}, "gae_adaptive": {"value": {"clip": 0.2}},
-        "reinforce": {"ratio": None}, "kl_penalised": {"ratio": None}, "gmpo": {"ratio": None},
+        "against_greedy": {"num_generations": 1}, "gae": {"value": {"clip_range_vf": 0.2}},
+        "gae_adaptive": {"value": {"clip_range_vf": 0.2}},
+        "reinforce": {"ratio": None}, "kl_penalized": {"ratio": None}, "gmpo": {"ratio": None},
     }  # fmt: skip
     for slot, known in ONLINE_SLOTS.items():
         for name in known:
-            base = "reinforce_pp" if slot == "place" else "dr_grpo"
+            base = "reinforce_pp" if slot == "reward_placement" else "dr_grpo"
             changes = {slot: name} | beside.get(name, {})
             assert isinstance(make(base, **changes), Algorithm), (slot, name)
 
@@ -219,9 +222,9 @@ def test_a_method_reads_and_casts_what_the_table_says(name: str) -> None:
     assert {term.role for term in method.terms} == roles - {"reference"}
     assert method.has_ratio() is ratio
     assert method.terms[0].loss.op.__name__ == surrogate
-    assert method.terms[0].reduce.__name__ == reduction
+    assert method.terms[0].reduction.__name__ == reduction
     assert (method.penalty is not None) == (reads >= REWARD_KL)
-    in_the_loss = [term.name for term in method.terms if term.name in ONLINE_SLOTS["loss_kl"]]
+    in_the_loss = [term.name for term in method.terms if term.name in ONLINE_SLOTS["kl_in_loss"]]
     assert (method.penalty is None and bool(in_the_loss)) == (reads == LOSS_KL)  # never both
     assert method.objective.terms == method.terms
     assert method.objective.select == method.select
@@ -230,16 +233,21 @@ def test_a_method_reads_and_casts_what_the_table_says(name: str) -> None:
 @pytest.mark.parametrize("name", CREDIT)
 def test_a_method_credits_as_the_table_says(name: str) -> None:
     method, (op, answers, refill, white) = make(name), CREDIT[name]
-    assert op in [one.op.__name__ for one in method.credit.walk()]
-    assert (method.collect.answers, method.collect.refill) == (answers, refill)
+    assert op in [one.op.__name__ for one in method.advantage.walk()]
+    assert (method.collect.num_generations, method.collect.dynamic_sampling) == (answers, refill)
     assert method.collect.greedy is (name == "remax")
-    assert (method.whiten is not None) is white
-    assert method.centred is (
+    assert (method.normalize_advantage is not None) is white
+    assert method.centered is (
         not white and op in ("group_center", "group_zscore", "group_mean_scaled", "leave_one_out")
     )
     assert method.truncated == Truncated("keep")
-    assert (method.place.op, method.rescale, method.correct, method.pairs) == (ops.terminal, None, None, False)
-    assert (method.normalise is not None) is (name == "gdpo")
+    assert (
+        method.reward_placement.op,
+        method.reward_normalization,
+        method.importance_correction,
+        method.pairs,
+    ) == (ops.terminal, None, None, False)
+    assert (method.normalize is not None) is (name == "gdpo")
     assert [one.op.__name__ for one in method.shape] == {
         "dapo": ["soft_overlong"],
         "deepspeed_chat": ["clip_score"],
@@ -261,14 +269,14 @@ def test_clip_bounds_are_the_papers(name: str, bounds: tuple[float, float] | Non
 
 
 @pytest.mark.parametrize(
-    ("name", "dials"),
+    ("name", "options"),
     [
-        ("cispo", {"low": 1.0, "high": 0.28}), ("sapo", {"tau_positive": 1.0, "tau_negative": 1.05}),
-        ("gmpo", {"low": 0.4, "high": 0.4}), ("dppo", {"divergence": "tv", "bound": 0.15}), ("kl_cov", {"coef": 1.0}),
+        ("cispo", {"clip_low": 1.0, "clip_high": 0.28}), ("sapo", {"tau_positive": 1.0, "tau_negative": 1.05}),
+        ("gmpo", {"clip_low": 0.4, "clip_high": 0.4}), ("dppo", {"divergence": "tv", "bound": 0.15}), ("kl_cov", {"coef": 1.0}),
     ],
 )  # fmt: skip
-def test_the_surrogates_dials_are_the_papers(name: str, dials: dict[str, Any]) -> None:
-    assert make(name).terms[0].loss.dials == dials
+def test_the_surrogates_dials_are_the_papers(name: str, options: dict[str, Any]) -> None:
+    assert make(name).terms[0].loss.options == options
 
 
 @pytest.mark.parametrize(
@@ -288,10 +296,10 @@ def test_the_coefficients_of_the_kl_in_the_reward(name: str, coef: float) -> Non
 
 def test_the_kl_in_the_loss_of_each_method() -> None:
     found = {
-        name: (term.loss.op.__name__, term.weight, term.reduce is make(name).terms[0].reduce)
+        name: (term.loss.op.__name__, term.weight, term.reduction is make(name).terms[0].reduction)
         for name in TABLE
         for term in make(name).terms
-        if term.name in ONLINE_SLOTS["loss_kl"]
+        if term.name in ONLINE_SLOTS["kl_in_loss"]
     }
     assert found == {
         "grpo": ("k3", 0.04, True), "grpo_process": ("k3", 0.04, True), "reinforce_pp_baseline": ("k2", 0.001, True),
@@ -302,17 +310,17 @@ def test_the_kl_in_the_loss_of_each_method() -> None:
 def test_a_variant_leaves_every_other_slot_identical(name: str) -> None:
     method = make(name)
     for slot in fields(Algorithm):
-        variant = replace(method, **{slot.name: part(ops.uniform) if slot.name == "place" else None})
+        variant = replace(method, **{slot.name: part(ops.uniform) if slot.name == "reward_placement" else None})
         for other in fields(Algorithm):
             if other.name != slot.name:
                 assert getattr(variant, other.name) is getattr(method, other.name)
 
 
 def test_instructgpt_is_ppo_with_one_term_more() -> None:
-    method, base = make("instructgpt", kl=LOW, ptx_weight=0.3), make("ppo", kl=LOW)
+    method, base = make("instructgpt", kl_in_reward=LOW, ptx_coef=0.3), make("ppo", kl_in_reward=LOW)
     assert replace(method, terms=method.terms[:-1]) == base
     ptx = method.terms[-1]
-    got = (ptx.role, ptx.stream, ptx.weight, ptx.loss.op, ptx.reduce)
+    got = (ptx.role, ptx.stream, ptx.weight, ptx.loss.op, ptx.reduction)
     assert got == ("policy", "ptx", 0.3, ops.nll, ops.token_mean)
 
 
@@ -325,32 +333,36 @@ def test_other_surrogates_change_one_slot_of_ppo(name: str) -> None:
 
 
 def test_a_changed_slot_keeps_its_other_dials_and_another_part_begins_anew() -> None:
-    assert clip_bounds(make("dapo", surrogate={"low": 0.1})) == (0.1, 0.28)
+    assert clip_bounds(make("dapo", surrogate={"clip_low": 0.1})) == (0.1, 0.28)
     assert clip_bounds(make("dapo", surrogate="clip")) == (0.2, 0.28)
-    assert make("dapo", surrogate="dual_clip").terms[0].loss.dials == {"low": 0.2, "high": 0.2, "bound": 3.0}
-    assert make("ppo", kl={"controller": "halving", "target": 3.0}).init()["penalty"] == 0.05
-    assert make("vapo", value={"weight": 0.5}).terms[1].loss.dials == {"clip": None}
+    assert make("dapo", surrogate="dual_clip").terms[0].loss.options == {
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+        "bound": 3.0,
+    }
+    assert make("ppo", kl_in_reward={"controller": "halving", "target": 3.0}).init()["penalty"] == 0.05
+    assert make("vapo", value={"vf_coef": 0.5}).terms[1].loss.options == {"clip": None}
 
 
 def test_an_empty_record_is_its_defaults() -> None:
-    assert make("reinforce_pp_baseline", kl={}, loss_kl=None).init() == {"penalty": KL().coef}
-    assert make("grpo", entropy={}).terms[-1].weight == Entropy().coef
+    assert make("reinforce_pp_baseline", kl_in_reward={}, kl_in_loss=None).init() == {"penalty": KL().coef}
+    assert make("grpo", entropy={}).terms[-1].weight == Entropy().ent_coef
     assert make("vapo", value={}) == make("vapo")
-    assert make("grpo", credit="gae", value={}).terms[1].loss.dials == {"clip": 0.2}
+    assert make("grpo", advantage="gae", value={}).terms[1].loss.options == {"clip": 0.2}
 
 
 def test_grpo_without_a_kl_has_no_reference() -> None:
-    for loss_kl in (None, {"coef": 0.0}):
-        method = make("grpo", loss_kl=loss_kl)
+    for kl_in_loss in (None, {"coef": 0.0}):
+        method = make("grpo", kl_in_loss=kl_in_loss)
         assert method.reads() == ALONE
         assert method.roles() == {"policy"}
         assert len(method.terms) == 1
-    assert make("grpo", loss_kl={"coef": 0.3}).terms[1].weight == 0.3
+    assert make("grpo", kl_in_loss={"coef": 0.3}).terms[1].weight == 0.3
 
 
-@pytest.mark.parametrize("name", ONLINE_SLOTS["loss_kl"])
+@pytest.mark.parametrize("name", ONLINE_SLOTS["kl_in_loss"])
 def test_a_loss_kl_casts_the_reference(name: str) -> None:
-    method = make("grpo", loss_kl=name)
+    method = make("grpo", kl_in_loss=name)
     assert method.roles() == {"policy", "reference"}
     assert method.reads() == {
         "k2": LOSS_KL, "k3": LOSS_KL, "k3_weighted": REWARD_KL, "exact": ALONE, "k2_sequence": LOSS_KL,
@@ -360,8 +372,8 @@ def test_a_loss_kl_casts_the_reference(name: str) -> None:
 
 
 def test_a_kl_coefficient_of_zero_still_measures_it() -> None:
-    assert "ref_logp" in make("ppo", kl=KL(coef=0.0)).reads()
-    assert make("ppo", kl=None).roles() == {"policy", "critic"}
+    assert "ref_logp" in make("ppo", kl_in_reward=KL(coef=0.0)).reads()
+    assert make("ppo", kl_in_reward=None).roles() == {"policy", "critic"}
 
 
 def test_bootstrapping_reads_the_value_after_the_last_token() -> None:
@@ -369,13 +381,16 @@ def test_bootstrapping_reads_the_value_after_the_last_token() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dials", "bounds"), [({}, (0.2, 0.2)), ({"low": 0.1, "high": 0.1}, (0.1, 0.1)), ({"high": 0.28}, (0.2, 0.28))]
+    ("options", "bounds"),
+    [({}, (0.2, 0.2)), ({"clip_low": 0.1, "clip_high": 0.1}, (0.1, 0.1)), ({"clip_high": 0.28}, (0.2, 0.28))],
 )
 @pytest.mark.parametrize("name", ["ppo", "grpo"])
 @pytest.mark.parametrize("surrogate", ["clip", "dual_clip"])
-def test_clip_bounds_are_the_surrogates(name: str, surrogate: str, dials: dict, bounds: tuple[float, float]) -> None:
-    assert clip_bounds(make(name, surrogate={"name": surrogate, **dials})) == bounds
-    assert clip_bounds(make("grpo", surrogate={"name": "clip", **dials}, correct="token_weight")) == bounds
+def test_clip_bounds_are_the_surrogates(name: str, surrogate: str, options: dict, bounds: tuple[float, float]) -> None:
+    assert clip_bounds(make(name, surrogate={"name": surrogate, **options})) == bounds
+    assert (
+        clip_bounds(make("grpo", surrogate={"name": "clip", **options}, importance_correction="token_weight")) == bounds
+    )
 
 
 # --- token rewards and credit by hand --------------------------------------------------------------------------------
@@ -383,7 +398,7 @@ def test_clip_bounds_are_the_surrogates(name: str, surrogate: str, dials: dict, 
 
 @pytest.mark.parametrize("name", ["ppo", "ppo_kl", "instructgpt", "unclipped", "policy_gradient"])
 def test_the_ppo_family_is_credited_by_hand(name: str) -> None:
-    got = credit(make(name, kl=LOW, credit={"gamma": 0.9, "lam": 0.8}))
+    got = credit(make(name, kl_in_reward=LOW, advantage={"gamma": 0.9, "gae_lambda": 0.8}))
     rewards = rewards_by_hand()
     advantage = gae_by_hand(rewards, 0.9, 0.8)
     close(got["kl"], K1)
@@ -393,7 +408,10 @@ def test_the_ppo_family_is_credited_by_hand(name: str) -> None:
 
 
 def test_by_default_ppo_has_gamma_one_and_lambda_095() -> None:
-    close(credit(make("ppo", kl=LOW, whiten=None))["advantage"], gae_by_hand(rewards_by_hand(), 1.0, 0.95))
+    close(
+        credit(make("ppo", kl_in_reward=LOW, normalize_advantage=None))["advantage"],
+        gae_by_hand(rewards_by_hand(), 1.0, 0.95),
+    )
 
 
 def test_deepspeed_chat_clips_the_score_at_five_and_does_not_whiten() -> None:
@@ -406,7 +424,7 @@ def test_deepspeed_chat_clips_the_score_at_five_and_does_not_whiten() -> None:
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 def test_vapo_has_a_lambda_for_each_length_and_a_monte_carlo_critic(gamma: float) -> None:
     # alpha 1/2: lambda 1 - 1 / 1.5 for three tokens, 1 - 1 / 1 for two, 0 for one
-    got = credit(make("vapo", credit={"alpha": 0.5, "gamma": gamma}))
+    got = credit(make("vapo", advantage={"alpha": 0.5, "gamma": gamma}))
     rewards = rewards_by_hand(beta=0.0)
     close(got["advantage"], gae_by_hand(rewards, gamma, (1 / 3, 0.0, 0.0, 1 / 3)))
     close(got["returns"], to_go(rewards, gamma))  # lambda 1: the value drops out
@@ -414,7 +432,7 @@ def test_vapo_has_a_lambda_for_each_length_and_a_monte_carlo_critic(gamma: float
 
 
 def test_the_critics_own_lambda_changes_its_target_and_nothing_else() -> None:
-    base, own = (make("ppo", kl=LOW, value={"lam": lam}) for lam in (None, 0.3))
+    base, own = (make("ppo", kl_in_reward=LOW, value={"gae_lambda": gae_lambda}) for gae_lambda in (None, 0.3))
     assert replace(own, target=None) == base
     close(credit(own)["advantage"], whitened(gae_by_hand(rewards_by_hand(), 1.0, 0.95)))
     close(credit(own)["returns"], plus(gae_by_hand(rewards_by_hand(), 1.0, 0.3), VALUE))
@@ -422,14 +440,17 @@ def test_the_critics_own_lambda_changes_its_target_and_nothing_else() -> None:
 
 def test_reinforce_is_credited_with_returns_to_go() -> None:
     for gamma in (1.0, 0.9):
-        got = credit(make("reinforce", kl=LOW, credit={"gamma": gamma}))
+        got = credit(make("reinforce", kl_in_reward=LOW, advantage={"gamma": gamma}))
         close(got["advantage"], to_go(rewards_by_hand(), gamma))
-    for method in (make("reinforce", kl=LOW, whiten="whiten"), make("reinforce_pp", kl=LOW)):
+    for method in (
+        make("reinforce", kl_in_reward=LOW, normalize_advantage="whiten"),
+        make("reinforce_pp", kl_in_reward=LOW),
+    ):
         close(credit(method)["advantage"], whitened(to_go(rewards_by_hand())))
 
 
 def test_rloo_compares_whole_returns_kl_included_with_the_other_answers() -> None:
-    got = credit(make("rloo", kl=LOW))
+    got = credit(make("rloo", kl_in_reward=LOW))
     total = [sum(row) for row in rewards_by_hand()]
     assert total == [1 + 0.5 * 0.625, -2 - 0.5 * 0.5, 8 + 0.5 * 2.5, 0.5 + 0.5 * 0.5]  # sums of k1 -0.625 0.5 -2.5 -0.5
     close(
@@ -440,7 +461,7 @@ def test_rloo_compares_whole_returns_kl_included_with_the_other_answers() -> Non
 
 
 def test_rloo_takes_the_mean_of_all_the_others() -> None:
-    got = credit(make("rloo", kl=None), group=torch.tensor([7, 7, 7, 7]))
+    got = credit(make("rloo", kl_in_reward=None), group=torch.tensor([7, 7, 7, 7]))
     close(got["advantage"], on_each_token([score - (sum(SCORES) - score) / 3 for score in SCORES]))
 
 
@@ -451,13 +472,13 @@ def test_an_answer_without_others_is_an_error_that_says_so() -> None:
 
 @pytest.mark.parametrize("gamma", [1.0, 0.5])
 def test_remax_subtracts_the_greedy_answers_score_but_not_its_kl(gamma: float) -> None:
-    got = credit(make("remax", kl=LOW, credit={"gamma": gamma}))
+    got = credit(make("remax", kl_in_reward=LOW, advantage={"gamma": gamma}))
     close(
         got["advantage"], [[g - s for g in row] for row, s in zip(to_go(rewards_by_hand(), gamma), GREEDY, strict=True)]
     )
 
 
-def test_grpo_process_credits_each_token_with_the_normalised_steps_from_it_on() -> None:
+def test_grpo_process_credits_each_token_with_the_normalized_steps_from_it_on() -> None:
     dense = [[0.0, 1.0, 3.0], [0.0, 8.0], [5.0], [7.0, 0.0, 6.0]]
     got = credit(make("grpo_process"), (4.0, 8.0, 5.0, 13.0), token_score=padded(dense))
     a, b = math.sqrt(26 / 2) + 1e-6, 1 + 1e-6  # steps 1 3 8 of mean 4, 5 7 6 of mean 6
@@ -470,8 +491,8 @@ def test_what_is_left_of_a_score_is_a_step_at_the_last_token() -> None:
     # in the second answer no step ends at the last token, the penalty makes it one
     dense = [[0.0, 0.0, 0.0], [1.0, 0.0], [0.0], [0.0, 0.0, 0.0]]
     step = torch.tensor([[False, False, True], [True, False, False], [True, False, False], [False, False, True]])
-    method = make("grpo_process", truncated=Truncated("penalise", 2.0), credit={"eps": 0.0})
-    got = credit(method, (4.0, 1.0, 3.0, 3.0), token_score=padded(dense), step=step)
+    method = make("grpo_process", truncated=Truncated("penalize", 2.0), advantage={"eps": 0.0})
+    got = credit(method, (4.0, 1.0, 3.0, 3.0), token_score=padded(dense), segment_end=step)
     # group 0: steps 4 | 1 -2 of mean 1, squares 9 0 9; group 1: 3 | 1
     close(got["advantage"], [[1.0] * 3, [-1.0, -1.0], [1 / math.sqrt(2)], [-1 / math.sqrt(2)] * 3])
 
@@ -482,12 +503,12 @@ def test_the_rounding_of_a_sum_is_no_step() -> None:
     dense = torch.tensor([[0.1, 0.7, 0.1, 0.0], [0.5, 0.5, 0.0, 0.0]])
     batch = Batch.of(rows).with_columns(
         group=torch.zeros(2, dtype=torch.int64), truncated=torch.zeros(2, dtype=torch.bool), token_score=dense,
-        rewards=torch.tensor([[0.9], [1.0]]), step=torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]], dtype=torch.bool),
+        rewards=torch.tensor([[0.9], [1.0]]), segment_end=torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]], dtype=torch.bool),
     )  # fmt: skip
     steps = [0.1, 0.7, 0.1, 0.5, 0.5]
     mean, spread = sum(steps) / 5, deviation(steps)
     z = [(x - mean) / spread for x in steps]
-    got = credited(make("grpo_process", credit={"eps": 0.0}), batch)["advantage"]
+    got = advantages(make("grpo_process", advantage={"eps": 0.0}), batch)["advantage"]
     expected = torch.tensor([[sum(z[:3]), z[1] + z[2], z[2], 0.0], [z[3] + z[4], z[4], 0.0, 0.0]])
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
@@ -522,8 +543,8 @@ Z = 1 / math.sqrt(2)  # the deviation of two is their gap / sqrt(2)
     ],
 )  # fmt: skip
 def test_the_group_family_is_credited_by_hand(name: str, each: tuple[float, ...]) -> None:
-    dials = {} if name == "dr_grpo" else {"credit": {"eps": 0.0}}
-    got = credit(make(name, **dials))
+    options = {} if name == "dr_grpo" else {"advantage": {"eps": 0.0}}
+    got = credit(make(name, **options))
     close(got["advantage"], on_each_token(each))
     assert "kl" not in got.columns
 
@@ -534,7 +555,7 @@ def test_grpo_by_default_adds_1e_6_to_the_sample_deviation() -> None:
     close(got["advantage"], on_each_token((-z, z, 0.0, 0.0)))
 
 
-def test_reinforce_pp_baseline_whitens_what_is_centred() -> None:
+def test_reinforce_pp_baseline_whitens_what_is_centered() -> None:
     close(credit(make("reinforce_pp_baseline"))["advantage"], whitened(on_each_token((1.5, -1.5, 3.75, -3.75))))
 
 
@@ -545,9 +566,9 @@ def test_maxrl_divides_by_the_groups_mean() -> None:
         credit(make("maxrl"))
 
 
-def test_gdpo_normalises_each_reward_before_it_sums_them() -> None:
+def test_gdpo_normalizes_each_reward_before_it_sums_them() -> None:
     rewards = torch.tensor([[1.0, 100.0], [-2.0, 300.0], [8.0, 7.0], [0.5, 7.0]], dtype=torch.float64)
-    method = make("gdpo", weights=(2.0, 0.5), normalise={"eps": 0.0})
+    method = make("gdpo", weights=(2.0, 0.5), normalize={"eps": 0.0})
     score = [2 * Z - 0.5 * Z, -2 * Z + 0.5 * Z, 2 * Z, -2 * Z]  # the second reward is constant in the second group
     got = credit(method, rewards=rewards)
     assert outcome(method, rollout(rewards=rewards)).tolist() == pytest.approx(score, rel=1e-12)
@@ -557,7 +578,7 @@ def test_gdpo_normalises_each_reward_before_it_sums_them() -> None:
 
 def test_dapo_takes_the_overlong_penalty_off_before_it_compares() -> None:
     # limit 4, buffer 3: lengths 3 2 1 3 cost 2/3 1/3 0 2/3
-    method = online("dapo", longest=4, overlong={"buffer": 3}, credit="group_center")
+    method = online("dapo", longest=4, overlong={"buffer": 3}, advantage="group_center")
     got = credit(method)
     score = [1 - 2 / 3, -2 - 1 / 3, 8.0, 0.5 - 2 / 3]
     assert got["score"].tolist() == pytest.approx(score)
@@ -573,10 +594,10 @@ def test_an_ensemble_is_combined_with_care(combine: dict[str, Any]) -> None:
     assert outcome(method, rollout(rewards=rewards)).tolist() == pytest.approx(expected)
 
 
-def test_scores_are_combined_normalised_bounded_and_penalised_in_this_order() -> None:
+def test_scores_are_combined_normalized_bounded_and_penalized_in_this_order() -> None:
     method = online(
-        "ppo", longest=4, weights=(0.5,), rescale="running", bound={"name": "clip_score", "bound": 2.0},
-        overlong={"name": "soft_overlong", "buffer": 3}, truncated=Truncated("penalise", 0.25),
+        "ppo", longest=4, weights=(0.5,), reward_normalization="running", reward_clip={"name": "clip_score", "bound": 2.0},
+        overlong={"name": "soft_overlong", "buffer": 3}, truncated=Truncated("penalize", 0.25),
     )  # fmt: skip
     state = {**method.init(), "running.count": 3.0, "running.mean": 9.0, "running.square": 0.5, "running.shift": 1.0}
     got = shaped(method.at(state), rollout())
@@ -590,14 +611,16 @@ def test_scores_are_combined_normalised_bounded_and_penalised_in_this_order() ->
 
 @pytest.mark.parametrize(("estimator", "kl"), [("k2", lambda r: r * r / 2), ("k3", lambda r: math.exp(-r) - 1 + r)])
 def test_other_estimators_in_the_reward(estimator: Any, kl: Any) -> None:
-    close(credit(make("ppo", kl=KL(coef=BETA, estimator=estimator)))["kl"], [[kl(x) for x in row] for row in K1])
+    close(
+        credit(make("ppo", kl_in_reward=KL(coef=BETA, estimator=estimator)))["kl"], [[kl(x) for x in row] for row in K1]
+    )
 
 
 EXACT = [[0.5, 0.25, 1.0], [0.0, 0.125], [0.75], [0.5, 2.0, 0.25]]
 
 
 def test_the_exact_kl_stands_in_the_reward_and_its_own_state_in_the_loss() -> None:
-    method = make("rloo", kl=KL(coef=BETA, estimator="exact"))
+    method = make("rloo", kl_in_reward=KL(coef=BETA, estimator="exact"))
     assert method.reads() == {"old_logp", "old_exact_kl"}
     assert method.roles() == {"policy", "reference"}
     got = credit(method, old_exact_kl=padded(EXACT))
@@ -605,7 +628,7 @@ def test_the_exact_kl_stands_in_the_reward_and_its_own_state_in_the_loss() -> No
     total = [score - BETA * sum(row) for row, score in zip(EXACT, SCORES, strict=True)]
     close(got["advantage"], on_each_token([total[i] - total[i ^ 1] for i in range(4)]))
     term = method.at(method.init()).terms[1]
-    assert (term.role, term.stream, term.weight, term.reduce) == ("policy", "rollout", BETA, ops.sequence_sum)
+    assert (term.role, term.stream, term.weight, term.reduction) == ("policy", "rollout", BETA, ops.sequence_sum)
     columns = {**got.columns, "exact_kl": padded([[2 * x for x in row] for row in EXACT], math.nan)}
     assert float(term.share(columns, got.counts())) == pytest.approx(BETA * 2 * sum(map(sum, EXACT)) / 4)
 
@@ -626,14 +649,14 @@ def test_the_exact_kl_and_its_later_tokens_have_the_gradient_of_the_kl_over_whol
     p = logp.detach().sum(1).exp()
     exact_whole = (logp.sum(1).exp() * (logp.sum(1) - both(*ref).sum(1))).sum()
 
-    method = make("reinforce", kl=KL(coef=1.0, estimator="exact"), reduce="sequence_sum")
+    method = make("reinforce", kl_in_reward=KL(coef=1.0, estimator="exact"), reduction="sequence_sum")
     method = method.at(method.init())
     rows = [Row(torch.arange(4), 2, torch.ones(2, dtype=torch.bool)) for _ in range(9)]
     batch = Batch.of(rows).with_columns(
         rewards=torch.zeros(9, 1, dtype=torch.float64), token_score=torch.zeros(9, 2, dtype=torch.float64),
         truncated=torch.zeros(9, dtype=torch.bool), old_exact_kl=exact.detach(),
     )  # fmt: skip
-    batch = credited(method, batch)
+    batch = advantages(method, batch)
     loss = 0.0
     for number, weight in enumerate(p.tolist()):
         one = batch.take([number])
@@ -647,7 +670,9 @@ def test_the_exact_kl_and_its_later_tokens_have_the_gradient_of_the_kl_over_whol
 
 @pytest.mark.parametrize("kind", ["adaptive", "halving"])
 def test_the_exact_kl_has_one_coefficient(kind: Any) -> None:
-    method = make("reinforce", kl=KL(coef=BETA, estimator="exact", controller=kind, target=3.0, horizon=10_000))
+    method = make(
+        "reinforce", kl_in_reward=KL(coef=BETA, estimator="exact", controller=kind, target=3.0, horizon=10_000)
+    )
     state = method.next(method.init(), measured(kl=9.0, kl_old=0.0))
     now = method.at(state)
     assert now.penalty.coef == now.terms[1].weight == BETA * (2 if kind == "halving" else 1 + 0.2 * 64 / 10_000)
@@ -655,7 +680,7 @@ def test_the_exact_kl_has_one_coefficient(kind: Any) -> None:
 
 def test_a_sequence_kl_is_charged_once_on_the_last_token() -> None:
     for where, share in (("sequence", lambda n: 1 / n), ("sequence_sum", lambda n: 1.0)):
-        got = credit(make("ppo", kl=KL(coef=BETA, where=where)))
+        got = credit(make("ppo", kl_in_reward=KL(coef=BETA, where=where)))
         expected = [
             [*[0.0] * (len(row) - 1), score - BETA * share(len(row)) * sum(row)]
             for row, score in zip(K1, SCORES, strict=True)
@@ -669,7 +694,7 @@ PLACES = [
     ("uniform", lambda length: [1 / length] * length),
     ("linear", lambda length: [t / length for t in range(1, length + 1)]),
     (
-        {"name": "linear", "normalised": True},
+        {"name": "linear", "normalized": True},
         lambda length: [2 * t / (length * (length + 1)) for t in range(1, length + 1)],
     ),
 ]
@@ -678,7 +703,7 @@ PLACES = [
 @pytest.mark.parametrize("name", ["ppo", "reinforce", "remax", "reinforce_pp"])
 @pytest.mark.parametrize(("place", "weights"), PLACES)
 def test_the_score_is_placed_over_the_tokens(name: str, place: Any, weights: Any) -> None:
-    got = credit(make(name, kl=NO_KL, place=place))
+    got = credit(make(name, kl_in_reward=NO_KL, reward_placement=place))
     expected = [[score * w for w in weights(length)] for score, length in zip(SCORES, LENGTHS, strict=True)]
     close(got["token_reward"], expected)
 
@@ -686,25 +711,25 @@ def test_the_score_is_placed_over_the_tokens(name: str, place: Any, weights: Any
 @pytest.mark.parametrize("heads", ["mean", "max"])
 def test_the_score_is_placed_by_attention(heads: str) -> None:
     weights = [[0.5, 0.25, 0.25], [0.75, 0.25], [1.0], [0.0, 0.5, 0.5]]
-    method = make("ppo", kl=NO_KL, place={"name": "attention", "heads": heads})
+    method = make("ppo", kl_in_reward=NO_KL, reward_placement={"name": "attention", "heads": heads})
     assert method.reads() == EVERYTHING | {f"attention_{heads}"}
     got = credit(method, **{f"attention_{heads}": padded(weights, math.nan)})
     close(got["token_reward"], [[score * w for w in row] for row, score in zip(weights, SCORES, strict=True)])
-    assert make("ppo", place="attention").reads() == EVERYTHING | {"attention_mean"}
+    assert make("ppo", reward_placement="attention").reads() == EVERYTHING | {"attention_mean"}
 
 
 def test_raw_linear_weights_change_what_a_whole_answer_earns() -> None:
     # they sum to (T + 1) / 2: 2, 1.5, 1 and 2
     score = [2 * 1.0, 1.5 * -2.0, 8.0, 2 * 0.5]
-    for place in ("linear", {"name": "linear", "normalised": False}):
-        got = credit(make("dr_grpo", place=place))
+    for place in ("linear", {"name": "linear", "normalized": False}):
+        got = credit(make("dr_grpo", reward_placement=place))
         close(got["advantage"], on_each_token([(score[i] - score[i ^ 1]) / 2 for i in range(4)]))
 
 
 @pytest.mark.parametrize("place", ["terminal", "uniform"])
 def test_dense_scores_stay_at_their_places_and_the_rest_is_placed(place: Any) -> None:
     dense = [[0.25, -0.5, 0.125], [1.0, -1.0], [0.5], [0.0, 2.0, -1.0]]
-    got = credit(make("ppo", kl=NO_KL, place=place), token_score=padded(dense))
+    got = credit(make("ppo", kl_in_reward=NO_KL, reward_placement=place), token_score=padded(dense))
     expected = []
     for row, score in zip(dense, SCORES, strict=True):
         rest, n = score - sum(row), len(row)
@@ -714,7 +739,12 @@ def test_dense_scores_stay_at_their_places_and_the_rest_is_placed(place: Any) ->
 
 
 @pytest.mark.parametrize(
-    "changes", [{"rescale": "running"}, {"normalise": "group_normalised", "answers": 2}, {"combine": "minimum"}]
+    "changes",
+    [
+        {"reward_normalization": "running"},
+        {"normalize": "group_normalized", "num_generations": 2},
+        {"combine": "minimum"},
+    ],
 )
 def test_dense_scores_keep_their_size_or_are_refused(changes: dict[str, Any]) -> None:
     method = make("ppo", **changes)
@@ -724,7 +754,7 @@ def test_dense_scores_keep_their_size_or_are_refused(changes: dict[str, Any]) ->
 
 
 def test_several_rewards_are_weighted_and_summed() -> None:
-    method = make("ppo", kl=NO_KL, weights=(2.0, -1.0))
+    method = make("ppo", kl_in_reward=NO_KL, weights=(2.0, -1.0))
     both = torch.tensor([[1.0, 0.5], [0.0, 1.0], [3.0, 3.0], [-1.0, 2.0]], dtype=torch.float64)
     assert credit(method, rewards=both)["score"].tolist() == [1.5, -1.0, 3.0, -4.0]
 
@@ -733,8 +763,8 @@ def test_several_rewards_are_weighted_and_summed() -> None:
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_a_truncated_answer_is_penalised(name: str) -> None:
-    got = credit(make(name, truncated=Truncated("penalise", 0.25)), scores_for(name))
+def test_a_truncated_answer_is_penalized(name: str) -> None:
+    got = credit(make(name, truncated=Truncated("penalize", 0.25)), scores_for(name))
     score = list(scores_for(name))
     if name == "deepspeed_chat":
         score = [1.0, -2.0, 5.0, 0.5]
@@ -761,7 +791,7 @@ def test_a_masked_answer_keeps_its_place_in_its_groups_statistics(name: str) -> 
 
 
 def test_whitening_leaves_masked_answers_out() -> None:
-    got = credit(make("ppo", kl=LOW, truncated=Truncated("mask")))
+    got = credit(make("ppo", kl_in_reward=LOW, truncated=Truncated("mask")))
     advantage = gae_by_hand(rewards_by_hand(), 1.0, 0.95)
     expected = whitened([advantage[0], advantage[2]])
     close(got["advantage"], [expected[0], [], expected[1], []])
@@ -778,15 +808,17 @@ def test_a_masked_answer_teaches_the_critic_nothing() -> None:
 @pytest.mark.parametrize("name", ["ppo", "vapo"])
 def test_a_truncated_answer_is_bootstrapped_with_the_critics_value(name: str) -> None:
     """The value stands for all that would have followed, the score included: a cut-off answer is not paid twice."""
-    dials = {"gamma": 0.9, "lam": 0.8} if name == "ppo" else {"gamma": 0.9, "alpha": 0.5}
-    got = credit(make(name, kl=LOW, credit=dials, whiten=None, truncated=Truncated("bootstrap")))
+    options = {"gamma": 0.9, "gae_lambda": 0.8} if name == "ppo" else {"gamma": 0.9, "alpha": 0.5}
+    got = credit(
+        make(name, kl_in_reward=LOW, advantage=options, normalize_advantage=None, truncated=Truncated("bootstrap"))
+    )
     rewards = [
         [*row[:-1], row[-1] - score] if cut else row
         for row, score, cut in zip(rewards_by_hand(), SCORES, CUT, strict=True)
     ]
     final = [f if cut else 0.0 for f, cut in zip(FINAL, CUT, strict=True)]
-    lam = 0.8 if name == "ppo" else (1 / 3, 0.0, 0.0, 1 / 3)
-    close(got["advantage"], gae_by_hand(rewards, 0.9, lam, final))
+    gae_lambda = 0.8 if name == "ppo" else (1 / 3, 0.0, 0.0, 1 / 3)
+    close(got["advantage"], gae_by_hand(rewards, 0.9, gae_lambda, final))
     target = gae_by_hand(
         rewards, 0.9, 0.8 if name == "ppo" else 1.0, final
     )  # the critic's own lambda is bootstrapped too
@@ -794,10 +826,12 @@ def test_a_truncated_answer_is_bootstrapped_with_the_critics_value(name: str) ->
 
 
 @pytest.mark.parametrize("name", TABLE)
-@pytest.mark.parametrize("rule", ["keep", "mask", "penalise"])
+@pytest.mark.parametrize("rule", ["keep", "mask", "penalize"])
 def test_nothing_behind_an_answer_is_credited(name: str, rule: Any) -> None:
     """NaN in the padding of every measured column changes nothing."""
-    method = make(name, truncated=Truncated(rule, 0.25 if rule == "penalise" else 1.0), correct="token_weight")
+    method = make(
+        name, truncated=Truncated(rule, 0.25 if rule == "penalize" else 1.0), importance_correction="token_weight"
+    )
     sampler = [[x - 0.25 for x in row] for row in OLD]
     base = credit(method, scores_for(name), sampler_logp=padded(sampler))
     nan = {
@@ -817,12 +851,12 @@ def test_nothing_behind_an_answer_is_credited(name: str, rule: Any) -> None:
 # --- importance correction -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("correct", ONLINE_SLOTS["correct"])
+@pytest.mark.parametrize("correct", ONLINE_SLOTS["importance_correction"])
 @pytest.mark.parametrize("name", ["grpo", "reinforce", "kl_cov"])
 def test_the_correction_weighs_the_policys_loss_token_by_token(name: str, correct: str) -> None:
     gap = [[0.5, -0.25, 0.0], [0.25, 0.25], [0.0], [-0.1, 0.0, 0.1]]  # log old - log sampler
     sampler = padded(OLD) - padded(gap)
-    method, plain = make(name, correct=correct), make(name)
+    method, plain = make(name, importance_correction=correct), make(name)
     got = credit(method, sampler_logp=sampler)
     assert torch.equal(got["correction"], getattr(ops, correct)(padded(OLD), sampler, got["mask"]))
     assert (got["correction"] != 1)[got["mask"]].any()
@@ -854,9 +888,12 @@ def test_clip_cov_gives_the_selected_tokens_no_gradient() -> None:
 
 
 def test_clip_cov_knows_the_bounds_of_its_clip() -> None:
-    method = make("clip_cov", surrogate={"name": "clip", "low": 0.1, "high": 0.15})
-    assert (method.select[0][1].dials["low"], method.select[0][1].dials["high"]) == (0.1, 0.15)
-    assert (make("clip_cov").select[0][1].dials["low"], make("clip_cov").select[0][1].dials["high"]) == (1.0, 1.0)
+    method = make("clip_cov", surrogate={"name": "clip", "clip_low": 0.1, "clip_high": 0.15})
+    assert (method.select[0][1].options["clip_low"], method.select[0][1].options["clip_high"]) == (0.1, 0.15)
+    assert (make("clip_cov").select[0][1].options["clip_low"], make("clip_cov").select[0][1].options["clip_high"]) == (
+        1.0,
+        1.0,
+    )
 
 
 # --- which groups teach, and pairs -----------------------------------------------------------------------------------
@@ -888,7 +925,7 @@ def test_only_groups_with_spread_teach(rewards: list, dense: list | None, expect
     assert spread(method, batch).tolist() == expected
 
 
-def test_where_each_reward_is_normalised_by_itself_each_ones_spread_counts() -> None:
+def test_where_each_reward_is_normalized_by_itself_each_ones_spread_counts() -> None:
     rewards = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0], [2.0, 2.0]], dtype=torch.float64)
     assert spread(make("gdpo", weights=(1.0, 1.0)), rollout(rewards=rewards)).tolist() == [True, True, False, False]
 
@@ -901,38 +938,38 @@ def test_spread_does_not_depend_on_the_order_of_the_answers() -> None:
 
 def test_a_pair_is_the_best_and_the_worst_answer_of_a_group() -> None:
     method = online("online_dpo")
-    batch = credited(method, rollout((1.0, 3.0, 0.5, 2.0), group=torch.tensor([0, 0, 0, 0])))
+    batch = advantages(method, rollout((1.0, 3.0, 0.5, 2.0), group=torch.tensor([0, 0, 0, 0])))
     got = paired(batch)
     assert got["score"].tolist() == [3.0, 0.5]
     assert [row.response for row in got.rows] == [2, 1]
-    assert (got["place"].tolist(), got["element"].tolist(), got["probability"].tolist()) == ([0, 1], [0, 0], [1.0, 1.0])
+    assert (got["index"].tolist(), got["element"].tolist(), got["probability"].tolist()) == ([0, 1], [0, 0], [1.0, 1.0])
     assert got["chosen_mask"].tolist() == [[True, True], [False, False]]
     assert got["mask"].tolist() == [[True, True], [True, False]]
 
 
 def test_groups_of_equal_scores_give_no_pair_and_of_equal_answers_the_first_counts() -> None:
-    got = paired(credited(online("online_dpo"), rollout((2.0, 2.0, 1.0, 4.0))))
+    got = paired(advantages(online("online_dpo"), rollout((2.0, 2.0, 1.0, 4.0))))
     assert got["score"].tolist() == [4.0, 1.0]
     assert got["element"].tolist() == [0, 0]
-    three = paired(credited(online("online_dpo"), rollout((2.0, 5.0, 2.0, 5.0), group=torch.tensor([0, 0, 0, 0]))))
+    three = paired(advantages(online("online_dpo"), rollout((2.0, 5.0, 2.0, 5.0), group=torch.tensor([0, 0, 0, 0]))))
     assert [row.response for row in three.rows] == [2, 3]  # the first 5 and the first 2
-    none = paired(credited(online("online_dpo"), rollout((2.0, 2.0, 1.0, 1.0))))
+    none = paired(advantages(online("online_dpo"), rollout((2.0, 2.0, 1.0, 1.0))))
     assert (none.rows, none.elements()) == ((), [])
 
 
-def test_a_pair_of_a_cut_off_answer_is_penalised() -> None:
-    method = online("online_dpo", truncated=Truncated("penalise", 3.0))
-    got = paired(credited(method, rollout((1.0, 3.0, 0.5, 2.0))))
+def test_a_pair_of_a_cut_off_answer_is_penalized() -> None:
+    method = online("online_dpo", truncated=Truncated("penalize", 3.0))
+    got = paired(advantages(method, rollout((1.0, 3.0, 0.5, 2.0))))
     assert got["score"].tolist() == [1.0, 0.0, 0.5, -1.0]
     assert got["element"].tolist() == [0, 0, 1, 1]
 
 
 def test_online_dpo_is_scored_but_not_credited() -> None:
-    method = online("online_dpo", weights=(2.0,), bound={"name": "clip_score", "bound": 5.0})
-    got = credited(method.at(method.init()), rollout())
+    method = online("online_dpo", weights=(2.0,), reward_clip={"name": "clip_score", "bound": 5.0})
+    got = advantages(method.at(method.init()), rollout())
     assert got["score"].tolist() == [2.0, -4.0, 5.0, 1.0]
     assert not {"advantage", "token_reward", "kl"} & got.columns.keys()
-    assert (method.credit, method.place, method.penalty) == (None, None, None)
+    assert (method.advantage, method.reward_placement, method.penalty) == (None, None, None)
 
 
 # --- state -----------------------------------------------------------------------------------------------------------
@@ -945,7 +982,7 @@ def measured(
 
 
 def test_a_fixed_coefficient_stays() -> None:
-    method = make("ppo", kl=KL(coef=0.3))
+    method = make("ppo", kl_in_reward=KL(coef=0.3))
     state = method.next(method.init(), measured(kl=100.0))
     assert state == method.init() == {"penalty": 0.3}
     assert method.at(state).penalty.coef == 0.3
@@ -954,17 +991,17 @@ def test_a_fixed_coefficient_stays() -> None:
 
 @pytest.mark.parametrize(("kl", "error"), [(6.0, 0.2), (3.0, -0.2), (5.5, 0.1), (5.0, 0.0)])
 def test_the_adaptive_coefficient_by_hand(kl: float, error: float) -> None:
-    method = make("ppo", kl=KL(coef=0.3, controller="adaptive", target=5.0, horizon=1000))
+    method = make("ppo", kl_in_reward=KL(coef=0.3, controller="adaptive", target=5.0, horizon=1000))
     state = method.next(method.next(method.init(), measured(kl=kl)), measured(kl=kl))
     assert state["penalty"] == pytest.approx(0.3 * (1 + error * 64 / 1000) ** 2)
     assert method.at(state).penalty.coef == state["penalty"]
-    assert credited(method.at({"penalty": 2.0}), rollout())["token_reward"][2, 0] == 8.0 - 2.0 * K1[2][0]
+    assert advantages(method.at({"penalty": 2.0}), rollout())["token_reward"][2, 0] == 8.0 - 2.0 * K1[2][0]
     assert not method.steered()
 
 
 @pytest.mark.parametrize(("kl", "factor"), [(1.9, 0.5), (2.1, 1.0), (4.4, 1.0), (4.6, 2.0)])
 def test_the_penalty_is_halved_or_doubled_by_the_kl_to_the_reference(kl: float, factor: float) -> None:
-    method = make("reinforce", kl=KL(coef=0.3, controller="halving", target=3.0))
+    method = make("reinforce", kl_in_reward=KL(coef=0.3, controller="halving", target=3.0))
     assert method.next(method.init(), measured(kl=kl, kl_old=99.0))["penalty"] == 0.3 * factor
     assert not method.steered()  # nobody has to measure how far the updates moved
 
@@ -976,19 +1013,19 @@ def test_ppo_kl_halves_or_doubles_beta_by_the_kl_of_the_last_epoch(kl_old: float
     assert make("ppo_kl").init() == {"penalty": 0.05, "term0.beta": 1.0}
     state = method.next(method.init(), measured(kl=99.0, kl_old=kl_old))
     assert state == {"penalty": 0.05, "term0.beta": 1.5 * factor}
-    assert method.at(state).terms[0].loss.dials["beta"] == 1.5 * factor
+    assert method.at(state).terms[0].loss.options["beta"] == 1.5 * factor
     assert method.steered()
 
 
 def test_an_entropy_bonus_is_one_term_more_and_may_be_steered() -> None:
     base = make("grpo")
-    fixed = make("grpo", entropy={"coef": 0.25})
+    fixed = make("grpo", entropy={"ent_coef": 0.25})
     assert replace(fixed, terms=fixed.terms[:-1]) == base
     bonus = fixed.terms[-1]
-    assert (bonus.role, bonus.name, bonus.weight, bonus.reduce) == ("policy", "entropy", 0.25, ops.token_mean)
+    assert (bonus.role, bonus.name, bonus.weight, bonus.reduction) == ("policy", "entropy", 0.25, ops.token_mean)
     assert bonus.reads() == {"full_entropy", "mask"}
     assert fixed.init() == {}
-    moving = make("grpo", entropy={"coef": 0.25, "target": 0.5, "step": 0.125, "most": 0.3125})
+    moving = make("grpo", entropy={"ent_coef": 0.25, "target": 0.5, "increment": 0.125, "max_coef": 0.3125})
     name = f"term{len(base.terms)}.weight"
     assert moving.init() == {name: 0.25}
     assert moving.next(moving.init(), measured(entropy=0.75)) == {name: 0.125}
@@ -1007,17 +1044,17 @@ def deviation(values: list[float]) -> float:
     return math.sqrt(sum((x - mean) ** 2 for x in values) / (len(values) - 1))
 
 
-def test_scores_are_standardised_by_the_first_rollouts_mean_and_the_running_deviation() -> None:
-    method = make("reinforce", kl=None, rescale="running")
+def test_scores_are_standardized_by_the_first_rollouts_mean_and_the_running_deviation() -> None:
+    method = make("reinforce", kl_in_reward=None, reward_normalization="running")
     state = method.init()
-    assert method.at(state).rescale.dials == {"shift": 0.0, "scale": 1.0}  # nothing was seen yet
+    assert method.at(state).reward_normalization.options == {"shift": 0.0, "scale": 1.0}  # nothing was seen yet
     seen: list[float] = []
     first = sum(SCORES) / 4
     for scores in (SCORES, (10.0, 20.0, 15.0, 11.0), (-5.0, 0.0, 0.25, 1e3)):
         seen += scores
         state = method.observe(state, outcome(method, rollout(scores)))
         assert state == json.loads(json.dumps(state))
-        got = credited(method.at(state), rollout(scores))
+        got = advantages(method.at(state), rollout(scores))
         expected = [(s - first) / deviation(seen) for s in scores]
         assert got["score"].tolist() == pytest.approx(expected, rel=1e-10)
         assert not torch.equal(got["rewards"], got["score"][:, None])  # what a reward said is kept as it is
@@ -1027,13 +1064,13 @@ def test_scores_are_standardised_by_the_first_rollouts_mean_and_the_running_devi
 
 
 def test_a_running_deviation_that_is_nothing_divides_by_one() -> None:
-    method = make("reinforce", rescale="running")
+    method = make("reinforce", reward_normalization="running")
     for scores in ((3.0, 3.0, 3.0, 3.0), (3.0,)):
         state = method.observe(method.init(), torch.tensor(scores))
-        assert method.at(state).rescale.dials == {"shift": 3.0, "scale": 1.0}
+        assert method.at(state).reward_normalization.options == {"shift": 3.0, "scale": 1.0}
 
 
-def test_without_running_normalisation_nothing_is_kept() -> None:
+def test_without_running_normalization_nothing_is_kept() -> None:
     method = make("reinforce")
     assert method.observe(method.init(), torch.tensor([1.0, 2.0])) == method.init() == {"penalty": 0.05}
 
@@ -1046,7 +1083,7 @@ def test_at_gives_plain_numbers_only(name: str) -> None:
     assert plain.penalty is None or isinstance(plain.penalty.coef, float)
     for term in plain.terms:
         assert isinstance(term.weight, (int, float))
-        assert not any(hasattr(dial, "next") for one in term.loss.walk() for dial in one.dials.values())
+        assert not any(hasattr(option, "next") for one in term.loss.walk() for option in one.options.values())
     assert method.next(method.init(), measured()).keys() == method.init().keys()
 
 
@@ -1122,7 +1159,7 @@ def policy_loss_by_hand(name: str, row: int, advantage: Tensor) -> list[float]:
 def test_the_policys_loss_is_that_of_plain_python(name: str) -> None:
     method = make(name)
     method = method.at(method.init())
-    batch, current = credited(method, rollout(scores_for(name))), now()
+    batch, current = advantages(method, rollout(scores_for(name))), now()
     batch = selected(method, batch, padded(NOW))
     counts = batch.counts()
     terms = [term for term in method.terms if term.role == "policy" and term.stream == "rollout"]
@@ -1142,7 +1179,7 @@ def test_the_policys_loss_is_that_of_plain_python(name: str) -> None:
 def test_nan_behind_an_answer_reaches_no_loss_and_no_gradient(name: str) -> None:
     method = make(name)
     method = method.at(method.init())
-    batch = selected(method, credited(method, rollout(scores_for(name))), padded(NOW))
+    batch = selected(method, advantages(method, rollout(scores_for(name))), padded(NOW))
     values, gradients = [], []
     for junk in (0.0, math.nan):
         current = {"logp": padded(NOW).requires_grad_(), "full_logp": padded(NOW_FULL).requires_grad_()}
@@ -1166,7 +1203,7 @@ def test_nan_behind_an_answer_reaches_no_loss_and_no_gradient(name: str) -> None
     ],
 )
 def test_the_kl_in_the_loss_is_of_the_whole_vocabulary_whatever_could_be_drawn(name: str, expected: Any) -> None:
-    method = make("grpo", loss_kl={"name": name, "coef": 0.5})
+    method = make("grpo", kl_in_loss={"name": name, "coef": 0.5})
     batch = credit(method)
     got = float(method.terms[1].share({**batch.columns, **now()}, batch.counts()).detach())
     each = [
@@ -1180,21 +1217,21 @@ def test_the_kl_in_the_loss_is_of_the_whole_vocabulary_whatever_could_be_drawn(n
 
 
 def test_the_sequence_form_of_k2_and_the_exact_kl_in_the_loss() -> None:
-    method = make("rloo", kl=None, loss_kl={"name": "k2_sequence", "coef": 0.5})
+    method = make("rloo", kl_in_reward=None, kl_in_loss={"name": "k2_sequence", "coef": 0.5})
     batch = credit(method)
     got = float(method.terms[1].share({**batch.columns, **now()}, batch.counts()).detach())
     squares = [sum(NOW_FULL[r][t] - REF[r][t] for t in range(n)) ** 2 / 2 for r, n in enumerate(LENGTHS)]
     assert got == pytest.approx(0.5 * sum(squares) / 4, rel=1e-10)
-    method = make("grpo", loss_kl={"name": "exact", "coef": 0.5})
+    method = make("grpo", kl_in_loss={"name": "exact", "coef": 0.5})
     got = float(method.terms[1].share({**batch.columns, "exact_kl": padded(EXACT, math.nan)}, batch.counts()))
     assert got == pytest.approx(0.5 * sum(sum(x) / len(x) for x in EXACT) / 4, rel=1e-10)
 
 
 @pytest.mark.parametrize(("clip", "weight"), [(0.2, 1.0), (None, 0.5)])
 def test_the_critics_loss_is_that_of_plain_python(clip: float | None, weight: float) -> None:
-    method = make("ppo", value={"clip": clip, "weight": weight})
+    method = make("ppo", value={"clip_range_vf": clip, "vf_coef": weight})
     method = method.at(method.init())
-    batch, current = credited(method, rollout()), now()
+    batch, current = advantages(method, rollout()), now()
     got = float(method.terms[1].share({**batch.columns, **current}, batch.counts()).detach())
     total = 0.0
     for row, length in enumerate(LENGTHS):
@@ -1214,7 +1251,7 @@ def test_at_ratio_one_clip_reinforce_and_unclipped_have_one_gradient() -> None:
     for name in ("ppo", "unclipped", "policy_gradient", "ppo_kl"):
         method = make(name)
         method = method.at(method.init())
-        batch = credited(method, rollout())
+        batch = advantages(method, rollout())
         logp = batch["old_logp"].clone().requires_grad_()
         method.terms[0].share({**batch.columns, "logp": logp}, batch.counts()).backward()
         gradients.append(logp.grad)
@@ -1224,7 +1261,7 @@ def test_at_ratio_one_clip_reinforce_and_unclipped_have_one_gradient() -> None:
 
 def test_what_is_watched_of_a_mini_batch_by_hand() -> None:
     method = make("ppo")
-    batch = credited(method.at(method.init()), rollout())
+    batch = advantages(method.at(method.init()), rollout())
     batch = batch.with_columns(**{name: value.detach() for name, value in now().items()})
     ratios = [
         math.exp(float(batch["logp"][i, t] - batch["old_logp"][i, t])) for i, n in enumerate(LENGTHS) for t in range(n)

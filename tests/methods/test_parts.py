@@ -1,4 +1,4 @@
-"""Parts and terms: what they read, how columns are bound, which dials they have."""
+"""Parts and terms: what they read, how columns are bound, which options they have."""
 
 import json
 from dataclasses import fields, replace
@@ -14,9 +14,9 @@ from whet.methods.parts import Part, fixed, mean_reward, settled, steered
 from whet.ops import AdaptiveEntropy, Counts, FixedKL, HalvingKL, RunningMean
 
 
-def weird(first: Tensor, second: Tensor, third: Tensor | None = None, *, dial: float = 2.0) -> Tensor:
-    """first + 10 second + 100 third, times the dial."""
-    return dial * (first + 10 * second + (0 if third is None else 100 * third))
+def weird(first: Tensor, second: Tensor, third: Tensor | None = None, *, option: float = 2.0) -> Tensor:
+    """first + 10 second + 100 third, times the option."""
+    return option * (first + 10 * second + (0 if third is None else 100 * third))
 
 
 COLUMNS = {
@@ -29,11 +29,11 @@ COLUMNS = {
     ("given", "reads", "value"),
     [
         ({}, {"first", "second"}, 42.0),
-        ({"dial": 1.0}, {"first", "second"}, 21.0),
+        ({"option": 1.0}, {"first", "second"}, 21.0),
         ({"second": "a"}, {"first", "a"}, 82.0),
         ({"third": "third"}, {"first", "second", "third"}, 642.0),
-        ({"first": part(weird, dial=1.0), "dial": 1.0}, {"first", "second"}, 41.0),
-        ({"first": part(weird, second="a"), "dial": 1.0}, {"first", "second", "a"}, 102.0),
+        ({"first": part(weird, option=1.0), "option": 1.0}, {"first", "second"}, 41.0),
+        ({"first": part(weird, second="a"), "option": 1.0}, {"first", "second", "a"}, 102.0),
     ],
 )
 def test_positional_parameters_are_columns_and_keywords_are_dials(
@@ -65,15 +65,15 @@ def test_a_term_reads_its_loss_and_its_mask_and_gives_its_weighted_share() -> No
 
 
 def test_dials_of_the_reduction_are_handed_on() -> None:
-    term = Term("policy", "train", part(ops.nll), ops.fixed_length, dials={"length": 8})
+    term = Term("policy", "train", part(ops.nll), ops.fixed_length, options={"length": 8})
     columns = {"logp": torch.tensor([[-1.0, -2.0]]), "mask": torch.ones(1, 2, dtype=torch.bool)}
     assert float(term.share(columns, Counts(2, 2, 2))) == 3.0 / (2 * 8)
 
 
 def test_a_dial_that_is_not_given_is_the_ops_own() -> None:
-    assert part(weird).dials == {"dial": 2.0}
-    assert part(weird, dial=1.0).dials == {"dial": 1.0}
-    assert part(ops.kl_penalised).dials == {}  # beta has no default
+    assert part(weird).options == {"option": 2.0}
+    assert part(weird, option=1.0).options == {"option": 1.0}
+    assert part(ops.kl_penalized).options == {}  # beta has no default
 
 
 def test_a_term_is_called_by_its_name_where_it_has_one() -> None:
@@ -82,7 +82,7 @@ def test_a_term_is_called_by_its_name_where_it_has_one() -> None:
 
 TERMS = (
     Term("policy", "rollout", part(ops.unclipped, ratio=part(ops.token_ratio)), ops.token_mean),
-    Term("policy", "rollout", part(ops.kl_penalised, beta=HalvingKL(1.0, 0.1)), ops.token_mean, FixedKL(0.5)),
+    Term("policy", "rollout", part(ops.kl_penalized, beta=HalvingKL(1.0, 0.1)), ops.token_mean, FixedKL(0.5)),
     Term("policy", "rollout", part(ops.entropy_bonus), ops.token_mean, AdaptiveEntropy(0.3, 0.2)),
 )
 
@@ -91,7 +91,7 @@ def test_controllers_become_numbers() -> None:
     assert set(steered(TERMS)) == {"term1.weight", "term1.beta", "term2.weight"}
     plain = settled(TERMS, {"term1.weight": 0.25, "term1.beta": 4.0, "term2.weight": 0.125, "penalty": 9.0})
     assert [term.weight for term in plain] == [1.0, 0.25, 0.125]
-    assert plain[1].loss.dials["beta"] == 4.0
+    assert plain[1].loss.options["beta"] == 4.0
     assert not steered(plain)
     assert plain[0] == TERMS[0]
     differ = {f.name for f in fields(Term) if getattr(TERMS[1], f.name) != getattr(plain[1], f.name)}
@@ -100,13 +100,13 @@ def test_controllers_become_numbers() -> None:
 
 
 def test_controllers_are_found_and_settled_within_other_parts() -> None:
-    inner = part(ops.kl_penalised, beta=HalvingKL(1.0, 0.1))
+    inner = part(ops.kl_penalized, beta=HalvingKL(1.0, 0.1))
     term = Term(
         "policy", "rollout", part(ops.weighted, loss=part(ops.kept, loss=inner), weight="correction"), ops.token_mean
     )
     assert set(steered([term])) == {"term0.beta"}
     plain = settled([term], {"term0.beta": 3.0})[0]
-    assert [one.dials.get("beta") for one in plain.loss.walk()] == [None, None, 3.0]
+    assert [one.options.get("beta") for one in plain.loss.walk()] == [None, None, 3.0]
     assert plain.reads() == term.reads()
 
 
@@ -139,22 +139,22 @@ def test_an_objective_reads_its_terms_and_what_it_selects_and_keeps_its_state() 
     loss = part(ops.bco, score=part(ops.nth, x=part(ops.implicit_reward, beta=0.5), n=0), good="good", delta=shift)
     term = Term("policy", "train", loss, ops.element_mean)
     objective = Objective((term,), (("kl_baseline", part(ops.kl_baseline, log_ratio="now_logp")),))
-    assert objective.reads() == {"logp", "ref_logp", "mask", "place", "good", "now_logp"}
+    assert objective.reads() == {"logp", "ref_logp", "mask", "index", "good", "now_logp"}
     state = objective.init()
     assert state == {"term0.delta": 0.5} == json.loads(json.dumps(state))
-    assert objective.at(state).terms[0].loss.dials == {"delta": 0.5}
+    assert objective.at(state).terms[0].loss.options == {"delta": 0.5}
     after = objective.next(state, {"reward": 2.0})
     assert after == {"term0.delta": pytest.approx(0.9 * 0.5 + 0.1 * 2.0)}
-    assert objective.at(after).terms[0].loss.dials["delta"] == after["term0.delta"]
+    assert objective.at(after).terms[0].loss.options["delta"] == after["term0.delta"]
     assert Objective(()).init() == Objective(()).next({}, {"reward": 1.0}) == {}
 
 
-def test_the_mean_reward_is_that_of_the_answers_that_are_labelled() -> None:
+def test_the_mean_reward_is_that_of_the_answers_that_are_labeled() -> None:
     score = part(ops.implicit_reward, beta=0.5)
     columns = {
         "logp": torch.tensor([[1.0, 2.0], [8.0, 0.0], [4.0, 9.0], [16.0, 0.0]]), "ref_logp": torch.zeros(4, 2),
         "mask": torch.tensor([[True, True], [True, False], [True, False], [True, False]]),
-        "place": torch.tensor([0, 1, 0, 1]),
+        "index": torch.tensor([0, 1, 0, 1]),
     }  # fmt: skip
     term = Term("policy", "train", part(ops.sigmoid, gap=part(ops.gap, score=score)), ops.element_mean)
     assert mean_reward([term], columns) == 0.5 * (3 + 8 + 4 + 16) / 4

@@ -9,111 +9,206 @@ import pytest
 from whet.errors import RecipeError
 from whet.methods import catalogue, online, preference, reward
 from whet.methods.choices import ONLINE_SLOTS, PAIR_LOSSES, REWARD_SLOTS, SCORES, SINGLE_LOSSES
-from whet.methods.compose import dials_of
+from whet.methods.compose import choice_options
 from whet.methods.options import KL, Entropy, Truncated, Value
 
 ONLINE: list[tuple[str, dict[str, Any], str, str]] = [
     # method, changes, field, what the message says
     # a surrogate and its ratio
-    ("ppo", {"ratio": None}, "method.ratio", "the surrogate clip needs one; set ratio"),
-    ("ppo", {"surrogate": "reinforce"}, "method.ratio", "the surrogate reinforce has none; set ratio to null"),
-    ("ppo", {"surrogate": "kl_penalised"}, "method.ratio", "has none; set ratio to null"),
-    ("grpo", {"surrogate": "gmpo"}, "method.ratio", "has none; set ratio to null"),
-    ("reinforce", {"surrogate": "dppo"}, "method.ratio", "the surrogate dppo needs one"),
+    ("ppo", {"ratio": None}, "algorithm.ratio", "the surrogate clip needs one; set ratio"),
+    ("ppo", {"surrogate": "reinforce"}, "algorithm.ratio", "the surrogate reinforce has none; set ratio to null"),
+    ("ppo", {"surrogate": "kl_penalized"}, "algorithm.ratio", "has none; set ratio to null"),
+    ("grpo", {"surrogate": "gmpo"}, "algorithm.ratio", "has none; set ratio to null"),
+    ("reinforce", {"surrogate": "dppo"}, "algorithm.ratio", "the surrogate dppo needs one"),
     # a credit and its critic
-    ("ppo", {"value": None}, "method.value", "the credit gae needs a critic; set value"),
-    ("grpo", {"credit": "gae_adaptive"}, "method.value", "the credit gae_adaptive needs a critic; set value"),
-    ("ppo", {"credit": "monte_carlo"}, "method.value", "the credit monte_carlo has no critic; set value to null"),
-    ("grpo", {"value": Value()}, "method.value", "the credit group_zscore has no critic; set value to null"),
+    ("ppo", {"value": None}, "algorithm.value", "the advantage gae needs a critic; set value"),
+    ("grpo", {"advantage": "gae_adaptive"}, "algorithm.value", "the advantage gae_adaptive needs a critic; set value"),
+    (
+        "ppo",
+        {"advantage": "monte_carlo"},
+        "algorithm.value",
+        "the advantage monte_carlo has no critic; set value to null",
+    ),
+    ("grpo", {"value": Value()}, "algorithm.value", "the advantage group_zscore has no critic; set value to null"),
     # cut-off answers
     (
         "reinforce",
         {"truncated": Truncated("bootstrap")},
-        "method.truncated.rule",
-        "needs a critic.* use keep, mask or penalise",
+        "algorithm.truncated.rule",
+        "needs a critic.* use keep, mask or penalize",
     ),
-    ("grpo", {"truncated": {"rule": "bootstrap"}}, "method.truncated.rule", "needs a critic"),
+    ("grpo", {"truncated": {"rule": "bootstrap"}}, "algorithm.truncated.rule", "needs a critic"),
     (
         "ppo",
         {"truncated": Truncated("keep", 2.0)},
-        "method.truncated.amount",
-        "only the rule penalise .* got 2.0 with keep",
+        "algorithm.truncated.amount",
+        "only the rule penalize .* got 2.0 with keep",
     ),
-    ("ppo", {"truncated": {"amount": 0.5}}, "method.truncated.amount", "got 0.5 with keep"),
-    ("ppo", {"truncated": Truncated("mask", 0.0)}, "method.truncated.amount", "got 0.0 with mask"),
+    ("ppo", {"truncated": {"amount": 0.5}}, "algorithm.truncated.amount", "got 0.5 with keep"),
+    ("ppo", {"truncated": Truncated("mask", 0.0)}, "algorithm.truncated.amount", "got 0.0 with mask"),
     # whole answers
-    ("grpo", {"place": "uniform"}, "method.place", "group_zscore credits whole answers.* use terminal"),
-    ("rloo", {"place": "attention"}, "method.place", "leave_one_out credits whole answers"),
-    ("maxrl", {"place": {"name": "linear", "normalised": True}}, "method.place", "changes nothing; use terminal"),
+    (
+        "grpo",
+        {"reward_placement": "uniform"},
+        "algorithm.reward_placement",
+        "group_zscore credits whole answers.* use terminal",
+    ),
+    ("rloo", {"reward_placement": "attention"}, "algorithm.reward_placement", "leave_one_out credits whole answers"),
+    (
+        "maxrl",
+        {"reward_placement": {"name": "linear", "normalized": True}},
+        "algorithm.reward_placement",
+        "changes nothing; use terminal",
+    ),
     # groups
-    ("grpo", {"answers": 1}, "method.answers", "group_zscore compares the answers of a group.* at least 2; got 1"),
-    ("rloo", {"answers": 1}, "method.answers", "leave_one_out compares"),
-    ("optimal_baseline", {"answers": 1}, "method.answers", "optimal_baseline compares"),
-    ("grpo_process", {"answers": 1}, "method.answers", "group_steps compares"),
-    ("reinforce", {"refill": 2}, "method.answers", "normalise and refill compare the answers of a group.* got 1"),
-    ("reinforce", {"normalise": "group_normalised"}, "method.answers", "at least 2; got 1"),
-    ("online_dpo", {"answers": 1}, "method.answers", "a pair is made of two answers.* at least 2; got 1"),
+    (
+        "grpo",
+        {"num_generations": 1},
+        "algorithm.num_generations",
+        "group_zscore compares the answers of a group.* at least 2; got 1",
+    ),
+    ("rloo", {"num_generations": 1}, "algorithm.num_generations", "leave_one_out compares"),
+    ("optimal_baseline", {"num_generations": 1}, "algorithm.num_generations", "optimal_baseline compares"),
+    ("grpo_process", {"num_generations": 1}, "algorithm.num_generations", "group_steps compares"),
+    (
+        "reinforce",
+        {"dynamic_sampling": 2},
+        "algorithm.num_generations",
+        "normalize and dynamic_sampling compare the answers of a group.* got 1",
+    ),
+    ("reinforce", {"normalize": "group_normalized"}, "algorithm.num_generations", "at least 2; got 1"),
+    (
+        "online_dpo",
+        {"num_generations": 1},
+        "algorithm.num_generations",
+        "a pair is made of two answers.* at least 2; got 1",
+    ),
     # the KL in the reward
-    ("ppo", {"kl": KL(target=3.0)}, "method.kl.target", "the fixed controller aims at nothing.* got 3.0"),
-    ("ppo", {"kl": KL(controller="adaptive")}, "method.kl.target", "the adaptive controller needs the KL to aim at"),
-    ("ppo", {"kl": {"controller": "halving"}}, "method.kl.target", "the halving controller needs the KL to aim at"),
-    ("ppo", {"kl": KL(horizon=5)}, "method.kl.horizon", "only the adaptive controller has one; got 5, leave it out"),
-    ("ppo", {"kl": KL(controller="halving", target=3.0, horizon=5)}, "method.kl.horizon", "got 5"),
-    ("ppo", {"kl": KL(estimator="exact")}, "method.kl.estimator", "whiten rescales the first alone"),
-    ("gspo", {"kl": KL(estimator="exact"), "reduce": "token_mean"}, "method.kl.estimator", "group_zscore rescales"),
-    ("dr_grpo", {"kl": KL(estimator="exact")}, "method.kl.estimator", "group_center rescales"),
-    ("rloo", {"kl": KL(estimator="exact"), "reduce": "sequence_mean"}, "method.kl.estimator", "sequence_mean rescales"),
-    ("rloo", {"kl": KL(where="sequence_sum")}, "method.kl.where", "use token"),
-    ("grpo", {"rescale": "running"}, "method.rescale", "changes nothing"),
-    ("grpo", {"normalise": "group_normalised"}, "method.normalise", "a single reward"),
-    ("remax", {"rescale": "batch"}, "method.rescale", "none of its group"),
-    ("maxrl", {"kl": KL()}, "method.kl", "use loss_kl"),
-    ("ppo", {"kl": {"coeff": 1}}, "method, KL", "did you mean 'coef'?"),
-    ("ppo", {"kl": {"controller": "foo"}}, "method, KL", "foo"),
-    ("ppo", {"credit": None}, "method.credit", "cannot be left out"),
-    ("rloo", {"kl": KL(estimator="exact", where="sequence")}, "method.kl.where", "use token; got sequence"),
-    ("grpo_process", {"kl": KL()}, "method.kl", "group_steps reads rewards at the ends of steps alone; use loss_kl"),
+    (
+        "ppo",
+        {"kl_in_reward": KL(target=3.0)},
+        "algorithm.kl_in_reward.target",
+        "the fixed controller aims at nothing.* got 3.0",
+    ),
+    (
+        "ppo",
+        {"kl_in_reward": KL(controller="adaptive")},
+        "algorithm.kl_in_reward.target",
+        "the adaptive controller needs the KL to aim at",
+    ),
+    (
+        "ppo",
+        {"kl_in_reward": {"controller": "halving"}},
+        "algorithm.kl_in_reward.target",
+        "the halving controller needs the KL to aim at",
+    ),
+    (
+        "ppo",
+        {"kl_in_reward": KL(horizon=5)},
+        "algorithm.kl_in_reward.horizon",
+        "only the adaptive controller has one; got 5, leave it out",
+    ),
+    (
+        "ppo",
+        {"kl_in_reward": KL(controller="halving", target=3.0, horizon=5)},
+        "algorithm.kl_in_reward.horizon",
+        "got 5",
+    ),
+    (
+        "ppo",
+        {"kl_in_reward": KL(estimator="exact")},
+        "algorithm.kl_in_reward.estimator",
+        "normalize_advantage rescales the first alone",
+    ),
+    (
+        "gspo",
+        {"kl_in_reward": KL(estimator="exact"), "reduction": "token_mean"},
+        "algorithm.kl_in_reward.estimator",
+        "group_zscore rescales",
+    ),
+    ("dr_grpo", {"kl_in_reward": KL(estimator="exact")}, "algorithm.kl_in_reward.estimator", "group_center rescales"),
+    (
+        "rloo",
+        {"kl_in_reward": KL(estimator="exact"), "reduction": "sequence_mean"},
+        "algorithm.kl_in_reward.estimator",
+        "sequence_mean rescales",
+    ),
+    ("rloo", {"kl_in_reward": KL(where="sequence_sum")}, "algorithm.kl_in_reward.where", "use token"),
+    ("grpo", {"reward_normalization": "running"}, "algorithm.reward_normalization", "changes nothing"),
+    ("grpo", {"normalize": "group_normalized"}, "algorithm.normalize", "a single reward"),
+    ("remax", {"reward_normalization": "batch"}, "algorithm.reward_normalization", "none of its group"),
+    ("maxrl", {"kl_in_reward": KL()}, "algorithm.kl_in_reward", "use kl_in_loss"),
+    ("ppo", {"kl_in_reward": {"coeff": 1}}, "algorithm, KL", "did you mean 'coef'?"),
+    ("ppo", {"kl_in_reward": {"controller": "foo"}}, "algorithm, KL", "foo"),
+    ("ppo", {"advantage": None}, "algorithm.advantage", "cannot be left out"),
+    (
+        "rloo",
+        {"kl_in_reward": KL(estimator="exact", where="sequence")},
+        "algorithm.kl_in_reward.where",
+        "use token; got sequence",
+    ),
+    (
+        "grpo_process",
+        {"kl_in_reward": KL()},
+        "algorithm.kl_in_reward",
+        "group_steps reads rewards at the ends of steps alone; use kl_in_loss",
+    ),
     # the entropy's controller
-    ("ppo", {"entropy": Entropy(step=0.1)}, "method.entropy.target", "step and most steer towards a target; set one"),
-    ("ppo", {"entropy": {"most": 0.5}}, "method.entropy.target", "set one"),
+    (
+        "ppo",
+        {"entropy": Entropy(increment=0.1)},
+        "algorithm.entropy.target",
+        "increment and max_coef steer towards a target; set one",
+    ),
+    ("ppo", {"entropy": {"max_coef": 0.5}}, "algorithm.entropy.target", "set one"),
     # selections
     (
         "cispo",
         {"select": "clip_cov"},
-        "method.select",
+        "algorithm.select",
         "clip_cov leaves out what the clip stops; use the surrogate clip",
     ),
-    ("reinforce", {"select": "kl_cov"}, "method.select", "kl_cov holds several updates together"),
-    ("remax", {"normalise": "group_normalised", "answers": 2}, "method.normalise", "leave normalise out"),
+    ("reinforce", {"select": "kl_cov"}, "algorithm.select", "kl_cov holds several updates together"),
+    ("remax", {"normalize": "group_normalized", "num_generations": 2}, "algorithm.normalize", "leave normalize out"),
     # lengths
-    ("dapo", {"longest": 16}, "method.overlong.buffer", "within the limit of 16 tokens; got 32"),
-    ("dapo", {"longest": None}, "method.overlong.limit", "needs the answers' limit"),
-    ("dr_grpo", {"longest": None}, "method.reduce.length", "needs the answers' limit"),
+    ("dapo", {"longest": 16}, "algorithm.overlong.buffer", "within the limit of 16 tokens; got 32"),
+    ("dapo", {"longest": None}, "algorithm.overlong.limit", "needs the answers' limit"),
+    ("dr_grpo", {"longest": None}, "algorithm.reduction.length", "needs the answers' limit"),
     # pairs of own answers
-    ("online_dpo", {"truncated": Truncated("mask")}, "method.truncated.rule", "cannot mask one; use keep or penalise"),
-    ("online_dpo", {"truncated": Truncated("bootstrap")}, "method.truncated.rule", "cannot bootstrap one"),
-    *[("online_dpo", {"loss": name}, "method.loss", "take a loss on pairs") for name in SINGLE_LOSSES],
+    (
+        "online_dpo",
+        {"truncated": Truncated("mask")},
+        "algorithm.truncated.rule",
+        "cannot mask one; use keep or penalize",
+    ),
+    ("online_dpo", {"truncated": Truncated("bootstrap")}, "algorithm.truncated.rule", "cannot bootstrap one"),
+    *[("online_dpo", {"loss": name}, "algorithm.loss", "take a loss on pairs") for name in SINGLE_LOSSES],
 ]
 PREFERENCE: list[tuple[str, dict[str, Any], str, str]] = [
-    ("dpo", {"loss": ["sigmoid", "kto"]}, "method.loss", "do not mix them"),
-    ("kto", {"loss": [{"name": "bco"}, {"name": "hinge", "weight": 0.5}]}, "method.loss", "do not mix them"),
-    ("dpo", {"score": "log_odds"}, "method.beta", "log-odds carry none (use orpo"),
-    ("orpo", {"loss": "ipo"}, "method.loss", "ipo is scaled by beta, and log-odds carry none"),
-    ("orpo", {"loss": "sppo_hard"}, "method.loss", "sppo_hard is scaled by beta"),
-    ("orpo", {"score": "policy_score"}, "method.beta", "every other score needs one"),
+    ("dpo", {"loss": ["sigmoid", "kto"]}, "algorithm.loss", "do not mix them"),
+    ("kto", {"loss": [{"name": "bco"}, {"name": "hinge", "weight": 0.5}]}, "algorithm.loss", "do not mix them"),
+    ("dpo", {"implicit_reward": "log_odds"}, "algorithm.beta", "log_odds has none (use orpo"),
+    ("orpo", {"loss": "ipo"}, "algorithm.loss", "ipo is scaled by beta, and log-odds carry none"),
+    ("orpo", {"loss": "sppo_hard"}, "algorithm.loss", "sppo_hard is scaled by beta"),
+    ("orpo", {"implicit_reward": "policy_score"}, "algorithm.beta", "every other one needs it"),
     (
         "dpo",
-        {"score": {"alpha": 0.3}},
-        "method.score.alpha",
+        {"implicit_reward": {"alpha": 0.3}},
+        "algorithm.implicit_reward.alpha",
         "only the alpha divergence has one; got 0.3, leave it out",
     ),
-    ("dpo", {"score": {"divergence": "js", "alpha": 0.3}}, "method.score.alpha", "leave it out"),
-    ("dpo", {"loss": "aot", "score": {"mean": True}}, "method.score.mean", "aot sorts sums of log-probs; leave it out"),
+    ("dpo", {"implicit_reward": {"divergence": "js", "alpha": 0.3}}, "algorithm.implicit_reward.alpha", "leave it out"),
+    (
+        "dpo",
+        {"loss": "aot", "implicit_reward": {"mean": True}},
+        "algorithm.implicit_reward.mean",
+        "aot sorts sums of log-probs; leave it out",
+    ),
     *[
         (
             "kto" if name in SINGLE_LOSSES else "dpo",
-            {"loss": name, "score": {"divergence": "js"}},
-            "method.score",
+            {"loss": name, "implicit_reward": {"divergence": "js"}},
+            "algorithm.implicit_reward",
             f"{name} reads",
         )
         for name in ("nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "aot", "aot_unpaired", *SINGLE_LOSSES)
@@ -121,10 +216,10 @@ PREFERENCE: list[tuple[str, dict[str, Any], str, str]] = [
     (
         "cpo",
         {"loss": "apo_down"},
-        "method.score",
+        "algorithm.implicit_reward",
         "needs implicit_reward with the reverse_kl divergence; got policy_score",
     ),
-    ("orpo", {"loss": "nca_pair"}, "method.score", "got log_odds"),
+    ("orpo", {"loss": "nca_pair"}, "algorithm.implicit_reward", "got log_odds"),
 ]
 
 
@@ -150,20 +245,20 @@ def test_a_preference_method_that_contradicts_itself(name: str, changes: dict, f
     ("name", "changes"),
     [
         ("ppo", {"truncated": Truncated("keep", 1.0)}),  # the default amount is nobody's word
-        ("ppo", {"kl": KL(horizon=10_000)}),
-        ("ppo", {"kl": KL(controller="adaptive", target=3.0, horizon=5)}),
-        ("ppo", {"entropy": Entropy(target=0.5, step=0.1, most=0.5)}),
-        ("grpo", {"place": "linear"}),  # raw weights do change what an answer earns
-        ("reinforce", {"place": "uniform"}),
-        ("rloo", {"kl": KL(estimator="exact")}),
+        ("ppo", {"kl_in_reward": KL(horizon=10_000)}),
+        ("ppo", {"kl_in_reward": KL(controller="adaptive", target=3.0, horizon=5)}),
+        ("ppo", {"entropy": Entropy(target=0.5, increment=0.1, max_coef=0.5)}),
+        ("grpo", {"reward_placement": "linear"}),  # raw weights do change what an answer earns
+        ("reinforce", {"reward_placement": "uniform"}),
+        ("rloo", {"kl_in_reward": KL(estimator="exact")}),
         ("cispo", {"select": "kl_cov"}),
         ("grpo", {"surrogate": "dual_clip", "select": "clip_cov"}),
         ("reinforce", {"surrogate": "clip", "ratio": "token"}),
-        ("ppo", {"credit": "monte_carlo", "value": None}),
+        ("ppo", {"advantage": "monte_carlo", "value": None}),
         ("dapo", {"longest": 32}),
         ("dapo", {"longest": None, "overlong": {"limit": 64}}),
-        ("dr_grpo", {"longest": None, "reduce": {"length": 9}}),
-        ("online_dpo", {"answers": 2, "truncated": Truncated("penalise", 2.0)}),
+        ("dr_grpo", {"longest": None, "reduction": {"length": 9}}),
+        ("online_dpo", {"num_generations": 2, "truncated": Truncated("penalize", 2.0)}),
     ],
 )
 def test_what_lies_beside_a_contradiction_is_allowed(name: str, changes: dict[str, Any]) -> None:
@@ -173,11 +268,11 @@ def test_what_lies_beside_a_contradiction_is_allowed(name: str, changes: dict[st
 @pytest.mark.parametrize("loss", ["sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop"])
 def test_losses_of_the_gap_take_every_divergence(loss: str) -> None:
     for divergence in ("reverse_kl", "forward_kl", "js", "alpha"):
-        preference("dpo", loss=loss, score={"divergence": divergence})
+        preference("dpo", loss=loss, implicit_reward={"divergence": divergence})
     preference("cpo", loss=loss)
 
 
-# --- names and dials that do not exist -------------------------------------------------------------------------------
+# --- names and options that do not exist -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -189,9 +284,9 @@ def test_an_unknown_method_is_told_its_nearest_name(make: Callable[..., Any], na
 
 @pytest.mark.parametrize(
     ("make", "name", "slot"),
-    [(online, "grpo", "nonsense"), (online, "ppo", "loss"), (online, "online_dpo", "credit"),
+    [(online, "grpo", "nonsense"), (online, "ppo", "loss"), (online, "online_dpo", "advantage"),
      (preference, "kto", "sft_weight"),
-     (preference, "orpo", "beta"), (reward, "k_way", "centring"), (reward, "absolute", "centring")],
+     (preference, "orpo", "beta"), (reward, "k_way", "centering"), (reward, "absolute", "centering")],
 )  # fmt: skip
 def test_a_slot_that_the_method_does_not_have_is_refused(make: Callable[..., Any], name: str, slot: str) -> None:
     with pytest.raises(RecipeError, match=f"unknown '{slot}'.* known are|unknown '{slot}'; did you mean"):
@@ -199,44 +294,50 @@ def test_a_slot_that_the_method_does_not_have_is_refused(make: Callable[..., Any
 
 
 BESIDE: dict[str, dict[str, Any]] = {
-    "gae": {"value": {"clip": 0.2}}, "gae_adaptive": {"value": {"clip": 0.2}}, "reinforce": {"ratio": None},
-    "kl_penalised": {"ratio": None}, "gmpo": {"ratio": None},
+    "gae": {"value": {"clip_range_vf": 0.2}}, "gae_adaptive": {"value": {"clip_range_vf": 0.2}}, "reinforce": {"ratio": None},
+    "kl_penalized": {"ratio": None}, "gmpo": {"ratio": None},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("slot", ONLINE_SLOTS)
 def test_an_unknown_part_and_an_unknown_dial_are_refused_in_every_slot(slot: str) -> None:
-    base = "reinforce_pp" if slot == "place" else "grpo"
-    refused(online, base, {slot: {"name": "nothing"}, "longest": 40}, f"method.{slot}", "unknown 'nothing'")
+    base = "reinforce_pp" if slot == "reward_placement" else "grpo"
+    refused(online, base, {slot: {"name": "nothing"}, "longest": 40}, f"algorithm.{slot}", "unknown 'nothing'")
     for name, choice in ONLINE_SLOTS[slot].items():
         changes = {"longest": 40, slot: {"name": name, "nodial": 1}} | BESIDE.get(name, {})
-        refused(online, base, changes, f"method.{slot}.nodial", f"{name} has no such dial; known are")
-        with pytest.raises(RecipeError, match=", ".join(dials_of(choice)) or "none"):
+        refused(online, base, changes, f"algorithm.{slot}.nodial", f"{name} has no such option; known are")
+        with pytest.raises(RecipeError, match=", ".join(choice_options(choice)) or "none"):
             online(base, **changes)
 
 
 @pytest.mark.parametrize("name", PAIR_LOSSES | SINGLE_LOSSES)
 def test_an_unknown_dial_of_a_preference_loss_is_refused(name: str) -> None:
     method = "kto" if name in SINGLE_LOSSES else "dpo"
-    refused(preference, method, {"loss": {"name": name, "nodial": 1}}, "method.loss.nodial", "has no such dial")
+    refused(preference, method, {"loss": {"name": name, "nodial": 1}}, "algorithm.loss.nodial", "has no such option")
 
 
 @pytest.mark.parametrize("name", SCORES)
 def test_an_unknown_dial_of_a_score_is_refused(name: str) -> None:
     method = "orpo" if name == "log_odds" else "dpo"
-    refused(preference, method, {"score": {"name": name, "nodial": 1}}, "method.score.nodial", "has no such dial")
+    refused(
+        preference,
+        method,
+        {"implicit_reward": {"name": name, "nodial": 1}},
+        "algorithm.implicit_reward.nodial",
+        "has no such option",
+    )
 
 
 @pytest.mark.parametrize("name", REWARD_SLOTS["loss"])
 def test_an_unknown_dial_of_a_reward_loss_is_refused(name: str) -> None:
-    refused(reward, name, {"loss": {"nodial": 1}}, "method.loss.nodial", "has no such dial")
+    refused(reward, name, {"loss": {"nodial": 1}}, "algorithm.loss.nodial", "has no such option")
 
 
 @pytest.mark.parametrize("hidden", ["beta", "delta", "scale", "shift", "weights"])
 def test_what_a_method_sets_itself_is_no_dial(hidden: str) -> None:
     for known in (*ONLINE_SLOTS.values(), SCORES, PAIR_LOSSES, SINGLE_LOSSES, REWARD_SLOTS["loss"]):
         for name, choice in known.items():
-            assert hidden not in dials_of(choice) or (name, hidden) == ("kl_penalised", "beta"), (name, hidden)
+            assert hidden not in choice_options(choice) or (name, hidden) == ("kl_penalized", "beta"), (name, hidden)
 
 
 def test_every_method_of_the_catalogue_composes_as_it_stands() -> None:

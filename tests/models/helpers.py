@@ -9,8 +9,8 @@ import tiny
 import torch
 from torch import Tensor
 
-from whet.data import COLUMNS, Batch, Group, Labelled, Pair, Prompt, Ranking, Row, take_elements
-from whet.learner.base import Step, Work
+from whet.data import COLUMNS, Batch, Group, Labeled, Pair, Prompt, Ranking, Row, take_elements
+from whet.learner.base import UpdateResult, Work
 from whet.learner.local import LocalLearner
 from whet.methods.options import LoRA, Optim
 from whet.models import load, lora
@@ -19,7 +19,7 @@ from whet.rewards import Scores
 
 DOUBLE = torch.float64
 FREE = Optim(lr=0.05, max_grad_norm=1e30, schedule="constant")
-"""An optimiser that leaves gradients as they are: the clip never acts."""
+"""An optimizer that leaves gradients as they are: the clip never acts."""
 
 
 def scorer_model(kind: str = "qwen3", *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
@@ -132,9 +132,9 @@ def rankings() -> list[Ranking]:
     ]
 
 
-def labelled() -> list[Labelled]:
+def labeled() -> list[Labeled]:
     """Answers with absolute scores."""
-    return [Labelled(row(70 + i, 2, 1 + i), 0.5 * i - 1) for i in range(4)]
+    return [Labeled(row(70 + i, 2, 1 + i), 0.5 * i - 1) for i in range(4)]
 
 
 def prompt(number: int, ids: Sequence[int]) -> Prompt:
@@ -169,7 +169,7 @@ class TableReward:
 class Recorder(LocalLearner):
     """A learner that keeps, of its last update, the work, the weights before it and the gradients."""
 
-    def update(self, work: Work) -> Step:
+    def update(self, work: Work) -> UpdateResult:
         self.work, self.before = work, weights(self)
         self.step = super().update(work)
         self.grads = gradients(self)

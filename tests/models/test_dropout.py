@@ -9,7 +9,7 @@ import torch
 
 from whet.data import Batch
 from whet.models.dropout import residual_dropout
-from whet.models.load import Source, checkpoint_activations, decoder_layers, load_causal_lm
+from whet.models.load import ModelSource, checkpoint_activations, decoder_layers, load_causal_lm
 from whet.models.readers import Dropout, read
 from whet.models.roles import Role
 
@@ -113,7 +113,7 @@ def test_recomputing_activations_changes_no_gradient(kind: str, tmp_path: Path) 
     batch, gradients = Batch.of(h.rows()), []
     h.opt().save_pretrained(tmp_path) if kind == "opt" else tiny.folder(tmp_path, kind)
     for recompute in (False, True):
-        role = Role("policy", load_causal_lm(Source(str(tmp_path), dtype="float64", device="cpu")), True)
+        role = Role("policy", load_causal_lm(ModelSource(str(tmp_path), dtype="float64", device="cpu")), True)
         if recompute:
             checkpoint_activations(role.model)
         read(role, batch, NAMES)["logp"].sum().backward()

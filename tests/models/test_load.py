@@ -17,8 +17,8 @@ from whet.models.roles import Role, readout_of
 from . import helpers as h
 
 
-def source(path: Path, **given: Any) -> load.Source:
-    return load.Source(str(path), device="cpu", **given)
+def source(path: Path, **given: Any) -> load.ModelSource:
+    return load.ModelSource(str(path), device="cpu", **given)
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama", "gpt2"])
@@ -169,7 +169,7 @@ def test_a_folder_that_lacks_weights_of_its_own_model_is_refused(tmp_path: Path)
 def test_a_four_bit_base_without_gpu_is_refused(tmp_path: Path) -> None:
     tiny.folder(tmp_path)
     with pytest.raises(ModelError, match="needs a GPU"):
-        load.load_causal_lm(source(tmp_path, quantise="4bit"))
+        load.load_causal_lm(source(tmp_path, quantize="4bit"))
 
 
 def test_positions_are_those_of_the_configuration(tmp_path: Path) -> None:

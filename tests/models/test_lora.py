@@ -40,7 +40,7 @@ def train(roles: dict[str, Role], name: str = "policy", updates: int = 3) -> Loc
 def adapted(kind: str, folder: Path, dtype: str = "float32") -> dict[str, Role]:
     """A policy with a fresh adapter on a model loaded from a folder."""
     tiny.folder(folder, kind)
-    model = load.load_causal_lm(load.Source(str(folder), dtype=dtype, device="cpu"))
+    model = load.load_causal_lm(load.ModelSource(str(folder), dtype=dtype, device="cpu"))
     return {
         "policy": Role("policy", model, True, wrapped=lora.attach(model, DIALS, ("policy",), seed=5), adapter="policy")
     }
@@ -159,7 +159,7 @@ def test_a_trained_adapter_is_reloaded_by_other_tools_to_the_same_log_probs(
             .gather(1, row.ids[row.start :, None])[:, 0]
         )
         torch.testing.assert_close(expected[number, : row.response], own * row.mask, rtol=1e-4, atol=1e-4)
-    again = load.load_causal_lm(load.Source(str(tmp_path / "out"), device="cpu"))
+    again = load.load_causal_lm(load.ModelSource(str(tmp_path / "out"), device="cpu"))
     torch.testing.assert_close(logp(Role("policy", again, False)), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -168,7 +168,7 @@ def test_a_trained_adapter_is_reloaded_by_other_tools_to_the_same_log_probs(
 def test_a_trained_reward_adapter_is_reloaded_to_the_same_scores(tmp_path: Path, kind: str, merge: bool) -> None:
     tiny.folder(tmp_path / "base", kind)
     tokenizer = tiny.tokenizer()
-    model = load.load_scorer(load.Source(str(tmp_path / "base"), device="cpu"), tokenizer, seed=0)
+    model = load.load_scorer(load.ModelSource(str(tmp_path / "base"), device="cpu"), tokenizer, seed=0)
     wrapped = lora.attach(model, DIALS, ("reward",), seed=5, scorer=True)
     role = Role("reward", model, True, wrapped=wrapped, adapter="reward", readout="mean")
     before = role.head.weight.detach().clone()  # type: ignore[union-attr]
@@ -177,14 +177,14 @@ def test_a_trained_reward_adapter_is_reloaded_to_the_same_scores(tmp_path: Path,
     batch, names = Batch.of(h.rows()), frozenset({"score"})
     expected = read(role, batch, names)["score"].detach()
     role.export(tmp_path / "out", tokenizer, merge=merge)
-    again = load.load_scorer(load.Source(str(tmp_path / "out"), device="cpu"), tokenizer)
+    again = load.load_scorer(load.ModelSource(str(tmp_path / "out"), device="cpu"), tokenizer)
     got = read(Role("reward", again, False, **readout_of(str(tmp_path / "out"))), batch, names)["score"]
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_saved_reward_adapter_lies_on_a_causal_trunk_of_the_same_base(tmp_path: Path) -> None:
     tiny.folder(tmp_path / "base")
-    source = load.Source(str(tmp_path / "base"), device="cpu")
+    source = load.ModelSource(str(tmp_path / "base"), device="cpu")
     model = load.load_scorer(source, tiny.tokenizer(), seed=0)
     role = Role(
         "reward", model, True, wrapped=lora.attach(model, DIALS, ("reward",), seed=5, scorer=True), adapter="reward"
@@ -201,7 +201,7 @@ def test_a_saved_reward_adapter_lies_on_a_causal_trunk_of_the_same_base(tmp_path
 
 def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
     tiny.folder(tmp_path / "base", "llama")
-    model = load.load_scorer(load.Source(str(tmp_path / "base"), device="cpu"), tiny.tokenizer())
+    model = load.load_scorer(load.ModelSource(str(tmp_path / "base"), device="cpu"), tiny.tokenizer())
     role = Role(
         "reward", model, True, wrapped=lora.attach(model, DIALS, ("reward",), seed=5, scorer=True), adapter="reward"
     )

@@ -113,7 +113,7 @@ def test_a_score_is_read_out_and_shifted(readout: Any, shift: float, layout: str
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_is_read_on_one_position_carries_the_shift(layout: str) -> None:
-    """A critic that starts from a standardised reward model speaks its unit everywhere, after the last token too."""
+    """A critic that starts from a standardized reward model speaks its unit everywhere, after the last token too."""
     batch, names = Batch.of(h.rows()), frozenset({"value", "final_value", "score", "token_score"})
     plain, moved = (laid_out(h.scorer(seed=2, shift=shift), batch, names, layout) for shift in (0.0, 5.0))
     for number, row in enumerate(batch.rows):

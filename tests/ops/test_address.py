@@ -81,13 +81,13 @@ def test_numbers_are_uniform_and_uncorrelated(key: int) -> None:
     assert x.max() < 1
     assert stats.kstest(x.flatten().numpy(), "uniform").pvalue > 0.01
     above = torch.ones_like(x).triu(1).bool()
-    neighbours = {
+    neighbors = {
         "right": (x[:, :-1], x[:, 1:]),
         "below": (x[:-1], x[1:]),
         "across": (x[above], x.T[above]),  # (i, j) and (j, i)
         "next key": (x, addressed_uniform(key + 1, torch.arange(100)[:, None], torch.arange(100))),
     }
-    for name, (one, other) in neighbours.items():  # the correlation of 5,000 independent pairs has deviation 0.014
+    for name, (one, other) in neighbors.items():  # the correlation of 5,000 independent pairs has deviation 0.014
         assert abs(stats.pearsonr(one.flatten().numpy(), other.flatten().numpy()).statistic) < 0.05, name
 
 

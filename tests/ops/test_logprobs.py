@@ -178,7 +178,7 @@ def test_a_vocabulary_entry_can_be_ruled_out_by_its_bias(workspace: int) -> None
 # --- a support: the tokens that could be drawn -----------------------------------------------------------------------
 
 
-def test_a_support_renormalises_by_hand() -> None:
+def test_a_support_renormalizes_by_hand() -> None:
     # of 0.1 0.2 0.3 0.4: {1, 3} leaves 1/3 2/3; {2} leaves certainty; nothing listed is the whole vocabulary
     logits, support = LOGITS.expand(4, 4), torch.tensor([[3, 1, -1], [2, -1, -1], [-1, -1, -1], [0, 2, 3]])
     ids = torch.tensor([1, 2, 1, 0])

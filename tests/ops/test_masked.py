@@ -49,7 +49,7 @@ def test_the_mean_keeps_the_dtype() -> None:
 
 # 1, 2, 3 lie under the mask: mean 2, squares 1 + 0 + 1 = 2, so the deviation is 1 (n - 1) or sqrt(2/3) (n).
 @pytest.mark.parametrize(
-    ("dials", "expected"),
+    ("options", "expected"),
     [
         ({"eps": 1.0}, [-0.5, 0.0, 0.5]),
         ({"eps": 1.0, "shift_mean": False}, [0.5, 1.0, 1.5]),
@@ -58,9 +58,9 @@ def test_the_mean_keeps_the_dtype() -> None:
     ],
 )
 @pytest.mark.parametrize("junk", [7.0, nan])
-def test_whiten_by_hand_over_all_rows_at_once(dials: dict, expected: list[float], junk: float) -> None:
+def test_whiten_by_hand_over_all_rows_at_once(options: dict, expected: list[float], junk: float) -> None:
     a, b, c = expected
-    close(whiten(f64([[1.0, 3.0, junk], [junk, junk, 2.0]]), bits("110", "001"), **dials), [[a, c, 0], [0, 0, b]])
+    close(whiten(f64([[1.0, 3.0, junk], [junk, junk, 2.0]]), bits("110", "001"), **options), [[a, c, 0], [0, 0, b]])
 
 
 @pytest.mark.parametrize("ddof", [0, 1])

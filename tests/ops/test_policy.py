@@ -16,7 +16,7 @@ from whet.ops import (
     gmpo,
     kept,
     kl_on,
-    kl_penalised,
+    kl_penalized,
     nll,
     reinforce,
     sapo,
@@ -54,15 +54,15 @@ DUAL = [  # the same where A >= 0 or ratio <= bound = 1.75
 
 @pytest.mark.parametrize(("ratio", "advantage", "loss", "slope"), CLIPPED)
 def test_clip_by_hand_in_every_branch(ratio: float, advantage: float, loss: float, slope: float) -> None:
-    close(clip(f64([ratio]), f64([advantage]), low=0.2, high=0.3), [loss])
-    close(grad_of(lambda r: clip(r, f64([advantage]), low=0.2, high=0.3), f64([ratio]))[0], [slope])
+    close(clip(f64([ratio]), f64([advantage]), clip_low=0.2, clip_high=0.3), [loss])
+    close(grad_of(lambda r: clip(r, f64([advantage]), clip_low=0.2, clip_high=0.3), f64([ratio]))[0], [slope])
 
 
 @pytest.mark.parametrize(("ratio", "advantage", "loss", "slope"), DUAL)
 def test_dual_clip_by_hand_in_every_branch(ratio: float, advantage: float, loss: float, slope: float) -> None:
-    dials = {"low": 0.2, "high": 0.3, "bound": 1.75}
-    close(dual_clip(f64([ratio]), f64([advantage]), **dials), [loss])
-    close(grad_of(lambda r: dual_clip(r, f64([advantage]), **dials), f64([ratio]))[0], [slope])
+    options = {"clip_low": 0.2, "clip_high": 0.3, "bound": 1.75}
+    close(dual_clip(f64([ratio]), f64([advantage]), **options), [loss])
+    close(grad_of(lambda r: dual_clip(r, f64([advantage]), **options), f64([ratio]))[0], [slope])
 
 
 def test_default_dials() -> None:
@@ -94,7 +94,7 @@ def test_cispo_clips_the_weight_and_cuts_off_no_gradient(ratio: float, weight: f
     logp = old + math.log(ratio)
 
     def loss(logp: Tensor) -> Tensor:
-        return cispo(logp, token_ratio(logp, old), f64([advantage]), low=0.4, high=0.2)
+        return cispo(logp, token_ratio(logp, old), f64([advantage]), clip_low=0.4, clip_high=0.2)
 
     close(loss(logp), -weight * advantage * logp)
     close(grad_of(loss, logp)[0], [-weight * advantage])  # nothing through the ratio
@@ -125,10 +125,12 @@ def test_at_ratio_one_every_surrogate_has_the_gradient_of_reinforce() -> None:
         lambda x: unclipped(token_ratio(x, old), advantage),
         lambda x: clip(token_ratio(x, old), advantage),
         lambda x: dual_clip(token_ratio(x, old), advantage),
-        lambda x: clip(sequence_ratio(x, old, mask), advantage, low=3e-4, high=4e-4),  # GSPO, answers of one token
+        lambda x: clip(
+            sequence_ratio(x, old, mask), advantage, clip_low=3e-4, clip_high=4e-4
+        ),  # GSPO, answers of one token
         lambda x: cispo(x, token_ratio(x, old), advantage),
-        lambda x: kl_penalised(x, old, advantage, beta=3.0),
-        lambda x: clip(sequence_token_ratio(x, old, mask), advantage, low=3e-4, high=4e-4),
+        lambda x: kl_penalized(x, old, advantage, beta=3.0),
+        lambda x: clip(sequence_token_ratio(x, old, mask), advantage, clip_low=3e-4, clip_high=4e-4),
         lambda x: sapo(token_ratio(x, old), advantage),
         lambda x: gmpo(x, old, advantage, mask),
         lambda x: dppo(token_ratio(x, old), x, old, advantage),
@@ -141,17 +143,17 @@ def test_at_ratio_one_every_surrogate_has_the_gradient_of_reinforce() -> None:
         close(grad_of(surrogate, old)[0], -advantage)
 
 
-def test_kl_penalised_by_hand() -> None:
+def test_kl_penalized_by_hand() -> None:
     # ratio 2, A 3, beta 0.5: -6 + 0.5 (2 - 1 - ln 2)
-    loss = kl_penalised(f64([-1.0 + math.log(2)]), f64([-1.0]), f64([3.0]), beta=0.5)
+    loss = kl_penalized(f64([-1.0 + math.log(2)]), f64([-1.0]), f64([3.0]), beta=0.5)
     close(loss, [-6.0 + 0.5 * (1 - math.log(2))])
 
 
-def test_kl_penalised_is_minus_the_expected_gain_plus_beta_kl_of_old_to_new_by_enumeration() -> None:
+def test_kl_penalized_is_minus_the_expected_gain_plus_beta_kl_of_old_to_new_by_enumeration() -> None:
     old, new, advantage, beta = f64([0.1, 0.2, 0.3, 0.4]), f64([0.4, 0.3, 0.2, 0.1]), f64([1.0, -2.0, 0.5, 3.0]), 0.7
 
     def expected(logits: Tensor) -> Tensor:
-        return (old * kl_penalised(logits.log_softmax(-1), old.log(), advantage, beta=beta)).sum()
+        return (old * kl_penalized(logits.log_softmax(-1), old.log(), advantage, beta=beta)).sum()
 
     gain = sum(p * a for p, a in zip(new.tolist(), advantage.tolist(), strict=True))  # E_old[ratio A]
     kl = sum(o * math.log(o / n) for o, n in zip(old.tolist(), new.tolist(), strict=True))
@@ -160,9 +162,9 @@ def test_kl_penalised_is_minus_the_expected_gain_plus_beta_kl_of_old_to_new_by_e
     close(grad_of(expected, new.log() + 2)[0], -new * (advantage - gain) + beta * (new - old))
 
 
-def test_the_penalty_of_kl_penalised_is_never_negative_and_keeps_its_digits() -> None:
+def test_the_penalty_of_kl_penalized_is_never_negative_and_keeps_its_digits() -> None:
     log_ratio = torch.tensor([-1e-3, 0.0, 1e-3])
-    penalty = kl_penalised(log_ratio, torch.zeros(3), torch.zeros(3), beta=1.0)
+    penalty = kl_penalized(log_ratio, torch.zeros(3), torch.zeros(3), beta=1.0)
     close(penalty, torch.tensor([5e-7, 0.0, 5e-7]), within=1e-9)
 
 
@@ -242,7 +244,7 @@ def test_gmpo_by_hand_for_both_signs_and_both_sides(log_ratio, advantage, mean, 
     given, mask = f64([[advantage, 0.0, advantage]]), bits("101")
 
     def loss(x: Tensor) -> Tensor:
-        return torch.where(mask, gmpo(x, old, given, mask, low=0.3, high=0.5), 0.0)
+        return torch.where(mask, gmpo(x, old, given, mask, clip_low=0.3, clip_high=0.5), 0.0)
 
     each = -math.exp(mean) * advantage
     close(loss(new), [[each, 0.0, each]])
@@ -278,11 +280,11 @@ def test_dppo_stops_what_moved_too_far_in_total_variation(old, new, advantage, s
     check_dppo(old, new, advantage, stopped)  # the default
 
 
-def check_dppo(old: float, new: float, advantage: float, stopped: bool, **dials: object) -> None:
+def check_dppo(old: float, new: float, advantage: float, stopped: bool, **options: object) -> None:
     before = f64([math.log(old)])
 
     def loss(x: Tensor) -> Tensor:
-        return dppo(token_ratio(x, before), x, before, f64([advantage]), **dials)
+        return dppo(token_ratio(x, before), x, before, f64([advantage]), **options)
 
     close(loss(f64([math.log(new)])), [-new / old * advantage])  # the value is never changed
     expected = 0.0 if stopped else -new / old * advantage

@@ -147,23 +147,23 @@ LINKS: list[tuple[str, dict[str, Any], Callable[[float], float], Callable[[float
 ]
 
 
-@pytest.mark.parametrize(("divergence", "dials", "link", "slope"), LINKS)
+@pytest.mark.parametrize(("divergence", "options", "link", "slope"), LINKS)
 @pytest.mark.parametrize("mean", [False, True])
-def test_each_divergence_has_its_link(divergence: str, dials: dict, link: Any, slope: Any, mean: bool) -> None:
+def test_each_divergence_has_its_link(divergence: str, options: dict, link: Any, slope: Any, mean: bool) -> None:
     each = [1 / 3, 0.0, 1 / 2] if mean else [1.0, 0.0, 1.0]
     u = [x * n if mean else x for x, n in zip(U, (1 / 3, 1.0, 1 / 2), strict=True)]
 
     def score(logp: Tensor) -> Tensor:
-        return implicit_reward(logp, REF, MASK, beta=BETA, mean=mean, divergence=divergence, **dials)
+        return implicit_reward(logp, REF, MASK, beta=BETA, mean=mean, divergence=divergence, **options)
 
     close(score(LOGP), [BETA * link(x) for x in u])
     close(grad_of(score, LOGP)[0], MASK * f64([BETA * slope(x) * n for x, n in zip(u, each, strict=True)])[:, None])
 
 
-@pytest.mark.parametrize(("divergence", "dials", "link", "slope"), LINKS)
-def test_each_link_is_the_derivative_of_its_divergence_up_to_a_constant(divergence, dials, link, slope) -> None:
-    """The policy that maximises E[r] - beta D_f(pi || pi_ref) has r = beta f'(pi / pi_ref) + constant."""
-    alpha = dials.get("alpha", 0.5)
+@pytest.mark.parametrize(("divergence", "options", "link", "slope"), LINKS)
+def test_each_link_is_the_derivative_of_its_divergence_up_to_a_constant(divergence, options, link, slope) -> None:
+    """The policy that maximizes E[r] - beta D_f(pi || pi_ref) has r = beta f'(pi / pi_ref) + constant."""
+    alpha = options.get("alpha", 0.5)
     f = {
         "reverse_kl": lambda t: t * math.log(t),
         "forward_kl": lambda t: -math.log(t),
@@ -415,12 +415,12 @@ def test_the_gradient_of_aot_does_not_depend_on_how_the_mini_batch_is_split() ->
 @pytest.mark.parametrize(("w", "z"), [(1.0, 0.0), (1.0, 2.0), (-0.5, 4.0)])
 def test_kto_for_both_labels(w: float, z: float) -> None:
     # beta 1/4, z in nats: the edge is w - z / 4
-    dials = {"beta": 0.25, "desirable": 1.5, "undesirable": 0.5}
+    options = {"beta": 0.25, "desirable": 1.5, "undesirable": 0.5}
     s = logistic(w - z / 4)
     both, good = f64([w, w]), torch.tensor([True, False])
     baseline = f64([z, z])
-    close(kto(both, good, baseline, **dials), [1.5 * (1 - s), 0.5 * s])
-    of_score, of_baseline = grad_of(lambda x, y: kto(x, good, y, **dials) + 0 * y, both, baseline)
+    close(kto(both, good, baseline, **options), [1.5 * (1 - s), 0.5 * s])
+    of_score, of_baseline = grad_of(lambda x, y: kto(x, good, y, **options) + 0 * y, both, baseline)
     close(of_score, [-1.5 * s * (1 - s), 0.5 * s * (1 - s)])  # good up, bad down
     close(of_baseline, [0.0, 0.0])
     close(kto(both, good, baseline, beta=0.25), [1 - s, s])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from whet.ops import by_element, centring, k_way, log_exp, nth, pairwise, ranking_loss, regression, step_loss
+from whet.ops import by_element, centering, k_way, log_exp, nth, pairwise, ranking_loss, regression, step_loss
 
 from .helpers import close, f64, grad_of, nan
 
@@ -157,11 +157,11 @@ def test_nth_picks_one_row_of_every_element(n: int, expected: list[float]) -> No
     assert picked.tolist() == expected
 
 
-def test_regression_and_centring_by_hand() -> None:
+def test_regression_and_centering_by_hand() -> None:
     close(regression(f64([1.0, -2.0]), f64([4.0, -2.0])), [4.5, 0.0])
     close(grad_of(regression, f64([1.0]), f64([4.0]))[0], [-3.0])
-    close(centring(f64([1.0, 2.0]), f64([3.0, -2.0])), [16.0, 0.0])
-    for grad in grad_of(centring, f64([1.0]), f64([3.0])):
+    close(centering(f64([1.0, 2.0]), f64([3.0, -2.0])), [16.0, 0.0])
+    for grad in grad_of(centering, f64([1.0]), f64([3.0])):
         close(grad, [8.0])
 
 

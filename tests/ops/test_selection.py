@@ -40,8 +40,8 @@ CLIP_COV = [  # share of five tokens, interval, tokens without gradient (flat pl
 
 @pytest.mark.parametrize(("share", "interval", "out"), [pytest.param(*row[1:], id=row[0]) for row in CLIP_COV])
 def test_clip_cov_draws_among_the_candidates(share: float, interval: tuple[float, float], out: set[int]) -> None:
-    dials = {"share": share, "cov_low": interval[0], "cov_high": interval[1]}
-    got = clip_cov(LOGP, LOGP, ADVANTAGE, torch.arange(len(MASK)), MASK, **dials)
+    options = {"share": share, "cov_low": interval[0], "cov_high": interval[1]}
+    got = clip_cov(LOGP, LOGP, ADVANTAGE, torch.arange(len(MASK)), MASK, **options)
     assert got.dtype == torch.bool
     assert got.shape == MASK.shape
     assert {place for place, keep in enumerate(got.flatten().tolist()) if not keep} == out
@@ -64,8 +64,8 @@ def test_clip_cov_leaves_out_what_the_clip_stops_anyway(moved: dict, out: set[in
     ratio = torch.ones_like(LOGP)
     for place, value in moved.items():
         ratio[place] = value
-    dials = {"low": 0.3, "high": 0.2, "share": 1.0, "cov_low": 5.0, "cov_high": 9.0}
-    got = clip_cov(LOGP, LOGP - ratio.log(), ADVANTAGE, torch.arange(len(MASK)), MASK, **dials)
+    options = {"clip_low": 0.3, "clip_high": 0.2, "share": 1.0, "cov_low": 5.0, "cov_high": 9.0}
+    got = clip_cov(LOGP, LOGP - ratio.log(), ADVANTAGE, torch.arange(len(MASK)), MASK, **options)
     assert {place for place, keep in enumerate(got.flatten().tolist()) if not keep} == out
 
 
@@ -73,11 +73,11 @@ def test_clip_cov_counts_its_share_of_the_trained_tokens_and_draws_alike_every_t
     noise = torch.Generator().manual_seed(0)
     logp, advantage = torch.randn(2, 8, 50, dtype=torch.float64, generator=noise)
     mask = torch.rand(8, 50, generator=noise) < 0.8
-    dials = {"share": 0.05, "cov_low": 0.0, "cov_high": 9.0}
-    got = clip_cov(logp, logp, advantage, torch.arange(len(mask)), mask, **dials)
+    options = {"share": 0.05, "cov_low": 0.0, "cov_high": 9.0}
+    got = clip_cov(logp, logp, advantage, torch.arange(len(mask)), mask, **options)
     assert int((~got).sum()) == int(0.05 * int(mask.sum()))
     assert not (~got & ~(mask & (covariance(logp, advantage, mask) > 0))).any()
-    assert torch.equal(got, clip_cov(logp, logp, advantage, torch.arange(len(mask)), mask, **dials))
+    assert torch.equal(got, clip_cov(logp, logp, advantage, torch.arange(len(mask)), mask, **options))
     first = (mask & (covariance(logp, advantage, mask) > 0)).flatten().nonzero()[:, 0][: int((~got).sum())]
     assert set(first.tolist()) != set((~got).flatten().nonzero()[:, 0].tolist())  # drawn, not the first ones
 
@@ -86,17 +86,17 @@ def test_clip_cov_draws_the_same_tokens_whatever_the_padding_and_the_order() -> 
     noise = torch.Generator().manual_seed(1)
     logp, advantage = torch.randn(2, 8, 30, dtype=torch.float64, generator=noise)
     mask, address = torch.rand(8, 30, generator=noise) < 0.8, torch.arange(100, 108)
-    dials = {"share": 0.05, "cov_low": 0.0, "cov_high": 9.0}
-    got = clip_cov(logp, logp, advantage, address, mask, **dials)
+    options = {"share": 0.05, "cov_low": 0.0, "cov_high": 9.0}
+    got = clip_cov(logp, logp, advantage, address, mask, **options)
     wide = [
         torch.nn.functional.pad(one, (0, 7), value=fill) for one, fill in ((logp, 0.0), (advantage, 0.0), (mask, False))
     ]
-    assert torch.equal(clip_cov(wide[0], wide[0], wide[1], address, wide[2], **dials)[:, :30], got)
+    assert torch.equal(clip_cov(wide[0], wide[0], wide[1], address, wide[2], **options)[:, :30], got)
     order = torch.tensor([5, 2, 7, 0, 1, 6, 3, 4])
-    turned = clip_cov(logp[order], logp[order], advantage[order], address[order], mask[order], **dials)
+    turned = clip_cov(logp[order], logp[order], advantage[order], address[order], mask[order], **options)
     assert torch.equal(turned, got[order])
     assert not torch.equal(
-        clip_cov(logp, logp, advantage, address + 1000, mask, **dials), got
+        clip_cov(logp, logp, advantage, address + 1000, mask, **options), got
     )  # another update, other tokens
 
 

@@ -16,11 +16,11 @@ from whet.ops import (
     linear,
     lower_bound,
     minimum,
-    penalise,
+    penalize,
     per_sequence,
     per_token,
     soft_overlong,
-    standardise,
+    standardize,
     terminal,
     uniform,
     weighted_sum,
@@ -38,9 +38,9 @@ EMPTY = [0.0] * 4
     [
         (terminal, [[0, 0, 0, 6.0], EMPTY, [0, 0, -2.0, 0]]),
         (uniform, [[2.0, 2.0, 0, 2.0], EMPTY, [0, -1.0, -1.0, 0]]),
-        # t / T: 1/3 2/3 3/3 and 1/2 2/2; normalised: 1/6 2/6 3/6 and 1/3 2/3
+        # t / T: 1/3 2/3 3/3 and 1/2 2/2; normalized: 1/6 2/6 3/6 and 1/3 2/3
         (linear, [[2.0, 4.0, 0, 6.0], EMPTY, [0, -1.0, -2.0, 0]]),
-        (lambda s, m: linear(s, m, normalised=True), [[1.0, 2.0, 0, 3.0], EMPTY, [0, -2 / 3, -4 / 3, 0]]),
+        (lambda s, m: linear(s, m, normalized=True), [[1.0, 2.0, 0, 3.0], EMPTY, [0, -2 / 3, -4 / 3, 0]]),
     ],
 )
 def test_a_score_is_placed_by_hand(place: Callable[..., Tensor], expected: list) -> None:
@@ -50,7 +50,7 @@ def test_a_score_is_placed_by_hand(place: Callable[..., Tensor], expected: list)
 
 
 @pytest.mark.parametrize("junk", [1e9, nan])
-def test_attention_shares_the_score_by_weights_renormalised_over_the_trained_tokens(junk: float) -> None:
+def test_attention_shares_the_score_by_weights_renormalized_over_the_trained_tokens(junk: float) -> None:
     alpha = f64([[0.1, 0.2, junk, 0.2], [junk] * 4, [junk, 0.3, 0.1, junk]])
     close(attention(SCORE, alpha, MASK), [[1.2, 2.4, 0, 2.4], EMPTY, [0, -1.5, -0.5, 0]])  # 1/5 2/5 2/5 | 3/4 1/4
 
@@ -58,7 +58,7 @@ def test_attention_shares_the_score_by_weights_renormalised_over_the_trained_tok
 @pytest.mark.parametrize("length", [1, 2, 7])
 def test_what_the_tokens_earn_together(length: int) -> None:
     mask, score, alpha = torch.ones(1, length, dtype=torch.bool), f64([3.0]), torch.rand(1, length, dtype=torch.float64)
-    for placed in (terminal(score, mask), uniform(score, mask), linear(score, mask, normalised=True)):
+    for placed in (terminal(score, mask), uniform(score, mask), linear(score, mask, normalized=True)):
         close(placed.sum(), 3.0)
     close(attention(score, alpha, mask).sum(), 3.0)
     close(linear(score, mask).sum(), 3.0 * (length + 1) / 2)  # raw: a longer answer earns more
@@ -111,10 +111,10 @@ def test_clip_score_bounds_both_sides() -> None:
     close(clip_score(f64([-math.inf, -7.0, -5.0, -4.9, 0.0, 4.9, 7.0]), bound=5.0), [-5, -5, -5, -4.9, 0, 4.9, 5])
 
 
-def test_penalise_takes_the_amount_from_cut_answers_only() -> None:
+def test_penalize_takes_the_amount_from_cut_answers_only() -> None:
     score, truncated = f64([1.0, 1.0, -2.0]), torch.tensor([True, False, True])
-    close(penalise(score, truncated, amount=1.5), [-0.5, 1.0, -3.5])
-    close(grad_of(lambda s: penalise(s, truncated, amount=1.5), score)[0], [1.0, 1.0, 1.0])
+    close(penalize(score, truncated, amount=1.5), [-0.5, 1.0, -3.5])
+    close(grad_of(lambda s: penalize(s, truncated, amount=1.5), score)[0], [1.0, 1.0, 1.0])
 
 
 ENSEMBLE = f64([[1.0, 4.0, 2.0], [-1.0, 0.5, 6.0]])
@@ -134,9 +134,9 @@ def test_lower_bound_is_the_mean_minus_k_population_deviations() -> None:
     close(lower_bound(f64([[3.0]]), weights=(2.0,), k=5.0), [6.0])  # one reward has no spread
 
 
-def test_standardise_shifts_then_scales() -> None:
-    close(standardise(f64([1.0, 7.0]), shift=3.0, scale=4.0), [-0.5, 1.0])
-    close(grad_of(lambda s: standardise(s, shift=3.0, scale=4.0), f64([1.0]))[0], [0.25])
+def test_standardize_shifts_then_scales() -> None:
+    close(standardize(f64([1.0, 7.0]), shift=3.0, scale=4.0), [-0.5, 1.0])
+    close(grad_of(lambda s: standardize(s, shift=3.0, scale=4.0), f64([1.0]))[0], [0.25])
 
 
 @pytest.mark.parametrize(
@@ -155,13 +155,13 @@ def test_soft_overlong_with_the_whole_limit_as_buffer_falls_from_the_first_token
     close(soft_overlong(f64([0.0, 0.0]), bits("1000", "1111"), limit=4, buffer=4), [-0.25, -1.0])
 
 
-def test_batch_normalised_is_over_all_answers_of_a_rollout() -> None:
+def test_batch_normalized_is_over_all_answers_of_a_rollout() -> None:
     # mean 2, sum of squares about it 14, n - 1 = 3
     score = torch.tensor([-1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
     deviation = (14 / 3) ** 0.5
     expected = [(x - 2.0) / (deviation + 1e-8) for x in (-1.0, 2.0, 3.0, 4.0)]
     torch.testing.assert_close(
-        ops.batch_normalised(score), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12
+        ops.batch_normalized(score), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12
     )
-    scaled = ops.batch_normalised(score, shift_mean=False, ddof=0, eps=0.5)
+    scaled = ops.batch_normalized(score, shift_mean=False, ddof=0, eps=0.5)
     torch.testing.assert_close(scaled, score / ((14 / 4) ** 0.5 + 0.5), rtol=1e-12, atol=1e-12)

@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from whet.planning import Hardware, Layout, Run, Shape, frozen, report, trained
+from whet.planning import Hardware, Layout, PlannedRun, Shape, frozen, report, trained
 from whet.planning.memory import GIB
 from whet.planning.report import table
 
@@ -15,9 +15,9 @@ SEVEN = Shape.of(
         "num_attention_heads": 32, "vocab_size": 32000,
     }
 )  # fmt: skip
-PPO = Run(
+PPO = PlannedRun(
     SEVEN, critic=SEVEN, reference=SEVEN, rewards=(("reward", SEVEN),), prompts=512, prompt_tokens=512, answer_tokens=1024,
-    updates=4, micro_tokens=16384, half=True,
+    updates=4, max_tokens_per_micro_batch=16384, low_precision=True,
 )  # fmt: skip
 
 
@@ -25,11 +25,11 @@ def engines() -> str:
     """The states of one trained role, and of one frozen one, under every engine."""
     rows = []
     for engine in ("ddp", "zero1", "zero2", "zero3", "fsdp"):
-        layout = Layout(engine, 32, half=engine != "ddp")  # type: ignore[arg-type]
+        layout = Layout(engine, 32, low_precision=engine != "ddp")  # type: ignore[arg-type]
         one, still = trained(SEVEN, layout), frozen(SEVEN, layout)
-        numbers = (one.weights, one.gradients, one.optimiser, one.states, one.working, still.states)
+        numbers = (one.weights, one.gradients, one.optimizer, one.states, one.working, still.states)
         rows.append([engine, *(f"{number / GIB:.1f}" for number in numbers)])
-    head = ["32 workers, GiB", "weights", "gradients", "optimiser", "stays", "unfolded", "a frozen role"]
+    head = ["32 workers, GiB", "weights", "gradients", "optimizer", "stays", "unfolded", "a frozen role"]
     return "\n".join(table(head, rows))
 
 
@@ -44,7 +44,7 @@ def adapters() -> str:
         push_adapter=True,
         held_bytes=2,
         prompts=64,
-        answers=8,
+        num_generations=8,
     )
     return report(light, Hardware(8, 80.0), title="grpo, adapters")
 

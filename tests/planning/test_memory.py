@@ -1,4 +1,4 @@
-"""Bytes by formula against bytes of real models, gradients, optimisers, saved activations and caches, at tiny sizes."""
+"""Bytes by formula against bytes of real models, gradients, optimizers, saved activations and caches, at tiny sizes."""
 
 from dataclasses import replace
 from typing import Any
@@ -43,35 +43,35 @@ def role(kind: str, rank: int = 0, **changes: Any) -> Role:
 
 
 def step(one: Role, *, muon: bool = False) -> tuple[int, int, int]:
-    """Bytes of (weights, gradients, moments) after a real step of real optimisers."""
+    """Bytes of (weights, gradients, moments) after a real step of real optimizers."""
     read(one, Batch.of(rows()), frozenset({"logp"}))["logp"].sum().backward()
     own = [parameter for parameter in one.parameters().values() if parameter.grad is not None]
     inside = (
         {id(p) for layer in decoder_layers(one.model) for p in layer.parameters() if p.ndim == 2} if muon else set()
     )
-    optimisers: list[torch.optim.Optimizer] = [torch.optim.AdamW([p for p in own if id(p) not in inside])]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW([p for p in own if id(p) not in inside])]
     if muon:
-        optimisers.append(torch.optim.Muon([p for p in own if id(p) in inside]))
+        optimizers.append(torch.optim.Muon([p for p in own if id(p) in inside]))
     moments = 0
-    for optimiser in optimisers:
-        optimiser.step()
-        for state in optimiser.state.values():
+    for optimizer in optimizers:
+        optimizer.step()
+        for state in optimizer.state.values():
             moments += sum(value.nbytes for value in state.values() if value.ndim)  # AdamW's step counters are scalars
     weights = {p.data_ptr(): p.nbytes for p in one.model.parameters()}
     return sum(weights.values()), sum(p.grad.nbytes for p in own if p.grad is not None), moments
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama", "gpt2"])
-def test_states_are_those_of_a_real_optimiser(kind: str) -> None:
+def test_states_are_those_of_a_real_optimizer(kind: str) -> None:
     one = role(kind)
     size = trained(shape_of(one.model), Layout())
-    assert (size.weights, size.gradients, size.optimiser) == step(one)
+    assert (size.weights, size.gradients, size.optimizer) == step(one)
     assert size.working == size.host == 0
 
 
 def test_muon_has_one_moment_for_matrices_inside_the_layers() -> None:
     one = role("qwen3")
-    assert trained(shape_of(one.model), Layout(), muon=True).optimiser == step(one, muon=True)[2]
+    assert trained(shape_of(one.model), Layout(), muon=True).optimizer == step(one, muon=True)[2]
 
 
 @pytest.mark.parametrize(("dtype", "held"), [(torch.float32, 4), (torch.bfloat16, 2)])
@@ -79,7 +79,7 @@ def test_adapters_alone_have_gradients_and_moments(dtype: torch.dtype, held: int
     one = role("qwen3", rank=4, dtype=dtype)
     shape = shape_of(one.model)
     size = trained(shape, Layout(), adapters=shape.adapter_parameters(4), base_bytes=held)
-    assert (size.weights, size.gradients, size.optimiser) == step(one)
+    assert (size.weights, size.gradients, size.optimizer) == step(one)
 
 
 def kept(one: Role) -> int:
@@ -168,33 +168,33 @@ def test_shares_by_hand() -> None:
     """P = 1352, of which a layer has 592 and the ends 168; four workers."""
     assert (SMALL.parameters(), SMALL.layer_parameters(), SMALL.end_parameters()) == (1352, 592, 168)
 
-    def size(engine: Any, **dials: Any) -> tuple[float, ...]:
-        one = trained(SMALL, Layout(engine, 4, **dials))
-        return one.weights, one.gradients, one.optimiser, one.host
+    def size(engine: Any, **options: Any) -> tuple[float, ...]:
+        one = trained(SMALL, Layout(engine, 4, **options))
+        return one.weights, one.gradients, one.optimizer, one.host
 
     whole, quarter = 4 * 1352, 1352
     assert size("ddp") == (whole, whole, 2 * whole, 0)
-    assert size("fsdp") == size("fsdp", half=True) == (quarter, quarter, 2 * quarter, 0)
+    assert size("fsdp") == size("fsdp", low_precision=True) == (quarter, quarter, 2 * quarter, 0)
     assert size("fsdp", offload=True) == (0, 0, 0, 4 * quarter)
     # DeepSpeed: weights to compute with (2 bytes in half precision), a float32 share and two moments
     assert size("zero1") == (whole, whole, 3 * quarter, 0)
-    assert size("zero1", half=True) == (whole / 2, whole / 2, 3 * quarter, 0)
-    assert size("zero2", half=True) == (whole / 2, quarter / 2, 3 * quarter, 0)
-    assert size("zero3", half=True) == (quarter / 2, quarter / 2, 3 * quarter, 0)
-    assert size("zero2", half=True, offload=True) == (whole / 2, 0, 0, 4 * quarter)
-    assert size("zero3", half=True, offload=True) == (0, 0, 0, 4 * quarter + quarter / 2)
+    assert size("zero1", low_precision=True) == (whole / 2, whole / 2, 3 * quarter, 0)
+    assert size("zero2", low_precision=True) == (whole / 2, quarter / 2, 3 * quarter, 0)
+    assert size("zero3", low_precision=True) == (quarter / 2, quarter / 2, 3 * quarter, 0)
+    assert size("zero2", low_precision=True, offload=True) == (whole / 2, 0, 0, 4 * quarter)
+    assert size("zero3", low_precision=True, offload=True) == (0, 0, 0, 4 * quarter + quarter / 2)
 
 
 def test_what_is_unfolded_by_hand() -> None:
-    def size(engine: Any, **dials: Any) -> float:
-        return trained(SMALL, Layout(engine, 4, **dials)).working
+    def size(engine: Any, **options: Any) -> float:
+        return trained(SMALL, Layout(engine, 4, **options)).working
 
     assert size("ddp") == 4 * 1352  # the bucket has room for all
     assert memory.REPLICA_BUCKET == replica.BUCKET
     assert trained(WIDER, Layout("ddp", 4)).working == 4 * (memory.REPLICA_BUCKET + 2**27)
     # root and its gradient; two layers, one gradient, its float32 input to the reduce-scatter
     assert size("fsdp") == 2 * 4 * 168 + 592 * (8 + 4 + 4)
-    assert size("fsdp", half=True) == 2 * 2 * 168 + 592 * (4 + 2 + 4)
+    assert size("fsdp", low_precision=True) == 2 * 2 * 168 + 592 * (4 + 2 + 4)
     assert size("zero2") == 4 * 1352 + 1352
     assert size("zero3") == 4 * 1352 + 1352 + 4 * 1352
     assert frozen(SMALL, Layout("fsdp", 4), bytes_each=2).states == 2 * 1352 / 4
@@ -210,22 +210,22 @@ def test_an_engine_is_filled_with_blocks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dials", "what"),
+    ("options", "what"),
     [
-        ({"engine": "local", "workers": 2}, "learner.engine: local is one process, and there are 2"),
-        ({"engine": "fdsp"}, "learner.engine: one of local, ddp, fsdp, zero1, zero2, zero3; got 'fdsp'"),
+        ({"engine": "local", "workers": 2}, "learner.backend: local is one process, and there are 2"),
+        ({"engine": "fdsp"}, "learner.backend: one of local, ddp, fsdp, zero1, zero2, zero3; got 'fdsp'"),
         (
             {"engine": "ddp", "workers": 2, "offload": True},
             "learner.offload: ddp has no such thing; take fsdp or zero2",
         ),
-        ({"half": True}, "learner.half: local has no such thing; take fsdp or zero2"),
+        ({"low_precision": True}, "learner.precision: local has no such thing; take fsdp or zero2"),
         ({"engine": "zero3", "workers": 0}, "learner.workers: at least 1; got 0"),
-        ({"micro_tokens": 0}, "learner.micro_tokens: at least 1; got 0"),
+        ({"max_tokens_per_micro_batch": 0}, "learner.max_tokens_per_micro_batch: at least 1; got 0"),
     ],
 )
-def test_what_cannot_be_laid_out_is_told(dials: dict, what: str) -> None:
+def test_what_cannot_be_laid_out_is_told(options: dict, what: str) -> None:
     with pytest.raises(RecipeError, match=what):
-        Layout(**dials)
+        Layout(**options)
 
 
 def test_muon_in_shares_is_told() -> None:

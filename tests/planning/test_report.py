@@ -6,17 +6,17 @@ from dataclasses import replace
 import pytest
 
 from whet.errors import RecipeError
-from whet.planning import Hardware, Layout, Network, Run, Shape, parse_engine, placement, report
+from whet.planning import Hardware, Layout, Network, PlannedRun, Shape, parse_engine, placement, report
 from whet.planning.memory import GIB
 
 from . import page
 
 SMALL = Shape("llama", hidden=512, layers=4, heads=8, kv_heads=4, head_dim=64, intermediate=1024, vocabulary=4096)
-RUN = Run(SMALL, critic=SMALL, reference=SMALL, rewards=(("judge", SMALL),), prompts=16, answers=2, prompt_tokens=30,
-          answer_tokens=40, mean_answer=20, updates=2, epochs=3, micro_tokens=64)  # fmt: skip
+RUN = PlannedRun(SMALL, critic=SMALL, reference=SMALL, rewards=(("judge", SMALL),), prompts=16, num_generations=2, prompt_tokens=30,
+          answer_tokens=40, mean_answer=20, updates=2, epochs=3, max_tokens_per_micro_batch=64)  # fmt: skip
 
 
-def lines(run: Run = RUN, hardware: Hardware = Hardware(1, 4.0), **choice: object) -> list[str]:
+def lines(run: PlannedRun = RUN, hardware: Hardware = Hardware(1, 4.0), **choice: object) -> list[str]:
     return [line.strip() for line in report(run, hardware, **choice).splitlines()]  # type: ignore[arg-type]
 
 
@@ -54,19 +54,19 @@ def test_roles_take_turns() -> None:
 def test_a_critic_on_the_policys_trunk_is_its_adapters_alone() -> None:
     own = placement.parts(replace(RUN, lora_rank=4, one_trunk=True), Layout("fsdp", 4))[1].bytes
     count = SMALL.adapter_parameters(4)
-    assert (own.weights, own.gradients, own.optimiser) == (count, count, 2 * count)  # 4, 4 and 8 bytes over 4 workers
+    assert (own.weights, own.gradients, own.optimizer) == (count, count, 2 * count)  # 4, 4 and 8 bytes over 4 workers
 
 
 @pytest.mark.parametrize("memory", [0.6, 0.8, 1.0, 2.0])
 @pytest.mark.parametrize("gpus", [1, 3, 8])
 def test_what_is_promised_to_fit_does_and_more_would_not(gpus: int, memory: float) -> None:
-    run, hardware = replace(RUN, micro_tokens=1 << 14, online=False), Hardware(gpus, memory)
+    run, hardware = replace(RUN, max_tokens_per_micro_batch=1 << 14, online=False), Hardware(gpus, memory)
     for one in placement.candidates(run, hardware):
         assert placement.needed(placement.parts(run, one.layout)) <= hardware.usable
-        if one.layout.micro_tokens < run.micro_tokens:
-            more = replace(one.layout, micro_tokens=2 * one.layout.micro_tokens)
+        if one.layout.max_tokens_per_micro_batch < run.max_tokens_per_micro_batch:
+            more = replace(one.layout, max_tokens_per_micro_batch=2 * one.layout.max_tokens_per_micro_batch)
             assert placement.needed(placement.parts(run, more)) > hardware.usable
-        assert one.layout.micro_tokens >= run.longest
+        assert one.layout.max_tokens_per_micro_batch >= run.longest
 
 
 def test_a_placement_uses_no_more_gpus_than_there_are() -> None:
@@ -83,15 +83,15 @@ def test_a_placement_uses_no_more_gpus_than_there_are() -> None:
 def test_the_flags_of_a_placement_are_a_recipes() -> None:
     from whet.cli.main import parsed
     from whet.runs import config
-    from whet.runs.recipe import Online
+    from whet.runs.recipe import OnlineRecipe
 
     for one in placement.candidates(RUN, Hardware(6, 10.0)):
-        recipe = config.resolve(Online, "ppo", None, parsed(one.flags.split())[1])
-        assert recipe.learner.engine == one.layout.engine
+        recipe = config.resolve(OnlineRecipe, "ppo", None, parsed(one.flags.split())[1])
+        assert recipe.learner.backend == one.layout.engine
         assert (recipe.cluster.learners, recipe.cluster.engines) == (one.layout.workers, one.engines)
-        assert recipe.cluster.together == recipe.generator.sleep == one.shared
+        assert recipe.cluster.colocate == recipe.generator.sleep == one.shared
         assert recipe.generator.tensor_parallel == one.tensor_parallel
-        assert recipe.train.micro_tokens == one.layout.micro_tokens
+        assert recipe.train.max_tokens_per_micro_batch == one.layout.max_tokens_per_micro_batch
     ahead = placement.candidates(replace(RUN, beside=True, tensor_parallel=2), Hardware(6, 10.0))
     assert {(one.shared, one.tensor_parallel) for one in ahead} == {(False, 2)}
 
@@ -101,12 +101,12 @@ def test_seconds_by_hand() -> None:
     hardware = Hardware(1, 1.0, single_flops=1e9, training=1.0, reading=1.0)
     once = SMALL.forward_flops(1600, context=25, head_tokens=640)
     headless = SMALL.forward_flops(1600, context=25, head_tokens=0)
-    took = placement.times(RUN, Layout(micro_tokens=64), hardware, 0.0)
+    took = placement.times(RUN, Layout(max_tokens_per_micro_batch=64), hardware, 0.0)
     assert took.measure == pytest.approx((2 * once + 2 * headless) / 1e9)  # policy, reference; critic, reward
     assert took.update == pytest.approx(3 * 3 * (once + headless) / 1e9)  # three epochs
     assert took.sent == (0, 0)
     light = replace(RUN, critic=None, rewards=(), reference=None, lora_rank=4, base_read=True)
-    took = placement.times(light, Layout(micro_tokens=64), hardware, 0.0)
+    took = placement.times(light, Layout(max_tokens_per_micro_batch=64), hardware, 0.0)
     assert took.measure == pytest.approx(2 * once / 1e9)
 
 
@@ -114,7 +114,7 @@ def test_traffic_counts_micro_batches() -> None:
     """1600 tokens in two updates over 2 workers: 800 / (2 x 64) -> 7 micro-batches each, 14 in an epoch."""
     hardware = Hardware(2, 1.0, network=Network(inside=1e6))
     run = replace(RUN, critic=None, rewards=())
-    took = placement.times(run, Layout("fsdp", 2, micro_tokens=64), hardware, 0.0)
+    took = placement.times(run, Layout("fsdp", 2, max_tokens_per_micro_batch=64), hardware, 0.0)
     count = SMALL.parameters()
     assert took.received[0].gathered == pytest.approx(14 * 2 * 4 * count / 2)  # policy and reference
     assert took.received[1].gathered == pytest.approx(3 * 14 * 4 * 2 * count / 2)
@@ -124,11 +124,11 @@ def test_traffic_counts_micro_batches() -> None:
 
 
 def test_decoding_waits_for_memory_and_then_for_operations() -> None:
-    hardware = Hardware(1, 1.0, bandwidth=1e6, decoding=1.0, half_flops=1e18)
+    hardware = Hardware(1, 1.0, bandwidth=1e6, decoding=1.0, low_precision_flops=1e18)
     read = 2 * SMALL.parameters() + 5 * 40 * SMALL.kv_bytes()  # 30 + 20 / 2 tokens of context
     assert placement.token_seconds(RUN, hardware, 1, 5) == pytest.approx(read / 1e6)
     assert placement.token_seconds(RUN, hardware, 2, 5) == pytest.approx(read / 2e6)
-    slow = replace(hardware, half_flops=1.0, reading=1.0)
+    slow = replace(hardware, low_precision_flops=1.0, reading=1.0)
     assert placement.token_seconds(RUN, slow, 1, 5) == pytest.approx(5 * SMALL.forward_flops(1, context=40))
 
 
@@ -170,11 +170,11 @@ def test_ahead_a_step_is_shorter_and_the_ages_stay_within_the_bound() -> None:
 
 def test_half_precision_is_offered_and_taken() -> None:
     told = lines(RUN, Hardware(4, 4.0))
-    assert any(line.startswith("--learner fsdp --learner.half would compute in bfloat16") for line in told)
-    half = "\n".join(lines(replace(RUN, half=True), Hardware(4, 4.0)))
-    assert "learner.half would" not in half
-    assert "computation in bfloat16, at 989 TFLOP/s" in half
-    assert "learner fsdp on 1 GPU" in "\n".join(lines(replace(RUN, half=True)))
+    assert any(line.startswith("--learner fsdp --learner.precision bf16 would compute in bfloat16") for line in told)
+    low_precision = "\n".join(lines(replace(RUN, low_precision=True), Hardware(4, 4.0)))
+    assert "learner.precision bf16 would" not in low_precision
+    assert "computation in bfloat16, at 989 TFLOP/s" in low_precision
+    assert "learner fsdp on 1 GPU" in "\n".join(lines(replace(RUN, low_precision=True)))
 
 
 def test_muon_is_planned_where_matrices_are_whole() -> None:
@@ -184,9 +184,9 @@ def test_muon_is_planned_where_matrices_are_whole() -> None:
 
 
 def test_what_was_changed_to_fit_is_said() -> None:
-    run = replace(RUN, micro_tokens=1 << 15, online=False)
+    run = replace(RUN, max_tokens_per_micro_batch=1 << 15, online=False)
     assert any("(the recipe's 32768 does not fit)" in line for line in lines(run, Hardware(1, 1.2)))
-    assert "train.micro_tokens 70 (the longest row; the recipe's 64 is shorter)" in lines()
+    assert "train.max_tokens_per_micro_batch 70 (the longest row; the recipe's 64 is shorter)" in lines()
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_what_was_changed_to_fit_is_said() -> None:
         ({}, {"gpu_memory": 2.0}, {}, "--gpu-memory: an engine's weights"),
         ({"mean_answer": 50}, {}, {}, "--mean-answer: between 1 and the longest answer, 40 tokens .* got 50"),
         ({"prompts": 0}, {}, {}, "prompts: at least 1; got 0"),
-        ({"engine_memory": 1.2}, {}, {}, "generator.memory: a share above 0 and at most 1; got 1.2"),
+        ({"engine_memory": 1.2}, {}, {}, "generator.gpu_memory_utilization: a share above 0 and at most 1; got 1.2"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_told(run: dict, hardware: dict, choice: dict, what: str) -> None:

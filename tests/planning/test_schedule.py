@@ -12,7 +12,7 @@ from whet.planning.schedule import Ended, Handed, chosen
 
 def run(**changes: Any) -> Outcome:
     given: dict[str, Any] = {
-        "steps": 5, "prompts": 4, "answers": 3, "length": lambda draw, answer: 10, "engines": 1, "slots": 12,
+        "steps": 5, "prompts": 4, "num_generations": 3, "length": lambda draw, answer: 10, "engines": 1, "slots": 12,
         "token_seconds": 0.5, "learn_seconds": 3.0, "push_seconds": 1.0, "max_staleness": 0, "ends": False,
     }  # fmt: skip
     return simulate(**(given | changes))
@@ -52,7 +52,7 @@ def test_nothing_is_quicker_than_its_parts() -> None:
 @pytest.mark.parametrize("staleness", [0, 1, 2, 3])
 def test_each_group_once_and_none_too_old(staleness: int) -> None:
     window = Window(4, staleness)
-    schedule = Schedule(Engines(3, 2, 0.25), window, answers=3, length=lognormal(9, 1.0, 60, seed=7))
+    schedule = Schedule(Engines(3, 2, 0.25), window, num_generations=3, length=lognormal(9, 1.0, 60, seed=7))
     handed: dict[int, int] = {}
     taken: dict[int, int] = {}
     for step in range(12):
@@ -78,7 +78,7 @@ def ticks(
     *,
     steps: int,
     prompts: int,
-    answers: int,
+    num_generations: int,
     engines: int,
     slots: int,
     learn: int,
@@ -107,9 +107,9 @@ def ticks(
 
     for step in range(steps):
         for draw in range(len(handed_at), (min(step + 1 + eta, steps) if ends else step + 1 + eta) * prompts):
-            handed_at[draw], left[draw] = step, answers
+            handed_at[draw], left[draw] = step, num_generations
             shortest = min(queues, key=len)
-            shortest.extend([draw, answer, lengths(draw, answer)] for answer in range(answers))
+            shortest.extend([draw, answer, lengths(draw, answer)] for answer in range(num_generations))
         while True:
             due = {draw for draw, at in handed_at.items() if at <= step - eta} - {d for one in out for d in one[3]}
             first = sorted((when, draw) for draw, when in complete.items() if draw not in due)
@@ -134,10 +134,19 @@ def ticks(
 def test_the_clock_is_that_of_counted_ticks(eta: int, engines: int, slots: int, ends: bool) -> None:
     lengths = lognormal(6, 0.9, 40, seed=engines)
     told = ticks(
-        lengths, steps=8, prompts=3, answers=2, engines=engines, slots=slots, learn=9, push=2, eta=eta, ends=ends
+        lengths,
+        steps=8,
+        prompts=3,
+        num_generations=2,
+        engines=engines,
+        slots=slots,
+        learn=9,
+        push=2,
+        eta=eta,
+        ends=ends,
     )
     out = run(
-        steps=8, prompts=3, answers=2, length=lengths, engines=engines, slots=slots, token_seconds=1.0, learn_seconds=9.0,
+        steps=8, prompts=3, num_generations=2, length=lengths, engines=engines, slots=slots, token_seconds=1.0, learn_seconds=9.0,
         push_seconds=2.0, max_staleness=eta, ends=ends,
     )  # fmt: skip
     assert [(one.collected, one.learned, one.ended, one.draws) for one in out.steps] == told
@@ -147,7 +156,7 @@ def test_no_answer_is_lost_to_rounding() -> None:
     """A learner that ends within a rounding error of an answer's end, thousands of times."""
     for seconds in (0.1, 1 / 3, 0.0123):
         out = run(
-            steps=400, prompts=2, answers=2, length=lambda draw, answer: 1 + draw % 3, engines=2, slots=2,
+            steps=400, prompts=2, num_generations=2, length=lambda draw, answer: 1 + draw % 3, engines=2, slots=2,
             token_seconds=lambda active, seconds=seconds: seconds * active, learn_seconds=3 * seconds,
             push_seconds=seconds / 7, max_staleness=1,
         )  # fmt: skip
@@ -180,7 +189,7 @@ def test_slow_groups_of_the_first_hand_out_come_later() -> None:
     """Four groups of one answer, 9, 1, 2 and 8 tokens: step 0 takes those complete first, step 1 waits for the rest."""
     lengths = [9, 1, 2, 8, 1, 1]
     out = run(
-        steps=2, prompts=2, answers=1, length=lambda draw, answer: lengths[draw], slots=9, token_seconds=1.0,
+        steps=2, prompts=2, num_generations=1, length=lambda draw, answer: lengths[draw], slots=9, token_seconds=1.0,
         learn_seconds=1.0, push_seconds=0.5, max_staleness=1,
     )  # fmt: skip
     assert [one.draws for one in out.steps] == [(1, 2), (0, 3)]
@@ -235,9 +244,9 @@ def test_lengths_are_addressed() -> None:
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        ({"steps": 0}, "rollout.steps: at least 1; got 0"),
-        ({"prompts": 0}, "rollout.prompts: at least 1; got 0"),
-        ({"answers": 0}, "method.answers: at least 1; got 0"),
+        ({"steps": 0}, "rollout.num_steps: at least 1; got 0"),
+        ({"prompts": 0}, "rollout.prompts_per_step: at least 1; got 0"),
+        ({"num_generations": 0}, "num_generations: at least 1; got 0"),
         ({"engines": 0}, "engines: at least 1; got 0"),
         ({"slots": 0}, "slots: at least 1; got 0"),
         ({"token_seconds": 0.0}, "token_seconds: above 0; got 0.0"),

@@ -81,7 +81,7 @@ def test_a_published_model_has_its_published_count() -> None:
 @pytest.mark.parametrize("kind", ["qwen3", "llama", "gpt2"])
 def test_a_scalar_head_takes_the_place_of_the_language_head(kind: str, tmp_path: Path) -> None:
     folder = tiny.folder(tmp_path, kind)
-    model = load.load_scorer(load.Source(str(folder)), tiny.tokenizer())
+    model = load.load_scorer(load.ModelSource(str(folder)), tiny.tokenizer())
     assert Shape.of(model.config.to_dict()).parameters("scalar") == count(model)
 
 

@@ -12,41 +12,41 @@ SMALL = Shape("llama", hidden=8, layers=2, heads=2, kv_heads=1, head_dim=4, inte
 P, SHARE = 1352, 3 / 4
 
 
-def layout(engine: Any, **dials: Any) -> Layout:
-    return Layout(engine, 4, **dials)
+def layout(engine: Any, **options: Any) -> Layout:
+    return Layout(engine, 4, **options)
 
 
 @pytest.mark.parametrize(
-    ("engine", "dials", "gathered", "reduced"),
+    ("engine", "options", "gathered", "reduced"),
     [
         ("ddp", {}, 0, 0),
         ("zero1", {}, 0, 0),
-        ("zero2", {"half": True}, 0, 2 * P),
-        ("zero3", {"half": True}, 2 * 2 * P, 2 * P),  # 3 x 2 P: Rajbhandari et al. 2020
-        ("fsdp", {"half": True}, 2 * 2 * P, 4 * P),
+        ("zero2", {"low_precision": True}, 0, 2 * P),
+        ("zero3", {"low_precision": True}, 2 * 2 * P, 2 * P),  # 3 x 2 P: Rajbhandari et al. 2020
+        ("fsdp", {"low_precision": True}, 2 * 2 * P, 4 * P),
         ("fsdp", {}, 4 * 2 * P, 4 * P),
     ],
 )
-def test_a_micro_batch(engine: Any, dials: dict, gathered: float, reduced: float) -> None:
-    assert traffic.micro_batch(SMALL, layout(engine, **dials), P) == Traffic(SHARE * gathered, SHARE * reduced)
+def test_a_micro_batch(engine: Any, options: dict, gathered: float, reduced: float) -> None:
+    assert traffic.micro_batch(SMALL, layout(engine, **options), P) == Traffic(SHARE * gathered, SHARE * reduced)
 
 
 @pytest.mark.parametrize(
-    ("engine", "dials", "gathered", "reduced"),
+    ("engine", "options", "gathered", "reduced"),
     [
         ("ddp", {}, 0, 2 * 4 * P),
-        ("zero1", {"half": True}, 2 * P, 2 * P),
-        ("zero2", {"half": True}, 2 * P, 0),
+        ("zero1", {"low_precision": True}, 2 * P, 2 * P),
+        ("zero2", {"low_precision": True}, 2 * P, 0),
         ("zero3", {}, 0, 0),
         ("fsdp", {}, 0, 0),
     ],
 )
-def test_an_update(engine: Any, dials: dict, gathered: float, reduced: float) -> None:
-    assert traffic.update(layout(engine, **dials), P) == Traffic(SHARE * gathered, SHARE * reduced)
+def test_an_update(engine: Any, options: dict, gathered: float, reduced: float) -> None:
+    assert traffic.update(layout(engine, **options), P) == Traffic(SHARE * gathered, SHARE * reduced)
 
 
 def test_over_one_micro_batch_sharded_engines_move_what_the_paper_says() -> None:
-    """Rajbhandari et al. 2020, section 7: plain data parallelism and ZeRO-1 and -2 move 2 numbers a parameter, ZeRO-3 3."""
+    """Rajbhandari et al. 2020, section 7: plain data parallelizm and ZeRO-1 and -2 move 2 numbers a parameter, ZeRO-3 3."""
 
     def numbers(engine: Any) -> float:
         one = traffic.micro_batch(SMALL, layout(engine), P) + traffic.update(layout(engine), P)
@@ -61,8 +61,8 @@ def test_adapters_move_their_own_gradients_but_all_weights() -> None:
 
 
 def test_a_forward_gathers_once() -> None:
-    assert traffic.forward(SMALL, layout("zero3", half=True)).gathered == SHARE * 2 * P
-    assert traffic.forward(SMALL, layout("zero2", half=True)).gathered == 0
+    assert traffic.forward(SMALL, layout("zero3", low_precision=True)).gathered == SHARE * 2 * P
+    assert traffic.forward(SMALL, layout("zero2", low_precision=True)).gathered == 0
 
 
 def test_pushes() -> None:

@@ -8,7 +8,7 @@ import tiny
 import torch
 
 from whet.data import Group, Prompt, Sample, chat_format
-from whet.models.load import Source, load_scorer, load_tokenizer
+from whet.models.load import ModelSource, load_scorer, load_tokenizer
 from whet.models.roles import Role
 from whet.rewards import Weighted, score_all
 from whet.rewards.functions import FunctionReward
@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def role(folder: Path, **given: Any) -> Role:
-    return Role("reward", load_scorer(Source(str(folder), dtype="float32", device="cpu"), seed=3), False, **given)
+    return Role("reward", load_scorer(ModelSource(str(folder), dtype="float32", device="cpu"), seed=3), False, **given)
 
 
 def test_an_answer_that_was_cut_off_is_read_without_an_end_token(folder: Path) -> None:
@@ -56,7 +56,7 @@ def groups(chat: Any) -> list[Group]:
 
 def by_transformers(folder: Path, rows: list[list[int]]) -> list[float]:
     """The published way: one label of AutoModelForSequenceClassification, one row at a time."""
-    model = load_scorer(Source(str(folder), dtype="float32", device="cpu"), seed=3)
+    model = load_scorer(ModelSource(str(folder), dtype="float32", device="cpu"), seed=3)
     with torch.no_grad():
         return [model(torch.tensor([ids])).logits.item() for ids in rows]
 
@@ -146,4 +146,4 @@ def test_a_dense_reward_model_with_steps_scores_their_last_tokens_and_the_answer
 
 
 def test_a_tokenizer_is_read_from_the_folder(folder: Path) -> None:
-    assert load_tokenizer(Source(str(folder))).get_vocab() == tiny.tokenizer().get_vocab()
+    assert load_tokenizer(ModelSource(str(folder))).get_vocab() == tiny.tokenizer().get_vocab()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from whet.methods.catalogue import REWARD
-from whet.methods.choices import DIALS, HIDDEN, ONLINE_SLOTS, PLAIN_SLOTS, PREFERENCE_SLOTS, REWARD_SLOTS, Choice
+from whet.methods.choices import HIDDEN, ONLINE_SLOTS, OPTIONS, PLAIN_SLOTS, PREFERENCE_SLOTS, REWARD_SLOTS, Choice
 from whet.runs.config import choices, fields_of, section
 
 ROOT = Path(__file__).parent.parent
@@ -63,7 +63,7 @@ def recipe_lines(kind: type, defaults: Any, prefix: str = "") -> list[str]:
         inner, value = section(annotation), getattr(defaults, name, None)
         if inner is not None and dataclasses.is_dataclass(inner):
             lines += recipe_lines(inner, inner() if value is None else value, f"{prefix}{name}.")
-        elif name != "method":
+        elif name != "algorithm":
             shown = "" if value in ("", None, [], ()) else f" [{_written(value)}]"
             lines.append(_line(prefix + name, own.get(name, ("", ""))[1], annotation, shown))
     return lines
@@ -79,29 +79,29 @@ def _written(value: Any) -> str:
 def _line(name: str, meaning: str, annotation: Any, shown: str) -> str:
     told = choices(annotation)
     one_of = f" ({' | '.join(told)})" if told else ""
-    return f"  --{name.replace('_', '-'):<30}{meaning}{one_of}{shown}"
+    return f"  --{name.replace('_', '-'):<36}  {meaning}{one_of}{shown}"
 
 
 def method_lines(verb: str, slots: Mapping[str, Any]) -> list[str]:
-    """One line per slot with what stands in it and what may, and one per dial of the parts that stand there."""
+    """One line per slot with what stands in it and what may, and one per option of the parts that stand there."""
     table = REWARD_SLOTS if verb == "reward" else {**PREFERENCE_SLOTS, **ONLINE_SLOTS}
     lines = []
     if verb == "reward":
-        lines.append(f"  --{'method.name':<30}which rows and loss ({' | '.join(REWARD)}) [{slots['name']}]")
+        lines.append(f"  --{'algorithm.name':<36}  which rows and loss ({' | '.join(REWARD)}) [{slots['name']}]")
     for slot, value in slots.items():
         if slot in PLAIN_SLOTS:
             kind, meaning = PLAIN_SLOTS[slot]
             inner = section(kind)
             if inner is None:
-                lines.append(_line(f"method.{slot}", meaning, kind, f" [{value}]"))
+                lines.append(_line(f"algorithm.{slot}", meaning, kind, f" [{value}]"))
             else:
-                lines.append(_line(f"method.{slot}", meaning, kind, " [null]" if value is None else ""))
+                lines.append(_line(f"algorithm.{slot}", meaning, kind, " [null]" if value is None else ""))
                 defaults = inner() if value is None else inner(**value)
-                lines += recipe_lines(inner, defaults, f"method.{slot}.")
+                lines += recipe_lines(inner, defaults, f"algorithm.{slot}.")
         elif slot in table:
             shown = [one["name"] for one in value] if isinstance(value, list) else value and value["name"]
             lines.append(
-                f"  --{('method.' + slot).replace('_', '-'):<30}{' | '.join(table[slot])} [{'null' if shown is None else shown}]"
+                f"  --{('algorithm.' + slot).replace('_', '-'):<36}  {' | '.join(table[slot])} [{'null' if shown is None else shown}]"
             )
             for spec in value if isinstance(value, list) else [value] if value else []:
                 lines += _dial_lines(slot, spec, table[slot][spec["name"]])
@@ -112,11 +112,11 @@ def _dial_lines(slot: str, spec: Mapping[str, Any], choice: Choice) -> list[str]
     own = {name: told for name, told in op_dials()[choice.op].items() if name not in HIDDEN + choice.hidden}
     own |= {name: str(value) for name, value in choice.extra.items()}
     weight = (
-        [_line(f"method.{slot}.weight", "its weight in the sum", None, f" [{spec['weight']}]")]
+        [_line(f"algorithm.{slot}.weight", "its weight in the sum", None, f" [{spec['weight']}]")]
         if "weight" in spec
         else []
     )
     return weight + [
-        _line(f"method.{slot}.{name}", DIALS[name][1], DIALS[name][0], f" [{spec.get(name, told)}]")
+        _line(f"algorithm.{slot}.{name}", OPTIONS[name][1], OPTIONS[name][0], f" [{spec.get(name, told)}]")
         for name, told in own.items()
     ]

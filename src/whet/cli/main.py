@@ -18,7 +18,7 @@ OTHERS = {
     "sample": "K answers for every prompt of a file",
     "rank": "answers become rankings, by a judge function or by their scores",
     "eval": "win rate under a judge, a reward model's accuracy, or a held-out loss",
-    "serve": "a vLLM server on this machine, from which runs take answers (generator.engine server)",
+    "serve": "a vLLM server on this machine, from which runs take answers (generator.name server)",
     "explain": "a recipe's objective with its numbers, its arithmetic, and where it ends",
     "plan": "what a training recipe needs on so many GPUs: memory, traffic, time",
     "demo": "the whole recipe on a little world, with a report",
@@ -109,7 +109,9 @@ def plan(verb: str, recipe: str | None = None, **fields: Any) -> str:
 def _told(about: str, words: list[str]) -> str:
     """`whet explain VERB [RECIPE.yaml]`, or `whet explain RECIPE.yaml` where the recipe names its verb; so with plan."""
     if not words or words[0].startswith("-"):
-        raise RecipeError(f"{about}: which method? whet {about} ppo [RECIPE.yaml], or a recipe with a line `verb: ppo`")
+        raise RecipeError(
+            f"{about}: which method? whet {about} ppo [RECIPE.yaml], or a recipe with a line `method: ppo`"
+        )
     verb, rest = words[0].replace("-", "_"), words[1:]
     if verb not in {**OFFLINE, **ONLINE, **OTHERS}:
         from pathlib import Path
@@ -118,10 +120,10 @@ def _told(about: str, words: list[str]) -> str:
 
         if not Path(words[0]).is_file():
             raise _unknown_verb(words[0])
-        verb, rest = str(read_yaml(Path(words[0])).get("verb", "")), words
+        verb, rest = str(read_yaml(Path(words[0])).get("method", "")), words
         if not verb:
             raise RecipeError(
-                f"{words[0]}: it names no verb; add a line such as `verb: ppo`, or whet {about} ppo {words[0]}"
+                f"{words[0]}: it names no verb; add a line such as `method: ppo`, or whet {about} ppo {words[0]}"
             )
     recipe, overrides, _ = parsed(rest)
     return (explain if about == "explain" else plan)(verb, recipe, **_grouped(overrides))
@@ -249,7 +251,7 @@ def _verb_help(verb: str) -> str:
         return "\n".join([*lines, "  --quick    a short form, which only shows that everything runs [False]"])
     if verb in ("explain", "plan"):
         lines[0] = (
-            f"usage: whet {verb} VERB [RECIPE.yaml] [--field value ...], or whet {verb} RECIPE.yaml with a line `verb: VERB`"
+            f"usage: whet {verb} VERB [RECIPE.yaml] [--field value ...], or whet {verb} RECIPE.yaml with a line `method: VERB`"
         )
         own = []
         if verb == "plan":
@@ -258,6 +260,6 @@ def _verb_help(verb: str) -> str:
     kind = kind_of(verb)
     defaults = config.resolve(kind, verb, None, [])
     lines += help.recipe_lines(kind, defaults)
-    if getattr(defaults, "method", None):
-        lines += ["", "the method's slots [default]:", *help.method_lines(verb, defaults.method)]
+    if getattr(defaults, "algorithm", None):
+        lines += ["", "the method's slots [default]:", *help.method_lines(verb, defaults.algorithm)]
     return "\n".join([*lines, "", "flags: --resume (continue a run), --quiet, --debug (show tracebacks)"])

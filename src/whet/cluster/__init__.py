@@ -3,6 +3,6 @@
 from whet.cluster.placement import Wanted
 from whet.cluster.ray import connected
 from whet.cluster.survive import survive
-from whet.cluster.world import World
+from whet.cluster.world import Attempt
 
-__all__ = ["Wanted", "World", "connected", "survive"]
+__all__ = ["Attempt", "Wanted", "connected", "survive"]

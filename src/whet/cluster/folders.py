@@ -24,7 +24,7 @@ PART = 1 << 30
 """Bytes after which another file is begun: the writer holds no more than one."""
 
 
-class Shelf:
+class PushFolders:
     """The pushes of one attempt: numbered folders, of which the newest two stay.
 
     The attempt's id is in the path, and nothing here makes the path again once it is gone: a worker of a lost attempt that
@@ -77,7 +77,7 @@ class Shelf:
         self._lock.close()
 
 
-class Post:
+class WeightWriter:
     """A learner's weights laid on a shelf, whole, before any engine takes them.
 
     Gathering them is collective, while engines take them one by one, and one that was started again takes them once more:
@@ -90,7 +90,7 @@ class Post:
         self.folder = shared_memory() / f"{PREFIX}{attempt}-learner"
         machines = workers.gather(host())
         writes = machines.index(machines[workers.rank]) == workers.rank if everywhere else workers.first
-        self.shelf = Shelf(attempt, "learner") if writes else None
+        self.shelf = PushFolders(attempt, "learner") if writes else None
 
     def __call__(self, role: Any, number: int | None = None) -> Path:
         """Where the role's weights of now are, or its adapter alone."""
@@ -107,7 +107,7 @@ class Post:
                 pass
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()  # an engine that slept on this GPU wakes for these weights
-        self.workers.wait()
+        self.workers.barrier()
         return self.folder / str(self.number)
 
     def close(self) -> None:
@@ -128,7 +128,7 @@ def contents(handle: Any) -> dict[str, bytes]:
 @contextmanager
 def unpacked(files: Mapping[str, bytes]) -> Iterator[Path]:
     """A folder with these files, which goes with the context."""
-    shelf = Shelf(secrets.token_hex(8), "files")
+    shelf = PushFolders(secrets.token_hex(8), "files")
     try:
         aside = shelf.begin(0)
         for name, content in files.items():

@@ -20,7 +20,7 @@ class ActorGenerator:
     """The generator that `make` builds, in a worker process; `make` travels there, so it must be picklable.
 
     `options` are the actor's (see `Placement`), `limit` is how many seconds a call may take. Raises what the generator raises,
-    and EngineDied when its process died or fell silent; then it is of no use any more.
+    and WorkerDied when its process died or fell silent; then it is of no use any more.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class ActorGenerator:
         """See `Generator.generate`."""
         yield from self.remote.ask("generate", list(requests))
 
-    def adopt(self, weights: Weights) -> None:
+    def load_weights(self, weights: Weights) -> None:
         """Take them from shared memory where they lie on the engine's node; elsewhere their files travel there.
 
         Raises RunStopped where they cannot be read.
@@ -54,15 +54,15 @@ class ActorGenerator:
             handle, files = (handle.folder, None) if near else (None, handle.files())
         elif not isinstance(handle, (str, Path)):
             handle, files = None, contents(handle)
-        self.version = self.remote.ask("adopt", weights.version, handle, extra=files)
+        self.version = self.remote.ask("load_weights", weights.version, handle, extra=files)
 
-    def score(self, ids: Sequence[Tensor]) -> list[Tensor]:
-        """See `Generator.score`."""
-        return self.remote.ask("score", list(ids))
+    def logprobs(self, ids: Sequence[Tensor]) -> list[Tensor]:
+        """See `Generator.logprobs`."""
+        return self.remote.ask("logprobs", list(ids))
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """See `Generator.rest`."""
-        self.remote.ask("rest")
+        self.remote.ask("sleep")
 
     def close(self) -> None:
         """End the generator and its process. May be called again."""
@@ -85,11 +85,11 @@ class Engine:
         """See `Generator.generate`."""
         return list(self.own.generate(requests))
 
-    def adopt(self, version: int, folder: Path | None, files: dict[str, bytes] | None = None) -> int:
+    def load_weights(self, version: int, folder: Path | None, files: dict[str, bytes] | None = None) -> int:
         """See `Generator.adopt`. Says the generator's version afterwards."""
         try:
             with nullcontext(folder) if files is None else unpacked(files) as found:
-                self.own.adopt(Weights(version, found))
+                self.own.load_weights(Weights(version, found))
         except WhetError:
             raise
         except Exception as error:  # a torn file, a folder that is gone
@@ -99,14 +99,14 @@ class Engine:
             ) from error
         return self.own.version
 
-    def score(self, ids: Sequence[Tensor]) -> list[Tensor]:
-        """See `Generator.score`."""
+    def logprobs(self, ids: Sequence[Tensor]) -> list[Tensor]:
+        """See `Generator.logprobs`."""
         # what came through the object store may not be written to
-        return self.own.score([torch.clone(one) for one in ids])
+        return self.own.logprobs([torch.clone(one) for one in ids])
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """See `Generator.rest`."""
-        self.own.rest()
+        self.own.sleep()
 
     def close(self) -> None:
         """End what it started."""

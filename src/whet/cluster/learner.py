@@ -13,14 +13,14 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from whet.cluster.folders import Post, contents, unpacked
+from whet.cluster.folders import WeightWriter, contents, unpacked
 from whet.cluster.placement import Placement
 from whet.cluster.worker import START, Remote, ended, first_to_fail, in_step
 from whet.data import Batch, Weights
-from whet.distributed import Workers, at_once, free_port, join
-from whet.errors import EngineDied, RunStopped, WhetError
-from whet.generate.base import Generator, scores, whole
-from whet.learner.base import Step, Work
+from whet.distributed import Workers, free_port, join, run_parallel
+from whet.errors import RunStopped, WhetError, WorkerDied
+from whet.generate.base import Generator, all_logprobs, whole
+from whet.learner.base import UpdateResult, Work
 from whet.learner.local import LocalLearner
 
 PORTS = 3
@@ -30,7 +30,7 @@ Make = Callable[[Workers], LocalLearner]
 """Builds a learner in one of the workers; it travels there, so it must be picklable."""
 
 
-class Regrow(EngineDied):
+class MoreLearners(WorkerDied):
     """Nothing died: machines have come back, and the world can be built larger from the checkpoint just saved."""
 
 
@@ -70,7 +70,7 @@ class ClusterLearner:
     answers   builds, in each worker, the generator that answers from its learner (see `Inside`)
     limit     seconds that a call may take
 
-    Calls raise what the workers raise, as itself; EngineDied when a worker died or fell silent, all others being killed
+    Calls raise what the workers raise, as itself; WorkerDied when a worker died or fell silent, all others being killed
     then; Regrow where the world could be larger, at the first call after a save.
     """
 
@@ -93,7 +93,7 @@ class ClusterLearner:
                 self._start()
                 if self._join(last=tried + 1 == PORTS):
                     break
-            self.coarse: bool = self._all("build", make, answers, push, attempt)
+            self.low_precision: bool = self._all("build", make, answers, push, attempt)
         except BaseException:
             self.close()
             raise
@@ -106,11 +106,11 @@ class ClusterLearner:
         """See `Learner.columns`."""
         return self._all("call", "columns", name, batch, bare)
 
-    def update(self, work: Work) -> Step:
+    def update(self, work: Work) -> UpdateResult:
         """See `Learner.update`."""
         return self._all("call", "update", list(work))
 
-    def evaluate(self, work: Work) -> Step:
+    def evaluate(self, work: Work) -> UpdateResult:
         """See `Learner.evaluate`."""
         return self._all("call", "evaluate", list(work))
 
@@ -163,7 +163,7 @@ class ClusterLearner:
 
     def _all(self, method: str, *given: Any) -> Any:
         if self._grows:
-            raise Regrow("cluster: there is a place for a larger world")
+            raise MoreLearners("cluster: there is a place for a larger world")
         told = in_step(self.remotes, method, given, self.limit)
         versions = [version for version, _ in told]
         if len(set(versions)) > 1:
@@ -179,7 +179,7 @@ class ClusterLearner:
             self.remotes.append(one)
             one.hold(Member)
 
-        at_once([partial(started, rank) for rank in range(size)])
+        run_parallel([partial(started, rank) for rank in range(size)])
         self.remotes.sort(key=lambda one: int(one.name.split()[1]))
 
     def _join(self, *, last: bool) -> bool:
@@ -215,25 +215,25 @@ class Inside:
         """See `Generator.generate`."""
         yield from self.learner.ask("generate", list(requests))
 
-    def adopt(self, weights: Weights) -> None:
+    def load_weights(self, weights: Weights) -> None:
         """Every worker takes its learner's weights of now. Raises RunStopped where these are of another version."""
-        self.version = self.learner.ask("adopt", weights.version)
+        self.version = self.learner.ask("load_weights", weights.version)
 
-    def score(self, ids: Sequence[Tensor]) -> list[Tensor]:
-        """See `Generator.score`."""
-        return self.learner.ask("score", list(ids))
+    def logprobs(self, ids: Sequence[Tensor]) -> list[Tensor]:
+        """See `Generator.logprobs`."""
+        return self.learner.ask("logprobs", list(ids))
 
-    def scores(self, ids: Sequence[Tensor]) -> list[list[Tensor]]:
+    def all_logprobs(self, ids: Sequence[Tensor]) -> list[list[Tensor]]:
         """The scores of every worker's engines."""
-        return self.learner.ask("scores", list(ids))
+        return self.learner.ask("all_logprobs", list(ids))
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """See `Generator.rest`."""
-        self.learner.ask("rest")
+        self.learner.ask("sleep")
 
     def close(self) -> None:
         """The workers' generators end."""
-        with suppress(EngineDied):
+        with suppress(WorkerDied):
             self.learner.ask("close")
 
 
@@ -242,7 +242,7 @@ class Member:
 
     learner: LocalLearner
     own: Generator | None = None
-    post: Post | None = None
+    post: WeightWriter | None = None
 
     def port(self, address: str) -> int:
         """A free port at this address."""
@@ -258,10 +258,10 @@ class Member:
         self.workers = join(rank, size, address, port, timeout=timeout)
 
     def build(self, make: Make, answers: Any, push: str, attempt: str) -> tuple[int, bool]:
-        """Load the models. Says `Learner.coarse`."""
+        """Load the models. Says `Learner.low_precision`."""
         self.learner, self.push, self.attempt = make(self.workers), push, attempt
         self.own = answers(self.learner) if answers is not None else None
-        return self._told(self.learner.coarse)
+        return self._told(self.learner.low_precision)
 
     def call(self, method: str, *given: Any) -> tuple[int, Any]:
         """A call of the learner."""
@@ -281,7 +281,7 @@ class Member:
         """All gather the policy in step, and the first one writes it."""
         if self.post is None:
             adapter = self.push == "adapter"
-            self.post = Post(self.workers, self.attempt, adapter=adapter, everywhere=False)
+            self.post = WeightWriter(self.workers, self.attempt, adapter=adapter, everywhere=False)
         return self._told(self.post(self.learner.roles["policy"], number))
 
     def files(self, folder: Path) -> dict[str, bytes]:
@@ -294,14 +294,14 @@ class Member:
         assert own is not None
         if method == "about":
             return self._told((own.version, own.reports))
-        if method == "adopt":
+        if method == "load_weights":
             weights = self.learner.publish()
             if weights.version != given[0]:
                 raise RunStopped(f"version {given[0]} was published, but the learner is at {weights.version}")
-            own.adopt(weights)
+            own.load_weights(weights)
             versions = self.workers.gather(own.version)
             return self._told(next((one for one in versions if one != weights.version), weights.version))
-        found = scores(own, *given) if method == "scores" else getattr(own, method)(*given)
+        found = all_logprobs(own, *given) if method == "all_logprobs" else getattr(own, method)(*given)
         return self._told(found if found is None else list(found))
 
     def close(self) -> None:

@@ -19,42 +19,42 @@ class Wanted:
     """How many workers, and what each needs.
 
     learners, engines, rewards  workers of each kind
-    together    engine i sits with learner i (modulo the learners) and shares its GPU
+    colocate    engine i sits with learner i (modulo the learners) and shares its GPU
     cpus        of each worker
     gpus, engine_gpus, reward_gpus  of each learner, engine and reward worker; who has none sees none
-    smallest    learners to go on with where the others cannot be placed
-    patience    seconds to wait for the whole world
+    min_learners    learners to go on with where the others cannot be placed
+    placement_timeout    seconds to wait for the whole world
     strategy    "PACK" keeps workers on few machines, "SPREAD" on many
     """
 
     learners: int = 1
     engines: int = 0
     rewards: int = 0
-    together: bool = False
+    colocate: bool = False
     cpus: float = 1.0
     gpus: float = 0.0
     engine_gpus: float = 0.0
     reward_gpus: float = 0.0
-    smallest: int = 1
-    patience: float = 60.0
+    min_learners: int = 1
+    placement_timeout: float = 60.0
     strategy: Literal["PACK", "SPREAD"] = "PACK"
 
     def bundles(self, learners: int) -> list[dict[str, float]]:
         """What must lie on one machine each: learners first, then engines with a place of their own, then rewards."""
         extra = self.guests(learners)
         first = _needs(self.cpus * (1 + extra), self.gpus)
-        engines = [] if self.together else [_needs(self.cpus, self.engine_gpus)] * self.engines
+        engines = [] if self.colocate else [_needs(self.cpus, self.engine_gpus)] * self.engines
         return [first] * learners + engines + [_needs(self.cpus, self.reward_gpus)] * self.rewards
 
     def guests(self, learners: int) -> int:
         """Most engines that sit with one learner."""
-        return math.ceil(self.engines / learners) if self.together else 0
+        return math.ceil(self.engines / learners) if self.colocate else 0
 
     def smaller(self) -> Iterator["Wanted"]:
-        """Worlds to go on with where machines were lost, the largest first: fewer learners, down to `smallest`, and of
+        """Worlds to go on with where machines were lost, the largest first: fewer learners, down to `min_learners`, and of
         engines and reward workers all, as large a part as of the learners, or one."""
         seen = {self}
-        for learners in range(self.learners, min(self.smallest, self.learners) - 1, -1):
+        for learners in range(self.learners, min(self.min_learners, self.learners) - 1, -1):
             for part in (1.0, learners / self.learners, 0.0):
                 engines, rewards = (max(min(1, n), math.ceil(n * part)) for n in (self.engines, self.rewards))
                 one = replace(self, learners=learners, engines=engines, rewards=rewards)
@@ -66,7 +66,7 @@ class Wanted:
         """What a larger world needs besides: one learner more, or where these are all there all other workers of `whole`."""
         if self.learners < whole.learners:
             return self.bundles(self.learners + 1)[:1]
-        engines = 0 if self.together else whole.engines - self.engines
+        engines = 0 if self.colocate else whole.engines - self.engines
         own = [_needs(self.cpus, self.engine_gpus)] * engines
         return own + [_needs(self.cpus, self.reward_gpus)] * (whole.rewards - self.rewards)
 
@@ -92,13 +92,13 @@ class Placement:
 
     def engine(self, number: int) -> dict[str, Any]:
         """Options of engine `number`."""
-        if self.wanted.together:
+        if self.wanted.colocate:
             return self._options(number % self.learners, self._share)
         return self._options(self.learners + number, self.wanted.engine_gpus)
 
     def reward(self, number: int) -> dict[str, Any]:
         """Options of reward worker `number`."""
-        before = 0 if self.wanted.together else self.wanted.engines
+        before = 0 if self.wanted.colocate else self.wanted.engines
         return self._options(self.learners + before + number, self.wanted.reward_gpus)
 
     @property
@@ -131,23 +131,25 @@ class Placement:
 
 
 def place(wanted: Wanted, *, shrinks: bool = True) -> Placement:
-    """The whole world, or where it `shrinks`, after `patience` seconds, the largest one that finds a place.
+    """The whole world, or where it `shrinks`, after `placement_timeout` seconds, the largest one that finds a place.
 
     Raises RecipeError where not even the smallest does: an impossible placement would wait for ever in Ray.
     """
     for one in (wanted, *(wanted.smaller() if shrinks else ())):
         group = _group(one.bundles(one.learners), one.strategy)
-        if group.wait(wanted.patience if one is wanted else min(SOON, wanted.patience)):
+        if group.wait(wanted.placement_timeout if one is wanted else min(SOON, wanted.placement_timeout)):
             if one is not wanted:
                 print(f"whet: no place for {_asked(wanted)}; going on with {_asked(one)}", file=sys.stderr)
             return Placement(one, wanted, group)
         _remove(group)
-    raise RecipeError(f"cluster: no place for {_asked(wanted, shrinks)} within {wanted.patience:g} s; {_there()}")
+    raise RecipeError(
+        f"cluster: no place for {_asked(wanted, shrinks)} within {wanted.placement_timeout:g} s; {_there()}"
+    )
 
 
 def _asked(wanted: Wanted, shrinks: bool = False) -> str:
-    fewest = f" (at least {wanted.smallest})" if shrinks and wanted.smallest < wanted.learners else ""
-    where = " on the learners' places" if wanted.together else ""
+    fewest = f" (at least {wanted.min_learners})" if shrinks and wanted.min_learners < wanted.learners else ""
+    where = " on the learners' places" if wanted.colocate else ""
     each = f"{wanted.cpus:g} CPU" + (f" and {wanted.gpus:g} GPU" if wanted.gpus else "")
     return (
         f"{wanted.learners} learners{fewest}, {wanted.engines} engines{where} and {wanted.rewards} reward workers "

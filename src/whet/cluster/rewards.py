@@ -6,8 +6,8 @@ from typing import Any
 
 from whet.cluster.worker import Remote, ended
 from whet.data import Group
-from whet.distributed import Lives, at_once
-from whet.errors import EngineDied, WorldDied
+from whet.distributed import RestartBudget, run_parallel
+from whet.errors import AttemptFailed, WorkerDied
 from whet.rewards.base import Scores, Weighted, joined, shares
 
 Make = Callable[[], Sequence[Weighted]]
@@ -17,13 +17,13 @@ Make = Callable[[], Sequence[Weighted]]
 class Pool:
     """Reward workers that each hold all rewards. One that dies is started again. Raises Spent when `lives` are."""
 
-    def __init__(self, make: Make, options: Sequence[dict[str, Any]], lives: Lives, *, limit: float) -> None:
+    def __init__(self, make: Make, options: Sequence[dict[str, Any]], lives: RestartBudget, *, limit: float) -> None:
         self.make, self.options, self.lives, self.limit = make, options, lives, limit
         self.remotes: list[Remote | None] = [None] * len(options)
 
     def ask(self, method: str, given: Sequence[Sequence[Any] | None]) -> list[Any]:
         """What each worker says to its own arguments, all at the same time; None where there are none."""
-        return at_once([partial(self._ask, number, method, one) for number, one in enumerate(given)])
+        return run_parallel([partial(self._ask, number, method, one) for number, one in enumerate(given)])
 
     def close(self) -> None:
         """End all workers. May be called again."""
@@ -33,9 +33,9 @@ class Pool:
         while given is not None:
             try:
                 return self._worker(number).ask(method, *given)
-            except WorldDied:
+            except AttemptFailed:
                 raise
-            except EngineDied as error:
+            except WorkerDied as error:
                 self._lost(number, error)
         return None
 
@@ -44,10 +44,10 @@ class Pool:
         if one is None:
             one = Remote(f"reward worker {number}", self.options[number], limit=self.limit)
             self.remotes[number] = one
-            one.hold(Scorer).ask("build", self.make)
+            one.hold(RewardWorker).ask("build", self.make)
         return one
 
-    def _lost(self, number: int, error: EngineDied) -> None:
+    def _lost(self, number: int, error: WorkerDied) -> None:
         one, self.remotes[number] = self.remotes[number], None
         if one is not None:
             one.end()
@@ -73,7 +73,7 @@ def weighted(pool: Pool) -> list[Weighted]:
     return [Weighted(name, ClusterReward(pool, number), weight) for number, (name, weight) in enumerate(about)]
 
 
-class Scorer:
+class RewardWorker:
     """All rewards in one process."""
 
     def build(self, make: Make) -> None:

@@ -4,17 +4,17 @@ import sys
 from collections.abc import Callable
 from typing import TypeVar
 
-from whet.cluster.learner import Regrow
+from whet.cluster.learner import MoreLearners
 from whet.cluster.placement import Wanted
-from whet.cluster.world import World
-from whet.distributed import Lives
-from whet.errors import EngineDied, Spent
+from whet.cluster.world import Attempt
+from whet.distributed import RestartBudget
+from whet.errors import RestartsExhausted, WorkerDied
 
 T = TypeVar("T")
 
 
 def survive(
-    attempt: Callable[[World, bool], T],
+    attempt: Callable[[Attempt, bool], T],
     wanted: Wanted,
     *,
     restarts: int = 20,
@@ -29,29 +29,29 @@ def survive(
     the last cause when workers died more than `restarts` times over all worlds, those that a world replaces itself
     (engines, reward workers) counted, and at once whatever else the attempt raises.
     """
-    lives, shrinks = Lives(restarts), False
+    lives, shrinks = RestartBudget(restarts), False
     while True:
         try:
-            with World(wanted, lives, limit=limit, shrinks=shrinks) as world:
+            with Attempt(wanted, lives, limit=limit, shrinks=shrinks) as world:
                 return attempt(world, resume)
         except Exception as error:
             cause = death(error)
             if cause is None:
                 raise
-            if isinstance(cause, Spent):
+            if isinstance(cause, RestartsExhausted):
                 raise cause from error
-            if not isinstance(cause, Regrow):
+            if not isinstance(cause, MoreLearners):
                 lives.spend(cause)
             if not quiet:
                 print(f"whet: {cause}; going on from the last checkpoint", file=sys.stderr)
         resume = shrinks = True
 
 
-def death(error: BaseException | None) -> EngineDied | None:
+def death(error: BaseException | None) -> WorkerDied | None:
     """The death of a worker that is behind this error: a checkpoint fails, too, when a worker dies while it is written."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
-        if isinstance(error, EngineDied):
+        if isinstance(error, WorkerDied):
             return error
         seen.add(id(error))
         error = error.__cause__ or error.__context__

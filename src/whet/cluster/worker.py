@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from whet.distributed import host
-from whet.errors import EngineDied, WhetError, WorldDied, first_line
+from whet.errors import AttemptFailed, WhetError, WorkerDied, first_line
 
 T = TypeVar("T")
 
@@ -84,7 +84,7 @@ class Body:
         self.thing = make()
 
     def ask(self, method: str, given: Sequence[Any], extra: Any = None) -> Any:
-        """What a method of the thing gives; `extra` is a further argument that travelled alone."""
+        """What a method of the thing gives; `extra` is a further argument that traveled alone."""
         found = getattr(self.thing, method)(*given, *(() if extra is None else (extra,)))
         return list(found) if isinstance(found, Iterator) else found
 
@@ -92,7 +92,7 @@ class Body:
 class Remote:
     """A worker process, seen from the driver. `name` is what errors call it.
 
-    Raises EngineDied where it cannot be started, WorldDied where there is no place for it any more.
+    Raises WorkerDied where it cannot be started, AttemptFailed where there is no place for it any more.
     """
 
     def __init__(self, name: str, options: dict[str, Any], *, limit: float) -> None:
@@ -104,7 +104,7 @@ class Remote:
         self.processes: list[Process] = []
         gpu = options.get("num_gpus", 0) > 0
         self.where: Where = self._get(
-            self.actor.prepare.remote([*sys.path, os.getcwd()], os.getcwd(), gpu), START, WorldDied
+            self.actor.prepare.remote([*sys.path, os.getcwd()], os.getcwd(), gpu), START, AttemptFailed
         )
         self.processes = [self.where.process]
 
@@ -118,20 +118,20 @@ class Remote:
         return self
 
     def start(self, method: str, given: Any = (), extra: Any = None) -> Any:
-        """Ask, and get a reference to the answer. Raises EngineDied where it is known to be dead."""
+        """Ask, and get a reference to the answer. Raises WorkerDied where it is known to be dead."""
         if self.dead:
-            raise EngineDied(f"cluster: {self.name} {self.dead}")
+            raise WorkerDied(f"cluster: {self.name} {self.dead}")
         return self.actor.ask.remote(method, given, extra)
 
     def ask(self, method: str, *given: Any, extra: Any = None, limit: float | None = None) -> Any:
-        """Ask, and wait for the answer. Raises EngineDied when it died, and what the thing raised as itself."""
+        """Ask, and wait for the answer. Raises WorkerDied when it died, and what the thing raised as itself."""
         return self._get(self.start(method, given, extra), self.limit if limit is None else limit)
 
     def answer(self, reference: Any, limit: float | None = None) -> Any:
         """The answer to what was asked with `start`. Raises what `ask` raises."""
         return self._get(reference, self.limit if limit is None else limit)
 
-    def _get(self, reference: Any, limit: float, silent: type[EngineDied] = EngineDied) -> Any:
+    def _get(self, reference: Any, limit: float, silent: type[WorkerDied] = WorkerDied) -> Any:
         import ray
 
         try:
@@ -140,14 +140,14 @@ class Remote:
             cause = error.cause if isinstance(error.cause, Exception) else error
             if cause is not error and isinstance(cause, ray.exceptions.RayError):
                 # its own work did not fail: what was to be sent to it died with its keeper
-                raise WorldDied(f"cluster: {self.name} was sent what is lost ({first_line(cause)})") from error
+                raise AttemptFailed(f"cluster: {self.name} was sent what is lost ({first_line(cause)})") from error
             raise cause from (None if isinstance(cause, WhetError) else error)
         except ray.exceptions.GetTimeoutError:
             self.kill(f"did not answer within {limit:g} s")
             raise silent(f"cluster: {self.name} {self.dead}") from None
         except ray.exceptions.RayError as error:
             self.kill("died")
-            raise EngineDied(f"cluster: {self.name} died ({first_line(error)})") from error
+            raise WorkerDied(f"cluster: {self.name} died ({first_line(error)})") from error
 
     def kill(self, why: str = "was ended") -> None:
         """Ray is asked to kill it, and it is not asked anything any more."""
@@ -188,7 +188,7 @@ def first_to_fail(asked: Mapping[Any, Remote], limit: float) -> None:
         ready, _ = ray.wait(list(pending), num_returns=1, timeout=limit)
         if not ready:
             names = ", ".join(one.name for one in pending.values())
-            raise EngineDied(f"cluster: {names} did not answer within {limit:g} s")
+            raise WorkerDied(f"cluster: {names} did not answer within {limit:g} s")
         for reference in ready:
             pending.pop(reference).answer(reference)
 
@@ -196,7 +196,7 @@ def first_to_fail(asked: Mapping[Any, Remote], limit: float) -> None:
 def in_step(workers: Sequence[Remote], method: str, given: Sequence[Any], limit: float) -> list[Any]:
     """What the same call gave in each worker. They work together in it: where one died, none of them can go on.
 
-    Raises EngineDied, all of them killed, when one died or did not answer within `limit` seconds, or within a short while
+    Raises WorkerDied, all of them killed, when one died or did not answer within `limit` seconds, or within a short while
     after another one failed. What whet's own code raised in any of them is raised as itself.
     """
     import ray
@@ -224,7 +224,7 @@ def in_step(workers: Sequence[Remote], method: str, given: Sequence[Any], limit:
     verdict = _verdict(raised, list(pending.values()), limit)
     if verdict is None:
         return [found[one.name] for one in workers]
-    if pending or isinstance(verdict, EngineDied):
+    if pending or isinstance(verdict, WorkerDied):
         for one in workers:
             one.kill("was killed, because another worker of its world died")
     raise verdict
@@ -241,11 +241,11 @@ def _verdict(raised: Sequence[tuple[Remote, Exception]], silent: Sequence[Remote
         return plain[0]
     if silent:
         names = ", ".join(one.name for one in silent)
-        return EngineDied(f"cluster: {names} did not answer within {GRACE if raised else limit:g} s")
+        return WorkerDied(f"cluster: {names} did not answer within {GRACE if raised else limit:g} s")
     broken = [(one, error) for one, error in raised if _broken(error)]
     if broken:
         one, error = broken[0]
-        return EngineDied(f"cluster: {one.name} lost its connection to the others ({first_line(error)})")
+        return WorkerDied(f"cluster: {one.name} lost its connection to the others ({first_line(error)})")
     return raised[0][1] if raised else None
 
 

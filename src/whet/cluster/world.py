@@ -14,14 +14,14 @@ from whet.cluster.placement import Placement, Wanted, place
 from whet.cluster.rewards import Make as MakeRewards
 from whet.cluster.rewards import Pool, weighted
 from whet.cluster.worker import Remote, ended
-from whet.distributed import Lives
+from whet.distributed import RestartBudget
 from whet.generate.base import Generator
 from whet.generate.fleet import Fleet
 from whet.learner.local import LocalLearner
 from whet.rewards.base import Weighted
 
 
-class World:
+class Attempt:
     """What is built in one attempt. A context manager: at its end nothing is left, orphans on this machine included.
 
     The attempt's id is random: what it writes into shared memory has it in its path. `lives` say how often
@@ -30,9 +30,9 @@ class World:
     """
 
     def __init__(
-        self, wanted: Wanted, lives: Lives | None = None, *, limit: float = 1800.0, shrinks: bool = False
+        self, wanted: Wanted, lives: RestartBudget | None = None, *, limit: float = 1800.0, shrinks: bool = False
     ) -> None:
-        self.lives, self.limit = lives or Lives(0), limit
+        self.lives, self.limit = lives or RestartBudget(0), limit
         self.attempt = secrets.token_hex(8)
         self.placement: Placement = place(wanted, shrinks=shrinks)
         self.wanted = self.placement.wanted
@@ -101,7 +101,7 @@ class World:
         folders.remove(self.attempt)
         _sweep(nodes)
 
-    def __enter__(self) -> "World":
+    def __enter__(self) -> "Attempt":
         return self
 
     def __exit__(self, *_: object) -> None:

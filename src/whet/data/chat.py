@@ -1,7 +1,7 @@
 """From messages to token ids, and which of them are trained.
 
 Texts are rendered by the tokenizer's own chat template and cut at the borders of the assistant's turns *before* they
-are tokenised, so the prompt's ids are the same whether the answer stands behind them or has yet to be sampled.
+are tokenized, so the prompt's ids are the same whether the answer stands behind them or has yet to be sampled.
 """
 
 from collections.abc import Mapping, Sequence

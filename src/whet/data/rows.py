@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from whet.data.chat import Chat
-from whet.data.types import Labelled, Pair, Prompt, Ranking, Row, Stepped, Unpaired
+from whet.data.types import Labeled, Pair, Prompt, Ranking, Row, Stepped, Unpaired
 from whet.errors import DataError
 
 
@@ -324,14 +324,14 @@ class Reader:
                 out.append(Ranking(whole, tuple(ranks)))
         return out
 
-    def labelled(self, rows: Sequence[Located]) -> list[Labelled]:
+    def labeled(self, rows: Sequence[Located]) -> list[Labeled]:
         """`prompt`, `completion`, `score` rows."""
         out = []
         for located in rows:
             score = _number(located, "score", _field(located, "score"))
             row = self._answer_row(located, _messages(located, "prompt"), _answer(located, "completion"))
             if row is not None:
-                out.append(Labelled(row, score))
+                out.append(Labeled(row, score))
         return self._some(out)
 
     def unpaired(self, rows: Sequence[Located]) -> list[Unpaired]:

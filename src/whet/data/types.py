@@ -150,7 +150,7 @@ class Ranking:
 
 
 @dataclass(frozen=True, eq=False)
-class Labelled:
+class Labeled:
     """One answer with an absolute score."""
 
     row: Row
@@ -175,7 +175,7 @@ class Stepped:
     ends: Tensor
 
 
-Element = Row | Pair | Ranking | Labelled | Unpaired | Stepped
+Element = Row | Pair | Ranking | Labeled | Unpaired | Stepped
 """What is trained as one: it is never split between micro-batches."""
 
 
@@ -212,7 +212,7 @@ class Batch:
                     numbers = {"probability": [element.probability] * 2, "margin": [element.margin] * 2}
                 case Ranking():
                     own, numbers = element.rows, {"rank": list(element.ranks)}
-                case Labelled():
+                case Labeled():
                     own, numbers = (element.row,), {"target": [element.score]}
                 case Unpaired():
                     own, numbers = (element.row, element.mismatched), {"good": [element.good] * 2}
@@ -224,7 +224,7 @@ class Batch:
             for name, values in numbers.items():
                 extra.setdefault(name, []).extend(values)
         mask, places = pad([row.mask for row in rows]), torch.tensor(place)
-        columns = {"element": torch.tensor(index), "place": places, "mask": mask}
+        columns = {"element": torch.tensor(index), "index": places, "mask": mask}
         if elements and isinstance(elements[0], Pair):
             columns["chosen_mask"] = mask & (places == 0)[:, None]
         if elements and isinstance(elements[0], Unpaired):
@@ -232,7 +232,10 @@ class Batch:
             columns["chosen_mask"] = mask & ((places == 0) & good.repeat_interleave(2))[:, None]
         stepped = [element for element in elements if isinstance(element, Stepped)]
         if stepped:
-            columns |= {"step": pad([one.ends for one in stepped]), "step_label": pad([one.labels for one in stepped])}
+            columns |= {
+                "segment_end": pad([one.ends for one in stepped]),
+                "segment_label": pad([one.labels for one in stepped]),
+            }
         return Batch(tuple(rows), columns | {name: torch.tensor(values) for name, values in extra.items()})
 
     def __getitem__(self, name: str) -> Tensor:

@@ -1,7 +1,7 @@
 """The demo's story: base, SFT, K answers, ranking, reward model, PPO-ptx, evaluation under gold, report.
 
 Every phase is a verb of the command line with a recipe of `recipes/`; the world adds its data and its judge. Side runs
-go on a second core meanwhile: the over-optimisation of a small reward model, and PPO without ptx.
+go on a second core meanwhile: the over-optimization of a small reward model, and PPO without ptx.
 """
 
 import itertools
@@ -28,7 +28,7 @@ ANNOTATOR = "whet.demo.run:annotator"
 ANSWER = 56
 """longest answer, in tokens"""
 SMALL = 400
-"""rankings behind the reward model that is over-optimised"""
+"""rankings behind the reward model that is over-optimized"""
 QUICK_SIZES = world.Sizes(320, 40, 320, 40, 64, 32, 64, 32)
 """rows of the world in the quick form, which only shows that everything runs"""
 
@@ -53,7 +53,7 @@ def demo(options: Mapping[str, Any]) -> int:
     story.prepare()
     story.rank()
     with Side(story) as side:
-        story.over_optimise(side)
+        story.over_optimize(side)
         story.reinforce(side)
         measured = story.evaluate(side)
     numbers = measured | {"seconds": round(time.perf_counter() - began, 1)}
@@ -92,7 +92,7 @@ class Story:
         for name in ("prompts_rank", "prompts_rank_heldout"):
             sampled = self.out / f"{name}_answers.jsonl"
             whet.run(
-                "sample", model=self.model("sft"), data=self.at(f"{name}.jsonl"), count=4, seed=self.seed, threads=1,
+                "sample", model=self.model("sft"), data=self.at(f"{name}.jsonl"), num_generations=4, seed=self.seed, threads=1,
                 max_new_tokens=ANSWER, out=str(sampled),
             )  # fmt: skip
         answers = read(self.out / "prompts_rank_answers.jsonl")
@@ -109,10 +109,10 @@ class Story:
             out=str(self.out / "heldout_gold.jsonl"),
         )
 
-    def over_optimise(self, side: "Side") -> None:
+    def over_optimize(self, side: "Side") -> None:
         """On the side: a reward model from few rankings, and PPO that follows it with nothing to hold it back."""
         side.add("reward", "small_reward", model=self.model("sft"), data=str(self.out / "small_ranked.jsonl"))
-        side.add("ppo", "over_optimised", **self.against("small_reward"))
+        side.add("ppo", "over_optimized", **self.against("small_reward"))
 
     def reinforce(self, side: "Side") -> None:
         """The reward model, and PPO-ptx from the SFT model, its critic from the reward model, on prompts of its own."""
@@ -184,8 +184,8 @@ class Story:
         """What the quick form changes in a recipe."""
         if not self.quick:
             return {}
-        online = {"rollout.steps": 3, "rollout.prompts": 16, "rollout.minibatch": 8}
-        return online if verb in ("ppo", "instructgpt") else {"train.steps": 10}
+        online = {"rollout.num_steps": 3, "rollout.prompts_per_step": 16, "rollout.mini_batch_size": 8}
+        return online if verb in ("ppo", "instructgpt") else {"train.num_steps": 10}
 
     def at(self, name: str) -> str:
         """A file of the world."""

@@ -40,7 +40,7 @@ def tell(out: Path, numbers: Mapping[str, Any]) -> None:
         "sft": [(row["prompt"], row["against"]) for row in answers["ppo"]],
         "ppo": [(row["prompt"], row["answer"]) for row in answers["ppo"]],
     }
-    summary = summarised(numbers)
+    summary = summarized(numbers)
     rates = {name: aspect_rates(pairs) for name, pairs in texts.items()}
     summary |= {
         "aspects": rates, "edits": {kind: share for kind, (share, _) in numbers["edits"].items()}, "raw_loss": numbers["raw"],
@@ -53,7 +53,7 @@ def tell(out: Path, numbers: Mapping[str, Any]) -> None:
     print(f"\n{out / 'summary.json'}\n{out / 'report.html'}")
 
 
-def summarised(numbers: Mapping[str, Any]) -> dict[str, Any]:
+def summarized(numbers: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers of summary.json."""
     base, ppo = numbers["models"]["base"], numbers["models"]["ppo"]
     models = {
@@ -121,7 +121,7 @@ def sections(
     out: Path, numbers: Mapping[str, Any], summary: Mapping[str, Any], texts: Mapping[str, Any]
 ) -> list[Section]:
     """The report's sections."""
-    main, over = curve(out / "ppo"), curve(out / "over_optimised")
+    main, over = curve(out / "ppo"), curve(out / "over_optimized")
     rates, edits, raw = summary["aspects"], numbers["edits"], numbers["raw"]
     models = ("base", "sft", "ppo")
     aspect_rows = [[ASPECTS[name], *(f"{rates[model][name]:.2f}" for model in models)] for name in SHOWN]
@@ -166,10 +166,10 @@ def sections(
             [
                 Prose(
                     "Left: the run above. Right: a reward model from 400 rankings only, and nothing that holds the policy near SFT, "
-                    "neither a KL cost nor the pre-training term (over-optimisation, Gao, Schulman and Hilton 2022). "
+                    "neither a KL cost nor the pre-training term (over-optimization, Gao, Schulman and Hilton 2022). "
                     + _turn(over)
                 ),
-                Figures([_proxy_plot("PPO-ptx", main), _proxy_plot("over-optimised", over)]),
+                Figures([_proxy_plot("PPO-ptx", main), _proxy_plot("over-optimized", over)]),
             ],
         ),
         Section(

@@ -330,7 +330,7 @@ def raw_text(stream: random.Random, progress: float) -> str:
 
 
 @dataclass(frozen=True)
-class Shape:
+class AnswerShape:
     """The base model's size."""
 
     hidden_size: int = 96
@@ -363,7 +363,7 @@ RANKED_ABSENT = 0.75
 """Share of the ranked prompts that ask for a fact the card lacks: what is rare in rankings is learned late."""
 
 
-def write_world(folder: Path, seed: int, sizes: Sizes = Sizes(), shape: Shape = Shape()) -> None:
+def write_world(folder: Path, seed: int, sizes: Sizes = Sizes(), shape: AnswerShape = AnswerShape()) -> None:
     """Write the base model's folder and all data files of the world `seed` under `folder`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -449,11 +449,11 @@ def build_tokenizer() -> "PreTrainedTokenizerFast":
         additional_special_tokens=[USER, ASSISTANT],
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
-        model_max_length=Shape.max_positions,
+        model_max_length=AnswerShape.max_positions,
     )
 
 
-def write_base(folder: Path, seed: int, shape: Shape) -> None:
+def write_base(folder: Path, seed: int, shape: AnswerShape) -> None:
     """Write a Hugging Face folder with the tokenizer and an untrained causal language model of the Qwen3 type."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM

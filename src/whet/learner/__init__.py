@@ -1,5 +1,5 @@
 """Who learns: the Learner seam and its adapters."""
 
-from whet.learner.base import Learner, Step, Work, look_across
+from whet.learner.base import Learner, UpdateResult, Work, look_across
 
-__all__ = ["Learner", "Step", "Work", "look_across"]
+__all__ = ["Learner", "UpdateResult", "Work", "look_across"]

@@ -17,7 +17,7 @@ Work = Sequence[tuple[Term, Batch, Counts]]
 
 
 @dataclass(frozen=True)
-class Step:
+class UpdateResult:
     """What one update did: the new version, each term's loss, each role's gradient norm and learning rate.
 
     `now` has, per stream, the columns that were read with gradient, detached, in the order of the mini-batch's rows.
@@ -40,19 +40,19 @@ class Learner(Protocol):
     workers: Workers
 
     @property
-    def coarse(self) -> bool:
+    def low_precision(self) -> bool:
         """A role is computed in half precision, so that its numbers are only nearly those of another program."""
 
     def measure(self, batch: Batch, columns: frozenset[str]) -> Batch:
         """The batch with these measured columns (see `records.columns`), without gradient or dropout."""
 
-    def update(self, work: Work) -> Step:
-        """All backwards, the norm clipped per role, one optimiser step; version + 1."""
+    def update(self, work: Work) -> UpdateResult:
+        """All backwards, the norm clipped per role, one optimizer step; version + 1."""
 
     def columns(self, name: str, batch: Batch, bare: frozenset[str]) -> Mapping[str, Tensor]:
         """Bare columns (see `models.readers`) of the batch as one role reads them, without gradient or dropout."""
 
-    def evaluate(self, work: Work) -> Step:
+    def evaluate(self, work: Work) -> UpdateResult:
         """The same losses and columns without gradient, dropout or step."""
 
     def publish(self) -> Weights:

@@ -12,7 +12,7 @@ BUCKET = 1 << 25
 
 
 class ReplicaLearner(LocalLearner):
-    """Data parallelism without sharding (DDP): the work is dealt out, the weights are the same everywhere.
+    """Data parallelizm without sharding (DDP): the work is dealt out, the weights are the same everywhere.
 
     Raises ModelError when the workers did not load the same weights.
     """

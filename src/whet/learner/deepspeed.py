@@ -19,15 +19,15 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class DeepSpeedLearner(LocalLearner):
     """One DeepSpeed engine per model. `stage` is ZeRO's; frozen roles are sharded at stage 3 and whole before it.
 
-    `half` computes in bfloat16 with float32 masters, `offload` keeps the moments (at stage 3 the weights too) in CPU
+    `bf16` computes in bfloat16 with float32 masters, `offload` keeps the moments (at stage 3 the weights too) in CPU
     memory. Raises RecipeError for what it cannot do.
     """
 
-    def __init__(self, *given: Any, stage: int = 2, half: bool = False, offload: bool = False, **dials: Any) -> None:
-        self.stage, self.half, self.offload = stage, half, offload
+    def __init__(self, *given: Any, stage: int = 2, bf16: bool = False, offload: bool = False, **options: Any) -> None:
+        self.stage, self.bf16, self.offload = stage, bf16, offload
         self._engines: dict[str, Any] = {}
         self._touched: set[str] = set()  # the roles that this update has a gradient for
-        super().__init__(*given, **dials)
+        super().__init__(*given, **options)
 
     def _place(self) -> None:
         same_weights(self)
@@ -39,23 +39,23 @@ class DeepSpeedLearner(LocalLearner):
             if len(trained) > 1:
                 raise RecipeError("trunk: DeepSpeed trains one role per model; take separate models, or engine fsdp")
             if not trained and self.stage < 3:
-                if self.half and roles[0].name != "ema":  # an average is only written, and stays exact
+                if self.bf16 and roles[0].name != "ema":  # an average is only written, and stays exact
                     for parameter in shell.parameters():  # as DeepSpeed does with the policy: buffers stay as they are
                         parameter.data = parameter.data.to(torch.bfloat16)
                 continue
             for role in trained:
                 if self.optims[role.name].kind != "adamw":
                     raise RecipeError("optim.kind: muon needs whole matrices, and ZeRO shards them; take adamw, or ddp")
-            optimiser = self._optimisers[trained[0].name][0][0] if trained else None
+            optimizer = self._optimizers[trained[0].name][0][0] if trained else None
             limit = self.optims[trained[0].name].max_grad_norm if trained else 0.0
             if self.stage == 3:
                 _register_heads(deepspeed, shell, roles)
-            engine, base, *_ = deepspeed.initialize(model=shell, optimizer=optimiser, config=self._config(limit))
+            engine, base, *_ = deepspeed.initialize(model=shell, optimizer=optimizer, config=self._config(limit))
             for role in roles:
                 role.shell, role.gather = engine, self._whole
             for role in trained:
                 self._engines[role.name] = engine
-                self._optimisers[role.name] = [(base.optimizer, self.optims[role.name].lr)]
+                self._optimizers[role.name] = [(base.optimizer, self.optims[role.name].lr)]
         self._scale = float(self.workers.size)  # DeepSpeed averages gradients over the workers
 
     def _config(self, limit: float) -> dict[str, Any]:
@@ -71,7 +71,7 @@ class DeepSpeedLearner(LocalLearner):
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
-            "bf16": {"enabled": self.half},
+            "bf16": {"enabled": self.bf16},
             "wall_clock_breakdown": False,
         }
 
@@ -135,7 +135,7 @@ class DeepSpeedLearner(LocalLearner):
     def _states(self, name: str) -> Iterator[tuple[str, Tensor]]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        base = self._optimisers[name][0][0]
+        base = self._optimizers[name][0][0]
         steps = [state["step"] for state in base.state.values() if "step" in state]
         if not steps:
             return
@@ -149,7 +149,7 @@ class DeepSpeedLearner(LocalLearner):
     def _put_states(self, name: str, saved: Mapping[str, Tensor]) -> None:
         if not len(saved):
             return
-        step, base = next(saved[key] for key in saved if key.endswith("|step")), self._optimisers[name][0][0]
+        step, base = next(saved[key] for key in saved if key.endswith("|step")), self._optimizers[name][0][0]
         zero = self._engines[name].optimizer
         for flat in zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups:
             moments = {moment: torch.zeros_like(flat) for moment in MOMENTS}  # else they exist after a first step alone
@@ -184,10 +184,10 @@ class DeepSpeedLearner(LocalLearner):
 
     def _link(self, name: str) -> None:
         """ZeRO 1 and 2 tell parameters of their moments after the first group's step, when the others have none yet."""
-        optimiser = self._engines[name].optimizer
+        optimizer = self._engines[name].optimizer
         if self.stage < 3:
-            optimiser._hp_optimizer_states_linked = False
-            optimiser._lazy_init_hp_params_optimizer_state()
+            optimizer._hp_optimizer_states_linked = False
+            optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def imported() -> Any:

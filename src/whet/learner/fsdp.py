@@ -16,13 +16,13 @@ from whet.models.shell import shells
 class FSDPLearner(LocalLearner):
     """`torch.distributed.fsdp.fully_shard` around each decoder layer and each model with its heads.
 
-    `half` computes in bfloat16 while weights, sums of gradients and moments stay as they were loaded. `offload` keeps
+    `bf16` computes in bfloat16 while weights, sums of gradients and moments stay as they were loaded. `offload` keeps
     the shards in CPU memory between uses. Frozen roles are sharded too. Raises RecipeError for what cannot be sharded.
     """
 
-    def __init__(self, *given: Any, half: bool = False, offload: bool = False, **dials: Any) -> None:
-        self.half, self.offload = half, offload
-        super().__init__(*given, **dials)
+    def __init__(self, *given: Any, bf16: bool = False, offload: bool = False, **options: Any) -> None:
+        self.bf16, self.offload = bf16, offload
+        super().__init__(*given, **options)
 
     def _place(self) -> None:
         from torch.distributed import init_device_mesh
@@ -32,7 +32,7 @@ class FSDPLearner(LocalLearner):
         self._marks = self._marked()
         device = next(iter(self.roles.values())).device
         options: dict[str, Any] = {"mesh": init_device_mesh(device.type, (self.workers.size,))}
-        # a root that stays whole after a forward without gradient would hide its shards from the optimiser
+        # a root that stays whole after a forward without gradient would hide its shards from the optimizer
         options["reshard_after_forward"] = True
         if self.offload:
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
@@ -48,8 +48,8 @@ class FSDPLearner(LocalLearner):
                 for parameter in role.parameters().values():
                     parameter.requires_grad_(role.trained)  # all at once: a shard keeps what it was born with
             for layer in decoder_layers(shell.model):
-                fully_shard(layer, **(options | ({"mp_policy": inside} if self.half else {})))
-            fully_shard(shell, **(options | ({"mp_policy": outside} if self.half else {})))
+                fully_shard(layer, **(options | ({"mp_policy": inside} if self.bf16 else {})))
+            fully_shard(shell, **(options | ({"mp_policy": outside} if self.bf16 else {})))
             for role in roles:
                 role.shell, role.gather = shell, self._whole
         self._scale = float(self.workers.size)  # FSDP averages gradients over the workers

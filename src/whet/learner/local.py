@@ -1,4 +1,4 @@
-"""Learning: micro-batches under a token budget, one optimiser per trained role; here all weights lie in this process."""
+"""Learning: micro-batches under a token budget, one optimizer per trained role; here all weights lie in this process."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ from whet.data import Batch, Weights, dealt, measured
 from whet.data.files import write_json
 from whet.distributed import Workers
 from whet.errors import CheckpointError, RunStopped
-from whet.learner.base import Step, Work
+from whet.learner.base import UpdateResult, Work
 from whet.learner.store import Stored, write
 from whet.methods.options import Optim
 from whet.models.dropout import Dropout
@@ -30,7 +30,7 @@ class LocalLearner:
     """All roles whole in this process, and the base of the learners that spread them over `workers`.
 
     Other learners say otherwise how weights are laid out (`_place`), how gradients meet (`_backward`, `_clipped`,
-    `_step`) and how a tensor becomes whole (`_whole`, `_fill`, and the same for the optimiser's). Everything else,
+    `_step`) and how a tensor becomes whole (`_whole`, `_fill`, and the same for the optimizer's). Everything else,
     which is everything that numbers depend on, is here: how work is dealt, what is read, and the losses.
 
     `budget` is the most tokens (padding counted) of one forward; `packed` lays rows behind one another instead of
@@ -38,7 +38,7 @@ class LocalLearner:
     in updates only, with masks addressed by (seed, version).
     """
 
-    half = False
+    bf16 = False
 
     def __init__(
         self,
@@ -56,11 +56,11 @@ class LocalLearner:
         self.budget, self.packed, self.dropout, self.seed = budget, packed, dropout, seed
         self.version = 0
         self.workers = workers
-        self.post: Any = None  # `cluster.folders.Post`, where engines read the weights from a folder
+        self.post: Any = None  # `cluster.folders.WeightWriter`, where engines read the weights from a folder
         self._marks: dict[str, str] | None = None
         self._blended: set[str] = set()
         self._scale = 1.0  # what a loss is multiplied with before its gradient goes over the workers
-        self._optimisers: dict[str, list[tuple[torch.optim.Optimizer, float]]] = {}
+        self._optimizers: dict[str, list[tuple[torch.optim.Optimizer, float]]] = {}
         self._place()
 
     @torch.no_grad()
@@ -81,7 +81,7 @@ class LocalLearner:
             _collect(now, self._read(name, batch.take(rows), bare), rows if real else [], batch)
         return self._joined(now)
 
-    def update(self, work: Work) -> Step:
+    def update(self, work: Work) -> UpdateResult:
         """See `Learner.update`. Raises RunStopped, before any weight moves, when a loss or a gradient is not finite."""
         self._clear()
         losses, now = self._forward(work, train=True)
@@ -91,21 +91,21 @@ class LocalLearner:
             optim = self.optims[role.name]
             factor = optim.factor(self.version, self.total)
             rates[role.name] = optim.lr * factor
-            for optimiser, base in self._optimisers[role.name]:
-                for group in optimiser.param_groups:
+            for optimizer, base in self._optimizers[role.name]:
+                for group in optimizer.param_groups:
                     group["lr"] = base * factor
         norms = {role.name: self._clipped(role) for role in self._trained()}
         self._check("gradient norm", norms)
         for role in self._trained():
             self._step(role)
         self.version += 1
-        return Step(self.version, losses, norms, rates, now)
+        return UpdateResult(self.version, losses, norms, rates, now)
 
     @property
-    def coarse(self) -> bool:
-        """See `Learner.coarse`."""
+    def low_precision(self) -> bool:
+        """See `Learner.low_precision`."""
         kinds = {parameter.dtype for role in self.roles.values() for parameter in role.model.parameters()}
-        return self.half or not kinds.isdisjoint({torch.bfloat16, torch.float16})
+        return self.bf16 or not kinds.isdisjoint({torch.bfloat16, torch.float16})
 
     def _check(self, kind: str, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -113,10 +113,10 @@ class LocalLearner:
                 raise RunStopped(f"update {self.version}: the {kind} of {name} is {value}; no weight was changed by it")
 
     @torch.no_grad()
-    def evaluate(self, work: Work) -> Step:
+    def evaluate(self, work: Work) -> UpdateResult:
         """See `Learner.evaluate`."""
         losses, now = self._forward(work, train=False)
-        return Step(self.version, losses, {}, {}, now)
+        return UpdateResult(self.version, losses, {}, {}, now)
 
     def publish(self) -> Weights:
         """The policy role itself, which generator and learner share; or where `post` has laid its weights down."""
@@ -132,18 +132,18 @@ class LocalLearner:
         self._blended.add(target)
 
     def save(self, folder: Path) -> None:
-        """`role.safetensors` and `role.optimiser.safetensors` per role that changes (see `learner.store`), and `learner.json`."""
+        """`role.safetensors` and `role.optimizer.safetensors` per role that changes (see `learner.store`), and `learner.json`."""
         folder.mkdir(exist_ok=True)  # not its parents: where they are missing this machine sees another disk
         failed = []
         for name in self._changing():
             named = self.roles[name].parameters().items()
             failed += write(folder, name, ((key, self._whole(p)) for key, p in named), self.workers)
-        for name in self._optimisers:
-            failed += write(folder, f"{name}.optimiser", self._states(name), self.workers)
+        for name in self._optimizers:
+            failed += write(folder, f"{name}.optimizer", self._states(name), self.workers)
         if failed:  # not before: the others gather, and would wait
             raise failed[0]
         about = {"version": self.version, "total": self.total, "blended": sorted(self._blended)}
-        about |= {"frozen": self._frozen(), "optimisers": self._kinds()}
+        about |= {"frozen": self._frozen(), "optimizers": self._kinds()}
         if self.workers.first:
             write_json(folder / "learner.json", about)
 
@@ -155,11 +155,11 @@ class LocalLearner:
         for name, mark in self._frozen().items():
             if about["frozen"].get(name, mark) != mark:
                 raise CheckpointError(f"{folder}: the frozen weights of the {name} are not those this run began with")
-        if about["optimisers"] != self._kinds():
-            raise CheckpointError(f"{folder}: its optimisers are {about['optimisers']}, this run's {self._kinds()}")
+        if about["optimizers"] != self._kinds():
+            raise CheckpointError(f"{folder}: its optimizers are {about['optimizers']}, this run's {self._kinds()}")
         self._blended = set(about["blended"])
         weights = {name: Stored(folder, name) for name in self._changing()}
-        states = {name: Stored(folder, f"{name}.optimiser") for name in self._optimisers}
+        states = {name: Stored(folder, f"{name}.optimizer") for name in self._optimizers}
         for name, saved in weights.items():
             own = self.roles[name].parameters()
             if own.keys() != saved.keys() or any(self._shape(own[key]) != saved.shape(key) for key in own):
@@ -196,8 +196,8 @@ class LocalLearner:
     # --- what other learners do otherwise ------------------------------------------------------------------------
 
     def _place(self) -> None:
-        """Lay the weights out, then build the optimisers on what they have become."""
-        self._optimisers = {role.name: _optimisers(role, self.optims[role.name]) for role in self._trained()}
+        """Lay the weights out, then build the optimizers on what they have become."""
+        self._optimizers = {role.name: _optimizers(role, self.optims[role.name]) for role in self._trained()}
 
     def _clear(self) -> None:
         """No gradient is left of the last update."""
@@ -215,8 +215,8 @@ class LocalLearner:
         return float(torch.nn.utils.clip_grad_norm_(parameters, self.optims[role.name].max_grad_norm, foreach=True))
 
     def _step(self, role: Role) -> None:
-        for optimiser, _ in self._optimisers[role.name]:
-            optimiser.step()
+        for optimizer, _ in self._optimizers[role.name]:
+            optimizer.step()
 
     def _shape(self, parameter: Tensor) -> tuple[int, ...]:
         return tuple(parameter.shape)
@@ -231,20 +231,20 @@ class LocalLearner:
         mine.lerp_(other.to(mine), mix)
 
     def _states(self, name: str) -> Iterator[tuple[str, Tensor]]:
-        """The optimisers' tensors of a role, each whole, as "parameter|what"."""
+        """The optimizers' tensors of a role, each whole, as "parameter|what"."""
         own = {id(p): key for key, p in self.roles[name].parameters().items()}
-        for optimiser, _ in self._optimisers[name]:
-            for parameter, values in optimiser.state.items():
+        for optimizer, _ in self._optimizers[name]:
+            for parameter, values in optimizer.state.items():
                 for key, value in values.items():
                     yield f"{own[id(parameter)]}|{key}", self._whole(_tensor(value))
 
     def _put_states(self, name: str, saved: Mapping[str, Tensor]) -> None:
-        """Back into the optimisers what `_states` gave."""
+        """Back into the optimizers what `_states` gave."""
         own = self.roles[name].parameters()
         mine = {
-            id(p): optimiser
-            for optimiser, _ in self._optimisers[name]
-            for group in optimiser.param_groups
+            id(p): optimizer
+            for optimizer, _ in self._optimizers[name]
+            for group in optimizer.param_groups
             for p in group["params"]
         }
         for key in saved:
@@ -252,7 +252,7 @@ class LocalLearner:
             mine[id(parameter)].state[parameter][key.split("|")[1]] = self._like(parameter, saved[key])
 
     def _like(self, parameter: Tensor, value: Tensor) -> Tensor:
-        """An optimiser's tensor laid out as its parameter is."""
+        """An optimizer's tensor laid out as its parameter is."""
         return value.to(parameter.device)
 
     # --- the common rest ------------------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ class LocalLearner:
         return out
 
     def _kinds(self) -> dict[str, list[str]]:
-        return {name: [type(one).__name__ for one, _ in pairs] for name, pairs in self._optimisers.items()}
+        return {name: [type(one).__name__ for one, _ in pairs] for name, pairs in self._optimizers.items()}
 
     def _trained(self) -> list[Role]:
         return [role for role in self.roles.values() if role.trained]
@@ -367,8 +367,8 @@ def _collect(whole: dict[str, Tensor], fresh: Mapping[str, Tensor], rows: list[i
             whole[name][torch.tensor(rows)] = values
 
 
-def _optimisers(role: Role, optim: Optim) -> list[tuple[torch.optim.Optimizer, float]]:
-    """The optimisers of a role with their base learning rates."""
+def _optimizers(role: Role, optim: Optim) -> list[tuple[torch.optim.Optimizer, float]]:
+    """The optimizers of a role with their base learning rates."""
     inside = (
         {id(p) for layer in decoder_layers(role.model) for p in layer.parameters()} if optim.kind == "muon" else set()
     )

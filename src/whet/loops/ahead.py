@@ -10,11 +10,11 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from whet.data import Group, Prompt, Sample, Weights
-from whet.distributed import at_once
+from whet.distributed import run_parallel
 from whet.errors import RunStopped
 from whet.generate import Generator, Request
-from whet.generate.base import scores
-from whet.loops.source import Hand
+from whet.generate.base import all_logprobs
+from whet.loops.source import PromptQueue
 from whet.loops.staleness import chosen, lead
 from whet.methods.options import Sampling
 
@@ -47,7 +47,7 @@ class Buffer:
 
     def __init__(
         self,
-        hand: Hand,
+        hand: PromptQueue,
         answers: int,
         sampling: Sampling,
         seed: int,
@@ -229,7 +229,7 @@ class Threads:
             thread.join()
 
 
-class Ahead:
+class AsynchronousSource:
     """Generators that answer ahead of the loop, as one Generator, and the source of the loop's groups."""
 
     def __init__(self, lanes: Sequence[Generator], buffer: Buffer, driver: Driver, *, slots: int, segment: int) -> None:
@@ -273,21 +273,21 @@ class Ahead:
         """Answers right now, between the segments of the lanes."""
         yield from self.driver.still(lambda: list(self.lanes[0].generate(requests)))
 
-    def adopt(self, weights: Weights) -> None:
+    def load_weights(self, weights: Weights) -> None:
         """All lanes take them between two segments; unfinished answers go on under them."""
 
-        self.driver.still(lambda: at_once([partial(lane.adopt, weights) for lane in self.lanes]))
+        self.driver.still(lambda: run_parallel([partial(lane.load_weights, weights) for lane in self.lanes]))
         self.version = next((one.version for one in self.lanes if one.version != weights.version), weights.version)
         self._published[self.version] = self._turn
         self._turn += 1
 
-    def score(self, ids: Sequence[Tensor]) -> list[Tensor]:
+    def logprobs(self, ids: Sequence[Tensor]) -> list[Tensor]:
         """The scores of the first lane."""
-        return self.scores(ids)[0]
+        return self.all_logprobs(ids)[0]
 
-    def scores(self, ids: Sequence[Tensor]) -> list[list[Tensor]]:
+    def all_logprobs(self, ids: Sequence[Tensor]) -> list[list[Tensor]]:
         """The scores of every lane."""
-        found = self.driver.still(lambda: at_once([partial(scores, lane, ids) for lane in self.lanes]))
+        found = self.driver.still(lambda: run_parallel([partial(all_logprobs, lane, ids) for lane in self.lanes]))
         return [one for several in found for one in several]
 
     def state(self) -> dict[str, Any]:
@@ -309,7 +309,7 @@ class Ahead:
     def _oldest(self) -> int:
         return self._turn - 1 - self.buffer.staleness
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """The lanes go on."""
 
     def close(self) -> None:

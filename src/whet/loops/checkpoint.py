@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from whet.data.files import write_json
-from whet.errors import CheckpointError, EngineDied, WhetError
+from whet.errors import CheckpointError, WhetError, WorkerDied
 from whet.learner import Learner
 from whet.loops.interrupt import Stop
 
@@ -28,12 +28,12 @@ def save(folder: Path, step: int, learner: Learner, loop: Mapping[str, Any], *, 
     it cannot be written (a full disk); the last good checkpoint is untouched then.
     """
     workers, final = learner.workers, folder / f"step-{step:08d}"
-    aside = folder / workers.told(f"{ASIDE}{step:08d}-{secrets.token_hex(4)}")
+    aside = folder / workers.broadcast(f"{ASIDE}{step:08d}-{secrets.token_hex(4)}")
     try:
         workers.together(lambda: _begin(folder, aside) if workers.first else None)
         workers.together(lambda: learner.save(aside / "learner"))
         workers.together(lambda: _commit(aside, final, loop) if workers.first else None)
-    except EngineDied:  # a worker, not the disk
+    except WorkerDied:  # a worker, not the disk
         shutil.rmtree(aside, ignore_errors=True)
         raise
     except Exception as error:  # OSError from the file system, SafetensorError for the same cause from safetensors
@@ -104,7 +104,7 @@ class Keeper:
         # of several workers one alone may have failed, and the others would not come to save; what whet raises, all raise
         common = Exception if self.learner.workers.size == 1 else WhetError
         if isinstance(error, common) and not isinstance(error, CheckpointError) and whole:
-            with suppress(EngineDied):  # what ended the run is what is told
+            with suppress(WorkerDied):  # what ended the run is what is told
                 self._save()
 
     def _save(self) -> None:
@@ -126,7 +126,7 @@ def latest(folder: Path) -> Path | None:
 
 def resumed(folder: Path, learner: Learner) -> dict[str, Any] | None:
     """The loop's state of the newest whole checkpoint, the learner's being put back; None where there is no checkpoint."""
-    found = learner.workers.told(latest(folder) if learner.workers.first else None)
+    found = learner.workers.broadcast(latest(folder) if learner.workers.first else None)
     return load(found, learner) if found else None
 
 

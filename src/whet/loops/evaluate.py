@@ -32,7 +32,7 @@ def held_out(
             losses[name] = losses.get(name, 0.0) + value
         scores = step.now.get("train", {}).get("score")
         if scores is not None and "target" not in part.columns:
-            ranks = part["rank"] if "rank" in part.columns else part["place"] + 1
+            ranks = part["rank"] if "rank" in part.columns else part["index"] + 1
             for rows in part.elements():
                 good, count = ordered_pairs(scores[rows].tolist(), ranks[rows].tolist())
                 right, pairs = right + good, pairs + count

@@ -13,13 +13,13 @@ from whet.loops import checkpoint, selfcheck
 from whet.loops.evaluate import held_out
 from whet.loops.interrupt import Stop
 from whet.loops.progress import Progress
-from whet.loops.record import Run
+from whet.loops.record import RunFolder
 from whet.methods import Objective
 from whet.methods.parts import mean_reward
 
 
 @dataclass(frozen=True)
-class Plan:
+class OfflinePlan:
     """How long and in which order: updates in all, elements per update, and when to save (0: at the end) and evaluate (0: never).
 
     `end_ids` are the tokens that end an answer: where a row ends with one, it must be trained. Every `refresh` updates the
@@ -43,8 +43,8 @@ def train(
     objective: Objective,
     learner: Learner,
     sources: Sequence[Sequence[Element]],
-    plan: Plan,
-    run: Run,
+    plan: OfflinePlan,
+    run: RunFolder,
     *,
     weights: Sequence[float] | None = None,
     evaluation: Sequence[Element] = (),

@@ -11,14 +11,14 @@ import torch
 from whet.data import Batch, Element, Group, Prompt, Row, minibatches, order, pad, pad_support, take_elements
 from whet.generate import Generator
 from whet.generate.fleet import Fleet
-from whet.learner import Learner, Step, look_across
+from whet.learner import Learner, UpdateResult, look_across
 from whet.loops import checkpoint, selfcheck
-from whet.loops.ahead import Ahead, Buffer, Driver, Threads
+from whet.loops.ahead import AsynchronousSource, Buffer, Driver, Threads
 from whet.loops.interrupt import Stop
 from whet.loops.progress import Progress
-from whet.loops.record import Run, mean_of
-from whet.loops.source import Hand, Now, Source, answered
-from whet.methods import Algorithm, clipping, credited, diagnostics, outcome, paired, shaped, spread
+from whet.loops.record import RunFolder, mean_of
+from whet.loops.source import GroupSource, PromptQueue, SynchronousSource, answered
+from whet.methods import Algorithm, advantages, clipping, diagnostics, outcome, paired, shaped, spread
 from whet.methods.options import Sampling
 from whet.methods.parts import mean_reward
 from whet.ops import address, masked_mean, masked_sum
@@ -26,31 +26,31 @@ from whet.rewards import Weighted, score_all
 
 
 @dataclass(frozen=True)
-class Plan:
+class OnlinePlan:
     """How much: rollouts in all, prompts per rollout, answers per update, passes over each rollout, and when to save.
 
-    `stop_kl` ends a rollout's updates once KL(old || new) exceeds it (nats per token, a mean over a mini-batch).
+    `target_kl` ends a rollout's updates once KL(old || new) exceeds it (nats per token, a mean over a mini-batch).
     `ema` is the weight of the past in an average of the policy. `equal_start` says that policy and reference began
     with equal weights, which is then checked. Every `refresh` rollouts the
     reference moves by `refresh_mix` towards the policy. With `max_staleness` the generator answers ahead: answers may be of
     weights that many rollouts old, unfinished ones go on under new weights after `segment` tokens, and each of its
     engines works on at most `slots` at a time. `end_ids` are the tokens that end an answer; `canary` is the length of
-    the sequence that generator and learner both score after each push; `half` says that the generator
+    the sequence that generator and learner both score after each push; `low_precision` says that the generator
     computes in half precision.
     """
 
     steps: int
     prompts: int
-    minibatch: int
+    mini_batch_size: int
     epochs: int = 1
     seed: int = 0
     ptx_batch: int = 0
-    stop_kl: float | None = None
+    target_kl: float | None = None
     ema: float | None = None
     equal_start: bool = False
     end_ids: tuple[int, ...] = ()
     canary: int = 160
-    half: bool = False
+    low_precision: bool = False
     save_every: int = 0
     keep: int = 2
     refresh: int = 0
@@ -67,8 +67,8 @@ def train(
     rewards: Sequence[Weighted],
     prompts: Sequence[Prompt],
     sampling: Sampling,
-    plan: Plan,
-    run: Run,
+    plan: OnlinePlan,
+    run: RunFolder,
     *,
     ptx: Sequence[Element] = (),
     resume: bool = False,
@@ -78,21 +78,23 @@ def train(
     driver: Driver | None = None,
 ) -> None:
     """Runs `plan.steps` rollouts with their updates; a resumed run goes on after its last checkpoint, to the same bits."""
-    if not algorithm.has_ratio() and (plan.epochs > 1 or plan.minibatch < plan.prompts * algorithm.collect.answers):
+    if not algorithm.has_ratio() and (
+        plan.epochs > 1 or plan.mini_batch_size < plan.prompts * algorithm.collect.num_generations
+    ):
         raise ValueError("a method without ratio takes exactly one update per rollout")
-    plan = replace(plan, half=plan.half or learner.coarse)
+    plan = replace(plan, low_precision=plan.low_precision or learner.low_precision)
     source = _source(algorithm, generator, prompts, sampling, plan, driver)
-    generator = source if isinstance(source, Ahead) else generator
+    generator = source if isinstance(source, AsynchronousSource) else generator
     stream = _Stream(ptx, plan)
     found = checkpoint.resumed(run.checkpoints, learner) if resume else None
     loop: dict[str, Any] = found or {"step": 0, "state": algorithm.init(), "drawn": 0}
     first, state = loop["step"], loop["state"]
     source.restore(loop, first)
-    generator.adopt(learner.publish())
+    generator.load_weights(learner.publish())
     canary = torch.tensor([token for prompt in prompts for token in prompt.ids][: plan.canary])
     if len(canary) > 1:
         expected = scored(learner, canary)
-        selfcheck.published(first, generator, learner.version, canary, expected, expected, plan.half)
+        selfcheck.published(first, generator, learner.version, canary, expected, expected, plan.low_precision)
     keeper = checkpoint.Keeper(
         run.checkpoints, learner, every=plan.save_every, total=plan.steps, keep=plan.keep, first=first, stop=stop
     )
@@ -104,12 +106,12 @@ def train(
             state = algorithm.observe(state, outcome(algorithm, batch))
             now = algorithm.at(state)
             whole = batch = with_baseline(now, generator, rewards, groups, batch, sampling, plan)
-            generator.rest()
+            generator.sleep()
             if now.pairs:
-                whole = credited(now, batch)
+                whole = advantages(now, batch)
                 batch = paired(whole)
             turns = [
-                minibatches(len(batch.elements()), plan.minibatch, address(plan.seed, "minibatch", step, epoch))
+                minibatches(len(batch.elements()), plan.mini_batch_size, address(plan.seed, "minibatch", step, epoch))
                 for epoch in range(plan.epochs)
             ]
             columns = now.reads() | {"old_entropy"}
@@ -117,7 +119,7 @@ def train(
                 columns |= {"old_full_logp"}
             batch = measured(learner, batch, turns[0], columns)
             if not now.pairs:
-                whole = batch = credited(now, batch)
+                whole = batch = advantages(now, batch)
             canary = canary_of(whole, plan)
             before = scored(learner, canary)
             rows: list[dict[str, float]] = []
@@ -129,8 +131,10 @@ def train(
             if plan.refresh and (step + 1) % plan.refresh == 0:
                 learner.blend("reference", "policy", plan.refresh_mix)
             weights = learner.publish()
-            generator.adopt(weights)
-            selfcheck.published(step, generator, learner.version, canary, before, scored(learner, canary), plan.half)
+            generator.load_weights(weights)
+            selfcheck.published(
+                step, generator, learner.version, canary, before, scored(learner, canary), plan.low_precision
+            )
 
             names = [one.name for one in rewards]
             numbers |= rollout_numbers(whole, names) | policy_numbers(batch) | mean_of(rows)
@@ -153,39 +157,39 @@ def _source(
     generator: Generator,
     prompts: Sequence[Prompt],
     sampling: Sampling,
-    plan: Plan,
+    plan: OnlinePlan,
     driver: Driver | None,
-) -> Source:
+) -> GroupSource:
     """Where the groups come from: asked for now, or answered ahead."""
-    most = plan.prompts * plan.steps * (1 + algorithm.collect.refill)
-    hand, answers = Hand(prompts, most, plan.seed), algorithm.collect.answers
+    most = plan.prompts * plan.steps * (1 + algorithm.collect.dynamic_sampling)
+    hand, answers = PromptQueue(prompts, most, plan.seed), algorithm.collect.num_generations
     if not plan.max_staleness and driver is None:
-        return Now(generator, hand, answers, sampling, plan.seed)
+        return SynchronousSource(generator, hand, answers, sampling, plan.seed)
     lanes: Sequence[Generator] = generator.lanes if isinstance(generator, Fleet) else [generator]
     buffer = Buffer(
         hand, answers, sampling, plan.seed, steps=plan.steps, prompts=plan.prompts, staleness=plan.max_staleness,
         lanes=len(lanes),
     )  # fmt: skip
-    return Ahead(lanes, buffer, driver or Threads(), slots=plan.slots, segment=plan.segment)
+    return AsynchronousSource(lanes, buffer, driver or Threads(), slots=plan.slots, segment=plan.segment)
 
 
 def collected(
     algorithm: Algorithm,
-    source: Source,
+    source: GroupSource,
     rewards: Sequence[Weighted],
     step: int,
     sampling: Sampling,
-    plan: Plan,
+    plan: OnlinePlan,
 ) -> tuple[list[Group], Batch, dict[str, float]]:
     """(the groups of a rollout, their batch, what collecting took).
 
-    With `refill`, groups whose answers all have the same rewards teach nothing and are replaced by those of further
+    With `dynamic_sampling`, groups whose answers all have the same rewards teach nothing and are replaced by those of further
     prompts, for at most that many rounds (DAPO's dynamic sampling, bounded); what is still missing is made up of the
     first ones without spread, so that a rollout always has its size.
     """
     kept: list[tuple[Group, Batch]] = []
     spare: list[tuple[Group, Batch]] = []
-    rounds = algorithm.collect.refill
+    rounds = algorithm.collect.dynamic_sampling
     turn, ages = 0, list[int]()
     while len(kept) < plan.prompts and turn <= rounds:
         turn += 1
@@ -205,7 +209,7 @@ def collected(
     return [group for group, _ in chosen], Batch.joined([one for _, one in chosen]), numbers
 
 
-def _ages(ages: Sequence[int], plan: Plan) -> dict[str, float]:
+def _ages(ages: Sequence[int], plan: OnlinePlan) -> dict[str, float]:
     """How many steps old the weights behind a rollout's tokens were, where they may be old."""
     return {"staleness": sum(ages) / len(ages), "staleness_max": float(max(ages))} if plan.max_staleness else {}
 
@@ -217,7 +221,7 @@ def with_baseline(
     groups: Sequence[Group],
     batch: Batch,
     sampling: Sampling,
-    plan: Plan,
+    plan: OnlinePlan,
 ) -> Batch:
     """The batch with `baseline`, the score of a greedy answer to each prompt, where the method asks for one (ReMax)."""
     if not algorithm.collect.greedy:
@@ -246,7 +250,7 @@ def gathered(groups: Sequence[Group], rewards: Sequence[Weighted], sampling: Sam
         sampler_logp=pad([torch.tensor(sample.sampler_logp) for _, _, sample in pairs]),
         rewards=torch.stack([named[one.name] for one in rewards], 1),
         token_score=dense,
-        step=step,
+        segment_end=step,
         **extra,
     )
 
@@ -279,7 +283,7 @@ def updates(
     turns: Sequence[Sequence[Sequence[int]]],
     stream: "_Stream",
     step: int,
-    plan: Plan,
+    plan: OnlinePlan,
 ) -> tuple[list[dict[str, float]], Batch]:
     """All updates of one rollout: (one row of numbers per update, the batch with the ratio it was last trained at)."""
     clip, rows, ratio = clipping(algorithm), [], torch.ones_like(batch["old_logp"])
@@ -301,7 +305,7 @@ def updates(
             rows.append(update_numbers(update) | diagnostics(current, clip) | {"epoch": epoch})
             if algorithm.pairs:
                 rows[-1]["implicit_reward"] = mean_reward(algorithm.terms, current.columns)
-            if plan.stop_kl is not None and rows[-1]["kl_old"] > plan.stop_kl:
+            if plan.target_kl is not None and rows[-1]["kl_old"] > plan.target_kl:
                 rows[-1]["stopped"] = 1.0
                 return rows, batch.with_columns(ratio=ratio)
     return rows, batch.with_columns(ratio=ratio)
@@ -314,19 +318,19 @@ def moved_from(learner: Learner, batch: Batch) -> float:
     return float(masked_mean(torch.expm1(log_ratio) - log_ratio, batch["mask"]))
 
 
-def check_rollout(step: int, batch: Batch, plan: Plan, algorithm: Algorithm, version: int) -> None:
+def check_rollout(step: int, batch: Batch, plan: OnlinePlan, algorithm: Algorithm, version: int) -> None:
     """The self-checks between measuring and training."""
     selfcheck.tokens(step, batch, plan.end_ids)
     selfcheck.finite(step, batch.columns)
-    if algorithm.correct is None:  # else the gap is expected, and weighed
-        selfcheck.sampler_agrees(step, batch, version, plan.half)
+    if algorithm.importance_correction is None:  # else the gap is expected, and weighed
+        selfcheck.sampler_agrees(step, batch, version, plan.low_precision)
     if step == 0 and plan.equal_start and "ref_logp" in batch.columns:
         selfcheck.kl_is_zero(step, batch)
-    if "old_value" not in batch.columns and algorithm.centred and algorithm.truncated.rule != "mask":
-        selfcheck.groups_centred(step, batch)
+    if "old_value" not in batch.columns and algorithm.centered and algorithm.truncated.rule != "mask":
+        selfcheck.groups_centered(step, batch)
 
 
-def canary_of(batch: Batch, plan: Plan) -> torch.Tensor:
+def canary_of(batch: Batch, plan: OnlinePlan) -> torch.Tensor:
     """A sequence longer than a cache block, made of this rollout's tokens, for generator and learner to score."""
     return torch.cat([row.ids for row in batch.rows])[: plan.canary]
 
@@ -361,7 +365,7 @@ def policy_numbers(batch: Batch) -> dict[str, float]:
     return out | {"sampler_gap": float(gap.mean()) if len(gap) else 0.0}
 
 
-def update_numbers(update: Step) -> dict[str, float]:
+def update_numbers(update: UpdateResult) -> dict[str, float]:
     """An update's losses, gradient norms and learning rates under the names of the logs."""
     norms = {f"grad_norm/{role}": norm for role, norm in update.grad_norm.items()}
     return (
@@ -374,7 +378,7 @@ def update_numbers(update: Step) -> dict[str, float]:
 class _Stream:
     """The ptx stream: which elements of the pre-training data go into which update, by address."""
 
-    def __init__(self, elements: Sequence[Element], plan: Plan) -> None:
+    def __init__(self, elements: Sequence[Element], plan: OnlinePlan) -> None:
         self.elements, self.size, self.seed = elements, plan.ptx_batch, plan.seed
         self.places: list[tuple[int, int]] = []
 

@@ -20,7 +20,7 @@ SHOWN = 16
 PACKAGES = ("torch", "transformers", "peft", "numpy", "tokenizers", "safetensors")
 
 
-class Run:
+class RunFolder:
     """One run's folder. With `resume_at` the metrics and rollouts after that step are dropped: they will be made again.
 
     Of several workers one alone `writes`.

@@ -9,7 +9,7 @@ from whet.errors import DataError
 
 SCHEMA = 1
 """Version of the columns, in the file's metadata. Version 1 also stands for files without one."""
-LEFT_OUT = ("element", "place", "rewards", "address")
+LEFT_OUT = ("element", "index", "rewards", "address")
 """Columns of the batch that no file has."""
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from whet.data import Batch
 from whet.errors import RunStopped
 from whet.generate import Generator
-from whet.generate.base import scores
+from whet.generate.base import all_logprobs
 from whet.ops import masked_sum
 
 GAP = {torch.float64: 1e-6, torch.float32: 2e-3}
@@ -42,11 +42,11 @@ def finite(step: int, columns: Mapping[str, Tensor]) -> None:
             stop(step, f"column {name} holds a NaN or an infinity")
 
 
-def sampler_agrees(step: int, batch: Batch, version: int, half: bool = False) -> float:
+def sampler_agrees(step: int, batch: Batch, version: int, low_precision: bool = False) -> float:
     """Generator and learner give the tokens of this version the same log-prob, within a bound; the mean gap in nats."""
     mask = batch["mask"] & (batch["token_version"] == version)
     gap = float((batch["sampler_logp"] - batch["old_logp"])[mask].abs().mean()) if bool(mask.any()) else 0.0
-    bound = HALF if half else GAP[batch["old_logp"].dtype]
+    bound = HALF if low_precision else GAP[batch["old_logp"].dtype]
     if gap > bound:
         stop(
             step,
@@ -81,15 +81,15 @@ def kl_is_zero(step: int, batch: Batch) -> None:
         )
 
 
-def groups_centred(step: int, batch: Batch) -> None:
-    """Where advantages are centred within a group, each group's sum to 0 (per answer, before any reweighting)."""
+def groups_centered(step: int, batch: Batch) -> None:
+    """Where advantages are centered within a group, each group's sum to 0 (per answer, before any reweighting)."""
     first = torch.where(
         batch["mask"].any(1), batch["advantage"].gather(1, batch["mask"].int().argmax(1)[:, None])[:, 0], 0.0
     )
     zeros = torch.zeros(int(batch["group"].max()) + 1, dtype=first.dtype)
     earned = masked_sum(
         batch["token_reward"], batch["mask"], 1
-    ).abs()  # what was centred: it is rounded at its own size
+    ).abs()  # what was centered: it is rounded at its own size
     sums, sizes = (zeros.index_add(0, batch["group"], one.to(first)) for one in (first, first.abs() + 0.02 * earned))
     off = sums.abs() / sizes.clamp(min=1e-3)
     if bool((off > 1e-3).any()):
@@ -97,7 +97,13 @@ def groups_centred(step: int, batch: Batch) -> None:
 
 
 def published(
-    step: int, generator: Generator, version: int, canary: Tensor, before: Tensor, expected: Tensor, half: bool = False
+    step: int,
+    generator: Generator,
+    version: int,
+    canary: Tensor,
+    before: Tensor,
+    expected: Tensor,
+    low_precision: bool = False,
 ) -> None:
     """The generator has the learner's version, and scores a fixed sequence as the learner does now.
 
@@ -106,9 +112,9 @@ def published(
     """
     if generator.version != version:
         stop(step, f"the generator has weights of version {generator.version}, the learner is at {version}")
-    precision = HALF if half else GAP[expected.dtype]
+    precision = HALF if low_precision else GAP[expected.dtype]
     moved = float((expected - before).norm())
-    for (got,) in scores(generator, [canary]):
+    for (got,) in all_logprobs(generator, [canary]):
         gap = float((got - expected).abs().max())
         if not gap <= 10 * precision:
             stop(

@@ -9,7 +9,7 @@ from whet.generate import Generator, Request
 from whet.methods.options import Sampling
 
 
-class Hand:
+class PromptQueue:
     """Prompts in the order in which they are handed out; `drawn` counts them, so that a refilled run resumes as well.
 
     `most` is how many may ever be handed out.
@@ -39,7 +39,7 @@ def answered(
     return [Group(prompt, tuple(samples[i * answers : (i + 1) * answers])) for i, (_, prompt) in enumerate(drawn)]
 
 
-class Source(Protocol):
+class GroupSource(Protocol):
     """Where a rollout's groups come from."""
 
     def groups(self, step: int, count: int) -> list[Group]:
@@ -59,11 +59,11 @@ class Source(Protocol):
 
 
 @dataclass
-class Now:
+class SynchronousSource:
     """Groups that are asked for when they are needed, and waited for: nothing is ever old."""
 
     generator: Generator
-    hand: Hand
+    hand: PromptQueue
     answers: int
     sampling: Sampling
     seed: int

@@ -8,8 +8,8 @@ if TYPE_CHECKING:
         Algorithm,
         Collect,
         Penalty,
+        advantages,
         clipping,
-        credited,
         diagnostics,
         outcome,
         paired,
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "algorithm": (
-        "Algorithm", "Collect", "Penalty", "clipping", "credited", "diagnostics", "outcome", "paired", "shaped", "spread",
+        "Algorithm", "Collect", "Penalty", "clipping", "advantages", "diagnostics", "outcome", "paired", "shaped", "spread",
     ),
     "compose": ("online", "preference", "reward"),
     "parts": ("Objective", "Part", "Term", "part"),
@@ -35,8 +35,8 @@ __all__ = [
     "Part",
     "Penalty",
     "Term",
+    "advantages",
     "clipping",
-    "credited",
     "diagnostics",
     "online",
     "outcome",

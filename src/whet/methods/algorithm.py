@@ -1,6 +1,7 @@
-"""Online methods: answers are sampled, scored, credited and trained on. Each is a value made of named parts.
+"""Online methods: answers are sampled, scored, advantages and trained on. Each is a value made of named parts.
 
-collect -> normalise -> combine -> rescale -> shape -> truncated -> place -> KL in the reward -> credit -> whiten -> correct -> terms
+collect -> normalize -> combine -> reward_normalization -> reward_clip, overlong -> truncated -> reward_placement ->
+kl_in_reward -> advantage -> normalize_advantage -> importance_correction -> terms
 """
 
 from collections.abc import Mapping
@@ -30,18 +31,20 @@ class Penalty:
 class Collect:
     """What is asked of the generator: answers per prompt, a greedy one beside them, rounds in which groups are refilled."""
 
-    answers: int
+    num_generations: int
     greedy: bool = False
-    refill: int = 0
+    dynamic_sampling: int = 0
 
 
 @dataclass(frozen=True)
 class Algorithm:
     """A whole online method. A variant is `dataclasses.replace(algorithm, slot=...)`; no slot knows the method's name.
 
-    `normalise` (B, R) -> (B, R); `combine` (B, R) -> (B,); `rescale` and each of `shape` (B,) -> (B,); `place` -> (B, T);
-    `penalty` is subtracted; `credit` -> advantage (B, T); `target` is the critic's own credit where it is another;
-    `whiten` rescales the advantage after returns were taken; `correct` -> weights (B, T). With `pairs` there is no
+    `normalize` (B, R) -> (B, R); `combine` (B, R) -> (B,); `reward_normalization` and each of `shape` (B,) -> (B,);
+    `reward_placement` -> (B, T);
+    `penalty` is subtracted; `advantage` -> advantage (B, T); `target` is the critic's own credit where it is another;
+    `normalize_advantage` rescales the advantage after returns were taken; `importance_correction` -> weights (B, T).
+    With `pairs` there is no
     credit: the best and the worst answer of each group become a pair for the terms.
     """
 
@@ -49,22 +52,30 @@ class Algorithm:
     combine: Part
     truncated: Truncated
     terms: tuple[Term, ...]
-    normalise: Part | None = None
-    rescale: Part | None = None
+    normalize: Part | None = None
+    reward_normalization: Part | None = None
     shape: tuple[Part, ...] = ()
-    place: Part | None = None
+    reward_placement: Part | None = None
     penalty: Penalty | None = None
-    credit: Part | None = None
+    advantage: Part | None = None
     target: Part | None = None
-    whiten: Part | None = None
-    correct: Part | None = None
+    normalize_advantage: Part | None = None
+    importance_correction: Part | None = None
     select: tuple[tuple[str, Part], ...] = ()
     pairs: bool = False
 
     def reads(self) -> frozenset[str]:
         """The columns measured once per rollout: they decide whether there is a critic and a reference."""
-        parts = [self.normalise, self.combine, self.rescale, *self.shape, self.place, self.credit, self.target]
-        parts += [self.whiten, self.correct, *(one for _, one in self.select)]
+        parts = [
+            self.normalize,
+            self.combine,
+            self.reward_normalization,
+            *self.shape,
+            self.reward_placement,
+            self.advantage,
+            self.target,
+        ]
+        parts += [self.normalize_advantage, self.importance_correction, *(one for _, one in self.select)]
         if self.penalty is not None:
             parts.append(self.penalty.estimator)
         names = {"old_logp"}.union(
@@ -80,11 +91,11 @@ class Algorithm:
         return frozenset({term.role for term in self.terms} | {one.role for one in columns if one.role} | beside)
 
     @property
-    def centred(self) -> bool:
-        """Credit is centred within each group, so a group's advantages sum to 0."""
-        ops_of = [] if self.credit is None else [one.op for one in self.credit.walk()]
+    def centered(self) -> bool:
+        """Credit is centered within each group, so a group's advantages sum to 0."""
+        ops_of = [] if self.advantage is None else [one.op for one in self.advantage.walk()]
         within = (ops.group_center, ops.group_zscore, ops.group_mean_scaled, ops.leave_one_out)
-        return self.whiten is None and any(op in within for op in ops_of)
+        return self.normalize_advantage is None and any(op in within for op in ops_of)
 
     def has_ratio(self) -> bool:
         """Every policy loss compares with the old policy or not at all with samples, so several updates a rollout are allowed."""
@@ -97,7 +108,7 @@ class Algorithm:
 
     @property
     def objective(self) -> Objective:
-        """What one update minimises."""
+        """What one update minimizes."""
         return Objective(self.terms, self.select)
 
     def init(self) -> State:
@@ -125,12 +136,12 @@ class Algorithm:
     def at(self, state: State) -> "Algorithm":
         """The method with plain numbers in place of its controllers and running numbers."""
         penalty = self.penalty and replace(self.penalty, coef=state["penalty"])
-        rescale, running = self.rescale, self._running
+        rescale, running = self.reward_normalization, self._running
         if running is not None and state["running.count"] > 0:
             deviation = (state["running.square"] / max(state["running.count"] - 1, 1)) ** 0.5
             numbers = {"shift": state["running.shift"], "scale": deviation if deviation > 0 else 1.0}
-            rescale = replace(running, dials={**running.dials, **numbers})
-        return replace(self, penalty=penalty, rescale=rescale, terms=settled(self.terms, state))
+            rescale = replace(running, options={**running.options, **numbers})
+        return replace(self, penalty=penalty, reward_normalization=rescale, terms=settled(self.terms, state))
 
     def next(self, state: State, measured: Mapping[str, float]) -> State:
         """The state after a rollout: `measured` has "kl" (nats per answer, to the reference), "kl_old" (nats per
@@ -144,7 +155,11 @@ class Algorithm:
     @property
     def _running(self) -> Part | None:
         """The part that needs running numbers."""
-        return self.rescale if self.rescale is not None and self.rescale.op is ops.standardise else None
+        return (
+            self.reward_normalization
+            if self.reward_normalization is not None and self.reward_normalization.op is ops.standardize
+            else None
+        )
 
     def _controllers(self) -> dict[str, Controller]:
         found: dict[str, Controller] = {} if self.penalty is None else {"penalty": fixed(self.penalty.coef)}
@@ -153,16 +168,16 @@ class Algorithm:
 
 def outcome(algorithm: Algorithm, batch: Batch) -> Tensor:
     """The combined score of every answer before any penalty, (B,): reads rewards (B, R)."""
-    if algorithm.normalise is not None:
-        batch = batch.with_columns(rewards=algorithm.normalise(batch.columns))
+    if algorithm.normalize is not None:
+        batch = batch.with_columns(rewards=algorithm.normalize(batch.columns))
     return algorithm.combine(batch.columns)
 
 
 def spread(algorithm: Algorithm, batch: Batch) -> Tensor:
     """Which rows belong to a group whose answers do not all have the same outcome before any penalty (the same rewards,
-    where each is normalised by itself), (B,) bool: only those teach a method that compares within groups."""
+    where each is normalized by itself), (B,) bool: only those teach a method that compares within groups."""
     index = torch.unique(batch["group"], return_inverse=True)[1]
-    score = batch["rewards"] if algorithm.normalise is not None else outcome(algorithm, batch)[:, None]
+    score = batch["rewards"] if algorithm.normalize is not None else outcome(algorithm, batch)[:, None]
     rewards = torch.cat([score, batch["token_score"]], 1)
     empty = torch.zeros(int(index.max()) + 1, rewards.shape[1], dtype=rewards.dtype)
     where = index[:, None].expand_as(rewards)
@@ -171,17 +186,17 @@ def spread(algorithm: Algorithm, batch: Batch) -> Tensor:
 
 
 def shaped(algorithm: Algorithm, batch: Batch) -> Batch:
-    """The batch with score, one number an answer: combined, normalised, bounded and penalised."""
+    """The batch with score, one number an answer: combined, normalized, bounded and penalized."""
     batch = batch.with_columns(score=outcome(algorithm, batch))
-    for one in (algorithm.rescale, *algorithm.shape):
+    for one in (algorithm.reward_normalization, *algorithm.shape):
         batch = batch if one is None else batch.with_columns(score=one(batch.columns))
-    if algorithm.truncated.rule == "penalise":
+    if algorithm.truncated.rule == "penalize":
         amount = algorithm.truncated.amount
-        batch = batch.with_columns(score=ops.penalise(batch["score"], batch["truncated"], amount=amount))
+        batch = batch.with_columns(score=ops.penalize(batch["score"], batch["truncated"], amount=amount))
     return batch
 
 
-def credited(algorithm: Algorithm, batch: Batch) -> Batch:
+def advantages(algorithm: Algorithm, batch: Batch) -> Batch:
     """The batch with score, kl, token_reward, advantage and (with a critic) returns; once per rollout, no gradient.
 
     Reads rewards (B, R), token_score (B, T), truncated, group, the mask, and what `algorithm.reads()` names; scores
@@ -189,13 +204,13 @@ def credited(algorithm: Algorithm, batch: Batch) -> Batch:
     where the method cannot take scores per token.
     """
     mask, dense = batch["mask"], batch["token_score"]
-    rescaled = algorithm.normalise is not None or algorithm.rescale is not None or algorithm.pairs
+    rescaled = algorithm.normalize is not None or algorithm.reward_normalization is not None or algorithm.pairs
     if bool(dense.any()) and (rescaled or algorithm.combine.op is not ops.weighted_sum):
         raise RewardError(
-            "scores per token only go with combine weighted_sum, without normalise, rescale or pairs: they keep their size"
+            "scores per token only go with combine weighted_sum, without normalize, rescale or pairs: they keep their size"
         )
     batch = shaped(algorithm, batch)
-    if algorithm.credit is None or algorithm.place is None:
+    if algorithm.advantage is None or algorithm.reward_placement is None:
         return batch
     placed = batch["score"] - dense.sum(1)  # what is dense stays where it arose
     rounding = 1e-6 * dense.abs().sum(1)
@@ -203,9 +218,9 @@ def credited(algorithm: Algorithm, batch: Batch) -> Batch:
     if algorithm.truncated.rule == "bootstrap":
         # the critic's value stands for all that would have followed, the score too
         placed = torch.where(batch["truncated"], torch.zeros_like(placed), placed)
-    token_reward = algorithm.place(batch.with_columns(score=placed).columns)
-    if "step" in batch.columns:  # a penalty may land where no step has its score
-        batch = batch.with_columns(step=batch["step"] | (token_reward != 0))
+    token_reward = algorithm.reward_placement(batch.with_columns(score=placed).columns)
+    if "segment_end" in batch.columns:  # a penalty may land where no step has its score
+        batch = batch.with_columns(segment_end=batch["segment_end"] | (token_reward != 0))
     token_reward = token_reward + ops.dense(dense, mask)
     if algorithm.penalty is not None:
         kl = torch.where(mask, algorithm.penalty.estimator(batch.columns), torch.zeros_like(token_reward))
@@ -215,7 +230,7 @@ def credited(algorithm: Algorithm, batch: Batch) -> Batch:
         token_reward = token_reward - coef * algorithm.penalty.charge(batch.columns)
     batch = batch.with_columns(token_reward=token_reward)
     try:
-        advantage = algorithm.credit(batch.columns)
+        advantage = algorithm.advantage(batch.columns)
         target = advantage if algorithm.target is None else algorithm.target(batch.columns)
     except ValueError as error:  # scores that this credit has no answer for
         raise RewardError(str(error)) from error
@@ -226,9 +241,13 @@ def credited(algorithm: Algorithm, batch: Batch) -> Batch:
     if "old_value" in batch.columns:
         returns = torch.where(mask, target + batch["old_value"], torch.zeros_like(target))
         batch = batch.with_columns(returns=returns)
-    if algorithm.whiten is not None:
-        batch = batch.with_columns(advantage=algorithm.whiten(batch.columns))
-    return batch if algorithm.correct is None else batch.with_columns(correction=algorithm.correct(batch.columns))
+    if algorithm.normalize_advantage is not None:
+        batch = batch.with_columns(advantage=algorithm.normalize_advantage(batch.columns))
+    return (
+        batch
+        if algorithm.importance_correction is None
+        else batch.with_columns(correction=algorithm.importance_correction(batch.columns))
+    )
 
 
 def paired(batch: Batch) -> Batch:
@@ -248,7 +267,7 @@ def paired(batch: Batch) -> Batch:
     place = torch.tensor([0, 1] * count)
     ones = torch.ones(len(rows), dtype=torch.float32)
     return out.with_columns(
-        element=torch.arange(count).repeat_interleave(2), place=place, probability=ones,
+        element=torch.arange(count).repeat_interleave(2), index=place, probability=ones,
         chosen_mask=out["mask"] & (place == 0)[:, None],
     )  # fmt: skip
 
@@ -268,7 +287,7 @@ def diagnostics(batch: Batch, clip: Part | None) -> dict[str, float]:
     if clip is not None:
         own = clip.columns["ratio"]
         held = own(batch.columns) if isinstance(own, Part) else ratio
-        beyond = (held < 1 - clip.dials["low"]) | (held > 1 + clip.dials["high"])
+        beyond = (held < 1 - clip.options["clip_low"]) | (held > 1 + clip.options["clip_high"])
         out["clip_fraction"] = float(ops.masked_mean(beyond.to(ratio.dtype), mask))
     if "value" in batch.columns:
         out["explained_variance"] = float(ops.explained_variance(batch["old_value"], batch["returns"], mask))

@@ -21,72 +21,79 @@ class Method:
 
 
 _BASE: Mapping[str, Any] = {
-    "answers": 1,
-    "refill": 0,
-    "normalise": None,
+    "num_generations": 1,
+    "dynamic_sampling": 0,
+    "normalize": None,
     "combine": {"name": "weighted_sum"},
-    "rescale": None,
-    "bound": None,
+    "reward_normalization": None,
+    "reward_clip": None,
     "overlong": None,
     "truncated": {"rule": "keep"},
-    "place": {"name": "terminal"},
-    "kl": None,
-    "credit": {"name": "monte_carlo"},
-    "whiten": None,
-    "correct": None,
+    "reward_placement": {"name": "terminal"},
+    "kl_in_reward": None,
+    "advantage": {"name": "monte_carlo"},
+    "normalize_advantage": None,
+    "importance_correction": None,
     "ratio": {"name": "token"},
     "surrogate": {"name": "clip"},
     "select": None,
-    "loss_kl": None,
-    "reduce": {"name": "token_mean"},
+    "kl_in_loss": None,
+    "reduction": {"name": "token_mean"},
     "value": None,
     "entropy": None,
-    "ptx_weight": 0.0,
+    "ptx_coef": 0.0,
 }
-_FRONT = ("refill", "normalise", "combine", "bound", "overlong", "truncated")
+_FRONT = ("dynamic_sampling", "normalize", "combine", "reward_clip", "overlong", "truncated")
 """The slots up to one score an answer that also count where answers are only compared: rescaling would not."""
 
 _PPO = changed(
     _BASE,
     {
-        "kl": {"coef": 0.05},
-        "credit": {"name": "gae", "gamma": 1.0, "lam": 0.95},
-        "whiten": "whiten",
-        "value": {"clip": 0.2, "weight": 1.0},
+        "kl_in_reward": {"coef": 0.05},
+        "advantage": {"name": "gae", "gamma": 1.0, "gae_lambda": 0.95},
+        "normalize_advantage": "whiten",
+        "value": {"clip_range_vf": 0.2, "vf_coef": 1.0},
     },
 )
-_REINFORCE = changed(_BASE, {"kl": {"coef": 0.05}, "ratio": None, "surrogate": "reinforce"})
-_GROUP = changed(_BASE, {"answers": 8, "credit": "group_zscore", "reduce": "sequence_mean"})
-_DAPO = changed(_GROUP, {"surrogate": {"name": "clip", "high": 0.28}, "reduce": "token_mean"})
-_NO_KL = "no KL to the reference: set loss_kl or kl to have one"
+_REINFORCE = changed(_BASE, {"kl_in_reward": {"coef": 0.05}, "ratio": None, "surrogate": "reinforce"})
+_GROUP = changed(_BASE, {"num_generations": 8, "advantage": "group_zscore", "reduction": "sequence_mean"})
+_DAPO = changed(_GROUP, {"surrogate": {"name": "clip", "clip_high": 0.28}, "reduction": "token_mean"})
+_NO_KL = "no KL to the reference: set kl_in_loss or kl_in_reward to have one"
 
 ONLINE: Mapping[str, Method] = {
     "ppo": Method(
         "PPO against reward models or functions",
         "Ziegler et al. 2019; Ouyang et al. 2022 without ptx",
         _PPO,
-        ("the critic is a model of its own, so value.weight scales its gradient alone",),
+        ("the critic is a model of its own, so value.vf_coef scales its gradient alone",),
     ),
     "ppo_kl": Method(
         "PPO with an adaptive KL penalty instead of the clip",
         "Schulman et al. 2017, section 4",
-        changed(_PPO, {"ratio": None, "surrogate": "kl_penalised"}),
+        changed(_PPO, {"ratio": None, "surrogate": "kl_penalized"}),
         ("the KL that steers beta is a mean over the rollout's tokens after its last update",),
     ),
     "instructgpt": Method(
         "PPO-ptx: PPO with the pre-training loss in the same update",
         "Ouyang et al. 2022, eq. 2",
-        changed(_PPO, {"kl": {"coef": 0.02}, "ptx_weight": 0.1}),
-        ("ptx and PPO are means per token here; the paper's coefficient 27.8 belongs to its own normalisation",),
+        changed(_PPO, {"kl_in_reward": {"coef": 0.02}, "ptx_coef": 0.1}),
+        ("ptx and PPO are means per token here; the paper's coefficient 27.8 belongs to its own normalization",),
     ),
     "deepspeed_chat": Method(
         "PPO as DeepSpeed-Chat does it",
         "Yao et al. 2023",
-        changed(_PPO, {"kl": {"coef": 0.1}, "bound": {"name": "clip_score", "bound": 5.0}, "whiten": None}),
+        changed(
+            _PPO,
+            {
+                "kl_in_reward": {"coef": 0.1},
+                "reward_clip": {"name": "clip_score", "bound": 5.0},
+                "normalize_advantage": None,
+            },
+        ),
         ("the score lands on the last trained token, in DeepSpeed-Chat one slot later where the row has room",),
     ),
     "unclipped": Method(
-        "PPO without its clip: TRPO's surrogate and nothing that holds it; use rollout.stop_kl with it",
+        "PPO without its clip: TRPO's surrogate and nothing that holds it; use rollout.target_kl with it",
         "Schulman et al. 2015, eq. 14",
         changed(_PPO, {"surrogate": "unclipped"}),
         ("no trust region",),
@@ -103,12 +110,12 @@ ONLINE: Mapping[str, Method] = {
         changed(
             _PPO,
             {
-                "answers": 16,
-                "kl": None,
-                "credit": {"name": "gae_adaptive", "alpha": 0.05},
-                "whiten": None,
-                "surrogate": {"name": "clip", "high": 0.28},
-                "value": {"clip": None, "lam": 1.0},
+                "num_generations": 16,
+                "kl_in_reward": None,
+                "advantage": {"name": "gae_adaptive", "alpha": 0.05},
+                "normalize_advantage": None,
+                "surrogate": {"name": "clip", "clip_high": 0.28},
+                "value": {"clip_range_vf": None, "gae_lambda": 1.0},
             },
         ),
         ("no value pre-training and no NLL term on right answers; train the critic's reward model first", _NO_KL),
@@ -119,7 +126,7 @@ ONLINE: Mapping[str, Method] = {
     "reinforce_pp": Method(
         "REINFORCE++: returns to go whitened over the batch, PPO's clip, no critic",
         "Hu et al. 2025",
-        changed(_BASE, {"kl": {"coef": 0.01}, "whiten": "whiten"}),
+        changed(_BASE, {"kl_in_reward": {"coef": 0.01}, "normalize_advantage": "whiten"}),
     ),
     "reinforce_pp_baseline": Method(
         "REINFORCE++ with group baseline: minus the group's mean, then the batch's deviation; k2 in the loss",
@@ -127,81 +134,88 @@ ONLINE: Mapping[str, Method] = {
         changed(
             _GROUP,
             {
-                "credit": "group_center",
-                "whiten": "whiten",
-                "loss_kl": {"name": "k2", "coef": 0.001},
-                "reduce": "token_mean",
+                "advantage": "group_center",
+                "normalize_advantage": "whiten",
+                "kl_in_loss": {"name": "k2", "coef": 0.001},
+                "reduction": "token_mean",
             },
         ),
     ),
     "rloo": Method(
         "RLOO: the answer's whole return against the mean of the other answers",
         "Ahmadian et al. 2024",
-        changed(_REINFORCE, {"answers": 4, "credit": "leave_one_out", "reduce": "sequence_sum"}),
+        changed(_REINFORCE, {"num_generations": 4, "advantage": "leave_one_out", "reduction": "sequence_sum"}),
         (
-            "one update a rollout; TRL clips the whole answer's ratio (surrogate clip, ratio product, reduce sequence_mean)",
+            "one update a rollout; TRL clips the whole answer's ratio (surrogate clip, ratio product, reduction sequence_mean)",
         ),
     ),
     "remax": Method(
         "ReMax: minus the score of the greedy answer",
         "Li et al. 2023, algorithm 1",
-        changed(_REINFORCE, {"credit": "against_greedy", "reduce": "sequence_sum"}),
+        changed(_REINFORCE, {"advantage": "against_greedy", "reduction": "sequence_sum"}),
     ),
     "optimal_baseline": Method(
         "REINFORCE with the token baseline of least variance",
         "Li et al. 2026",
-        changed(_REINFORCE, {"answers": 8, "credit": "optimal_baseline", "kl": None, "reduce": "sequence_sum"}),
+        changed(
+            _REINFORCE,
+            {"num_generations": 8, "advantage": "optimal_baseline", "kl_in_reward": None, "reduction": "sequence_sum"},
+        ),
         (_NO_KL,),
     ),
     "grpo": Method(
         "GRPO: group z-score, clip, k3 in the loss; no critic",
         "Shao et al. 2024, eq. 3",
-        changed(_GROUP, {"loss_kl": {"name": "k3", "coef": 0.04}}),
+        changed(_GROUP, {"kl_in_loss": {"name": "k3", "coef": 0.04}}),
         ("8 answers a prompt (the paper 64)",),
     ),
     "grpo_process": Method(
-        "GRPO on rewards per step: each token is credited with the normalised steps that follow",
+        "GRPO on rewards per step: each token is credited with the normalized steps that follow",
         "Shao et al. 2024, section 4.1.3",
-        changed(_GROUP, {"credit": "group_steps", "loss_kl": {"name": "k3", "coef": 0.04}}),
+        changed(_GROUP, {"advantage": "group_steps", "kl_in_loss": {"name": "k3", "coef": 0.04}}),
     ),
     "dr_grpo": Method(
-        "Dr. GRPO: only centred, divided by a constant length",
+        "Dr. GRPO: only centered, divided by a constant length",
         "Liu et al. 2025",
-        changed(_GROUP, {"credit": "group_center", "reduce": "fixed_length"}),
+        changed(_GROUP, {"advantage": "group_center", "reduction": "fixed_length"}),
         (_NO_KL,),
     ),
     "dapo": Method(
         "DAPO: higher clip above, mean over tokens, groups without spread refilled, soft overlong penalty",
         "Yu et al. 2025",
-        changed(_DAPO, {"answers": 16, "refill": 3, "overlong": {"name": "soft_overlong", "buffer": 32}}),
+        changed(
+            _DAPO, {"num_generations": 16, "dynamic_sampling": 3, "overlong": {"name": "soft_overlong", "buffer": 32}}
+        ),
         (
             "overlong.buffer 32 tokens (the paper 4096 of 20480)",
-            "at most refill rounds of new prompts (the paper: until full)",
+            "at most dynamic_sampling rounds of new prompts (the paper: until full)",
             _NO_KL,
         ),
     ),
     "gspo": Method(
         "GSPO: one ratio for the whole answer",
         "Zheng et al. 2025",
-        changed(_GROUP, {"ratio": "sequence", "surrogate": {"name": "clip", "low": 3e-4, "high": 4e-4}}),
+        changed(_GROUP, {"ratio": "sequence", "surrogate": {"name": "clip", "clip_low": 3e-4, "clip_high": 4e-4}}),
         (_NO_KL,),
     ),
     "cispo": Method(
         "CISPO: the clipped ratio weighs the plain policy gradient",
         "MiniMax 2025",
-        changed(_GROUP, {"surrogate": "cispo", "reduce": "token_mean"}),
+        changed(_GROUP, {"surrogate": "cispo", "reduction": "token_mean"}),
         (_NO_KL,),
     ),
     "gdpo": Method(
-        "GDPO: each reward normalised in its group before they are summed, then the batch",
+        "GDPO: each reward normalized in its group before they are summed, then the batch",
         "Liu et al. 2026",
-        changed(_GROUP, {"normalise": "group_normalised", "credit": "group_center", "whiten": "whiten"}),
-        ("the batch's normalisation weighs tokens, as in verl", _NO_KL),
+        changed(
+            _GROUP, {"normalize": "group_normalized", "advantage": "group_center", "normalize_advantage": "whiten"}
+        ),
+        ("the batch's normalization weighs tokens, as in verl", _NO_KL),
     ),
     "maxrl": Method(
-        "MaxRL: centred and divided by the group's mean, for rewards of 0 and 1",
+        "MaxRL: centered and divided by the group's mean, for rewards of 0 and 1",
         "Tajwar et al. 2026",
-        changed(_GROUP, {"credit": "group_mean_scaled", "reduce": "token_mean"}),
+        changed(_GROUP, {"advantage": "group_mean_scaled", "reduction": "token_mean"}),
         (_NO_KL,),
     ),
     "sapo": Method(
@@ -219,7 +233,7 @@ ONLINE: Mapping[str, Method] = {
     "dppo": Method(
         "DPPO: tokens that moved too far in total variation are stopped",
         "Qi et al. 2026",
-        changed(_GROUP, {"surrogate": "dppo", "reduce": "token_mean"}),
+        changed(_GROUP, {"surrogate": "dppo", "reduction": "token_mean"}),
         ("the old policy is the learner's, which is the sampler's here", _NO_KL),
     ),
     "clip_cov": Method(
@@ -227,18 +241,22 @@ ONLINE: Mapping[str, Method] = {
         "Cui et al. 2025",
         changed(
             _GROUP,
-            {"surrogate": {"name": "clip", "low": 1.0, "high": 1.0}, "select": "clip_cov", "reduce": "token_mean"},
+            {
+                "surrogate": {"name": "clip", "clip_low": 1.0, "clip_high": 1.0},
+                "select": "clip_cov",
+                "reduction": "token_mean",
+            },
         ),
         (_NO_KL,),
     ),
     "kl_cov": Method(
         "KL-Cov: the tokens of highest covariance pay a KL",
         "Cui et al. 2025",
-        changed(_GROUP, {"surrogate": "unclipped", "select": "kl_cov", "reduce": "token_mean"}),
+        changed(_GROUP, {"surrogate": "unclipped", "select": "kl_cov", "reduction": "token_mean"}),
         (_NO_KL,),
     ),
 }
-"""Online methods: answers are sampled, scored, credited and trained on."""
+"""Online methods: answers are sampled, scored, advantages and trained on."""
 
 ONLINE_PREFERENCE: Mapping[str, Method] = {
     "online_dpo": Method(
@@ -246,9 +264,9 @@ ONLINE_PREFERENCE: Mapping[str, Method] = {
         "Guo et al. 2024",
         {
             **{slot: _BASE[slot] for slot in _FRONT},
-            "answers": 2,
+            "num_generations": 2,
             "beta": 0.1,
-            "score": {"name": "implicit_reward"},
+            "implicit_reward": {"name": "implicit_reward"},
             "loss": {"name": "sigmoid"},
             "sft_weight": 0.0,
         },
@@ -258,21 +276,21 @@ ONLINE_PREFERENCE: Mapping[str, Method] = {
 """Sampled like the online methods, trained like the preference methods."""
 
 _DPO: Mapping[str, Any] = {
-    "beta": 0.1, "score": {"name": "implicit_reward"}, "loss": {"name": "sigmoid"}, "sft_weight": 0.0,
+    "beta": 0.1, "implicit_reward": {"name": "implicit_reward"}, "loss": {"name": "sigmoid"}, "sft_weight": 0.0,
 }  # fmt: skip
 
 PREFERENCE: Mapping[str, Method] = {
-    "dpo": Method("direct preference optimisation on pairs or rankings", "Rafailov et al. 2023", _DPO),
+    "dpo": Method("direct preference optimization on pairs or rankings", "Rafailov et al. 2023", _DPO),
     "ipo": Method(
-        "identity preference optimisation: the squared loss on the log-ratio gap",
+        "identity preference optimization: the squared loss on the log-ratio gap",
         "Azar et al. 2023",
         changed(_DPO, {"loss": "ipo"}),
-        ("log-ratios are summed as in the paper; TRL divides each by its length (score.mean true)",),
+        ("log-ratios are summed as in the paper; TRL divides each by its length (implicit_reward.mean true)",),
     ),
     "orpo": Method(
         "ORPO: SFT on the chosen answer and its odds against the rejected one, no reference",
         "Hong et al. 2024",
-        {"score": {"name": "log_odds"}, "loss": {"name": "sigmoid", "weight": 0.1}, "sft_weight": 1.0},
+        {"implicit_reward": {"name": "log_odds"}, "loss": {"name": "sigmoid", "weight": 0.1}, "sft_weight": 1.0},
         ("the SFT term is a mean over the chosen answers' tokens; TRL's also counts the prompts'",),
     ),
     "simpo": Method(
@@ -280,23 +298,27 @@ PREFERENCE: Mapping[str, Method] = {
         "Meng et al. 2024",
         changed(
             _DPO,
-            {"beta": 2.0, "score": {"name": "policy_score", "mean": True}, "loss": {"name": "sigmoid", "margin": 0.5}},
+            {
+                "beta": 2.0,
+                "implicit_reward": {"name": "policy_score", "mean": True},
+                "loss": {"name": "sigmoid", "margin": 0.5},
+            },
         ),
     ),
     "cpo": Method(
         "CPO: log-probs without reference, and SFT on the chosen answer",
         "Xu et al. 2024",
-        changed(_DPO, {"score": "policy_score", "sft_weight": 1.0}),
+        changed(_DPO, {"implicit_reward": "policy_score", "sft_weight": 1.0}),
         ("the SFT term is a mean over the chosen answers' tokens",),
     ),
     "kto": Method(
         "KTO on single answers that are good or bad",
         "Ethayarajh et al. 2024",
-        {"beta": 0.1, "score": {"name": "implicit_reward"}, "loss": {"name": "kto"}},
+        {"beta": 0.1, "implicit_reward": {"name": "implicit_reward"}, "loss": {"name": "kto"}},
         ("an answer is mismatched with the nearest earlier row of another prompt, once, not within the mini-batch",),
     ),
 }
-"""Preference methods: pairs, or answers labelled good and bad, go straight into the policy."""
+"""Preference methods: pairs, or answers labeled good and bad, go straight into the policy."""
 
 REWARD: Mapping[str, Method] = {
     name: Method(about, source, {"loss": {"name": name}, **more})
@@ -306,17 +328,17 @@ REWARD: Mapping[str, Method] = {
             "pairwise",
             "Bradley-Terry on pairs, with a margin where rows have one",
             "Touvron et al. 2023",
-            {"centring": 0.0},
+            {"centering": 0.0},
         ),
-        ("log_exp", "the same loss as pairwise, without margin", "Bradley-Terry", {"centring": 0.0}),
+        ("log_exp", "the same loss as pairwise, without margin", "Bradley-Terry", {"centering": 0.0}),
         ("absolute", "squared error to absolute scores", "regression", {}),
         ("process", "a label for every step", "Lightman et al. 2023", {}),
     )
 }
-"""Reward-model methods, by the recipe's `method.name`."""
+"""Reward-model methods, by the recipe's `algorithm.name`."""
 
 READS: Mapping[str, str] = {
-    "k_way": "rankings", "pairwise": "pairs", "log_exp": "pairs", "absolute": "labelled", "process": "steps",
+    "k_way": "rankings", "pairwise": "pairs", "log_exp": "pairs", "absolute": "labeled", "process": "steps",
 }  # fmt: skip
 """What a method's rows become, where it is not pairs: a reading of `whet.data.Reader`."""
 

@@ -1,7 +1,7 @@
 """The slots of a method and what may stand in each: an op by name, with its formula, its source and what peers do otherwise.
 
 Light to import: the command line's help, `whet explain` and the docs read it, the composers in `methods/` build from it.
-A choice's dials are the keyword-only parameters of its op; `{dial}` in a formula is filled in with the recipe's number.
+A choice's options are the keyword-only parameters of its op; `{option}` in a formula is filled in with the recipe's number.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ Half = Annotated[float, msgspec.Meta(ge=0, lt=0.5)]
 class Choice:
     """What may stand in a slot. `op` is a name of `whet.ops`, `reads` names columns that are called otherwise there.
 
-    `extra` are dials beyond the op's own (a weight, a controller's target), `hidden` the op's that the method sets itself.
+    `extra` are options beyond the op's own (a weight, a controller's target), `hidden` the op's that the method sets itself.
     """
 
     op: str
@@ -31,13 +31,12 @@ class Choice:
     hidden: tuple[str, ...] = ()
 
 
-DIALS: dict[str, tuple[Any, str]] = {
+OPTIONS: dict[str, tuple[Any, str]] = {
     "alpha": (float, "share: of the answer's length (gae_adaptive), or of the alpha divergence"),
     "beta": (Positive, "coefficient it begins with"),
     "bound": (Positive | None, "largest value; null is none"),
     "buffer": (Count, "tokens before the limit over which the penalty grows"),
     "cap": (Positive, "largest weight"),
-    "clip": (Positive | None, "how far the value may move from the old one; null is free"),
     "coef": (NotNegative, "coefficient"),
     "cov_high": (float, "largest covariance that is a candidate"),
     "cov_low": (float, "smallest covariance that is a candidate"),
@@ -47,16 +46,18 @@ DIALS: dict[str, tuple[Any, str]] = {
     "eps": (NotNegative, "added to the deviation"),
     "gamma": (Share, "discount per token"),
     "heads": (Literal["mean", "max"], "how the heads' weights are joined"),
-    "high": (NotNegative, "upper bound of the clip or interval"),
+    "clip_high": (NotNegative, "upper bound of the clip: the ratio's is 1 + clip_high"),
+    "high": (NotNegative, "upper bound of the interval"),
     "k": (NotNegative, "deviations below the mean"),
     "label_smoothing": (Half, "probability that a label is wrong"),
-    "lam": (Share, "0 is one-step TD, 1 is Monte-Carlo"),
+    "gae_lambda": (Share, "0 is one-step TD, 1 is Monte-Carlo"),
     "length": (Count | None, "constant length; null is sampling.max_new_tokens"),
     "limit": (Count | None, "longest answer, in tokens; null is sampling.max_new_tokens"),
-    "low": (NotNegative, "lower bound of the clip or interval"),
+    "clip_low": (NotNegative, "lower bound of the clip: the ratio's is 1 - clip_low"),
+    "low": (NotNegative, "lower bound of the interval"),
     "margin": (NotNegative, "gap that is aimed at"),
     "mean": (bool, "divide by the answer's length"),
-    "normalised": (bool, "weights sum to 1"),
+    "normalized": (bool, "weights sum to 1"),
     "shift_mean": (bool, "subtract the mean"),
     "share": (Share, "share of the mini-batch's tokens"),
     "target": (Positive, "what it is steered to"),
@@ -66,11 +67,11 @@ DIALS: dict[str, tuple[Any, str]] = {
     "ties": (Literal["drop", "half"], "equal ranks: do not count, or cost half of either order"),
     "undesirable": (NotNegative, "weight of bad answers"),
 }
-"""Every dial of a part: one word, one type and range, one meaning."""
+"""Every option of a part: one word, one type and range, one meaning."""
 
 NARROWER: dict[str, dict[str, Any]] = {
-    "dual_clip": {"bound": Annotated[float, msgspec.Meta(gt=1)], "low": Positive, "high": Positive},
-    "clip": {"low": Positive, "high": Positive},
+    "dual_clip": {"bound": Annotated[float, msgspec.Meta(gt=1)], "clip_low": Positive, "clip_high": Positive},
+    "clip": {"clip_low": Positive, "clip_high": Positive},
     "dppo": {"bound": Positive, "divergence": Literal["tv", "kl"]},
     "clip_score": {"bound": Positive},
     "exo_pair": {"label_smoothing": Annotated[float, msgspec.Meta(gt=0, lt=0.5)]},
@@ -80,12 +81,12 @@ NARROWER: dict[str, dict[str, Any]] = {
         "divergence": Literal["reverse_kl", "forward_kl", "js", "alpha"],
     },
 }
-"""Where one op takes less than its dial's word allows."""
+"""Where one op takes less than its option's word allows."""
 
 ONLINE_SLOTS: dict[str, dict[str, Choice]] = {
-    "normalise": {
-        "group_normalised": Choice(
-            "group_normalised",
+    "normalize": {
+        "group_normalized": Choice(
+            "group_normalized",
             "r_n <- (r_n - mean_group r_n) / (std_group r_n + {eps})   for each reward n by itself",
             "GDPO, Liu et al. 2026, eq. 4",
             "TRL eps 1e-4",
@@ -98,20 +99,20 @@ ONLINE_SLOTS: dict[str, dict[str, Choice]] = {
             "lower_bound", "s = mean_n w_n r_n - {k} std_n w_n r_n,  w = {weights}", "Coste et al. 2023 (uncertainty)"
         ),
     },
-    "rescale": {
+    "reward_normalization": {
         "batch": Choice(
-            "batch_normalised",
+            "batch_normalized",
             "s <- (s - mean s) / (std s + {eps}) over the rollout;  shift_mean {shift_mean}, ddof {ddof}",
             "Engstrom et al. 2020 (reward scaling)",
             "TRL's whiten_rewards whitens rewards per token and keeps their mean",
         ),
         "running": Choice(
-            "standardise",
+            "standardize",
             "s <- (s - m) / d,  m the mean score of the first rollout, d the running deviation",
             "Stiennon et al. 2020 (scores of the starting policy have mean 0); Zheng et al. 2023",
         ),
     },
-    "bound": {
+    "reward_clip": {
         "clip_score": Choice(
             "clip_score", "s <- clip(s, -{bound}, {bound})", "DeepSpeed-Chat, Yao et al. 2023 (bound 5)"
         ),
@@ -123,7 +124,7 @@ ONLINE_SLOTS: dict[str, dict[str, Choice]] = {
             "DAPO, Yu et al. 2025, eq. 13",
         ),
     },
-    "place": {
+    "reward_placement": {
         "terminal": Choice(
             "terminal",
             "r_T = s, on the last trained token",
@@ -131,7 +132,7 @@ ONLINE_SLOTS: dict[str, dict[str, Choice]] = {
             "DeepSpeed-Chat and TRL's PPO write one slot after the last token where the row has room; OpenRLHF as here",
         ),
         "uniform": Choice("uniform", "r_t = s / |y|"),
-        "linear": Choice("linear", "r_t = w_t s,  w_t = t / T;  normalised to sum 1: {normalised}"),
+        "linear": Choice("linear", "r_t = w_t s,  w_t = t / T;  normalized to sum 1: {normalized}"),
         "attention": Choice(
             "attention",
             "r_t = a_t s,  a the last layer's attention ({heads} over heads) of the last token to the answer's tokens, "
@@ -141,10 +142,10 @@ ONLINE_SLOTS: dict[str, dict[str, Choice]] = {
             extra={"heads": "mean"},
         ),
     },
-    "credit": {
+    "advantage": {
         "gae": Choice(
             "gae",
-            "A_t = sum_k ({gamma} {lam})^k delta_t+k,  delta_t = r_t + {gamma} V_t+1 - V_t",
+            "A_t = sum_k ({gamma} {gae_lambda})^k delta_t+k,  delta_t = r_t + {gamma} V_t+1 - V_t",
             "Schulman et al. 2016, eq. 16",
             "verl skips holes in the mask, as here; TRL walks through them",
             {"rewards": "token_reward", "values": "old_value"},
@@ -198,16 +199,16 @@ ONLINE_SLOTS: dict[str, dict[str, Choice]] = {
             {"rewards": "token_reward"},
         ),
     },
-    "whiten": {
+    "normalize_advantage": {
         "whiten": Choice(
             "whiten",
             "A <- (A - mean A) / (std A + {eps}) over all tokens of the rollout;  shift_mean {shift_mean}, ddof {ddof}",
-            "Andrychowicz et al. 2021 (advantage normalisation)",
+            "Andrychowicz et al. 2021 (advantage normalization)",
             "n - 1 (TRL, verl), n (OpenRLHF), none (DeepSpeed-Chat)",
             {"x": "advantage"},
         ),
     },
-    "correct": {
+    "importance_correction": {
         "token_weight": Choice(
             "token_weight", "c_t = min(pi_old / pi_sampler, {cap})", "TIS, Yao et al. 2025", "verl, TRL: cap 2 to 3"
         ),
@@ -237,7 +238,7 @@ ONLINE_SLOTS: dict[str, dict[str, Choice]] = {
         "product": Choice(
             "product_ratio",
             "rho = prod_t pi / pi_old",
-            "the whole answer's ratio; TRL's RLOO (with surrogate clip and reduce sequence_mean)",
+            "the whole answer's ratio; TRL's RLOO (with surrogate clip and reduction sequence_mean)",
         ),
         "sequence_token": Choice(
             "sequence_token_ratio",
@@ -247,16 +248,18 @@ ONLINE_SLOTS: dict[str, dict[str, Choice]] = {
         ),
     },
     "surrogate": {
-        "clip": Choice("clip", "-min(rho A, clip(rho, 1 - {low}, 1 + {high}) A)", "PPO, Schulman et al. 2017, eq. 7"),
+        "clip": Choice(
+            "clip", "-min(rho A, clip(rho, 1 - {clip_low}, 1 + {clip_high}) A)", "PPO, Schulman et al. 2017, eq. 7"
+        ),
         "dual_clip": Choice(
             "dual_clip",
-            "-min(rho A, clip(rho, 1 - {low}, 1 + {high}) A), and at most -{bound} A where A < 0",
+            "-min(rho A, clip(rho, 1 - {clip_low}, 1 + {clip_high}) A), and at most -{bound} A where A < 0",
             "Ye et al. 2020, eq. 5",
             "on at 3.0 in verl, off elsewhere",
         ),
         "unclipped": Choice("unclipped", "-rho A", "TRPO's surrogate, Schulman et al. 2015, eq. 14"),
-        "kl_penalised": Choice(
-            "kl_penalised",
+        "kl_penalized": Choice(
+            "kl_penalized",
             "-rho A + b KL(old || new),  b from {beta}, halved or doubled towards {target} nats per token",
             "PPO-KL, Schulman et al. 2017, eq. 8",
             extra={"beta": 1.0, "target": 0.01},
@@ -264,7 +267,7 @@ ONLINE_SLOTS: dict[str, dict[str, Choice]] = {
         "reinforce": Choice("reinforce", "-A log pi", "Williams 1992"),
         "cispo": Choice(
             "cispo",
-            "-sg[clip(rho, 1 - {low}, 1 + {high})] A log pi",
+            "-sg[clip(rho, 1 - {clip_low}, 1 + {clip_high})] A log pi",
             "CISPO, MiniMax 2025, eq. 4",
             "TRL clamps above only, at an absolute bound; verl to [1 - low, 1 + high]",
         ),
@@ -275,7 +278,7 @@ ONLINE_SLOTS: dict[str, dict[str, Choice]] = {
         ),
         "gmpo": Choice(
             "gmpo",
-            "-A exp(mean_t of log rho_t clipped to [-{low}, {high}] on the side that A's sign says)",
+            "-A exp(mean_t of log rho_t clipped to [-{clip_low}, {clip_high}] on the side that A's sign says)",
             "GMPO, Zhao et al. 2025, eq. 4",
         ),
         "dppo": Choice(
@@ -291,7 +294,7 @@ ONLINE_SLOTS: dict[str, dict[str, Choice]] = {
             "no gradient on {share} of the tokens, drawn where {cov_low} < cov(log pi, A) < {cov_high}",
             "Clip-Cov, Cui et al. 2025, eq. 12",
             "verl draws at random, here by address",
-            hidden=("low", "high"),
+            hidden=("clip_low", "clip_high"),
         ),
         "kl_cov": Choice(
             "kl_cov",
@@ -300,7 +303,7 @@ ONLINE_SLOTS: dict[str, dict[str, Choice]] = {
             extra={"coef": 1.0},
         ),
     },
-    "loss_kl": {
+    "kl_in_loss": {
         "k2": Choice(
             "k2",
             "{coef} (log pi - log pi_ref)^2 / 2",
@@ -336,14 +339,14 @@ ONLINE_SLOTS: dict[str, dict[str, Choice]] = {
         "k2_sequence": Choice(
             "k2_sequence",
             "{coef} (sum_t log pi - log pi_ref)^2 / 2 of the whole answer",
-            "gradient of KL(policy || reference) over whole answers: with reduce sequence_sum it shares the optimum of a KL "
+            "gradient of KL(policy || reference) over whole answers: with reduction sequence_sum it shares the optimum of a KL "
             "in the reward",
             "",
             {"logp": "full_logp"},
             {"coef": 0.04},
         ),
     },
-    "reduce": {
+    "reduction": {
         "token_mean": Choice("token_mean", "sum over all tokens / number of all tokens", "DAPO, PPO"),
         "sequence_mean": Choice(
             "sequence_mean",
@@ -355,7 +358,7 @@ ONLINE_SLOTS: dict[str, dict[str, Choice]] = {
         "fixed_length": Choice("fixed_length", "(1/(N {length})) sum_i sum_t", "Dr. GRPO, Liu et al. 2025"),
     },
 }
-"""Slots of online methods that hold one part. `kl`, `truncated`, `value`, `entropy` and `collect` are records of `dials`."""
+"""Slots of online methods that hold one part. `kl`, `truncated`, `value`, `entropy` and `collect` are records of `options`."""
 
 PAIR_LOSSES: dict[str, Choice] = {
     "sigmoid": Choice(
@@ -446,7 +449,7 @@ SCORES: dict[str, Choice] = {
     "log_odds": Choice("log_odds", "w = log(p / (1 - p)),  p = exp(mean_t log pi)", "ORPO, Hong et al. 2024, eq. 4"),
 }
 
-PREFERENCE_SLOTS: dict[str, dict[str, Choice]] = {"score": SCORES, "loss": PAIR_LOSSES | SINGLE_LOSSES}
+PREFERENCE_SLOTS: dict[str, dict[str, Choice]] = {"implicit_reward": SCORES, "loss": PAIR_LOSSES | SINGLE_LOSSES}
 
 REWARD_SLOTS: dict[str, dict[str, Choice]] = {
     "loss": {
@@ -482,7 +485,7 @@ def named(value: Any) -> Any:
 
 
 def changed(slots: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The slots with these changes: a part of the same name keeps its other dials, one of another name begins anew."""
+    """The slots with these changes: a part of the same name keeps its other options, one of another name begins anew."""
     out = dict(slots)
     for slot, value in changes.items():
         now, value = out.get(slot), named(value) if slot in PART_SLOTS else value
@@ -496,18 +499,33 @@ PART_SLOTS = frozenset({*ONLINE_SLOTS, *PREFERENCE_SLOTS, *REWARD_SLOTS})
 """The slots that hold a part, which may be given by its bare name."""
 
 PLAIN_SLOTS: dict[str, tuple[Any, str]] = {
-    "answers": (Count, "answers per prompt"),
+    "num_generations": (Count, "answers per prompt"),
     "beta": (Positive, "strength of the implicit KL: rewards are beta x log-ratios"),
-    "centring": (NotNegative, "weight of (chosen + rejected)^2, which keeps the scores near 0"),
+    "centering": (NotNegative, "weight of (chosen + rejected)^2, which keeps the scores near 0"),
     "entropy": (Entropy | None, "a bonus for entropy"),
-    "kl": (KL | None, "KL(policy || reference) as a cost in the reward; null is none"),
-    "ptx_weight": (NotNegative, "weight of the pre-training loss in the same update; 0 is none"),
-    "refill": (NotNegativeInt, "rounds in which groups without spread are replaced by new prompts; 0 is none"),
+    "kl_in_reward": (KL | None, "KL(policy || reference) as a cost in the reward; null is none"),
+    "ptx_coef": (NotNegative, "weight of the pre-training loss in the same update; 0 is none"),
+    "dynamic_sampling": (
+        NotNegativeInt,
+        "rounds in which groups without spread are replaced by new prompts; 0 is none",
+    ),
     "sft_weight": (NotNegative, "weight of the SFT loss on the chosen answer"),
     "truncated": (Truncated, "what happens to an answer cut off at the length limit"),
     "value": (Value | None, "the critic's loss; null is no critic"),
 }
 """The slots that hold a number or a record, with their type and meaning."""
 
-OPTIONAL = frozenset({"normalise", "rescale", "bound", "overlong", "whiten", "correct", "ratio", "select", "loss_kl"})
+OPTIONAL = frozenset(
+    {
+        "normalize",
+        "reward_normalization",
+        "reward_clip",
+        "overlong",
+        "normalize_advantage",
+        "importance_correction",
+        "ratio",
+        "select",
+        "kl_in_loss",
+    }
+)
 """Part slots that may be empty."""

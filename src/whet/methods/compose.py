@@ -1,4 +1,4 @@
-"""From a method's slots (names and dials, as the catalogue and recipes hold them) to parts; what contradicts itself is refused."""
+"""From a method's slots (names and options, as the catalogue and recipes hold them) to parts; what contradicts itself is refused."""
 
 import dataclasses
 import difflib
@@ -16,10 +16,10 @@ from whet.errors import RecipeError
 from whet.methods import catalogue
 from whet.methods.algorithm import Algorithm, Collect, Penalty
 from whet.methods.choices import (
-    DIALS,
     HIDDEN,
     ONLINE_SLOTS,
     OPTIONAL,
+    OPTIONS,
     PAIR_LOSSES,
     PLAIN_SLOTS,
     PREFERENCE_SLOTS,
@@ -55,8 +55,8 @@ def online(name: str, *, longest: int | None = None, weights: Sequence[float] = 
 
     Raises RecipeError for slots that contradict each other.
 
-    >>> online("grpo", answers=4, surrogate={"high": 0.28}).terms[0].loss.dials
-    {'low': 0.2, 'high': 0.28}
+    >>> online("grpo", num_generations=4, surrogate={"clip_high": 0.28}).terms[0].loss.options
+    {'clip_low': 0.2, 'clip_high': 0.28}
     """
     table = {**catalogue.ONLINE, **catalogue.ONLINE_PREFERENCE}
     return online_of(_changed(table, name, changes), longest=longest, weights=weights)
@@ -78,7 +78,7 @@ def _changed(table: Mapping[str, catalogue.Method], name: str, changes: Slots) -
     for slot, value in changes.items():
         _known(f"method {name}", slots, slot)
         if value is None and slot not in OPTIONAL and slot not in PLAIN_SLOTS:
-            raise RecipeError(f"method.{slot}: it cannot be left out")
+            raise RecipeError(f"algorithm.{slot}: it cannot be left out")
     return changed(slots, changes)
 
 
@@ -90,11 +90,13 @@ def online_of(slots: Slots, *, longest: int | None = None, weights: Sequence[flo
     if "loss" in slots:
         objective = preference_of(slots, stream="rollout")
         if "good" in objective.reads():
-            raise RecipeError("method.loss: the own answers become pairs here; take a loss on pairs, such as sigmoid")
-        _least(slots["answers"], 2, "a pair is made of two answers")
+            raise RecipeError(
+                "algorithm.loss: the own answers become pairs here; take a loss on pairs, such as sigmoid"
+            )
+        _least(slots["num_generations"], 2, "a pair is made of two answers")
         if truncated.rule in ("mask", "bootstrap"):
             raise RecipeError(
-                f"method.truncated.rule: pairs of whole answers cannot {truncated.rule} one; use keep or penalise"
+                f"algorithm.truncated.rule: pairs of whole answers cannot {truncated.rule} one; use keep or penalize"
             )
         return replace(front, terms=objective.terms, select=objective.select, pairs=True)
     return _credit_front(front, slots, longest)
@@ -103,54 +105,62 @@ def online_of(slots: Slots, *, longest: int | None = None, weights: Sequence[flo
 def _front(slots: Slots, truncated: Truncated, weights: Sequence[float], longest: int | None) -> Algorithm:
     """The first half, up to one score an answer."""
     combine = chosen("combine", slots["combine"], weights=tuple(weights))
-    normalise = slots.get("normalise") and chosen("normalise", slots["normalise"])
+    normalize = slots.get("normalize") and chosen("normalize", slots["normalize"])
     rescale = None
-    if slots.get("rescale"):
-        name = slots["rescale"].get("name")
+    if slots.get("reward_normalization"):
+        name = slots["reward_normalization"].get("name")
         given = {"shift": 0.0, "scale": 1.0} if name == "running" else {}
-        rescale = chosen("rescale", slots["rescale"], **given)
+        rescale = chosen("reward_normalization", slots["reward_normalization"], **given)
     shape = []
-    if slots.get("bound"):
-        shape.append(chosen("bound", slots["bound"]))
+    if slots.get("reward_clip"):
+        shape.append(chosen("reward_clip", slots["reward_clip"]))
     if slots.get("overlong"):
         penalty = chosen("overlong", _with_length("overlong", slots["overlong"], "limit", longest))
-        if penalty.dials["buffer"] > penalty.dials["limit"]:
+        if penalty.options["buffer"] > penalty.options["limit"]:
             raise RecipeError(
-                f"method.overlong.buffer: it lies within the limit of {penalty.dials['limit']} tokens; "
-                f"got {penalty.dials['buffer']}"
+                f"algorithm.overlong.buffer: it lies within the limit of {penalty.options['limit']} tokens; "
+                f"got {penalty.options['buffer']}"
             )
         shape.append(penalty)
-    if normalise or slots["refill"]:
-        _least(slots["answers"], 2, "normalise and refill compare the answers of a group")
-    collect = Collect(slots["answers"], refill=slots["refill"])
-    return Algorithm(collect, combine, truncated, (), normalise=normalise or None, rescale=rescale, shape=tuple(shape))
+    if normalize or slots["dynamic_sampling"]:
+        _least(slots["num_generations"], 2, "normalize and dynamic_sampling compare the answers of a group")
+    collect = Collect(slots["num_generations"], dynamic_sampling=slots["dynamic_sampling"])
+    return Algorithm(
+        collect, combine, truncated, (), normalize=normalize or None, reward_normalization=rescale, shape=tuple(shape)
+    )
 
 
 def _credit_front(front: Algorithm, slots: Slots, longest: int | None) -> Algorithm:
     """The second half: place, KL, credit, and the terms."""
-    choice = found("credit", ONLINE_SLOTS["credit"], slots["credit"]["name"])
+    choice = found("advantage", ONLINE_SLOTS["advantage"], slots["advantage"]["name"])
     parameters = inspect.signature(getattr(ops, choice.op)).parameters
     value = None if slots["value"] is None else record(Value, slots["value"])
     _check_credit(slots, front, parameters, value)
-    cost = None if slots["kl"] is None else record(KL, slots["kl"])
+    cost = None if slots["kl_in_reward"] is None else record(KL, slots["kl_in_reward"])
     given: dict[str, Any] = {}
     if front.truncated.rule == "bootstrap":
         given["final_value"] = part(_after_truncation)
     target = None
-    if value is not None and value.lam is not None:
-        gamma = slots["credit"].get("gamma", 1.0)
-        target = part(ops.gae, rewards="token_reward", values="old_value", gamma=gamma, lam=value.lam, **given)
+    if value is not None and value.gae_lambda is not None:
+        gamma = slots["advantage"].get("gamma", 1.0)
+        target = part(
+            ops.gae, rewards="token_reward", values="old_value", gamma=gamma, gae_lambda=value.gae_lambda, **given
+        )
     whole = "score" in parameters
-    credit = chosen("credit", slots["credit"], **given, **({"score": WHOLE} if whole else {}))
+    credit = chosen("advantage", slots["advantage"], **given, **({"score": WHOLE} if whole else {}))
     return replace(
         front,
         collect=replace(front.collect, greedy="baseline" in parameters),
-        place=_placed(slots["place"]),
+        reward_placement=_placed(slots["reward_placement"]),
         penalty=_penalty(cost) if cost is not None else None,
-        credit=part(ops.broadcast, answer_advantage=credit) if whole else credit,
+        advantage=part(ops.broadcast, answer_advantage=credit) if whole else credit,
         target=target,
-        whiten=chosen("whiten", slots["whiten"]) if slots["whiten"] else None,
-        correct=chosen("correct", slots["correct"]) if slots["correct"] else None,
+        normalize_advantage=chosen("normalize_advantage", slots["normalize_advantage"])
+        if slots["normalize_advantage"]
+        else None,
+        importance_correction=chosen("importance_correction", slots["importance_correction"])
+        if slots["importance_correction"]
+        else None,
         select=_selection(slots),
         terms=_terms(slots, value, cost, longest),
     )
@@ -158,75 +168,84 @@ def _credit_front(front: Algorithm, slots: Slots, longest: int | None) -> Algori
 
 def _check_credit(slots: Slots, front: Algorithm, parameters: Mapping[str, Any], value: Value | None) -> None:
     """Refuses what the credit, which reads these parameters, cannot go with."""
-    name, place = slots["credit"]["name"], slots["place"]
+    name, place = slots["advantage"]["name"], slots["reward_placement"]
     if ("values" in parameters) != (value is not None):
-        fix = "set value to null" if value else "set value, for example --value.clip 0.2"
-        raise RecipeError(f"method.value: the credit {name} {'has no' if value else 'needs a'} critic; {fix}")
+        fix = "set value to null" if value else "set value, for example --value.clip-range-vf 0.2"
+        raise RecipeError(f"algorithm.value: the advantage {name} {'has no' if value else 'needs a'} critic; {fix}")
     if front.truncated.rule == "bootstrap" and value is None:
         raise RecipeError(
-            f"method.truncated.rule: bootstrap needs a critic, and the credit {name} has none; use keep, mask or penalise"
+            f"algorithm.truncated.rule: bootstrap needs a critic, and the advantage {name} has none; use keep, mask or penalize"
         )
     if "group" in parameters:
-        _least(slots["answers"], 2, f"the credit {name} compares the answers of a group")
-    raw = place["name"] == "linear" and not place.get("normalised", False)
+        _least(slots["num_generations"], 2, f"the advantage {name} compares the answers of a group")
+    raw = place["name"] == "linear" and not place.get("normalized", False)
     if "score" in parameters and place["name"] != "terminal" and not raw:
         raise RecipeError(
-            f"method.place: the credit {name} credits whole answers, where a placement that sums to the score changes "
+            f"algorithm.reward_placement: the advantage {name} credits whole answers, where a placement that sums to the score changes "
             "nothing; use terminal"
         )
-    if name == "group_steps" and slots["kl"] is not None:
+    if name == "group_steps" and slots["kl_in_reward"] is not None:
         raise RecipeError(
-            "method.kl: the credit group_steps reads rewards at the ends of steps alone; use loss_kl instead"
+            "algorithm.kl_in_reward: the advantage group_steps reads rewards at the ends of steps alone; use kl_in_loss instead"
         )
-    alone = next((slot for slot in ("normalise", "rescale") if slots[slot] and slots[slot]["name"] != "running"), None)
+    alone = next(
+        (slot for slot in ("normalize", "reward_normalization") if slots[slot] and slots[slot]["name"] != "running"),
+        None,
+    )
     if "baseline" in parameters and alone is not None:
         raise RecipeError(
-            f"method.{alone}: the greedy answers are none of its group and its rollout; leave {alone} out with against_greedy"
+            f"algorithm.{alone}: the greedy answers are none of its group and its rollout; leave {alone} out with against_greedy"
         )
-    cost = None if slots["kl"] is None else record(KL, slots["kl"])
+    cost = None if slots["kl_in_reward"] is None else record(KL, slots["kl_in_reward"])
     if "score" in parameters and cost is not None and cost.where == "sequence_sum":
         raise RecipeError(
-            f"method.kl.where: the credit {name} credits whole answers, where sequence_sum is the same as token; use token"
+            f"algorithm.kl_in_reward.where: the advantage {name} credits whole answers, where sequence_sum is the same as token; use token"
         )
-    affine = name == "group_zscore" or (slots["whiten"] and "values" not in parameters)
-    if affine and slots["rescale"] and cost is None:
+    affine = name == "group_zscore" or (slots["normalize_advantage"] and "values" not in parameters)
+    if affine and slots["reward_normalization"] and cost is None:
         raise RecipeError(
-            "method.rescale: what follows divides by the deviation again, so it changes nothing; leave it out"
+            "algorithm.reward_normalization: what follows divides by the deviation again, so it changes nothing; leave it out"
         )
-    if name == "group_zscore" and slots["normalise"] and cost is None and len(front.combine.dials["weights"]) == 1:
-        raise RecipeError("method.normalise: a single reward is normalised by group_zscore alone; leave it out")
+    if name == "group_zscore" and slots["normalize"] and cost is None and len(front.combine.options["weights"]) == 1:
+        raise RecipeError("algorithm.normalize: a single reward is normalized by group_zscore alone; leave it out")
     if name == "group_mean_scaled" and cost is not None:
         raise RecipeError(
-            "method.kl: group_mean_scaled divides by the group's mean, so nothing may take scores below 0, as a KL in the reward "
-            "does; use loss_kl"
+            "algorithm.kl_in_reward: group_mean_scaled divides by the group's mean, so nothing may take scores below 0, as a KL "
+            "in the reward does; use kl_in_loss"
         )
 
 
 def _terms(slots: Slots, value: Value | None, cost: KL | None, longest: int | None) -> tuple[Term, ...]:
     """What is summed into one gradient: the policy's loss, the critic's, the KL in the loss, entropy and ptx."""
-    reduce, dials = reduction(slots["reduce"], longest)
-    terms = [Term("policy", "rollout", policy_loss(slots), reduce, dials=dials, name=slots["surrogate"]["name"])]
+    reduce, options = reduction(slots["reduction"], longest)
+    terms = [Term("policy", "rollout", policy_loss(slots), reduce, options=options, name=slots["surrogate"]["name"])]
     if value is not None:
-        terms.append(Term("critic", "rollout", part(ops.value_loss, clip=value.clip), ops.token_mean, value.weight))
-    if slots["loss_kl"]:
-        spec, penalty = slots["loss_kl"], chosen("loss_kl", slots["loss_kl"])
-        coef = spec.get("coef", ONLINE_SLOTS["loss_kl"][spec["name"]].extra["coef"])
+        terms.append(
+            Term("critic", "rollout", part(ops.value_loss, clip=value.clip_range_vf), ops.token_mean, value.vf_coef)
+        )
+    if slots["kl_in_loss"]:
+        spec, penalty = slots["kl_in_loss"], chosen("kl_in_loss", slots["kl_in_loss"])
+        coef = spec.get("coef", ONLINE_SLOTS["kl_in_loss"][spec["name"]].extra["coef"])
         if coef > 0:
-            terms.append(Term("policy", "rollout", penalty, reduce, coef, dials=dials, name=spec["name"]))
+            terms.append(Term("policy", "rollout", penalty, reduce, coef, options=options, name=spec["name"]))
     if cost is not None and cost.estimator == "exact":
         _check_exact(slots, cost)
         # the reward charges a token for the states it leads to; what it does to its own state's KL is a loss
         here = part(ops.dense, token_score="exact_kl")
-        terms.append(Term("policy", "rollout", here, reduce, "penalty", dials=dials, name="exact_kl"))
+        terms.append(Term("policy", "rollout", here, reduce, "penalty", options=options, name="exact_kl"))
     if slots["entropy"] is not None:
         bonus, standard = record(Entropy, slots["entropy"]), Entropy()
-        if bonus.target is None and (bonus.step, bonus.most) != (standard.step, standard.most):
-            raise RecipeError("method.entropy.target: step and most steer towards a target; set one")
+        if bonus.target is None and (bonus.increment, bonus.max_coef) != (standard.increment, standard.max_coef):
+            raise RecipeError("algorithm.entropy.target: increment and max_coef steer towards a target; set one")
         steered = bonus.target is not None
-        weight = AdaptiveEntropy(bonus.coef, bonus.target, bonus.step, bonus.most) if steered else bonus.coef
+        weight = (
+            AdaptiveEntropy(bonus.ent_coef, bonus.target, bonus.increment, bonus.max_coef)
+            if steered
+            else bonus.ent_coef
+        )
         terms.append(Term("policy", "rollout", part(ops.entropy_bonus), ops.token_mean, weight, name="entropy"))
-    if slots["ptx_weight"] > 0:
-        terms.append(Term("policy", "ptx", part(ops.nll), ops.token_mean, slots["ptx_weight"], name="ptx"))
+    if slots["ptx_coef"] > 0:
+        terms.append(Term("policy", "ptx", part(ops.nll), ops.token_mean, slots["ptx_coef"], name="ptx"))
     return tuple(terms)
 
 
@@ -238,10 +257,10 @@ def policy_loss(slots: Slots) -> Part:
     has = "ratio" in inspect.signature(getattr(ops, choice.op)).parameters
     if has != bool(slots["ratio"]):
         fix = "set ratio, for example --ratio token" if has else "set ratio to null"
-        raise RecipeError(f"method.ratio: the surrogate {spec['name']} {'needs one' if has else 'has none'}; {fix}")
+        raise RecipeError(f"algorithm.ratio: the surrogate {spec['name']} {'needs one' if has else 'has none'}; {fix}")
     if has:
         given["ratio"] = chosen("ratio", slots["ratio"])
-    if choice.op == "kl_penalised":
+    if choice.op == "kl_penalized":
         steering = {**choice.extra, **spec}
         given["beta"] = HalvingKL(steering["beta"], steering["target"])
     loss = chosen("surrogate", spec, **given)
@@ -250,7 +269,7 @@ def policy_loss(slots: Slots) -> Part:
     elif slots["select"]:
         coef = slots["select"].get("coef", ONLINE_SLOTS["select"]["kl_cov"].extra["coef"])
         loss = part(ops.kl_on, loss=loss, coef=coef)
-    return part(ops.weighted, loss=loss, weight="correction") if slots["correct"] else loss
+    return part(ops.weighted, loss=loss, weight="correction") if slots["importance_correction"] else loss
 
 
 def _selection(slots: Slots) -> tuple[tuple[str, Part], ...]:
@@ -259,16 +278,16 @@ def _selection(slots: Slots) -> tuple[tuple[str, Part], ...]:
     spec, given = slots["select"], {}
     if spec["name"] == "kl_cov" and slots["surrogate"]["name"] == "reinforce":
         raise RecipeError(
-            "method.select: kl_cov holds several updates together, and reinforce takes one; use another surrogate"
+            "algorithm.select: kl_cov holds several updates together, and reinforce takes one; use another surrogate"
         )
     if spec["name"] == "clip_cov":
         if slots["surrogate"]["name"] not in ("clip", "dual_clip"):
             raise RecipeError(
-                "method.select: clip_cov leaves out what the clip stops; use the surrogate clip or dual_clip"
+                "algorithm.select: clip_cov leaves out what the clip stops; use the surrogate clip or dual_clip"
             )
         clip = ONLINE_SLOTS["surrogate"][slots["surrogate"]["name"]]
-        dials = {**dials_of(clip), **slots["surrogate"]}
-        given = {"low": dials["low"], "high": dials["high"]}
+        options = {**choice_options(clip), **slots["surrogate"]}
+        given = {"clip_low": options["clip_low"], "clip_high": options["clip_high"]}
     return (("selected", chosen("select", spec, **given)),)
 
 
@@ -279,43 +298,48 @@ def _after_truncation(final_value: Tensor, truncated: Tensor) -> Tensor:
 
 def _placed(spec: Slots) -> Part:
     if spec["name"] != "attention":
-        return chosen("place", spec)
-    choice = ONLINE_SLOTS["place"]["attention"]
-    heads = {**choice.extra, **dials_given("place", choice, spec)}["heads"]
+        return chosen("reward_placement", spec)
+    choice = ONLINE_SLOTS["reward_placement"]["attention"]
+    heads = {**choice.extra, **given_options("reward_placement", choice, spec)}["heads"]
     return part(ops.attention, attention_weight=f"attention_{heads}")
 
 
 def controller(kl: KL) -> Controller:
-    """The controller these dials describe. Raises RecipeError for one without target, and for steering that nothing reads."""
+    """The controller these options describe. Raises RecipeError for one without target, and for steering that nothing reads."""
     if kl.controller == "fixed" and kl.target is not None:
         raise RecipeError(
-            f"method.kl.target: the fixed controller aims at nothing; use adaptive or halving, or leave it out; got {kl.target}"
+            f"algorithm.kl_in_reward.target: the fixed controller aims at nothing; use adaptive or halving, or "
+            f"leave it out; got {kl.target}"
         )
     if kl.controller != "adaptive" and kl.horizon != KL().horizon:
-        raise RecipeError(f"method.kl.horizon: only the adaptive controller has one; got {kl.horizon}, leave it out")
+        raise RecipeError(
+            f"algorithm.kl_in_reward.horizon: only the adaptive controller has one; got {kl.horizon}, leave it out"
+        )
     if kl.controller == "fixed":
         return FixedKL(kl.coef)
     if kl.target is None:
         raise RecipeError(
-            f"method.kl.target: the {kl.controller} controller needs the KL to aim at, in nats per answer; got nothing"
+            f"algorithm.kl_in_reward.target: the {kl.controller} controller needs the KL to aim at, in nats per answer; got nothing"
         )
     return AdaptiveKL(kl.coef, kl.target, kl.horizon) if kl.controller == "adaptive" else HalvingKL(kl.coef, kl.target)
 
 
 def _check_exact(slots: Slots, kl: KL) -> None:
     """The exact KL stands in the reward and in the loss at once, so nothing may rescale one of them alone."""
-    rescaled = "whiten" if slots["whiten"] else None
-    if slots["credit"]["name"] in ("group_center", "group_zscore", "group_mean_scaled", "group_steps"):
-        rescaled = f"the credit {slots['credit']['name']}"
-    if slots["reduce"]["name"] == "sequence_mean":
-        rescaled = "reduce sequence_mean"
+    rescaled = "normalize_advantage" if slots["normalize_advantage"] else None
+    if slots["advantage"]["name"] in ("group_center", "group_zscore", "group_mean_scaled", "group_steps"):
+        rescaled = f"the advantage {slots['advantage']['name']}"
+    if slots["reduction"]["name"] == "sequence_mean":
+        rescaled = "reduction sequence_mean"
     if rescaled is not None:
         raise RecipeError(
-            f"method.kl.estimator: exact puts the KL of later tokens in the reward and a token's own in the loss, and {rescaled} "
-            "rescales the first alone; leave that out (leave_one_out does not, nor sequence_sum), or use k1"
+            f"algorithm.kl_in_reward.estimator: exact puts the KL of later tokens in the reward and a token's own in the loss, and "
+            f"{rescaled} rescales the first alone; leave that out (leave_one_out does not, nor sequence_sum), or use k1"
         )
     if kl.where != "token":
-        raise RecipeError(f"method.kl.where: the exact KL is charged where it arises; use token; got {kl.where}")
+        raise RecipeError(
+            f"algorithm.kl_in_reward.where: the exact KL is charged where it arises; use token; got {kl.where}"
+        )
 
 
 def _penalty(kl: KL) -> Penalty:
@@ -323,11 +347,11 @@ def _penalty(kl: KL) -> Penalty:
 
 
 def reduction(spec: Slots, longest: int | None) -> tuple[Any, dict[str, Any]]:
-    """(the reduction, its dials) of a slot."""
-    choice = found("reduce", ONLINE_SLOTS["reduce"], spec["name"])
-    if "length" in dials_of(choice):
-        spec = _with_length("reduce", spec, "length", longest)
-    return getattr(ops, choice.op), dials_given("reduce", choice, spec)
+    """(the reduction, its options) of a slot."""
+    choice = found("reduction", ONLINE_SLOTS["reduction"], spec["name"])
+    if "length" in choice_options(choice):
+        spec = _with_length("reduction", spec, "length", longest)
+    return getattr(ops, choice.op), given_options("reduction", choice, spec)
 
 
 def preference_of(slots: Slots, stream: str = "train") -> Objective:
@@ -336,7 +360,7 @@ def preference_of(slots: Slots, stream: str = "train") -> Objective:
     beta = slots.get("beta")
     # own answers may come from a truncated distribution; a log-ratio to the reference is between the whole ones
     now, before = ("logp", "now_logp") if stream == "train" else ("full_logp", "now_full_logp")
-    score = _answer_score(slots["score"], beta, now)
+    score = _answer_score(slots["implicit_reward"], beta, now)
     columns = {
         "gap": part(ops.gap, score=score),
         "chosen": part(ops.nth, x=score, n=0),
@@ -353,23 +377,25 @@ def preference_of(slots: Slots, stream: str = "train") -> Objective:
     terms: list[Term] = []
     select: dict[str, Part] = {}
     if not losses:
-        raise RecipeError("method.loss: an empty list minimises nothing; name a loss")
+        raise RecipeError("algorithm.loss: an empty list minimizes nothing; name a loss")
     single = [one["name"] in SINGLE_LOSSES for one in losses if one["name"] != "sft"]
-    plain = {"beta": 0.1, "score": {"name": "implicit_reward"}}
+    plain = {"beta": 0.1, "implicit_reward": {"name": "implicit_reward"}}
     if not single and any(named(slots.get(slot)) != value for slot, value in plain.items() if slot in slots):
-        raise RecipeError("method.loss: the sft loss reads neither beta nor score; leave them out")
+        raise RecipeError("algorithm.loss: the sft loss reads neither beta nor implicit_reward; leave them out")
     if any(single) and not all(single):
-        raise RecipeError("method.loss: losses on single answers and losses on pairs need other rows; do not mix them")
+        raise RecipeError(
+            "algorithm.loss: losses on single answers and losses on pairs need other rows; do not mix them"
+        )
     for spec in losses:
         spec = dict(spec)
         weight = spec.pop("weight", 1.0)
         choice = found("loss", PAIR_LOSSES | SINGLE_LOSSES, spec["name"])
         if spec["name"] == "sft":
-            dials_given("loss", choice, spec)
+            given_options("loss", choice, spec)
             terms.append(_sft(stream, weight, now))
             continue
         parameters = inspect.signature(getattr(ops, choice.op)).parameters
-        _check_score(spec["name"], slots["score"], parameters)
+        _check_score(spec["name"], slots["implicit_reward"], parameters)
         given: dict[str, Any] = {name: columns[name] for name in parameters if name in columns}
         if "delta" in parameters:
             given["delta"] = RunningMean()
@@ -377,7 +403,7 @@ def preference_of(slots: Slots, stream: str = "train") -> Objective:
             given["beta"] = beta
         loss = chosen("loss", spec, **given)
         terms.append(Term("policy", stream, loss, ops.element_mean, weight, name=spec["name"]))
-        select |= _across(parameters, slots["score"], beta, before)
+        select |= _across(parameters, slots["implicit_reward"], beta, before)
     if slots.get("sft_weight", 0) > 0:
         terms.append(_sft(stream, slots["sft_weight"], now))
     return Objective(tuple(terms), tuple(select.items()))
@@ -390,9 +416,10 @@ def _sft(stream: str, weight: float, logp: str) -> Term:
 def _answer_score(spec: Slots, beta: float | None, logp: str) -> Part:
     if (spec["name"] == "log_odds") != (beta is None):
         raise RecipeError(
-            "method.beta: log-odds carry none (use orpo, whose strength is the loss's weight), every other score needs one"
+            "algorithm.beta: the implicit_reward log_odds has none (use orpo, whose strength is the loss's weight), every other one "
+            "needs it"
         )
-    return chosen("score", spec, logp=logp, **({} if beta is None else {"beta": beta}))
+    return chosen("implicit_reward", spec, logp=logp, **({} if beta is None else {"beta": beta}))
 
 
 def _across(parameters: Mapping[str, Any], score: Slots, beta: float | None, logp: str) -> dict[str, Part]:
@@ -403,7 +430,7 @@ def _across(parameters: Mapping[str, Any], score: Slots, beta: float | None, log
         reference = part(ops.policy_score, logp="ref_logp", beta=beta or 1.0)
         out["matched"] = part(ops.sorted_partner, score=now, other=reference)
     if "rival" in parameters:
-        implicit = chosen("score", score, logp=logp, beta=beta)
+        implicit = chosen("implicit_reward", score, logp=logp, beta=beta)
         out["rival"] = part(ops.sorted_rival, score=implicit)
     if "kl_baseline" in parameters:
         ratio = part(ops.implicit_reward, logp=logp, beta=1.0, mean=score.get("mean", False))
@@ -414,17 +441,19 @@ def _across(parameters: Mapping[str, Any], score: Slots, beta: float | None, log
 def _check_score(loss: str, score: Slots, parameters: Mapping[str, Any]) -> None:
     """Losses that read each answer's reward, not only the gap, need the one whose constant per prompt does not matter."""
     if "beta" in parameters and score["name"] == "log_odds":
-        raise RecipeError(f"method.loss: {loss} is scaled by beta, and log-odds carry none")
+        raise RecipeError(f"algorithm.loss: {loss} is scaled by beta, and log-odds carry none")
     plain = score["name"] == "implicit_reward" and score.get("divergence", "reverse_kl") == "reverse_kl"
     if parameters.keys() & {"chosen", "rejected", "score", "policy_gap"} and not plain:
         raise RecipeError(
-            f"method.score: the loss {loss} reads each answer's own reward, so it needs implicit_reward with the reverse_kl "
+            f"algorithm.implicit_reward: the loss {loss} reads each answer's own reward, so it needs implicit_reward with the reverse_kl "
             f"divergence; got {score['name']} {score.get('divergence', '')}".rstrip()
         )
     if "policy_gap" in parameters and score.get("mean"):
-        raise RecipeError(f"method.score.mean: the loss {loss} sorts sums of log-probs; leave it out")
+        raise RecipeError(f"algorithm.implicit_reward.mean: the loss {loss} sorts sums of log-probs; leave it out")
     if score.get("divergence") != "alpha" and "alpha" in score and score["alpha"] != 0.5:
-        raise RecipeError(f"method.score.alpha: only the alpha divergence has one; got {score['alpha']}, leave it out")
+        raise RecipeError(
+            f"algorithm.implicit_reward.alpha: only the alpha divergence has one; got {score['alpha']}, leave it out"
+        )
 
 
 def reward_of(slots: Slots) -> Objective:
@@ -444,39 +473,39 @@ def reward_of(slots: Slots) -> Objective:
     given = {name: columns[name] for name in parameters if name in columns}
     loss = _made("loss", REWARD_SLOTS["loss"], spec, given)
     if "token_score" in parameters:
-        return Objective((Term("reward", "train", loss, ops.token_mean, mask="step", name=spec["name"]),))
+        return Objective((Term("reward", "train", loss, ops.token_mean, mask="segment_end", name=spec["name"]),))
     terms = [Term("reward", "train", loss, ops.element_mean, name=spec["name"])]
-    if slots.get("centring", 0) > 0:
-        centring = part(ops.centring, chosen=columns["chosen"], rejected=columns["rejected"])
-        terms.append(Term("reward", "train", centring, ops.element_mean, slots["centring"], name="centring"))
+    if slots.get("centering", 0) > 0:
+        centering = part(ops.centering, chosen=columns["chosen"], rejected=columns["rejected"])
+        terms.append(Term("reward", "train", centering, ops.element_mean, slots["centering"], name="centering"))
     return Objective(tuple(terms))
 
 
 def chosen(slot: str, spec: Slots, **given: Any) -> Part:
-    """The part of a slot: its op with the columns that the choice names, these dials, and what the method gives it."""
+    """The part of a slot: its op with the columns that the choice names, these options, and what the method gives it."""
     return _made(slot, {**PREFERENCE_SLOTS, **ONLINE_SLOTS}[slot], spec, given)
 
 
 def _made(slot: str, known: Mapping[str, Choice], spec: Slots, given: Mapping[str, Any]) -> Part:
     choice = found(slot, known, spec["name"])
-    dials = {key: value for key, value in dials_given(slot, choice, spec).items() if key not in choice.extra}
-    return part(getattr(ops, choice.op), **{**choice.reads, **given, **dials})
+    options = {key: value for key, value in given_options(slot, choice, spec).items() if key not in choice.extra}
+    return part(getattr(ops, choice.op), **{**choice.reads, **given, **options})
 
 
-def dials_given(slot: str, choice: Choice, spec: Slots) -> dict[str, Any]:
-    """The dials of a spec. Raises RecipeError for one that the part does not have."""
-    own = dials_of(choice)
+def given_options(slot: str, choice: Choice, spec: Slots) -> dict[str, Any]:
+    """The options of a spec. Raises RecipeError for one that the part does not have."""
+    own = choice_options(choice)
     for key in spec:
         if key != "name" and key not in own:
             raise RecipeError(
-                f"method.{slot}.{key}: {spec['name']} has no such dial; known are {', '.join(own) or 'none'}"
+                f"algorithm.{slot}.{key}: {spec['name']} has no such option; known are {', '.join(own) or 'none'}"
             )
     return {key: value for key, value in spec.items() if key != "name"}
 
 
 def found(slot: str, known: Mapping[str, Choice], name: str) -> Choice:
     """The choice of this name. Raises RecipeError with the nearest one."""
-    return _known(f"method.{slot}", known, name)
+    return _known(f"algorithm.{slot}", known, name)
 
 
 def _known(where: str, known: Mapping[str, Any], name: str) -> Any:
@@ -487,8 +516,8 @@ def _known(where: str, known: Mapping[str, Any], name: str) -> Any:
     return known[name]
 
 
-def dials_of(choice: Choice) -> dict[str, Any]:
-    """The dials of a choice that recipes set, with their defaults (inspect's empty where there is none)."""
+def choice_options(choice: Choice) -> dict[str, Any]:
+    """The options of a choice that recipes set, with their defaults (inspect's empty where there is none)."""
     own = {
         name: one.default
         for name, one in inspect.signature(getattr(ops, choice.op)).parameters.items()
@@ -502,39 +531,39 @@ def record(kind: type, value: Any) -> Any:
     if isinstance(value, kind):
         return value
     if not isinstance(value, Mapping):
-        raise RecipeError(f"method: expected the fields of {kind.__name__}, got {value!r}")
+        raise RecipeError(f"algorithm: expected the fields of {kind.__name__}, got {value!r}")
     for name in value:
-        _known(f"method, {kind.__name__}", {one.name: one for one in dataclasses.fields(kind)}, name)
+        _known(f"algorithm, {kind.__name__}", {one.name: one for one in dataclasses.fields(kind)}, name)
     try:
         return msgspec.convert(dict(value), kind)
     except msgspec.ValidationError as error:
-        raise RecipeError(f"method, {kind.__name__}: {error}") from error
+        raise RecipeError(f"algorithm, {kind.__name__}: {error}") from error
 
 
-def _with_length(slot: str, spec: Slots, dial: str, longest: int | None) -> dict[str, Any]:
+def _with_length(slot: str, spec: Slots, option: str, longest: int | None) -> dict[str, Any]:
     """The spec with its length filled in from the answers' limit where it is null."""
-    value = spec.get(dial) or longest
+    value = spec.get(option) or longest
     if value is None:
-        raise RecipeError(f"method.{slot}.{dial}: it needs the answers' limit in tokens")
-    return {**spec, dial: value}
+        raise RecipeError(f"algorithm.{slot}.{option}: it needs the answers' limit in tokens")
+    return {**spec, option: value}
 
 
 def _least(got: int, least: int, why: str) -> None:
     if got < least:
-        raise RecipeError(f"method.answers: {why}, so it takes at least {least}; got {got}")
+        raise RecipeError(f"algorithm.num_generations: {why}, so it takes at least {least}; got {got}")
 
 
 def _check_truncated(truncated: Truncated) -> None:
-    if truncated.rule != "penalise" and truncated.amount != Truncated().amount:
+    if truncated.rule != "penalize" and truncated.amount != Truncated().amount:
         raise RecipeError(
-            f"method.truncated.amount: only the rule penalise takes it off; got {truncated.amount} with {truncated.rule}"
+            f"algorithm.truncated.amount: only the rule penalize takes it off; got {truncated.amount} with {truncated.rule}"
         )
 
 
-assert set(DIALS) >= {
+assert set(OPTIONS) >= {
     name
     for table in (ONLINE_SLOTS, PREFERENCE_SLOTS, REWARD_SLOTS)
     for known in table.values()
     for one in known.values()
-    for name in dials_of(one)
-}, "every dial has one meaning in whet.methods.choices.DIALS"
+    for name in choice_options(one)
+}, "every option has one meaning in whet.methods.choices.OPTIONS"

@@ -1,4 +1,4 @@
-"""What a method minimises, in formulas with its numbers filled in, and where that ends; composed from the parts' own words."""
+"""What a method minimizes, in formulas with its numbers filled in, and where that ends; composed from the parts' own words."""
 
 from collections.abc import Mapping, Sequence
 from string import Formatter
@@ -6,19 +6,19 @@ from typing import Any
 
 from whet.methods import catalogue
 from whet.methods.choices import ONLINE_SLOTS, PREFERENCE_SLOTS, REWARD_SLOTS, Choice, named
-from whet.methods.compose import dials_of, record
+from whet.methods.compose import choice_options, record
 from whet.methods.options import KL, Entropy, Truncated, Value
 
 Slots = Mapping[str, Any]
 
 
 def formula(choice: Choice, spec: Slots, **more: Any) -> str:
-    """The choice's formula with its dials' numbers; `more` are numbers that the method gives it.
+    """The choice's formula with its options' numbers; `more` are numbers that the method gives it.
 
-    >>> formula(ONLINE_SLOTS["surrogate"]["clip"], {"name": "clip", "high": 0.28})
+    >>> formula(ONLINE_SLOTS["surrogate"]["clip"], {"name": "clip", "clip_high": 0.28})
     '-min(rho A, clip(rho, 1 - 0.2, 1 + 0.28) A)'
     """
-    values = {**dials_of(choice), **{key: value for key, value in spec.items() if key != "name"}, **more}
+    values = {**choice_options(choice), **{key: value for key, value in spec.items() if key != "name"}, **more}
     names = [name for _, name, _, _ in Formatter().parse(choice.formula) if name]
     return choice.formula.format(**{name: _shown(values.get(name)) for name in names})
 
@@ -26,19 +26,27 @@ def formula(choice: Choice, spec: Slots, **more: Any) -> str:
 def online_lines(slots: Slots, *, longest: int | None = None, weights: Sequence[float] = (1.0,)) -> list[str]:
     """The whole objective of an online method, step by step."""
     limit = (slots.get("overlong") or {}).get("limit") or longest
-    out = _line(slots, "normalise", "normalise") + _line(slots, "combine", "score", weights=tuple(weights))
-    out += _line(slots, "rescale", "rescale") + _line(slots, "bound", "bound")
+    out = _line(slots, "normalize", "normalize") + _line(slots, "combine", "score", weights=tuple(weights))
+    out += _line(slots, "reward_normalization", "reward_normalization") + _line(slots, "reward_clip", "reward_clip")
     out += _line(slots, "overlong", "overlong", limit=limit) + _truncated(slots["truncated"])
     if "loss" in slots:
         pairs = "w = the best, l = the worst answer of each prompt by s; equal scores give no pair"
         return [*out, _step("pairs", pairs, ""), *preference_lines(slots)]
     value = None if slots["value"] is None else record(Value, slots["value"])
-    out += _line(slots, "place", "placed") + _penalty(slots["kl"]) + _line(slots, "credit", "credit")
-    if value is not None and value.lam is not None:
-        out.append(_step("critic's target", f"R_t = gae with lambda {_shown(value.lam)}, plus V_t", "VAPO"))
+    out += (
+        _line(slots, "reward_placement", "reward_placement")
+        + _penalty(slots["kl_in_reward"])
+        + _line(slots, "advantage", "advantage")
+    )
+    if value is not None and value.gae_lambda is not None:
+        out.append(_step("critic's target", f"R_t = gae with lambda {_shown(value.gae_lambda)}, plus V_t", "VAPO"))
     elif value is not None:
         out.append(_step("critic's target", "R_t = A_t + V_t, with A before whitening", ""))
-    out += _line(slots, "whiten", "whiten") + _line(slots, "correct", "correction") + _line(slots, "ratio", "ratio")
+    out += (
+        _line(slots, "normalize_advantage", "normalize_advantage")
+        + _line(slots, "importance_correction", "importance_correction")
+        + _line(slots, "ratio", "ratio")
+    )
     return out + _term_lines(slots, value, longest)
 
 
@@ -53,37 +61,37 @@ def _line(slots: Slots, slot: str, about: str, **more: Any) -> list[str]:
 
 def _term_lines(slots: Slots, value: Value | None, longest: int | None) -> list[str]:
     """The terms that are summed into one gradient."""
-    spec, reduce = slots["surrogate"], slots["reduce"]
-    surrogate, reduction = ONLINE_SLOTS["surrogate"][spec["name"]], ONLINE_SLOTS["reduce"][reduce["name"]]
+    spec, reduce = slots["surrogate"], slots["reduction"]
+    surrogate, reduction = ONLINE_SLOTS["surrogate"][spec["name"]], ONLINE_SLOTS["reduction"][reduce["name"]]
     total = formula(reduction, reduce, length=reduce.get("length") or longest)
-    weighed = "c_t " if slots["correct"] else ""
+    weighed = "c_t " if slots["importance_correction"] else ""
     out = [_step("policy loss", f"{weighed}[{formula(surrogate, spec)}]", surrogate.source)]
     out += _line(slots, "select", "select")
     out.append(_step("reduced by", f"{reduce['name']}: {total}", reduction.source))
-    out += _line(slots, "loss_kl", "+ KL in the loss")
-    kl = None if slots["kl"] is None else record(KL, slots["kl"])
+    out += _line(slots, "kl_in_loss", "+ KL in the loss")
+    kl = None if slots["kl_in_reward"] is None else record(KL, slots["kl_in_reward"])
     if kl is not None and kl.estimator == "exact":
         own = f"{_shown(kl.coef)} KL(policy || reference) of the token's own state"
         out.append(_step("+ KL in the loss", own, ""))
     if value is not None:
-        near = f"V_old + clip(V - V_old, -{value.clip}, {value.clip})"
-        squared = "(V - R)^2 / 2" if value.clip is None else f"max((V - R)^2, ({near} - R)^2) / 2"
-        out.append(_step("critic loss", f"{_shown(value.weight)} x mean over all tokens of {squared}", ""))
+        near = f"V_old + clip(V - V_old, -{value.clip_range_vf}, {value.clip_range_vf})"
+        squared = "(V - R)^2 / 2" if value.clip_range_vf is None else f"max((V - R)^2, ({near} - R)^2) / 2"
+        out.append(_step("critic loss", f"{_shown(value.vf_coef)} x mean over all tokens of {squared}", ""))
     if slots["entropy"] is not None:
         bonus = record(Entropy, slots["entropy"])
         steered = f", steered to {bonus.target} nats per token" if bonus.target else ""
-        out.append(_step("- entropy", f"{_shown(bonus.coef)} x mean over all tokens of H{steered}", ""))
-    if slots["ptx_weight"]:
-        ptx = f"{_shown(slots['ptx_weight'])} x mean over the pre-training tokens of -log pi"
+        out.append(_step("- entropy", f"{_shown(bonus.ent_coef)} x mean over all tokens of H{steered}", ""))
+    if slots["ptx_coef"]:
+        ptx = f"{_shown(slots['ptx_coef'])} x mean over the pre-training tokens of -log pi"
         out.append(_step("+ ptx", ptx, "Ouyang et al. 2022, eq. 2"))
     return out
 
 
 def preference_lines(slots: Slots) -> list[str]:
     """The objective of a preference method."""
-    score = slots["score"]
-    choice = PREFERENCE_SLOTS["score"][score["name"]]
-    out = [_step("score", formula(choice, score), choice.source)]
+    score = slots["implicit_reward"]
+    choice = PREFERENCE_SLOTS["implicit_reward"][score["name"]]
+    out = [_step("implicit reward", formula(choice, score), choice.source)]
     if "beta" in slots:
         out.append(_step("beta", _shown(slots["beta"]), ""))
     for spec in map(named, slots["loss"] if isinstance(slots["loss"], list) else [slots["loss"]]):
@@ -102,9 +110,9 @@ def reward_lines(slots: Slots) -> list[str]:
     """The objective of a reward model."""
     choice = REWARD_SLOTS["loss"][slots["loss"]["name"]]
     out = [_step("loss", formula(choice, slots["loss"]), choice.source)]
-    if slots.get("centring"):
+    if slots.get("centering"):
         out.append(
-            _step("+ centring", f"{_shown(slots['centring'])} x (s_chosen + s_rejected)^2", "Eisenstein et al. 2023")
+            _step("+ centering", f"{_shown(slots['centering'])} x (s_chosen + s_rejected)^2", "Eisenstein et al. 2023")
         )
     return out
 
@@ -116,33 +124,33 @@ def ending(slots: Slots, *, truncates: bool = False) -> list[str]:
     """
     if "loss" in slots:
         return ["the optimum of the preference loss for the reference and beta; pairs come from the policy itself"]
-    kl = None if slots["kl"] is None else record(KL, slots["kl"])
+    kl = None if slots["kl_in_reward"] is None else record(KL, slots["kl_in_reward"])
     moved = _moved(slots, truncates)
     if kl is not None and kl.coef > 0:
         return _ending_in_reward(slots, kl, moved)
-    loss_kl = slots["loss_kl"]
-    if not loss_kl or loss_kl.get("coef", ONLINE_SLOTS["loss_kl"][loss_kl["name"]].extra["coef"]) == 0:
+    kl_in_loss = slots["kl_in_loss"]
+    if not kl_in_loss or kl_in_loss.get("coef", ONLINE_SLOTS["kl_in_loss"][kl_in_loss["name"]].extra["coef"]) == 0:
         return [
             "no KL holds the policy: it drifts from the reference, towards the answers with the highest score",
             *moved,
         ]
-    return _ending_in_loss(slots, loss_kl["name"], moved)
+    return _ending_in_loss(slots, kl_in_loss["name"], moved)
 
 
 def _moved(slots: Slots, truncates: bool) -> list[str]:
     """What moves the end away from pi*, wherever the KL stands."""
-    credit, rule = slots["credit"], record(Truncated, slots["truncated"]).rule
-    uncentred = credit["name"] in ("monte_carlo", "against_greedy") and slots["reduce"]["name"] == "sequence_mean"
+    credit, rule = slots["advantage"], record(Truncated, slots["truncated"]).rule
+    uncentered = credit["name"] in ("monte_carlo", "against_greedy") and slots["reduction"]["name"] == "sequence_mean"
     reasons = {
-        "the pre-training term pulls elsewhere": slots["ptx_weight"] > 0,
+        "the pre-training term pulls elsewhere": slots["ptx_coef"] > 0,
         "the entropy bonus pulls towards undecided distributions": slots["entropy"] is not None,
         "gamma below 1 discounts what comes later, score and KL": credit.get("gamma", 1.0) < 1,
         "scores are divided by statistics of the policy's own answers, so they have no fixed unit": bool(
-            slots["normalise"] or (slots["rescale"] and slots["rescale"]["name"] == "batch")
+            slots["normalize"] or (slots["reward_normalization"] and slots["reward_normalization"]["name"] == "batch")
         ),
         f"answers cut off at the limit follow the rule {rule}": rule in ("mask", "bootstrap"),
         "some tokens cannot be drawn, so the end is that of the truncated distributions": truncates,
-        "each answer is divided by its length while its advantage is not centred": uncentred,
+        "each answer is divided by its length while its advantage is not centered": uncentered,
     }
     return [f"moved: {why}" for why, holds in reasons.items() if holds]
 
@@ -156,7 +164,7 @@ def _ending_in_reward(slots: Slots, kl: KL, moved: list[str]) -> list[str]:
         ]
     if kl.where == "sequence":
         moved = ["moved: the KL is divided by the answer's length, so long answers pay less", *moved]
-    if slots["loss_kl"]:
+    if slots["kl_in_loss"]:
         moved = ["moved: there is another KL in the loss", *moved]
     out = ["not pi*(y|x) = pi_ref(y|x) exp(s / beta) / Z", *moved]
     if not moved:
@@ -164,11 +172,13 @@ def _ending_in_reward(slots: Slots, kl: KL, moved: list[str]) -> list[str]:
             "pi*(y|x) = pi_ref(y|x) exp(s / beta) / Z with s as it is shaped above: the KL in the reward leads there"
         ]
     out.append(
-        "beta is kl.coef" if kl.controller == "fixed" else f"beta is where the {kl.controller} controller comes to rest"
+        "beta is kl_in_reward.coef"
+        if kl.controller == "fixed"
+        else f"beta is where the {kl.controller} controller comes to rest"
     )
-    if slots["place"]["name"] == "linear" and not slots["place"].get("normalised", False):
+    if slots["reward_placement"]["name"] == "linear" and not slots["reward_placement"].get("normalized", False):
         out.append("s is the sum of what was placed, (|y| + 1) / 2 times the score: a longer answer earns more")
-    if _scaled(slots) and slots["credit"]["name"] not in ("group_center",):
+    if _scaled(slots) and slots["advantage"]["name"] not in ("group_center",):
         out.append(
             "dividing by a deviation that vanishes at the end keeps the noise up, so the policy keeps moving about it"
         )
@@ -177,8 +187,8 @@ def _ending_in_reward(slots: Slots, kl: KL, moved: list[str]) -> list[str]:
 
 def _ending_in_loss(slots: Slots, name: str, moved: list[str]) -> list[str]:
     """The end with a KL in the loss alone."""
-    credit, scaled = slots["credit"]["name"], _scaled(slots)
-    whole = slots["reduce"]["name"] in ("sequence_sum", "fixed_length")
+    credit, scaled = slots["advantage"]["name"], _scaled(slots)
+    whole = slots["reduction"]["name"] in ("sequence_sum", "fixed_length")
     if name == "k2_sequence" and credit == "leave_one_out" and whole and not scaled and not moved:
         return [
             "pi*(y|x) = pi_ref(y|x) exp(s / beta) / Z: the sequence form of k2 has the gradient of the KL over whole answers"
@@ -193,16 +203,24 @@ def _ending_in_loss(slots: Slots, name: str, moved: list[str]) -> list[str]:
     if scaled:
         out.append("what divides by a deviation divides the reward but not the KL, so beta is no longer beta")
     elif credit == "group_center":
-        g = slots["answers"]
+        g = slots["num_generations"]
         out.append(
-            f"the group's mean has the answer itself in it, so the effective beta is {g}/{g - 1} of loss_kl.coef"
+            f"the group's mean has the answer itself in it, so the effective beta is {g}/{g - 1} of kl_in_loss.coef"
         )
-    return [*out, *moved, "to reach pi*: --loss-kl null --kl.coef BETA with a credit that only centres"]
+    return [
+        *out,
+        *moved,
+        "to reach pi*: --kl-in-loss null --kl-in-reward.coef BETA with an advantage that only centres",
+    ]
 
 
 def _scaled(slots: Slots) -> bool:
     """Advantages are divided by statistics of the policy's own answers."""
-    return bool(slots["whiten"]) or slots["credit"]["name"] in ("group_zscore", "group_mean_scaled", "group_steps")
+    return bool(slots["normalize_advantage"]) or slots["advantage"]["name"] in (
+        "group_zscore",
+        "group_mean_scaled",
+        "group_steps",
+    )
 
 
 def differences(verb: str, slots: Slots, name: str | None = None) -> list[str]:
@@ -235,7 +253,7 @@ def _truncated(given: Any) -> list[str]:
     told = {
         "keep": "an answer cut off at the limit is scored and trained like any other",
         "mask": "an answer cut off at the limit counts in its group but is not trained",
-        "penalise": f"s <- s - {_shown(rule.amount)} for an answer cut off at the limit",
+        "penalize": f"s <- s - {_shown(rule.amount)} for an answer cut off at the limit",
         "bootstrap": "the critic's value after its last token stands for what a cut-off answer would have earned",
     }
     return [_step("cut-off answers", told[rule.rule], "")]
@@ -246,7 +264,7 @@ def _step(about: str, told: str, source: str) -> str:
 
 
 def in_words(value: Any) -> str:
-    """What stands in a slot, in words: the part with its dials, a record with its fields, a number."""
+    """What stands in a slot, in words: the part with its options, a record with its fields, a number."""
     if isinstance(value, Mapping) and "name" in value:
         rest = ", ".join(f"{key} {_shown(one)}" for key, one in value.items() if key != "name")
         return f"{value['name']}{f' ({rest})' if rest else ''}"

@@ -1,4 +1,4 @@
-"""The dials that recipes set: frozen records, light to import, every field with its unit and range."""
+"""The options that recipes set: frozen records, light to import, every field with its unit and range."""
 
 import math
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Optim:
-    """An optimiser and its learning-rate schedule."""
+    """An optimizer and its learning-rate schedule."""
 
     lr: Positive = 1e-5
     """peak learning rate"""
@@ -54,21 +54,21 @@ class Optim:
     """the gradient is scaled down to this norm, per role"""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """how the learning rate falls after the warm-up"""
-    warmup: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
+    warmup_ratio: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
     """share of all updates over which it rises"""
-    final: Share = 0.1
+    min_lr_ratio: Share = 0.1
     """what it falls to, as a share of lr"""
 
     def factor(self, update: int, total: int) -> float:
         """The learning rate of update 0 ... total - 1 as a share of `lr`."""
-        rising = self.warmup * total
+        rising = self.warmup_ratio * total
         if update < rising:
             return (update + 1) / (rising + 1)
         if self.schedule == "constant":
             return 1.0
         done = min(1.0, (update - rising) / max(1.0, total - rising))
         left = 1.0 - done if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
-        return self.final + (1.0 - self.final) * left
+        return self.min_lr_ratio + (1.0 - self.min_lr_ratio) * left
 
 
 @dataclass(frozen=True)
@@ -105,22 +105,22 @@ class KL:
 class Truncated:
     """What happens to an answer cut off at the length limit."""
 
-    rule: Literal["keep", "mask", "penalise", "bootstrap"] = "keep"
-    """"mask": its tokens are not trained; "penalise": `amount` is taken off its score; "bootstrap": the critic's value
+    rule: Literal["keep", "mask", "penalize", "bootstrap"] = "keep"
+    """"mask": its tokens are not trained; "penalize": `amount` is taken off its score; "bootstrap": the critic's value
     after its last token stands for all that would have followed, its score and penalties included"""
     amount: NotNegative = 1.0
-    """what a missing end token costs under "penalise", in units of the score"""
+    """what a missing end token costs under "penalize", in units of the score"""
 
 
 @dataclass(frozen=True)
 class Value:
     """The critic's loss: squared error to the returns, clipped around the old value."""
 
-    clip: Positive | None = 0.2
+    clip_range_vf: Positive | None = 0.2
     """how far the value may move from the old one; null is free"""
-    weight: Positive = 1.0
+    vf_coef: Positive = 1.0
     """its weight beside the policy's loss; the critic is a model of its own, so this scales its gradient alone"""
-    lam: Share | None = None
+    gae_lambda: Share | None = None
     """lambda of the critic's own target (VAPO: 1); null is the credit's"""
 
 
@@ -128,11 +128,11 @@ class Value:
 class Entropy:
     """A bonus for the entropy of the policy's distributions, in nats per token."""
 
-    coef: NotNegative = 0.001
+    ent_coef: NotNegative = 0.001
     """its weight; with a target, the weight it starts with"""
     target: Positive | None = None
     """its weight rises while the rollouts' entropy is at or below this, and falls above it; null keeps it fixed"""
-    step: Positive = 0.005
+    increment: Positive = 0.005
     """how much the weight rises or falls after each rollout"""
-    most: Positive = 1.0
+    max_coef: Positive = 1.0
     """largest weight"""

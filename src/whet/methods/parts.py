@@ -1,7 +1,7 @@
 """Parts and terms: the pieces that methods are made of.
 
-A part is an op with its dials set and its columns named. The op's positional parameters are the columns it reads, its
-keyword-only parameters are dials; nothing else is written down, so a part cannot read what it does not say.
+A part is an op with its options set and its columns named. The op's positional parameters are the columns it reads, its
+keyword-only parameters are options; nothing else is written down, so a part cannot read what it does not say.
 """
 
 import inspect
@@ -17,11 +17,11 @@ from whet.ops import Controller, FixedKL, implicit_reward
 
 @dataclass(frozen=True)
 class Part:
-    """An op, where each of its columns comes from (a column's name, or another part), and its dials."""
+    """An op, where each of its columns comes from (a column's name, or another part), and its options."""
 
     op: Callable[..., Tensor]
     columns: Mapping[str, "str | Part"]
-    dials: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def reads(self) -> frozenset[str]:
         """Every column this part needs, through the parts it is made of."""
@@ -36,7 +36,7 @@ class Part:
             name: source(columns) if isinstance(source, Part) else columns[source]
             for name, source in self.columns.items()
         }
-        return self.op(**given, **self.dials)
+        return self.op(**given, **self.options)
 
     def walk(self) -> Iterator["Part"]:
         """This part and every part it is made of."""
@@ -47,37 +47,37 @@ class Part:
 
 
 def part(op: Callable[..., Tensor], **given: Any) -> Part:
-    """A part from an op: `given` names dials (keyword-only parameters) and, for columns not called like the op's
+    """A part from an op: `given` names options (keyword-only parameters) and, for columns not called like the op's
     parameter, which column or part to read. An optional column is read only where it is named; a positional parameter
     may be given a plain value too.
 
     >>> from whet.ops import clip, token_ratio
-    >>> sorted(part(clip, ratio=part(token_ratio), low=0.1).reads())
+    >>> sorted(part(clip, ratio=part(token_ratio), clip_low=0.1).reads())
     ['advantage', 'logp', 'old_logp']
     """
     columns: dict[str, str | Part] = {}
-    dials: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for name, parameter in inspect.signature(op).parameters.items():
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
             if name in given or parameter.default is not inspect.Parameter.empty:
-                dials[name] = given.pop(name, parameter.default)
+                options[name] = given.pop(name, parameter.default)
         elif isinstance(given.get(name), (str, Part)):
             columns[name] = given.pop(name)
         elif name in given:
-            dials[name] = given.pop(name)
+            options[name] = given.pop(name)
         elif parameter.default is inspect.Parameter.empty:
             columns[name] = name
     if given:
         raise TypeError(f"{op.__name__} has no parameter {', '.join(map(repr, given))}")
-    return Part(op, columns, dials)
+    return Part(op, columns, options)
 
 
 @dataclass(frozen=True)
 class Term:
     """One summand of the objective: a loss on a stream of batches, for one role, with weight and reduction.
 
-    `loss` gives (B, T) or, for elements, (E,); `reduce` is an op of `whet.ops.reduce`; `mask` names the column that
-    says which positions count. A `Controller` as weight or dial becomes a number through `settled`, and so does the name of
+    `loss` gives (B, T) or, for elements, (E,); `reduction` is an op of `whet.ops.reduce`; `mask` names the column that
+    says which positions count. A `Controller` as weight or option becomes a number through `settled`, and so does the name of
     another number of the state as weight. `name` is what the
     logs call it; the loss's op where it is empty.
     """
@@ -85,10 +85,10 @@ class Term:
     role: str
     stream: str
     loss: Part
-    reduce: Callable[..., Tensor]
+    reduction: Callable[..., Tensor]
     weight: float | Controller | str = 1.0
     mask: str = "mask"
-    dials: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
 
     @property
@@ -101,11 +101,11 @@ class Term:
         return self.loss.reads() | {self.mask}
 
     def share(self, columns: Mapping[str, Tensor], counts: Any) -> Tensor:
-        """weight x reduce(loss): this batch's share of the mini-batch whose counts are given. A scalar."""
+        """weight x reduction(loss): this batch's share of the mini-batch whose counts are given. A scalar."""
         assert isinstance(self.weight, (int, float)), "controllers are resolved before a term is used"
         mask = columns[self.mask]
         kept = {name: _where(mask, column) for name, column in columns.items()}
-        return self.weight * self.reduce(self.loss(kept), mask, counts, **self.dials)
+        return self.weight * self.reduction(self.loss(kept), mask, counts, **self.options)
 
 
 def _where(mask: Tensor, column: Tensor) -> Tensor:
@@ -119,13 +119,13 @@ State = Mapping[str, float]
 
 
 def steered(terms: Sequence[Term]) -> dict[str, Controller]:
-    """Every controller among the weights and dials of these terms, by the name its number has in the state."""
+    """Every controller among the weights and options of these terms, by the name its number has in the state."""
     found: dict[str, Controller] = {}
     for place, term in enumerate(terms):
         if not isinstance(term.weight, (int, float, str)):
             found[f"term{place}.weight"] = term.weight
         for one in term.loss.walk():
-            found |= {f"term{place}.{name}": dial for name, dial in one.dials.items() if hasattr(dial, "next")}
+            found |= {f"term{place}.{name}": option for name, option in one.options.items() if hasattr(option, "next")}
     return found
 
 
@@ -144,13 +144,15 @@ def _with_numbers(one: Part, values: Mapping[str, float]) -> Part:
         name: _with_numbers(source, values) if isinstance(source, Part) else source
         for name, source in one.columns.items()
     }
-    dials = {name: values.get(name, dial) if hasattr(dial, "next") else dial for name, dial in one.dials.items()}
-    return Part(one.op, columns, dials)
+    options = {
+        name: values.get(name, option) if hasattr(option, "next") else option for name, option in one.options.items()
+    }
+    return Part(one.op, columns, options)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What one update minimises: its terms, and what is looked up across the whole mini-batch before it.
+    """What one update minimizes: its terms, and what is looked up across the whole mini-batch before it.
 
     `select` are (column, part) pairs, computed once per mini-batch at the weights of then, without gradient.
     """
@@ -184,7 +186,7 @@ def mean_reward(terms: Sequence[Term], columns: Mapping[str, Any]) -> float:
         for one in term.loss.walk():
             if one.op is implicit_reward:
                 rewards = one(columns)
-                return float((rewards[columns["place"] == 0] if "good" in columns else rewards).mean())
+                return float((rewards[columns["index"] == 0] if "good" in columns else rewards).mean())
     return 0.0
 
 

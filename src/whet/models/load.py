@@ -16,17 +16,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """Where a model comes from and how it is loaded. `dtype` "auto": bfloat16 on a GPU, float32 elsewhere.
 
-    `quantise` "4bit" loads the base in 4 bits (QLoRA); it needs a GPU and bitsandbytes.
+    `quantize` "4bit" loads the base in 4 bits (QLoRA); it needs a GPU and bitsandbytes.
     """
 
     path: str
     dtype: str = "auto"
     device: str = "auto"
     trust_remote_code: bool = False
-    quantise: str = "none"
+    quantize: str = "none"
 
     def torch_device(self) -> torch.device:
         """The device this source asks for."""
@@ -48,7 +48,7 @@ class Source:
         return DTYPES[self.dtype]
 
 
-def load_tokenizer(source: Source, *, pad_token: str | None = None) -> Any:
+def load_tokenizer(source: ModelSource, *, pad_token: str | None = None) -> Any:
     """The tokenizer of a folder or name. Raises ModelError when there is none, or it has no pad token and none is named."""
     from transformers import AutoTokenizer
 
@@ -72,7 +72,7 @@ def load_tokenizer(source: Source, *, pad_token: str | None = None) -> Any:
     return tokenizer
 
 
-def load_causal_lm(source: Source, tokenizer: Any = None) -> Any:
+def load_causal_lm(source: ModelSource, tokenizer: Any = None) -> Any:
     """The causal language model of a folder or name; an adapter-only folder is merged into its base.
 
     Every dropout of the model's own is off. Raises ModelError when it cannot be loaded or when the tokenizer has ids
@@ -90,7 +90,7 @@ def load_causal_lm(source: Source, tokenizer: Any = None) -> Any:
     return _quiet(model)
 
 
-def load_scorer(source: Source, tokenizer: Any = None, *, seed: int = 0) -> Any:
+def load_scorer(source: ModelSource, tokenizer: Any = None, *, seed: int = 0) -> Any:
     """A sequence-classification model with one label: a saved reward model, or a causal LM with a fresh head.
 
     A fresh head is drawn from N(0, 1 / (H + 1)) (Stiennon et al. 2020) at an address of `seed`.
@@ -120,7 +120,7 @@ def load_scorer(source: Source, tokenizer: Any = None, *, seed: int = 0) -> Any:
     return model
 
 
-def _check_vocabulary(source: Source, model: Any, tokenizer: Any) -> None:
+def _check_vocabulary(source: ModelSource, model: Any, tokenizer: Any) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer is not None and len(tokenizer) > rows:
         raise ModelError(
@@ -139,7 +139,7 @@ def draw_head(head: nn.Linear, seed: int) -> None:
             head.bias.zero_()
 
 
-def positions(source: Source) -> int:
+def positions(source: ModelSource) -> int:
     """The longest sequence a model of this source can read, by its configuration."""
     base, _ = _adapter_base(source.path)
     about = _configuration(base, source.trust_remote_code)
@@ -191,10 +191,10 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return min(lists, key=lambda found: found[:2])[2]
 
 
-def _loaded(load: Callable[..., Any], source: Source, path: str, **options: Any) -> Any:
+def _loaded(load: Callable[..., Any], source: ModelSource, path: str, **options: Any) -> Any:
     _check_folder(path)
     device = source.torch_device()
-    if source.quantise == "4bit":
+    if source.quantize == "4bit":
         options["quantization_config"] = _four_bit(device)
     try:
         model, about = load(
@@ -213,18 +213,18 @@ def _loaded(load: Callable[..., Any], source: Source, path: str, **options: Any)
     if lost or about["mismatched_keys"]:
         wrong = ", ".join([*map(str, sorted(lost)), *map(str, about["mismatched_keys"])][:3])
         raise ModelError(f"{source.path}: weights of the model are missing or of another shape ({wrong}, ...)")
-    return model if source.quantise == "4bit" else model.to(device)
+    return model if source.quantize == "4bit" else model.to(device)
 
 
 def _four_bit(device: torch.device) -> Any:
     if device.type != "cuda":
         raise ModelError(
-            "model.quantise: a 4-bit base needs a GPU, and there is none here; leave it at none (LoRA works on CPU)"
+            "model.quantize: a 4-bit base needs a GPU, and there is none here; leave it at none (LoRA works on CPU)"
         )
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
-        raise ModelError("model.quantise: a 4-bit base needs bitsandbytes; install whet[quantise]") from error
+        raise ModelError("model.quantize: a 4-bit base needs bitsandbytes; install whet[quantize]") from error
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)

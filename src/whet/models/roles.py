@@ -134,7 +134,7 @@ class Role:
     def whole(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight of this role by its name in a Hugging Face folder, the adapter merged in, tied ones once.
 
-        Raises ModelError where the base is quantised: its weights have no plain form.
+        Raises ModelError where the base is quantized: its weights have no plain form.
         """
         parameters = dict(self.model.named_parameters())
         for name, parameter in parameters.items():
@@ -151,7 +151,7 @@ class Role:
                 continue
             value = self.gather(parameter)
             if not value.is_floating_point():
-                raise ModelError(f"{name}: the base is quantised; only its adapter can be handed on")
+                raise ModelError(f"{name}: the base is quantized; only its adapter can be handed on")
             module = self.model.get_submodule(name.rpartition(".")[0].removesuffix(".base_layer"))
             if self.adapter and name.endswith(".base_layer.weight") and self.adapter in module.lora_A:
                 a, b = (self.gather(getattr(module, half)[self.adapter].weight) for half in ("lora_A", "lora_B"))

@@ -2,21 +2,21 @@
 
 from whet.ops.address import address, permutation
 from whet.ops.address import uniform as addressed_uniform
-from whet.ops.correction import geometric_mask, sequence_mask, sequence_weight, token_mask, token_weight
-from whet.ops.credit import (
+from whet.ops.advantage import (
     against_greedy,
     broadcast,
     gae,
     gae_adaptive,
     group_center,
     group_mean_scaled,
-    group_normalised,
+    group_normalized,
     group_steps,
     group_zscore,
     leave_one_out,
     monte_carlo,
     optimal_baseline,
 )
+from whet.ops.correction import geometric_mask, sequence_mask, sequence_weight, token_mask, token_weight
 from whet.ops.kl import (
     AdaptiveEntropy,
     AdaptiveKL,
@@ -43,7 +43,7 @@ from whet.ops.policy import (
     gmpo,
     kept,
     kl_on,
-    kl_penalised,
+    kl_penalized,
     nll,
     product_ratio,
     reinforce,
@@ -78,23 +78,23 @@ from whet.ops.preference import (
     sigmoid,
     sppo_hard,
 )
-from whet.ops.ranking import by_element, centring, k_way, log_exp, nth, pairwise, ranking_loss, regression, step_loss
+from whet.ops.ranking import by_element, centering, k_way, log_exp, nth, pairwise, ranking_loss, regression, step_loss
 from whet.ops.reduce import Counts, element_mean, fixed_length, sequence_mean, sequence_sum, token_mean
 from whet.ops.selection import clip_cov, covariance, kl_baseline, kl_cov, sorted_partner, sorted_rival
 from whet.ops.shaping import (
     attention,
-    batch_normalised,
+    batch_normalized,
     clip_score,
     dense,
     last_index,
     linear,
     lower_bound,
     minimum,
-    penalise,
+    penalize,
     per_sequence,
     per_token,
     soft_overlong,
-    standardise,
+    standardize,
     terminal,
     uniform,
     weighted_sum,
@@ -119,12 +119,12 @@ __all__ = [
     "apo_down",
     "apo_zero",
     "apo_zero_unpaired",
-    "attention", "batch_normalised",
+    "attention", "batch_normalized",
     "bco",
     "bco_pair",
     "broadcast",
     "by_element",
-    "centring",
+    "centering",
     "cispo",
     "clip",
     "clip_cov",
@@ -149,7 +149,7 @@ __all__ = [
     "gmpo",
     "group_center",
     "group_mean_scaled",
-    "group_normalised",
+    "group_normalized",
     "group_steps",
     "group_zscore",
     "hinge",
@@ -165,7 +165,7 @@ __all__ = [
     "kl_baseline",
     "kl_cov",
     "kl_on",
-    "kl_penalised",
+    "kl_penalized",
     "kto",
     "last_index",
     "leave_one_out",
@@ -185,7 +185,7 @@ __all__ = [
     "nth",
     "optimal_baseline",
     "pairwise",
-    "penalise",
+    "penalize",
     "per_sequence",
     "per_token",
     "permutation",
@@ -206,7 +206,7 @@ __all__ = [
     "sorted_partner",
     "sorted_rival",
     "sppo_hard",
-    "standardise",
+    "standardize",
     "step_loss",
     "terminal",
     "token_logprobs",

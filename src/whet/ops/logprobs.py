@@ -79,7 +79,7 @@ def linear_logprobs(
 
 
 def _tempered(logits: Tensor, temperature: Tensor) -> Tensor:
-    """logits / temperature, in float32 at least: half precision is too coarse for a log-sum-exp."""
+    """logits / temperature, in float32 at least: half precision is too low_precision for a log-sum-exp."""
     return (logits if logits.dtype in (torch.float32, torch.float64) else logits.float()) / temperature[:, None]
 
 

@@ -30,12 +30,12 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True, ddof: int = 1, e
     Without spread (or with too few True positions for it): 0 where shifted, x itself where not.
     """
     kept = torch.where(mask, x, torch.zeros_like(x))
-    centred = torch.where(mask, kept - masked_mean(kept, mask), torch.zeros_like(x))
+    centered = torch.where(mask, kept - masked_mean(kept, mask), torch.zeros_like(x))
     count = mask.sum()
     if count <= max(ddof, 1) or bool(constant(x, mask)):
         return torch.zeros_like(x) if shift_mean else kept
-    deviation = (centred.square().sum() / (count - ddof)).sqrt()
-    return (centred if shift_mean else kept) / (deviation + eps)
+    deviation = (centered.square().sum() / (count - ddof)).sqrt()
+    return (centered if shift_mean else kept) / (deviation + eps)
 
 
 def constant(x: Tensor, mask: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Policy losses per token: ratios, and the surrogates built on them. All are to be minimised; reduction comes later.
+"""Policy losses per token: ratios, and the surrogates built on them. All are to be minimized; reduction comes later.
 
 Shapes (B, T). Log-probs in nats; ratio = pi / pi_old on the sampled token.
 """
@@ -37,18 +37,20 @@ def sequence_token_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor
     return sequence_ratio(logp, old_logp, mask).detach() * (logp - logp.detach()).exp()
 
 
-def clip(ratio: Tensor, advantage: Tensor, *, low: float = 0.2, high: float = 0.2) -> Tensor:
-    """-min(ratio A, clip(ratio, 1 - low, 1 + high) A) (PPO, Schulman et al. 2017, equation 7; DAPO: high > low).
+def clip(ratio: Tensor, advantage: Tensor, *, clip_low: float = 0.2, clip_high: float = 0.2) -> Tensor:
+    """-min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) (PPO, Schulman et al. 2017, equation 7; DAPO: clip_high > clip_low).
 
     >>> clip(torch.tensor([1.5]), torch.tensor([1.0]))
     tensor([-1.2000])
     """
-    return -torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
 
 
-def dual_clip(ratio: Tensor, advantage: Tensor, *, low: float = 0.2, high: float = 0.2, bound: float = 3.0) -> Tensor:
+def dual_clip(
+    ratio: Tensor, advantage: Tensor, *, clip_low: float = 0.2, clip_high: float = 0.2, bound: float = 3.0
+) -> Tensor:
     """PPO's clip, and for A < 0 never above -bound A (Ye et al. 2020, equation 5); bound > 1."""
-    clipped = clip(ratio, advantage, low=low, high=high)
+    clipped = clip(ratio, advantage, clip_low=clip_low, clip_high=clip_high)
     return torch.where(advantage < 0, torch.minimum(clipped, -bound * advantage), clipped)
 
 
@@ -57,7 +59,7 @@ def unclipped(ratio: Tensor, advantage: Tensor) -> Tensor:
     return -ratio * advantage
 
 
-def kl_penalised(logp: Tensor, old_logp: Tensor, advantage: Tensor, *, beta: float) -> Tensor:
+def kl_penalized(logp: Tensor, old_logp: Tensor, advantage: Tensor, *, beta: float) -> Tensor:
     """-ratio A + beta KL(old || new) (PPO-KL, Schulman et al. 2017, equation 8).
 
     The tokens were sampled from the old policy, so ratio - 1 - log ratio estimates KL(old || new) without bias, in its
@@ -72,9 +74,9 @@ def reinforce(logp: Tensor, advantage: Tensor) -> Tensor:
     return -advantage * logp
 
 
-def cispo(logp: Tensor, ratio: Tensor, advantage: Tensor, *, low: float = 1.0, high: float = 0.28) -> Tensor:
-    """-stop_gradient(clip(ratio, 1 - low, 1 + high)) A log pi (MiniMax-M1 2025): no token's gradient is cut off."""
-    return -ratio.detach().clamp(1 - low, 1 + high) * advantage * logp
+def cispo(logp: Tensor, ratio: Tensor, advantage: Tensor, *, clip_low: float = 1.0, clip_high: float = 0.28) -> Tensor:
+    """-stop_gradient(clip(ratio, 1 - clip_low, 1 + clip_high)) A log pi (MiniMax-M1 2025): no token's gradient is cut off."""
+    return -ratio.detach().clamp(1 - clip_low, 1 + clip_high) * advantage * logp
 
 
 def sapo(ratio: Tensor, advantage: Tensor, *, tau_positive: float = 1.0, tau_negative: float = 1.05) -> Tensor:
@@ -87,14 +89,14 @@ def sapo(ratio: Tensor, advantage: Tensor, *, tau_positive: float = 1.0, tau_neg
 
 
 def gmpo(
-    logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor, *, low: float = 0.4, high: float = 0.4
+    logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor, *, clip_low: float = 0.4, clip_high: float = 0.4
 ) -> Tensor:
     """-A times the geometric mean of an answer's clipped token ratios (GMPO, Zhao et al. 2025, equation 4), on every token.
 
-    Each log-ratio is clipped to [-low, high], on the side where the sign of A makes clipping the smaller objective.
+    Each log-ratio is clipped to [-clip_low, clip_high], on the side where the sign of A makes clipping the smaller objective.
     """
     log_ratio = logp - old_logp
-    bounded = log_ratio.clamp(-low, high)
+    bounded = log_ratio.clamp(-clip_low, clip_high)
     kept = torch.where(advantage > 0, torch.minimum(log_ratio, bounded), torch.maximum(log_ratio, bounded))
     return -masked_mean(kept, mask, 1).exp()[:, None] * advantage
 

@@ -1,4 +1,4 @@
-"""Preference optimisation: how an answer is scored, and how a gap between two answers becomes a loss.
+"""Preference optimization: how an answer is scored, and how a gap between two answers becomes a loss.
 
 Shapes: logp, ref_logp, mask (B, T); answer scores (B,); gaps and losses (E,), in nats.
 """
@@ -57,9 +57,9 @@ def log_odds(logp: Tensor, mask: Tensor) -> Tensor:
     return mean - torch.log(-torch.expm1(mean))
 
 
-def gap(score: Tensor, place: Tensor) -> Tensor:
+def gap(score: Tensor, index: Tensor) -> Tensor:
     """chosen - rejected for pairs given row by row, chosen first: score, place (B,) -> (E,)."""
-    return score[place == 0] - score[place == 1]
+    return score[index == 0] - score[index == 1]
 
 
 def sigmoid(

@@ -8,20 +8,20 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def nth(x: Tensor, place: Tensor, *, n: int) -> Tensor:
+def nth(x: Tensor, index: Tensor, *, n: int) -> Tensor:
     """The n-th row of every element: x (B,), place (B,) the row's place in its element -> (E,), elements in order."""
-    return x[place == n]
+    return x[index == n]
 
 
-def by_element(x: Tensor, element: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+def by_element(x: Tensor, element: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """(x laid out as (E, K), True where an element has a K-th row), for x, element, place (B,); padding is 0."""
-    shape = (int(element.max()) + 1, int(place.max()) + 1) if element.numel() else (0, 0)
+    shape = (int(element.max()) + 1, int(index.max()) + 1) if element.numel() else (0, 0)
     out, valid = (
         torch.zeros(shape, dtype=x.dtype, device=x.device),
         torch.zeros(shape, dtype=torch.bool, device=x.device),
     )
-    valid[element, place] = True
-    return out.index_put((element, place), x), valid
+    valid[element, index] = True
+    return out.index_put((element, index), x), valid
 
 
 def pairwise(
@@ -65,10 +65,10 @@ def k_way(scores: Tensor, ranks: Tensor, valid: Tensor | None = None, *, ties: s
     return total / weight.sum((1, 2)).clamp(min=1)
 
 
-def ranking_loss(score: Tensor, rank: Tensor, element: Tensor, place: Tensor, *, ties: str = "drop") -> Tensor:
+def ranking_loss(score: Tensor, rank: Tensor, element: Tensor, index: Tensor, *, ties: str = "drop") -> Tensor:
     """`k_way` for scores and ranks given row by row, (B,), with rankings of any length: (E,)."""
-    scores, valid = by_element(score, element, place)
-    return k_way(scores, by_element(rank, element, place)[0], valid, ties=ties)
+    scores, valid = by_element(score, element, index)
+    return k_way(scores, by_element(rank, element, index)[0], valid, ties=ties)
 
 
 def regression(score: Tensor, target: Tensor) -> Tensor:
@@ -76,12 +76,12 @@ def regression(score: Tensor, target: Tensor) -> Tensor:
     return 0.5 * (score - target) ** 2
 
 
-def centring(chosen: Tensor, rejected: Tensor) -> Tensor:
+def centering(chosen: Tensor, rejected: Tensor) -> Tensor:
     """(chosen + rejected)^2, (E,): keeps the free constant of a reward model near 0 (Eisenstein et al. 2023)."""
     return (chosen + rejected) ** 2
 
 
-def step_loss(token_score: Tensor, step_label: Tensor) -> Tensor:
+def step_loss(token_score: Tensor, segment_label: Tensor) -> Tensor:
     """Cross-entropy of sigmoid(score) with the label in [0, 1] of the step that ends at a token, (B, T) (process reward
     models: Uesato et al. 2022; Lightman et al. 2023). Only step ends count, so the term's mask is `step`."""
-    return functional.softplus(token_score) - step_label * token_score
+    return functional.softplus(token_score) - segment_label * token_score

@@ -28,13 +28,13 @@ def lower_bound(rewards: Tensor, *, weights: tuple[float, ...], k: float = 1.0) 
     return own.mean(1) - k * own.std(1, correction=0)
 
 
-def standardise(score: Tensor, *, shift: float, scale: float) -> Tensor:
+def standardize(score: Tensor, *, shift: float, scale: float) -> Tensor:
     """(score - shift) / scale, (B,): `shift` is the mean score of the first rollout, so the policy that training began
     with scores 0; `scale` the running deviation of all scores so far."""
     return (score - shift) / scale
 
 
-def batch_normalised(score: Tensor, *, shift_mean: bool = True, ddof: int = 1, eps: float = 1e-8) -> Tensor:
+def batch_normalized(score: Tensor, *, shift_mean: bool = True, ddof: int = 1, eps: float = 1e-8) -> Tensor:
     """(score - mean) / (std + eps) over all answers of a rollout, (B,); with `shift_mean=False` only the scale changes."""
     return whiten(score, torch.ones_like(score, dtype=torch.bool), shift_mean=shift_mean, ddof=ddof, eps=eps)
 
@@ -50,7 +50,7 @@ def clip_score(score: Tensor, *, bound: float = 5.0) -> Tensor:
     return score.clamp(-bound, bound)
 
 
-def penalise(score: Tensor, truncated: Tensor, *, amount: float) -> Tensor:
+def penalize(score: Tensor, truncated: Tensor, *, amount: float) -> Tensor:
     """score - amount where the answer was cut off at the limit, (B,): the price of a missing end token."""
     return score - amount * truncated.to(score.dtype)
 
@@ -80,19 +80,19 @@ def uniform(score: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, share[:, None], torch.zeros_like(share[:, None]))
 
 
-def linear(score: Tensor, mask: Tensor, *, normalised: bool = False) -> Tensor:
+def linear(score: Tensor, mask: Tensor, *, normalized: bool = False) -> Tensor:
     """w_t score with w_t = t / T, t = 1 ... T counted over the trained tokens.
 
-    Raw weights sum to (T + 1) / 2, so a longer answer earns more; `normalised=True` makes them sum to 1.
+    Raw weights sum to (T + 1) / 2, so a longer answer earns more; `normalized=True` makes them sum to 1.
     """
     step = mask.cumsum(1).to(score.dtype)
     length = mask.sum(1, keepdim=True).clamp(min=1).to(score.dtype)
-    weight = step / (length * (length + 1) / 2 if normalised else length)
+    weight = step / (length * (length + 1) / 2 if normalized else length)
     return torch.where(mask, weight * score[:, None], torch.zeros_like(weight))
 
 
 def attention(score: Tensor, attention_weight: Tensor, mask: Tensor) -> Tensor:
-    """alpha_t score with alpha (B, T) >= 0 renormalised to sum to 1 over the trained tokens."""
+    """alpha_t score with alpha (B, T) >= 0 renormalized to sum to 1 over the trained tokens."""
     kept = torch.where(mask, attention_weight, torch.zeros_like(attention_weight))
     return kept / kept.sum(1, keepdim=True).clamp(min=torch.finfo(kept.dtype).tiny) * score[:, None]
 

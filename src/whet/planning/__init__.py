@@ -1,27 +1,27 @@
 """A plan for scale: what fits where, what travels, where the time goes, and the schedule on a virtual clock. No torch here."""
 
 from whet.planning.memory import Activations, Bytes, Layout, Serving, activations, frozen, serving, trained
-from whet.planning.placement import Hardware, Placement, Run
+from whet.planning.placement import GpuPlacement, Hardware, PlannedRun
 from whet.planning.report import parse_engine, report
 from whet.planning.schedule import Engines, Outcome, Schedule, Window, drawn_from, lognormal, simulate
 from whet.planning.shape import Shape
-from whet.planning.traffic import Network, Push, Traffic
+from whet.planning.traffic import Network, Traffic, WeightPush
 
 __all__ = [
     "Activations",
     "Bytes",
     "Engines",
+    "GpuPlacement",
     "Hardware",
     "Layout",
     "Network",
     "Outcome",
-    "Placement",
-    "Push",
-    "Run",
+    "PlannedRun",
     "Schedule",
     "Serving",
     "Shape",
     "Traffic",
+    "WeightPush",
     "Window",
     "activations",
     "drawn_from",

@@ -1,4 +1,4 @@
-"""Bytes per GPU of every role, as formulas: weights, gradients, optimiser, what is unfolded while working, activations, KV cache.
+"""Bytes per GPU of every role, as formulas: weights, gradients, optimizer, what is unfolded while working, activations, KV cache.
 
 Letters: P parameters of a role, T those that are trained, W workers, c bytes of a number in the computation (4, or 2 in
 bfloat16); the others as in `shape`. Trained weights and their moments are float32.
@@ -11,7 +11,7 @@ from whet.errors import RecipeError
 from whet.planning.shape import Shape
 
 Engine = Literal["local", "ddp", "fsdp", "zero1", "zero2", "zero3"]
-"""Who holds what: one process (local), a copy each (ddp), shares of everything (fsdp, zero3), of the optimiser (zero1), and of the
+"""Who holds what: one process (local), a copy each (ddp), shares of everything (fsdp, zero3), of the optimizer (zero1), and of the
 gradients too (zero2)."""
 
 GIB = 1 << 30
@@ -35,25 +35,25 @@ class Layout:
     """who holds what"""
     workers: int = 1
     """W: GPUs that learn together"""
-    half: bool = False
+    low_precision: bool = False
     """bfloat16 in the computation, over float32 weights (fsdp, zero)"""
     offload: bool = False
     """what is in shares waits in the host's memory: under zero1 and zero2 the moments, under fsdp and zero3 the weights too"""
     checkpointing: bool = False
     """gradient checkpointing: only the layers' inputs are kept"""
-    micro_tokens: int = 8192
+    max_tokens_per_micro_batch: int = 8192
     """tokens of one forward pass, padding counted"""
 
     def __post_init__(self) -> None:
         if self.engine not in get_args(Engine):
-            raise RecipeError(f"learner.engine: one of {', '.join(get_args(Engine))}; got {self.engine!r}")
-        for name in ("workers", "micro_tokens"):
+            raise RecipeError(f"learner.backend: one of {', '.join(get_args(Engine))}; got {self.engine!r}")
+        for name in ("workers", "max_tokens_per_micro_batch"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"learner.{name}: at least 1; got {getattr(self, name)}")
         if self.engine == "local" and self.workers > 1:
-            raise RecipeError(f"learner.engine: local is one process, and there are {self.workers}; take fsdp")
-        for name in ("half", "offload"):
-            if getattr(self, name) and self.engine in ("local", "ddp"):
+            raise RecipeError(f"learner.backend: local is one process, and there are {self.workers}; take fsdp")
+        for name, asked in (("precision", self.low_precision), ("offload", self.offload)):
+            if asked and self.engine in ("local", "ddp"):
                 raise RecipeError(f"learner.{name}: {self.engine} has no such thing; take fsdp or zero2")
 
     @property
@@ -63,7 +63,7 @@ class Layout:
 
     def computes_in(self, held: int) -> int:
         """c: bytes of a number in the computation, where weights are held in `held` bytes."""
-        return min(held, 2) if self.half else held
+        return min(held, 2) if self.low_precision else held
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,14 @@ class Bytes:
 
     weights: float = 0.0
     gradients: float = 0.0
-    optimiser: float = 0.0
+    optimizer: float = 0.0
     working: float = 0.0
     host: float = 0.0
 
     @property
     def states(self) -> float:
         """What stays between two passes."""
-        return self.weights + self.gradients + self.optimiser
+        return self.weights + self.gradients + self.optimizer
 
 
 @dataclass(frozen=True)
@@ -132,14 +132,14 @@ def trained(
     gradients = c * count if layout.engine == "zero1" else c * share
     whole = c * (base + count * bool(adapters))
     weights = whole / layout.workers if layout.engine == "zero3" else whole
-    optimiser = moments + 4 * share
+    optimizer = moments + 4 * share
     if not layout.offload:
-        return Bytes(weights, gradients, optimiser, extra)
+        return Bytes(weights, gradients, optimizer, extra)
     if layout.engine == "zero1":
-        return Bytes(weights, gradients, 0.0, extra, optimiser)
+        return Bytes(weights, gradients, 0.0, extra, optimizer)
     if layout.engine == "zero2":
-        return Bytes(weights, 0.0, 0.0, extra, optimiser + 4 * share)
-    return Bytes(0.0, 0.0, 0.0, extra, optimiser + 4 * share + weights)
+        return Bytes(weights, 0.0, 0.0, extra, optimizer + 4 * share)
+    return Bytes(0.0, 0.0, 0.0, extra, optimizer + 4 * share + weights)
 
 
 def frozen(shape: Shape, layout: Layout, *, head: str = "language", bytes_each: int = 4) -> Bytes:
@@ -196,13 +196,13 @@ def activations(
     """What one forward over `tokens` tokens (padding counted) leaves for its backward, by what each operation keeps.
 
     Per token and layer, c = `bytes_each`, with fused attention (no S x S matrix is kept):
-    - an RMS norm keeps its input in float32 and the normalised rows, (4 + c) H; a LayerNorm its input, c H; the two
+    - an RMS norm keeps its input in float32 and the normalized rows, (4 + c) H; a LayerNorm its input, c H; the two
       outputs that linear maps read, 2 c H;
     - attention keeps q, k, v and its output, c (2 A + 2 K), and one float32 per head; head norms (4 + c) (A + K);
     - a gated MLP keeps gate, activated gate, up and their product, 4 c I; a plain one 2 c I, and 5 c I under gelu_new, which
       transformers writes out in single operations.
     With experts the MLP counts `active_experts` times with its input each. Under LoRA (`rank` > 0) frozen norms do not keep
-    their normalised rows, each map keeps `rank` float32, and where the base is in half precision a float32 copy of its
+    their normalized rows, each map keeps `rank` float32, and where the base is in half precision a float32 copy of its
     input in the place of the input.
     Behind the layers: the last norm; and for the `head_tokens` that the head runs over (default: all) their hidden state
     and, as long as they are at most `WORKSPACE` logits, the float32 log-softmax. More logits are made chunk by chunk,

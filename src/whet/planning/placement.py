@@ -12,7 +12,7 @@ from whet.planning.traffic import Network, Traffic
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """What a plan needs to know of a recipe, in plain values."""
 
     policy: Shape
@@ -31,7 +31,7 @@ class Run:
     """answers are generated; else rows are read"""
     prompts: int = 64
     """groups of a step; offline: elements of an update"""
-    answers: int = 1
+    num_generations: int = 1
     """answers of a group; offline: rows of an element (2 for pairs)"""
     prompt_tokens: int = 512
     """mean tokens of a prompt"""
@@ -43,11 +43,11 @@ class Run:
     """updates of one pass over a step's answers"""
     epochs: int = 1
     """passes"""
-    micro_tokens: int = 8192
-    """the recipe's train.micro_tokens; the plan lowers it where it does not fit"""
+    max_tokens_per_micro_batch: int = 8192
+    """the recipe's train.max_tokens_per_micro_batch; the plan lowers it where it does not fit"""
     checkpointing: bool = False
     """the recipe's model.gradient_checkpointing; the plan sets it where nothing fits without"""
-    half: bool = False
+    low_precision: bool = False
     """learner.half: bfloat16 computation over float32 weights"""
     offload: bool = False
     """learner.offload"""
@@ -61,7 +61,7 @@ class Run:
     """GPUs of an engine; 0 leaves it to the plan"""
     """generator.push: the adapter alone travels to the engines"""
     engine_memory: float = 0.9
-    """generator.memory: the share of a GPU's memory that an engine takes"""
+    """generator.gpu_memory_utilization: the share of a GPU's memory that an engine takes"""
     lora_rank: int = 0
     """rank of the adapters; 0 trains all weights"""
     lora_targets: str | tuple[str, ...] = "all-linear"
@@ -71,14 +71,24 @@ class Run:
     held_bytes: int = 4
     """bytes of a frozen number: 4, or 2 (model.dtype bfloat16, or adapters on a GPU)"""
     muon: bool = False
-    """the optimiser is muon"""
+    """the optimizer is muon"""
     columns: int = 8
     """float32 columns per answer token that are gathered from the learner's workers in a step"""
 
     def __post_init__(self) -> None:
         if not 0 < self.engine_memory <= 1:
-            raise RecipeError(f"generator.memory: a share above 0 and at most 1; got {self.engine_memory}")
-        for name in ("prompts", "answers", "prompt_tokens", "answer_tokens", "updates", "epochs", "micro_tokens"):
+            raise RecipeError(
+                f"generator.gpu_memory_utilization: a share above 0 and at most 1; got {self.engine_memory}"
+            )
+        for name in (
+            "prompts",
+            "num_generations",
+            "prompt_tokens",
+            "answer_tokens",
+            "updates",
+            "epochs",
+            "max_tokens_per_micro_batch",
+        ):
             if getattr(self, name) < 1:
                 raise RecipeError(f"{name}: at least 1; got {getattr(self, name)}")
         if not 1 <= self.mean <= self.answer_tokens:
@@ -95,7 +105,7 @@ class Run:
     @property
     def rows(self) -> int:
         """Answers of a step."""
-        return self.prompts * self.answers
+        return self.prompts * self.num_generations
 
     @property
     def longest(self) -> int:
@@ -127,7 +137,7 @@ class Hardware:
     """GiB of each"""
     network: Network = Network()
     """how fast bytes travel"""
-    half_flops: float = 989e12
+    low_precision_flops: float = 989e12
     """bfloat16 operations a second"""
     single_flops: float = 67e12
     """float32 operations a second"""
@@ -154,7 +164,7 @@ class Hardware:
 
 
 @dataclass(frozen=True)
-class Part:
+class StepPhase:
     """One role on one GPU of the learner."""
 
     name: str
@@ -183,7 +193,7 @@ class Times:
 
 
 @dataclass(frozen=True)
-class Placement:
+class GpuPlacement:
     """Who sits where: a learner over `layout.workers` GPUs, and engines beside it or, `shared`, on the same GPUs."""
 
     layout: Layout
@@ -192,7 +202,7 @@ class Placement:
     shared: bool
     serving: Serving | None
     times: Times
-    push: traffic.Push
+    push: traffic.WeightPush
 
     @property
     def name(self) -> str:
@@ -210,19 +220,19 @@ class Placement:
         layout, engines = self.layout, self.engines
         words = {
             f"--learner {layout.engine}": True,
-            f"--train.micro-tokens {layout.micro_tokens}": True,
+            f"--train.max-tokens-per-micro-batch {layout.max_tokens_per_micro_batch}": True,
             "--model.gradient-checkpointing": layout.checkpointing,
-            "--learner.half": layout.half,
+            "--learner.precision bf16": layout.low_precision,
             "--learner.offload": layout.offload,
             f"--cluster auto --cluster.learners {layout.workers}": layout.workers + engines > 1,
             f"--generator vllm --cluster.engines {engines}": engines > 0,
             f"--generator.tensor-parallel {self.tensor_parallel}": self.tensor_parallel > 1,
-            "--cluster.together --generator.sleep": self.shared,
+            "--cluster.colocate --generator.sleep": self.shared,
         }
         return " ".join(word for word, used in words.items() if used)
 
 
-def parts(run: Run, layout: Layout) -> list[Part]:
+def parts(run: PlannedRun, layout: Layout) -> list[StepPhase]:
     """Every role on one GPU of the learner."""
     held, rank = run.held_bytes if run.lora_rank else 4, run.lora_rank
     out = []
@@ -234,25 +244,25 @@ def parts(run: Run, layout: Layout) -> list[Part]:
         if run.one_trunk and name == "critic":  # the base is there already
             alone = memory.trained(shape, Layout(), adapters=adapters)
             over = layout.workers if layout.engine != "ddp" else 1
-            size = Bytes(4 * adapters / over, alone.gradients / over, alone.optimiser / over)
+            size = Bytes(4 * adapters / over, alone.gradients / over, alone.optimizer / over)
         read = memory.activations(
-            shape, layout.micro_tokens, bytes_each=layout.computes_in(held), checkpointing=layout.checkpointing,
-            head_tokens=_answered(run, layout.micro_tokens), head=head, rank=rank,
+            shape, layout.max_tokens_per_micro_batch, bytes_each=layout.computes_in(held), checkpointing=layout.checkpointing,
+            head_tokens=_answered(run, layout.max_tokens_per_micro_batch), head=head, rank=rank,
         )  # fmt: skip
-        out.append(Part(name, size, read))
+        out.append(StepPhase(name, size, read))
     for name, shape, head in others(run):
-        out.append(Part(name, memory.frozen(shape, layout, head=head, bytes_each=run.held_bytes)))
+        out.append(StepPhase(name, memory.frozen(shape, layout, head=head, bytes_each=run.held_bytes)))
     return out
 
 
-def others(run: Run) -> list[tuple[str, Shape, str]]:
+def others(run: PlannedRun) -> list[tuple[str, Shape, str]]:
     """(name, shape, head) of the frozen roles that are models of their own."""
     out = [("reference", run.reference, "language")] if run.reference is not None else []
     out += [] if run.one_trunk else [(name, shape, "scalar") for name, shape in run.rewards]
     return out + ([("ema", run.policy, "language")] if run.average else [])  # type: ignore[return-value]
 
 
-def needed(parts_: list[Part]) -> float:
+def needed(parts_: list[StepPhase]) -> float:
     """Bytes of a learner's GPU: all states, and of what is unfolded and kept for a backward the largest role's.
 
     Roles take turns: a micro-batch of one is forward and backward before that of the next begins.
@@ -261,25 +271,32 @@ def needed(parts_: list[Part]) -> float:
     return sum(one.bytes.states for one in parts_) + max(now)
 
 
-def fitting(run: Run, layout: Layout, usable: float) -> Layout | None:
+def fitting(run: PlannedRun, layout: Layout, usable: float) -> Layout | None:
     """The layout with the most micro-batch tokens that fit, at most the recipe's; None where not even one row does."""
-    most = max(run.micro_tokens, run.longest)
+    most = max(run.max_tokens_per_micro_batch, run.longest)
     sizes = {
         most,
         *(size for size in (1 << power for power in range(8, 31)) if run.longest <= size < most),
         run.longest,
     }
     for size in sorted(sizes, reverse=True):
-        tried = replace(layout, micro_tokens=size)
+        tried = replace(layout, max_tokens_per_micro_batch=size)
         if needed(parts(run, tried)) <= usable:
             return tried
     return None
 
 
-def layouts(run: Run, engine: memory.Engine, workers: int) -> Iterator[Layout]:
+def layouts(run: PlannedRun, engine: memory.Engine, workers: int) -> Iterator[Layout]:
     """The ways to lay an engine out, from the recipe's own to the slowest that holds least."""
-    half = run.half and engine not in ("local", "ddp")
-    first = Layout(engine, workers, half, run.offload, checkpointing=run.checkpointing, micro_tokens=run.micro_tokens)
+    low_precision = run.low_precision and engine not in ("local", "ddp")
+    first = Layout(
+        engine,
+        workers,
+        low_precision,
+        run.offload,
+        checkpointing=run.checkpointing,
+        max_tokens_per_micro_batch=run.max_tokens_per_micro_batch,
+    )
     yield first
     if not run.checkpointing:
         yield replace(first, checkpointing=True)
@@ -287,18 +304,18 @@ def layouts(run: Run, engine: memory.Engine, workers: int) -> Iterator[Layout]:
         yield replace(first, checkpointing=True, offload=True)
 
 
-def natural(run: Run, workers: int) -> memory.Engine:
+def natural(run: PlannedRun, workers: int) -> memory.Engine:
     """The engine that is taken where none is named: local alone, ddp where muon needs whole matrices, else fsdp."""
-    if workers == 1 and not (run.half or run.offload):
+    if workers == 1 and not (run.low_precision or run.offload):
         return "local"
     return "ddp" if run.muon else "fsdp"
 
 
-def times(run: Run, layout: Layout, hardware: Hardware, pushed: float) -> Times:
+def times(run: PlannedRun, layout: Layout, hardware: Hardware, pushed: float) -> Times:
     """How long measure, update and push of one step take."""
-    flops = hardware.half_flops if layout.half or run.held_bytes == 2 else hardware.single_flops
+    flops = hardware.low_precision_flops if layout.low_precision or run.held_bytes == 2 else hardware.single_flops
     context, answered = (run.prompt_tokens + run.mean) / 2, run.rows * run.mean
-    batches = run.updates * -(-int(run.tokens / run.updates) // (layout.workers * layout.micro_tokens))
+    batches = run.updates * -(-int(run.tokens / run.updates) // (layout.workers * layout.max_tokens_per_micro_batch))
     base = run.held_bytes if run.lora_rank else 4
     policies = [(run.policy, "language"), *([(run.critic, "scalar")] if run.critic is not None else [])]
     readers = [*policies, *((shape, head) for name, shape, head in others(run) if name != "ema")]
@@ -338,20 +355,22 @@ def times(run: Run, layout: Layout, hardware: Hardware, pushed: float) -> Times:
     return Times(max(computed[0], sent[0]), max(computed[1], sent[1]), pushed, computed, sent, (measuring, updating))
 
 
-def token_seconds(run: Run, hardware: Hardware, tensor_parallel: int, active: int) -> float:
+def token_seconds(run: PlannedRun, hardware: Hardware, tensor_parallel: int, active: int) -> float:
     """Seconds in which an engine decodes one token in each of `active` slots.
 
     Every token reads all weights and its sequences' cache from memory (Pope et al. 2022, section 2.1), or is bound by its
     operations where many are decoded at once; the longer counts.
     """
     context = run.prompt_tokens + run.mean / 2
-    size, flops = run.engine_bytes, hardware.half_flops if run.engine_bytes == 2 else hardware.single_flops
+    size, flops = run.engine_bytes, hardware.low_precision_flops if run.engine_bytes == 2 else hardware.single_flops
     read = (size * run.policy.parameters() + active * context * run.policy.kv_bytes(size)) / tensor_parallel
     worked = active * run.policy.forward_flops(1, context=context) / tensor_parallel
     return max(read / (hardware.bandwidth * hardware.decoding), worked / (flops * hardware.reading))
 
 
-def placed(run: Run, hardware: Hardware, layout: Layout, *, tensor_parallel: int, shared: bool) -> Placement | None:
+def placed(
+    run: PlannedRun, hardware: Hardware, layout: Layout, *, tensor_parallel: int, shared: bool
+) -> GpuPlacement | None:
     """The placement with this learner; None where it does not fit."""
     if shared and layout.workers != hardware.gpus:
         return None
@@ -359,7 +378,7 @@ def placed(run: Run, hardware: Hardware, layout: Layout, *, tensor_parallel: int
     if fits is None:
         return None
     if not run.online:
-        return Placement(fits, 0, 1, False, None, times(run, fits, hardware, 0.0), traffic.Push(0, 0, 0, 0, 0))
+        return GpuPlacement(fits, 0, 1, False, None, times(run, fits, hardware, 0.0), traffic.WeightPush(0, 0, 0, 0, 0))
     engines = (hardware.gpus - (0 if shared else fits.workers)) // tensor_parallel
     if engines < 1:
         return None
@@ -380,30 +399,30 @@ def placed(run: Run, hardware: Hardware, layout: Layout, *, tensor_parallel: int
         adapters=run.adapters if run.push_adapter else 0, bytes_each=run.held_bytes if run.lora_rank else 4,
         route=run.route if fits.workers == 1 else "files",
     )  # fmt: skip
-    return Placement(
+    return GpuPlacement(
         fits, engines, tensor_parallel, shared, serving, times(run, fits, hardware, pushed.seconds), pushed
     )
 
 
-def slots(run: Run, placement: Placement) -> int:
+def slots(run: PlannedRun, placement: GpuPlacement) -> int:
     """Answers that one engine decodes at once: what its cache holds, at most its share of what may be out (256: vLLM's
     `max_num_seqs`)."""
     assert placement.serving is not None
     return min(placement.serving.sequences, 256)
 
 
-def simulated(run: Run, hardware: Hardware, placement: Placement, max_staleness: int) -> Outcome:
+def simulated(run: PlannedRun, hardware: Hardware, placement: GpuPlacement, max_staleness: int) -> Outcome:
     """The schedule of a few steps (at least 4, and about 20,000 answers at most)."""
     number = max(4 + max_staleness, min(12, 20_000 // run.rows))
     return simulate(
-        steps=number, prompts=run.prompts, answers=run.answers, length=run.lengths(), engines=placement.engines,
+        steps=number, prompts=run.prompts, num_generations=run.num_generations, length=run.lengths(), engines=placement.engines,
         slots=slots(run, placement),
         token_seconds=lambda active: token_seconds(run, hardware, placement.tensor_parallel, active),
         learn_seconds=placement.times.learn, push_seconds=placement.times.push, max_staleness=max_staleness, ends=False,
     )  # fmt: skip
 
 
-def estimate(run: Run, hardware: Hardware, placement: Placement) -> float:
+def estimate(run: PlannedRun, hardware: Hardware, placement: GpuPlacement) -> float:
     """Seconds of a step, quickly: in turns the sum, beside each other the longer, with the mean answer's length.
 
     It chooses between placements alone; what is printed is simulated.
@@ -420,8 +439,8 @@ def estimate(run: Run, hardware: Hardware, placement: Placement) -> float:
 
 
 def candidates(
-    run: Run, hardware: Hardware, *, engine: memory.Engine | None = None, learners: int | None = None
-) -> list[Placement]:
+    run: PlannedRun, hardware: Hardware, *, engine: memory.Engine | None = None, learners: int | None = None
+) -> list[GpuPlacement]:
     """The placements that fit, the quickest first. Raises RecipeError, with what is short by how much, where none does."""
     if learners is not None and not 1 <= learners <= hardware.gpus:
         raise RecipeError(f"--learners: between 1 and the {hardware.gpus} GPUs; got {learners}")
@@ -446,11 +465,11 @@ def candidates(
     return sorted(found, key=lambda one: estimate(run, hardware, one))
 
 
-def _refuse(run: Run, hardware: Hardware, engine: memory.Engine | None) -> None:
+def _refuse(run: PlannedRun, hardware: Hardware, engine: memory.Engine | None) -> None:
     """Raises the error that says what is short."""
     kind = engine or natural(run, hardware.gpus)
     workers = 1 if kind == "local" else hardware.gpus
-    smallest = [replace(one, micro_tokens=run.longest) for one in layouts(run, kind, workers)][-1]
+    smallest = [replace(one, max_tokens_per_micro_batch=run.longest) for one in layouts(run, kind, workers)][-1]
     least = needed(parts(run, smallest))
     if least > hardware.usable:
         raise RecipeError(
@@ -477,7 +496,7 @@ def _halves(count: int) -> list[int]:
     return [*(1 << power for power in range(count.bit_length())), count]
 
 
-def _answered(run: Run, tokens: int) -> int:
+def _answered(run: PlannedRun, tokens: int) -> int:
     """The answer tokens among so many tokens of a micro-batch, on average."""
     return -(-int(tokens * run.mean) // int(run.prompt_tokens + run.mean))
 

@@ -6,13 +6,13 @@ from dataclasses import replace
 from whet.errors import RecipeError
 from whet.planning import memory, placement, traffic
 from whet.planning.memory import GIB, Bytes, Layout
-from whet.planning.placement import Hardware, Placement, Run
+from whet.planning.placement import GpuPlacement, Hardware, PlannedRun
 
 ENGINES: tuple[memory.Engine, ...] = ("ddp", "zero1", "zero2", "zero3", "fsdp")
 
 
 def report(
-    run: Run,
+    run: PlannedRun,
     hardware: Hardware,
     *,
     title: str = "plan",
@@ -61,7 +61,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [line(row) for row in (head, *rows)]
 
 
-def _parameters(run: Run) -> list[str]:
+def _parameters(run: PlannedRun) -> list[str]:
     lines = [f"policy {_count(run.policy.parameters())}" + _active(run)]
     if run.adapters:
         lines[0] += f", of which nothing is trained but adapters of {_count(run.adapters)} (rank {run.lora_rank})"
@@ -70,22 +70,26 @@ def _parameters(run: Run) -> list[str]:
     return lines + [f"{name} {_count(shape.parameters(head))}" for name, shape, head in placement.others(run)]
 
 
-def _active(run: Run) -> str:
+def _active(run: PlannedRun) -> str:
     active = run.policy.active_parameters()
     return f" ({_count(active)} of them for one token)" if active != run.policy.parameters() else ""
 
 
-def _suggested(run: Run, hardware: Hardware, found: Sequence[Placement]) -> list[str]:
+def _suggested(run: PlannedRun, hardware: Hardware, found: Sequence[GpuPlacement]) -> list[str]:
     best, layout = found[0], found[0].layout
-    lines = [best.name, best.flags, f"train.micro_tokens {layout.micro_tokens}{_lowered(run, layout)}"]
+    lines = [
+        best.name,
+        best.flags,
+        f"train.max_tokens_per_micro_batch {layout.max_tokens_per_micro_batch}{_lowered(run, layout)}",
+    ]
     if layout.checkpointing and not run.checkpointing:
         lines.append("model.gradient_checkpointing true: without it not one row fits")
     if layout.offload and not run.offload:
         lines.append("learner.offload true: without it not one row fits (its traffic to the host is not in the times)")
-    if not (run.half or run.muon) and run.held_bytes == 4:
-        faster = placement.times(run, replace(layout, engine=_sharded(layout), half=True), hardware, 0.0)
+    if not (run.low_precision or run.muon) and run.held_bytes == 4:
+        faster = placement.times(run, replace(layout, engine=_sharded(layout), low_precision=True), hardware, 0.0)
         lines.append(
-            f"--learner {_sharded(layout)} --learner.half would compute in bfloat16: measure and update {_seconds(faster.learn)} "
+            f"--learner {_sharded(layout)} --learner.precision bf16 would compute in bfloat16: measure and update {_seconds(faster.learn)} "
             f"instead of {_seconds(best.times.learn)}"
         )
     other = next((one for one in found if one.shared != best.shared), None)
@@ -99,18 +103,18 @@ def _sharded(layout: Layout) -> memory.Engine:
     return layout.engine if layout.engine not in ("local", "ddp") else "fsdp"
 
 
-def _lowered(run: Run, layout: Layout) -> str:
-    if layout.micro_tokens == run.micro_tokens:
+def _lowered(run: PlannedRun, layout: Layout) -> str:
+    if layout.max_tokens_per_micro_batch == run.max_tokens_per_micro_batch:
         return " (the recipe's)"
-    if layout.micro_tokens > run.micro_tokens:
-        return f" (the longest row; the recipe's {run.micro_tokens} is shorter)"
-    return f" (the recipe's {run.micro_tokens} does not fit)"
+    if layout.max_tokens_per_micro_batch > run.max_tokens_per_micro_batch:
+        return f" (the longest row; the recipe's {run.max_tokens_per_micro_batch} is shorter)"
+    return f" (the recipe's {run.max_tokens_per_micro_batch} does not fit)"
 
 
-def _memory(run: Run, hardware: Hardware, best: Placement) -> list[str]:
+def _memory(run: PlannedRun, hardware: Hardware, best: GpuPlacement) -> list[str]:
     parts = placement.parts(run, best.layout)
     rows = [_row(one.name, one.bytes, one.activations.peak if one.activations else 0.0) for one in parts]
-    head = ["role", "weights", "gradients", "optimiser", "stays", "unfolded", "activations", "on the host"]
+    head = ["role", "weights", "gradients", "optimizer", "stays", "unfolded", "activations", "on the host"]
     states = sum(one.bytes.states for one in parts)
     total = placement.needed(parts)
     return [
@@ -121,7 +125,7 @@ def _memory(run: Run, hardware: Hardware, best: Placement) -> list[str]:
 
 
 def _row(name: str, size: Bytes, peak: float) -> list[str]:
-    cells = (size.weights, size.gradients, size.optimiser, size.states, size.working, peak, size.host)
+    cells = (size.weights, size.gradients, size.optimizer, size.states, size.working, peak, size.host)
     return [name, *(_gib(one) for one in cells)]
 
 
@@ -131,20 +135,20 @@ def _verdict(total: float, usable: float) -> str:
     return f"{_gib(total - usable)} GiB more than the {_gib(usable)} that can be used"
 
 
-def _others(run: Run, hardware: Hardware, best: Placement) -> list[str]:
+def _others(run: PlannedRun, hardware: Hardware, best: GpuPlacement) -> list[str]:
     if best.layout.workers == 1:
         return []
     rows = []
     for engine in ENGINES if not run.muon else ("ddp",):
-        half = run.half and engine != "ddp"
-        layout = replace(best.layout, engine=engine, half=half, offload=False)
+        low_precision = run.low_precision and engine != "ddp"
+        layout = replace(best.layout, engine=engine, low_precision=low_precision, offload=False)
         total = placement.needed(placement.parts(run, layout))
         rows.append([engine, _gib(total), _verdict(total, hardware.usable)])
     width = max(len(row[1]) for row in rows)
     return [f"{engine:<6} {total:>{width}}  {verdict}" for engine, total, verdict in rows]
 
 
-def _serving(run: Run, hardware: Hardware, best: Placement) -> list[str]:
+def _serving(run: PlannedRun, hardware: Hardware, best: GpuPlacement) -> list[str]:
     serving = best.serving
     if serving is None:
         return []
@@ -159,7 +163,7 @@ def _serving(run: Run, hardware: Hardware, best: Placement) -> list[str]:
     return lines
 
 
-def _bytes(run: Run, hardware: Hardware, best: Placement) -> list[str]:
+def _bytes(run: PlannedRun, hardware: Hardware, best: GpuPlacement) -> list[str]:
     measured, updated = best.times.received
     speed = hardware.network.ring(best.layout.workers)
     lines = [
@@ -189,7 +193,7 @@ def _reduced(one: traffic.Traffic) -> str:
     return f" + gradients reduced {_gib(one.reduced)}" if one.reduced else ""
 
 
-def _time(run: Run, hardware: Hardware, best: Placement) -> list[str]:
+def _time(run: PlannedRun, hardware: Hardware, best: GpuPlacement) -> list[str]:
     times = best.times
     rows: list[tuple[str, float, str]] = []
     if best.engines:
@@ -208,7 +212,7 @@ def _time(run: Run, hardware: Hardware, best: Placement) -> list[str]:
     ]
 
 
-def _schedule(run: Run, hardware: Hardware, best: Placement) -> list[str]:
+def _schedule(run: PlannedRun, hardware: Hardware, best: GpuPlacement) -> list[str]:
     if not best.engines:
         return []
     if best.shared:
@@ -225,11 +229,11 @@ def _schedule(run: Run, hardware: Hardware, best: Placement) -> list[str]:
     return table(head, rows)
 
 
-def _assumed(run: Run, hardware: Hardware, best: Placement) -> list[str]:
+def _assumed(run: PlannedRun, hardware: Hardware, best: GpuPlacement) -> list[str]:
     network = hardware.network
-    half = best.layout.half or run.held_bytes == 2
-    speed = hardware.half_flops if half else hardware.single_flops
-    dtype = "in bfloat16" if half else "in float32"
+    low_precision = best.layout.low_precision or run.held_bytes == 2
+    speed = hardware.low_precision_flops if low_precision else hardware.single_flops
+    dtype = "in bfloat16" if low_precision else "in float32"
     lines = [
         f"{hardware.usable / GIB:.1f} of {hardware.gpu_memory:g} GiB can be used ({hardware.reserve:.0%} for driver, buffers, fragments); "
         f"a vLLM engine takes {run.engine_memory:.0%} with 2 GiB for its own passes",

@@ -44,7 +44,7 @@ class Window:
     """
 
     def __init__(self, prompts: int, max_staleness: int = 0, *, steps: int | None = None) -> None:
-        for name, value, least in (("rollout.prompts", prompts, 1), ("max_staleness", max_staleness, 0)):
+        for name, value, least in (("rollout.prompts_per_step", prompts, 1), ("max_staleness", max_staleness, 0)):
             if value < least:
                 raise RecipeError(f"{name}: at least {least}; got {value}")
         self.prompts, self.max_staleness, self.steps, self.handed = prompts, max_staleness, steps, 0
@@ -220,7 +220,7 @@ class Engines:
 
 
 @dataclass(frozen=True)
-class Step:
+class ScheduledStep:
     """One step of the loop: when its collection began, was complete, was learned from and pushed; what it took.
 
     `staleness` has, per draw, how many versions the oldest token of the group is behind the weights that learn from it.
@@ -244,7 +244,7 @@ class Step:
 class Outcome:
     """What a schedule came to."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[ScheduledStep, ...]
     slots_used: float
     """share of the slots' time in which a token was decoded"""
     engines_busy: float
@@ -269,19 +269,19 @@ class Schedule:
     `length` says how long each answer will be. A real run on a virtual clock is compared by driving `Engines` with the
     lengths that it generated, and `Window` with the completions that it saw.
 
-    >>> schedule = Schedule(Engines(1, slots=4, token_seconds=0.5), Window(prompts=2), answers=2, length=lambda d, a: 10)
+    >>> schedule = Schedule(Engines(1, slots=4, token_seconds=0.5), Window(prompts=2), num_generations=2, length=lambda d, a: 10)
     >>> schedule.collect(), schedule.learn(3.0), schedule.push(1.0)
     ((0, 1), 8.0, 9.0)
     """
 
-    def __init__(self, engines: Engines, window: Window, *, answers: int, length: Length) -> None:
-        if answers < 1:
-            raise RecipeError(f"method.answers: at least 1; got {answers}")
-        self.engines, self.window, self.answers, self.length = engines, window, answers, length
-        self.steps: list[Step] = []
+    def __init__(self, engines: Engines, window: Window, *, num_generations: int, length: Length) -> None:
+        if num_generations < 1:
+            raise RecipeError(f"num_generations: at least 1; got {num_generations}")
+        self.engines, self.window, self.num_generations, self.length = engines, window, num_generations, length
+        self.steps: list[ScheduledStep] = []
         self._left: dict[int, int] = {}
         self._lengths: dict[int, list[int]] = {}
-        self._now = Step(0.0, 0.0, 0.0, 0.0, (), (), 0)
+        self._now = ScheduledStep(0.0, 0.0, 0.0, 0.0, (), (), 0)
         self._learned = 0.0
 
     @property
@@ -293,15 +293,15 @@ class Schedule:
         """Hands out what this step may, and lets time pass until its groups are complete; their draws."""
         step, began = len(self.steps), self.time
         for draw in self.window.hand_out(step):
-            lengths = [self.length(draw, answer) for answer in range(self.answers)]
-            self._lengths[draw], self._left[draw] = lengths, self.answers
+            lengths = [self.length(draw, answer) for answer in range(self.num_generations)]
+            self._lengths[draw], self._left[draw] = lengths, self.num_generations
             self.engines.submit(draw, lengths)
         while (draws := self.window.take(step)) is None:
             self._run(self.engines.next_end())
-        first = [min(self.engines.began[draw, answer] for answer in range(self.answers)) for draw in draws]
+        first = [min(self.engines.began[draw, answer] for answer in range(self.num_generations)) for draw in draws]
         ages = tuple(self.engines.version - version for version in first)
         tokens = sum(sum(self._lengths[draw]) for draw in draws)
-        self._now = Step(began, self.time, self.time, self.time, draws, ages, tokens)
+        self._now = ScheduledStep(began, self.time, self.time, self.time, draws, ages, tokens)
         return draws
 
     @property
@@ -339,7 +339,7 @@ def simulate(
     *,
     steps: int,
     prompts: int,
-    answers: int,
+    num_generations: int,
     length: Length,
     engines: int,
     slots: int,
@@ -353,16 +353,16 @@ def simulate(
 
     The run `ends` with these steps, and nothing is begun that none of them takes; else they are the first of many.
 
-    >>> simulate(steps=3, prompts=2, answers=2, length=lambda draw, answer: 10, engines=1, slots=4, token_seconds=0.5,
+    >>> simulate(steps=3, prompts=2, num_generations=2, length=lambda draw, answer: 10, engines=1, slots=4, token_seconds=0.5,
     ...          learn_seconds=3.0, push_seconds=1.0).seconds  # 3 x (5 + 3 + 1)
     27.0
     """
     if steps < 1:
-        raise RecipeError(f"rollout.steps: at least 1; got {steps}")
+        raise RecipeError(f"rollout.num_steps: at least 1; got {steps}")
     schedule = Schedule(
         Engines(engines, slots, token_seconds),
         Window(prompts, max_staleness, steps=steps if ends else None),
-        answers=answers,
+        num_generations=num_generations,
         length=length,
     )
     for _ in range(steps):

@@ -62,7 +62,7 @@ class Shape:
     mlp_bias: bool = False
     """the MLP's projections have biases"""
     qk_norm: bool = False
-    """queries and keys are normalised per head"""
+    """queries and keys are normalized per head"""
     norms: int = 2
     """norms of one layer over the hidden width"""
     norm_bias: bool = False

@@ -93,7 +93,7 @@ def forward(shape: Shape, layout: Layout, *, head: str = "language", held: int =
 
 
 def update(layout: Layout, count: int, *, held: int = 4) -> Traffic:
-    """Traffic of one trained role at the optimiser's step, once an update.
+    """Traffic of one trained role at the optimizer's step, once an update.
 
     ddp all-reduces 4 T, 2 (W - 1) / W times; zero1 reduces c T to their owners and gathers the new weights back; zero2
     gathers them; fsdp and zero3 have sent everything before.
@@ -111,7 +111,7 @@ Route = Literal["files", "broadcast", "handles"]
 
 
 @dataclass(frozen=True)
-class Push:
+class WeightPush:
     """New weights for the engines: bytes that every engine GPU receives, what the learner gathers first, and seconds.
 
     `held` are the bytes that lie in the memory of each node with engines: the last two pushes, and the one that is written.
@@ -135,7 +135,7 @@ def push(
     adapters: int = 0,
     shared: bool = False,
     route: Route = "files",
-) -> Push:
+) -> WeightPush:
     """One push of the policy's weights (P bytes_each, as the learner holds them) or of its `adapters` alone (in float32) to E engines.
 
     Shares are gathered over the learner first; then every GPU of every engine receives the whole and keeps its part. By
@@ -147,17 +147,17 @@ def push(
     gathered = ring_share(size, layout.workers) if layout.shards else 0.0
     seconds = gathered / network.ring(layout.workers)
     if route == "handles":
-        return Push(0.0, gathered, 0.0, 0.0, seconds)
+        return WeightPush(0.0, gathered, 0.0, 0.0, seconds)
     receivers = engines * tensor_parallel
     gpus = max(layout.workers, receivers) if shared else layout.workers + receivers
     if route == "broadcast":
         speed = network.inside if gpus <= network.per_node else network.between
-        return Push(size, gathered, size * receivers, 0.0, seconds + size / speed)
+        return WeightPush(size, gathered, size * receivers, 0.0, seconds + size / speed)
     nodes = -(-gpus // network.per_node)
     first = 0 if shared else layout.workers // network.per_node  # nodes that the learner fills alone
     others = nodes - max(first, 1)
     seconds += 2 * size / network.host + others * size / network.between
-    return Push(size, gathered, size * receivers, 3 * size, seconds)
+    return WeightPush(size, gathered, size * receivers, 3 * size, seconds)
 
 
 def columns(layout: Layout, *, rows: int, tokens: int, count: int) -> float:

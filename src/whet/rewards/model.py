@@ -35,7 +35,7 @@ class ModelReward:
     """A reward model as a Reward: a role in this process, or the reading of one that lies elsewhere.
 
     With `chat=None` it has the policy's tokenizer and reads the very ids that were sampled. With a chat format of its
-    own, the texts are rendered and tokenised for it. `dense=True` gives its score at every token instead; with `ends`, which
+    own, the texts are rendered and tokenized for it. `dense=True` gives its score at every token instead; with `ends`, which
     says of a token id whether a step ends with it, only there and at the end of the answer.
     """
 

@@ -12,29 +12,28 @@ import torch
 from torch import nn
 
 from whet import ops
-from whet.methods import catalogue
-from whet.runs import recipe as fields
-from whet.methods.options import Optim
+from whet.data import Chat, Element, Prompt, Reader, chat_format, read_rows
 from whet.errors import DataError, ModelError, RecipeError
-from whet.methods import Algorithm, Objective
+from whet.methods import Algorithm, Objective, catalogue
+from whet.methods.options import Optim
 from whet.models import load, lora
 from whet.models.roles import Role, readout_of
-from whet.data import Chat, Element, Prompt, Reader, chat_format, read_rows
 from whet.rewards import Reward, Weighted
 from whet.rewards.functions import FunctionReward, load_function
 from whet.rewards.model import ModelReward
+from whet.runs import recipe as fields
 
 
-def source_of(model: fields.Frozen, path: str | None = None) -> load.Source:
+def source_of(model: fields.Frozen, path: str | None = None) -> load.ModelSource:
     """How a model of this recipe is loaded; frozen roles come from other paths with the same options."""
     name = path or model.path
     if not name:
         raise RecipeError("model.path: which model? give --model with a Hugging Face folder or a hub name")
     dtype = model.dtype
     adapters = isinstance(model, fields.Model) and model.lora is not None
-    if dtype == "auto" and not adapters and model.quantise == "none":
+    if dtype == "auto" and not adapters and model.quantize == "none":
         dtype = "float32"  # weights that are trained themselves lose small updates in half precision
-    return load.Source(name, dtype, model.device, model.trust_remote_code, model.quantise)
+    return load.ModelSource(name, dtype, model.device, model.trust_remote_code, model.quantize)
 
 
 def tokenizer_and_chat(model: fields.Frozen) -> tuple[Any, Chat]:
@@ -79,7 +78,7 @@ def sources_of(data: fields.Data, read: Callable[[Sequence[Any]], list]) -> tupl
 
 def guarded(read: Callable[[Sequence[Any]], list], objective: Objective, name: str) -> Callable[[Sequence[Any]], list]:
     """The reading, with rows refused whose `margin` or `probability` no term of the method reads."""
-    compared = [term.reads() for term in objective.terms if term.name not in ("sft", "centring")]
+    compared = [term.reads() for term in objective.terms if term.name not in ("sft", "centering")]
 
     def checked(rows: Sequence[Any]) -> list:
         for column in ("margin", "probability"):
@@ -151,13 +150,13 @@ def reference_role(recipe: fields.Model, policy: Role, path: str | None, tokeniz
 
 @dataclass(frozen=True)
 class Cast:
-    """The roles of an online run, and the optimisers of those that are trained."""
+    """The roles of an online run, and the optimizers of those that are trained."""
 
     roles: dict[str, Role]
     optims: dict[str, Optim]
 
 
-def cast(recipe: fields.Online, algorithm: Algorithm, tokenizer: Any) -> Cast:
+def cast(recipe: fields.OnlineRecipe, algorithm: Algorithm, tokenizer: Any) -> Cast:
     """All roles that the method needs, as separate copies or on one trunk."""
     if recipe.trunk == "shared":
         return _shared(recipe, algorithm, tokenizer)
@@ -175,19 +174,19 @@ def cast(recipe: fields.Online, algorithm: Algorithm, tokenizer: Any) -> Cast:
     return _with_average(recipe, roles)
 
 
-def _first_reward_model(recipe: fields.Online, tokenizer: Any) -> str | None:
+def _first_reward_model(recipe: fields.OnlineRecipe, tokenizer: Any) -> str | None:
     """The first reward model that reads the policy's own tokens."""
     folders = [one.source for one in recipe.reward if is_model(one.source)]
     return next((one for one in folders if same_tokenizer(source_of(recipe.model, one), tokenizer)), None)
 
 
-def same_tokenizer(source: load.Source, tokenizer: Any) -> bool:
+def same_tokenizer(source: load.ModelSource, tokenizer: Any) -> bool:
     """The folder's tokenizer gives the same ids for the same conversations."""
     own = load.load_tokenizer(source)
     return own.get_vocab() == tokenizer.get_vocab() and own.chat_template == tokenizer.chat_template
 
 
-def _with_average(recipe: fields.Online, roles: dict[str, Role]) -> Cast:
+def _with_average(recipe: fields.OnlineRecipe, roles: dict[str, Role]) -> Cast:
     if recipe.rollout.ema is not None:
         policy = roles["policy"]
         roles["ema"] = Role("ema", copy.deepcopy(policy.model), False)
@@ -197,7 +196,7 @@ def _with_average(recipe: fields.Online, roles: dict[str, Role]) -> Cast:
     return Cast(roles, optims)
 
 
-def _shared(recipe: fields.Online, algorithm: Algorithm, tokenizer: Any) -> Cast:
+def _shared(recipe: fields.OnlineRecipe, algorithm: Algorithm, tokenizer: Any) -> Cast:
     """One base model in memory; the policy and the critic are adapters, the reference is the base itself.
 
     A reward model that was saved as an adapter of the same base lies on the trunk too, and the critic starts from it.
@@ -240,7 +239,7 @@ def is_model(source: str) -> bool:
     return ":" not in Path(source).name
 
 
-def reward_roles(recipe: fields.Online, tokenizer: Any, trunk: Role | None = None) -> dict[str, Role]:
+def reward_roles(recipe: fields.OnlineRecipe, tokenizer: Any, trunk: Role | None = None) -> dict[str, Role]:
     """The reward models of a recipe as frozen roles reward0, reward1, ... by their places among the rewards.
 
     Adapter-only reward models of the same base lie on the shared trunk.
@@ -260,7 +259,7 @@ def reward_roles(recipe: fields.Online, tokenizer: Any, trunk: Role | None = Non
     return out
 
 
-def rewards_of(recipe: fields.Online, tokenizer: Any, read: Callable[..., Any]) -> list[Weighted]:
+def rewards_of(recipe: fields.OnlineRecipe, tokenizer: Any, read: Callable[..., Any]) -> list[Weighted]:
     """The rewards of a recipe; `read(role, batch, names)` gives the columns of the reward models, where they lie."""
     out: list[Weighted] = []
     for number, one in enumerate(recipe.reward):
@@ -278,7 +277,7 @@ def rewards_of(recipe: fields.Online, tokenizer: Any, read: Callable[..., Any]) 
     return distinct(out)
 
 
-def check_rewards(recipe: fields.Online, tokenizer: Any) -> None:
+def check_rewards(recipe: fields.OnlineRecipe, tokenizer: Any) -> None:
     """Refuses rewards that cannot be found or read, before any model is loaded."""
     rewards_of(recipe, tokenizer, lambda *_: {})
     for one in recipe.reward:
@@ -335,7 +334,7 @@ def reward_role(path: str, model: fields.Frozen, tokenizer: Any, name: str) -> t
     if not load.is_scorer(path):
         raise ModelError(f"{path}: no reward model and no judge, it has no scalar head; train one with whet reward")
     own = load.load_tokenizer(source)
-    role = scorer_role(name, replace(model, quantise="none"), own, trained=False, seed=0, path=path)
+    role = scorer_role(name, replace(model, quantize="none"), own, trained=False, seed=0, path=path)
     return role, None if same_tokenizer(source, tokenizer) else chat_format(own)
 
 
@@ -349,38 +348,39 @@ def check_columns(prompts: Sequence[Prompt]) -> None:
                 )
 
 
-def check_arithmetic(recipe: fields.Online, algorithm: Algorithm, verb: str) -> int:
+def check_arithmetic(recipe: fields.OnlineRecipe, algorithm: Algorithm, verb: str) -> int:
     """Refuses impossible numbers; the answers per update."""
-    answers = algorithm.collect.answers
-    total = recipe.rollout.prompts * (1 if algorithm.pairs else answers)
-    minibatch = recipe.rollout.minibatch or total
-    if minibatch > total:
+    answers = algorithm.collect.num_generations
+    total = recipe.rollout.prompts_per_step * (1 if algorithm.pairs else answers)
+    mini_batch_size = recipe.rollout.mini_batch_size or total
+    if mini_batch_size > total:
         made = "pair each" if algorithm.pairs else f"x {answers} answers"
         raise RecipeError(
-            f"rollout.minibatch: a rollout has {recipe.rollout.prompts} prompts {made} = {total}; "
-            f"got {minibatch}; set --rollout.minibatch too"
+            f"rollout.mini_batch_size: a rollout has {recipe.rollout.prompts_per_step} prompts {made} = {total}; "
+            f"got {mini_batch_size}; set --rollout.mini-batch-size too"
         )
-    if not algorithm.has_ratio() and (minibatch < total or recipe.rollout.epochs > 1):
+    if not algorithm.has_ratio() and (mini_batch_size < total or recipe.rollout.ppo_epochs > 1):
         raise RecipeError(
-            f"rollout: {verb} has no ratio to correct for a moved policy, so it takes one update per rollout; "
-            f"leave rollout.minibatch out and rollout.epochs at 1 (got {minibatch} of {total}, {recipe.rollout.epochs} epochs)"
+            f"rollout: {verb} has no ratio to correct for a moved policy, so it takes one update per "
+            "rollout; "
+            f"leave rollout.mini_batch_size out and rollout.ppo_epochs at 1 (got {mini_batch_size} of {total}, {recipe.rollout.ppo_epochs} epochs)"
         )
-    whole = algorithm.credit is None or algorithm.credit.op is ops.broadcast
+    whole = algorithm.advantage is None or algorithm.advantage.op is ops.broadcast
     if any(one.dense for one in recipe.reward) and whole:
         raise RecipeError(
             f"reward.dense: {verb} credits whole answers, so scores per token would be added up; leave it out"
         )
-    resized = algorithm.normalise or algorithm.rescale or algorithm.combine.op is not ops.weighted_sum
+    resized = algorithm.normalize or algorithm.reward_normalization or algorithm.combine.op is not ops.weighted_sum
     if any(one.dense for one in recipe.reward) and resized:
         raise RecipeError(
-            "reward.dense: scores per token keep their size; leave normalise, rescale and combine as they are"
+            "reward.dense: scores per token keep their size; leave normalize, reward_normalization and combine as they are"
         )
     for number, one in enumerate(recipe.reward):
         if one.step is not None and not one.dense:
             raise RecipeError(f"reward.{number}.step: it says where a dense reward has its scores; set dense too")
     if len(recipe.reward) == 1 and algorithm.combine.op is not ops.weighted_sum:
         raise RecipeError(
-            "method.combine: a single reward has no spread to be careful about; give several, or weighted_sum"
+            "algorithm.combine: a single reward has no spread to be careful about; give several, or weighted_sum"
         )
     if recipe.rollout.ema is not None and recipe.model.lora is not None:
         raise RecipeError("rollout.ema: an average of the policy needs all weights trained; leave model.lora out")
@@ -388,7 +388,7 @@ def check_arithmetic(recipe: fields.Online, algorithm: Algorithm, verb: str) -> 
         raise RecipeError(
             "sampling.temperature: greedy answers have no other side to learn from; use a temperature above 0"
         )
-    roles, updates = algorithm.roles(), recipe.rollout.epochs * -(-total // minibatch)
+    roles, updates = algorithm.roles(), recipe.rollout.ppo_epochs * -(-total // mini_batch_size)
     for name, given, needed in (
         ("reference", recipe.reference is not None, "reference"),
         ("critic", recipe.critic != fields.Critic(), "critic"),
@@ -397,32 +397,34 @@ def check_arithmetic(recipe: fields.Online, algorithm: Algorithm, verb: str) -> 
             raise RecipeError(f"{name}: {verb} as it is set has no {needed}; leave it out")
     if updates == 1 and any(one.op is ops.kl_on for term in algorithm.terms for one in term.loss.walk()):
         raise RecipeError(
-            "method.select: kl_cov holds the updates of a rollout together, and there is one alone; take several "
-            "(rollout.minibatch, rollout.epochs)"
+            "algorithm.select: kl_cov holds the updates of a rollout together, and there is one alone; take several "
+            "(rollout.mini_batch_size, rollout.ppo_epochs)"
         )
-    if recipe.rollout.stop_kl is not None and updates == 1:
+    if recipe.rollout.target_kl is not None and updates == 1:
         raise RecipeError(
-            "rollout.stop_kl: it ends a rollout's updates early, and there is one alone; take several "
-            "(rollout.minibatch, rollout.epochs) or leave it out"
+            "rollout.target_kl: it ends a rollout's updates early, and there is one alone; take several "
+            "(rollout.mini_batch_size, rollout.ppo_epochs) or leave it out"
         )
-    if recipe.rollout.refresh.mix != 1.0 and not recipe.rollout.refresh.every:
-        raise RecipeError("rollout.refresh.mix: the reference is never refreshed; set rollout.refresh.every")
-    if recipe.rollout.refresh.every and (recipe.model.lora is not None or "reference" not in algorithm.roles()):
+    if recipe.rollout.sync_reference.mix != 1.0 and not recipe.rollout.sync_reference.every:
         raise RecipeError(
-            "rollout.refresh: it needs a reference that is a model of its own: a method with a KL, and no adapters"
+            "rollout.sync_reference.mix: the reference is never refreshed; set rollout.sync_reference.every"
         )
-    return minibatch
+    if recipe.rollout.sync_reference.every and (recipe.model.lora is not None or "reference" not in algorithm.roles()):
+        raise RecipeError(
+            "rollout.sync_reference: it needs a reference that is a model of its own: a method with a KL, and no adapters"
+        )
+    return mini_batch_size
 
 
-def check_ptx(recipe: fields.Online, algorithm: Algorithm, verb: str) -> None:
+def check_ptx(recipe: fields.OnlineRecipe, algorithm: Algorithm, verb: str) -> None:
     """Refuses a ptx term without data, and data without a term."""
     needs_ptx = any(term.stream == "ptx" for term in algorithm.terms)
     if needs_ptx and not recipe.ptx.data:
         raise RecipeError(f"ptx.data: {verb} mixes pre-training rows into every update; give --ptx with `text` rows")
-    if recipe.ptx.batch != fields.Ptx().batch and not needs_ptx:
-        raise RecipeError(f"ptx.batch: {verb} has no ptx term; leave it out, or set --ptx-weight")
+    if recipe.ptx.batch_size != fields.Ptx().batch_size and not needs_ptx:
+        raise RecipeError(f"ptx.batch_size: {verb} has no ptx term; leave it out, or set --ptx-coef")
     if recipe.ptx.data and not needs_ptx:
-        raise RecipeError(f"ptx.data: {verb} has no ptx term; use the instructgpt method, or set --ptx-weight")
+        raise RecipeError(f"ptx.data: {verb} has no ptx term; use the instructgpt method, or set --ptx-coef")
 
 
 def reading(name: str, objective: Objective) -> str:
@@ -433,34 +435,38 @@ def reading(name: str, objective: Objective) -> str:
 def check_data(data: fields.Data, records: str) -> None:
     """Refuses options of the data that these records do not have."""
     if data.separator != fields.Data().separator and records != "steps":
-        raise RecipeError("data.separator: only rows with steps (reward --method.name process) have one; leave it out")
+        raise RecipeError(
+            "data.separator: only rows with steps (reward --algorithm.name process) have one; leave it out"
+        )
     if data.turns != "all" and records != "demonstrations":
         raise RecipeError("data.turns: only demonstrations have several turns to train; leave it out")
 
 
-def check_reference(recipe: fields.Preference, objective: Objective) -> None:
+def check_reference(recipe: fields.PreferenceRecipe, objective: Objective) -> None:
     """Refuses options of the reference where there is none, or none of its own."""
     has = "ref_logp" in objective.reads()
-    refresh = recipe.refresh
+    refresh = recipe.sync_reference
     if not has and (recipe.reference is not None or recipe.precompute or refresh.every):
-        raise RecipeError("reference: this method has none; leave reference, precompute and refresh out")
+        raise RecipeError("reference: this method has none; leave reference, precompute and sync_reference out")
     if refresh.every and (recipe.precompute or recipe.model.lora is not None):
-        raise RecipeError("refresh: the reference must be a model of its own; leave precompute and model.lora out")
+        raise RecipeError(
+            "sync_reference: the reference must be a model of its own; leave precompute and model.lora out"
+        )
     if refresh.mix != 1.0 and not refresh.every:
-        raise RecipeError("refresh.mix: the reference is never refreshed; set refresh.every")
+        raise RecipeError("sync_reference.mix: the reference is never updated; set sync_reference.every")
 
 
 def check_optim(optim: Optim, where: str) -> None:
-    """Refuses dials of an optimiser that do nothing beside the others."""
+    """Refuses options of an optimizer that do nothing beside the others."""
     if optim.kind != "muon" and optim.muon_lr != Optim().muon_lr:
-        raise RecipeError(f"{where}.muon_lr: the optimiser is {optim.kind}; set {where}.kind to muon, or leave it out")
-    if optim.schedule == "constant" and optim.final != Optim().final:
+        raise RecipeError(f"{where}.muon_lr: the optimizer is {optim.kind}; set {where}.kind to muon, or leave it out")
+    if optim.schedule == "constant" and optim.min_lr_ratio != Optim().min_lr_ratio:
         raise RecipeError(
-            f"{where}.final: a constant schedule ends where it began; leave it out, or take another schedule"
+            f"{where}.min_lr_ratio: a constant schedule ends where it began; leave it out, or take another schedule"
         )
 
 
-def cautions(recipe: fields.Online, algorithm: Algorithm) -> list[str]:
+def cautions(recipe: fields.OnlineRecipe, algorithm: Algorithm) -> list[str]:
     """What a run should be warned of before it starts."""
     in_reward = algorithm.penalty is not None and algorithm.penalty.estimator.op is not ops.dense
     in_loss = any(
@@ -468,34 +474,36 @@ def cautions(recipe: fields.Online, algorithm: Algorithm) -> list[str]:
         for term in algorithm.terms
         for one in term.loss.walk()
     )
-    fixes = {"kl": "--kl.estimator exact", "loss_kl": "--loss-kl exact"}
+    fixes = {"kl_in_reward": "--kl-in-reward.estimator exact", "kl_in_loss": "--kl-in-loss exact"}
     return [
-        f"method.{slot}: under top_p, top_k or min_p a KL estimated on the sampled tokens is biased, since some tokens are never "
+        f"algorithm.{slot}: under top_p, top_k or min_p a KL estimated on the sampled tokens is biased, since some tokens are never "
         f"sampled; {fixes[slot]} sums over the whole vocabulary"
-        for slot, sampled in (("kl", in_reward), ("loss_kl", in_loss))
+        for slot, sampled in (("kl_in_reward", in_reward), ("kl_in_loss", in_loss))
         if sampled and recipe.sampling.truncates
     ] + _about_correction(recipe, algorithm)
 
 
-def _about_correction(recipe: fields.Online, algorithm: Algorithm) -> list[str]:
-    own = recipe.generator.engine == "local" and not recipe.generator.max_staleness
-    if algorithm.correct is not None and own and recipe.learner.engine in ("auto", "local"):
-        return ["method.correct: answers are sampled by the learner's own weights here, so every correction is 1"]
-    if algorithm.correct is None and recipe.generator.max_staleness:
+def _about_correction(recipe: fields.OnlineRecipe, algorithm: Algorithm) -> list[str]:
+    own = recipe.generator.name == "local" and not recipe.generator.max_staleness
+    if algorithm.importance_correction is not None and own and recipe.learner.backend in ("auto", "local"):
+        return [
+            "algorithm.importance_correction: answers are sampled by the learner's own weights here, so every correction is 1"
+        ]
+    if algorithm.importance_correction is None and recipe.generator.max_staleness:
         return [
             "generator.max_staleness: answers of older weights are learned from as if the present ones had made them; "
-            "--correct token_weight weighs them"
+            "--importance-correction token_weight weighs them"
         ]
     return []
 
 
 def steps_of(train: fields.Train, elements: int) -> int:
     """Updates of an offline run."""
-    return train.steps or max(1, math.ceil(train.epochs * elements / train.batch))
+    return train.num_steps or max(1, math.ceil(train.num_epochs * elements / train.batch_size))
 
 
 def _can_train(recipe: fields.Model) -> None:
     if recipe.export == "adapter" and recipe.lora is None:
         raise RecipeError("model.export: there is no adapter to export without model.lora; leave it at merged")
-    if recipe.quantise != "none" and recipe.lora is None:
-        raise ModelError("model.quantise: a 4-bit base is frozen; train adapters on it with --model.lora.rank 16")
+    if recipe.quantize != "none" and recipe.lora is None:
+        raise ModelError("model.quantize: a 4-bit base is frozen; train adapters on it with --model.lora.rank 16")

@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import msgspec
 
+from whet.errors import RecipeError
 from whet.methods import catalogue
 from whet.methods.choices import changed
 from whet.runs.recipe import MAIN_FIELD
-from whet.errors import RecipeError
 
 SHIPPED = Path(__file__).parent / "recipes"
 
@@ -41,24 +41,26 @@ def resolve(kind: type, verb: str, recipe: str | None, overrides: Sequence[tuple
                 f"{recipe}: no such recipe; the shipped ones are {', '.join(sorted(p.stem for p in SHIPPED.glob('*.yaml')))}"
             )
         given = read_yaml(path)
-        named_verb = given.pop("verb", verb)
+        named_verb = given.pop("method", verb)
         if named_verb != verb:
-            raise RecipeError(f"verb: {recipe} is a recipe of {named_verb}; got {verb}")
+            raise RecipeError(f"method: {recipe} is a recipe of {named_verb}; got {verb}")
         layers.append(_expand(kind, given, ""))
     layers += [_expand(kind, _nested(kind, name.replace("-", "_"), value), "") for name, value in overrides]
     tree: dict[str, Any] = {}
     methods = [_method_of(layer) for layer in layers]
     for layer in layers:
-        _merge(tree, {key: value for key, value in layer.items() if key != "method"})
-    if "method" in fields_of(kind):
-        tree["method"] = _composed(verb, methods)
+        _merge(tree, {key: value for key, value in layer.items() if key != "algorithm"})
+    if "algorithm" in fields_of(kind):
+        tree["algorithm"] = _composed(verb, methods)
     return converted(tree, kind, "")
 
 
 def _method_of(layer: Mapping[str, Any]) -> Mapping[str, Any]:
-    method = layer.get("method") or {}
+    method = layer.get("algorithm") or {}
     if not isinstance(method, Mapping):
-        raise RecipeError(f"method: expected a mapping of slots, such as {{kl: {{coef: 0.1}}}}; got {method!r}")
+        raise RecipeError(
+            f"algorithm: expected a mapping of slots, such as {{kl_in_reward: {{coef: 0.1}}}}; got {method!r}"
+        )
     return method
 
 
@@ -102,7 +104,7 @@ def to_yaml(record: Any, verb: str | None = None) -> str:
     """A resolved recipe as YAML, with the verb it belongs to where it is given."""
     import yaml
 
-    tree = ({} if verb is None else {"verb": verb}) | msgspec.to_builtins(record)
+    tree = ({} if verb is None else {"method": verb}) | msgspec.to_builtins(record)
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
@@ -183,11 +185,11 @@ def leaves(kind: type, prefix: str = "") -> list[str]:
 
 
 def _nested(kind: type, name: str, value: Any) -> dict[str, Any]:
-    """{"a": {"b": value}} from "a.b". A first key that is no field of the recipe is a dial of its method."""
+    """{"a": {"b": value}} from "a.b". A first key that is no field of the recipe is a option of its method."""
     keys = SHORT.get(name, name).split(".")
     known = fields_of(kind)
-    if keys[0] not in known and "method" in known:
-        keys = ["method", *keys]
+    if keys[0] not in known and "algorithm" in known:
+        keys = ["algorithm", *keys]
     tree: Any = value
     for key in reversed(keys):
         tree = {key: tree}

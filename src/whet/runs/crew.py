@@ -11,63 +11,63 @@ from typing import Any
 
 import torch
 
-from whet.runs import build
-from whet.runs import recipe as fields
-from whet.cluster import Wanted, World, connected, survive
-from whet.cluster.folders import Post
+from whet.cluster import Attempt, Wanted, connected, survive
+from whet.cluster.folders import WeightWriter
 from whet.cluster.ray import require, there
-from whet.methods.options import Optim
-from whet.errors import EngineDied, RecipeError
+from whet.data import Chat
+from whet.distributed import RestartBudget, Workers, launched
+from whet.errors import RecipeError, WorkerDied
 from whet.generate import Generator
 from whet.generate.base import require_vllm
 from whet.generate.fleet import Fleet
-from whet.http import Http
 from whet.generate.local import LocalGenerator
 from whet.generate.shared import SharedGenerator
+from whet.http import Http
 from whet.learner.local import LocalLearner
 from whet.methods import Algorithm, Objective
+from whet.methods.options import Optim
 from whet.models.roles import Role
-from whet.data import Chat
 from whet.rewards import Weighted
 from whet.rewards.functions import FunctionReward
 from whet.rewards.model import reading
 from whet.rewards.shared import SharedReward
-from whet.distributed import Lives, Workers, launched
+from whet.runs import build
+from whet.runs import recipe as fields
 
 
-def engine_of(recipe: fields.Offline | fields.Online, workers: int) -> str:
+def backend_of(recipe: fields.OfflineRecipe | fields.OnlineRecipe, workers: int) -> str:
     """The learner's engine by name. Raises RecipeError where it cannot work with so many workers."""
     learning = recipe.learner
     muon = "muon" in (recipe.optim.kind, critic_optim(recipe).kind)
-    alone = workers == 1 and not (learning.half or learning.offload)
-    engine = ("local" if alone else "ddp" if muon else "fsdp") if learning.engine == "auto" else learning.engine
+    alone = workers == 1 and not ((learning.precision == "bf16") or learning.offload)
+    engine = ("local" if alone else "ddp" if muon else "fsdp") if learning.backend == "auto" else learning.backend
     if muon and engine not in ("local", "ddp"):
         raise RecipeError(f"optim.kind: muon needs whole matrices, and {engine} shards them; take adamw, or ddp")
-    averaged = isinstance(recipe, fields.Online) and recipe.rollout.ema is not None and engine == "zero3"
-    refreshed = getattr(getattr(recipe, "rollout", recipe), "refresh", fields.Refresh()).every
-    if learning.half and engine.startswith("zero") and (refreshed or averaged):
-        raise RecipeError("learner.half: DeepSpeed would keep the averaged reference in half precision; take fsdp")
+    averaged = isinstance(recipe, fields.OnlineRecipe) and recipe.rollout.ema is not None and engine == "zero3"
+    refreshed = getattr(getattr(recipe, "rollout", recipe), "refresh", fields.SyncReference()).every
+    if (learning.precision == "bf16") and engine.startswith("zero") and (refreshed or averaged):
+        raise RecipeError("learner.precision: DeepSpeed would keep the averaged reference in half precision; take fsdp")
     if engine == "local" and workers > 1:
-        raise RecipeError(f"learner.engine: local is one process, and there are {workers}; take ddp, fsdp or zero2")
-    if engine in ("local", "ddp") and (learning.half or learning.offload):
-        what = "half" if learning.half else "offload"
+        raise RecipeError(f"learner.backend: local is one process, and there are {workers}; take ddp, fsdp or zero2")
+    if engine in ("local", "ddp") and ((learning.precision == "bf16") or learning.offload):
+        what = "precision" if (learning.precision == "bf16") else "offload"
         raise RecipeError(f"learner.{what}: {engine} has no such thing; take fsdp or zero2, or model.dtype")
-    if engine.startswith("zero") and isinstance(recipe, fields.Online) and recipe.trunk == "shared":
-        raise RecipeError("trunk: DeepSpeed trains one role per model; take separate models, or learner.engine fsdp")
+    if engine.startswith("zero") and isinstance(recipe, fields.OnlineRecipe) and recipe.trunk == "shared":
+        raise RecipeError("trunk: DeepSpeed trains one role per model; take separate models, or learner.backend fsdp")
     if engine.startswith("zero") and find_spec("deepspeed") is None:
-        raise RecipeError('learner.engine: deepspeed is not installed; pip install "whet[deepspeed]"')
+        raise RecipeError('learner.backend: deepspeed is not installed; pip install "whet[deepspeed]"')
     return engine
 
 
-def check_generator(recipe: fields.Online, workers: int) -> None:
+def check_generator(recipe: fields.OnlineRecipe, workers: int) -> None:
     """Refuses engines that cannot do what the recipe asks of them."""
     wanted, plain = recipe.generator, fields.Generation()
-    if wanted.engine != "local" and recipe.sampling.truncates:
+    if wanted.name != "local" and recipe.sampling.truncates:
         raise RecipeError(
-            f"sampling: a {wanted.engine} engine does not say which tokens could be drawn, so ratios would be wrong; leave "
-            "top_p, top_k and min_p out, or take generator.engine local"
+            f"sampling: a {wanted.name} engine does not say which tokens could be drawn, so ratios would be wrong; leave "
+            "top_p, top_k and min_p out, or take generator.name local"
         )
-    if wanted.engine == "server" and not wanted.urls:
+    if wanted.name == "server" and not wanted.urls:
         raise RecipeError(
             'generator.urls: where are the servers? for example --generator.urls "[http://127.0.0.1:8000]"'
         )
@@ -81,18 +81,18 @@ def check_generator(recipe: fields.Online, workers: int) -> None:
         ("host", "server"),
         ("timeout", "server"),
     ):
-        if getattr(wanted, name) != getattr(plain, name) and wanted.engine != engines:
+        if getattr(wanted, name) != getattr(plain, name) and wanted.name != engines:
             raise RecipeError(
-                f"generator.{name}: it is for engine {engines}, and this one is {wanted.engine}; leave it out"
+                f"generator.{name}: it is for engine {engines}, and this one is {wanted.name}; leave it out"
             )
-    if recipe.model.quantise != "none" and wanted.push != "adapter":
-        own = wanted.engine == "local" and not (wanted.max_staleness or recipe.cluster.engines)
+    if recipe.model.quantize != "none" and wanted.push != "adapter":
+        own = wanted.name == "local" and not (wanted.max_staleness or recipe.cluster.engines)
         if not own or _sharded(recipe, max(workers, recipe.cluster.learners)):
             raise RecipeError(
-                "model.quantise: a 4-bit base cannot be handed to a generator of its own; let the adapter travel alone "
-                "(--generator vllm --generator.push adapter), or leave quantise at none"
+                "model.quantize: a 4-bit base cannot be handed to a generator of its own; let the adapter travel alone "
+                "(--generator vllm --generator.push adapter), or leave quantize at none"
             )
-    if wanted.engine == "server" and recipe.cluster.address is None:
+    if wanted.name == "server" and recipe.cluster.address is None:
         _reached(wanted.urls)
     if wanted.push == "adapter" and recipe.model.lora is None:
         raise RecipeError("generator.push: there is no adapter without model.lora; leave it at weights")
@@ -100,18 +100,18 @@ def check_generator(recipe: fields.Online, workers: int) -> None:
         raise RecipeError(
             f"generator.transfer: {wanted.transfer} is for one learner without a cluster; leave it at auto"
         )
-    if wanted.engine == "vllm":
+    if wanted.name == "vllm":
         require_vllm()
         if recipe.cluster.address is None:
             gpus_of(recipe)
     if wanted.sleep and wanted.max_staleness:
         raise RecipeError("generator.sleep: engines that answer ahead never rest; leave it out, or max_staleness at 0")
-    if wanted.engine == "server" and workers not in (1, len(wanted.urls)):
+    if wanted.name == "server" and workers not in (1, len(wanted.urls)):
         raise RecipeError(
             f"generator.urls: each of the {workers} workers needs a server of its own; got {len(wanted.urls)}"
         )
-    if wanted.segment != plain.segment and not wanted.max_staleness:
-        raise RecipeError("generator.segment: answers are waited for; it is for generator.max_staleness above 0")
+    if wanted.segment_tokens != plain.segment_tokens and not wanted.max_staleness:
+        raise RecipeError("generator.segment_tokens: answers are waited for; it is for generator.max_staleness above 0")
     if wanted.max_staleness and workers > 1:
         raise RecipeError(
             "generator.max_staleness: torchrun's workers answer and learn in turns; give the engines places of their own "
@@ -124,51 +124,51 @@ def _reached(urls: Sequence[str]) -> None:
     for url in urls:
         try:
             Http(url, 10.0).raw("GET", "/health")
-        except EngineDied as error:
+        except WorkerDied as error:
             raise RecipeError(
                 f"generator.urls: {str(error).removeprefix('generator: ')}; start one with whet serve --model DIR, or mend the address"
             ) from error
 
 
-def critic_optim(recipe: fields.Offline | fields.Online) -> Optim:
-    """The critic's optimiser, which is the policy's where it has none of its own."""
-    return (recipe.critic.optim if isinstance(recipe, fields.Online) else None) or recipe.optim
+def critic_optim(recipe: fields.OfflineRecipe | fields.OnlineRecipe) -> Optim:
+    """The critic's optimizer, which is the policy's where it has none of its own."""
+    return (recipe.critic.optim if isinstance(recipe, fields.OnlineRecipe) else None) or recipe.optim
 
 
 def learner_of(
-    recipe: fields.Offline | fields.Online,
+    recipe: fields.OfflineRecipe | fields.OnlineRecipe,
     roles: dict[str, Role],
     optims: dict[str, Optim],
     total: int,
     workers: Workers,
 ) -> LocalLearner:
     """A learner of these roles on the recipe's engine; `total` is the number of updates of the whole run."""
-    engine, learning = engine_of(recipe, workers.size), recipe.learner
-    dials: dict[str, Any] = {"half": learning.half, "offload": learning.offload}
+    engine, learning = backend_of(recipe, workers.size), recipe.learner
+    options: dict[str, Any] = {"bf16": (learning.precision == "bf16"), "offload": learning.offload}
     kind: Callable[..., LocalLearner] = LocalLearner
     if engine == "ddp":
         from whet.learner.ddp import ReplicaLearner as kind
     elif engine == "fsdp":
         from whet.learner.fsdp import FSDPLearner
 
-        kind = partial(FSDPLearner, **dials)
+        kind = partial(FSDPLearner, **options)
     elif engine.startswith("zero"):
         from whet.learner.deepspeed import DeepSpeedLearner
 
-        kind = partial(DeepSpeedLearner, stage=int(engine[-1]), **dials)
+        kind = partial(DeepSpeedLearner, stage=int(engine[-1]), **options)
     dropout = recipe.train.dropout if isinstance(recipe.train, fields.Train) else 0.0
     return kind(
-        roles, optims, total=total, budget=recipe.train.micro_tokens, packed=recipe.train.packing, dropout=dropout,
+        roles, optims, total=total, budget=recipe.train.max_tokens_per_micro_batch, packed=recipe.train.packing, dropout=dropout,
         seed=recipe.seed, workers=workers,
     )  # fmt: skip
 
 
 def offline_learner(
-    verb: str, recipe: fields.Offline, objective: Objective, total: int, workers: Workers = Workers()
+    verb: str, recipe: fields.OfflineRecipe, objective: Objective, total: int, workers: Workers = Workers()
 ) -> LocalLearner:
     """The learner of a run on rows of a file, its models loaded."""
     tokenizer, _ = build.tokenizer_and_chat(recipe.model)
-    if isinstance(recipe, fields.RewardModel):
+    if isinstance(recipe, fields.RewardModelRecipe):
         role = build.scorer_role(
             "reward", recipe.model, tokenizer, trained=True, seed=recipe.seed, path=recipe.model.path,
             readout=recipe.head.readout,
@@ -176,13 +176,13 @@ def offline_learner(
     else:
         role = build.causal_role("policy", recipe.model, tokenizer, trained=True, seed=recipe.seed)
     roles = {role.name: role}
-    if isinstance(recipe, fields.Preference) and "ref_logp" in objective.reads():
+    if isinstance(recipe, fields.PreferenceRecipe) and "ref_logp" in objective.reads():
         roles["reference"] = build.reference_role(recipe.model, role, recipe.reference, tokenizer)
     return learner_of(recipe, roles, {role.name: recipe.optim}, total, workers)
 
 
 def online_learner(
-    recipe: fields.Online, algorithm: Algorithm, total: int, workers: Workers = Workers(), *, scores: bool = True
+    recipe: fields.OnlineRecipe, algorithm: Algorithm, total: int, workers: Workers = Workers(), *, scores: bool = True
 ) -> LocalLearner:
     """The learner of a run on own answers, its models loaded; with `scores` the reward models are among its roles."""
     tokenizer, _ = build.tokenizer_and_chat(recipe.model)
@@ -193,7 +193,9 @@ def online_learner(
     return learner_of(recipe, roles, cast.optims, total, workers)
 
 
-def rewards_of(recipe: fields.Online, tokenizer: Any, learner: Any, workers: Workers = Workers()) -> list[Weighted]:
+def rewards_of(
+    recipe: fields.OnlineRecipe, tokenizer: Any, learner: Any, workers: Workers = Workers()
+) -> list[Weighted]:
     """The rewards; reward models are read by the learner, functions are shared out over the workers."""
     out = build.rewards_of(recipe, tokenizer, learner.columns)
     if workers.size == 1:
@@ -206,26 +208,26 @@ def rewards_of(recipe: fields.Online, tokenizer: Any, learner: Any, workers: Wor
     ]
 
 
-def generator_of(recipe: fields.Online, chat: Chat, learner: LocalLearner, longest: int) -> Generator:
+def generator_of(recipe: fields.OnlineRecipe, chat: Chat, learner: LocalLearner, longest: int) -> Generator:
     """The generator of a learner's process; several workers answer together. `longest` is the longest sequence, in tokens."""
-    workers, unit = learner.workers, recipe.rollout.answers_at_once
+    workers, unit = learner.workers, recipe.rollout.max_num_seqs
     own: Generator
-    if recipe.generator.engine == "local":
+    if recipe.generator.name == "local":
         own = local_generator(recipe, chat, learner)
     else:
         makes = engines_of(recipe, chat, longest, gpus_of(recipe))
-        if recipe.generator.engine == "server" and workers.size > 1:
+        if recipe.generator.name == "server" and workers.size > 1:
             makes = makes[workers.rank : workers.rank + 1]  # only one may push to a server
-        own = Fleet(makes, Lives(recipe.cluster.restarts))
-        attempt = workers.told(secrets.token_hex(8))
-        learner.post = Post(workers, attempt, adapter=recipe.generator.push == "adapter", everywhere=True)
+        own = Fleet(makes, RestartBudget(recipe.cluster.restarts))
+        attempt = workers.broadcast(secrets.token_hex(8))
+        learner.post = WeightWriter(workers, attempt, adapter=recipe.generator.push == "adapter", everywhere=True)
     return SharedGenerator(own, workers, unit) if workers.size > 1 else own
 
 
-def gpus_of(recipe: fields.Online) -> list[tuple[int, ...]]:
+def gpus_of(recipe: fields.OnlineRecipe) -> list[tuple[int, ...]]:
     """The GPUs of each engine that this process starts, out of those it sees; without GPUs they are nobody's choice."""
     wanted, device = recipe.generator, build.source_of(recipe.model).torch_device()
-    if wanted.engine != "vllm" or device.type != "cuda":
+    if wanted.name != "vllm" or device.type != "cuda":
         return [()] * wanted.count
     beside, place = (int(os.environ.get(name, one)) for name, one in (("LOCAL_WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     learners = list(range(beside)) if launched() else [device.index or 0]
@@ -257,19 +259,19 @@ def dealt_gpus(gpus: int, learners: Sequence[int], place: int, wanted: fields.Ge
 
 
 def engines_of(
-    recipe: fields.Online, chat: Chat, longest: int, gpus: Sequence[tuple[int, ...]]
+    recipe: fields.OnlineRecipe, chat: Chat, longest: int, gpus: Sequence[tuple[int, ...]]
 ) -> list[Callable[[], Generator]]:
     """How each engine of the recipe is started: vLLM's own on these GPUs each, or the servers that run already.
 
     The servers' API key is VLLM_API_KEY of the environment, as vLLM itself has it.
     """
     wanted = recipe.generator
-    if wanted.engine == "server":
+    if wanted.name == "server":
         from whet.generate.vllm.server import ServerGenerator
 
-        dials: dict[str, Any] = {"host": wanted.host, "timeout": wanted.timeout}
-        dials["api_key"] = os.environ.get("VLLM_API_KEY", "")
-        return [partial(ServerGenerator, url, chat.end_ids, chat.text, **dials) for url in wanted.urls]
+        options: dict[str, Any] = {"host": wanted.host, "timeout": wanted.timeout}
+        options["api_key"] = os.environ.get("VLLM_API_KEY", "")
+        return [partial(ServerGenerator, url, chat.end_ids, chat.text, **options) for url in wanted.urls]
     from whet.generate.vllm.engine import VLLMGenerator
 
     source = build.source_of(recipe.model)
@@ -278,27 +280,27 @@ def engines_of(
     make = partial(
         VLLMGenerator, recipe.model.path, chat.end_ids, chat.text, max_model_len=longest,
         dtype=str(source.torch_dtype()).removeprefix("torch.") if wanted.dtype == "auto" else wanted.dtype,
-        kv_cache_mib=wanted.cache_mib if on_cpu else 0, gpu_memory=wanted.memory,
-        max_num_seqs=min(256, recipe.rollout.answers_at_once), transfer=wanted.transfer, lora=wanted.push == "adapter",
+        kv_cache_mib=wanted.kv_cache_mib if on_cpu else 0, gpu_memory=wanted.gpu_memory_utilization,
+        max_num_seqs=min(256, recipe.rollout.max_num_seqs), transfer=wanted.transfer, lora=wanted.push == "adapter",
         lora_rank=lora.rank if lora else 16, sleep=wanted.sleep, tensor_parallel=wanted.tensor_parallel,
     )  # fmt: skip
     return [partial(make, gpus=own) for own in gpus]
 
 
-def local_generator(recipe: fields.Online, chat: Chat, learner: LocalLearner) -> LocalGenerator:
+def local_generator(recipe: fields.OnlineRecipe, chat: Chat, learner: LocalLearner) -> LocalGenerator:
     """Answers from the learner's own policy, or from a copy where its weights are in shards or move meanwhile."""
     policy = learner.roles["policy"]
     ahead = recipe.generator.max_staleness > 0
     role = sampler_role(recipe) if ahead or _sharded(recipe, learner.workers.size) else policy
-    return LocalGenerator(role, chat.end_ids, chat.text, unit=recipe.rollout.answers_at_once, copy=role is not policy)
+    return LocalGenerator(role, chat.end_ids, chat.text, unit=recipe.rollout.max_num_seqs, copy=role is not policy)
 
 
-def _sharded(recipe: fields.Online, workers: int) -> bool:
+def _sharded(recipe: fields.OnlineRecipe, workers: int) -> bool:
     """No worker of the learner holds the policy whole."""
-    return engine_of(recipe, workers) in ("fsdp", "zero3")
+    return backend_of(recipe, workers) in ("fsdp", "zero3")
 
 
-def sampler_role(recipe: fields.Online) -> Role:
+def sampler_role(recipe: fields.OnlineRecipe) -> Role:
     """A plain model of the policy's kind for a generator that has its own copy of the weights."""
     tokenizer, _ = build.tokenizer_and_chat(recipe.model)
     return build.causal_role("sampler", recipe.model, tokenizer, trained=False, seed=0)
@@ -307,50 +309,55 @@ def sampler_role(recipe: fields.Online) -> Role:
 # --- on a cluster ------------------------------------------------------------------------------------------------------
 
 
-def check_cluster(recipe: fields.Offline | fields.Online) -> None:
+def check_cluster(recipe: fields.OfflineRecipe | fields.OnlineRecipe) -> None:
     """Refuses places that nobody asked for, and a cluster without Ray."""
     wanted, plain = recipe.cluster, fields.Cluster()
     if wanted.address is None:
-        for name in ("learners", "engines", "rewards", "together", "smallest"):
+        for name in ("learners", "engines", "rewards", "colocate", "min_learners"):
             if getattr(wanted, name) != getattr(plain, name):
                 raise RecipeError(f"cluster.{name}: there is no cluster; set --cluster auto, or leave it out")
         return
     require()
-    for count in {wanted.learners, wanted.smallest}:
-        engine_of(recipe, count)
+    for count in {wanted.learners, wanted.min_learners}:
+        backend_of(recipe, count)
     if launched():
         raise RecipeError("cluster: torchrun starts the workers, or the cluster does; leave one of them out")
-    if wanted.smallest > wanted.learners:
-        raise RecipeError(f"cluster.smallest: at most the {wanted.learners} of cluster.learners; got {wanted.smallest}")
-    if isinstance(recipe, fields.Offline) and (wanted.engines or wanted.rewards):
+    if wanted.min_learners > wanted.learners:
+        raise RecipeError(
+            f"cluster.min_learners: at most the {wanted.learners} of cluster.learners; got {wanted.min_learners}"
+        )
+    if isinstance(recipe, fields.OfflineRecipe) and (wanted.engines or wanted.rewards):
         raise RecipeError("cluster: training on a file has neither engines nor rewards; leave them out")
-    if isinstance(recipe, fields.Online):
+    if isinstance(recipe, fields.OnlineRecipe):
         if recipe.generator.max_staleness and not wanted.engines:
             raise RecipeError(
                 "generator.max_staleness: the learner's workers answer and learn in turns; set cluster.engines"
             )
-        if recipe.generator.engine == "server" and len(recipe.generator.urls) != wanted.engines:
+        if recipe.generator.name == "server" and len(recipe.generator.urls) != wanted.engines:
             raise RecipeError(
                 f"cluster.engines: one for each of the {len(recipe.generator.urls)} servers; got {wanted.engines}"
             )
-        if wanted.together and recipe.generator.tensor_parallel > 1:
-            raise RecipeError("cluster.together: an engine over several GPUs needs them for itself; leave it out")
+        if wanted.colocate and recipe.generator.tensor_parallel > 1:
+            raise RecipeError("cluster.colocate: an engine over several GPUs needs them for itself; leave it out")
         if recipe.generator.count > 1:
             raise RecipeError("generator.count: on a cluster it is cluster.engines")
-        if wanted.together and not wanted.engines:
+        if wanted.colocate and not wanted.engines:
             raise RecipeError(
-                "cluster.together: there are no engines of their own; set cluster.engines, or leave it out"
+                "cluster.colocate: there are no engines of their own; set cluster.engines, or leave it out"
             )
 
 
 def on_cluster(
-    recipe: fields.Offline | fields.Online, attempt: Callable[[World, bool], None], resume: bool, quiet: bool
+    recipe: fields.OfflineRecipe | fields.OnlineRecipe,
+    attempt: Callable[[Attempt, bool], None],
+    resume: bool,
+    quiet: bool,
 ) -> None:
     """Runs the attempt on the recipe's cluster, again and from the last checkpoint where workers die."""
     own = recipe.cluster
     wanted = Wanted(
-        own.learners, own.engines, own.rewards, together=own.together, cpus=own.cpus, smallest=own.smallest,
-        patience=own.patience,
+        own.learners, own.engines, own.rewards, colocate=own.colocate, cpus=own.cpus, min_learners=own.min_learners,
+        placement_timeout=own.placement_timeout,
     )  # fmt: skip
     assert own.address is not None
     if not recipe.train.save_every and not quiet:
@@ -360,32 +367,32 @@ def on_cluster(
     with connected(own.address, cpus=wanted.total_cpus):
         if there("GPU") and recipe.model.device != "cpu":
             wanted = replace(wanted, gpus=1.0)
-            if isinstance(recipe, fields.Online):
+            if isinstance(recipe, fields.OnlineRecipe):
                 models = any(build.is_model(one.source) for one in recipe.reward)
-                size = 0 if recipe.generator.engine == "server" else recipe.generator.tensor_parallel
+                size = 0 if recipe.generator.name == "server" else recipe.generator.tensor_parallel
                 wanted = replace(wanted, engine_gpus=float(size), reward_gpus=float(models))
         survive(attempt, wanted, restarts=own.restarts, resume=resume, limit=own.timeout, quiet=quiet)
 
 
-def answers_inside(recipe: fields.Online, longest: int, learner: LocalLearner) -> Generator:
+def answers_inside(recipe: fields.OnlineRecipe, longest: int, learner: LocalLearner) -> Generator:
     """The generator of a learner's worker."""
     _, chat = build.tokenizer_and_chat(recipe.model)
     return generator_of(recipe, chat, learner, longest)
 
 
-def engine_alone(recipe: fields.Online, longest: int, number: int) -> Generator:
+def engine_alone(recipe: fields.OnlineRecipe, longest: int, number: int) -> Generator:
     """Engine `number` in a process of its own."""
     _, chat = build.tokenizer_and_chat(recipe.model)
-    if recipe.generator.engine != "local":
+    if recipe.generator.name != "local":
         makes = engines_of(recipe, chat, longest, [()])  # Ray has chosen its GPUs
         return makes[number % len(makes)]()
     role = sampler_role(recipe)
-    return LocalGenerator(role, chat.end_ids, chat.text, unit=recipe.rollout.answers_at_once, copy=True)
+    return LocalGenerator(role, chat.end_ids, chat.text, unit=recipe.rollout.max_num_seqs, copy=True)
 
 
-def rewards_alone(recipe: fields.Online) -> list[Weighted]:
+def rewards_alone(recipe: fields.OnlineRecipe) -> list[Weighted]:
     """All rewards of the recipe in one process of their own, reward models included."""
     tokenizer, _ = build.tokenizer_and_chat(recipe.model)
     roles = build.reward_roles(recipe, tokenizer)
-    readers = {name: reading(role, recipe.train.micro_tokens) for name, role in roles.items()}
+    readers = {name: reading(role, recipe.train.max_tokens_per_micro_batch) for name, role in roles.items()}
     return build.rewards_of(recipe, tokenizer, lambda name, *given: readers[name](*given))

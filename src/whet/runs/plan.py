@@ -5,24 +5,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from whet.errors import ModelError, RecipeError
+from whet.methods import compose
+from whet.planning import Hardware, Network, PlannedRun, Shape, parse_engine, report
 from whet.runs import build, config
 from whet.runs import recipe as fields
 from whet.runs.slots import checked
-from whet.errors import ModelError, RecipeError
-from whet.methods import compose
-from whet.planning import Hardware, Network, Run, Shape, parse_engine, report
 
 
 def plan(verb: str, recipe: Any, options: fields.PlanOptions) -> str:
     """The text for a resolved recipe. Raises RecipeError where nothing fits, or the recipe trains nothing."""
-    if isinstance(recipe, fields.Online):
+    if isinstance(recipe, fields.OnlineRecipe):
         run = _online(verb, recipe, options)
-    elif isinstance(recipe, fields.Offline):
+    elif isinstance(recipe, fields.OfflineRecipe):
         run = _offline(verb, recipe, options)
     else:
         raise RecipeError(f"plan: {verb} trains nothing; plan a training verb, such as ppo or dpo")
     hardware = Hardware(options.gpus, options.gpu_memory, Network(options.inside, options.between, options.per_node))
-    engine = None if recipe.learner.engine == "auto" else parse_engine(recipe.learner.engine)
+    engine = None if recipe.learner.backend == "auto" else parse_engine(recipe.learner.backend)
     return report(run, hardware, title=verb, engine=engine, learners=options.learners)
 
 
@@ -38,46 +38,46 @@ def shape_of(path: str) -> Shape:
     return Shape.of(json.loads(file.read_text(encoding="utf-8")))
 
 
-def _common(recipe: fields.Offline | fields.Online, options: fields.PlanOptions) -> dict[str, Any]:
+def _common(recipe: fields.OfflineRecipe | fields.OnlineRecipe, options: fields.PlanOptions) -> dict[str, Any]:
     lora, dtype = recipe.model.lora, recipe.model.dtype
     held = {"bfloat16": 2, "float16": 2, "float64": 8}.get(dtype, 2 if lora and dtype == "auto" else 4)
     return {
         "policy": shape_of(recipe.model.path), "prompt_tokens": options.prompt_tokens, "mean_answer": options.mean_answer,
-        "micro_tokens": recipe.train.micro_tokens, "checkpointing": recipe.model.gradient_checkpointing,
-        "half": recipe.learner.half, "offload": recipe.learner.offload, "held_bytes": held,
+        "max_tokens_per_micro_batch": recipe.train.max_tokens_per_micro_batch, "checkpointing": recipe.model.gradient_checkpointing,
+        "low_precision": recipe.learner.precision == "bf16", "offload": recipe.learner.offload, "held_bytes": held,
         "lora_rank": lora.rank if lora else 0, "lora_targets": lora.targets if lora else "all-linear",
         "muon": recipe.optim.kind == "muon",
     }  # fmt: skip
 
 
-def _online(verb: str, recipe: fields.Online, options: fields.PlanOptions) -> Run:
-    slots = checked(verb, recipe.method)
+def _online(verb: str, recipe: fields.OnlineRecipe, options: fields.PlanOptions) -> PlannedRun:
+    slots = checked(verb, recipe.algorithm)
     weights = [one.weight for one in recipe.reward] or [1.0]
     algorithm = compose.online_of(slots, longest=recipe.sampling.max_new_tokens, weights=weights)
-    minibatch = build.check_arithmetic(recipe, algorithm, verb)
+    mini_batch_size = build.check_arithmetic(recipe, algorithm, verb)
     roles, common = algorithm.roles(), _common(recipe, options)
     models = [one.source for one in recipe.reward if build.is_model(one.source)]
     own = "reference" in roles and recipe.reference in (None, recipe.model.path)
     on_base = own and recipe.model.lora is not None
     start = recipe.critic.path or (models[0] if models else recipe.model.path)
-    elements = recipe.rollout.prompts * (1 if algorithm.pairs else algorithm.collect.answers)
+    elements = recipe.rollout.prompts_per_step * (1 if algorithm.pairs else algorithm.collect.num_generations)
     dtype = recipe.generator.dtype
     engine = common["held_bytes"] if dtype == "auto" else 4 if dtype == "float32" else 2
-    return Run(
+    return PlannedRun(
         **common,
         critic=shape_of(start) if "critic" in roles else None,
         reference=shape_of(recipe.reference or recipe.model.path) if "reference" in roles and not on_base else None,
         base_read=on_base,
         rewards=tuple((build.name_of(one), shape_of(one)) for one in models),
         average=recipe.rollout.ema is not None,
-        prompts=recipe.rollout.prompts,
-        answers=algorithm.collect.answers + algorithm.collect.greedy,
+        prompts=recipe.rollout.prompts_per_step,
+        num_generations=algorithm.collect.num_generations + algorithm.collect.greedy,
         answer_tokens=recipe.sampling.max_new_tokens,
-        updates=-(-elements // minibatch),
-        epochs=recipe.rollout.epochs,
+        updates=-(-elements // mini_batch_size),
+        epochs=recipe.rollout.ppo_epochs,
         one_trunk=recipe.trunk == "shared",
         engine_bytes=engine,
-        engine_memory=recipe.generator.memory,
+        engine_memory=recipe.generator.gpu_memory_utilization,
         push_adapter=recipe.generator.push == "adapter",
         beside=recipe.generator.max_staleness > 0,
         tensor_parallel=recipe.generator.tensor_parallel if recipe.generator.tensor_parallel > 1 else 0,
@@ -85,22 +85,22 @@ def _online(verb: str, recipe: fields.Online, options: fields.PlanOptions) -> Ru
     )
 
 
-def _offline(verb: str, recipe: fields.Offline, options: fields.PlanOptions) -> Run:
+def _offline(verb: str, recipe: fields.OfflineRecipe, options: fields.PlanOptions) -> PlannedRun:
     """One update of a run on rows; its rows are taken to be as long as data.max_tokens allows (1024 without)."""
     longest = recipe.data.max_tokens or 1024
     prompt = min(options.prompt_tokens, longest - 1)
     rows, reads, reference = 1, False, None
-    if isinstance(recipe, fields.Preference):
-        objective = compose.preference_of(checked(verb, recipe.method))
+    if isinstance(recipe, fields.PreferenceRecipe):
+        objective = compose.preference_of(checked(verb, recipe.algorithm))
         rows = 1 if "good" in objective.reads() else 2
         reads = "ref_logp" in objective.reads()
         if reads and not (recipe.model.lora and recipe.reference in (None, recipe.model.path)):
             reference = shape_of(recipe.reference or recipe.model.path)
-    elif isinstance(recipe, fields.RewardModel):
+    elif isinstance(recipe, fields.RewardModelRecipe):
         rows = 2
-    return Run(
+    return PlannedRun(
         **{**_common(recipe, options), "prompt_tokens": prompt}, online=False, reference=reference,
-        base_read=reads and reference is None, prompts=recipe.train.batch, answers=rows, answer_tokens=longest - prompt,
+        base_read=reads and reference is None, prompts=recipe.train.batch_size, num_generations=rows, answer_tokens=longest - prompt,
     )  # fmt: skip
 
 

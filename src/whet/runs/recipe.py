@@ -22,7 +22,7 @@ class Frozen:
     """"cpu", "cuda", "cuda:1", ...; "auto" takes a GPU where there is one"""
     trust_remote_code: bool = False
     """run code that comes with the model"""
-    quantise: Literal["none", "4bit"] = "none"
+    quantize: Literal["none", "4bit"] = "none"
     """"4bit" loads the base in 4 bits for LoRA (QLoRA); needs a GPU"""
     chat_template: str | None = None
     """"plain" (### Human / ### Assistant), "none" (prompt and completion joined), a Jinja file; default: the tokenizer's own"""
@@ -43,7 +43,7 @@ class Model(Frozen):
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """One data file and its share of the draws."""
 
     path: str
@@ -56,7 +56,7 @@ class Source:
 class Data:
     """Which rows, and what is done with long ones."""
 
-    train: str | list[Source] = ""
+    train: str | list[DataSource] = ""
     """a file or dataset; a list of {path, weight} is mixed by weight"""
     eval: str | None = None
     """held-out rows of the same form"""
@@ -88,7 +88,7 @@ class Rows:
 class Loop:
     """How the work is cut, and what is kept."""
 
-    micro_tokens: Count = 8192
+    max_tokens_per_micro_batch: Count = 8192
     """most tokens of one forward pass, padding counted; changes memory and speed, never a number"""
     packing: bool = False
     """lay rows behind one another instead of padding them"""
@@ -102,11 +102,11 @@ class Loop:
 class Train(Loop):
     """How long, and in which portions."""
 
-    epochs: Positive = 1.0
+    num_epochs: Positive = 1.0
     """passes over the data"""
-    steps: Count | None = None
-    """updates in all; overrides epochs"""
-    batch: Count = 32
+    num_steps: Count | None = None
+    """updates in total; overrides num_epochs"""
+    batch_size: Count = 32
     """elements (conversations, pairs, rankings) per update"""
     dropout: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
     """residual dropout with addressed masks"""
@@ -120,12 +120,12 @@ class Head:
 
     readout: Literal["last", "mean", "sum"] | None = None
     """the score is read on the last token, or is the mean or sum of all answer tokens'; default: as saved, last when new"""
-    standardise: bool = False
+    standardize: bool = False
     """afterwards shift and scale the scores to mean 0 and deviation 1 over the training answers"""
 
 
 @dataclass(frozen=True)
-class Refresh:
+class SyncReference:
     """A reference that follows the policy (TR-DPO, Gorbatovski et al. 2024; iterative GRPO, Shao et al. 2024)."""
 
     every: NotNegativeInt = 0
@@ -138,10 +138,10 @@ class Refresh:
 class Learning:
     """How the learner's weights lie over its workers."""
 
-    engine: Literal["auto", "local", "ddp", "fsdp", "zero1", "zero2", "zero3"] = "auto"
+    backend: Literal["auto", "local", "ddp", "fsdp", "zero1", "zero2", "zero3"] = "auto"
     """who learns: one process, replicas, torch's FSDP2, DeepSpeed's ZeRO; "auto" is local alone and fsdp on several workers"""
-    half: bool = False
-    """compute in bfloat16 over float32 weights (fsdp and zero)"""
+    precision: Literal["float32", "bf16"] = "float32"
+    """"bf16" computes in bfloat16 over float32 weights (fsdp and zero)"""
     offload: bool = False
     """keep what is sharded in CPU memory between uses (fsdp and zero)"""
 
@@ -150,7 +150,7 @@ class Learning:
 class Generation:
     """Who answers."""
 
-    engine: Literal["local", "vllm", "server"] = "local"
+    name: Literal["local", "vllm", "server"] = "local"
     """transformers in the learner's processes, vLLM engines that whet starts, or vLLM servers that run already"""
     count: Count = 1
     """vLLM engines of each learner's process that share its load (under a cluster: cluster.engines)"""
@@ -168,15 +168,15 @@ class Generation:
     """how it travels to vLLM; "auto" is shared memory; ipc is for an engine on the learner's own GPU"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """the engine's precision; "auto" is model.dtype's, which is float32 unless the recipe says otherwise (or adapters on a GPU)"""
-    memory: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.5
+    gpu_memory_utilization: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.5
     """share of a GPU's memory that an engine takes"""
-    cache_mib: Count = 512
+    kv_cache_mib: Count = 512
     """size of the KV cache of an engine on CPU, in MiB"""
     sleep: bool = False
     """engines give their GPU's memory to the learner while it learns"""
     max_staleness: NotNegativeInt = 0
     """rollouts that an answer may be older than the weights it trains; 0 waits for every answer, more generates ahead"""
-    segment: Count = 64
+    segment_tokens: Count = 64
     """with max_staleness: tokens after which an unfinished answer goes on under the newest weights"""
 
 
@@ -192,22 +192,22 @@ class Cluster:
     """generators of their own; 0: the learner's workers answer"""
     rewards: NotNegativeInt = 0
     """workers that score; 0: reward models are read by the learner's workers, functions here"""
-    together: bool = False
+    colocate: bool = False
     """engines share the learner's GPUs instead of having their own"""
     cpus: Positive = 1.0
     """CPUs of each worker, which has as many threads"""
-    smallest: Count = 1
+    min_learners: Count = 1
     """after a death: learners to go on with where a lost machine's cannot be placed again"""
     restarts: NotNegativeInt = 20
     """times that workers are started again before the run gives up"""
-    patience: Positive = 60.0
+    placement_timeout: Positive = 60.0
     """seconds to wait for a place before a smaller world is tried"""
     timeout: Positive = 1800.0
     """seconds that one call to a worker may take before it counts as dead"""
 
 
 @dataclass(frozen=True)
-class Offline:
+class OfflineRecipe:
     """Recipe of pretrain and sft, and what reward and the preference methods share with them."""
 
     model: Model = Model()
@@ -227,29 +227,29 @@ class Offline:
 
 
 @dataclass(frozen=True)
-class RewardModel(Offline):
+class RewardModelRecipe(OfflineRecipe):
     """Recipe of reward."""
 
-    method: dict[str, Any] = field(default_factory=dict)
+    algorithm: dict[str, Any] = field(default_factory=dict)
     """`name` (k_way, pairwise, log_exp, absolute, process) and its slots"""
     head: Head = Head()
 
 
 @dataclass(frozen=True)
-class Preference(Offline):
+class PreferenceRecipe(OfflineRecipe):
     """Recipe of the preference methods: dpo, orpo, kto, ..."""
 
-    method: dict[str, Any] = field(default_factory=dict)
+    algorithm: dict[str, Any] = field(default_factory=dict)
     """the method's slots"""
     reference: str | None = None
     """the reference model; default: the model itself"""
     precompute: bool = False
     """measure the reference once before training instead of at every update"""
-    refresh: Refresh = Refresh()
+    sync_reference: SyncReference = SyncReference()
 
 
 @dataclass(frozen=True)
-class Scorer:
+class RewardSpec:
     """What scores whole answers: a model folder, or a function."""
 
     source: str
@@ -259,7 +259,7 @@ class Scorer:
 
 
 @dataclass(frozen=True)
-class RewardSource(Scorer):
+class RewardSource(RewardSpec):
     """One reward: a model folder, or a function."""
 
     name: str | None = None
@@ -277,7 +277,7 @@ class Critic:
     path: str | None = None
     """where it starts; default: the first reward model, else the model with a fresh head"""
     optim: Optim | None = None
-    """its optimiser; default: the policy's"""
+    """its optimizer; default: the policy's"""
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,7 @@ class Ptx:
 
     data: str | None = None
     """`text` (or completion) rows"""
-    batch: Count = 32
+    batch_size: Count = 32
     """rows per update"""
 
 
@@ -294,25 +294,25 @@ class Ptx:
 class Rollout:
     """How experience is gathered and used."""
 
-    steps: Count = 100
-    """rollouts in all"""
-    prompts: Count = 64
+    num_steps: Count = 100
+    """steps in total; one step is one rollout with its updates"""
+    prompts_per_step: Count = 64
     """prompts per rollout"""
-    minibatch: Count | None = None
+    mini_batch_size: Count | None = None
     """answers (in online preference methods: pairs) per update; default: all of a rollout"""
-    epochs: Count = 1
+    ppo_epochs: Count = 1
     """passes over each rollout"""
-    answers_at_once: Count = 256
+    max_num_seqs: Count = 256
     """answers that are generated together"""
-    stop_kl: Positive | None = None
+    target_kl: Positive | None = None
     """end a rollout's updates once a mini-batch's KL(old || new) exceeds this, in nats per token (it needs several updates)"""
     ema: Share | None = None
     """keep an average of the policy with this weight of the past; it is exported beside the policy"""
-    refresh: Refresh = Refresh()
+    sync_reference: SyncReference = SyncReference()
 
 
 @dataclass(frozen=True)
-class Online:
+class OnlineRecipe:
     """Recipe of the online methods: ppo, grpo, rloo, online_dpo, ..."""
 
     model: Model = Model()
@@ -324,7 +324,7 @@ class Online:
     data: Rows = Rows()
     """`prompt` rows; their other fields reach reward functions"""
     ptx: Ptx = Ptx()
-    method: dict[str, Any] = field(default_factory=dict)
+    algorithm: dict[str, Any] = field(default_factory=dict)
     """the method's slots"""
     sampling: Sampling = Sampling()
     rollout: Rollout = Rollout()
@@ -346,22 +346,22 @@ class Online:
 
 
 @dataclass(frozen=True)
-class Sample:
+class SampleRecipe:
     """Recipe of sample: K answers per prompt."""
 
     model: Frozen = Frozen()
     data: Rows = Rows()
     """`prompt` rows"""
-    count: Count = 4
+    num_generations: Count = 4
     """answers per prompt"""
-    reward: list[Scorer] = field(default_factory=list)
+    reward: list[RewardSpec] = field(default_factory=list)
     """what scores the answers; several are summed by weight"""
     keep: Literal["all", "best"] = "all"
     """"best" writes the answer with the highest score alone, as prompt and completion: best of n as SFT data"""
-    micro_tokens: Count = 8192
+    max_tokens_per_micro_batch: Count = 8192
     """most tokens of one forward pass of a reward model"""
     sampling: Sampling = Sampling()
-    answers_at_once: Count = 256
+    max_num_seqs: Count = 256
     """answers that are generated together"""
     seed: NotNegativeInt = 0
     """every random choice is a function of it"""
@@ -372,7 +372,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Rank:
+class RankRecipe:
     """Recipe of rank: `responses` rows become ranking rows."""
 
     data: Rows = Rows()
@@ -386,7 +386,7 @@ class Rank:
 
 
 @dataclass(frozen=True)
-class Eval:
+class EvalRecipe:
     """Recipe of eval: win rate under judges, reward-model accuracy, or held-out loss."""
 
     model: Frozen = Frozen()
@@ -397,11 +397,11 @@ class Eval:
     data: Rows = Rows()
     """prompts (win rate), rankings or pairs (accuracy of a reward model), text or conversations (loss)"""
     sampling: Sampling = Sampling()
-    answers_at_once: Count = 256
+    max_num_seqs: Count = 256
     """answers that are generated together"""
     answers: str | None = None
     """JSONL file for both models' answers with their scores and KL"""
-    micro_tokens: Count = 8192
+    max_tokens_per_micro_batch: Count = 8192
     """most tokens of one forward pass"""
     seed: NotNegativeInt = 0
     """every random choice is a function of it"""
@@ -412,7 +412,7 @@ class Eval:
 
 
 @dataclass(frozen=True)
-class Serve:
+class ServeRecipe:
     """Recipe of serve: a vLLM server that takes weights. Needs whet[vllm]."""
 
     model: Frozen = Frozen()
@@ -420,7 +420,7 @@ class Serve:
     """where it listens on loopback; 0 is any free port"""
     max_model_len: Annotated[int, msgspec.Meta(ge=2)] | None = None
     """longest prompt and answer together, in tokens; default: what the model's positions allow"""
-    answers_at_once: Count = 256
+    max_num_seqs: Count = 256
     """answers that are generated together"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """the server's precision; "auto" is model.dtype's, which is float32 unless the recipe says otherwise"""
@@ -428,9 +428,9 @@ class Serve:
     """how weights travel to it; "auto" is shared memory"""
     tensor_parallel: Count = 1
     """GPUs that it is split over"""
-    memory: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.5
+    gpu_memory_utilization: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.5
     """share of a GPU's memory that it takes"""
-    cache_mib: Count = 512
+    kv_cache_mib: Count = 512
     """size of its KV cache on CPU, in MiB"""
     sleep: bool = False
     """it can give its GPU's memory back between rollouts"""
@@ -461,10 +461,10 @@ class PlanOptions:
 def kind_of(verb: str) -> type:
     """The record of a verb's recipe."""
     others = {
-        "sample": Sample, "rank": Rank, "eval": Eval, "serve": Serve, "reward": RewardModel, "pretrain": Offline,
-        "sft": Offline,
+        "sample": SampleRecipe, "rank": RankRecipe, "eval": EvalRecipe, "serve": ServeRecipe, "reward": RewardModelRecipe, "pretrain": OfflineRecipe,
+        "sft": OfflineRecipe,
     }  # fmt: skip
-    return others.get(verb, Preference if verb in PREFERENCE else Online)
+    return others.get(verb, PreferenceRecipe if verb in PREFERENCE else OnlineRecipe)
 
 
 MAIN_FIELD: Mapping[type, str] = {
@@ -472,13 +472,13 @@ MAIN_FIELD: Mapping[type, str] = {
     Model: "path",
     Data: "train",
     Rows: "train",
-    Scorer: "source",
+    RewardSpec: "source",
     RewardSource: "source",
-    Source: "path",
+    DataSource: "path",
     Critic: "path",
     Ptx: "data",
-    Learning: "engine",
-    Generation: "engine",
+    Learning: "backend",
+    Generation: "name",
     Cluster: "address",
 }
 """What a bare value given for a whole section means: `--model DIR` is `--model.path DIR`."""

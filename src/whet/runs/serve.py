@@ -5,14 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from whet.runs import build
-from whet.runs import recipe as fields
 from whet.errors import RecipeError
 from whet.generate.base import require_vllm
 from whet.models import load
+from whet.runs import build
+from whet.runs import recipe as fields
 
 
-def run_serve(recipe: fields.Serve) -> str:
+def run_serve(recipe: fields.ServeRecipe) -> str:
     """Starts the server, says its address, and stays until it ends or is told to. Returns how it ended."""
     source = build.source_of(recipe.model)
     require_vllm()
@@ -22,8 +22,8 @@ def run_serve(recipe: fields.Serve) -> str:
     on_cpu = source.torch_device().type == "cpu"
     dtype = str(source.torch_dtype()).removeprefix("torch.") if recipe.dtype == "auto" else recipe.dtype
     options: dict[str, Any] = {
-        "max_model_len": longest, "dtype": dtype, "kv_cache_mib": recipe.cache_mib if on_cpu else 0, "sleep": recipe.sleep,
-        "gpu_memory": recipe.memory, "tensor_parallel": recipe.tensor_parallel, "max_num_seqs": recipe.answers_at_once,
+        "max_model_len": longest, "dtype": dtype, "kv_cache_mib": recipe.kv_cache_mib if on_cpu else 0, "sleep": recipe.sleep,
+        "gpu_memory": recipe.gpu_memory_utilization, "tensor_parallel": recipe.tensor_parallel, "max_num_seqs": recipe.max_num_seqs,
         "transfer": "shared" if recipe.transfer == "auto" else recipe.transfer,
     }  # fmt: skip
     with _ended_by_signals(), Server(recipe.model.path, port=recipe.port, **options) as server:

@@ -6,22 +6,22 @@ from typing import Any
 
 import msgspec
 
+from whet.errors import RecipeError
 from whet.methods import catalogue
 from whet.methods.choices import (
-    DIALS,
     NARROWER,
     ONLINE_SLOTS,
     OPTIONAL,
+    OPTIONS,
     PLAIN_SLOTS,
     PREFERENCE_SLOTS,
     REWARD_SLOTS,
     Choice,
     named,
 )
-from whet.runs import config
+from whet.methods.compose import choice_options, found, record
 from whet.methods.options import NotNegative, Truncated
-from whet.errors import RecipeError
-from whet.methods.compose import dials_of, found, record
+from whet.runs import config
 
 
 def checked(verb: str, method: Mapping[str, Any], others: Sequence[str] = ()) -> dict[str, Any]:
@@ -41,16 +41,16 @@ def checked(verb: str, method: Mapping[str, Any], others: Sequence[str] = ()) ->
             out[slot] = _checked_plain(slot, value)
         elif isinstance(value, list):
             if slot != "loss" or verb == "reward" or not value:
-                raise RecipeError(f"method.{slot}: it holds one part; got a list of {len(value)}")
+                raise RecipeError(f"algorithm.{slot}: it holds one part; got a list of {len(value)}")
             out[slot] = [_checked_part(slot, one, table[slot], {"weight": 1.0}) for one in map(named, value)]
         elif value is None and slot not in OPTIONAL:
-            raise RecipeError(f"method.{slot}: it cannot be left out; known are {', '.join(table[slot])}")
+            raise RecipeError(f"algorithm.{slot}: it cannot be left out; known are {', '.join(table[slot])}")
         else:
             more = {"weight": 1.0} if slot == "loss" and verb != "reward" else {}
             out[slot] = value if value is None else _checked_part(slot, value, table[slot], more)
     if verb == "reward" and out["loss"]["name"] != method["name"]:
         raise RecipeError(
-            f"method.loss.name: --method.name picks loss and rows together; got {out['loss']['name']!r} with {method['name']!r}"
+            f"algorithm.loss.name: --algorithm.name picks loss and rows together; got {out['loss']['name']!r} with {method['name']!r}"
         )
     return out
 
@@ -63,17 +63,17 @@ def rule_of(slots: Mapping[str, Any]) -> str:
 def _unknown_slot(
     slot: str, known: Mapping[str, Any], table: Mapping[str, Mapping[str, Choice]], others: Sequence[str]
 ) -> RecipeError:
-    """The error for a slot that does not exist: it may be the name of a part, a dial of one, or another field of the recipe."""
+    """The error for a slot that does not exist: it may be the name of a part, a option of one, or another field of the recipe."""
     for other, value in known.items():
         if slot in table.get(other, {}):
-            return RecipeError(f"unknown field 'method.{slot}'; it is a part: --{other.replace('_', '-')} {slot}")
+            return RecipeError(f"unknown field 'algorithm.{slot}'; it is a part: --{other.replace('_', '-')} {slot}")
         specs = [named(one) for one in (value if isinstance(value, list) else [value]) if other in table and one]
-        if any(slot in dials_of(table[other][spec["name"]]) for spec in specs):
-            return RecipeError(f"unknown field 'method.{slot}'; did you mean 'method.{other}.{slot}'?")
+        if any(slot in choice_options(table[other][spec["name"]]) for spec in specs):
+            return RecipeError(f"unknown field 'algorithm.{slot}'; did you mean 'algorithm.{other}.{slot}'?")
     near = difflib.get_close_matches(slot, [*known, *others], n=1)
     if near and near[0] in others:
         return config.unknown(slot, others)
-    return config.unknown(f"method.{slot}", [f"method.{one}" for one in known])
+    return config.unknown(f"algorithm.{slot}", [f"algorithm.{one}" for one in known])
 
 
 def _checked_plain(slot: str, value: Any) -> Any:
@@ -83,29 +83,29 @@ def _checked_plain(slot: str, value: Any) -> Any:
         for key in value:
             if key not in config.fields_of(inner):
                 raise config.unknown(
-                    f"method.{slot}.{key}", [f"method.{slot}.{other}" for other in config.fields_of(inner)]
+                    f"algorithm.{slot}.{key}", [f"algorithm.{slot}.{other}" for other in config.fields_of(inner)]
                 )
-    form = msgspec.defstruct("method", [(slot, kind)], frozen=True)
-    return getattr(config.converted({slot: value}, form, "method"), slot)
+    form = msgspec.defstruct("algorithm", [(slot, kind)], frozen=True)
+    return getattr(config.converted({slot: value}, form, "algorithm"), slot)
 
 
 def _checked_part(slot: str, spec: Any, known: Mapping[str, Choice], more: Mapping[str, Any]) -> dict[str, Any]:
-    """The spec of a part with its dials checked by their word's type and range; `more` are dials of the slot itself."""
+    """The spec of a part with its options checked by their word's type and range; `more` are options of the slot itself."""
     if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
-        raise RecipeError(f"method.{slot}: expected the name of a part, or {{name: ..., dial: ...}}; got {spec!r}")
+        raise RecipeError(f"algorithm.{slot}: expected the name of a part, or {{name: ..., option: ...}}; got {spec!r}")
     choice = found(slot, known, spec["name"])
-    own = dials_of(choice)
+    own = choice_options(choice)
     fields_ = []
-    for dial in spec:
-        if dial == "name":
+    for option in spec:
+        if option == "name":
             continue
-        if dial not in own and dial not in more:
-            names = [f"method.{slot}.{one}" for one in (*own, *more)]
+        if option not in own and option not in more:
+            names = [f"algorithm.{slot}.{one}" for one in (*own, *more)]
             if not names:
-                raise RecipeError(f"method.{slot}.{dial}: {spec['name']} has no dials; leave it out")
-            raise config.unknown(f"method.{slot}.{dial}", names)
-        kind = NARROWER.get(choice.op, {}).get(dial) or (NotNegative if dial in more else DIALS[dial][0])
-        fields_.append((dial, kind))
+                raise RecipeError(f"algorithm.{slot}.{option}: {spec['name']} has no options; leave it out")
+            raise config.unknown(f"algorithm.{slot}.{option}", names)
+        kind = NARROWER.get(choice.op, {}).get(option) or (NotNegative if option in more else OPTIONS[option][0])
+        fields_.append((option, kind))
     form = msgspec.defstruct("part", fields_, frozen=True)
-    given = config.converted({key: value for key, value in spec.items() if key != "name"}, form, f"method.{slot}")
-    return {"name": spec["name"]} | {dial: getattr(given, dial) for dial, _ in fields_}
+    given = config.converted({key: value for key, value in spec.items() if key != "name"}, form, f"algorithm.{slot}")
+    return {"name": spec["name"]} | {option: getattr(given, option) for option, _ in fields_}

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 
-from whet.runs import adapters, build, config, crew
-from whet.runs import recipe as fields
-from whet.runs.slots import checked
-from whet.cluster import World
-from whet.methods.options import Sampling
+from whet.cluster import Attempt
+from whet.data import Chat, Group, Prompt, numbers, read_rows
+from whet.data.files import write_json, write_jsonl
+from whet.distributed import Workers, first, free_port, join, launched, leave, note, noted
 from whet.errors import RecipeError, UserError
 from whet.feedback import Question, ScoreRanker
 from whet.feedback.judge import RankJudge, ScoreJudge
@@ -26,17 +25,18 @@ from whet.learner import Learner
 from whet.learner.local import LocalLearner
 from whet.loops import evaluate, offline, online
 from whet.loops.interrupt import graceful
-from whet.loops.record import Run
+from whet.loops.record import RunFolder
 from whet.methods import Objective, Term, compose, part
+from whet.methods.options import Sampling
 from whet.models import load
 from whet.models.roles import Role
 from whet.ops import address, nll, token_mean
-from whet.data import Chat, Group, Prompt, numbers, read_rows
-from whet.data.files import write_json, write_jsonl
 from whet.rewards import Weighted
 from whet.rewards.functions import called, load_function
+from whet.runs import adapters, build, config, crew
+from whet.runs import recipe as fields
+from whet.runs.slots import checked
 from whet.trackers import TRACKERS, RunInfo, Tracker
-from whet.distributed import Workers, first, free_port, join, launched, leave, note, noted
 
 SFT = Objective((Term("policy", "train", part(nll), token_mean, name="nll"),))
 """The objective of SFT and pre-training: the mean over all trained tokens of -log pi."""
@@ -50,7 +50,7 @@ class Options:
     quiet: bool = False
 
 
-def run_offline(verb: str, recipe: fields.Offline, options: Options) -> Path:
+def run_offline(verb: str, recipe: fields.OfflineRecipe, options: Options) -> Path:
     """pretrain, sft, reward, dpo, ipo: rows of a file through an objective. Returns the run folder."""
     _threads(recipe.threads)
     crew.check_cluster(recipe)
@@ -61,14 +61,16 @@ def run_offline(verb: str, recipe: fields.Offline, options: Options) -> Path:
     if recipe.train.eval_every and not recipe.data.eval:
         raise RecipeError("train.eval_every: there are no held-out rows; give --data.eval, or leave it out")
     name, objective = verb, SFT
-    if isinstance(recipe, fields.RewardModel | fields.Preference):
-        slots = checked(verb, recipe.method, config.leaves(type(recipe)))
-        name = recipe.method["name"] if isinstance(recipe, fields.RewardModel) else verb
-        objective = compose.reward_of(slots) if isinstance(recipe, fields.RewardModel) else compose.preference_of(slots)
-    if isinstance(recipe, fields.Preference):
+    if isinstance(recipe, fields.RewardModelRecipe | fields.PreferenceRecipe):
+        slots = checked(verb, recipe.algorithm, config.leaves(type(recipe)))
+        name = recipe.algorithm["name"] if isinstance(recipe, fields.RewardModelRecipe) else verb
+        objective = (
+            compose.reward_of(slots) if isinstance(recipe, fields.RewardModelRecipe) else compose.preference_of(slots)
+        )
+    if isinstance(recipe, fields.PreferenceRecipe):
         build.check_reference(recipe, objective)
     tokenizer, chat = build.tokenizer_and_chat(recipe.model)
-    if isinstance(recipe, fields.RewardModel) and tokenizer.pad_token_id == tokenizer.eos_token_id:
+    if isinstance(recipe, fields.RewardModelRecipe) and tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise RecipeError(
             "model.pad_token: the pad token is the end token, and other tools would then read the saved reward model one token "
             "early; name another token with --model.pad-token"
@@ -82,12 +84,12 @@ def run_offline(verb: str, recipe: fields.Offline, options: Options) -> Path:
     evaluation = build.evaluation_of(recipe.data, read)
     steps = build.steps_of(recipe.train, sum(map(len, sources)))
 
-    plan = offline.Plan(
-        steps, recipe.train.batch, recipe.seed, recipe.data.shuffle, recipe.train.save_every,
+    plan = offline.OfflinePlan(
+        steps, recipe.train.batch_size, recipe.seed, recipe.data.shuffle, recipe.train.save_every,
         recipe.train.eval_every or (steps if evaluation else 0), recipe.train.keep,
     )  # fmt: skip
-    if isinstance(recipe, fields.Preference):
-        every, mix = recipe.refresh.every, recipe.refresh.mix
+    if isinstance(recipe, fields.PreferenceRecipe):
+        every, mix = recipe.sync_reference.every, recipe.sync_reference.mix
         plan = replace(plan, refresh=every, refresh_mix=mix, precompute=recipe.precompute)
 
     def train(learner: Learner, own: Options) -> None:
@@ -98,10 +100,10 @@ def run_offline(verb: str, recipe: fields.Offline, options: Options) -> Path:
                 stop=stop, title=verb, quiet=own.quiet,
             )  # fmt: skip
         run.close()
-        if isinstance(recipe, fields.RewardModel) and recipe.head.standardise:
+        if isinstance(recipe, fields.RewardModelRecipe) and recipe.head.standardize:
             elements = [element for source in sources for element in source]
-            _standardise(learner, evaluate.scores(learner, objective, elements))
-        role = "reward" if isinstance(recipe, fields.RewardModel) else "policy"
+            _standardize(learner, evaluate.scores(learner, objective, elements))
+        role = "reward" if isinstance(recipe, fields.RewardModelRecipe) else "policy"
         learner.export(role, folder / "model", tokenizer, merge=recipe.model.export == "merged")
 
     make = partial(crew.offline_learner, verb, recipe, objective, steps)
@@ -118,7 +120,7 @@ def run_offline(verb: str, recipe: fields.Offline, options: Options) -> Path:
     return folder
 
 
-def run_online(verb: str, recipe: fields.Online, options: Options) -> Path:
+def run_online(verb: str, recipe: fields.OnlineRecipe, options: Options) -> Path:
     """ppo, grpo and the other online methods. Returns the run folder."""
     _threads(recipe.threads)
     crew.check_cluster(recipe)
@@ -128,14 +130,14 @@ def run_online(verb: str, recipe: fields.Online, options: Options) -> Path:
     build.check_optim(recipe.optim, "optim")
     if recipe.critic.optim is not None:
         build.check_optim(recipe.critic.optim, "critic.optim")
-    slots = checked(verb, recipe.method, config.leaves(fields.Online))
+    slots = checked(verb, recipe.algorithm, config.leaves(fields.OnlineRecipe))
     longest, weights = recipe.sampling.max_new_tokens, [one.weight for one in recipe.reward] or [1.0]
     algorithm = compose.online_of(slots, longest=longest, weights=weights)
     if not recipe.reward:
         raise RecipeError(
             'reward: what scores the answers? give --reward with a reward-model folder or "file.py:function"'
         )
-    minibatch = build.check_arithmetic(recipe, algorithm, verb)
+    mini_batch_size = build.check_arithmetic(recipe, algorithm, verb)
     build.check_ptx(recipe, algorithm, verb)
     tokenizer, chat = build.tokenizer_and_chat(recipe.model)
     reader = build.reader_of(recipe.model, recipe.data, chat, room=recipe.sampling.max_new_tokens)
@@ -150,9 +152,9 @@ def run_online(verb: str, recipe: fields.Online, options: Options) -> Path:
     )
     for caution in build.cautions(recipe, algorithm) if first() else ():
         print(f"whet: {caution}", file=sys.stderr)
-    rows = recipe.rollout.prompts * (1 if algorithm.pairs else algorithm.collect.answers)
-    total = recipe.rollout.steps * recipe.rollout.epochs * -(-rows // minibatch)
-    plan, longest = _plan_of(recipe, minibatch, chat, prompts)
+    rows = recipe.rollout.prompts_per_step * (1 if algorithm.pairs else algorithm.collect.num_generations)
+    total = recipe.rollout.num_steps * recipe.rollout.ppo_epochs * -(-rows // mini_batch_size)
+    plan, longest = _plan_of(recipe, mini_batch_size, chat, prompts)
 
     def train(learner: Learner, generator: Generator, rewards: list[Weighted], own: Options) -> None:
         run = _open(folder, recipe, own, verb, learner.workers)
@@ -169,7 +171,7 @@ def run_online(verb: str, recipe: fields.Online, options: Options) -> Path:
     make = partial(crew.online_learner, recipe, algorithm, total, scores=not recipe.cluster.rewards)
     if recipe.cluster.address is not None:
 
-        def attempt(world: World, resume: bool) -> None:
+        def attempt(world: Attempt, resume: bool) -> None:
             inside = None if recipe.cluster.engines else partial(crew.answers_inside, recipe, longest)
             learner = world.learner(make, push=recipe.generator.push, answers=inside)
             alone = [partial(crew.engine_alone, recipe, longest, number) for number in range(recipe.cluster.engines)]
@@ -187,25 +189,27 @@ def run_online(verb: str, recipe: fields.Online, options: Options) -> Path:
     return folder
 
 
-def _plan_of(recipe: fields.Online, minibatch: int, chat: Chat, prompts: Sequence[Prompt]) -> tuple[online.Plan, int]:
-    """The loop's dials, and the longest sequence that a generator meets, in tokens: an answer, or the canary."""
+def _plan_of(
+    recipe: fields.OnlineRecipe, mini_batch_size: int, chat: Chat, prompts: Sequence[Prompt]
+) -> tuple[online.OnlinePlan, int]:
+    """The loop's options, and the longest sequence that a generator meets, in tokens: an answer, or the canary."""
     rollout, generator = recipe.rollout, recipe.generator
     positions = load.positions(build.source_of(recipe.model))
     canary = min(160, positions - 1)
     longest = min(positions, max(canary + 1, max(len(one.ids) for one in prompts) + recipe.sampling.max_new_tokens))
-    plan = online.Plan(
-        steps=rollout.steps, prompts=rollout.prompts, minibatch=minibatch, epochs=rollout.epochs, seed=recipe.seed,
-        ptx_batch=recipe.ptx.batch, stop_kl=rollout.stop_kl, ema=rollout.ema,
+    plan = online.OnlinePlan(
+        steps=rollout.num_steps, prompts=rollout.prompts_per_step, mini_batch_size=mini_batch_size, epochs=rollout.ppo_epochs, seed=recipe.seed,
+        ptx_batch=recipe.ptx.batch_size, target_kl=rollout.target_kl, ema=rollout.ema,
         equal_start=recipe.reference in (None, recipe.model.path), end_ids=chat.end_ids, canary=canary,
-        half=generator.dtype in ("bfloat16", "float16"),
-        save_every=recipe.train.save_every, keep=recipe.train.keep, refresh=rollout.refresh.every,
-        refresh_mix=rollout.refresh.mix, max_staleness=generator.max_staleness, segment=generator.segment,
-        slots=rollout.answers_at_once,
+        low_precision=generator.dtype in ("bfloat16", "float16"),
+        save_every=recipe.train.save_every, keep=recipe.train.keep, refresh=rollout.sync_reference.every,
+        refresh_mix=rollout.sync_reference.mix, max_staleness=generator.max_staleness, segment=generator.segment_tokens,
+        slots=rollout.max_num_seqs,
     )  # fmt: skip
     return plan, longest
 
 
-def run_sample(recipe: fields.Sample, options: Options) -> Path:
+def run_sample(recipe: fields.SampleRecipe, options: Options) -> Path:
     """K answers for every prompt of a file: the rows with `responses`, and `scores` where rewards are given; or the best
     alone as `prompt` and `completion`. Returns the file."""
     _threads(recipe.threads)
@@ -214,11 +218,12 @@ def run_sample(recipe: fields.Sample, options: Options) -> Path:
         raise RecipeError("keep: which answer is the best? give --reward with a reward-model folder or a function")
     tokenizer, chat = build.tokenizer_and_chat(recipe.model)
     rewards = [
-        (one.weight, build.reward(one.source, recipe.model, tokenizer, recipe.micro_tokens)) for one in recipe.reward
+        (one.weight, build.reward(one.source, recipe.model, tokenizer, recipe.max_tokens_per_micro_batch))
+        for one in recipe.reward
     ]
     prompts = _prompts(recipe.model, recipe.data, chat, recipe.sampling)
     role = build.causal_role("policy", recipe.model, tokenizer, trained=False, seed=0)
-    groups = _answers(recipe, role, chat, prompts, recipe.count, recipe.seed)
+    groups = _answers(recipe, role, chat, prompts, recipe.num_generations, recipe.seed)
     rows: list[dict[str, Any]] = [
         {
             **group.prompt.row,
@@ -242,10 +247,10 @@ def _best(row: Mapping[str, Any]) -> dict[str, Any]:
     return kept | {"completion": row["responses"][order[0]], "score": row["scores"][order[0]]}
 
 
-def run_rank(recipe: fields.Rank, options: Options) -> Path:
+def run_rank(recipe: fields.RankRecipe, options: Options) -> Path:
     """Answers become rankings: by a judge function, or by the `scores` the rows carry. Returns the file."""
     out = _out_file(recipe.out, "rank")
-    if recipe.judge is None and recipe.judge_form != fields.Rank().judge_form:
+    if recipe.judge is None and recipe.judge_form != fields.RankRecipe().judge_form:
         raise RecipeError("judge_form: there is no judge; give --judge FILE.py:FUNCTION, or leave it out")
     ranker: Any = ScoreRanker()
     if recipe.judge is not None:
@@ -279,7 +284,7 @@ def run_rank(recipe: fields.Rank, options: Options) -> Path:
     return out
 
 
-def run_eval(recipe: fields.Eval, options: Options) -> dict[str, float]:
+def run_eval(recipe: fields.EvalRecipe, options: Options) -> dict[str, float]:
     """Win rate against another model under judges; or a reward model's accuracy; or the loss on held-out rows."""
     _threads(recipe.threads)
     if (recipe.against is None) != (not recipe.judge):
@@ -292,11 +297,13 @@ def run_eval(recipe: fields.Eval, options: Options) -> dict[str, float]:
     return numbers
 
 
-def _win_rates(recipe: fields.Eval) -> dict[str, float]:
+def _win_rates(recipe: fields.EvalRecipe) -> dict[str, float]:
     """Both models answer every prompt once, independently; each judge scores; KL of the model to the other, in nats."""
     assert recipe.against is not None
     tokenizer, chat = build.tokenizer_and_chat(recipe.model)
-    judges = build.distinct([build.reward(one, recipe.model, tokenizer, recipe.micro_tokens) for one in recipe.judge])
+    judges = build.distinct(
+        [build.reward(one, recipe.model, tokenizer, recipe.max_tokens_per_micro_batch) for one in recipe.judge]
+    )
     prompts = _prompts(recipe.model, recipe.data, chat, recipe.sampling)
     role = build.causal_role("policy", recipe.model, tokenizer, trained=False, seed=0)
     other_tokenizer, other_chat = build.tokenizer_and_chat(replace(recipe.model, path=recipe.against))
@@ -307,7 +314,7 @@ def _win_rates(recipe: fields.Eval) -> dict[str, float]:
     other = build.causal_role("reference", recipe.model, tokenizer, trained=False, seed=0, path=recipe.against)
     ours = _answers(recipe, role, chat, prompts, 1, recipe.seed)
     theirs = _answers(recipe, other, other_chat, prompts, 1, address(recipe.seed, "against"))
-    learner = LocalLearner({"policy": role, "reference": other}, {}, total=1, budget=recipe.micro_tokens)
+    learner = LocalLearner({"policy": role, "reference": other}, {}, total=1, budget=recipe.max_tokens_per_micro_batch)
     exact = (
         recipe.sampling.temperature > 0 and not recipe.sampling.truncates
     )  # else the samples are not the policy's own
@@ -337,7 +344,7 @@ def _win_rates(recipe: fields.Eval) -> dict[str, float]:
     return numbers
 
 
-def _held_out(recipe: fields.Eval) -> dict[str, float]:
+def _held_out(recipe: fields.EvalRecipe) -> dict[str, float]:
     tokenizer, chat = build.tokenizer_and_chat(recipe.model)
     reader = build.reader_of(recipe.model, recipe.data, chat)
     if load.is_scorer(recipe.model.path):
@@ -347,7 +354,7 @@ def _held_out(recipe: fields.Eval) -> dict[str, float]:
         role = build.causal_role("policy", recipe.model, tokenizer, trained=False, seed=0)
         objective, reading = SFT, "demonstrations"
     elements = build.rows_of(recipe.data, getattr(reader, reading))
-    learner = LocalLearner({role.name: role}, {}, total=1, budget=recipe.micro_tokens)
+    learner = LocalLearner({role.name: role}, {}, total=1, budget=recipe.max_tokens_per_micro_batch)
     return {key.rpartition("/")[2]: value for key, value in evaluate.held_out(learner, objective, elements).items()}
 
 
@@ -358,14 +365,19 @@ def _prompts(model: fields.Frozen, data: fields.Rows, chat: Chat, sampling: Samp
 
 
 def _answers(
-    recipe: fields.Sample | fields.Eval, role: Role, chat: Chat, prompts: Sequence[Prompt], count: int, seed: int
+    recipe: fields.SampleRecipe | fields.EvalRecipe,
+    role: Role,
+    chat: Chat,
+    prompts: Sequence[Prompt],
+    count: int,
+    seed: int,
 ) -> list[Group]:
-    generator = LocalGenerator(role, chat.end_ids, chat.text, unit=recipe.answers_at_once)
+    generator = LocalGenerator(role, chat.end_ids, chat.text, unit=recipe.max_num_seqs)
     return evaluate.answers(generator, prompts, recipe.sampling, count=count, seed=seed)
 
 
 @torch.no_grad()
-def _standardise(learner: Learner, scores: torch.Tensor) -> None:
+def _standardize(learner: Learner, scores: torch.Tensor) -> None:
     """Scale the head and shift the reward model so that these scores of its own (n,) get mean 0 and deviation 1.
 
     The scale is in the head's weights, so other tools read the same scores but for the shift, which ranks nothing.
@@ -380,12 +392,12 @@ def _working(recipe: Any, options: Options) -> Iterator[tuple[Workers, Options]]
 
     An engine for several workers needs a group of processes, if only of one.
     """
-    engine = crew.engine_of(recipe, int(os.environ["WORLD_SIZE"]) if launched() else 1)
+    engine = crew.backend_of(recipe, int(os.environ["WORLD_SIZE"]) if launched() else 1)
     if not launched() and engine == "local":
         yield Workers(), options
         return
     workers = join() if launched() else join(0, 1, "127.0.0.1", free_port())
-    resume = workers.told(options.resume)
+    resume = workers.broadcast(options.resume)
     try:
         yield workers, replace(options, resume=resume, quiet=options.quiet or not workers.first)
     except BaseException:
@@ -425,9 +437,9 @@ def _folder(recipe: Any, verb: str, options: Options) -> Path:
     return folder
 
 
-def _open(folder: Path, recipe: Any, options: Options, verb: str, workers: Workers) -> Run:
+def _open(folder: Path, recipe: Any, options: Options, verb: str, workers: Workers) -> RunFolder:
     """The run's record, made once everything that can be refused has been. One worker writes it."""
-    workers.wait()
+    workers.barrier()
     found = offline.checkpoint.latest(folder / "checkpoints") if options.resume and workers.first else None
     if options.resume and found is None and workers.first:
         print(f"whet: no checkpoint was saved in {folder} yet; the run starts over", file=sys.stderr)
@@ -435,7 +447,7 @@ def _open(folder: Path, recipe: Any, options: Options, verb: str, workers: Worke
     text = config.to_yaml(recipe, verb)
     info = RunInfo(folder.name, folder, config.yaml_tree(text))
     trackers = _trackers(recipe.trackers, info) if workers.first else []
-    run = Run(folder, resume_at=step if options.resume else None, trackers=trackers, writes=workers.first)
+    run = RunFolder(folder, resume_at=step if options.resume else None, trackers=trackers, writes=workers.first)
     run.environment(text)
     if workers.first:
         note("begun")
@@ -444,7 +456,10 @@ def _open(folder: Path, recipe: Any, options: Options, verb: str, workers: Worke
 
 def _kept(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """What of a recipe a resumed run goes on with unchanged: all but where the work is done."""
-    elsewhere = {"learner": ("engine", "offload"), "generator": ("count", "urls", "transfer", "memory", "cache_mib")}
+    elsewhere = {
+        "learner": ("backend", "offload"),
+        "generator": ("count", "urls", "transfer", "gpu_memory_utilization", "kv_cache_mib"),
+    }
     out = {name: value for name, value in recipe.items() if name != "cluster"}
     for section, names in elsewhere.items():
         if isinstance(out.get(section), Mapping):
@@ -465,7 +480,9 @@ def _changed(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") ->
 
 def _trackers(specs: Sequence[Any], info: RunInfo | None) -> list[Tracker]:
     """The trackers of a recipe; with a run's `info` they are started."""
-    found = [(adapters.chosen(TRACKERS, one, "trackers"), one if isinstance(one, str) else one["name"]) for one in specs]
+    found = [
+        (adapters.chosen(TRACKERS, one, "trackers"), one if isinstance(one, str) else one["name"]) for one in specs
+    ]
     for one, name in found:
         one.check(name)
     out: list[Tracker] = [one.make(name) for one, name in found] if info else []

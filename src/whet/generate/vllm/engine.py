@@ -17,7 +17,7 @@ from torch import Tensor
 
 from whet.data import Sample, Weights
 from whet.data.files import shared_memory
-from whet.errors import EngineDied, ModelError, RecipeError, RunStopped, first_line
+from whet.errors import ModelError, RecipeError, RunStopped, WorkerDied, first_line
 from whet.generate.base import Request, require_vllm
 from whet.generate.vllm import push as vllm_push
 from whet.generate.vllm.push import About, Inlet, Transfer
@@ -41,7 +41,7 @@ Answer = tuple[tuple[int, ...], tuple[float, ...]]
 
 
 class EngineGenerator(ABC):
-    """What generators on vLLM share: requests become token ids and dials, answers become samples.
+    """What generators on vLLM share: requests become token ids and options, answers become samples.
 
     `end_ids` alone end an answer, and `text` alone makes its text; vLLM sees token ids only. Each request has a seed of
     its own from its address. No prompt and answer together may be longer than `max_model_len` tokens.
@@ -64,17 +64,17 @@ class EngineGenerator(ABC):
         """Why its weights may not be used until the next push; "" when they may."""
 
     @abstractmethod
-    def _answers(self, prompts: Sequence[Sequence[int]], dials: Sequence[dict[str, Any]]) -> list[Answer]:
-        """One answer per prompt, in order; raises EngineDied."""
+    def _answers(self, prompts: Sequence[Sequence[int]], options: Sequence[dict[str, Any]]) -> list[Answer]:
+        """One answer per prompt, in order; raises WorkerDied."""
 
     @abstractmethod
     def _scores(self, ids: Sequence[Sequence[int]]) -> list[list[float]]:
-        """The log-probs of each sequence's tokens after the first; raises EngineDied."""
+        """The log-probs of each sequence's tokens after the first; raises WorkerDied."""
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
         """See `Generator.generate`. All of one call are answered together.
 
-        Raises RecipeError for a request that does not fit the engine's length, EngineDied when the engine died or its
+        Raises RecipeError for a request that does not fit the engine's length, WorkerDied when the engine died or its
         weights are torn.
         """
         if not requests:
@@ -87,8 +87,8 @@ class EngineGenerator(ABC):
         for request, (ids, logps) in zip(requests, found, strict=True):
             yield self._sample(request, ids, logps)
 
-    def score(self, ids: Sequence[Tensor]) -> list[Tensor]:
-        """See `Generator.score`. Raises what `generate` raises. The prefix cache is not read for it."""
+    def logprobs(self, ids: Sequence[Tensor]) -> list[Tensor]:
+        """See `Generator.logprobs`. Raises what `generate` raises. The prefix cache is not read for it."""
         self._usable()
         given = [one.tolist() for one in ids]
         for one in given:
@@ -96,20 +96,10 @@ class EngineGenerator(ABC):
         return [torch.tensor(values) for values in self._scores(given)]
 
     def sleep(self) -> None:
-        """Give the GPU's memory back (on a CPU nothing); the next `generate`, `score` or `adopt` wakes the engine.
-
-        Raises RecipeError when the engine was started without `sleep`.
-        """
-        if not self._can_sleep:
-            raise RecipeError("generator.sleep: the engine was started without it")
-        if not self._asleep:
+        """Give the GPU's memory back where the engine was started with `sleep`; the next call wakes it. Else nothing."""
+        if self._can_sleep and not self._asleep:
             self._pause(True)
             self._asleep = True
-
-    def rest(self) -> None:
-        """Sleep where the engine can."""
-        if self._can_sleep:
-            self.sleep()
 
     def wake(self) -> None:
         """Take the memory again; nothing when the engine is awake."""
@@ -123,7 +113,7 @@ class EngineGenerator(ABC):
 
     def _usable(self) -> None:
         if self._unfit or self._torn:
-            raise EngineDied(f"generator: {self._unfit or self._torn}")
+            raise WorkerDied(f"generator: {self._unfit or self._torn}")
         self.wake()
 
     def _fits(self, given: Sequence[int], room: int) -> None:
@@ -171,7 +161,7 @@ class VLLMGenerator(EngineGenerator):
     max_num_seqs     how many answers are computed at once
     tensor_parallel  over how many GPUs the model is split
     seed             of the engine; answers have seeds of their own
-    separate         True: the engine runs in child processes, and its death is an EngineDied. False: in this process,
+    separate         True: the engine runs in child processes, and its death is an WorkerDied. False: in this process,
                      which starts faster; vLLM then changes some of torch here (on a CPU `torch.set_num_threads` does
                      nothing any more), and a crash is this process's own
     transfer         how whole weights travel; "auto" is "shared". "ipc" needs an engine on the GPU of the weights
@@ -242,14 +232,14 @@ class VLLMGenerator(EngineGenerator):
             self.close()
             raise
 
-    def adopt(self, weights: Weights) -> None:
+    def load_weights(self, weights: Weights) -> None:
         """Take a role's weights (or with `lora` its adapter), or those of a folder; then the old ones' cache is dropped.
 
-        Raises ModelError when they do not fit the engine's model, EngineDied when the engine died or could not take
+        Raises ModelError when they do not fit the engine's model, WorkerDied when the engine died or could not take
         them, RunStopped when it says another version afterwards.
         """
         if self._unfit:
-            raise EngineDied(f"generator: {self._unfit}")
+            raise WorkerDied(f"generator: {self._unfit}")
         self.wake()
         self.inlet.push(weights)
         self.version = weights.version
@@ -313,9 +303,9 @@ class VLLMGenerator(EngineGenerator):
     def _pause(self, asleep: bool) -> None:
         self._do(lambda llm: llm.sleep(level=1) if asleep else llm.wake_up())
 
-    def _answers(self, prompts: Sequence[Sequence[int]], dials: Sequence[dict[str, Any]]) -> list[Answer]:
+    def _answers(self, prompts: Sequence[Sequence[int]], options: Sequence[dict[str, Any]]) -> list[Answer]:
         out = []
-        for output in self._run(prompts, dials):
+        for output in self._run(prompts, options):
             made = output.outputs[0]
             ids = tuple(made.token_ids)
             versions = {span.version for span in made.weight_versions or ()}
@@ -347,25 +337,25 @@ class VLLMGenerator(EngineGenerator):
         outputs = self._run(given, [asked | {"logprob_token_ids": [token]} for token in ids[1:]]) if given else []
         return [output.outputs[0].logprobs[0][token].logprob for output, token in zip(outputs, ids[1:], strict=True)]
 
-    def _run(self, prompts: Sequence[Sequence[int]], dials: Sequence[dict[str, Any]]) -> list[Any]:
+    def _run(self, prompts: Sequence[Sequence[int]], options: Sequence[dict[str, Any]]) -> list[Any]:
         """vLLM's outputs. After any failure the engine may hold half of a batch, so it is not used again."""
         from vllm import SamplingParams
 
         adapter = self.inlet.current if isinstance(self.inlet, Adapters) else None
         given = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        params = [SamplingParams(detokenize=False, **one) for one in dials]
+        params = [SamplingParams(detokenize=False, **one) for one in options]
         try:
             return self._do(lambda llm: llm.generate(given, params, use_tqdm=False, lora_request=adapter))
-        except EngineDied:
+        except WorkerDied:
             raise
         except BaseException as error:
             self._unfit = f"the vLLM engine was stopped in the middle of a batch ({first_line(error)})"
             if isinstance(error, Exception):
-                raise EngineDied(f"generator: the vLLM engine failed: {first_line(error)}") from error
+                raise WorkerDied(f"generator: the vLLM engine failed: {first_line(error)}") from error
             raise
 
     def _do(self, work: Callable[[Any], Any]) -> Any:
-        """A call to vLLM; the engine's death becomes EngineDied.
+        """A call to vLLM; the engine's death becomes WorkerDied.
 
         vLLM would wait for ever for an engine process that was killed outright, so while it waits, in a thread of its
         own, the processes are watched from here.
@@ -385,7 +375,7 @@ class VLLMGenerator(EngineGenerator):
             if not isinstance(error, EngineDeadError) and all(map(alive, self._processes)):
                 raise
             self._unfit = "the vLLM engine died"
-            raise EngineDied("generator: the vLLM engine died") from error
+            raise WorkerDied("generator: the vLLM engine died") from error
 
 
 class Adapters:
@@ -403,7 +393,7 @@ class Adapters:
     def push(self, weights: Weights) -> None:
         """The adapter under an id of its own, because under a used id vLLM keeps the old one; the old one goes first.
 
-        Raises ModelError for a folder without an adapter, EngineDied when the engine died or does not take it,
+        Raises ModelError for a folder without an adapter, WorkerDied when the engine died or does not take it,
         RunStopped when the engine says another version or adapter afterwards.
         """
         from vllm.lora.request import LoRARequest
@@ -414,10 +404,10 @@ class Adapters:
         self.torn = f"the adapter of weights {weights.version} did not go in; push another one first"
         try:
             said = self.do(lambda llm: _swap(llm, new, str(weights.version)))
-        except EngineDied:
+        except WorkerDied:
             raise
         except Exception as error:
-            raise EngineDied(f"generator: weights {weights.version} did not go in: {first_line(error)}") from error
+            raise WorkerDied(f"generator: weights {weights.version} did not go in: {first_line(error)}") from error
         if said != ({self._number}, str(weights.version), True):
             raise RunStopped(
                 f"generator: adapter {self._number} of weights {weights.version} was pushed, "

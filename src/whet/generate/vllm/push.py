@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from whet.data import Weights
-from whet.errors import EngineDied, ModelError, RecipeError, RunStopped, WhetError, first_line
+from whet.errors import ModelError, RecipeError, RunStopped, WhetError, WorkerDied, first_line
 from whet.generate.base import whole
 from whet.generate.vllm.worker import gloo_group
 
@@ -81,7 +81,7 @@ class About:
         return About(shapes, frozenset(told.pop("ignored")), **told)
 
 
-class Push:
+class Route:
     """One push, seen by a transport as the engine itself. `started` is True once the engine's weights are torn."""
 
     def __init__(self, control: Control, version: int) -> None:
@@ -104,12 +104,12 @@ class Push:
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """All chunks have come: mend what a reload passes over, forget the cache, check the version.
 
-        Raises EngineDied when the cache cannot be reset, RunStopped when the engine says another version.
+        Raises WorkerDied when the cache cannot be reset, RunStopped when the engine says another version.
         """
         self.control.finish_weight_update(weight_version or self.version)
         self.control.call("whet_mend")
         if not self.control.reset_prefix_cache():
-            raise EngineDied("generator: the prefix cache could not be reset after a push: requests are still running")
+            raise WorkerDied("generator: the prefix cache could not be reset after a push: requests are still running")
         said = self.control.weight_version()
         if said != self.version:
             raise RunStopped(f"generator: weights {self.version} were pushed, but the engine says it has {said!r}")
@@ -130,10 +130,10 @@ class Inlet:
     def push(self, weights: Weights) -> None:
         """Push all of them.
 
-        Raises ModelError when names or shapes are not those of the engine's model, EngineDied when the engine could
+        Raises ModelError when names or shapes are not those of the engine's model, WorkerDied when the engine could
         not take them. Nothing is changed by weights that are found wrong before the first chunk is full.
         """
-        push = Push(self.control, weights.version)
+        push = Route(self.control, weights.version)
         try:
             self.transport.carry(push, checked(whole(weights), self.about))
         except BaseException as error:
@@ -141,7 +141,7 @@ class Inlet:
                 self.torn = f"the push of weights {weights.version} failed half-way ({first_line(error)}); push whole weights first"
             if isinstance(error, WhetError) or not isinstance(error, Exception):
                 raise
-            raise EngineDied(f"generator: weights {weights.version} did not go in: {first_line(error)}") from error
+            raise WorkerDied(f"generator: weights {weights.version} did not go in: {first_line(error)}") from error
         self.torn = ""
 
 
@@ -188,7 +188,7 @@ class Transport(ABC):
     backend: str
 
     @abstractmethod
-    def carry(self, push: Push, pairs: Iterator[Named]) -> None:
+    def carry(self, push: Route, pairs: Iterator[Named]) -> None:
         """Start, send all tensors, finish; raises whatever goes wrong on either side."""
 
     def close(self) -> None:  # noqa: B027 (most hold nothing)
@@ -201,7 +201,7 @@ class _Chunked(Transport):
     def __init__(self, chunk: int = CHUNK) -> None:
         self.chunk = chunk
 
-    def carry(self, push: Push, pairs: Iterator[Named]) -> None:
+    def carry(self, push: Route, pairs: Iterator[Named]) -> None:
         for chunk in chunks(pairs, self.chunk):
             if not push.started:
                 self.ready(push)
@@ -209,11 +209,11 @@ class _Chunked(Transport):
             self.send(push, chunk)
         push.finish_weight_update()
 
-    def ready(self, push: Push) -> None:
+    def ready(self, push: Route) -> None:
         """Before the first chunk of a push."""
 
     @abstractmethod
-    def send(self, push: Push, chunk: Sequence[Named]) -> None:
+    def send(self, push: Route, chunk: Sequence[Named]) -> None:
         """One chunk."""
 
 
@@ -228,7 +228,7 @@ class Shared(_Chunked):
             raise RecipeError(f"generator.transfer: the engine's weight folder {folder!r} is not on this machine")
         self.folder = Path(folder)
 
-    def send(self, push: Push, chunk: Sequence[Named]) -> None:
+    def send(self, push: Route, chunk: Sequence[Named]) -> None:
         """One chunk."""
         with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".safetensors") as file:
             # copied, because safetensors refuses tensors that share memory
@@ -246,7 +246,7 @@ class Gloo(_Chunked):
         self.workers, self.host, self.seconds = workers, host, seconds
         self.group: Any = None
 
-    def ready(self, push: Push) -> None:
+    def ready(self, push: Route) -> None:
         """Build the group at the first push, and again after a failed one."""
         if self.group is not None:
             return
@@ -261,10 +261,10 @@ class Gloo(_Chunked):
         push.init_weight_transfer_engine({"host": self.host, "port": store.port, "size": size, "seconds": self.seconds})
         thread.join(self.seconds)
         if not joined:
-            raise EngineDied(f"generator: no gloo group with the engine within {self.seconds:g} s")
+            raise WorkerDied(f"generator: no gloo group with the engine within {self.seconds:g} s")
         self.group = joined[0]
 
-    def send(self, push: Push, chunk: Sequence[Named]) -> None:
+    def send(self, push: Route, chunk: Sequence[Named]) -> None:
         """One chunk. A group in which something failed is never used again: the sides may be out of step."""
         group, self.group = self.group, None
         held = [tensor.cpu().contiguous() for _, tensor in chunk]
@@ -280,7 +280,7 @@ class Gloo(_Chunked):
         )
         thread.join(self.seconds)
         if failed or thread.is_alive():
-            raise EngineDied(
+            raise WorkerDied(
                 f"generator: the gloo broadcast failed: {first_line(failed[0]) if failed else 'no answer'}"
             )
         self.group = group
@@ -318,7 +318,7 @@ class OnGPU(Transport):
         self.backend, self.workers, self.host, self.gpu = backend, workers, host, gpu
         self.source, self.engine = _Source(), None
 
-    def carry(self, push: Push, pairs: Iterator[Named]) -> None:
+    def carry(self, push: Route, pairs: Iterator[Named]) -> None:
         """One push through vLLM's trainer engine, which is made at the first one and after a failed one."""
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 

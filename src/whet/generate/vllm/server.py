@@ -16,7 +16,7 @@ from typing import Any
 
 from whet.data import Weights
 from whet.distributed import free_port
-from whet.errors import EngineDied, ModelError, RecipeError, RunStopped
+from whet.errors import ModelError, RecipeError, RunStopped, WorkerDied
 from whet.generate.base import require_vllm
 from whet.generate.vllm import push as vllm_push
 from whet.generate.vllm.engine import (
@@ -51,7 +51,7 @@ class ServerGenerator(EngineGenerator):
     api_key          sent to the server; it does not guard the weight routes
     sleep            the server was started with it
 
-    Raises RecipeError when the server is not such a one, EngineDied when nothing answers there.
+    Raises RecipeError when the server is not such a one, WorkerDied when nothing answers there.
     """
 
     def __init__(
@@ -85,10 +85,10 @@ class ServerGenerator(EngineGenerator):
         if self._label != UNSET:
             self.inlet.torn = f"the server has weights {self._label!r} of an earlier run; push whole weights first"
 
-    def adopt(self, weights: Weights) -> None:
+    def load_weights(self, weights: Weights) -> None:
         """Take a role's weights, or those of a folder; then the old ones' cache is dropped.
 
-        Raises ModelError when they do not fit the server's model, EngineDied when the server died or could not take
+        Raises ModelError when they do not fit the server's model, WorkerDied when the server died or could not take
         them, RunStopped when it says another version afterwards.
         """
         self.wake()
@@ -137,9 +137,9 @@ class ServerGenerator(EngineGenerator):
     def _pause(self, asleep: bool) -> None:
         self.http.ask("POST", "/sleep?level=1" if asleep else "/wake_up")
 
-    def _answers(self, prompts: Sequence[Sequence[int]], dials: Sequence[dict[str, Any]]) -> list[Answer]:
+    def _answers(self, prompts: Sequence[Sequence[int]], options: Sequence[dict[str, Any]]) -> list[Answer]:
         out = []
-        for choice in self._complete(prompts, dials):
+        for choice in self._complete(prompts, options):
             logps = choice["logprobs"]["token_logprobs"]
             out.append((tuple(choice["token_ids"]), tuple(logps)))
         return out
@@ -155,11 +155,11 @@ class ServerGenerator(EngineGenerator):
             for choice, one in zip(choices, ids, strict=True)
         ]
 
-    def _complete(self, prompts: Sequence[Sequence[int]], dials: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _complete(self, prompts: Sequence[Sequence[int]], options: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """The server's choices. Raises RunStopped when somebody else changed its weights meanwhile."""
         asked = [
             {"model": self.model, "prompt": list(prompt), "return_token_ids": True, "add_special_tokens": False, **one}
-            for prompt, one in zip(prompts, dials, strict=True)
+            for prompt, one in zip(prompts, options, strict=True)
         ]
         pool = ThreadPoolExecutor(self.connections)
         try:
@@ -247,7 +247,7 @@ class Server:
                 if asked.raw("GET", "/health")[0] == 200:
                     asked.ask("POST", "/collective_rpc", {"method": "whet_about"})  # from now on it knows its owner
                     return
-            except EngineDied:
+            except WorkerDied:
                 pass
             time.sleep(0.5)
         raise ModelError(

@@ -96,7 +96,7 @@ class Extension:
 
         worker: Any = self
         for module in worker.get_model().modules():
-            # a quantised head must not be processed twice
+            # a quantized head must not be processed twice
             if isinstance(module, ParallelLMHead) and isinstance(module.quant_method, UnquantizedEmbeddingMethod):
                 module.quant_method.process_weights_after_loading(module)
 

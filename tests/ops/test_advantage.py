@@ -15,7 +15,7 @@ from whet.ops import (
     gae_adaptive,
     group_center,
     group_mean_scaled,
-    group_normalised,
+    group_normalized,
     group_steps,
     group_zscore,
     leave_one_out,
@@ -32,32 +32,34 @@ FINAL = torch.randn(5, dtype=torch.float64, generator=NOISE)
 DIALS = [(1.0, 0.95), (0.9, 0.8), (0.5, 1.0), (0.9, 0.0), (0.0, 0.7), (1.0, 1.0)]
 
 
-def double_loop(row: int, gamma: float, lam: float, final: float) -> dict[int, float]:
-    """A_t = sum_l (gamma lam)^l delta_{t + l} over the trained tokens of a row, by position."""
+def double_loop(row: int, gamma: float, gae_lambda: float, final: float) -> dict[int, float]:
+    """A_t = sum_l (gamma gae_lambda)^l delta_{t + l} over the trained tokens of a row, by position."""
     trained = [t for t in range(5) if MASK[row, t]]
     v = [VALUES[row, t].item() for t in trained] + [final]
     delta = [REWARDS[row, t].item() + gamma * v[i + 1] - v[i] for i, t in enumerate(trained)]
-    return {t: sum((gamma * lam) ** (j - i) * delta[j] for j in range(i, len(delta))) for i, t in enumerate(trained)}
+    return {
+        t: sum((gamma * gae_lambda) ** (j - i) * delta[j] for j in range(i, len(delta))) for i, t in enumerate(trained)
+    }
 
 
 @pytest.mark.parametrize("junk", [100.0, nan])
 @pytest.mark.parametrize("bootstrap", [True, False])
-@pytest.mark.parametrize(("gamma", "lam"), DIALS)
-def test_gae_equals_the_double_sum_over_deltas(gamma: float, lam: float, bootstrap: bool, junk: float) -> None:
+@pytest.mark.parametrize(("gamma", "gae_lambda"), DIALS)
+def test_gae_equals_the_double_sum_over_deltas(gamma: float, gae_lambda: float, bootstrap: bool, junk: float) -> None:
     final = FINAL if bootstrap else None
     rewards, values = (x.masked_fill(~MASK, junk) for x in (REWARDS, VALUES))
     expected = torch.zeros(5, 5, dtype=torch.float64)
     for row in range(5):
-        for t, advantage in double_loop(row, gamma, lam, FINAL[row].item() if bootstrap else 0.0).items():
+        for t, advantage in double_loop(row, gamma, gae_lambda, FINAL[row].item() if bootstrap else 0.0).items():
             expected[row, t] = advantage
-    close(gae(rewards, values, MASK, final, gamma=gamma, lam=lam), expected)
+    close(gae(rewards, values, MASK, final, gamma=gamma, gae_lambda=gae_lambda), expected)
 
 
 def test_gae_by_hand() -> None:
     # gamma 1/2, lambda 1/2, V = 2 4 8: delta = 1 + 2 - 2, 0 + 4 - 4, 6 + 8 - 8 with a final value of 16
     rewards, values, mask = f64([[1.0, 0.0, 6.0]]), f64([[2.0, 4.0, 8.0]]), bits("111")
-    close(gae(rewards, values, mask, f64([16.0]), gamma=0.5, lam=0.5), [[1 + 6 / 16, 6 / 4, 6.0]])
-    close(gae(rewards, values, mask, gamma=0.5, lam=0.5), [[1 - 2 / 16, -2 / 4, -2.0]])  # last delta 6 - 8
+    close(gae(rewards, values, mask, f64([16.0]), gamma=0.5, gae_lambda=0.5), [[1 + 6 / 16, 6 / 4, 6.0]])
+    close(gae(rewards, values, mask, gamma=0.5, gae_lambda=0.5), [[1 - 2 / 16, -2 / 4, -2.0]])  # last delta 6 - 8
 
 
 def test_by_default_gamma_is_one_and_lambda_095() -> None:
@@ -69,8 +71,8 @@ def test_by_default_gamma_is_one_and_lambda_095() -> None:
 def test_a_hole_in_the_mask_is_as_if_it_were_deleted(junk: float) -> None:
     rewards, values = f64([[1.0, junk, 2.0, junk, junk, 4.0]]), f64([[0.5, junk, -1.0, junk, junk, 3.0]])
     mask, kept, final = bits("101001"), [0, 2, 5], f64([7.0])
-    whole = gae(rewards, values, mask, final, gamma=0.9, lam=0.8)
-    close(whole[:, kept], gae(rewards[:, kept], values[:, kept], bits("111"), final, gamma=0.9, lam=0.8))
+    whole = gae(rewards, values, mask, final, gamma=0.9, gae_lambda=0.8)
+    close(whole[:, kept], gae(rewards[:, kept], values[:, kept], bits("111"), final, gamma=0.9, gae_lambda=0.8))
     close(whole[:, [1, 3, 4]], [[0.0, 0.0, 0.0]])
     # 1 + 0.5 (2 + 0.5 4), 2 + 0.5 4, 4
     close(monte_carlo(rewards, mask, gamma=0.5), [[3.0, 0.0, 4.0, 0.0, 0.0, 4.0]])
@@ -81,15 +83,15 @@ def test_lambda_one_is_returns_minus_values_and_lambda_zero_is_one_step_td(gamma
     mask = torch.ones(5, 5, dtype=torch.bool)
     returns = torch.stack([sum(gamma**k * REWARDS[:, t + k] for k in range(5 - t)) for t in range(5)], 1)
     close(monte_carlo(REWARDS, mask, gamma=gamma), returns)
-    close(gae(REWARDS, VALUES, mask, gamma=gamma, lam=1.0), returns - VALUES)
+    close(gae(REWARDS, VALUES, mask, gamma=gamma, gae_lambda=1.0), returns - VALUES)
     following = torch.cat([VALUES[:, 1:], FINAL[:, None]], 1)
-    close(gae(REWARDS, VALUES, mask, FINAL, gamma=gamma, lam=0.0), REWARDS + gamma * following - VALUES)
+    close(gae(REWARDS, VALUES, mask, FINAL, gamma=gamma, gae_lambda=0.0), REWARDS + gamma * following - VALUES)
 
 
 def test_nan_in_holes_reaches_no_gradient_of_gae() -> None:
     # lambda 1, gamma 1: the advantages sum to r_1 + 2 r_2 + 2 final - V_1 - V_2
     row, mask = f64([[1.0, nan, 2.0, nan]]), bits("1010")
-    rewards, values, final = grad_of(lambda r, v, f: gae(r, v, mask, f, lam=1.0), row, row, f64([3.0]))
+    rewards, values, final = grad_of(lambda r, v, f: gae(r, v, mask, f, gae_lambda=1.0), row, row, f64([3.0]))
     close(rewards, [[1.0, 0.0, 2.0, 0.0]])
     close(values, [[-1.0, 0.0, -1.0, 0.0]])
     close(final, [2.0])
@@ -170,12 +172,12 @@ def test_broadcast_gives_each_trained_token_the_advantage_of_its_answer() -> Non
 
 @pytest.mark.parametrize("junk", [0.0, nan])
 def test_gae_takes_a_lambda_per_answer(junk: float) -> None:
-    lam = f64([0.0, 0.3, 0.6, 0.9, 1.0])
+    gae_lambda = f64([0.0, 0.3, 0.6, 0.9, 1.0])
     rewards, values = (x.masked_fill(~MASK, junk) for x in (REWARDS, VALUES))
-    whole = gae(rewards, values, MASK, FINAL, gamma=0.9, lam=lam)
+    whole = gae(rewards, values, MASK, FINAL, gamma=0.9, gae_lambda=gae_lambda)
     for row in range(5):
         expected = [0.0] * 5
-        for t, advantage in double_loop(row, 0.9, lam[row].item(), FINAL[row].item()).items():
+        for t, advantage in double_loop(row, 0.9, gae_lambda[row].item(), FINAL[row].item()).items():
             expected[t] = advantage
         close(whole[row], expected)
 
@@ -186,9 +188,9 @@ def test_gae_adaptive_has_a_lambda_for_each_length(alpha: float, gamma: float, b
     rewards, values = (x.masked_fill(~MASK, nan) for x in (REWARDS, VALUES))
     got = gae_adaptive(rewards, values, MASK, FINAL if bootstrap else None, gamma=gamma, alpha=alpha)
     for row, length in enumerate((5, 3, 0, 3, 1)):
-        lam = max(0.0, 1 - 1 / (alpha * max(length, 1)))
+        gae_lambda = max(0.0, 1 - 1 / (alpha * max(length, 1)))
         expected = [0.0] * 5
-        for t, advantage in double_loop(row, gamma, lam, FINAL[row].item() if bootstrap else 0.0).items():
+        for t, advantage in double_loop(row, gamma, gae_lambda, FINAL[row].item() if bootstrap else 0.0).items():
             expected[t] = advantage
         close(got[row], expected)
 
@@ -227,15 +229,15 @@ def test_group_mean_scaled_refuses_a_negative_score() -> None:
 
 
 @pytest.mark.parametrize(("ddof", "eps"), [(1, 1e-6), (0, 0.5)])
-def test_each_reward_is_normalised_by_itself(ddof: int, eps: float) -> None:
+def test_each_reward_is_normalized_by_itself(ddof: int, eps: float) -> None:
     # group 0 holds rows 0 2 3, group 1 rows 1 4; the second reward is constant in group 0, a hundredfold in group 1
     rewards = f64([[1.0, 5.0], [1.0, 300.0], [3.0, 5.0], [8.0, 5.0], [2.0, 100.0]])
     a, b, c = (math.sqrt(x) + eps for x in ((26 / 2, 0.5, 2e4) if ddof else (26 / 3, 0.25, 1e4)))
     expected = [[-3 / a, 0.0], [-0.5 / b, 100 / c], [-1 / a, 0.0], [4 / a, 0.0], [0.5 / b, -100 / c]]
-    got = group_normalised(rewards, torch.tensor([0, 1, 0, 0, 1]), ddof=ddof, eps=eps)
+    got = group_normalized(rewards, torch.tensor([0, 1, 0, 0, 1]), ddof=ddof, eps=eps)
     close(got, expected)
     if ddof == 1:
-        close(group_normalised(rewards, torch.tensor([0, 1, 0, 0, 1])), expected)  # the default
+        close(group_normalized(rewards, torch.tensor([0, 1, 0, 0, 1])), expected)  # the default
 
 
 # answer 0 has steps that end at its tokens 1 and 3 (token 2 was a tool's), answer 1 one at its token 0;

@@ -14,7 +14,7 @@ def monte_carlo(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Tensor:
     >>> monte_carlo(torch.tensor([[1.0, 0.0, 2.0]]), torch.ones(1, 3, dtype=torch.bool), gamma=0.5)
     tensor([[1.5000, 1.0000, 2.0000]])
     """
-    return gae(rewards, torch.zeros_like(rewards), mask, gamma=gamma, lam=1.0)
+    return gae(rewards, torch.zeros_like(rewards), mask, gamma=gamma, gae_lambda=1.0)
 
 
 def gae(
@@ -24,13 +24,13 @@ def gae(
     final_value: Tensor | None = None,
     *,
     gamma: float = 1.0,
-    lam: float | Tensor = 0.95,
+    gae_lambda: float | Tensor = 0.95,
 ) -> Tensor:
-    """Generalised advantage estimation (Schulman et al. 2016, equation 16), (B, T); 0 outside the mask.
+    """Generalized advantage estimation (Schulman et al. 2016, equation 16), (B, T); 0 outside the mask.
 
-    delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lam A_{t+1}. After the last trained token V is
-    `final_value` (B,), 0 when None: an answer that ended earns nothing more. lam = 0 is one-step TD (more bias, less
-    variance), lam = 1 is Monte-Carlo return minus value (no bias from V, more variance). `lam` may be (B,), one an answer.
+    delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma gae_lambda A_{t+1}. After the last trained token V is
+    `final_value` (B,), 0 when None: an answer that ended earns nothing more. gae_lambda = 0 is one-step TD (more bias, less
+    variance), gae_lambda = 1 is Monte-Carlo return minus value (no bias from V, more variance). `gae_lambda` may be (B,), one an answer.
     """
     running = torch.zeros(rewards.shape[0], dtype=rewards.dtype, device=rewards.device)
     next_value = running if final_value is None else final_value
@@ -38,7 +38,7 @@ def gae(
     for t in reversed(range(rewards.shape[1])):
         here = mask[:, t]
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantage = delta + gamma * lam * running
+        advantage = delta + gamma * gae_lambda * running
         running = torch.where(here, advantage, running)
         next_value = torch.where(here, values[:, t], next_value)
         out[:, t] = torch.where(here, advantage, torch.zeros_like(advantage))
@@ -54,9 +54,9 @@ def gae_adaptive(
     gamma: float = 1.0,
     alpha: float = 0.05,
 ) -> Tensor:
-    """`gae` with lam = 1 - 1 / (alpha |y|) per answer, at least 0 (VAPO, Yue et al. 2025, equation 8): (B, T)."""
+    """`gae` with gae_lambda = 1 - 1 / (alpha |y|) per answer, at least 0 (VAPO, Yue et al. 2025, equation 8): (B, T)."""
     length = mask.sum(1).clamp(min=1).to(rewards.dtype)
-    return gae(rewards, values, mask, final_value, gamma=gamma, lam=(1 - 1 / (alpha * length)).clamp(min=0))
+    return gae(rewards, values, mask, final_value, gamma=gamma, gae_lambda=(1 - 1 / (alpha * length)).clamp(min=0))
 
 
 def _group_sums(score: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,15 +79,15 @@ def group_zscore(score: Tensor, group: Tensor, *, ddof: int = 1, eps: float = 1e
     `ddof` 1 is the sample deviation (all peers), eps is added after the root (TRL 1e-4, verl 1e-6, OpenRLHF 1e-9).
     A group of one, or one without spread, gives 0.
     """
-    centred = group_center(score, group)
-    _, count, squares = _group_sums(centred**2, group)
+    centered = group_center(score, group)
+    _, count, squares = _group_sums(centered**2, group)
     deviation = (squares / (count - ddof).clamp(min=1)).sqrt()
     index = torch.unique(group, return_inverse=True)[1]
     ends = [
         torch.zeros_like(score).scatter_reduce(0, index, score, how, include_self=False)[index]
         for how in ("amax", "amin")
     ]
-    return torch.where(ends[0] > ends[1], centred / (deviation + eps), torch.zeros_like(score))  # a mean is rounded
+    return torch.where(ends[0] > ends[1], centered / (deviation + eps), torch.zeros_like(score))  # a mean is rounded
 
 
 def leave_one_out(score: Tensor, group: Tensor) -> Tensor:
@@ -117,24 +117,24 @@ def group_mean_scaled(score: Tensor, group: Tensor) -> Tensor:
     )
 
 
-def group_normalised(rewards: Tensor, group: Tensor, *, ddof: int = 1, eps: float = 1e-6) -> Tensor:
+def group_normalized(rewards: Tensor, group: Tensor, *, ddof: int = 1, eps: float = 1e-6) -> Tensor:
     """`group_zscore` of each reward by itself, (B, R) -> (B, R): before they are summed (GDPO, Liu et al. 2026, equation 4)."""
     return torch.stack([group_zscore(one, group, ddof=ddof, eps=eps) for one in rewards.unbind(1)], 1)
 
 
 def group_steps(
-    token_reward: Tensor, step: Tensor, group: Tensor, mask: Tensor, *, ddof: int = 1, eps: float = 1e-6
+    token_reward: Tensor, segment_end: Tensor, group: Tensor, mask: Tensor, *, ddof: int = 1, eps: float = 1e-6
 ) -> Tensor:
-    """GRPO's process form (Shao et al. 2024, section 4.1.3), (B, T): every step's reward is normalised over all steps of the
-    group, and a token's advantage is the sum of the normalised rewards of the steps that end at it or later.
+    """GRPO's process form (Shao et al. 2024, section 4.1.3), (B, T): every step's reward is normalized over all steps of the
+    group, and a token's advantage is the sum of the normalized rewards of the steps that end at it or later.
 
-    step (B, T) is True on the last token of each step.
+    segment_end (B, T) is True on the last token of each step.
     """
-    ends = step & mask
+    ends = segment_end & mask
     rows = torch.arange(mask.shape[0], device=mask.device)[:, None].expand(mask.shape)[ends]
-    normalised = torch.zeros_like(token_reward)
-    normalised[ends] = group_zscore(token_reward[ends], group[rows], ddof=ddof, eps=eps)
-    return monte_carlo(normalised, mask)
+    normalized = torch.zeros_like(token_reward)
+    normalized[ends] = group_zscore(token_reward[ends], group[rows], ddof=ddof, eps=eps)
+    return monte_carlo(normalized, mask)
 
 
 def against_greedy(rewards: Tensor, baseline: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Tensor:

@@ -1,0 +1,1 @@
+"""Assembly: from a recipe, or from Python objects, to a run."""
