@@ -61,11 +61,14 @@ class Rough(LocalGenerator):
 class Recorder(h.Recorder):
     """Keeps the work of every update and the weights before it."""
 
-    def update(self, work: Work) -> UpdateResult:
+    def forward_backward(self, work: Work) -> UpdateResult:
         self.works = [*getattr(self, "works", []), work]
         self.befores = [*getattr(self, "befores", []), h.weights(self)]
         self.nows = [*getattr(self, "nows", []), {}]
-        step = super().update(work)
+        return super().forward_backward(work)
+
+    def optim_step(self) -> UpdateResult:
+        step = super().optim_step()
         self.nows[-1] = step.now
         return step
 

@@ -148,9 +148,9 @@ def test_a_sampler_at_another_temperature_stops_the_run(tmp_path: Path) -> None:
 
 
 def test_an_untrained_end_token_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = online.gathered
+    original = online.batch_of
 
-    def gathered(*given: Any) -> Batch:
+    def batch_of(*given: Any) -> Batch:
         batch = original(*given)
         cut = tuple(
             replace(row, mask=row.mask.clone().index_fill(0, torch.tensor([row.response - 1]), False))
@@ -158,7 +158,7 @@ def test_an_untrained_end_token_stops_the_run(tmp_path: Path, monkeypatch: pytes
         )
         return replace(batch, rows=cut)
 
-    monkeypatch.setattr(online, "gathered", gathered)
+    monkeypatch.setattr(online, "batch_of", batch_of)
     with pytest.raises(RunStopped, match="never learn to stop"):
         go(tmp_path, method_of("grpo"), end_ids=range(27))
 

@@ -34,10 +34,10 @@ class Fragile(LocalLearner):
 
     dies = 0
 
-    def update(self, work: Any) -> Any:
+    def forward_backward(self, work: Any) -> Any:
         if self.version + 1 == self.dies:
             raise Killed
-        return super().update(work)
+        return super().forward_backward(work)
 
 
 OPTIM = replace(h.FREE, lr=0.02, schedule="cosine", warmup_ratio=0.2)

@@ -169,9 +169,12 @@ class TableReward:
 class Recorder(LocalLearner):
     """A learner that keeps, of its last update, the work, the weights before it and the gradients."""
 
-    def update(self, work: Work) -> UpdateResult:
+    def forward_backward(self, work: Work) -> UpdateResult:
         self.work, self.before = work, weights(self)
-        self.step = super().update(work)
+        return super().forward_backward(work)
+
+    def optim_step(self) -> UpdateResult:
+        self.step = super().optim_step()
         self.grads = gradients(self)
         self.trail = [*getattr(self, "trail", []), weights(self)]
         return self.step

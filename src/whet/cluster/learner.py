@@ -110,6 +110,14 @@ class ClusterLearner:
         """See `Learner.update`."""
         return self._all("call", "update", list(work))
 
+    def forward_backward(self, work: Work) -> UpdateResult:
+        """See `Learner.forward_backward`."""
+        return self._all("call", "forward_backward", list(work))
+
+    def optim_step(self) -> UpdateResult:
+        """See `Learner.optim_step`."""
+        return self._all("call", "optim_step")
+
     def evaluate(self, work: Work) -> UpdateResult:
         """See `Learner.evaluate`."""
         return self._all("call", "evaluate", list(work))

@@ -245,6 +245,22 @@ class Batch:
         """The same rows with these columns added or replaced."""
         return replace(self, columns={**self.columns, **columns})
 
+    def scatter(self, into: dict[str, Tensor], name: str, rows: Sequence[int], values: Tensor) -> None:
+        """Write a column's values of these rows into `into[name]`, which has this batch's size and starts with zeros.
+
+        values: (len(rows),), or (len(rows), T') with T' at most this batch's T.
+        """
+        if name not in into:
+            shape = self["mask"].shape if values.ndim == 2 else self["mask"].shape[:1]
+            into[name] = torch.zeros(shape, dtype=values.dtype)
+        if not len(rows):
+            return
+        index = torch.tensor(rows)
+        if values.ndim == 2:
+            into[name][index, : values.shape[1]] = values
+        else:
+            into[name][index] = values
+
     def elements(self) -> list[list[int]]:
         """The row numbers of each element, in order."""
         out: list[list[int]] = []

@@ -46,8 +46,14 @@ class Learner(Protocol):
     def measure(self, batch: Batch, columns: frozenset[str]) -> Batch:
         """The batch with these measured columns (see `records.columns`), without gradient or dropout."""
 
+    def forward_backward(self, work: Work) -> UpdateResult:
+        """Compute the losses and the gradient of a whole mini-batch. The result has no norms and rates yet."""
+
+    def optim_step(self) -> UpdateResult:
+        """Clip the gradient of `forward_backward` per role and take one optimizer step; version + 1."""
+
     def update(self, work: Work) -> UpdateResult:
-        """All backwards, the norm clipped per role, one optimizer step; version + 1."""
+        """`forward_backward`, then `optim_step`."""
 
     def columns(self, name: str, batch: Batch, bare: frozenset[str]) -> Mapping[str, Tensor]:
         """Bare columns (see `models.readers`) of the batch as one role reads them, without gradient or dropout."""

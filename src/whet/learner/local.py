@@ -58,6 +58,7 @@ class LocalLearner:
         self.workers = workers
         self.post: Any = None  # `cluster.folders.WeightWriter`, where engines read the weights from a folder
         self._marks: dict[str, str] | None = None
+        self._pending: UpdateResult | None = None
         self._blended: set[str] = set()
         self._scale = 1.0  # what a loss is multiplied with before its gradient goes over the workers
         self._optimizers: dict[str, list[tuple[torch.optim.Optimizer, float]]] = {}
@@ -83,9 +84,24 @@ class LocalLearner:
 
     def update(self, work: Work) -> UpdateResult:
         """See `Learner.update`. Raises RunStopped, before any weight moves, when a loss or a gradient is not finite."""
+        self.forward_backward(work)
+        return self.optim_step()
+
+    def forward_backward(self, work: Work) -> UpdateResult:
+        """See `Learner.forward_backward`. Raises RunStopped when a loss is not finite, RuntimeError when called twice."""
+        if self._pending is not None:
+            raise RuntimeError("forward_backward was called twice; call optim_step after each call")
         self._clear()
         losses, now = self._forward(work, train=True)
         self._check("loss", losses)
+        self._pending = UpdateResult(self.version, losses, {}, {}, now)
+        return self._pending
+
+    def optim_step(self) -> UpdateResult:
+        """See `Learner.optim_step`. Raises RunStopped when a gradient is not finite, RuntimeError without a gradient."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            raise RuntimeError("optim_step was called without forward_backward before it")
         rates = {}
         for role in self._trained():
             optim = self.optims[role.name]
@@ -99,7 +115,7 @@ class LocalLearner:
         for role in self._trained():
             self._step(role)
         self.version += 1
-        return UpdateResult(self.version, losses, norms, rates, now)
+        return UpdateResult(self.version, pending.losses, norms, rates, pending.now)
 
     @property
     def low_precision(self) -> bool:
@@ -355,16 +371,7 @@ def fingerprint(parameters: Mapping[str, Tensor]) -> str:
 def _collect(whole: dict[str, Tensor], fresh: Mapping[str, Tensor], rows: list[int], batch: Batch) -> None:
     """Put a micro-batch's columns into those of the whole batch, on the CPU."""
     for name, values in fresh.items():
-        values = values.cpu()
-        if name not in whole:
-            shape = batch["mask"].shape if values.ndim == 2 else batch["mask"].shape[:1]
-            whole[name] = torch.zeros(shape, dtype=values.dtype)
-        if not rows:
-            continue
-        if values.ndim == 2:
-            whole[name][torch.tensor(rows), : values.shape[1]] = values
-        else:
-            whole[name][torch.tensor(rows)] = values
+        batch.scatter(whole, name, rows, values.cpu())
 
 
 def _optimizers(role: Role, optim: Optim) -> list[tuple[torch.optim.Optimizer, float]]:

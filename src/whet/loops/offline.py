@@ -1,26 +1,27 @@
 """The offline loop: elements of a file go through the terms of an objective (SFT, reward models, DPO)."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from whet.data import COLUMNS, Batch, Element, order, pad
-from whet.learner import Learner, look_across
+from whet.learner import Learner, UpdateResult, look_across
 from whet.loops import checkpoint, selfcheck
 from whet.loops.evaluate import held_out
 from whet.loops.interrupt import Stop
 from whet.loops.progress import Progress
 from whet.loops.record import RunFolder
-from whet.methods import Objective
+from whet.methods import Objective, part
 from whet.methods.parts import mean_reward
 
 
 @dataclass(frozen=True)
 class OfflinePlan:
-    """How long and in which order: updates in all, elements per update, and when to save (0: at the end) and evaluate (0: never).
+    """How long and in which order: updates in total, elements per update, when to save (0: at the end) and evaluate (0: never).
 
     `end_ids` are the tokens that end an answer: where a row ends with one, it must be trained. Every `refresh` updates the
     reference moves by `refresh_mix` towards the policy (TR-DPO); `precompute` measures the reference once, before.
@@ -39,60 +40,132 @@ class OfflinePlan:
     precompute: bool = False
 
 
-def train(
-    objective: Objective,
-    learner: Learner,
-    sources: Sequence[Sequence[Element]],
-    plan: OfflinePlan,
-    run: RunFolder,
-    *,
-    weights: Sequence[float] | None = None,
-    evaluation: Sequence[Element] = (),
-    resume: bool = False,
-    stop: Stop | None = None,
-    title: str = "train",
-    quiet: bool = False,
-) -> None:
-    """Trains until `plan.steps` updates are done; a resumed run goes on after its last checkpoint, to the same bits."""
-    places = order(
-        [len(source) for source in sources], plan.steps * plan.batch, plan.seed, weights=weights, shuffle=plan.shuffle
-    )
-    columns = frozenset(name for name in objective.reads() if COLUMNS[name].hop == "measure")
-    known = _precomputed(learner, sources, columns, plan.batch) if plan.precompute else {}
-    found = checkpoint.resumed(run.checkpoints, learner) if resume else None
-    loop: dict[str, Any] = found or {"step": 0, "state": objective.init()}
-    first, state = loop["step"], loop["state"]
-    keeper = checkpoint.Keeper(
-        run.checkpoints, learner, every=plan.save_every, total=plan.steps, keep=plan.keep, first=first, stop=stop
-    )
-    with keeper, Progress(title, plan.steps, done=first, quiet=quiet) as progress:
-        for step in range(first, plan.steps):
-            began = time.perf_counter()
-            now, taken = objective.at(state), places[step * plan.batch : (step + 1) * plan.batch]
-            batch = Batch.of([sources[source][index] for source, index in taken])
+class OfflineLoop:
+    """The stages of an offline run. A context manager; `batches` yields the batches that are left after the last checkpoint.
+
+    Each batch is handed to forward_backward and optim_step; a resumed run gives the same bits.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        learner: Learner,
+        sources: Sequence[Sequence[Element]],
+        plan: OfflinePlan,
+        run: RunFolder,
+        *,
+        weights: Sequence[float] | None = None,
+        evaluation: Sequence[Element] = (),
+        resume: bool = False,
+        stop: Stop | None = None,
+        title: str = "train",
+        quiet: bool = False,
+    ) -> None:
+        self.objective, self.learner, self.sources, self.plan, self.run = objective, learner, sources, plan, run
+        self.evaluation, self.resume, self.stop, self.title, self.quiet = evaluation, resume, stop, title, quiet
+        self.order = order(
+            [len(source) for source in sources],
+            plan.steps * plan.batch,
+            plan.seed,
+            weights=weights,
+            shuffle=plan.shuffle,
+        )
+        self.columns = frozenset(name for name in objective.reads() if COLUMNS[name].hop == "measure")
+        self.state: Any = objective.init()
+        self.step = self.first = 0
+        self._known: dict[tuple[int, int], list[Tensor]] = {}
+        self._numbers: dict[str, float] = {}
+        self._stack = ExitStack()
+        self._progress: Progress | None = None
+        self._keeper: checkpoint.Keeper | None = None
+
+    def __enter__(self) -> "OfflineLoop":
+        plan, learner = self.plan, self.learner
+        if plan.precompute:
+            self._known = _precomputed(learner, self.sources, self.columns, plan.batch)
+        found = checkpoint.resumed(self.run.checkpoints, learner) if self.resume else None
+        loop: dict[str, Any] = found or {"step": 0, "state": self.state}
+        self.first, self.state = loop["step"], loop["state"]
+        keeper = checkpoint.Keeper(
+            self.run.checkpoints, learner, every=plan.save_every, total=plan.steps, keep=plan.keep, first=self.first,
+            stop=self.stop,
+        )  # fmt: skip
+        self._keeper = self._stack.enter_context(keeper)
+        self._progress = self._stack.enter_context(Progress(self.title, plan.steps, done=self.first, quiet=self.quiet))
+        return self
+
+    def __exit__(self, *given: Any) -> None:
+        self._stack.__exit__(*given)
+
+    def batches(self) -> Iterator[Batch]:
+        """One batch per step, with the columns that the objective reads. A step ends when the next batch is asked for: its
+        metrics are written, its checkpoint is saved. Raises RuntimeError when a batch was not trained on."""
+        plan = self.plan
+        for step in range(self.first, plan.steps):
+            self.step, began = step, time.perf_counter()
+            self._now, self._numbers = self.objective.at(self.state), {}
+            taken = self.order[step * plan.batch : (step + 1) * plan.batch]
+            batch = Batch.of([self.sources[source][index] for source, index in taken])
             selfcheck.tokens(step, batch, plan.end_ids)
-            if known:
-                stored = [row for place in taken for row in known[place]]
+            if self._known:
+                stored = [row for key in taken for row in self._known[key]]
                 batch = batch.with_columns(ref_logp=pad(stored, batch["mask"].shape[1]))
-            elif columns:
-                batch = learner.measure(batch, columns)
-            batch = look_across(learner, objective.select, batch)
-            update = learner.update([(term, batch, batch.counts(term.mask)) for term in now.terms])
-            if state:
-                state = objective.next(
-                    state, {"reward": mean_reward(now.terms, {**batch.columns, **update.now["train"]})}
-                )
-            done = step + 1
-            if plan.refresh and done % plan.refresh == 0:
-                learner.blend("reference", "policy", plan.refresh_mix)
-            numbers = {"loss": sum(update.losses.values()), **update.losses}
-            numbers |= {f"grad_norm/{role}": norm for role, norm in update.grad_norm.items()}
-            numbers |= {f"lr/{role}": rate for role, rate in update.lr.items()}
-            if plan.eval_every and evaluation and (done % plan.eval_every == 0 or done == plan.steps):
-                numbers |= {f"eval/{name}": value for name, value in held_out(learner, now, evaluation).items()}
-            run.metrics(done, **numbers, tokens=batch.counts().tokens, seconds=time.perf_counter() - began)
-            progress.advance(numbers)
-            keeper.done(done, {"state": dict(state)})
+            elif self.columns:
+                batch = self.learner.measure(batch, self.columns)
+            self._batch = look_across(self.learner, self.objective.select, batch)
+            yield self._batch
+            self._end(began)
+
+    def forward_backward(self, batch: Batch, loss: Callable[..., Tensor] | None = None) -> UpdateResult:
+        """Compute the gradient of the objective on a batch; every count is global. `loss` takes the first term's place: a
+        function whose positional parameters name columns, and whose result the term's reduction averages."""
+        terms = self._now.terms
+        if loss is not None:
+            terms = (replace(terms[0], loss=part(loss), name=getattr(loss, "__name__", "loss")), *terms[1:])
+        return self.learner.forward_backward([(term, batch, batch.counts(term.mask)) for term in terms])
+
+    def optim_step(self) -> UpdateResult:
+        """Clip the gradient and take one optimizer step."""
+        update, plan = self.learner.optim_step(), self.plan
+        if self.state:
+            seen = {**self._batch.columns, **update.now["train"]}
+            self.state = self.objective.next(self.state, {"reward": mean_reward(self._now.terms, seen)})
+        if plan.refresh and (self.step + 1) % plan.refresh == 0:
+            self.learner.blend("reference", "policy", plan.refresh_mix)
+        self._numbers = {"loss": sum(update.losses.values()), **update.losses}
+        self._numbers |= {f"grad_norm/{role}": norm for role, norm in update.grad_norm.items()}
+        self._numbers |= {f"lr/{role}": rate for role, rate in update.lr.items()}
+        return update
+
+    def metrics(self) -> dict[str, float]:
+        """The metrics of the last update."""
+        return dict(self._numbers)
+
+    def _end(self, began: float) -> None:
+        plan, done, numbers = self.plan, self.step + 1, self._numbers
+        if not numbers:
+            raise RuntimeError(f"step {self.step}: the batch was not trained on; call forward_backward and optim_step")
+        if plan.eval_every and self.evaluation and (done % plan.eval_every == 0 or done == plan.steps):
+            found = held_out(self.learner, self._now, self.evaluation)
+            numbers |= {f"eval/{name}": value for name, value in found.items()}
+        self.run.metrics(done, **numbers, tokens=self._batch.counts().tokens, seconds=time.perf_counter() - began)
+        assert self._progress is not None
+        assert self._keeper is not None
+        self._progress.advance(numbers)
+        self._keeper.done(done, {"state": dict(self.state)})
+
+
+def train(*given: Any, **options: Any) -> None:
+    """Run every step of an `OfflineLoop` with these arguments."""
+    with OfflineLoop(*given, **options) as loop:
+        run_steps(loop)
+
+
+def run_steps(loop: OfflineLoop) -> None:
+    """The offline loop: one update per batch."""
+    for batch in loop.batches():
+        loop.forward_backward(batch)
+        loop.optim_step()
 
 
 def _precomputed(
@@ -103,8 +176,8 @@ def _precomputed(
     for source, elements in enumerate(sources):
         for start in range(0, len(elements), size):
             batch = learner.measure(Batch.of(elements[start : start + size]), columns)
-            for place, rows in enumerate(batch.elements()):
-                out[source, start + place] = [
+            for number, rows in enumerate(batch.elements()):
+                out[source, start + number] = [
                     batch["ref_logp"][row, : batch.rows[row].response].clone() for row in rows
                 ]
     return out

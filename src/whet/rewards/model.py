@@ -22,10 +22,7 @@ def reading(role: Role, budget: int) -> Reading:
         out: dict[str, torch.Tensor] = {}
         for places in micro_batches(batch, budget):
             for name, values in read(role, batch.take(places), names).items():
-                shape = batch["mask"].shape if values.ndim == 2 else batch["mask"].shape[:1]
-                whole = out.setdefault(name, torch.zeros(shape, dtype=values.dtype))
-                where = (torch.tensor(places), slice(values.shape[1])) if values.ndim == 2 else (torch.tensor(places),)
-                whole[where] = values.cpu()
+                batch.scatter(out, name, places, values.cpu())
         return out
 
     return read_all
