@@ -47,7 +47,7 @@ demo: .venv/ready
 	.venv/bin/python -m whet demo --seed $(SEED) --out $(OUT)
 
 test: .venv/ready
-	.venv/bin/python -m pytest -q --ignore tests/engines
+	.venv/bin/python -m pytest -q -n 2 --dist worksteal --ignore tests/engines
 
 # Everything listens on loopback alone.
 QUIET = VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 RAY_USAGE_STATS_ENABLED=0 RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 GLOO_SOCKET_IFNAME=lo

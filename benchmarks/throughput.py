@@ -80,10 +80,10 @@ def measured(workload: str, world: Path, out: Path, *, short: bool = False) -> d
     online = {"data": str(world / "prompts.jsonl"), "max_new_tokens": 8 if short else 128}
     function = {"reward": f"{__name__}:length"}
     if workload == "sft":
-        whet.run("sft", data=str(world / "sft.jsonl"), **common, **{"train.batch_size": 16, "train.num_epochs": 1})
+        whet.train("sft", data=str(world / "sft.jsonl"), **common, **{"train.batch_size": 16, "train.num_epochs": 1})
     elif workload in ("dpo", "reward"):
         method = {"algorithm.name": "pairwise"} if workload == "reward" else {}
-        whet.run(
+        whet.train(
             workload,
             data=str(world / "pref.jsonl"),
             **common,
@@ -92,7 +92,7 @@ def measured(workload: str, world: Path, out: Path, *, short: bool = False) -> d
         )
     elif workload == "grpo":
         rollout = {"rollout.num_steps": 6, "rollout.prompts_per_step": 8, "num_generations": 8, "kl_in_loss": None}
-        whet.run("grpo", **common, **online, **function, **rollout)
+        whet.train("grpo", **common, **online, **function, **rollout)
     elif workload == "ppo":
         rollout = {
             "rollout.num_steps": 3,
@@ -100,7 +100,7 @@ def measured(workload: str, world: Path, out: Path, *, short: bool = False) -> d
             "rollout.mini_batch_size": 16,
             "rollout.ppo_epochs": 4,
         }
-        whet.run("ppo", **common, **online, **function, **rollout)
+        whet.train("ppo", **common, **online, **function, **rollout)
     rows = record.read_metrics(out / workload)[WARM[workload] :]
     record.RunFolder.metrics = write  # type: ignore[method-assign]
     seconds = stamps[-1] - stamps[WARM[workload] - 1]

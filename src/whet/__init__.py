@@ -1,6 +1,11 @@
-"""whet sharpens language models on feedback: SFT, reward models, PPO and its successors, DPO and its relatives."""
+"""whet post-trains language models on human feedback: SFT, reward models, PPO and its successors, DPO and its relatives.
 
-from typing import Any
+`train` runs a whole method; `Session` gives its loop into the caller's hands, one call per stage. The other commands are
+functions too. Names are imported when they are first used: importing whet loads neither torch nor transformers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from whet.errors import (
     CheckpointError,
@@ -13,32 +18,38 @@ from whet.errors import (
     WhetError,
 )
 
+if TYPE_CHECKING:
+    from whet.data import Batch, Group, Prompt, Sample
+    from whet.loops.experience import RolloutScores
+    from whet.loops.online import MiniBatch, StepLog
+    from whet.runs.calls import evaluate, explain, plan, rank, sample, serve
+    from whet.runs.session import Session
+    from whet.runs.train import train
+
+_HOMES = {
+    "whet.runs.train": ("train",),
+    "whet.runs.session": ("Session",),
+    "whet.runs.calls": ("evaluate", "explain", "plan", "rank", "sample", "serve"),
+    "whet.data": ("Batch", "Group", "Prompt", "Sample"),
+    "whet.loops.experience": ("RolloutScores",),
+    "whet.loops.online": ("MiniBatch", "StepLog"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
 __all__ = [
-    "CheckpointError", "DataError", "ModelError", "RecipeError", "RewardError", "RunStopped", "UserError", "WhetError",
-    "explain", "plan", "run",
+    "Batch", "CheckpointError", "DataError", "Group", "MiniBatch", "ModelError", "Prompt", "RecipeError", "RewardError",
+    "RolloutScores", "RunStopped", "Sample", "Session", "StepLog", "UserError", "WhetError", "evaluate", "explain", "plan",
+    "rank", "sample", "serve", "train",
 ]  # fmt: skip
 
 
-def run(verb: str, recipe: str | None = None, *, resume: bool = False, quiet: bool = True, **fields: Any) -> Any:
-    """Any verb of the command line from Python: `whet.run("sft", model="DIR", data="my.jsonl", out="runs/mine")`.
-
-    Fields are the recipe's; nested ones are dicts or dotted names (`**{"kl.coef": 0.1}`). Returns the run folder, the
-    written file, or the numbers of eval.
-    """
-    from whet.cli.main import run as verb_of_the_door
-
-    return verb_of_the_door(verb, recipe, resume=resume, quiet=quiet, **fields)
+def __getattr__(name: str) -> Any:
+    """The public names that load torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'whet' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
 
 
-def explain(verb: str, recipe: str | None = None, **fields: Any) -> str:
-    """What `run` would do with the same arguments: the objective with its numbers, its arithmetic, and where it ends."""
-    from whet.cli.main import explain as verb_of_the_door
-
-    return verb_of_the_door(verb, recipe, **fields)
-
-
-def plan(verb: str, recipe: str | None = None, **fields: Any) -> str:
-    """What `run` would need on many GPUs: memory of each role, traffic, time. `plan("ppo", model="DIR", gpus=64)`."""
-    from whet.cli.main import plan as verb_of_the_door
-
-    return verb_of_the_door(verb, recipe, **fields)
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted(__all__)

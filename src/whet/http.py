@@ -1,6 +1,5 @@
-"""JSON requests to a server, and which of its failures are its death."""
+"""JSON requests to a server over HTTP, with the library httpx2."""
 
-import http.client
 import ipaddress
 import json
 from typing import Any
@@ -10,13 +9,17 @@ from whet.errors import RecipeError, WorkerDied, first_line
 
 
 class Http:
-    """JSON requests to one server. Each has a connection of its own, because servers close idle ones at any time."""
+    """JSON requests to one server. Each has a connection of its own, because servers close idle ones at any time.
 
-    def __init__(self, url: str, timeout: float, api_key: str = "") -> None:
+    `timeout` is in seconds; `what` is the name that errors begin with.
+    """
+
+    def __init__(self, url: str, timeout: float, api_key: str = "", *, what: str = "generator") -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise RecipeError(f"generator.urls: expected http://host:port, got {url!r}")
-        self.url, self.parts, self.timeout = url, parts, timeout
+            field = "generator.urls" if what == "generator" else what
+            raise RecipeError(f"{field}: expected http://host:port, got {url!r}")
+        self.url, self.parts, self.timeout, self.what = url, parts, timeout, what
         self.headers = {"Content-Type": "application/json"} | (
             {"Authorization": f"Bearer {api_key}"} if api_key else {}
         )
@@ -38,30 +41,33 @@ class Http:
         status, answer = self.raw(method, path, body)
         text = answer.decode("utf-8", "replace")
         if status >= 500:
-            raise WorkerDied(f"generator: the server at {self.url} failed on {path} ({status}): {_message(text)}")
+            raise WorkerDied(f"{self.what}: the server at {self.url} failed on {path} ({status}): {_message(text)}")
         if status == 404:
+            advice = "; start it as whet does, with VLLM_SERVER_DEV_MODE=1 and whet's worker extension"
+            field = "generator.urls" if self.what == "generator" else self.what
             raise RecipeError(
-                f"generator.urls: the server at {self.url} has no {path}; start it as whet does, "
-                "with VLLM_SERVER_DEV_MODE=1 and whet's worker extension"
+                f"{field}: the server at {self.url} has no {path or 'such page'}{advice if self.what == 'generator' else ''}"
             )
         if status >= 400:
-            raise RecipeError(f"generator.urls: the server at {self.url} refused {path} ({status}): {_message(text)}")
+            field = "generator.urls" if self.what == "generator" else self.what
+            raise RecipeError(f"{field}: the server at {self.url} refused {path} ({status}): {_message(text)}")
         return json.loads(text) if text else None
 
     def raw(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, bytes]:
-        """Status and body of one answer; raises WorkerDied when there is none."""
-        kind = http.client.HTTPSConnection if self.parts.scheme == "https" else http.client.HTTPConnection
-        connection = kind(self.parts.hostname or "", self.parts.port, timeout=self.timeout)
+        """Status and body of one answer. Raises WorkerDied when there is none."""
+        import httpx2
+
+        content = None if body is None else json.dumps(body)
+        url = f"{self.url.rstrip('/')}{path}"
         try:
-            connection.request(method, path, None if body is None else json.dumps(body), self.headers)
-            response = connection.getresponse()
-            return response.status, response.read()
-        except TimeoutError as error:
-            raise WorkerDied(f"generator: no answer from {self.url} within {self.timeout:g} s") from error
-        except (OSError, http.client.HTTPException) as error:
-            raise WorkerDied(f"generator: nothing answers at {self.url} ({first_line(error)})") from error
-        finally:
-            connection.close()
+            response = httpx2.request(
+                method, url, content=content, headers=self.headers, timeout=self.timeout, trust_env=not self.local
+            )
+        except httpx2.TimeoutException as error:
+            raise WorkerDied(f"{self.what}: no answer from {self.url} within {self.timeout:g} s") from error
+        except (httpx2.TransportError, OSError) as error:
+            raise WorkerDied(f"{self.what}: nothing answers at {self.url} ({first_line(error)})") from error
+        return response.status_code, response.content
 
 
 def _message(text: str) -> str:

@@ -6,6 +6,7 @@ An adapter is a module with `Options` (a frozen dataclass), `make(options, conte
 """
 
 import dataclasses
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -121,6 +122,10 @@ def options_of(function: Callable[..., Any]) -> type:
 
 def load_object(spec: str) -> Any:
     """The object named by "file.py:name" or "package.module:name". Raises RecipeError when there is none."""
+    if spec.startswith("python:"):
+        if spec not in OBJECTS:
+            raise RecipeError(f"{spec}: this run was given a Python function; give the same one again, from Python")
+        return OBJECTS[spec]
     place, _, name = spec.rpartition(":")
     if not place:
         raise RecipeError(f'{spec!r}: expected "file.py:name" or "package.module:name"')
@@ -144,6 +149,23 @@ def load_object(spec: str) -> Any:
     if not hasattr(module, name):
         raise RecipeError(f"{spec}: {place} has no {name!r}")
     return getattr(module, name)
+
+
+OBJECTS: dict[str, Any] = {}
+"""Functions that were given as Python objects in this process, by the reference that stands for them in a recipe."""
+
+
+def register(function: Callable[..., Any]) -> str:
+    """The reference of a function: "python:module:name#hash of its source"."""
+    try:
+        source = inspect.getsource(function).encode()
+    except (OSError, TypeError):
+        code = getattr(function, "__code__", None)
+        source = code.co_code if code is not None else repr(function).encode()
+    name = getattr(function, "__qualname__", type(function).__name__)
+    reference = f"python:{getattr(function, '__module__', '?')}:{name}#{hashlib.sha256(source).hexdigest()[:12]}"
+    OBJECTS[reference] = function
+    return reference
 
 
 def place_of(thing: Any) -> str:

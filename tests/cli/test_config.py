@@ -346,7 +346,6 @@ def test_an_unknown_reward_method_is_named_with_the_nearest_one() -> None:
 OLD = [
     ("grpo", "clip", "it is a part: --surrogate clip"),
     ("dpo", "hinge", "it is a part: --loss hinge"),
-    ("ppo", "gae_lambda", "did you mean 'algorithm.advantage.gae_lambda'?"),
     ("ppo_kl", "target", "did you mean 'algorithm.surrogate.target'?"),
     ("dpo", "label_smoothing", "did you mean 'algorithm.loss.label_smoothing'?"),
     ("orpo", "margin", "did you mean 'algorithm.loss.margin'?"),
@@ -361,6 +360,43 @@ def test_a_part_a_dial_or_a_field_of_the_recipe_without_its_section_points_there
     kind = fields.kind_of(verb)
     with pytest.raises(RecipeError, match=rf"unknown field '(algorithm\.)?{word}'; {re.escape(hint)}$"):
         method.checked(verb, line(kind, verb, f"--{word}", "0.1").algorithm, config.leaves(kind))
+
+
+@pytest.mark.parametrize(
+    ("verb", "word", "ours"),
+    [
+        ("grpo", "learning-rate", "lr"),
+        ("grpo", "beta", "kl_in_loss.coef"),
+        ("grpo", "bf16", "precision bf16"),
+        ("sft", "per-device-train-batch-size", "batch_size"),
+        ("grpo", "max-steps", "num_steps (TRL counts updates"),
+        ("ppo", "cliprange-value", "clip_range_vf"),
+        ("ppo", "actor-learning-rate", "lr"),
+        ("grpo", "n-samples-per-prompt", "num_generations"),
+        ("grpo", "clip-ratio-high", "clip_high"),
+        ("dpo", "pref-beta", "beta"),
+        ("sft", "cutoff-len", "data.max_tokens"),
+    ],
+)
+def test_an_option_of_another_framework_is_named_as_it_is_here(verb: str, word: str, ours: str) -> None:
+    kind = fields.kind_of(verb)
+
+    def resolved() -> None:
+        recipe = line(kind, verb, f"--{word}", "0.1")
+        method.checked(verb, recipe.algorithm, config.leaves(kind))
+
+    with pytest.raises(RecipeError) as caught:
+        resolved()
+    assert f"; here it is {ours}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "words", [("--lr", "0.1"), ("--num-steps", "3"), ("--lora.rank", "4"), ("--gae-lambda", "0.5")]
+)
+def test_short_names_and_full_ones_are_the_same(words: tuple[str, str]) -> None:
+    full = {"--lr": "--optim.lr", "--num-steps": "--rollout.num-steps", "--lora.rank": "--model.lora.rank",
+            "--gae-lambda": "--algorithm.advantage.gae-lambda"}  # fmt: skip
+    assert line(OnlineRecipe, "ppo", *words) == line(OnlineRecipe, "ppo", full[words[0]], words[1])
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in config.SHIPPED.glob("*.yaml")))

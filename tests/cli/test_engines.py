@@ -53,20 +53,20 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize(("changes", "said"), REFUSED.values(), ids=REFUSED)
 def test_what_an_engine_cannot_do_is_refused(given: dict[str, Any], changes: dict[str, Any], said: str) -> None:
     with pytest.raises(RecipeError, match=said):
-        whet.run("reinforce", **{**given, **changes})
+        whet.train("reinforce", **{**given, **changes})
     assert not Path(given["out"]).exists()
 
 
 def test_one_process_cannot_be_two(given: dict[str, Any]) -> None:
-    from whet.runs import config, crew
+    from whet.runs import config, generators, learners
     from whet.runs.recipe import OnlineRecipe
 
     recipe = config.resolve(OnlineRecipe, "ppo", None, [("learner", "local")])
     with pytest.raises(RecipeError, match="local is one process, and there are 2"):
-        crew.backend_of(recipe, 2)
-    assert crew.backend_of(config.resolve(OnlineRecipe, "ppo", None, []), 2) == "fsdp"
+        learners.backend_of(recipe, 2)
+    assert learners.backend_of(config.resolve(OnlineRecipe, "ppo", None, []), 2) == "fsdp"
     with pytest.raises(RecipeError, match=r"--cluster auto --cluster\.engines 1"):
-        crew.check_generator(config.resolve(OnlineRecipe, "ppo", None, [("generator.max_staleness", 1)]), 2)
+        generators.check_generator(config.resolve(OnlineRecipe, "ppo", None, [("generator.max_staleness", 1)]), 2)
 
 
 MISSING = {
@@ -80,27 +80,27 @@ MISSING = {
 def test_a_missing_extra_is_one_line_with_the_install_command(
     name: str, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for place in ("whet.generate.base", "whet.runs.crew"):
+    for place in ("whet.generate.base", "whet.runs.learners"):
         monkeypatch.setattr(f"{place}.find_spec", lambda *_: None)
     changes, said = MISSING[name]
     with pytest.raises(RecipeError, match=said) as raised:
-        whet.run("reinforce", **{**given, **changes})
+        whet.train("reinforce", **{**given, **changes})
     assert "\n" not in str(raised.value)
 
 
 def test_the_correction_that_is_advised_exists(given: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     from whet.methods import compose
-    from whet.runs import build, config
+    from whet.runs import checks, config
     from whet.runs.recipe import OnlineRecipe
 
     recipe = config.resolve(OnlineRecipe, "ppo", None, [("generator.max_staleness", 1)])
-    (told,) = build.cautions(recipe, compose.online("ppo"))
+    (told,) = checks.cautions(recipe, compose.online("ppo"))
     advised = told.partition("--importance-correction ")[2].split()[0]
     assert compose.online("ppo", importance_correction=advised).importance_correction is not None
 
 
 def test_engines_take_the_gpus_that_learners_leave() -> None:
-    from whet.runs.crew import dealt_gpus
+    from whet.runs.generators import dealt_gpus
     from whet.runs.recipe import Generation
 
     both = [dealt_gpus(6, [0, 1], place, Generation(count=2)) for place in (0, 1)]

@@ -33,7 +33,7 @@ def rows(path: Path) -> list[dict]:
 
 
 def test_training_returns_its_folder_with_recipe_metrics_and_a_model(home: Path, tmp_path: Path) -> None:
-    out = whet.run(
+    out = whet.train(
         "sft", model=f"{home}/m", data=f"{home}/sft.jsonl", out=f"{tmp_path}/out", train={"num_steps": 3}, lr="1e-3"
     )
     assert out == tmp_path / "out"
@@ -45,29 +45,29 @@ def test_training_returns_its_folder_with_recipe_metrics_and_a_model(home: Path,
         "model",
     }
     assert [line["step"] for line in rows(out / "metrics.jsonl")] == [1, 2, 3]
-    numbers = whet.run("eval", model=f"{out}/model", data=f"{home}/sft.jsonl")
+    numbers = whet.evaluate(model=f"{out}/model", data=f"{home}/sft.jsonl")
     assert set(numbers) == {"nll"}
 
 
 def test_a_reward_model_of_a_single_answer_has_no_deviation_to_scale_by(home: Path, tmp_path: Path) -> None:
     tiny.write_jsonl(tmp_path / "one.jsonl", [{"prompt": "a", "completion": "yes", "score": 1}])
     given = {"model": f"{home}/m", "data": f"{tmp_path}/one.jsonl", "algorithm": {"name": "absolute"}}
-    out = whet.run("reward", out=f"{tmp_path}/out", train={"num_steps": 1}, **given)
+    out = whet.train("reward", out=f"{tmp_path}/out", train={"num_steps": 1}, **given)
     about = json.loads((out / "model" / "whet.json").read_text())
     assert math.isfinite(about["shift"])
 
 
 def test_sampling_and_ranking_write_rows_that_keep_what_they_had(home: Path, tmp_path: Path) -> None:
     given = {"model": f"{home}/m", "data": f"{home}/prompts.jsonl", "max_new_tokens": 6}
-    answers = whet.run("sample", out=f"{tmp_path}/answers.jsonl", num_generations=3, **given)
+    answers = whet.sample(out=f"{tmp_path}/answers.jsonl", num_generations=3, **given)
     assert [(row["prompt"], row["level"], len(row["responses"])) for row in rows(answers)] == [
         ("hello", 1, 3),
         ("a b", 2, 3),
     ]
-    again = whet.run("sample", out=f"{tmp_path}/again.jsonl", num_generations=3, **given)
+    again = whet.sample(out=f"{tmp_path}/again.jsonl", num_generations=3, **given)
     assert again.read_bytes() == answers.read_bytes()
     form = {"data": str(answers), "judge_form": "rank", "judge": f"{home}/judge.py:last_first"}
-    ranked = whet.run("rank", out=f"{tmp_path}/ranks.jsonl", **form)
+    ranked = whet.rank(out=f"{tmp_path}/ranks.jsonl", **form)
     assert [row["ranks"] for row in rows(ranked)] == [[3, 2, 1], [3, 2, 1]]
     assert [{key: row[key] for key in row if key != "ranks"} for row in rows(ranked)] == rows(answers)
 
@@ -75,7 +75,7 @@ def test_sampling_and_ranking_write_rows_that_keep_what_they_had(home: Path, tmp
 def test_scores_of_the_rows_become_ranks(tmp_path: Path) -> None:
     row = {"prompt": "a", "responses": ["b", "c", "d"], "scores": [0.5, 2, 0.5], "id": "x"}
     tiny.write_jsonl(tmp_path / "answers.jsonl", [row])
-    out = whet.run("rank", data=f"{tmp_path}/answers.jsonl", out=f"{tmp_path}/new/ranks.jsonl")
+    out = whet.rank(data=f"{tmp_path}/answers.jsonl", out=f"{tmp_path}/new/ranks.jsonl")
     assert rows(out) == [row | {"ranks": [2, 1, 2]}]
 
 
@@ -83,15 +83,15 @@ def test_a_model_is_no_better_than_itself_and_no_nat_away(home: Path) -> None:
     """Greedy, both answer alike; those are no samples of the policy, so no KL is told of them."""
     greedy = {"max_new_tokens": 6, "temperature": 0}
     given = {"model": f"{home}/m", "against": f"{home}/m", "judge": f"{home}/judge.py:count", "sampling": greedy}
-    numbers = whet.run("eval", data=f"{home}/prompts.jsonl", **given)
+    numbers = whet.evaluate(data=f"{home}/prompts.jsonl", **given)
     assert [numbers[f"count/win_rate{end}"] for end in ("", "_low", "_high")] == [0.5, 0.5, 0.5]
     assert (numbers["prompts"], numbers["count/score"] - numbers["count/against"]) == (2, 0.0)
     assert "kl" not in numbers
-    assert whet.run("eval", data=f"{home}/prompts.jsonl", **(given | {"sampling": {"max_new_tokens": 6}}))["kl"] == 0.0
+    assert whet.evaluate(data=f"{home}/prompts.jsonl", **(given | {"sampling": {"max_new_tokens": 6}}))["kl"] == 0.0
 
 
 def test_an_unknown_verb_or_field_is_an_error_of_the_recipe(home: Path) -> None:
     with pytest.raises(RecipeError, match="unknown verb 'grop'; did you mean 'grpo'"):
-        whet.run("grop")
+        whet.train("grop")
     with pytest.raises(RecipeError, match=r"unknown field 'train\.bach'; did you mean 'train\.batch_size'"):
-        whet.run("sft", model=f"{home}/m", data=f"{home}/sft.jsonl", **{"train.bach": 3})
+        whet.train("sft", model=f"{home}/m", data=f"{home}/sft.jsonl", **{"train.bach": 3})

@@ -32,6 +32,7 @@ from whet.loops import offline, online
 from whet.loops.interrupt import graceful
 from whet.loops.record import RunFolder
 from whet.methods import Term, compose, part
+from whet.methods.compose import SFT
 from whet.methods.options import Optim, Sampling
 from whet.models import load
 from whet.models.roles import Role
@@ -39,7 +40,6 @@ from whet.ops import reinforce, token_mean
 from whet.rewards import Weighted
 from whet.rewards.functions import FunctionReward
 from whet.rewards.shared import SharedReward
-from whet.runs.verbs import SFT
 
 TORCH = ("ddp", "fsdp")
 ZERO = ("zero1", "zero2", "zero3")

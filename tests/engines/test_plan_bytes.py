@@ -15,9 +15,9 @@ from whet.data import Batch
 from whet.distributed import Workers
 from whet.learner.ddp import ReplicaLearner
 from whet.learner.fsdp import FSDPLearner
+from whet.methods.compose import SFT
 from whet.planning import memory
 from whet.planning.shape import Shape
-from whet.runs.verbs import SFT
 
 ENGINES = ["ddp", "fsdp", "zero1", "zero2", "zero3"]
 

@@ -14,10 +14,10 @@ from whet.data import Batch
 from whet.errors import CheckpointError, RunStopped
 from whet.learner.local import LocalLearner
 from whet.methods import Term, online, part
+from whet.methods.compose import SFT
 from whet.methods.options import Optim
 from whet.models.roles import Role
 from whet.ops import reinforce, token_mean
-from whet.runs.verbs import SFT
 
 ADAPTERS: dict[str, Callable[..., Any]] = {"local": LocalLearner}
 """Each takes (roles, optims, total, ...) and is a Learner with `roles` to look into."""

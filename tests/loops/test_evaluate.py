@@ -11,10 +11,10 @@ from whet.generate.local import LocalGenerator
 from whet.learner.local import LocalLearner
 from whet.loops import evaluate
 from whet.methods import reward
+from whet.methods.compose import SFT
 from whet.methods.options import Sampling
 from whet.models.load import ModelSource, load_scorer
 from whet.models.roles import Role
-from whet.runs.verbs import SFT
 
 
 def row(ids: list[int], start: int) -> Row:

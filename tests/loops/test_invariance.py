@@ -21,12 +21,12 @@ from whet.loops import offline, online
 from whet.loops.record import RunFolder
 from whet.methods import Algorithm, Objective, Term, catalogue, preference, reward
 from whet.methods.choices import PAIR_LOSSES, SINGLE_LOSSES
+from whet.methods.compose import SFT
 from whet.methods.options import KL, Sampling
 from whet.models import readers
 from whet.models.roles import Role
 from whet.ops import Counts
 from whet.rewards import Weighted
-from whet.runs.verbs import SFT
 
 DTYPES = {"float64": (torch.float64, 1e-6), "float32": (torch.float32, 1e-5)}
 

@@ -16,10 +16,10 @@ from whet.loops import evaluate, offline, online
 from whet.loops.record import RunFolder, read_metrics
 from whet.methods import catalogue, preference, reward
 from whet.methods.choices import PAIR_LOSSES, SINGLE_LOSSES
+from whet.methods.compose import SFT
 from whet.methods.options import Optim, Sampling
 from whet.models.roles import Role
 from whet.rewards import Scores, Weighted
-from whet.runs.verbs import SFT
 
 VOCABULARY, GOOD, END = 8, 3, 1
 TINY = {

@@ -20,9 +20,9 @@ from whet.loops.interrupt import Stop
 from whet.loops.record import read_metrics
 from whet.methods import online as method_of
 from whet.methods import preference
+from whet.methods.compose import SFT
 from whet.methods.options import KL, Sampling
 from whet.rewards import Weighted
-from whet.runs.verbs import SFT
 
 
 class Killed(BaseException):

@@ -11,11 +11,11 @@ from whet.data import Batch
 from whet.errors import ModelError
 from whet.learner.local import LocalLearner
 from whet.methods import compose
+from whet.methods.compose import SFT
 from whet.methods.options import LoRA
 from whet.models import load, lora
 from whet.models.readers import read
 from whet.models.roles import Role, readout_of
-from whet.runs.verbs import SFT
 
 from . import helpers as h
 

@@ -109,7 +109,7 @@ def method_lines(verb: str, slots: Mapping[str, Any]) -> list[str]:
 
 
 def _dial_lines(slot: str, spec: Mapping[str, Any], choice: Choice) -> list[str]:
-    own = {name: told for name, told in op_dials()[choice.op].items() if name not in HIDDEN + choice.hidden}
+    own = {name: told for name, told in op_dials()[str(choice.op)].items() if name not in HIDDEN + choice.hidden}
     own |= {name: str(value) for name, value in choice.extra.items()}
     weight = (
         [_line(f"algorithm.{slot}.weight", "its weight in the sum", None, f" [{spec['weight']}]")]

@@ -1,7 +1,7 @@
 """The command line: verbs, overrides, and errors as one message."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from whet.errors import RecipeError, UserError, WhetError
@@ -52,58 +52,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def run(verb: str, recipe: str | None = None, *, resume: bool = False, quiet: bool = True, **fields: Any) -> Any:
-    """A verb from Python: `run("sft", model="DIR", data="my.jsonl", out="runs/mine")`.
+def run(verb: str, recipe: str | None, flags: set[str], fields: dict[str, Any]) -> Any:
+    """A verb through the public functions. Returns what the verb leaves: the run folder, the file, or the numbers of eval."""
+    import whet
 
-    `fields` are the recipe's fields, nested ones as dicts, or with dots: `run("ppo", **{"kl.coef": 0.1})`.
-    Returns what the verb leaves: the run folder, the file, or the numbers of eval.
-    """
     if verb == "demo":
         from whet.demo.run import demo
 
         return demo(fields)
-    if verb not in {**OFFLINE, **ONLINE, **OTHERS}:
-        raise _unknown_verb(verb)
-    if verb in ("explain", "plan"):
-        raise RecipeError(f"{verb}: from Python it is whet.{verb}(verb, recipe, **fields)")
-    from whet.runs import config, verbs
-    from whet.runs.recipe import kind_of
-
-    resolved = config.resolve(kind_of(verb), verb, recipe, list(fields.items()))
-    options = verbs.Options(resume, quiet)
-    if verb in OFFLINE:
-        return verbs.run_offline(verb, resolved, options)
-    if verb in ONLINE:
-        return verbs.run_online(verb, resolved, options)
-    if verb == "serve":
-        from whet.runs.serve import run_serve
-
-        return run_serve(resolved)
-    others: dict[str, Callable[..., Any]] = {"sample": verbs.run_sample, "rank": verbs.run_rank, "eval": verbs.run_eval}
-    return others[verb](resolved, options)
-
-
-def explain(verb: str, recipe: str | None = None, **fields: Any) -> str:
-    """What `run` would do with the same arguments, in words and formulas."""
-    if verb not in {**OFFLINE, **ONLINE}:
-        raise _unknown_verb(verb) if verb not in OTHERS else RecipeError(f"explain: {verb} trains nothing")
-    from whet.runs import config
-    from whet.runs.explain import explanation
-    from whet.runs.recipe import kind_of
-
-    return explanation(verb, config.resolve(kind_of(verb), verb, recipe, list(fields.items())))
-
-
-def plan(verb: str, recipe: str | None = None, **fields: Any) -> str:
-    """What `run` would need on a number of GPUs: `plan("ppo", model="DIR", gpus=64, gpu_memory=80)`, as text."""
-    if verb not in {**OFFLINE, **ONLINE}:
-        raise _unknown_verb(verb) if verb not in OTHERS else RecipeError(f"plan: {verb} trains nothing")
-    from whet.runs import config
-    from whet.runs.plan import plan, taken
-    from whet.runs.recipe import kind_of
-
-    options, rest = taken(fields)
-    return plan(verb, config.resolve(kind_of(verb), verb, recipe, list(rest.items())), options)
+    if verb in {**OFFLINE, **ONLINE}:
+        return whet.train(verb, recipe, resume="resume" in flags, quiet="quiet" in flags, **fields)
+    calls: dict[str, Any] = {"sample": whet.sample, "rank": whet.rank, "eval": whet.evaluate, "serve": whet.serve}
+    return calls[verb](recipe, **fields)
 
 
 def _told(about: str, words: list[str]) -> str:
@@ -126,7 +86,9 @@ def _told(about: str, words: list[str]) -> str:
                 f"{words[0]}: it names no verb; add a line such as `method: ppo`, or whet {about} ppo {words[0]}"
             )
     recipe, overrides, _ = parsed(rest)
-    return (explain if about == "explain" else plan)(verb, recipe, **_grouped(overrides))
+    import whet
+
+    return (whet.explain if about == "explain" else whet.plan)(verb, recipe, **_grouped(overrides))
 
 
 def _command(words: list[str]) -> int:
@@ -153,10 +115,10 @@ def _command(words: list[str]) -> int:
     if verb == "demo":
         if recipe is not None:
             raise RecipeError(f"{recipe}: demo takes no recipe; its own are in the package")
-        return run(verb, **_grouped(overrides))
+        return run(verb, None, flags, _grouped(overrides))
     from whet.distributed import first
 
-    result = run(verb, recipe, resume="resume" in flags, quiet="quiet" in flags, **_grouped(overrides))
+    result = run(verb, recipe, flags, _grouped(overrides))
     if isinstance(result, dict):
         width = max(map(len, result))
         print("\n".join(f"{name:<{width}}  {value:.6g}" for name, value in result.items()))
@@ -212,13 +174,9 @@ def _grouped(overrides: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _unknown_verb(verb: str) -> RecipeError:
-    import difflib
+    from whet.runs.config import unknown_method
 
-    known = [*OFFLINE, *ONLINE, *OTHERS]
-    near = difflib.get_close_matches(verb, known, n=1)
-    return RecipeError(
-        f"unknown verb {verb!r}; " + (f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}")
-    )
+    return unknown_method(verb, [*OFFLINE, *ONLINE, *OTHERS])
 
 
 def _overview() -> str:

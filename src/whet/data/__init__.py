@@ -1,4 +1,4 @@
-"""What crosses between floors, and how text becomes tensors."""
+"""Data records passed between components, and the conversion of text to tensors."""
 
 from whet.data.batching import dealt, micro_batches, minibatches, order, pad_ids, take_elements
 from whet.data.chat import PLAIN, Chat, chat_format

@@ -1,4 +1,4 @@
-"""Which elements are trained when: the order over epochs and sources, mini-batches, and micro-batches under a token budget."""
+"""Batching: the order of elements over epochs and sources, mini-batches, and micro-batches within a token budget."""
 
 from collections.abc import Sequence
 
@@ -11,10 +11,10 @@ from whet.ops import address, addressed_uniform, permutation
 def order(
     sizes: Sequence[int], count: int, seed: int, *, weights: Sequence[float] | None = None, shuffle: bool = True
 ) -> list[tuple[int, int]]:
-    """The first `count` elements of a run as (source, index in the source).
+    """Return the first `count` elements of a run as (source, index in the source).
 
-    Without weights the sources are one list, gone through once per epoch in a new order. With weights each place
-    first draws its source with that probability; every source goes through its own rows epoch by epoch.
+    Without weights, the sources are concatenated and used once per epoch, in a new order each epoch. With weights, each
+    element first draws its source with that probability; each source has its own epochs.
     """
     if weights is None:
         flat = [(source, index) for source, size in enumerate(sizes) for index in range(size)]
@@ -41,22 +41,22 @@ def order(
 
 
 def minibatches(elements: int, size: int, key: int) -> list[list[int]]:
-    """All of `elements` elements in a random order, cut into mini-batches of `size` (the last may be smaller)."""
+    """Split `elements` elements, in random order, into mini-batches of `size` (the last may be smaller)."""
     turn = permutation(key, elements).tolist()
     return [turn[start : start + size] for start in range(0, elements, size)]
 
 
 def take_elements(batch: Batch, elements: Sequence[int]) -> Batch:
-    """These elements of a batch, whole, in this order."""
+    """Return the rows of these elements of a batch, in this order."""
     rows = batch.elements()
     return batch.take([row for element in elements for row in rows[element]])
 
 
 def micro_batches(batch: Batch, budget: int) -> list[list[int]]:
-    """The rows of a batch split so that rows x longest row stays within `budget` tokens, elements whole.
+    """Split the rows of a batch so that rows x longest row is at most `budget` tokens, without splitting elements.
 
-    Elements of like length sit together, so little is padded; an element over the budget is alone. The split depends
-    on the lengths and their order alone, so `measure` and `update` split alike.
+    Elements of similar length are grouped, which reduces padding. An element over the budget forms its own micro-batch.
+    The split depends only on the lengths and their order, so `measure` and `update` split in the same way.
     """
     elements = batch.elements()
     longest = [max(batch.rows[row].length for row in element) for element in elements]
@@ -73,12 +73,12 @@ def micro_batches(batch: Batch, budget: int) -> list[list[int]]:
 
 
 def dealt(batch: Batch, budget: int, workers: int) -> list[list[list[int]]]:
-    """The rows of a batch cut into micro-batches for several workers: one list per worker, all equally long.
+    """Split the rows of a batch into micro-batches for several workers: one list per worker, all of the same length.
 
-    As few rounds as the budget allows. Elements of like length sit together, the cuts make all micro-batches cost as
-    nearly the same as contiguous cuts can (rows x longest row), and each round takes the next costliest ones, so that
-    no worker waits long for another. Where there are fewer micro-batches than places, a worker's list ends with empty
-    ones. For one worker these are the micro-batches of `micro_batches`.
+    The number of rounds is the smallest that the budget allows. Elements are sorted by length and cut into contiguous
+    micro-batches, so that the largest cost (rows x longest row) is as small as possible. Each round takes the next most
+    expensive micro-batches, so the workers of a round have similar work. If there are too few micro-batches, the lists
+    are filled with empty ones. For one worker, the result is that of `micro_batches`.
     """
     if workers == 1:
         return [micro_batches(batch, budget)]
@@ -87,7 +87,7 @@ def dealt(batch: Batch, budget: int, workers: int) -> list[list[list[int]]]:
     turn = sorted(range(len(elements)), key=lambda number: (longest[number], number))
 
     def cut(most: int) -> list[tuple[int, list[int]]]:
-        """Contiguous cuts of at most `most` tokens each (a larger element is alone), with their costs."""
+        """Cut into contiguous parts of at most `most` tokens (a larger element is alone); return (cost, rows) of each."""
         parts: list[tuple[int, list[int]]] = []
         for number in turn:
             rows = elements[number]
@@ -100,7 +100,7 @@ def dealt(batch: Batch, budget: int, workers: int) -> list[list[list[int]]]:
 
     places = -(-len(cut(budget)) // workers) * workers
     low, high = 1, budget
-    while low < high:  # the smallest bound under which there are no more cuts than places
+    while low < high:  # binary search for the smallest bound that gives at most `places` parts
         middle = (low + high) // 2
         low, high = (low, middle) if len(cut(middle)) <= places else (middle + 1, high)
     parts = sorted(cut(low), key=lambda part: -part[0])
@@ -109,9 +109,9 @@ def dealt(batch: Batch, budget: int, workers: int) -> list[list[list[int]]]:
 
 
 def pad_ids(rows: Sequence[Row]) -> torch.Tensor:
-    """The ids of the rows as (B, S), right-padded with each row's own last id.
+    """Return the ids of the rows as (B, S), right-padded with the last id of each row.
 
-    With causal attention nothing real ever looks at what stands behind it, so no pad token is needed.
+    With causal attention no token attends to later positions, so no pad token is needed.
     """
     longest = max(row.length for row in rows)
     return torch.stack([torch.cat([row.ids, row.ids[-1:].expand(longest - row.length)]) for row in rows])

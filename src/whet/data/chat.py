@@ -1,7 +1,7 @@
-"""From messages to token ids, and which of them are trained.
+"""Conversion of messages to token ids, with a mask of the trained tokens.
 
-Texts are rendered by the tokenizer's own chat template and cut at the borders of the assistant's turns *before* they
-are tokenized, so the prompt's ids are the same whether the answer stands behind them or has yet to be sampled.
+The tokenizer's chat template renders the text, which is split at the start and end of assistant turns *before* it is
+tokenized. The ids of a prompt are therefore the same with an answer after it (training) and without (sampling).
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,38 +23,38 @@ PLAIN = (
     "{% endfor %}"
     "{% if add_generation_prompt %}### Assistant:\n{% endif %}"
 )
-"""A chat template for base models that have none."""
+"""Chat template for base models that have none."""
 
 RAW = "none"
-"""The name of the format without any template: prompt and completion are joined as they are."""
+"""Name of the format without a template: prompt and completion are joined unchanged."""
 
 JOINED = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-"""What a tokenizer carries for that format, so that a saved model is read as it was trained."""
+"""Chat template saved in the tokenizer for this format, so that a saved model is used with the format of its training."""
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A tokenizer with the format of its conversations. `end_ids` end an answer; the first one is written in training."""
+    """A tokenizer with its conversation format. Each of `end_ids` ends an answer; training data uses the first."""
 
     tokenizer: Any
     raw: bool
     end_ids: tuple[int, ...]
 
     def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """The ids a generator continues: the messages and, with a template, the opening of the assistant's turn."""
+        """Return the ids that a generator continues: the messages and, with a template, the start of the assistant's turn."""
         if self.raw:
             return self._ids("".join(message["content"] for message in messages), start=True)
         return self._ids(self._render(messages, opened=True))
 
     def answer_ids(self, text: str) -> list[int]:
-        """The ids of an answer, its end token included."""
+        """Return the ids of an answer, including its end token."""
         return [*self._ids(text), self.end_ids[0]]
 
     def row(self, messages: Sequence[Mapping[str, str]], *, turns: str = "all") -> Row:
-        """A whole conversation; the assistant's turns are trained, their end tokens too, and nothing else.
+        """Convert a conversation to a row; only the assistant turns and their end tokens are trained.
 
-        `turns="last"` trains the last one only. Raises DataError when nobody answers, or when the template writes
-        earlier turns differently once later ones follow (then only the last turn can be trained).
+        `turns="last"` trains only the last turn. Raises DataError if there is no assistant turn after a user message, or
+        if the template changes earlier turns when later ones follow (then only the last turn can be trained).
         """
         answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         if not answers or answers[0] == 0:
@@ -90,11 +90,11 @@ class Chat:
         return Row(torch.tensor(ids[:last]), start, torch.tensor(trained[start:last]))
 
     def ends_step(self, token: int, separator: str) -> bool:
-        """A step ends with this token: the separator stands in its text."""
+        """Return whether a step ends with this token: its text contains the separator."""
         return separator in self.tokenizer.decode([token])
 
     def text(self, ids: Sequence[int]) -> str:
-        """An answer as text, without its end token and other special tokens."""
+        """Decode an answer, without its end token and other special tokens."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def _render(self, messages: Sequence[Mapping[str, str]], *, opened: bool) -> str:
@@ -102,7 +102,7 @@ class Chat:
             return self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages], tokenize=False, add_generation_prompt=opened
             )
-        except Exception as error:  # a template may raise whatever it likes (jinja's raise_exception)
+        except Exception as error:  # a template may raise any error (raise_exception of Jinja)
             raise DataError(f"the chat template refuses these messages: {error}") from error
 
     def _ids(self, text: str, *, start: bool = False) -> list[int]:
@@ -110,10 +110,11 @@ class Chat:
 
 
 def chat_format(tokenizer: Any, template: str | None = None) -> Chat:
-    """The conversation format of a tokenizer.
+    """Return the conversation format of a tokenizer.
 
-    `template`: None takes the tokenizer's own, "plain" sets `### Human / ### Assistant`, "none" joins prompt and
-    completion without any, anything else is a Jinja file or the template itself. Raises ModelError when there is none.
+    `template`: None uses the tokenizer's template, "plain" sets `### Human / ### Assistant`, "none" joins prompt and
+    completion without a template. Other values are a Jinja file or the template itself. Raises ModelError if the
+    tokenizer has no template and none is given.
     """
     name = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
     if tokenizer.eos_token_id is None:

@@ -1,6 +1,6 @@
-"""The columns: every per-token or per-answer number, with its shape, its unit and who makes it at which hop.
+"""Columns: all per-token and per-answer values, with shape, unit, and the step ("hop") and role that produce them.
 
-The learner, the Parquet rollouts and the viewer read this list; a new statistic is one line here and one reader.
+The learner, the Parquet rollouts and the viewer use this list. To add a statistic, add one line here and one reader.
 Shapes: B rows, T positions from the first response token.
 """
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Column:
-    """One column. `role` and `reads` say how the learner measures it: which role, and which bare column of it."""
+    """One column. For measured columns, `role` is the role that computes it and `reads` the column that its reader returns."""
 
     name: str
     shape: str
@@ -21,7 +21,7 @@ class Column:
 
     @property
     def per_token(self) -> bool:
-        """Its second axis is the position."""
+        """Whether the second axis is the position."""
         return self.shape.startswith("(B, T")
 
 
@@ -149,7 +149,7 @@ COLUMNS: dict[str, Column] = {column.name: column for column in _ALL}
 
 
 def measured(names: frozenset[str]) -> dict[str, list[Column]]:
-    """The columns among `names` that a learner measures, grouped by the role that is asked."""
+    """Return the columns in `names` that a learner measures, grouped by role."""
     roles: dict[str, list[Column]] = {}
     for name in sorted(names):
         column = COLUMNS[name]

@@ -1,4 +1,4 @@
-"""Where files are put: small ones written whole (aside first, then renamed), and the folder that lies in memory."""
+"""Atomic writes of small files (a temporary file, then a rename), and the shared-memory folder."""
 
 import json
 import os
@@ -9,12 +9,12 @@ from typing import Any
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A JSON file, indented, with a last newline."""
+    """Write an indented JSON file that ends with a newline."""
     _write(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A JSONL file, one row a line."""
+    """Write a JSONL file, one row per line."""
     _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
@@ -26,6 +26,6 @@ def _write(path: Path, text: str) -> None:
 
 
 def shared_memory() -> Path:
-    """The folder that lies in memory on Linux; elsewhere the folder for temporary files."""
+    """Return the shared-memory folder on Linux, or the folder for temporary files elsewhere."""
     shared = Path("/dev/shm")
     return shared if shared.is_dir() and os.access(shared, os.W_OK) else Path(tempfile.gettempdir())

@@ -1,7 +1,7 @@
-"""Rows of data files: read, checked one by one, and turned into records.
+"""Rows of data files: read them, check each one, and convert them to records.
 
-Column names are the field's: `text`, `prompt`, `completion`, `messages`, `chosen`, `rejected`, `responses` + `ranks` or
-`scores`, `score`. A bad row raises DataError with its file and line, what was expected and what to do, before any
+Field names follow common datasets: `text`, `prompt`, `completion`, `messages`, `chosen`, `rejected`, `responses` + `ranks`
+or `scores`, `score`. An invalid row raises DataError with its file and line, the expected value and a fix, before any
 model is loaded.
 """
 
@@ -23,17 +23,17 @@ from whet.errors import DataError
 
 @dataclass(frozen=True)
 class Located:
-    """A data row and where it stands: "my.jsonl:12" (lines and rows count from 1)."""
+    """A data row and its location, such as "my.jsonl:12" (lines and rows count from 1)."""
 
     row: Mapping[str, Any]
     where: str
 
 
 def read_rows(source: str) -> list[Located]:
-    """All rows of a JSONL, Parquet or CSV file, or of a `datasets` name ("name", "name:split").
+    """Read all rows of a JSONL, Parquet or CSV file, or of a `datasets` name ("name", "name:split").
 
-    Raises DataError for a missing or empty file, invalid UTF-8, invalid JSON, a line that is no object, and for two
-    rows with the same `id`.
+    Raises DataError for a missing or empty file, invalid UTF-8, invalid JSON, a line that is not an object, and two rows
+    with the same `id`.
     """
     path = Path(source)
     readers = {".jsonl": _jsonl, ".json": _jsonl, ".parquet": _parquet, ".csv": _csv}
@@ -124,7 +124,7 @@ def _hub(source: str) -> Iterator[Located]:
     name, _, split = source.partition(":")
     try:
         rows = datasets.load_dataset(name, split=split or "train")
-    except Exception as error:  # whatever the hub client raises: offline, no such name, no such split
+    except Exception as error:  # any error of the hub client: offline, unknown name, unknown split
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{source}: neither a file nor a dataset that can be loaded ({reason})") from error
     for number, row in enumerate(rows, 1):
@@ -159,7 +159,7 @@ def _number(located: Located, name: str, value: Any) -> float:
 
 
 def numbers(located: Located, name: str, count: int) -> list[float]:
-    """The field as a list of `count` finite numbers, one per answer. Raises DataError for anything else."""
+    """Return the field as a list of `count` finite numbers, one per answer. Raises DataError for anything else."""
     values = _field(located, name)
     if not isinstance(values, list) or len(values) != count:
         got = len(values) if isinstance(values, list) else repr(values)
@@ -168,7 +168,7 @@ def numbers(located: Located, name: str, count: int) -> list[float]:
 
 
 def _messages(located: Located, name: str) -> list[dict[str, str]]:
-    """The field as a list of messages; a string is one user message."""
+    """Return the field as a list of messages; a string is one user message."""
     value = _field(located, name)
     if isinstance(value, str):
         return [{"role": "user", "content": _text(located, name)}]
@@ -191,7 +191,7 @@ def _messages(located: Located, name: str) -> list[dict[str, str]]:
 
 
 def _ended(located: Located, count: int) -> list[bool]:
-    """Which answers ended by themselves: the `finish` column of sampled rows says "length" of those cut off."""
+    """Return which answers are complete: the field `finish` of sampled rows is "length" for answers that were cut off."""
     finish = located.row.get("finish")
     if finish is None:
         return [True] * count
@@ -201,7 +201,7 @@ def _ended(located: Located, count: int) -> list[bool]:
 
 
 def _answer(located: Located, name: str) -> str:
-    """The field as one answer: a string, or a list with one assistant message."""
+    """Return the field as one answer: a string, or a list with one assistant message."""
     value = _field(located, name)
     if isinstance(value, list):
         messages = _messages(located, name)
@@ -215,11 +215,11 @@ def _answer(located: Located, name: str) -> str:
 
 @dataclass(frozen=True)
 class Reader:
-    """Turns located rows into records for one tokenizer.
+    """Convert located rows to records for one tokenizer.
 
-    `max_tokens` is the longest sequence, `mend` what a message advises about it;
-    `too_long` says what happens to a longer one: "error", "drop" (the row is
-    left out) or "cut" (its end is cut off). `turns` is "all" or "last"; `separator` stands between steps.
+    `max_tokens` is the maximum length of a sequence, and `mend` the advice in the error about longer ones. `too_long` is
+    the treatment of longer sequences: "error", "drop" (skip the row) or "cut" (remove the end). `turns` is "all" or
+    "last"; `separator` is the text between steps.
     """
 
     chat: Chat
@@ -230,9 +230,9 @@ class Reader:
     separator: str = "\n"
 
     def texts(self, rows: Sequence[Located]) -> list[Row]:
-        """`text` rows: every token is trained, the end token too; longer texts are cut into pieces.
+        """Read `text` rows: all tokens are trained, including the end token, and longer texts are cut into pieces.
 
-        A piece opens with the last token of the one before, so no transition is lost.
+        Each piece starts with the last token of the previous piece, so each token is predicted once.
         """
         tokenizer, out = self.chat.tokenizer, []
         for ids in tokenizer([_text(located, "text") for located in rows])["input_ids"]:
@@ -243,7 +243,7 @@ class Reader:
         return self._some(out, "no text has two tokens")
 
     def prompts(self, rows: Sequence[Located]) -> list[Prompt]:
-        """`prompt` rows (a string or messages). The other fields reach reward functions as columns."""
+        """Read `prompt` rows (a string or messages). The other fields are passed to reward functions as columns."""
         out = []
         for number, located in enumerate(rows):
             messages = _messages(located, "prompt")
@@ -256,7 +256,7 @@ class Reader:
         return self._some(out)
 
     def demonstrations(self, rows: Sequence[Located]) -> list[Row]:
-        """`prompt` + `completion`, `messages`, or `text` rows, as they come: what SFT trains on."""
+        """Read `prompt` + `completion`, `messages`, or `text` rows, in any mixture, for SFT."""
         if all("text" in located.row and located.row.keys().isdisjoint(("messages", "prompt")) for located in rows):
             return self.texts(rows)
         out = []
@@ -276,9 +276,9 @@ class Reader:
         return self._some(out)
 
     def pairs(self, rows: Sequence[Located]) -> list[Pair]:
-        """`prompt`, `chosen`, `rejected` rows, or rankings (every untied pair of one). `probability`, `margin` optional.
+        """Read `prompt`, `chosen`, `rejected` rows, or all untied pairs of rankings. `probability` and `margin` are optional.
 
-        Without `prompt`, chosen and rejected are whole conversations that share all but their last message.
+        Without `prompt`, chosen and rejected are whole conversations that differ only in their last message.
         """
         out: list[Pair] = []
         tied = False
@@ -305,7 +305,7 @@ class Reader:
         return self._some(out, "every ranking has ties alone, and no pair comes from those" if tied else "")
 
     def rankings(self, rows: Sequence[Located]) -> list[Ranking]:
-        """`prompt`, `responses` and `ranks` (1 is best) or `scores` (higher is better); chosen / rejected pairs too."""
+        """Read `prompt`, `responses` and `ranks` (1 is best) or `scores` (higher is better) rows, or chosen / rejected pairs."""
         return self._some(self._rankings(rows))
 
     def _rankings(self, rows: Sequence[Located]) -> list[Ranking]:
@@ -325,7 +325,7 @@ class Reader:
         return out
 
     def labeled(self, rows: Sequence[Located]) -> list[Labeled]:
-        """`prompt`, `completion`, `score` rows."""
+        """Read `prompt`, `completion`, `score` rows."""
         out = []
         for located in rows:
             score = _number(located, "score", _field(located, "score"))
@@ -335,10 +335,10 @@ class Reader:
         return self._some(out)
 
     def unpaired(self, rows: Sequence[Located]) -> list[Unpaired]:
-        """`prompt`, `completion` and `label` (true is good) rows; a `chosen` / `rejected` row is one good and one bad answer.
+        """Read `prompt`, `completion`, `label` (true is good) rows; a `chosen` / `rejected` row is a good and a bad answer.
 
-        Beside each answer stands that of the nearest earlier row with another prompt (the first ones take the last rows'):
-        a mismatched answer, from which KTO estimates its KL.
+        Each answer is combined with a mismatched answer, that of the nearest earlier row with another prompt (at the start
+        of the file: of the last rows). KTO estimates its KL from the mismatched answers.
         """
         told: list[tuple[Located, list, str, bool]] = []
         for located in rows:
@@ -366,10 +366,10 @@ class Reader:
         return self._some(out)
 
     def steps(self, rows: Sequence[Located]) -> list[Stepped]:
-        """`prompt`, `completions` (the steps, in order) and `labels` (one in [0, 1] a step) rows.
+        """Read `prompt`, `completions` (the steps, in order) and `labels` (one in [0, 1] per step) rows.
 
-        The steps are joined by the separator. A step ends with the token that has the separator in it, the last one with
-        the answer's end.
+        The steps are joined by the separator. A step ends with the token that contains the separator; the last step ends
+        with the answer.
         """
         out = []
         for located in rows:
@@ -401,7 +401,7 @@ class Reader:
             values = torch.zeros(row.response)
             values[ends] = torch.tensor(labels)
             for kept in self._fit(located, row, "the prompt with its answer"):
-                if bool(ends[: kept.response].any()):  # a row that is cut keeps the steps that are whole
+                if bool(ends[: kept.response].any()):  # a cut row keeps its complete steps
                     out.append(Stepped(kept, values[: kept.response], ends[: kept.response]))
         return self._some(out)
 
@@ -427,7 +427,7 @@ class Reader:
                 f"{located.where}: field 'responses' must be a list of at least two answers, got {responses!r:.80}"
             )
         for number, answer in enumerate(responses):
-            if not isinstance(answer, str):  # an empty answer is one: the model stopped at once
+            if not isinstance(answer, str):  # an empty answer is valid: the model stopped at once
                 raise DataError(
                     f"{located.where}: field 'responses', answer {number}: expected a string, got {answer!r:.80}"
                 )
@@ -474,7 +474,7 @@ class Reader:
 
 
 def ranks_of(scores: Sequence[float]) -> list[int]:
-    """Ranks of scores, 1 for the highest; equal scores share a rank.
+    """Return the ranks of scores, 1 for the highest; equal scores share a rank.
 
     >>> ranks_of([0.5, 2.0, 0.5])
     [2, 1, 2]

@@ -1,4 +1,4 @@
-"""What crosses between floors: frozen records, each with its shapes and a worked example."""
+"""Frozen dataclasses passed between components, with their shapes and examples."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +14,7 @@ from whet.ops import Counts
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked: the token ids that a generator continues, and the data row they came from.
+    """A prompt: the token ids that a generator continues, and the data row that they come from.
 
     >>> Prompt("7", (5, 9, 2), ({"role": "user", "content": "hi"},), {"prompt": "hi"}).text
     'hi'
@@ -27,18 +27,18 @@ class Prompt:
 
     @property
     def text(self) -> str:
-        """The last user message, which is what reward functions get for a single-turn prompt."""
+        """The content of the last message, passed to reward functions for a single-turn prompt."""
         return self.messages[-1]["content"]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One answer: its token ids (the end token included), the log-probs it was sampled with, and what made it.
+    """One sampled answer: its token ids (including the end token), their sampling log-probs, and its origin.
 
-    `draw` is the running number of the prompt handed out, `answer` the answer's number for that prompt; `version` is
-    the version of the weights that made the last token, `versions` that of each token where they differ. `sampler_logp` is
-    in nats, one per id. `finish` is "stop", "length" or, for an answer that will be continued, "paused". `support` has,
-    under top-p, top-k or min-p, the tokens that could be drawn at each place.
+    `draw` is the running number of the prompt in the run, and `answer` the number of the answer for that prompt. `version`
+    is the version of the weights that produced the last token; `versions` has that of each token if they differ.
+    `sampler_logp` is in nats, one per id. `finish` is "stop", "length" or, for an answer to be continued, "paused". With
+    top-p, top-k or min-p, `support` has the tokens that could be sampled at each position.
 
     >>> Sample(0, 1, (8, 2), (-0.1, -0.7), version=3, finish="stop", text="yes").truncated
     False
@@ -55,11 +55,11 @@ class Sample:
     versions: tuple[int, ...] | None = None
 
     def token_versions(self) -> tuple[int, ...]:
-        """The version of the weights that made each token."""
+        """Return the version of the weights that produced each token."""
         return self.versions if self.versions is not None else (self.version,) * len(self.ids)
 
     def continued(self, later: "Sample") -> "Sample":
-        """This paused answer with the tokens that a later call put behind it."""
+        """Return this paused answer with the tokens of a later call appended."""
         support = None if self.support is None or later.support is None else self.support + later.support
         versions = self.token_versions() + later.token_versions()
         return Sample(
@@ -69,19 +69,19 @@ class Sample:
 
     @property
     def truncated(self) -> bool:
-        """The answer was cut off at the length limit."""
+        """Whether the answer was cut off at the length limit."""
         return self.finish == "length"
 
 
 @dataclass(frozen=True)
 class Group:
-    """A prompt and the answers it got; G = len(samples)."""
+    """A prompt and its answers; G = len(samples)."""
 
     prompt: Prompt
     samples: tuple[Sample, ...]
 
     def rows(self) -> list["Row"]:
-        """Prompt and answer as one row, for each answer; every token of the answer is trained."""
+        """Return one row of prompt and answer for each answer; all tokens of the answer are trained."""
         return [
             Row(
                 torch.tensor(self.prompt.ids + one.ids),
@@ -94,7 +94,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Weights:
-    """What a learner hands to a generator: the version, and a handle (here the policy role itself)."""
+    """Weights passed from a learner to a generator: a version, and a handle (within one process, the policy role)."""
 
     version: int
     handle: Any
@@ -104,8 +104,8 @@ class Weights:
 class Row:
     """One token sequence: ids (S,) int64, `start` the first response position (>= 1), mask (S - start,) bool.
 
-    The mask is True on the response tokens that are trained. Where it is False inside the response, somebody else
-    wrote (a tool, the user's next turn).
+    The mask is True on the response tokens that are trained. It is False on response tokens that the model did not
+    write, such as the output of a tool or a later user turn.
 
     >>> row = Row(torch.tensor([5, 9, 8, 2]), 2, torch.tensor([True, True]))
     >>> row.length, row.response
@@ -118,22 +118,22 @@ class Row:
 
     @property
     def length(self) -> int:
-        """Tokens in all."""
+        """Number of tokens."""
         return self.ids.shape[0]
 
     @property
     def response(self) -> int:
-        """Tokens from the first response position on."""
+        """Number of tokens from the first response position on."""
         return self.mask.shape[0]
 
     def without_end(self) -> "Row":
-        """The same row without its last token: an answer that was cut off before its end."""
+        """Return the row without its last token, for an answer that was cut off before its end."""
         return Row(self.ids[:-1], self.start, self.mask[:-1])
 
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """Two answers to one prompt, the chosen one first. `probability` that it is better, `margin` by how much."""
+    """Two answers to one prompt. `probability` is that of the chosen answer being better, `margin` is by how much."""
 
     chosen: Row
     rejected: Row
@@ -143,7 +143,7 @@ class Pair:
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """K answers to one prompt and their ranks, 1 is best, equal ranks are ties."""
+    """K answers to one prompt and their ranks: 1 is best, equal ranks are ties."""
 
     rows: tuple[Row, ...]
     ranks: tuple[int, ...]
@@ -159,7 +159,7 @@ class Labeled:
 
 @dataclass(frozen=True, eq=False)
 class Unpaired:
-    """One answer that is good or bad, and beside it an answer that belongs to another prompt."""
+    """One answer that is good or bad, and a mismatched answer, which belongs to another prompt."""
 
     row: Row
     mismatched: Row
@@ -176,15 +176,15 @@ class Stepped:
 
 
 Element = Row | Pair | Ranking | Labeled | Unpaired | Stepped
-"""What is trained as one: it is never split between micro-batches."""
+"""Unit of training, which is never split between micro-batches."""
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Rows with their columns: what parts and learners see.
+    """Rows with their columns, the input of parts and learners.
 
-    `rows` has B entries, those of one element next to each other. `columns` maps a name of `records.columns` to a
-    tensor whose first axis is B, and whose second, if it is per token, is T = the longest response.
+    `rows` has B entries; the rows of an element are adjacent. `columns` maps a name in `whet.data.columns` to a tensor
+    whose first axis is B. The second axis of per-token columns is T = the length of the longest response.
 
     >>> batch = Batch.of([Row(torch.tensor([5, 9, 8, 2]), 2, torch.tensor([True, True]))])
     >>> batch.counts()
@@ -196,7 +196,7 @@ class Batch:
 
     @staticmethod
     def of(elements: Sequence[Element]) -> "Batch":
-        """The batch of these elements, with their own columns (rank, target, margin, probability) where they have any."""
+        """Make a batch of elements, with the columns of their type (such as rank, target, margin, probability)."""
         rows: list[Row] = []
         index: list[int] = []
         place: list[int] = []
@@ -242,13 +242,13 @@ class Batch:
         return self.columns[name]
 
     def with_columns(self, **columns: Tensor) -> "Batch":
-        """The same rows with these columns added or replaced."""
+        """Return the same rows with columns added or replaced."""
         return replace(self, columns={**self.columns, **columns})
 
     def scatter(self, into: dict[str, Tensor], name: str, rows: Sequence[int], values: Tensor) -> None:
-        """Write a column's values of these rows into `into[name]`, which has this batch's size and starts with zeros.
+        """Write the values of these rows to the column `into[name]`, created with zeros in the size of this batch.
 
-        values: (len(rows),), or (len(rows), T') with T' at most this batch's T.
+        values: (len(rows),), or (len(rows), T') with T' at most T of this batch.
         """
         if name not in into:
             shape = self["mask"].shape if values.ndim == 2 else self["mask"].shape[:1]
@@ -262,7 +262,7 @@ class Batch:
             into[name][index] = values
 
     def elements(self) -> list[list[int]]:
-        """The row numbers of each element, in order."""
+        """Return the row indices of each element, in order."""
         out: list[list[int]] = []
         before = None
         for row, element in enumerate(self["element"].tolist()):
@@ -273,7 +273,7 @@ class Batch:
         return out
 
     def take(self, rows: Sequence[int]) -> "Batch":
-        """These rows as a batch of their own; T shrinks to the longest of them, elements are numbered anew."""
+        """Return these rows as a new batch; T is the longest response among them, and elements are renumbered."""
         kept = tuple(self.rows[row] for row in rows)
         longest, index = max((row.response for row in kept), default=0), torch.tensor(rows, dtype=torch.long)
         columns = {}
@@ -285,7 +285,7 @@ class Batch:
 
     @staticmethod
     def joined(batches: Sequence["Batch"]) -> "Batch":
-        """Batches with the same columns behind one another; per-token columns are padded, elements and groups numbered on."""
+        """Concatenate batches with the same columns; per-token columns are padded, elements and groups renumbered."""
         longest = max(row.response for batch in batches for row in batch.rows)
         columns: dict[str, Tensor] = {}
         for name in batches[0].columns:
@@ -305,14 +305,14 @@ class Batch:
         return Batch(tuple(row for batch in batches for row in batch.rows), columns)
 
     def counts(self, mask: str = "mask") -> Counts:
-        """Tokens where this mask is True, sequences with any, and elements."""
+        """Count the tokens where this mask is True, the sequences with such tokens, and the elements."""
         tokens = self[mask].sum(1)
         elements = torch.unique_consecutive(self["element"]).numel()
         return Counts(int(tokens.sum()), int((tokens > 0).sum()), elements)
 
 
 def pad(values: Sequence[Tensor], length: int | None = None) -> Tensor:
-    """1-D tensors laid out as (B, T), 0 or False behind each: the one place where padding is made."""
+    """Stack 1-D tensors as (B, T), right-padded with 0 or False."""
     longest = max((value.shape[0] for value in values), default=0) if length is None else length
     out = torch.zeros(len(values), longest, dtype=values[0].dtype if values else torch.float32)
     for number, value in enumerate(values):
@@ -321,7 +321,7 @@ def pad(values: Sequence[Tensor], length: int | None = None) -> Tensor:
 
 
 def pad_support(supports: Sequence[Sequence[Sequence[int]]]) -> Tensor:
-    """The tokens that could be drawn, per answer and place, as (B, T, S) int64 with -1 behind each list."""
+    """Return the tokens that could be sampled, per answer and position, as (B, T, S) int64, padded with -1."""
     longest = max(map(len, supports), default=0)
     widest = max((len(one) for answer in supports for one in answer), default=0)
     out = torch.full((len(supports), longest, widest), -1)

@@ -91,8 +91,7 @@ class Story:
         self.say("four answers a prompt, ranked by the noisy person")
         for name in ("prompts_rank", "prompts_rank_heldout"):
             sampled = self.out / f"{name}_answers.jsonl"
-            whet.run(
-                "sample", model=self.model("sft"), data=self.at(f"{name}.jsonl"), num_generations=4, seed=self.seed, threads=1,
+            whet.sample(model=self.model("sft"), data=self.at(f"{name}.jsonl"), num_generations=4, seed=self.seed, threads=1,
                 max_new_tokens=ANSWER, out=str(sampled),
             )  # fmt: skip
         answers = read(self.out / "prompts_rank_answers.jsonl")
@@ -101,10 +100,8 @@ class Story:
         for name, rows in (("ranked", edited), ("small_ranked", answers[:SMALL]), ("heldout_ranked", heldout)):
             asked = self.out / f"{name}_asked.jsonl"
             write_jsonl(asked, [{**row, "seed": self.seed} for row in rows])
-            whet.run("rank", data=str(asked), judge=ANNOTATOR, judge_form="rank", out=str(self.out / f"{name}.jsonl"))
-        whet.run(
-            "rank",
-            data=str(self.out / "heldout_ranked_asked.jsonl"),
+            whet.rank(data=str(asked), judge=ANNOTATOR, judge_form="rank", out=str(self.out / f"{name}.jsonl"))
+        whet.rank(data=str(self.out / "heldout_ranked_asked.jsonl"),
             judge=GOLD,
             out=str(self.out / "heldout_gold.jsonl"),
         )
@@ -127,7 +124,7 @@ class Story:
         self.say("evaluation under gold")
         heldout = {"noisy": "heldout_ranked", "noise_free": "heldout_gold"}
         accuracy = {
-            name: whet.run("eval", model=self.model("reward"), data=str(self.out / f"{file}.jsonl"), threads=1)[
+            name: whet.evaluate(model=self.model("reward"), data=str(self.out / f"{file}.jsonl"), threads=1)[
                 "accuracy"
             ]
             for name, file in heldout.items()
@@ -144,14 +141,13 @@ class Story:
 
     def compared(self, name: str) -> dict[str, float]:
         """A model against SFT: gold, reward model, KL and win rates; the answers stay in `answers_NAME.jsonl`."""
-        return whet.run(
-            "eval", model=self.model(name), against=self.model("sft"), judge=[GOLD, self.model("reward")], seed=self.seed,
+        return whet.evaluate(model=self.model(name), against=self.model("sft"), judge=[GOLD, self.model("reward")], seed=self.seed,
             data=self.at("prompts_eval.jsonl"), max_new_tokens=ANSWER, threads=1, answers=str(self.out / f"answers_{name}.jsonl"),
         )  # fmt: skip
 
     def raw_loss(self, name: str) -> float:
         """Loss on held-out raw text, nats per token."""
-        return whet.run("eval", model=self.model(name), data=self.at("raw_heldout.jsonl"), threads=1)["nll"]
+        return whet.evaluate(model=self.model(name), data=self.at("raw_heldout.jsonl"), threads=1)["nll"]
 
     def edits(self) -> dict[str, tuple[float, int]]:
         """For each controlled edit: (share of edited SFT answers that the reward model rates worse, how many)."""
@@ -167,7 +163,7 @@ class Story:
             own = [row for row, other in zip(rows, kinds, strict=True) if other == kind]
             if own:
                 write_jsonl(self.out / "edits.jsonl", own)
-                found = whet.run("eval", model=self.model("reward"), data=str(self.out / "edits.jsonl"), threads=1)
+                found = whet.evaluate(model=self.model("reward"), data=str(self.out / "edits.jsonl"), threads=1)
                 out[kind] = (found["accuracy"], len(own))
         return out
 
@@ -178,7 +174,7 @@ class Story:
     def verb(self, verb: str, name: str, **fields: Any) -> None:
         """A verb with the demo's recipe of this name, into the run folder of this name."""
         given = fields | self.shortened(verb)
-        whet.run(verb, str(RECIPES / f"{name}.yaml"), seed=self.seed, out=str(self.out / name), quiet=False, **given)
+        whet.train(verb, str(RECIPES / f"{name}.yaml"), seed=self.seed, out=str(self.out / name), quiet=False, **given)
 
     def shortened(self, verb: str) -> dict[str, Any]:
         """What the quick form changes in a recipe."""

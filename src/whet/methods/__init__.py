@@ -1,4 +1,4 @@
-"""An algorithm is a value: a frozen record of named parts. Names are imported when they are first used."""
+"""Training algorithms as frozen dataclasses of named parts. Names are imported on first use."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -50,7 +50,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The options and the catalogue beside these names load no torch, so the package must not either."""
+    """Import a public name on first use: `options` and `catalogue` load no torch, so the package must not load it either."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

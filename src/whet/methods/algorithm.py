@@ -1,7 +1,7 @@
-"""Online methods: answers are sampled, scored, advantages and trained on. Each is a value made of named parts.
+"""Online methods: sample answers, score them, compute advantages and train. Each method is a record of named parts.
 
-collect -> normalize -> combine -> reward_normalization -> reward_clip, overlong -> truncated -> reward_placement ->
-kl_in_reward -> advantage -> normalize_advantage -> importance_correction -> terms
+The order of the steps is collect -> normalize -> combine -> reward_normalization -> reward_clip, overlong -> truncated ->
+reward_placement -> kl_in_reward -> advantage -> normalize_advantage -> importance_correction -> terms.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from whet.ops import Controller
 
 @dataclass(frozen=True)
 class Penalty:
-    """The KL in the reward: an estimator on log-probs, where it is charged, and its coefficient."""
+    """The KL penalty in the reward: the estimator, its placement on tokens, and its coefficient."""
 
     estimator: Part
     charge: Part
@@ -29,7 +29,7 @@ class Penalty:
 
 @dataclass(frozen=True)
 class Collect:
-    """What is asked of the generator: answers per prompt, a greedy one beside them, rounds in which groups are refilled."""
+    """The generator's task: answers per prompt, an extra greedy answer, and the rounds of dynamic sampling."""
 
     num_generations: int
     greedy: bool = False
@@ -38,14 +38,13 @@ class Collect:
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A whole online method. A variant is `dataclasses.replace(algorithm, slot=...)`; no slot knows the method's name.
+    """An online method. Make a variant with `dataclasses.replace(algorithm, slot=...)`; no slot depends on the method's name.
 
-    `normalize` (B, R) -> (B, R); `combine` (B, R) -> (B,); `reward_normalization` and each of `shape` (B,) -> (B,);
-    `reward_placement` -> (B, T);
-    `penalty` is subtracted; `advantage` -> advantage (B, T); `target` is the critic's own credit where it is another;
-    `normalize_advantage` rescales the advantage after returns were taken; `importance_correction` -> weights (B, T).
-    With `pairs` there is no
-    credit: the best and the worst answer of each group become a pair for the terms.
+    `normalize` (B, R) -> (B, R); `combine` (B, R) -> (B,); `reward_normalization` and each part of `shape` (B,) -> (B,);
+    `reward_placement` -> (B, T); `penalty` is subtracted from the reward; `advantage` -> (B, T); `target` is the
+    advantage for the critic's returns if it differs; `normalize_advantage` rescales the advantage after the returns are
+    computed; `importance_correction` -> weights (B, T). With `pairs` there is no advantage: the best and the worst answer
+    of each group form a pair for the terms.
     """
 
     collect: Collect
@@ -65,7 +64,7 @@ class Algorithm:
     pairs: bool = False
 
     def reads(self) -> frozenset[str]:
-        """The columns measured once per rollout: they decide whether there is a critic and a reference."""
+        """Return the columns measured once per rollout; they determine whether a critic and a reference are needed."""
         parts = [
             self.normalize,
             self.combine,
@@ -85,42 +84,44 @@ class Algorithm:
         return frozenset(name for name in names if COLUMNS[name].role is not None and COLUMNS[name].hop == "measure")
 
     def roles(self) -> frozenset[str]:
-        """The roles that take part: those trained, and those measured."""
+        """Return the roles that the method needs: those trained and those measured."""
         columns = [COLUMNS[name] for name in self.reads().union(*(term.reads() for term in self.terms))]
         beside = {"reference"} if any("exact_kl" in (column.name, column.reads) for column in columns) else set()
         return frozenset({term.role for term in self.terms} | {one.role for one in columns if one.role} | beside)
 
     @property
     def centered(self) -> bool:
-        """Credit is centered within each group, so a group's advantages sum to 0."""
+        """Whether advantages are centered within each group, so that they sum to 0 per group."""
         ops_of = [] if self.advantage is None else [one.op for one in self.advantage.walk()]
         within = (ops.group_center, ops.group_zscore, ops.group_mean_scaled, ops.leave_one_out)
         return self.normalize_advantage is None and any(op in within for op in ops_of)
 
     def has_ratio(self) -> bool:
-        """Every policy loss compares with the old policy or not at all with samples, so several updates a rollout are allowed."""
+        """Return whether each policy loss with an advantage uses the old policy; this allows several updates per rollout."""
         losses = [term.loss for term in self.terms if term.role == "policy" and "advantage" in term.reads()]
         return all("old_logp" in loss.reads() for loss in losses)
 
     def steered(self) -> bool:
-        """A controller reads how far the updates moved the policy."""
+        """Return whether a controller reads KL(old || new), the change of the policy by the updates."""
         return any(controller.by == "kl_old" for controller in steered(self.terms).values())
 
     @property
     def objective(self) -> Objective:
-        """What one update minimizes."""
+        """The objective that one update minimizes."""
         return Objective(self.terms, self.select)
 
     def init(self) -> State:
-        """The small state at the start: the coefficient of every controller, and what running numbers need."""
+        """Return the initial state: the coefficient of each controller, and the running statistics."""
         running = (
             {} if self._running is None else dict.fromkeys(("running.count", "running.mean", "running.square"), 0.0)
         )
         return {**{name: controller.coef for name, controller in self._controllers().items()}, **running}
 
     def observe(self, state: State, score: Tensor) -> State:
-        """The state once these scores (B,) of a rollout are known, before anything is credited: the running deviation
-        takes them in, and the first rollout's mean becomes the shift."""
+        """Return the state after adding the scores (B,) of a rollout to the running statistics.
+
+        Call it before the advantages are computed. The mean of the first rollout becomes the shift.
+        """
         if self._running is None:
             return state
         count, mean, square = (state[f"running.{name}"] for name in ("count", "mean", "square"))
@@ -134,7 +135,7 @@ class Algorithm:
         return {**state, **{f"running.{name}": value for name, value in seen.items()}}
 
     def at(self, state: State) -> "Algorithm":
-        """The method with plain numbers in place of its controllers and running numbers."""
+        """Return the method with controllers and running statistics replaced by numbers from the state."""
         penalty = self.penalty and replace(self.penalty, coef=state["penalty"])
         rescale, running = self.reward_normalization, self._running
         if running is not None and state["running.count"] > 0:
@@ -144,8 +145,11 @@ class Algorithm:
         return replace(self, penalty=penalty, reward_normalization=rescale, terms=settled(self.terms, state))
 
     def next(self, state: State, measured: Mapping[str, float]) -> State:
-        """The state after a rollout: `measured` has "kl" (nats per answer, to the reference), "kl_old" (nats per
-        token, KL(old || new) at the end of the updates), "entropy" (nats per token), "reward" and "sequences"."""
+        """Return the state after a rollout.
+
+        `measured` has "kl" (nats per answer, to the reference), "kl_old" (nats per token, KL(old || new) at the end of
+        the updates), "entropy" (nats per token), "reward" and "sequences".
+        """
         out = dict(state)
         for name, controller in self._controllers().items():
             by = "kl" if name == "penalty" else controller.by
@@ -154,7 +158,7 @@ class Algorithm:
 
     @property
     def _running(self) -> Part | None:
-        """The part that needs running numbers."""
+        """The part that needs running statistics, or None."""
         return (
             self.reward_normalization
             if self.reward_normalization is not None and self.reward_normalization.op is ops.standardize
@@ -167,15 +171,18 @@ class Algorithm:
 
 
 def outcome(algorithm: Algorithm, batch: Batch) -> Tensor:
-    """The combined score of every answer before any penalty, (B,): reads rewards (B, R)."""
+    """Compute the combined score of each answer before any penalty, (B,). Reads rewards (B, R)."""
     if algorithm.normalize is not None:
         batch = batch.with_columns(rewards=algorithm.normalize(batch.columns))
     return algorithm.combine(batch.columns)
 
 
 def spread(algorithm: Algorithm, batch: Batch) -> Tensor:
-    """Which rows belong to a group whose answers do not all have the same outcome before any penalty (the same rewards,
-    where each is normalized by itself), (B,) bool: only those teach a method that compares within groups."""
+    """Return which rows belong to a group whose answers differ in outcome before any penalty, (B,) bool.
+
+    If each reward is normalized separately, the rewards are compared instead of the outcome. A method that compares
+    answers within a group learns nothing from the other groups.
+    """
     index = torch.unique(batch["group"], return_inverse=True)[1]
     score = batch["rewards"] if algorithm.normalize is not None else outcome(algorithm, batch)[:, None]
     rewards = torch.cat([score, batch["token_score"]], 1)
@@ -186,7 +193,7 @@ def spread(algorithm: Algorithm, batch: Batch) -> Tensor:
 
 
 def shaped(algorithm: Algorithm, batch: Batch) -> Batch:
-    """The batch with score, one number an answer: combined, normalized, bounded and penalized."""
+    """Add the column score (B,): combined, normalized, bounded and penalized."""
     batch = batch.with_columns(score=outcome(algorithm, batch))
     for one in (algorithm.reward_normalization, *algorithm.shape):
         batch = batch if one is None else batch.with_columns(score=one(batch.columns))
@@ -197,11 +204,11 @@ def shaped(algorithm: Algorithm, batch: Batch) -> Batch:
 
 
 def advantages(algorithm: Algorithm, batch: Batch) -> Batch:
-    """The batch with score, kl, token_reward, advantage and (with a critic) returns; once per rollout, no gradient.
+    """Add the columns score, kl, token_reward, advantage and (with a critic) returns; once per rollout, without gradient.
 
-    Reads rewards (B, R), token_score (B, T), truncated, group, the mask, and what `algorithm.reads()` names; scores
-    that are dense keep their places, the rest of the score is placed. Controllers must be resolved. Raises RewardError
-    where the method cannot take scores per token.
+    Reads rewards (B, R), token_score (B, T), truncated, group, the mask, and the columns of `algorithm.reads()`. Per-token
+    scores keep their positions; the rest of the score is placed. Controllers must be resolved with `Algorithm.at`. Raises
+    RewardError if the method cannot use per-token scores.
     """
     mask, dense = batch["mask"], batch["token_score"]
     rescaled = algorithm.normalize is not None or algorithm.reward_normalization is not None or algorithm.pairs
@@ -212,14 +219,14 @@ def advantages(algorithm: Algorithm, batch: Batch) -> Batch:
     batch = shaped(algorithm, batch)
     if algorithm.advantage is None or algorithm.reward_placement is None:
         return batch
-    placed = batch["score"] - dense.sum(1)  # what is dense stays where it arose
+    placed = batch["score"] - dense.sum(1)  # per-token scores keep their positions
     rounding = 1e-6 * dense.abs().sum(1)
     placed = torch.where(placed.abs() <= rounding, torch.zeros_like(placed), placed)
     if algorithm.truncated.rule == "bootstrap":
-        # the critic's value stands for all that would have followed, the score too
+        # the critic's value estimates all later reward, including the score
         placed = torch.where(batch["truncated"], torch.zeros_like(placed), placed)
     token_reward = algorithm.reward_placement(batch.with_columns(score=placed).columns)
-    if "segment_end" in batch.columns:  # a penalty may land where no step has its score
+    if "segment_end" in batch.columns:  # a penalty may be on a token that ends no step
         batch = batch.with_columns(segment_end=batch["segment_end"] | (token_reward != 0))
     token_reward = token_reward + ops.dense(dense, mask)
     if algorithm.penalty is not None:
@@ -232,9 +239,9 @@ def advantages(algorithm: Algorithm, batch: Batch) -> Batch:
     try:
         advantage = algorithm.advantage(batch.columns)
         target = advantage if algorithm.target is None else algorithm.target(batch.columns)
-    except ValueError as error:  # scores that this credit has no answer for
+    except ValueError as error:  # scores that this advantage does not allow
         raise RewardError(str(error)) from error
-    if algorithm.truncated.rule == "mask":  # cut-off answers count in their group's statistics, but are not trained
+    if algorithm.truncated.rule == "mask":  # cut-off answers count in the group statistics but are not trained
         mask = mask & ~batch["truncated"][:, None]
         batch = batch.with_columns(mask=mask)
     batch = batch.with_columns(advantage=torch.where(mask, advantage, torch.zeros_like(advantage)))
@@ -251,9 +258,9 @@ def advantages(algorithm: Algorithm, batch: Batch) -> Batch:
 
 
 def paired(batch: Batch) -> Batch:
-    """The best and the worst answer of each group as pairs, chosen first; groups of equal scores give none. Reads score.
+    """Return the best and the worst answer of each group as pairs, chosen first. Reads score.
 
-    Of equally good answers the first counts.
+    Groups of equal scores give no pair. Among answers of equal score, the first is taken.
     """
     groups: dict[int, list[int]] = {}
     for row, group in enumerate(batch["group"].tolist()):
@@ -273,10 +280,10 @@ def paired(batch: Batch) -> Batch:
 
 
 def diagnostics(batch: Batch, clip: Part | None) -> dict[str, float]:
-    """What to watch of a mini-batch after its update's forward pass: ratio, clip fraction, KL(old || new) per token.
+    """Compute metrics of a mini-batch after the forward pass of its update: ratio, clip fraction, KL(old || new) per token.
 
-    `batch` has logp (now) beside old_logp; `clip` is the surrogate's clipping part where it has one, whose own ratio (of a
-    token or of the whole answer) is held against its bounds.
+    `batch` has logp (current) and old_logp. `clip` is the clipping part of the surrogate, or None; its ratio (of a token
+    or of the whole answer) is compared with its bounds.
     """
     mask, log_ratio = batch["mask"], batch["logp"] - batch["old_logp"]
     ratio = log_ratio.exp()
@@ -295,6 +302,6 @@ def diagnostics(batch: Batch, clip: Part | None) -> dict[str, float]:
 
 
 def clipping(algorithm: Algorithm) -> Part | None:
-    """The part of the policy's surrogate that clips a ratio, None where it has none."""
+    """Return the part of the policy loss that clips a ratio, or None."""
     parts = (one for term in algorithm.terms for one in term.loss.walk())
     return next((one for one in parts if one.op in (ops.clip, ops.dual_clip)), None)

@@ -1,6 +1,6 @@
-"""Every method by name: what stands in which slot, with the numbers of its paper. Light to import.
+"""Catalogue of methods by name: the choice for each slot, with the paper's values. Imports no torch.
 
-A method is these few lines over the parts of `choices`; nothing else in the code knows its name.
+A method is defined only here, by choices from `choices`; no other code depends on its name.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from whet.methods.choices import changed
 
 @dataclass(frozen=True)
 class Method:
-    """A method as data: one line about it, its source, its slots, and where its defaults differ from the source."""
+    """A method as data: a one-line description, its source, its slots, and where its defaults differ from the source."""
 
     about: str
     source: str
@@ -44,7 +44,7 @@ _BASE: Mapping[str, Any] = {
     "ptx_coef": 0.0,
 }
 _FRONT = ("dynamic_sampling", "normalize", "combine", "reward_clip", "overlong", "truncated")
-"""The slots up to one score an answer that also count where answers are only compared: rescaling would not."""
+"""Slots before the score of an answer that also matter for methods on pairs; rescaling does not change the order."""
 
 _PPO = changed(
     _BASE,
@@ -256,7 +256,7 @@ ONLINE: Mapping[str, Method] = {
         (_NO_KL,),
     ),
 }
-"""Online methods: answers are sampled, scored, advantages and trained on."""
+"""Online methods: sample answers, score them, compute advantages and train."""
 
 ONLINE_PREFERENCE: Mapping[str, Method] = {
     "online_dpo": Method(
@@ -273,7 +273,7 @@ ONLINE_PREFERENCE: Mapping[str, Method] = {
         ("the best against the worst of all answers; groups whose scores are equal give no pair",),
     ),
 }
-"""Sampled like the online methods, trained like the preference methods."""
+"""Online preference methods: sample like the online methods, train like the preference methods."""
 
 _DPO: Mapping[str, Any] = {
     "beta": 0.1, "implicit_reward": {"name": "implicit_reward"}, "loss": {"name": "sigmoid"}, "sft_weight": 0.0,
@@ -318,7 +318,7 @@ PREFERENCE: Mapping[str, Method] = {
         ("an answer is mismatched with the nearest earlier row of another prompt, once, not within the mini-batch",),
     ),
 }
-"""Preference methods: pairs, or answers labeled good and bad, go straight into the policy."""
+"""Preference methods: train the policy directly on pairs, or on answers labeled good or bad."""
 
 REWARD: Mapping[str, Method] = {
     name: Method(about, source, {"loss": {"name": name}, **more})
@@ -340,18 +340,18 @@ REWARD: Mapping[str, Method] = {
 READS: Mapping[str, str] = {
     "k_way": "rankings", "pairwise": "pairs", "log_exp": "pairs", "absolute": "labeled", "process": "steps",
 }  # fmt: skip
-"""What a method's rows become, where it is not pairs: a reading of `whet.data.Reader`."""
+"""Method of `whet.data.Reader` that reads the rows of a method, if it is not `pairs`."""
 
 
 def slots_of(verb: str, name: str | None = None) -> Mapping[str, Any]:
-    """The slots of a verb's method with its defaults; `name` picks a reward-model method."""
+    """Return the slots of a command's method with their defaults; `name` selects a reward-model method."""
     if verb == "reward":
         return REWARD[name or "k_way"].slots
     return {**ONLINE, **ONLINE_PREFERENCE, **PREFERENCE}[verb].slots
 
 
 def shipped_recipe(verb: str) -> str:
-    """Whose shipped recipe a verb without one of its own begins with: that of a method with the same needs."""
+    """Return the command whose shipped recipe a command starts from: one with the same needs if it has none of its own."""
     if verb in PREFERENCE:
         return "dpo"
     if verb in ONLINE_PREFERENCE:

@@ -1,10 +1,11 @@
-"""The slots of a method and what may stand in each: an op by name, with its formula, its source and what peers do otherwise.
+"""Slots of a method and the choices for each: an op by name, with its formula, its source and differences to other libraries.
 
-Light to import: the command line's help, `whet explain` and the docs read it, the composers in `methods/` build from it.
-A choice's options are the keyword-only parameters of its op; `{option}` in a formula is filled in with the recipe's number.
+Imports no torch. The command-line help, `whet explain` and the docs read these tables, and `methods/compose.py` builds
+methods from them. The options of a choice are the keyword-only parameters of its op; `{option}` in a formula is replaced
+by the recipe's value.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -17,12 +18,13 @@ Half = Annotated[float, msgspec.Meta(ge=0, lt=0.5)]
 
 @dataclass(frozen=True)
 class Choice:
-    """What may stand in a slot. `op` is a name of `whet.ops`, `reads` names columns that are called otherwise there.
+    """A choice for a slot. `op` is a name in `whet.ops` or a user's function.
 
-    `extra` are options beyond the op's own (a weight, a controller's target), `hidden` the op's that the method sets itself.
+    `reads` maps parameters of the op to columns with another name. `extra` are options in addition to the op's (a weight,
+    the target of a controller). `hidden` are options of the op that the method sets, not the recipe.
     """
 
-    op: str
+    op: str | Callable[..., Any]
     formula: str
     source: str = ""
     peers: str = ""
@@ -67,7 +69,7 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     "ties": (Literal["drop", "half"], "equal ranks: do not count, or cost half of either order"),
     "undesirable": (NotNegative, "weight of bad answers"),
 }
-"""Every option of a part: one word, one type and range, one meaning."""
+"""All options of parts: each name has one type, one range and one meaning."""
 
 NARROWER: dict[str, dict[str, Any]] = {
     "dual_clip": {"bound": Annotated[float, msgspec.Meta(gt=1)], "clip_low": Positive, "clip_high": Positive},
@@ -81,7 +83,7 @@ NARROWER: dict[str, dict[str, Any]] = {
         "divergence": Literal["reverse_kl", "forward_kl", "js", "alpha"],
     },
 }
-"""Where one op takes less than its option's word allows."""
+"""Options for which an op allows a smaller range than OPTIONS."""
 
 ONLINE_SLOTS: dict[str, dict[str, Choice]] = {
     "normalize": {
@@ -358,7 +360,7 @@ ONLINE_SLOTS: dict[str, dict[str, Choice]] = {
         "fixed_length": Choice("fixed_length", "(1/(N {length})) sum_i sum_t", "Dr. GRPO, Liu et al. 2025"),
     },
 }
-"""Slots of online methods that hold one part. `kl`, `truncated`, `value`, `entropy` and `collect` are records of `options`."""
+"""Slots of online methods that hold a part. `kl_in_reward`, `truncated`, `value` and `entropy` are records of `options`."""
 
 PAIR_LOSSES: dict[str, Choice] = {
     "sigmoid": Choice(
@@ -476,16 +478,16 @@ REWARD_SLOTS: dict[str, dict[str, Choice]] = {
 }
 
 HIDDEN = ("beta", "delta", "scale", "shift", "weights")
-"""Dials of ops that no recipe sets on the part itself: the method's own beta, running state, the rewards' weights."""
+"""Options of ops that a recipe does not set on the part: the method's beta, running state, and the weights of the rewards."""
 
 
 def named(value: Any) -> Any:
-    """A slot's value with a bare name written out: "clip" is {"name": "clip"}."""
+    """Expand a bare name: "clip" becomes {"name": "clip"}."""
     return {"name": value} if isinstance(value, str) else value
 
 
 def changed(slots: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The slots with these changes: a part of the same name keeps its other options, one of another name begins anew."""
+    """Apply changes to slots: a part with the same name keeps its other options, a part with a new name does not."""
     out = dict(slots)
     for slot, value in changes.items():
         now, value = out.get(slot), named(value) if slot in PART_SLOTS else value
@@ -496,7 +498,7 @@ def changed(slots: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
 
 
 PART_SLOTS = frozenset({*ONLINE_SLOTS, *PREFERENCE_SLOTS, *REWARD_SLOTS})
-"""The slots that hold a part, which may be given by its bare name."""
+"""Slots that hold a part, which may be given as a bare name."""
 
 PLAIN_SLOTS: dict[str, tuple[Any, str]] = {
     "num_generations": (Count, "answers per prompt"),
@@ -513,7 +515,7 @@ PLAIN_SLOTS: dict[str, tuple[Any, str]] = {
     "truncated": (Truncated, "what happens to an answer cut off at the length limit"),
     "value": (Value | None, "the critic's loss; null is no critic"),
 }
-"""The slots that hold a number or a record, with their type and meaning."""
+"""Slots that hold a number or a record, with their type and meaning."""
 
 OPTIONAL = frozenset(
     {

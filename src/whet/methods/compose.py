@@ -1,4 +1,4 @@
-"""From a method's slots (names and options, as the catalogue and recipes hold them) to parts; what contradicts itself is refused."""
+"""Build methods from slots (names and options, as in the catalogue and recipes), and reject contradictory slots."""
 
 import dataclasses
 import difflib
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from whet import ops
+from whet.data.columns import COLUMNS
 from whet.errors import RecipeError
 from whet.methods import catalogue
 from whet.methods.algorithm import Algorithm, Collect, Penalty
@@ -30,6 +31,7 @@ from whet.methods.choices import (
     named,
 )
 from whet.methods.options import KL, Entropy, Truncated, Value
+from whet.methods.own import op_of, own_choice
 from whet.methods.parts import Objective, Part, Term, part
 from whet.ops import AdaptiveEntropy, AdaptiveKL, Controller, FixedKL, HalvingKL, RunningMean
 
@@ -47,13 +49,18 @@ CHARGES = {
     "sequence_sum": part(ops.per_sequence, mean=False),
 }
 WHOLE = part(ops.masked_sum, x="token_reward", dim=1)
-"""What an answer earned in all: its placed score, its dense scores and its KL."""
+"""Total reward of an answer: the placed score, the per-token scores and the KL."""
+
+
+SFT = Objective((Term("policy", "train", part(ops.nll), ops.token_mean, name="nll"),))
+"""The objective of SFT and pre-training: the mean over all trained tokens of -log pi."""
 
 
 def online(name: str, *, longest: int | None = None, weights: Sequence[float] = (1.0,), **changes: Any) -> Algorithm:
-    """An online method of the catalogue with changed slots. `longest` is the answers' limit in tokens, `weights` the rewards'.
+    """Build an online method of the catalogue with changed slots.
 
-    Raises RecipeError for slots that contradict each other.
+    `longest` is the length limit of answers in tokens, `weights` are the weights of the rewards. Raises RecipeError for
+    slots that contradict each other.
 
     >>> online("grpo", num_generations=4, surrogate={"clip_high": 0.28}).terms[0].loss.options
     {'clip_low': 0.2, 'clip_high': 0.28}
@@ -63,17 +70,17 @@ def online(name: str, *, longest: int | None = None, weights: Sequence[float] = 
 
 
 def preference(name: str, **changes: Any) -> Objective:
-    """A preference method of the catalogue with changed slots."""
+    """Build a preference method of the catalogue with changed slots."""
     return preference_of(_changed(catalogue.PREFERENCE, name, changes))
 
 
 def reward(name: str, **changes: Any) -> Objective:
-    """A reward-model method of the catalogue with changed slots."""
+    """Build a reward-model method of the catalogue with changed slots."""
     return reward_of(_changed(catalogue.REWARD, name, changes))
 
 
 def _changed(table: Mapping[str, catalogue.Method], name: str, changes: Slots) -> Slots:
-    """The slots of a method with these changes. Raises RecipeError for a method or a slot that does not exist."""
+    """Return the slots of a method with changes. Raises RecipeError for an unknown method or slot."""
     slots = _known("method", table, name).slots
     for slot, value in changes.items():
         _known(f"method {name}", slots, slot)
@@ -83,7 +90,7 @@ def _changed(table: Mapping[str, catalogue.Method], name: str, changes: Slots) -
 
 
 def online_of(slots: Slots, *, longest: int | None = None, weights: Sequence[float] = (1.0,)) -> Algorithm:
-    """The algorithm that these slots describe. Raises RecipeError for slots that contradict each other."""
+    """Build the algorithm from its slots. Raises RecipeError for slots that contradict each other."""
     truncated = record(Truncated, slots["truncated"])
     _check_truncated(truncated)
     front = _front(slots, truncated, weights, longest)
@@ -103,7 +110,7 @@ def online_of(slots: Slots, *, longest: int | None = None, weights: Sequence[flo
 
 
 def _front(slots: Slots, truncated: Truncated, weights: Sequence[float], longest: int | None) -> Algorithm:
-    """The first half, up to one score an answer."""
+    """Build the first part of an algorithm, up to one score per answer."""
     combine = chosen("combine", slots["combine"], weights=tuple(weights))
     normalize = slots.get("normalize") and chosen("normalize", slots["normalize"])
     rescale = None
@@ -131,9 +138,9 @@ def _front(slots: Slots, truncated: Truncated, weights: Sequence[float], longest
 
 
 def _credit_front(front: Algorithm, slots: Slots, longest: int | None) -> Algorithm:
-    """The second half: place, KL, credit, and the terms."""
+    """Add the second part of an algorithm: reward placement, KL, advantage and terms."""
     choice = found("advantage", ONLINE_SLOTS["advantage"], slots["advantage"]["name"])
-    parameters = inspect.signature(getattr(ops, choice.op)).parameters
+    parameters = inspect.signature(op_of(choice)).parameters
     value = None if slots["value"] is None else record(Value, slots["value"])
     _check_credit(slots, front, parameters, value)
     cost = None if slots["kl_in_reward"] is None else record(KL, slots["kl_in_reward"])
@@ -167,9 +174,9 @@ def _credit_front(front: Algorithm, slots: Slots, longest: int | None) -> Algori
 
 
 def _check_credit(slots: Slots, front: Algorithm, parameters: Mapping[str, Any], value: Value | None) -> None:
-    """Refuses what the credit, which reads these parameters, cannot go with."""
+    """Raise RecipeError for slots that contradict the advantage; `parameters` are those of its op."""
     name, place = slots["advantage"]["name"], slots["reward_placement"]
-    if ("values" in parameters) != (value is not None):
+    if _reads_values(parameters) != (value is not None):
         fix = "set value to null" if value else "set value, for example --value.clip-range-vf 0.2"
         raise RecipeError(f"algorithm.value: the advantage {name} {'has no' if value else 'needs a'} critic; {fix}")
     if front.truncated.rule == "bootstrap" and value is None:
@@ -201,7 +208,7 @@ def _check_credit(slots: Slots, front: Algorithm, parameters: Mapping[str, Any],
         raise RecipeError(
             f"algorithm.kl_in_reward.where: the advantage {name} credits whole answers, where sequence_sum is the same as token; use token"
         )
-    affine = name == "group_zscore" or (slots["normalize_advantage"] and "values" not in parameters)
+    affine = name == "group_zscore" or (slots["normalize_advantage"] and not _reads_values(parameters))
     if affine and slots["reward_normalization"] and cost is None:
         raise RecipeError(
             "algorithm.reward_normalization: what follows divides by the deviation again, so it changes nothing; leave it out"
@@ -215,22 +222,29 @@ def _check_credit(slots: Slots, front: Algorithm, parameters: Mapping[str, Any],
         )
 
 
+def _reads_values(parameters: Mapping[str, Any]) -> bool:
+    """An advantage with these parameters needs a critic."""
+    return bool({"values", "old_value"} & parameters.keys())
+
+
 def _terms(slots: Slots, value: Value | None, cost: KL | None, longest: int | None) -> tuple[Term, ...]:
-    """What is summed into one gradient: the policy's loss, the critic's, the KL in the loss, entropy and ptx."""
+    """Return the terms of the objective: policy loss, critic loss, KL in the loss, entropy and ptx."""
     reduce, options = reduction(slots["reduction"], longest)
-    terms = [Term("policy", "rollout", policy_loss(slots), reduce, options=options, name=slots["surrogate"]["name"])]
+    terms = [
+        Term("policy", "rollout", policy_loss(slots), reduce, options=options, name=_short(slots["surrogate"]["name"]))
+    ]
     if value is not None:
         terms.append(
             Term("critic", "rollout", part(ops.value_loss, clip=value.clip_range_vf), ops.token_mean, value.vf_coef)
         )
     if slots["kl_in_loss"]:
         spec, penalty = slots["kl_in_loss"], chosen("kl_in_loss", slots["kl_in_loss"])
-        coef = spec.get("coef", ONLINE_SLOTS["kl_in_loss"][spec["name"]].extra["coef"])
+        coef = spec.get("coef", found("kl_in_loss", ONLINE_SLOTS["kl_in_loss"], spec["name"]).extra.get("coef", 1.0))
         if coef > 0:
             terms.append(Term("policy", "rollout", penalty, reduce, coef, options=options, name=spec["name"]))
     if cost is not None and cost.estimator == "exact":
         _check_exact(slots, cost)
-        # the reward charges a token for the states it leads to; what it does to its own state's KL is a loss
+        # the reward covers the KL of later states; the gradient of the KL in the token's own state needs a loss
         here = part(ops.dense, token_score="exact_kl")
         terms.append(Term("policy", "rollout", here, reduce, "penalty", options=options, name="exact_kl"))
     if slots["entropy"] is not None:
@@ -250,11 +264,11 @@ def _terms(slots: Slots, value: Value | None, cost: KL | None, longest: int | No
 
 
 def policy_loss(slots: Slots) -> Part:
-    """The policy's loss per token: the surrogate on its ratio, what a selection does to it, the importance correction."""
+    """Build the policy loss per token: the surrogate on its ratio, the selection, and the importance correction."""
     spec = slots["surrogate"]
     choice = found("surrogate", ONLINE_SLOTS["surrogate"], spec["name"])
     given: dict[str, Any] = {}
-    has = "ratio" in inspect.signature(getattr(ops, choice.op)).parameters
+    has = "ratio" in inspect.signature(op_of(choice)).parameters
     if has != bool(slots["ratio"]):
         fix = "set ratio, for example --ratio token" if has else "set ratio to null"
         raise RecipeError(f"algorithm.ratio: the surrogate {spec['name']} {'needs one' if has else 'has none'}; {fix}")
@@ -292,7 +306,7 @@ def _selection(slots: Slots) -> tuple[tuple[str, Part], ...]:
 
 
 def _after_truncation(final_value: Tensor, truncated: Tensor) -> Tensor:
-    """The critic's value after the last token where the answer was cut off, 0 where it ended: (B,)."""
+    """Return the critic's value after the last token of cut-off answers, 0 for the others: (B,)."""
     return torch.where(truncated, final_value, torch.zeros_like(final_value))
 
 
@@ -305,7 +319,7 @@ def _placed(spec: Slots) -> Part:
 
 
 def controller(kl: KL) -> Controller:
-    """The controller these options describe. Raises RecipeError for one without target, and for steering that nothing reads."""
+    """Build the controller of the KL. Raises RecipeError for a missing target, or for options the controller does not use."""
     if kl.controller == "fixed" and kl.target is not None:
         raise RecipeError(
             f"algorithm.kl_in_reward.target: the fixed controller aims at nothing; use adaptive or halving, or "
@@ -325,7 +339,7 @@ def controller(kl: KL) -> Controller:
 
 
 def _check_exact(slots: Slots, kl: KL) -> None:
-    """The exact KL stands in the reward and in the loss at once, so nothing may rescale one of them alone."""
+    """Raise RecipeError if the exact KL, which is in the reward and in the loss, would be rescaled in only one of them."""
     rescaled = "normalize_advantage" if slots["normalize_advantage"] else None
     if slots["advantage"]["name"] in ("group_center", "group_zscore", "group_mean_scaled", "group_steps"):
         rescaled = f"the advantage {slots['advantage']['name']}"
@@ -346,19 +360,24 @@ def _penalty(kl: KL) -> Penalty:
     return Penalty(ESTIMATORS[kl.estimator], CHARGES[kl.where], controller(kl))
 
 
+def _short(name: str) -> str:
+    """What the metrics call a part: a built-in one's name, or the function's."""
+    return name.split("#")[0].rpartition(":")[2]
+
+
 def reduction(spec: Slots, longest: int | None) -> tuple[Any, dict[str, Any]]:
-    """(the reduction, its options) of a slot."""
+    """Return (the reduction op, its options) of a slot."""
     choice = found("reduction", ONLINE_SLOTS["reduction"], spec["name"])
     if "length" in choice_options(choice):
         spec = _with_length("reduction", spec, "length", longest)
-    return getattr(ops, choice.op), given_options("reduction", choice, spec)
+    return op_of(choice), given_options("reduction", choice, spec)
 
 
 def preference_of(slots: Slots, stream: str = "train") -> Objective:
-    """The objective that these slots describe: a weighted mixture of losses on scored answers, and the SFT loss."""
+    """Build the objective from its slots: a weighted sum of losses on scored answers, and the SFT loss."""
     losses = [named(one) for one in (slots["loss"] if isinstance(slots["loss"], list) else [slots["loss"]])]
     beta = slots.get("beta")
-    # own answers may come from a truncated distribution; a log-ratio to the reference is between the whole ones
+    # sampled answers may come from a truncated distribution; the log-ratio to the reference uses the full distributions
     now, before = ("logp", "now_logp") if stream == "train" else ("full_logp", "now_full_logp")
     score = _answer_score(slots["implicit_reward"], beta, now)
     columns = {
@@ -394,7 +413,7 @@ def preference_of(slots: Slots, stream: str = "train") -> Objective:
             given_options("loss", choice, spec)
             terms.append(_sft(stream, weight, now))
             continue
-        parameters = inspect.signature(getattr(ops, choice.op)).parameters
+        parameters = inspect.signature(op_of(choice)).parameters
         _check_score(spec["name"], slots["implicit_reward"], parameters)
         given: dict[str, Any] = {name: columns[name] for name in parameters if name in columns}
         if "delta" in parameters:
@@ -402,7 +421,7 @@ def preference_of(slots: Slots, stream: str = "train") -> Objective:
         if "beta" in parameters:
             given["beta"] = beta
         loss = chosen("loss", spec, **given)
-        terms.append(Term("policy", stream, loss, ops.element_mean, weight, name=spec["name"]))
+        terms.append(Term("policy", stream, loss, ops.element_mean, weight, name=_short(spec["name"])))
         select |= _across(parameters, slots["implicit_reward"], beta, before)
     if slots.get("sft_weight", 0) > 0:
         terms.append(_sft(stream, slots["sft_weight"], now))
@@ -423,7 +442,7 @@ def _answer_score(spec: Slots, beta: float | None, logp: str) -> Part:
 
 
 def _across(parameters: Mapping[str, Any], score: Slots, beta: float | None, logp: str) -> dict[str, Part]:
-    """What a loss needs from the whole mini-batch, by column; `logp` is the policy's before the update."""
+    """Return the mini-batch statistics that a loss needs, by column; `logp` is the policy's log-prob before the update."""
     now = part(ops.policy_score, logp=logp, beta=beta or 1.0)
     out = {}
     if "matched" in parameters:
@@ -439,7 +458,10 @@ def _across(parameters: Mapping[str, Any], score: Slots, beta: float | None, log
 
 
 def _check_score(loss: str, score: Slots, parameters: Mapping[str, Any]) -> None:
-    """Losses that read each answer's reward, not only the gap, need the one whose constant per prompt does not matter."""
+    """Raise RecipeError for an implicit reward that the loss cannot use.
+
+    Losses on the reward of each answer, not only on the gap, need the implicit reward with the reverse_kl divergence.
+    """
     if "beta" in parameters and score["name"] == "log_odds":
         raise RecipeError(f"algorithm.loss: {loss} is scaled by beta, and log-odds carry none")
     plain = score["name"] == "implicit_reward" and score.get("divergence", "reverse_kl") == "reverse_kl"
@@ -457,7 +479,7 @@ def _check_score(loss: str, score: Slots, parameters: Mapping[str, Any]) -> None
 
 
 def reward_of(slots: Slots) -> Objective:
-    """The objective of a reward model."""
+    """Build the objective of a reward model from its slots."""
     spec = slots["loss"]
     choice = found("loss", REWARD_SLOTS["loss"], spec["name"])
     columns = {
@@ -469,7 +491,7 @@ def reward_of(slots: Slots) -> Objective:
             ("probability", "probability", 0),
         )
     }
-    parameters = inspect.signature(getattr(ops, choice.op)).parameters
+    parameters = inspect.signature(op_of(choice)).parameters
     given = {name: columns[name] for name in parameters if name in columns}
     loss = _made("loss", REWARD_SLOTS["loss"], spec, given)
     if "token_score" in parameters:
@@ -482,18 +504,18 @@ def reward_of(slots: Slots) -> Objective:
 
 
 def chosen(slot: str, spec: Slots, **given: Any) -> Part:
-    """The part of a slot: its op with the columns that the choice names, these options, and what the method gives it."""
+    """Build the part of a slot from its choice, the options of `spec`, and the columns and options that the method sets."""
     return _made(slot, {**PREFERENCE_SLOTS, **ONLINE_SLOTS}[slot], spec, given)
 
 
 def _made(slot: str, known: Mapping[str, Choice], spec: Slots, given: Mapping[str, Any]) -> Part:
     choice = found(slot, known, spec["name"])
     options = {key: value for key, value in given_options(slot, choice, spec).items() if key not in choice.extra}
-    return part(getattr(ops, choice.op), **{**choice.reads, **given, **options})
+    return part(op_of(choice), **{**choice.reads, **given, **options})
 
 
 def given_options(slot: str, choice: Choice, spec: Slots) -> dict[str, Any]:
-    """The options of a spec. Raises RecipeError for one that the part does not have."""
+    """Return the options of a spec. Raises RecipeError for an option that the part does not have."""
     own = choice_options(choice)
     for key in spec:
         if key != "name" and key not in own:
@@ -504,8 +526,31 @@ def given_options(slot: str, choice: Choice, spec: Slots) -> dict[str, Any]:
 
 
 def found(slot: str, known: Mapping[str, Choice], name: str) -> Choice:
-    """The choice of this name. Raises RecipeError with the nearest one."""
+    """Return the choice with this name. Raises RecipeError, with the closest name, if there is none."""
+    if ":" in name:
+        return own_choice(slot, name, REPLACEABLE.get(slot))
     return _known(f"algorithm.{slot}", known, name)
+
+
+REPLACEABLE: Mapping[str, frozenset[str]] = {
+    slot: frozenset(COLUMNS) | {"dim"} | more
+    for slot, more in {
+        "normalize": {"rewards"},
+        "combine": {"rewards"},
+        "reward_normalization": {"score"},
+        "reward_clip": {"score"},
+        "overlong": {"score"},
+        "reward_placement": {"score"},
+        "advantage": {"score", "final_value"},
+        "normalize_advantage": {"advantage"},
+        "importance_correction": set[str](),
+        "ratio": set[str](),
+        "surrogate": {"ratio"},
+        "kl_in_loss": set[str](),
+        "loss": {"gap", "chosen", "rejected", "score", "probability", "good", "policy_gap", "beta"},
+    }.items()
+}
+"""Slots that take a function of the user's, and what its positional parameters may be called."""
 
 
 def _known(where: str, known: Mapping[str, Any], name: str) -> Any:
@@ -517,17 +562,17 @@ def _known(where: str, known: Mapping[str, Any], name: str) -> Any:
 
 
 def choice_options(choice: Choice) -> dict[str, Any]:
-    """The options of a choice that recipes set, with their defaults (inspect's empty where there is none)."""
+    """Return the options of a choice that recipes can set, with their defaults (`inspect.Parameter.empty` if none)."""
     own = {
         name: one.default
-        for name, one in inspect.signature(getattr(ops, choice.op)).parameters.items()
+        for name, one in inspect.signature(op_of(choice)).parameters.items()
         if one.kind is inspect.Parameter.KEYWORD_ONLY and name not in HIDDEN + choice.hidden
     }
     return own | dict(choice.extra)
 
 
 def record(kind: type, value: Any) -> Any:
-    """The record, which may be given as the mapping of its fields. Raises RecipeError for a field or value it does not have."""
+    """Return a record of this kind; `value` may be a mapping of its fields. Raises RecipeError for an invalid field or value."""
     if isinstance(value, kind):
         return value
     if not isinstance(value, Mapping):
@@ -541,7 +586,7 @@ def record(kind: type, value: Any) -> Any:
 
 
 def _with_length(slot: str, spec: Slots, option: str, longest: int | None) -> dict[str, Any]:
-    """The spec with its length filled in from the answers' limit where it is null."""
+    """Return the spec with its length set to the limit of answers if it is null."""
     value = spec.get(option) or longest
     if value is None:
         raise RecipeError(f"algorithm.{slot}.{option}: it needs the answers' limit in tokens")

@@ -1,4 +1,4 @@
-"""What a method minimizes, in formulas with its numbers filled in, and where that ends; composed from the parts' own words."""
+"""Text of `whet explain`: the objective of a method in formulas with its values, and its optimum."""
 
 from collections.abc import Mapping, Sequence
 from string import Formatter
@@ -6,14 +6,14 @@ from typing import Any
 
 from whet.methods import catalogue
 from whet.methods.choices import ONLINE_SLOTS, PREFERENCE_SLOTS, REWARD_SLOTS, Choice, named
-from whet.methods.compose import choice_options, record
+from whet.methods.compose import choice_options, found, record
 from whet.methods.options import KL, Entropy, Truncated, Value
 
 Slots = Mapping[str, Any]
 
 
 def formula(choice: Choice, spec: Slots, **more: Any) -> str:
-    """The choice's formula with its options' numbers; `more` are numbers that the method gives it.
+    """Return the choice's formula with the values of its options; `more` are values that the method sets.
 
     >>> formula(ONLINE_SLOTS["surrogate"]["clip"], {"name": "clip", "clip_high": 0.28})
     '-min(rho A, clip(rho, 1 - 0.2, 1 + 0.28) A)'
@@ -24,7 +24,7 @@ def formula(choice: Choice, spec: Slots, **more: Any) -> str:
 
 
 def online_lines(slots: Slots, *, longest: int | None = None, weights: Sequence[float] = (1.0,)) -> list[str]:
-    """The whole objective of an online method, step by step."""
+    """Describe the objective of an online method, one line per step."""
     limit = (slots.get("overlong") or {}).get("limit") or longest
     out = _line(slots, "normalize", "normalize") + _line(slots, "combine", "score", weights=tuple(weights))
     out += _line(slots, "reward_normalization", "reward_normalization") + _line(slots, "reward_clip", "reward_clip")
@@ -51,18 +51,19 @@ def online_lines(slots: Slots, *, longest: int | None = None, weights: Sequence[
 
 
 def _line(slots: Slots, slot: str, about: str, **more: Any) -> list[str]:
-    """What stands in a slot with its numbers; nothing for an empty one."""
+    """Describe the choice of a slot with its values; return no line if the slot is empty."""
     spec = slots.get(slot)
     if not spec:
         return []
-    choice = ONLINE_SLOTS[slot][spec["name"]]
+    choice = found(slot, ONLINE_SLOTS[slot], spec["name"])
     return [_step(about, formula(choice, spec, **more), choice.source)]
 
 
 def _term_lines(slots: Slots, value: Value | None, longest: int | None) -> list[str]:
-    """The terms that are summed into one gradient."""
+    """Describe the terms of the objective."""
     spec, reduce = slots["surrogate"], slots["reduction"]
-    surrogate, reduction = ONLINE_SLOTS["surrogate"][spec["name"]], ONLINE_SLOTS["reduction"][reduce["name"]]
+    surrogate = found("surrogate", ONLINE_SLOTS["surrogate"], spec["name"])
+    reduction = ONLINE_SLOTS["reduction"][reduce["name"]]
     total = formula(reduction, reduce, length=reduce.get("length") or longest)
     weighed = "c_t " if slots["importance_correction"] else ""
     out = [_step("policy loss", f"{weighed}[{formula(surrogate, spec)}]", surrogate.source)]
@@ -88,14 +89,14 @@ def _term_lines(slots: Slots, value: Value | None, longest: int | None) -> list[
 
 
 def preference_lines(slots: Slots) -> list[str]:
-    """The objective of a preference method."""
+    """Describe the objective of a preference method."""
     score = slots["implicit_reward"]
     choice = PREFERENCE_SLOTS["implicit_reward"][score["name"]]
     out = [_step("implicit reward", formula(choice, score), choice.source)]
     if "beta" in slots:
         out.append(_step("beta", _shown(slots["beta"]), ""))
     for spec in map(named, slots["loss"] if isinstance(slots["loss"], list) else [slots["loss"]]):
-        one = PREFERENCE_SLOTS["loss"][spec["name"]]
+        one = found("loss", PREFERENCE_SLOTS["loss"], spec["name"])
         weight = spec.get("weight", 1.0)
         told = formula(one, {key: value for key, value in spec.items() if key != "weight"})
         out.append(_step("loss", f"{_shown(weight)} x mean over pairs or answers of [{told}]", one.source))
@@ -107,7 +108,7 @@ def preference_lines(slots: Slots) -> list[str]:
 
 
 def reward_lines(slots: Slots) -> list[str]:
-    """The objective of a reward model."""
+    """Describe the objective of a reward model."""
     choice = REWARD_SLOTS["loss"][slots["loss"]["name"]]
     out = [_step("loss", formula(choice, slots["loss"]), choice.source)]
     if slots.get("centering"):
@@ -118,9 +119,9 @@ def reward_lines(slots: Slots) -> list[str]:
 
 
 def ending(slots: Slots, *, truncates: bool = False) -> list[str]:
-    """Where an online method ends when it is run long enough: pi*(y) = pi_ref(y) exp(s(y) / beta) / Z, or why elsewhere.
+    """Describe the optimum of an online method: pi*(y) = pi_ref(y) exp(s(y) / beta) / Z, or why it differs.
 
-    `truncates`: some tokens cannot be drawn (top-p, top-k, min-p).
+    `truncates` means that some tokens cannot be sampled (top-p, top-k, min-p).
     """
     if "loss" in slots:
         return ["the optimum of the preference loss for the reference and beta; pairs come from the policy itself"]
@@ -129,7 +130,7 @@ def ending(slots: Slots, *, truncates: bool = False) -> list[str]:
     if kl is not None and kl.coef > 0:
         return _ending_in_reward(slots, kl, moved)
     kl_in_loss = slots["kl_in_loss"]
-    if not kl_in_loss or kl_in_loss.get("coef", ONLINE_SLOTS["kl_in_loss"][kl_in_loss["name"]].extra["coef"]) == 0:
+    if not kl_in_loss or kl_in_loss.get("coef", _coef(kl_in_loss["name"])) == 0:
         return [
             "no KL holds the policy: it drifts from the reference, towards the answers with the highest score",
             *moved,
@@ -137,8 +138,13 @@ def ending(slots: Slots, *, truncates: bool = False) -> list[str]:
     return _ending_in_loss(slots, kl_in_loss["name"], moved)
 
 
+def _coef(name: str) -> float:
+    """The default coefficient of a KL in the loss."""
+    return ONLINE_SLOTS["kl_in_loss"][name].extra["coef"] if name in ONLINE_SLOTS["kl_in_loss"] else 1.0
+
+
 def _moved(slots: Slots, truncates: bool) -> list[str]:
-    """What moves the end away from pi*, wherever the KL stands."""
+    """Return the reasons why the optimum is not pi*, for a KL in the reward or in the loss."""
     credit, rule = slots["advantage"], record(Truncated, slots["truncated"]).rule
     uncentered = credit["name"] in ("monte_carlo", "against_greedy") and slots["reduction"]["name"] == "sequence_mean"
     reasons = {
@@ -156,7 +162,7 @@ def _moved(slots: Slots, truncates: bool) -> list[str]:
 
 
 def _ending_in_reward(slots: Slots, kl: KL, moved: list[str]) -> list[str]:
-    """The end with a KL in the reward."""
+    """Describe the optimum with a KL in the reward."""
     if kl.estimator in ("k2", "k3"):
         moved = [
             f"moved: the {kl.estimator} in the reward lacks its own gradient through the policy; k1 and exact lack nothing",
@@ -186,7 +192,7 @@ def _ending_in_reward(slots: Slots, kl: KL, moved: list[str]) -> list[str]:
 
 
 def _ending_in_loss(slots: Slots, name: str, moved: list[str]) -> list[str]:
-    """The end with a KL in the loss alone."""
+    """Describe the optimum with a KL only in the loss."""
     credit, scaled = slots["advantage"]["name"], _scaled(slots)
     whole = slots["reduction"]["name"] in ("sequence_sum", "fixed_length")
     if name == "k2_sequence" and credit == "leave_one_out" and whole and not scaled and not moved:
@@ -215,7 +221,7 @@ def _ending_in_loss(slots: Slots, name: str, moved: list[str]) -> list[str]:
 
 
 def _scaled(slots: Slots) -> bool:
-    """Advantages are divided by statistics of the policy's own answers."""
+    """Return whether advantages are divided by statistics of the policy's own answers."""
     return bool(slots["normalize_advantage"]) or slots["advantage"]["name"] in (
         "group_zscore",
         "group_mean_scaled",
@@ -224,7 +230,7 @@ def _scaled(slots: Slots) -> bool:
 
 
 def differences(verb: str, slots: Slots, name: str | None = None) -> list[str]:
-    """What differs from the method's paper by default, and what this recipe changes of the method."""
+    """List how the defaults differ from the paper, and how the recipe differs from the defaults."""
     table = {**catalogue.ONLINE, **catalogue.ONLINE_PREFERENCE, **catalogue.PREFERENCE}
     method = catalogue.REWARD[name or "k_way"] if verb == "reward" else table[verb]
     out = [f"by default: {one}" for one in method.differs]
@@ -264,7 +270,7 @@ def _step(about: str, told: str, source: str) -> str:
 
 
 def in_words(value: Any) -> str:
-    """What stands in a slot, in words: the part with its options, a record with its fields, a number."""
+    """Format the value of a slot: a part with its options, a record with its fields, or a number."""
     if isinstance(value, Mapping) and "name" in value:
         rest = ", ".join(f"{key} {_shown(one)}" for key, one in value.items() if key != "name")
         return f"{value['name']}{f' ({rest})' if rest else ''}"

@@ -1,4 +1,4 @@
-"""The options that recipes set: frozen records, light to import, every field with its unit and range."""
+"""Options of recipes: frozen dataclasses without torch, each field with its unit and range."""
 
 import math
 from dataclasses import dataclass
@@ -15,22 +15,22 @@ NotNegativeInt = Annotated[int, msgspec.Meta(ge=0)]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is drawn."""
+    """Sampling options of the generator."""
 
     max_new_tokens: Count = 256
-    """longest answer, in tokens, the end token included"""
+    """maximum length of an answer in tokens, including the end token"""
     temperature: NotNegative = 1.0
-    """divides the logits; 0 is greedy"""
+    """divisor of the logits; 0 is greedy"""
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
-    """keep the most probable tokens that reach this probability together; 1 is off"""
+    """keep the most probable tokens whose total probability reaches this value; 1 is off"""
     top_k: NotNegativeInt = 0
-    """keep that many tokens; 0 is off"""
+    """keep this many of the most probable tokens; 0 is off"""
     min_p: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
-    """keep tokens with at least this share of the most probable one's probability; 0 is off"""
+    """keep tokens with at least this share of the largest probability; 0 is off"""
 
     @property
     def truncates(self) -> bool:
-        """Some tokens can never be drawn, so the log-prob sampled with is not the model's own."""
+        """Whether some tokens are excluded, so that the sampling log-prob differs from that of the full distribution."""
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
 
@@ -41,26 +41,26 @@ class Optim:
     lr: Positive = 1e-5
     """peak learning rate"""
     kind: Literal["adamw", "muon"] = "adamw"
-    """"muon" acts on the matrices inside the decoder layers, with adamw on the rest"""
+    """optimizer; "muon" updates the matrices of the decoder layers, and adamw the rest"""
     muon_lr: Positive = 0.02
-    """peak learning rate of muon's matrices"""
+    """peak learning rate of the matrices updated by muon"""
     betas: tuple[float, float] = (0.9, 0.95)
-    """adamw's decay of first and second moments"""
+    """decay rates of adamw's first and second moments"""
     eps: Positive = 1e-8
-    """adamw's epsilon"""
+    """epsilon of adamw"""
     weight_decay: NotNegative = 0.0
-    """decoupled weight decay, on matrices alone"""
+    """decoupled weight decay, applied only to matrices"""
     max_grad_norm: Positive = 1.0
-    """the gradient is scaled down to this norm, per role"""
+    """maximum norm of the gradient, per role; larger gradients are scaled down"""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """how the learning rate falls after the warm-up"""
+    """decay of the learning rate after the warm-up"""
     warmup_ratio: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
-    """share of all updates over which it rises"""
+    """share of all updates used for the warm-up"""
     min_lr_ratio: Share = 0.1
-    """what it falls to, as a share of lr"""
+    """final learning rate, as a share of lr"""
 
     def factor(self, update: int, total: int) -> float:
-        """The learning rate of update 0 ... total - 1 as a share of `lr`."""
+        """Return the learning rate of update 0 ... total - 1 as a share of `lr`."""
         rising = self.warmup_ratio * total
         if update < rising:
             return (update + 1) / (rising + 1)
@@ -73,55 +73,54 @@ class Optim:
 
 @dataclass(frozen=True)
 class LoRA:
-    """Low-rank adapters instead of all weights (Hu et al. 2021)."""
+    """Low-rank adapters, trained instead of all weights (Hu et al. 2021)."""
 
     rank: Count = 16
     """rank of the update of each matrix"""
     alpha: Count = 32
-    """the update is scaled by alpha / rank"""
+    """scale of the update, which is multiplied by alpha / rank"""
     targets: str | tuple[str, ...] = "all-linear"
-    """module names that get an adapter; "all-linear" is every linear layer but the head"""
+    """names of the modules that get an adapter; "all-linear" is every linear layer except the head"""
 
 
 @dataclass(frozen=True)
 class KL:
-    """KL(policy || reference) as a cost in the reward."""
+    """KL(policy || reference) as a penalty in the reward."""
 
     coef: NotNegative = 0.05
-    """coefficient; 0 still measures the KL, the reference stays"""
+    """coefficient; 0 still loads the reference and measures the KL"""
     controller: Literal["fixed", "adaptive", "halving"] = "fixed"
-    """"adaptive" steers towards the target (Ziegler et al. 2019), "halving" halves or doubles the coefficient"""
+    """"adaptive" moves the KL toward the target (Ziegler et al. 2019), "halving" halves or doubles the coefficient"""
     target: Positive | None = None
-    """KL to aim at, in nats per answer"""
+    """target KL, in nats per answer"""
     horizon: Count = 10_000
-    """answers over which the adaptive controller acts"""
+    """time scale of the adaptive controller, in answers"""
     estimator: Literal["k1", "k2", "k3", "exact"] = "k1"
-    """how the KL is estimated on the sampled tokens; "exact" sums over the whole vocabulary"""
+    """estimator of the KL on the sampled tokens; "exact" sums over the whole vocabulary"""
     where: Literal["token", "sequence", "sequence_sum"] = "token"
-    """"token" charges each token its own; "sequence" charges sum KL / length on the last one, "sequence_sum" sum KL"""
+    """"token" puts its KL on each token; "sequence" puts sum KL / length on the last token, "sequence_sum" sum KL"""
 
 
 @dataclass(frozen=True)
 class Truncated:
-    """What happens to an answer cut off at the length limit."""
+    """Treatment of answers cut off at the length limit."""
 
     rule: Literal["keep", "mask", "penalize", "bootstrap"] = "keep"
-    """"mask": its tokens are not trained; "penalize": `amount` is taken off its score; "bootstrap": the critic's value
-    after its last token stands for all that would have followed, its score and penalties included"""
+    """"mask" does not train it, "penalize" subtracts amount from its score, "bootstrap" uses the critic's final value"""
     amount: NotNegative = 1.0
-    """what a missing end token costs under "penalize", in units of the score"""
+    """penalty of the rule "penalize", in units of the score"""
 
 
 @dataclass(frozen=True)
 class Value:
-    """The critic's loss: squared error to the returns, clipped around the old value."""
+    """Loss of the critic: squared error to the returns, clipped around the old value."""
 
     clip_range_vf: Positive | None = 0.2
-    """how far the value may move from the old one; null is free"""
+    """maximum change of the value from the old value; null is no limit"""
     vf_coef: Positive = 1.0
-    """its weight beside the policy's loss; the critic is a model of its own, so this scales its gradient alone"""
+    """weight of the critic loss; it scales only the critic's gradient, because the critic is a separate model"""
     gae_lambda: Share | None = None
-    """lambda of the critic's own target (VAPO: 1); null is the credit's"""
+    """lambda of the critic's target (VAPO: 1); null is the lambda of the advantage"""
 
 
 @dataclass(frozen=True)
@@ -129,10 +128,10 @@ class Entropy:
     """A bonus for the entropy of the policy's distributions, in nats per token."""
 
     ent_coef: NotNegative = 0.001
-    """its weight; with a target, the weight it starts with"""
+    """weight of the bonus; with a target, its initial weight"""
     target: Positive | None = None
-    """its weight rises while the rollouts' entropy is at or below this, and falls above it; null keeps it fixed"""
+    """target entropy; the weight rises at or below it and falls above it; null keeps the weight fixed"""
     increment: Positive = 0.005
-    """how much the weight rises or falls after each rollout"""
+    """change of the weight after each rollout"""
     max_coef: Positive = 1.0
-    """largest weight"""
+    """maximum weight"""

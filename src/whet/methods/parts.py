@@ -1,7 +1,7 @@
-"""Parts and terms: the pieces that methods are made of.
+"""Parts and terms, the components of methods.
 
-A part is an op with its options set and its columns named. The op's positional parameters are the columns it reads, its
-keyword-only parameters are options; nothing else is written down, so a part cannot read what it does not say.
+A part is an op with the names of its columns and the values of its options. Positional parameters of the op are columns,
+keyword-only parameters are options. The signature is the only declaration, so a part reads only the columns it declares.
 """
 
 import inspect
@@ -17,21 +17,21 @@ from whet.ops import Controller, FixedKL, implicit_reward
 
 @dataclass(frozen=True)
 class Part:
-    """An op, where each of its columns comes from (a column's name, or another part), and its options."""
+    """An op, the source of each of its columns (a column name or another part), and its options."""
 
     op: Callable[..., Tensor]
     columns: Mapping[str, "str | Part"]
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def reads(self) -> frozenset[str]:
-        """Every column this part needs, through the parts it is made of."""
+        """Return all columns that this part and its inner parts need."""
         names: set[str] = set()
         for source in self.columns.values():
             names |= source.reads() if isinstance(source, Part) else {source}
         return frozenset(names)
 
     def __call__(self, columns: Mapping[str, Any]) -> Tensor:
-        """The op on these columns. Dials that are controllers must have been resolved with `at` before."""
+        """Apply the op to the columns. Options that are controllers must first be resolved with `at`."""
         given = {
             name: source(columns) if isinstance(source, Part) else columns[source]
             for name, source in self.columns.items()
@@ -39,7 +39,7 @@ class Part:
         return self.op(**given, **self.options)
 
     def walk(self) -> Iterator["Part"]:
-        """This part and every part it is made of."""
+        """Iterate over this part and all its inner parts."""
         yield self
         for source in self.columns.values():
             if isinstance(source, Part):
@@ -47,9 +47,10 @@ class Part:
 
 
 def part(op: Callable[..., Tensor], **given: Any) -> Part:
-    """A part from an op: `given` names options (keyword-only parameters) and, for columns not called like the op's
-    parameter, which column or part to read. An optional column is read only where it is named; a positional parameter
-    may be given a plain value too.
+    """Make a part from an op.
+
+    `given` sets options (keyword-only parameters) and, for columns with another name than the parameter, the column or
+    part to read. A column with a default is read only if it is given. A positional parameter may also be a plain value.
 
     >>> from whet.ops import clip, token_ratio
     >>> sorted(part(clip, ratio=part(token_ratio), clip_low=0.1).reads())
@@ -74,12 +75,11 @@ def part(op: Callable[..., Tensor], **given: Any) -> Part:
 
 @dataclass(frozen=True)
 class Term:
-    """One summand of the objective: a loss on a stream of batches, for one role, with weight and reduction.
+    """One term of the objective: a loss for one role on a stream of batches, with weight and reduction.
 
-    `loss` gives (B, T) or, for elements, (E,); `reduction` is an op of `whet.ops.reduce`; `mask` names the column that
-    says which positions count. A `Controller` as weight or option becomes a number through `settled`, and so does the name of
-    another number of the state as weight. `name` is what the
-    logs call it; the loss's op where it is empty.
+    `loss` returns (B, T) or, per element, (E,); `reduction` is an op of `whet.ops.reduce`; `mask` is the name of the mask
+    column. `settled` replaces a `Controller` (as weight or option), or a weight that names a value of the state, by a
+    number. `name` is the name in the logs; if empty, the name of the loss op.
     """
 
     role: str
@@ -93,15 +93,15 @@ class Term:
 
     @property
     def label(self) -> str:
-        """What the logs call this term: role, stream and name."""
+        """The name of this term in the logs: role, stream and name."""
         return f"{self.role}/{self.stream}/{self.name or self.loss.op.__name__}"
 
     def reads(self) -> frozenset[str]:
-        """Columns of the loss, and the mask."""
+        """Return the columns of the loss, and the mask."""
         return self.loss.reads() | {self.mask}
 
     def share(self, columns: Mapping[str, Tensor], counts: Any) -> Tensor:
-        """weight x reduction(loss): this batch's share of the mini-batch whose counts are given. A scalar."""
+        """Compute weight x reduction(loss), a scalar: the part of this batch in the mini-batch with these counts."""
         assert isinstance(self.weight, (int, float)), "controllers are resolved before a term is used"
         mask = columns[self.mask]
         kept = {name: _where(mask, column) for name, column in columns.items()}
@@ -109,17 +109,17 @@ class Term:
 
 
 def _where(mask: Tensor, column: Tensor) -> Tensor:
-    """A per-token column with 0 outside the mask: what stands there must reach neither a loss nor a gradient, NaN neither."""
+    """Set a per-token column to 0 outside the mask, so that no value there (even NaN) affects the loss or the gradient."""
     per_token = column.shape == mask.shape and column.is_floating_point()
     return torch.where(mask, column, torch.zeros_like(column)) if per_token else column
 
 
 State = Mapping[str, float]
-"""What changes between updates: small, JSON, one number a controller."""
+"""Values that change between updates, such as one number per controller; serializable as JSON."""
 
 
 def steered(terms: Sequence[Term]) -> dict[str, Controller]:
-    """Every controller among the weights and options of these terms, by the name its number has in the state."""
+    """Return the controllers among the weights and options of the terms, by the name of their value in the state."""
     found: dict[str, Controller] = {}
     for place, term in enumerate(terms):
         if not isinstance(term.weight, (int, float, str)):
@@ -130,7 +130,7 @@ def steered(terms: Sequence[Term]) -> dict[str, Controller]:
 
 
 def settled(terms: Sequence[Term], state: State) -> tuple[Term, ...]:
-    """The terms with plain numbers from the state in place of their controllers."""
+    """Return the terms with controllers replaced by their values from the state."""
     out = []
     for place, term in enumerate(terms):
         values = {key.split(".")[1]: value for key, value in state.items() if key.startswith(f"term{place}.")}
@@ -152,28 +152,28 @@ def _with_numbers(one: Part, values: Mapping[str, float]) -> Part:
 
 @dataclass(frozen=True)
 class Objective:
-    """What one update minimizes: its terms, and what is looked up across the whole mini-batch before it.
+    """The objective of one update: its terms, and the statistics of the whole mini-batch that they need.
 
-    `select` are (column, part) pairs, computed once per mini-batch at the weights of then, without gradient.
+    `select` are (column, part) pairs, computed once per mini-batch with the weights before the update, without gradient.
     """
 
     terms: tuple[Term, ...]
     select: tuple[tuple[str, Part], ...] = ()
 
     def reads(self) -> frozenset[str]:
-        """Every column that the terms and the look across the mini-batch need."""
+        """Return all columns that the terms and `select` need."""
         return frozenset().union(*(term.reads() for term in self.terms), *(one.reads() for _, one in self.select))
 
     def init(self) -> State:
-        """The small state at the start."""
+        """Return the initial state."""
         return {name: controller.coef for name, controller in steered(self.terms).items()}
 
     def at(self, state: State) -> "Objective":
-        """The objective with plain numbers in place of its controllers."""
+        """Return the objective with controllers replaced by their values from the state."""
         return replace(self, terms=settled(self.terms, state))
 
     def next(self, state: State, measured: Mapping[str, float]) -> State:
-        """The state after an update at which `measured` was seen: "reward", the mean implicit reward."""
+        """Return the state after an update; `measured` has "reward", the mean implicit reward."""
         return {
             name: controller.next(state[name], measured[controller.by], 0)
             for name, controller in steered(self.terms).items()
@@ -181,7 +181,7 @@ class Objective:
 
 
 def mean_reward(terms: Sequence[Term], columns: Mapping[str, Any]) -> float:
-    """The mean implicit reward of a mini-batch's answers as its update saw them: what running means follow; 0 without any."""
+    """Compute the mean implicit reward of a mini-batch, the input of running means; 0 if no term uses it."""
     for term in terms:
         for one in term.loss.walk():
             if one.op is implicit_reward:
@@ -191,5 +191,5 @@ def mean_reward(terms: Sequence[Term], columns: Mapping[str, Any]) -> float:
 
 
 def fixed(value: float | Controller) -> Controller:
-    """A number as a controller that never changes it."""
+    """Wrap a number as a controller that keeps it constant."""
     return FixedKL(float(value)) if isinstance(value, (int, float)) else value

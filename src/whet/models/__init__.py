@@ -1,1 +1,1 @@
-"""The room that knows transformers and peft: loading, roles, and reading columns off hidden states."""
+"""Models of transformers and peft: loading, roles, and computing columns from hidden states."""

@@ -1,7 +1,7 @@
-"""Residual dropout with addressed masks: what a decoder layer adds to the residual stream is thinned out.
+"""Residual dropout with counter-based masks, applied to the output that each decoder layer adds to the residual stream.
 
-The mask of a number depends on (key, row, layer, position, channel) alone, so it does not change with micro-batches,
-padding, packing or workers, and a recomputed forward draws the same one.
+The mask of an entry depends only on (key, row, layer, position, channel). It therefore does not change with
+micro-batches, padding, packing or workers, and a recomputed forward pass draws the same mask.
 """
 
 from collections.abc import Iterator
@@ -17,9 +17,9 @@ from whet.ops import addressed_uniform
 
 @contextmanager
 def residual_dropout(model: nn.Module, rate: float, key: int, rows: Tensor, positions: Tensor) -> Iterator[None]:
-    """Within the context every decoder layer's addition to the stream is dropped with probability `rate` per number.
+    """Drop entries of what each decoder layer adds to the residual stream with probability `rate`, within the context.
 
-    rows, positions: (B, S) int64, the address of each token. What is kept is scaled by 1 / (1 - rate).
+    rows, positions: (B, S) int64, the row and position of each token. Kept entries are scaled by 1 / (1 - rate).
     """
     handles = []
     for number, layer in enumerate(decoder_layers(model) if rate > 0 else []):
@@ -43,10 +43,10 @@ def residual_dropout(model: nn.Module, rate: float, key: int, rows: Tensor, posi
 
 
 class Dropout:
-    """Residual dropout of one update: its rate, and the key that its masks are drawn from.
+    """Residual dropout of one update: its rate, and the key of its masks.
 
-    As a context manager it keeps the masks on until it is left, so that a backward pass that recomputes its forward
-    (gradient checkpointing) draws them again. Outside of one they are on for a single forward.
+    As a context manager, it keeps the dropout active until exit, so that a backward pass that recomputes the forward
+    pass (gradient checkpointing) draws the same masks. Without a context, the dropout is active for one forward pass.
     """
 
     def __init__(self, rate: float, key: int) -> None:
@@ -54,7 +54,7 @@ class Dropout:
         self._held: ExitStack | None = None
 
     def put_on(self, model: nn.Module, rows: Tensor, positions: Tensor, otherwise: ExitStack) -> None:
-        """Dropout for one forward of this layout, until this context is left, or `otherwise` where there is none."""
+        """Activate dropout for one forward pass of this layout, until this context exits, or `otherwise` if there is none."""
         stack = otherwise if self._held is None else self._held
         stack.enter_context(residual_dropout(model, self.rate, self.key, rows, positions))
 

@@ -1,4 +1,4 @@
-"""Models and tokenizers from Hugging Face folders or names, and back into standard folders."""
+"""Loading of models and tokenizers from Hugging Face folders or names."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +17,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from and how it is loaded. `dtype` "auto": bfloat16 on a GPU, float32 elsewhere.
+    """The path of a model and how to load it. `dtype` "auto" is bfloat16 on a GPU, float32 elsewhere.
 
     `quantize` "4bit" loads the base in 4 bits (QLoRA); it needs a GPU and bitsandbytes.
     """
@@ -29,7 +29,7 @@ class ModelSource:
     quantize: str = "none"
 
     def torch_device(self) -> torch.device:
-        """The device this source asks for."""
+        """Return the device of this source. Raises ModelError if this machine does not have it."""
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
@@ -42,23 +42,23 @@ class ModelSource:
         return device
 
     def torch_dtype(self) -> torch.dtype:
-        """The floating-point type this source asks for."""
+        """Return the floating-point type of this source."""
         if self.dtype == "auto":
             return torch.bfloat16 if self.torch_device().type == "cuda" else torch.float32
         return DTYPES[self.dtype]
 
 
 def load_tokenizer(source: ModelSource, *, pad_token: str | None = None) -> Any:
-    """The tokenizer of a folder or name. Raises ModelError when there is none, or it has no pad token and none is named."""
+    """Load the tokenizer of a folder or name. Raises ModelError if there is none, or if it has no pad token and none is given."""
     from transformers import AutoTokenizer
 
     _check_folder(source.path)
     path = source.path if _has_tokenizer(source.path) else _adapter_base(source.path)[0]
-    if not _has_tokenizer(path):  # transformers would make an empty one of the model's type, without a word
+    if not _has_tokenizer(path):  # transformers would silently make an empty tokenizer
         raise ModelError(f"{source.path}: no tokenizer here; save it beside the model (tokenizer.save_pretrained)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=source.trust_remote_code)
-    except Exception as error:  # transformers raises many kinds for a folder without a tokenizer
+    except Exception as error:  # transformers raises many error types for a folder without a tokenizer
         raise ModelError(f"{source.path}: no tokenizer can be loaded from here ({first_line(error)})") from error
     if pad_token is not None:
         if pad_token not in tokenizer.get_vocab():
@@ -73,10 +73,10 @@ def load_tokenizer(source: ModelSource, *, pad_token: str | None = None) -> Any:
 
 
 def load_causal_lm(source: ModelSource, tokenizer: Any = None) -> Any:
-    """The causal language model of a folder or name; an adapter-only folder is merged into its base.
+    """Load the causal language model of a folder or name; an adapter-only folder is merged into its base.
 
-    Every dropout of the model's own is off. Raises ModelError when it cannot be loaded or when the tokenizer has ids
-    that the embedding does not.
+    The model's own dropout is turned off. Raises ModelError if the model cannot be loaded, or if the tokenizer has ids
+    that the embedding does not have.
     """
     from transformers import AutoModelForCausalLM
 
@@ -91,9 +91,9 @@ def load_causal_lm(source: ModelSource, tokenizer: Any = None) -> Any:
 
 
 def load_scorer(source: ModelSource, tokenizer: Any = None, *, seed: int = 0) -> Any:
-    """A sequence-classification model with one label: a saved reward model, or a causal LM with a fresh head.
+    """Load a sequence-classification model with one label: a saved reward model, or a causal LM with a new head.
 
-    A fresh head is drawn from N(0, 1 / (H + 1)) (Stiennon et al. 2020) at an address of `seed`.
+    The weights of a new head are drawn from N(0, 1 / (H + 1)) (Stiennon et al. 2020) and depend only on `seed`.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -130,7 +130,7 @@ def _check_vocabulary(source: ModelSource, model: Any, tokenizer: Any) -> None:
 
 
 def draw_head(head: nn.Linear, seed: int) -> None:
-    """The head's weights drawn from N(0, 1 / (H + 1)) at an address of the seed."""
+    """Draw the weights of the head from N(0, 1 / (H + 1)); they depend only on `seed`."""
     fresh = torch.Generator().manual_seed(address(seed, "head") >> 1)
     with torch.no_grad():
         drawn = torch.randn(head.weight.shape, generator=fresh) / (head.weight.shape[1] + 1) ** 0.5
@@ -140,7 +140,7 @@ def draw_head(head: nn.Linear, seed: int) -> None:
 
 
 def positions(source: ModelSource) -> int:
-    """The longest sequence a model of this source can read, by its configuration."""
+    """Return the maximum sequence length of a model, from its configuration."""
     base, _ = _adapter_base(source.path)
     about = _configuration(base, source.trust_remote_code)
     return int(getattr(about, "max_position_embeddings", None) or 1 << 20)
@@ -152,18 +152,18 @@ def _configuration(path: str, trust_remote_code: bool = False) -> Any:
     _check_folder(path)
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises many kinds for a folder without a model
+    except Exception as error:  # transformers raises many error types for a folder without a model
         raise ModelError(f"{path}: no model configuration can be read from here ({first_line(error)})") from error
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Recompute activations in the backward pass; the model's own dropout stays off although it is in train mode."""
+    """Recompute activations in the backward pass; the model's own dropout stays off in train mode."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
 
 
 def quiet() -> None:
-    """No progress bars and no notes from transformers: a missing head is known here."""
+    """Turn off the progress bars and warnings of transformers, such as the warning about a new head."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -171,7 +171,7 @@ def quiet() -> None:
 
 
 def scalar_head(model: Any) -> nn.Linear:
-    """The linear layer that gives the one label of a sequence-classification model."""
+    """Return the linear layer that computes the label of a sequence-classification model."""
     for name in ("score", "classifier"):
         head = getattr(model, name, None)
         if isinstance(head, nn.Linear):
@@ -184,7 +184,7 @@ def scalar_head(model: Any) -> nn.Linear:
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers: the outermost module list, the longest one of them (experts lie deeper)."""
+    """Return the decoder layers: the longest of the outermost module lists (lists of experts are nested deeper)."""
     lists = [(name.count("."), -len(one), one) for name, one in model.named_modules() if isinstance(one, nn.ModuleList)]
     if not lists:
         raise ModelError(f"{type(model).__name__}: found no list of decoder layers")
@@ -206,9 +206,9 @@ def _loaded(load: Callable[..., Any], source: ModelSource, path: str, **options:
         )
     except ModelError:
         raise
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for what is no model
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for an invalid model
         raise ModelError(f"{source.path}: no such model can be loaded from here ({first_line(error)})") from error
-    # a scalar head may be new; anything else that is missing would be drawn at random, without a word
+    # a scalar head may be new; transformers would silently initialize other missing weights at random
     lost = [key for key in about["missing_keys"] if not key.startswith(("score.", "classifier."))]
     if lost or about["mismatched_keys"]:
         wrong = ", ".join([*map(str, sorted(lost)), *map(str, about["mismatched_keys"])][:3])
@@ -247,7 +247,7 @@ def _has_tokenizer(path: str) -> bool:
 
 
 def _adapter_base(path: str) -> tuple[str, str | None]:
-    """(path of the base model, adapter folder or None)."""
+    """Return (path of the base model, adapter folder or None)."""
     file = Path(path) / "adapter_config.json"
     if not file.is_file():
         return path, None
@@ -255,7 +255,7 @@ def _adapter_base(path: str) -> tuple[str, str | None]:
 
 
 def is_scorer(path: str, trust_remote_code: bool = False) -> bool:
-    """The folder or name holds a sequence classifier, whole or as an adapter."""
+    """Return whether a folder or name is a sequence classifier, as a full model or as an adapter."""
     base, adapter = _adapter_base(path)
     if adapter is not None:
         return (
@@ -267,7 +267,7 @@ def is_scorer(path: str, trust_remote_code: bool = False) -> bool:
 
 
 def _quiet(model: Any) -> Any:
-    """The model with every dropout of its own at 0, in eval mode: whet's dropout is addressed, see models.dropout."""
+    """Set the model's own dropout to 0 and the model to eval mode; whet has its own dropout, see `whet.models.dropout`."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -1,4 +1,4 @@
-"""LoRA by peft: one role's adapter on a model of its own, or several roles' adapters on one trunk."""
+"""LoRA with peft: the adapter of one role on its own model, or the adapters of several roles on a shared base model."""
 
 import warnings
 from collections.abc import Callable
@@ -14,9 +14,9 @@ from whet.ops import address, addressed_uniform
 
 
 def attach(model: Any, lora: LoRA, names: tuple[str, ...], *, seed: int, scorer: bool = False) -> Any:
-    """The PeftModel with one fresh adapter per name; B is 0, so each is exactly the base until it is trained.
+    """Return a PeftModel with one new adapter per name; B is 0, so the output is that of the base before training.
 
-    A is drawn at an address of (seed, adapter name, module). With `scorer` the scalar head is trained too.
+    A is random and depends only on (seed, adapter name, module). With `scorer`, the scalar head is trained too.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -42,12 +42,12 @@ def attach(model: Any, lora: LoRA, names: tuple[str, ...], *, seed: int, scorer:
 
 
 def is_adapter(source: str) -> bool:
-    """The folder holds an adapter alone."""
+    """Return whether the folder holds only an adapter."""
     return (Path(source) / "adapter_config.json").is_file()
 
 
 def add_fresh(wrapped: Any, name: str, lora: LoRA, *, seed: int) -> None:
-    """One more fresh adapter on a trunk."""
+    """Add a new adapter to a shared base model."""
     from peft import LoraConfig
 
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
@@ -57,9 +57,9 @@ def add_fresh(wrapped: Any, name: str, lora: LoRA, *, seed: int) -> None:
 
 
 def add_from_folder(wrapped: Any, name: str, folder: str) -> nn.Linear:
-    """A saved reward adapter put on a causal trunk of the same base under this name; its scalar head is returned.
+    """Add a saved reward adapter to a causal LM with the same base, under this name, and return its scalar head.
 
-    Raises ModelError when the folder's weights do not fit the trunk.
+    Raises ModelError if the weights in the folder do not fit the model.
     """
     import torch
     from peft import LoraConfig
@@ -98,7 +98,7 @@ def add_from_folder(wrapped: Any, name: str, folder: str) -> nn.Linear:
 
 
 def save_adapter(wrapped: Any, name: str, folder: Path, gather: Callable[[Any], Any], *, write: bool = True) -> None:
-    """One adapter in peft's form, in the folder itself whatever the adapter's name."""
+    """Save one adapter in peft's format, directly in the folder and not in a subfolder with the adapter's name."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -116,7 +116,7 @@ def save_adapter(wrapped: Any, name: str, folder: Path, gather: Callable[[Any], 
 
 
 def redraw(wrapped: nn.Module, adapter: str, seed: int) -> None:
-    """A of every LoRA pair of this adapter drawn anew, uniform in +-1 / sqrt(width) at an address; B set to 0."""
+    """Draw each A of this adapter uniformly from +-1 / sqrt(input width), as a function of the seed, and set each B to 0."""
     import torch
 
     for name, parameter in wrapped.named_parameters():

@@ -1,7 +1,7 @@
-"""Readers: from the rows of a batch, through one role's model, to columns.
+"""Readers: compute the columns of a batch with the model of one role.
 
-Token t of a response is predicted from the hidden state one position before it: log-prob, entropy and value are read
-there; scores are read on the tokens themselves. Only response positions are read, so the head never runs over prompts.
+Token t of a response is predicted from the hidden state one position before it. Log-prob, entropy and value are computed
+from that state; scores are computed at the token itself. The head runs only on response positions, not on prompts.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ ATTENTION: dict[str, Callable[[Tensor], Tensor]] = {
 }
 SCALAR = frozenset({"value", "final_value", "score", "token_score"})
 BARE = LANGUAGE | ATTENTION.keys() | SCALAR
-"""The columns that can be read: off a causal LM's head, its attention, or a scalar head."""
+"""Columns that can be computed: from the head of a causal LM, from its attention, or from a scalar head."""
 
 
 def read(
@@ -37,11 +37,11 @@ def read(
     dropout: Dropout | None = None,
     reference: Role | None = None,
 ) -> dict[str, Tensor]:
-    """These bare columns of the batch as this role's model gives them, with gradient where it is enabled.
+    """Compute these columns of the batch (names in `BARE`) with the role's model, with gradient if it is enabled.
 
-    (B, T) per token, 0 outside each row's mask; (B,) for score and final_value. `packed` lays the rows out behind
-    one another with a block-causal mask instead of padding them. `reference` is whom exact_kl compares with. Where the
-    batch has a support, logp and entropy are of the distribution that was drawn from, and full_logp of the whole one.
+    Columns are (B, T) per token, 0 outside the mask of each row, and (B,) for score and final_value. `packed` concatenates
+    the rows with a block-causal mask instead of padding them. exact_kl is the KL to `reference`. If the batch has a support,
+    logp and entropy are of the truncated distribution, full_logp and full_entropy of the distribution over the whole vocabulary.
     """
     other = None
     if "exact_kl" in names:
@@ -54,7 +54,7 @@ def read(
 def _read_off(
     role: Role, batch: Batch, names: frozenset[str], packed: bool, dropout: Dropout | None, other: "_Other | None"
 ) -> dict[str, Tensor]:
-    """`read`, where the role's weights can be touched."""
+    """Implement `read`, inside the forward of the role's shell, where the weights are available."""
     if names & ATTENTION.keys():
         rest = names - ATTENTION.keys()
         out = _read_off(role, batch, rest, packed, dropout, other) if rest else {}
@@ -74,7 +74,7 @@ def _read_off(
 
 @dataclass(frozen=True)
 class _Other:
-    """What the exact KL needs of the reference: its flat states, and its head where they are hidden states."""
+    """Input of the exact KL from the reference: flat hidden states and the head, or flat logits."""
 
     states: Tensor
     weight: Tensor | None
@@ -105,7 +105,10 @@ def _laid_out(role: Role, batch: Batch, packed: bool) -> tuple[Tensor, dict[str,
 
 @torch.no_grad()
 def _attention(role: Role, batch: Batch, names: frozenset[str]) -> dict[str, Tensor]:
-    """The last layer's attention of each answer's last trained token to its trained tokens, heads joined, sum 1: (B, T)."""
+    """Compute the attention of each answer's last trained token to its trained tokens, (B, T).
+
+    It is that of the last layer, combined over the heads and normalized to sum 1.
+    """
     ids, mask = pad_ids(batch.rows).to(role.device), _record_mask(batch.rows)
     last = torch.tensor([_last(one) for one in batch.rows])
     with role.active():
@@ -149,7 +152,7 @@ def _columns(
     if names & SCALAR:
         if role.head is None:
             raise ValueError(f"the {role.name} has no scalar head, so it has no {', '.join(sorted(names))}")
-        # a sum over tokens is shifted once; what is read on one position carries the shift itself
+        # add the shift once to a sum over tokens, else to the score of each position
         each, once = (0.0, role.shift) if role.readout == "sum" else (role.shift, 0.0)
         if "value" in names:
             out["value"] = spread(_scalar(role, flat[at - 1]) + each)
@@ -169,14 +172,14 @@ def _columns(
 def _language(
     role: Role, states: Tensor, tokens: Tensor, temperature: Tensor, support: Tensor | None, names: frozenset[str]
 ) -> dict[str, Tensor]:
-    """logp, full_logp, entropy and collision of the trained tokens, (N,) each, as far as they are named."""
+    """Compute logp, entropy, full_logp, full_entropy and collision of the trained tokens, (N,) each, if in `names`."""
     tokens, temperature = tokens.to(states.device), temperature.to(states)
     support = None if support is None else support.to(states.device)
     out: dict[str, Tensor] = {}
     if role.linear_head:
         head = role.model.get_output_embeddings()
         weight, bias = head.weight, head.bias
-    else:  # the states are logits already
+    else:  # the states are logits
         states, weight, bias = states.to(_precise(states)), None, None
 
     def logprobs(within: Tensor | None, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
@@ -204,13 +207,13 @@ def _language(
 
 
 def _named(names: frozenset[str], prefix: str, logp: Tensor, uncertainty: Tensor | None) -> dict[str, Tensor]:
-    """Both numbers under their names, with the whole vocabulary's prefix where they are its."""
+    """Return the log-prob and the entropy by column name; the prefix is "full_" for the whole vocabulary."""
     out = {f"{prefix}logp": logp}
     return out | ({f"{prefix}entropy": uncertainty} if uncertainty is not None else {})
 
 
 def _exact_kl(role: Role, states: Tensor, other: _Other, theirs: Tensor, temperature: Tensor) -> Tensor:
-    """KL(policy || reference) at every trained token over the whole vocabulary, (N,)."""
+    """Compute KL(policy || reference) over the whole vocabulary at each trained token, (N,)."""
     scale, theirs = temperature.to(_precise(states)), theirs.to(states.device)
     head = role.model.get_output_embeddings() if role.linear_head else None
     if head is None or other.weight is None:
@@ -221,12 +224,12 @@ def _exact_kl(role: Role, states: Tensor, other: _Other, theirs: Tensor, tempera
 
 
 def _precise(x: Tensor) -> torch.dtype:
-    """The precision in which log-probs are taken: float32 at least."""
+    """Return the dtype for log-probs: float64 for float64 input, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _scalar(role: Role, states: Tensor) -> Tensor:
-    """The scalar head on hidden states (N, H) -> (N,), in float32 at least."""
+    """Apply the scalar head to hidden states (N, H) -> (N,), in float32 or float64."""
     head = role.head
     assert head is not None
     out = functional.linear(states.to(head.weight.dtype), head.weight, head.bias)[:, 0]
@@ -234,19 +237,19 @@ def _scalar(role: Role, states: Tensor) -> Tensor:
 
 
 def _last(row: Row) -> int:
-    """The position of a row's last trained token, or of its last token where none is."""
+    """Return the position of the last trained token of a row, or of its last token if none is trained."""
     return row.start + int(row.mask.nonzero()[-1]) if bool(row.mask.any()) else row.length - 1
 
 
 @dataclass(frozen=True)
 class _Where:
-    """Where each row begins in the flattened (B x S) positions, (B,), and the layout's shape."""
+    """The start of each row in the flattened (B x S) positions, (B,), and the shape of the layout."""
 
     offsets: Tensor
     shape: tuple[int, int]
 
     def addresses(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """(row number, position in the row) of every flat position, each in the layout's shape."""
+        """Return (row number, position in the row) of each flat position, each in the shape of the layout."""
         flat = torch.arange(self.shape[0] * self.shape[1])
         index = torch.searchsorted(self.offsets, flat, right=True) - 1
         return numbers[index].reshape(self.shape), (flat - self.offsets[index]).reshape(self.shape)
@@ -262,9 +265,9 @@ def _padded(rows: Sequence[Row]) -> tuple[Tensor, dict[str, Tensor], _Where]:
 
 
 def _packed(rows: Sequence[Row]) -> tuple[Tensor, dict[str, Tensor], _Where]:
-    """One row of all ids with positions that start anew; transformers then lets no row look at another.
+    """Concatenate all ids, with positions that restart at 0 in each row; transformers then masks attention between rows.
 
-    A mask made here would miss what each layer adds to it (a sliding window) and what each attention expects of it.
+    A mask made here would miss the changes of each layer (a sliding window) and the format of each attention kernel.
     """
     lengths = torch.tensor([row.length for row in rows])
     ids = torch.cat([row.ids for row in rows])[None]
@@ -274,8 +277,11 @@ def _packed(rows: Sequence[Row]) -> tuple[Tensor, dict[str, Tensor], _Where]:
 
 
 def _record_mask(rows: Sequence[Row]) -> Tensor:
-    """The rows' own masks (B, T). Not the batch's column: that may have lost rows, and then the head would run over
-    other positions than when the old log-probs were measured, and the ratio would not be exactly 1."""
+    """Return the masks stored in the rows, (B, T), not the column "mask" of the batch.
+
+    The column may exclude some rows. The head would then run on other positions than for the old log-probs, and the
+    ratio would not be exactly 1.
+    """
     from whet.data import pad
 
     return pad([row.mask for row in rows])

@@ -1,4 +1,4 @@
-"""The roles of a run: policy, reference, critic, reward. Each is a backbone with a head; together they may share one trunk."""
+"""Roles of a run: policy, reference, critic, reward. Each is a base model with a head; roles may share a base model."""
 
 import copy
 import json
@@ -22,14 +22,14 @@ READOUT_FILE = "whet.json"
 
 @dataclass(eq=False)
 class Role:
-    """A model in one part of a run.
+    """A model with its function in a run.
 
-    `model` is a Hugging Face causal LM (policy, reference) or one-label sequence classifier (critic, reward). With
-    LoRA, `wrapped` is the PeftModel around it and `adapter` the adapter that this role switches on ("" switches all
-    off, which is the base itself). On one trunk several roles hold the same `wrapped`. `head` is the scalar head where
-    the trunk's own head is not this role's. `readout` says how a score is read (see `whet.models.readers`), and `shift` is
-    added to it. Where an engine spreads the weights over processes, `shell` is what it wrapped (see `whet.models.shell`)
-    and `gather` gives a parameter whole; every process must call it in step.
+    `model` is a Hugging Face causal LM (policy, reference) or one-label sequence classifier (critic, reward). With LoRA,
+    `wrapped` is the PeftModel around it, and `adapter` the adapter that this role activates ("" disables all adapters, so
+    the role is the base model). Roles with a shared base model have the same `wrapped`. `head` is the scalar head of the
+    role. `readout` says how a score is computed (see `whet.models.readers`), and `shift` is added to the score. If an
+    engine shards the weights over processes, `shell` is the module it wrapped (see `whet.models.shell`), and `gather`
+    returns a full parameter; all processes must call it together.
     """
 
     name: str
@@ -54,16 +54,16 @@ class Role:
 
     @property
     def causal(self) -> bool:
-        """The model has a language-model head."""
+        """Whether the model has a language-model head."""
         return self.model.get_output_embeddings() is not None
 
     @property
     def device(self) -> torch.device:
-        """Where the inputs go."""
+        """The device of the inputs."""
         return self.model.get_input_embeddings().weight.device
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters this role owns, by name: its adapter and head, or the whole model. Tied ones once."""
+        """Return the parameters of this role by name: its adapter and head, or the whole model. Tied ones appear once."""
         if self.wrapped is None:
             return dict(self.model.named_parameters())
         own = {
@@ -76,13 +76,13 @@ class Role:
         return own
 
     def base_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters under all adapters, which no role trains."""
+        """Return the parameters of the base model, without adapters, which no role trains."""
         named = self.model.named_parameters()
         return {name: p for name, p in named if "lora_" not in name and "modules_to_save" not in name}
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Within the context the shared trunk computes this role."""
+        """Activate this role's adapter on the shared base model within the context."""
         if self.wrapped is None:
             yield
         elif not self.adapter:
@@ -91,12 +91,12 @@ class Role:
         else:
             self.wrapped.set_adapter(self.adapter)
             for parameter in self.parameters().values():
-                parameter.requires_grad_(self.trained)  # set_adapter freezes the others and wakes this one
+                parameter.requires_grad_(self.trained)  # set_adapter freezes the others and unfreezes this one
             yield
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
-        """Within the context the model keeps its cache: under gradient checkpointing transformers drops it in train mode."""
+        """Set eval mode within the context: with gradient checkpointing, transformers has no KV cache in train mode."""
         trains = self.model.training
         self.model.eval()
         try:
@@ -106,17 +106,17 @@ class Role:
             self.model.train(trains)
 
     def hidden(self, ids: Tensor, **layout: Tensor) -> Tensor:
-        """Last hidden states of token ids (B, S) -> (B, S, H)."""
+        """Compute the last hidden states of token ids (B, S) -> (B, S, H)."""
         return self.model.base_model(input_ids=ids, use_cache=False, **layout).last_hidden_state
 
     def logits(self, ids: Tensor, **layout: Tensor) -> Tensor:
-        """Logits of token ids (B, S) -> (B, S, V): the model's own way, where its head is more than a linear layer."""
+        """Compute the logits of token ids (B, S) -> (B, S, V) with the model's forward, for heads that are not only linear."""
         return self.model(input_ids=ids, use_cache=False, **layout).logits
 
     def attention(self, ids: Tensor) -> Tensor:
-        """The last layer's attention weights of token ids (B, S) -> (B, heads, S, S).
+        """Compute the attention weights of the last layer for token ids (B, S) -> (B, heads, S, S).
 
-        Fast kernels never hold these weights, so the plain one computes this pass.
+        Fast attention kernels do not store these weights, so this pass uses the "eager" implementation.
         """
         config = self.model.config
         before = config._attn_implementation
@@ -132,9 +132,9 @@ class Role:
         return found[-1]
 
     def whole(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight of this role by its name in a Hugging Face folder, the adapter merged in, tied ones once.
+        """Iterate over (name in a Hugging Face folder, weight) with the adapter merged; tied weights appear once.
 
-        Raises ModelError where the base is quantized: its weights have no plain form.
+        Raises ModelError if the base is quantized or the adapter is on an embedding, because these are not merged.
         """
         parameters = dict(self.model.named_parameters())
         for name, parameter in parameters.items():
@@ -160,9 +160,9 @@ class Role:
             yield name.replace(".base_layer.", "."), value
 
     def export(self, folder: Path, tokenizer: Any = None, *, merge: bool = True, write: bool = True) -> None:
-        """A standard Hugging Face folder: merged weights, or with `merge=False` the adapter alone.
+        """Save a standard Hugging Face folder with merged weights, or only the adapter with `merge=False`.
 
-        Where the weights are spread over processes all of them take part, and those that `write` leave the folder.
+        If the weights are sharded over processes, all processes must call it; only those with `write` write files.
         """
         if self.wrapped is not None and not merge:
             save_adapter(self.wrapped, self.adapter, folder, self.gather, write=write)
@@ -182,16 +182,16 @@ class Role:
 
     @staticmethod
     def _tell_pad_token(folder: Path, pad_token_id: int) -> None:
-        """The saved configuration names the pad token, so that other tools can batch the model."""
+        """Write the pad token to the saved configuration, so that other tools can batch inputs."""
         file = folder / "config.json"
         if file.is_file():
             write_json(file, json.loads(file.read_text(encoding="utf-8")) | {"pad_token_id": pad_token_id})
 
     def _head_is_linear(self) -> bool:
-        """The logits are head(last hidden state) and nothing more.
+        """Return whether the logits are exactly head(last hidden state).
 
-        Some models scale or cap them, which must not be missed: so the head's input is compared with the hidden state,
-        and its output is replaced by large numbers that must come out as the logits unchanged.
+        Some models scale or cap the logits. To detect this, the input of the head is compared with the hidden state, and
+        the output of the head is replaced by large numbers that must be equal to the logits.
         """
         head = self.model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
@@ -214,7 +214,7 @@ class Role:
 
 
 def readout_of(folder: str) -> Mapping[str, Any]:
-    """How the reward model in a folder is read: {"readout", "shift"}; last token and 0 for published ones."""
+    """Return the readout settings {"readout", "shift"} of the reward model in a folder; the defaults are "last" and 0."""
     file = Path(folder) / READOUT_FILE
     given = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if given.get("readout", "last") not in ("last", "mean", "sum"):

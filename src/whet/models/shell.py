@@ -1,4 +1,4 @@
-"""What an engine wraps: a model with the heads beside it, whose forward runs whatever touches their weights."""
+"""Module for FSDP and DeepSpeed that wraps a model and its scalar heads, and runs all reads of their weights in its forward."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +11,10 @@ Columns = dict[str, Tensor]
 
 
 class Shell(nn.Module):
-    """A model and the scalar heads that lie beside it, as one module for FSDP or DeepSpeed.
+    """A model and its separate scalar heads as one module for FSDP or DeepSpeed.
 
-    An engine gathers weights when a module's forward begins and lets them go when it ends. Columns read the head's
-    weight directly, so all of their reading happens inside this forward.
+    An engine gathers the weights at the start of a module's forward and frees them at the end. The readers use the weight
+    of the head directly, so they run inside this forward.
     """
 
     def __init__(self, model: nn.Module, heads: list[nn.Module]) -> None:
@@ -23,17 +23,17 @@ class Shell(nn.Module):
         self.heads = nn.ModuleList(heads)
 
     def forward(self, work: Callable[..., Columns], *given: Any) -> Columns:
-        """What `work` gives of these."""
+        """Return `work(*given)`."""
         return work(*given)
 
 
 def through(role: Role, work: Callable[..., Columns], *given: Any) -> Columns:
-    """What `work` gives of these, inside the role's shell where it has one."""
+    """Return `work(*given)`, computed inside the forward of the role's shell if it has one."""
     return work(*given) if role.shell is None else role.shell(work, *given)
 
 
 def shells(roles: list[Role]) -> dict[int, tuple[Shell, list[Role]]]:
-    """One shell per model, by the model's id, with the roles that live in it."""
+    """Return one shell per model, by the `id` of the model, with the roles that use it."""
     out: dict[int, tuple[Shell, list[Role]]] = {}
     for role in roles:
         own = [one for one in roles if one.model is role.model]

@@ -1,4 +1,4 @@
-"""Pure tensor functions, torch only: no models, files, devices, processes, configuration or logging."""
+"""Pure tensor functions. They use torch only: no models, files, processes, configuration or logging."""
 
 from whet.ops.address import address, permutation
 from whet.ops.address import uniform as addressed_uniform

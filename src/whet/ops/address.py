@@ -1,7 +1,7 @@
-"""Addressed randomness: every random number is a pure function of where it is used.
+"""Counter-based random numbers: each number is a pure function of a key and an index.
 
-Nothing here has state, so a resumed run, a re-run step and a run on other workers draw the same numbers.
-The mixer is splitmix64's finaliser (Steele, Lea and Flood 2014) folded over the parts of the address.
+There is no generator state, so a resumed run, a repeated step and a run on other workers draw the same numbers.
+The hash is the finalizer of splitmix64 (Steele, Lea and Flood 2014), applied to each part of the address in turn.
 """
 
 import hashlib
@@ -15,9 +15,9 @@ _WORD = (1 << 64) - 1
 
 
 def address(*parts: int | str) -> int:
-    """A 64-bit key for a place in a run, for example `address(seed, "order", epoch)`.
+    """Return a 64-bit key for one use of random numbers in a run, for example `address(seed, "order", epoch)`.
 
-    Integers and strings may be mixed; the order of the parts matters, and 1 differs from "1".
+    The parts are integers or strings. Their order matters, and 1 differs from "1".
     """
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
@@ -29,7 +29,7 @@ def _signed(word: int) -> int:
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)  # int64 shifts are arithmetic; the mask makes them logical
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # int64 shifts are arithmetic; the mask makes this one logical
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -39,9 +39,9 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def uniform(key: int, *places: Tensor) -> Tensor:
-    """Uniform numbers in [0, 1), float64, one for each entry of the broadcast integer tensors `places`.
+    """Return uniform numbers in [0, 1), float64, one for each entry of the broadcast integer tensors `places`.
 
-    The number at (i, j, ...) depends on `key` and on `places[0][i, j, ...]`, `places[1][i, j, ...]`, ... alone.
+    The number at (i, j, ...) depends only on `key` and on `places[0][i, j, ...]`, `places[1][i, j, ...]`, ...
 
     >>> rows, columns = torch.arange(3)[:, None], torch.arange(4)
     >>> torch.equal(uniform(7, rows, columns)[1:2, 2:3], uniform(7, torch.tensor([[1]]), torch.tensor([2])))
@@ -54,5 +54,5 @@ def uniform(key: int, *places: Tensor) -> Tensor:
 
 
 def permutation(key: int, count: int) -> Tensor:
-    """A random order of 0 ... count - 1 for this key, (count,) int64."""
+    """Return a random permutation of 0 ... count - 1 for this key, (count,) int64."""
     return torch.argsort(uniform(key, torch.arange(count)), stable=True)

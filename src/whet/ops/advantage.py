@@ -1,7 +1,8 @@
-"""Credit: from rewards a token, or scores an answer, to advantages.
+"""Advantage estimators, from rewards per token or scores per answer.
 
-Shapes: rewards, values, mask, advantages (B, T); score, group (B,). Walking through time skips the holes of the mask
-(tokens that a tool wrote): the next state of a trained token is the next *trained* token. Rewards in holes do not count.
+Shapes: rewards, values, mask, advantages (B, T); score, group (B,). Positions where the mask is False, such as the
+tokens of a tool, are skipped: the next state of a trained token is the next *trained* token, and rewards at skipped
+positions do not count.
 """
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 
 def monte_carlo(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Tensor:
-    """Return to go: G_t = r_t + gamma G_{t+1}, (B, T); 0 outside the mask.
+    """Compute the discounted return G_t = r_t + gamma G_{t+1}, (B, T); 0 outside the mask.
 
     >>> monte_carlo(torch.tensor([[1.0, 0.0, 2.0]]), torch.ones(1, 3, dtype=torch.bool), gamma=0.5)
     tensor([[1.5000, 1.0000, 2.0000]])
@@ -28,9 +29,10 @@ def gae(
 ) -> Tensor:
     """Generalized advantage estimation (Schulman et al. 2016, equation 16), (B, T); 0 outside the mask.
 
-    delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma gae_lambda A_{t+1}. After the last trained token V is
-    `final_value` (B,), 0 when None: an answer that ended earns nothing more. gae_lambda = 0 is one-step TD (more bias, less
-    variance), gae_lambda = 1 is Monte-Carlo return minus value (no bias from V, more variance). `gae_lambda` may be (B,), one an answer.
+    delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma gae_lambda A_{t+1}. After the last trained token, V is
+    `final_value` (B,), or 0 when None: no reward follows the end of an answer. gae_lambda = 0 is one-step TD (more bias,
+    less variance); gae_lambda = 1 is the Monte-Carlo return minus the value (no bias from V, more variance).
+    `gae_lambda` may be (B,), one value per answer.
     """
     running = torch.zeros(rewards.shape[0], dtype=rewards.dtype, device=rewards.device)
     next_value = running if final_value is None else final_value
@@ -54,13 +56,13 @@ def gae_adaptive(
     gamma: float = 1.0,
     alpha: float = 0.05,
 ) -> Tensor:
-    """`gae` with gae_lambda = 1 - 1 / (alpha |y|) per answer, at least 0 (VAPO, Yue et al. 2025, equation 8): (B, T)."""
+    """Compute `gae` with gae_lambda = max(0, 1 - 1 / (alpha |y|)) per answer, (B, T) (VAPO, Yue et al. 2025, equation 8)."""
     length = mask.sum(1).clamp(min=1).to(rewards.dtype)
     return gae(rewards, values, mask, final_value, gamma=gamma, gae_lambda=(1 - 1 / (alpha * length)).clamp(min=0))
 
 
 def _group_sums(score: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(index of each row's group 0 ... n-1, rows in each row's group, sum of each row's group), each (B,)."""
+    """Return (group index 0 ... n-1 of each row, size of its group, sum of the scores of its group), each (B,)."""
     index = torch.unique(group, return_inverse=True)[1]
     zeros = torch.zeros(int(index.max()) + 1 if index.numel() else 0, dtype=score.dtype, device=score.device)
     count = zeros.scatter_add(0, index, torch.ones_like(score))[index]
@@ -68,16 +70,16 @@ def _group_sums(score: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def group_center(score: Tensor, group: Tensor) -> Tensor:
-    """score - mean of its group (Dr. GRPO), (B,). The mean includes the sample; a group of one gives 0."""
+    """Compute score - mean of its group (Dr. GRPO), (B,). The mean includes the sample; a group of one gives 0."""
     _, count, total = _group_sums(score, group)
     return score - total / count
 
 
 def group_zscore(score: Tensor, group: Tensor, *, ddof: int = 1, eps: float = 1e-6) -> Tensor:
-    """(score - mean) / (std + eps) within its group (GRPO, Shao et al. 2024, section 4.1.2), (B,).
+    """Compute (score - mean) / (std + eps) within each group (GRPO, Shao et al. 2024, section 4.1.2), (B,).
 
-    `ddof` 1 is the sample deviation (all peers), eps is added after the root (TRL 1e-4, verl 1e-6, OpenRLHF 1e-9).
-    A group of one, or one without spread, gives 0.
+    `ddof` 1 is the sample standard deviation, as in TRL, verl and OpenRLHF. eps is added after the square root
+    (TRL 1e-4, verl 1e-6, OpenRLHF 1e-9). A group of one, or a group of equal scores, gives 0.
     """
     centered = group_center(score, group)
     _, count, squares = _group_sums(centered**2, group)
@@ -87,13 +89,13 @@ def group_zscore(score: Tensor, group: Tensor, *, ddof: int = 1, eps: float = 1e
         torch.zeros_like(score).scatter_reduce(0, index, score, how, include_self=False)[index]
         for how in ("amax", "amin")
     ]
-    return torch.where(ends[0] > ends[1], centered / (deviation + eps), torch.zeros_like(score))  # a mean is rounded
+    return torch.where(ends[0] > ends[1], centered / (deviation + eps), torch.zeros_like(score))  # the mean is rounded
 
 
 def leave_one_out(score: Tensor, group: Tensor) -> Tensor:
-    """score - mean of the *others* of its group (RLOO, Ahmadian et al. 2024), (B,).
+    """Compute score - mean of the *other* scores of its group (RLOO, Ahmadian et al. 2024), (B,).
 
-    Raises ValueError for a group of one: it has no others.
+    Raises ValueError for a group of one.
     """
     _, count, total = _group_sums(score, group)
     if (count < 2).any():
@@ -102,9 +104,9 @@ def leave_one_out(score: Tensor, group: Tensor) -> Tensor:
 
 
 def group_mean_scaled(score: Tensor, group: Tensor) -> Tensor:
-    """(score - mean) / mean within its group, (B,) (MaxRL, Tajwar et al. 2026); 0 in groups whose mean is 0.
+    """Compute (score - mean) / mean within each group, (B,) (MaxRL, Tajwar et al. 2026); 0 in groups whose mean is 0.
 
-    Made for scores that are never negative, such as 0 / 1 rewards. Raises ValueError for a negative score.
+    Use it for nonnegative scores, such as 0 / 1 rewards. Raises ValueError for a negative score.
     """
     if (score < 0).any():
         raise ValueError(
@@ -118,17 +120,17 @@ def group_mean_scaled(score: Tensor, group: Tensor) -> Tensor:
 
 
 def group_normalized(rewards: Tensor, group: Tensor, *, ddof: int = 1, eps: float = 1e-6) -> Tensor:
-    """`group_zscore` of each reward by itself, (B, R) -> (B, R): before they are summed (GDPO, Liu et al. 2026, equation 4)."""
+    """Apply `group_zscore` to each reward separately, before the sum, (B, R) -> (B, R) (GDPO, Liu et al. 2026, equation 4)."""
     return torch.stack([group_zscore(one, group, ddof=ddof, eps=eps) for one in rewards.unbind(1)], 1)
 
 
 def group_steps(
     token_reward: Tensor, segment_end: Tensor, group: Tensor, mask: Tensor, *, ddof: int = 1, eps: float = 1e-6
 ) -> Tensor:
-    """GRPO's process form (Shao et al. 2024, section 4.1.3), (B, T): every step's reward is normalized over all steps of the
-    group, and a token's advantage is the sum of the normalized rewards of the steps that end at it or later.
+    """Compute GRPO advantages with process supervision (Shao et al. 2024, section 4.1.3), (B, T).
 
-    segment_end (B, T) is True on the last token of each step.
+    The reward of each step is normalized over all steps of the group. The advantage of a token is the sum of the
+    normalized rewards of the steps that end at this token or later. segment_end (B, T) is True on the last token of each step.
     """
     ends = segment_end & mask
     rows = torch.arange(mask.shape[0], device=mask.device)[:, None].expand(mask.shape)[ends]
@@ -138,9 +140,9 @@ def group_steps(
 
 
 def against_greedy(rewards: Tensor, baseline: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Tensor:
-    """Return to go minus the score of the greedy answer to the same prompt (ReMax, Li et al. 2023, equation 9).
+    """Compute the return minus the score of the greedy answer to the same prompt (ReMax, Li et al. 2023, equation 9).
 
-    baseline (B,) -> (B, T). The KL in the rewards is not part of the baseline.
+    baseline (B,) -> (B, T). The baseline does not include the KL penalty of the rewards.
     """
     out = monte_carlo(rewards, mask, gamma=gamma) - baseline[:, None]
     return torch.where(mask, out, torch.zeros_like(out))
@@ -149,12 +151,11 @@ def against_greedy(rewards: Tensor, baseline: Tensor, mask: Tensor, *, gamma: fl
 def optimal_baseline(
     rewards: Tensor, old_logp: Tensor, old_collision: Tensor, group: Tensor, mask: Tensor, *, gamma: float = 1.0
 ) -> Tensor:
-    """Return to go minus the baseline of least variance at each token place of the group (optimal token baseline,
-    Li et al. 2026), (B, T).
+    """Compute the return minus the minimum-variance baseline of each position (optimal token baseline, Li et al. 2026), (B, T).
 
-    B_t = sum_i W_it G_it / sum_i W_it over the group's answers that reach place t, W_it = sum_{s <= t} (1 - 2 pi_s +
-    sum_v pi_v^2) the squared norm of the score function's logit part; `old_collision` (B, T) is sum_v pi_v^2. The own
-    answer is included; an answer that is the only one at its place has baseline 0.
+    B_t = sum_i W_it G_it / sum_i W_it over the answers of the group that reach position t. W_it = sum_{s <= t} (1 - 2 pi_s +
+    sum_v pi_v^2) is the squared norm of the score function with respect to the logits; `old_collision` (B, T) is
+    sum_v pi_v^2. The sum includes the answer itself. Where only one answer reaches a position, the baseline is 0.
     """
     energy = torch.where(mask, 1 - 2 * old_logp.exp() + old_collision, torch.zeros_like(old_logp)).cumsum(1)
     energy = torch.where(mask, energy, torch.zeros_like(energy))
@@ -172,6 +173,6 @@ def optimal_baseline(
 
 
 def broadcast(answer_advantage: Tensor, mask: Tensor) -> Tensor:
-    """One advantage an answer, given to each of its trained tokens: (B,) -> (B, T)."""
+    """Copy the advantage of each answer to all its trained tokens: (B,) -> (B, T)."""
     spread = answer_advantage[:, None].expand(mask.shape)
     return torch.where(mask, spread, torch.zeros_like(spread))

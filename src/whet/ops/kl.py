@@ -1,7 +1,8 @@
 """Estimators of KL(policy || reference) on sampled tokens, the exact KL, and the controllers of its coefficient.
 
-All numbers are nats per token unless said otherwise. With r = ref_logp - logp at a token sampled from the policy,
-E[k1] = E[k3] = KL(policy || reference); k2 is biased, small and never negative (Schulman, "Approximating KL divergence", 2020).
+All values are in nats per token unless stated otherwise. With r = ref_logp - logp at a token sampled from the policy,
+E[k1] = E[k3] = KL(policy || reference). k2 is biased (the bias is small) and never negative (Schulman, "Approximating KL
+divergence", 2020).
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from whet.ops.shaping import terminal
 
 
 def k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """logp - ref_logp: unbiased, may be negative. Any equal shapes.
+    """Compute logp - ref_logp: unbiased, may be negative. Any equal shapes.
 
     >>> k1(torch.tensor([-1.0]), torch.tensor([-1.5]))
     tensor([0.5000])
@@ -26,15 +27,15 @@ def k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
 
 
 def k2(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """(logp - ref_logp)^2 / 2: never negative; its gradient on policy is that of KL(policy || reference)."""
+    """Compute (logp - ref_logp)^2 / 2: never negative. On-policy, its gradient is that of KL(policy || reference)."""
     return 0.5 * (logp - ref_logp) ** 2
 
 
 def k3(logp: Tensor, ref_logp: Tensor, *, bound: float | None = None) -> Tensor:
-    """exp(ref_logp - logp) - 1 - (ref_logp - logp): unbiased and never negative.
+    """Compute exp(ref_logp - logp) - 1 - (ref_logp - logp): unbiased and never negative.
 
-    Its gradient on policy is that of KL(reference || policy). `bound` clamps the result to at most that (OpenRLHF and
-    verl: 10), which stops the gradient there; None does not.
+    On-policy, its gradient is that of KL(reference || policy). The result is clamped to at most `bound` (OpenRLHF and
+    verl: 10), and clamped tokens get no gradient. None does not clamp.
     """
     log_ratio = ref_logp - logp
     estimate = torch.expm1(log_ratio) - log_ratio
@@ -42,27 +43,27 @@ def k3(logp: Tensor, ref_logp: Tensor, *, bound: float | None = None) -> Tensor:
 
 
 def k3_weighted(logp: Tensor, ref_logp: Tensor, old_logp: Tensor) -> Tensor:
-    """ratio x k3 with the ratio pi / pi_old undetached (DeepSeek-V3.2 2025, equation 7; TRL's form).
+    """Compute ratio x k3, with gradient through the ratio pi / pi_old (DeepSeek-V3.2 2025, equation 7; as in TRL).
 
-    On-policy its gradient is that of the token's KL(policy || reference), where k3's own is not.
+    On-policy, its gradient is that of KL(policy || reference) of the token. The gradient of k3 alone is not.
     """
     return (logp - old_logp).exp() * k3(logp, ref_logp)
 
 
 def k2_sequence(logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
-    """(sum_t logp - ref_logp)^2 / 2 of a whole answer, on its last trained token: (B, T).
+    """Compute (sum_t logp - ref_logp)^2 / 2 of each answer, placed on its last trained token: (B, T).
 
-    On-policy its gradient is that of KL(policy || reference) over whole answers, later tokens included, so under
-    `sequence_sum` a KL in the loss has the optimum of a KL in the reward.
+    On-policy, its gradient is that of KL(policy || reference) over whole answers, including the effect on later tokens.
+    With the reduction `sequence_sum`, a KL in the loss then has the same optimum as a KL in the reward.
     """
     total = masked_sum(logp - ref_logp, mask, 1)
     return terminal(0.5 * total**2, mask)
 
 
 def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
-    """KL(p || q) = sum_v p_v (log p_v - log q_v) of two full distributions given as logits: (..., V) -> (...)."""
+    """Compute KL(p || q) = sum_v p_v (log p_v - log q_v) of two distributions given as logits: (..., V) -> (...)."""
     logp, ref_logp = logits.log_softmax(-1), ref_logits.log_softmax(-1)
-    gap = (logp - ref_logp).masked_fill(logp.isneginf(), 0.0)  # before it is multiplied, for the gradient's sake
+    gap = (logp - ref_logp).masked_fill(logp.isneginf(), 0.0)  # before the product, so that the gradient is not NaN
     return (logp.exp() * gap).sum(-1)
 
 
@@ -77,10 +78,10 @@ def linear_kl(
     temperature: Tensor,
     workspace: int = WORKSPACE,
 ) -> Tensor:
-    """`exact_kl` of softmax((hidden @ weight.T + bias) / temperature) to the reference's, straight from hidden states: (N,).
+    """Compute `exact_kl` of softmax((hidden @ weight.T + bias) / temperature) and the same for the reference: (N,).
 
-    hidden (N, H), weight (V, H), bias (V,), temperature (N,); the reference's may have another H. Tokens are taken in
-    chunks of at most `workspace` logits, made again in the backward pass.
+    hidden (N, H), weight (V, H), bias (V,), temperature (N,); H of the reference may differ. Tokens are processed in
+    chunks of at most `workspace` logits, which the backward pass computes again.
     """
 
     def piece(states: Tensor, ref_states: Tensor, scale: Tensor) -> Tensor:
@@ -98,19 +99,19 @@ def linear_kl(
 
 @dataclass(frozen=True)
 class FixedKL:
-    """A coefficient that never changes."""
+    """Controller that keeps the coefficient constant."""
 
     coef: float
     by = "kl"
 
     def next(self, coef: float, kl: float, sequences: int) -> float:
-        """The coefficient after a rollout of `sequences` answers whose mean KL was `kl`: unchanged."""
+        """Return `coef` unchanged."""
         return coef
 
 
 @dataclass(frozen=True)
 class AdaptiveKL:
-    """Proportional control towards `target` (Ziegler et al. 2019, section 2.2).
+    """Proportional controller that moves the KL toward `target` (Ziegler et al. 2019, section 2.2).
 
     e = clip(kl / target - 1, -0.2, 0.2); coef <- coef (1 + e sequences / horizon).
     `target` is in nats per answer, `horizon` in answers.
@@ -122,21 +123,24 @@ class AdaptiveKL:
     by = "kl"
 
     def next(self, coef: float, kl: float, sequences: int) -> float:
-        """The coefficient after a rollout of `sequences` answers whose mean KL was `kl`."""
+        """Return the coefficient after a rollout of `sequences` answers with mean KL `kl`."""
         error = min(max(kl / self.target - 1.0, -0.2), 0.2)
         return coef * (1.0 + error * sequences / self.horizon)
 
 
 @dataclass(frozen=True)
 class HalvingKL:
-    """Halves the coefficient when kl < target / 1.5 and doubles it when kl > 1.5 target (Schulman et al. 2017, section 4)."""
+    """Controller that halves `coef` when kl < target / 1.5 and doubles it when kl > 1.5 target (Schulman et al. 2017, section 4)."""
 
     coef: float
     target: float
     by = "kl_old"
 
     def next(self, coef: float, kl: float, sequences: int) -> float:
-        """The coefficient after updates at whose end KL(old || new) was `kl` (same unit as `target`)."""
+        """Return the coefficient after a measured `kl`, in the unit of `target`.
+
+        `kl` is KL(old || new) at the end of the updates, or the KL to the reference for a KL in the reward.
+        """
         if kl < self.target / 1.5:
             return coef / 2
         return coef * 2 if kl > self.target * 1.5 else coef
@@ -144,10 +148,11 @@ class HalvingKL:
 
 @dataclass(frozen=True)
 class AdaptiveEntropy:
-    """The weight of an entropy bonus that follows a target entropy (Skywork-OR1, He et al. 2025, section 3.2.4).
+    """Controller of the entropy bonus's weight for a target entropy (Skywork-OR1, He et al. 2025, section 3.2.4).
 
-    It rises by `step` after a rollout whose entropy (nats per token) was at or below the target and falls by it
-    otherwise, within [0, most]. Skywork-OR1 and TRL also switch it off at once above the target; here it only falls.
+    After each rollout, the weight rises by `step` if the entropy (nats per token) was at or below the target, and falls
+    by `step` otherwise. It stays within [0, most]. Skywork-OR1 and TRL also set it to 0 at once above the target; this
+    controller does not.
     """
 
     coef: float
@@ -157,21 +162,23 @@ class AdaptiveEntropy:
     by = "entropy"
 
     def next(self, coef: float, entropy: float, sequences: int) -> float:
-        """The weight after a rollout whose mean entropy per token was `entropy`."""
+        """Return the weight after a rollout with mean entropy per token `entropy`."""
         return min(max(coef + (self.step if entropy <= self.target else -self.step), 0.0), self.most)
 
 
 @dataclass(frozen=True)
 class RunningMean:
-    """coef <- decay coef + (1 - decay) measured: BCO's reward shift (Jung et al. 2024), of the mini-batches (online: the
-    rollouts) before."""
+    """Exponential moving average coef <- decay coef + (1 - decay) measured: the reward shift of BCO (Jung et al. 2024).
+
+    It averages over the previous mini-batches (online: rollouts).
+    """
 
     coef: float = 0.0
     decay: float = 0.9
     by = "reward"
 
     def next(self, coef: float, measured: float, sequences: int) -> float:
-        """The mean after a mini-batch (a rollout) whose mean implicit reward was `measured`."""
+        """Return the average after a mini-batch (online: a rollout) with mean implicit reward `measured`."""
         return self.decay * coef + (1 - self.decay) * measured
 
 

@@ -1,6 +1,6 @@
-"""Log-probabilities and entropy of tokens, in nats, from logits or straight from hidden states.
+"""Log-probs and entropy of tokens, in nats, from logits or directly from hidden states.
 
-Shapes: N tokens, H hidden width, V vocabulary; a leading `...` stands for any batch shape.
+Shapes: N tokens, H hidden size, V vocabulary size; a leading `...` is any batch shape.
 """
 
 import torch
@@ -8,14 +8,14 @@ from torch import Tensor
 from torch.nn import functional
 
 WORKSPACE = 1 << 24
-"""Most logits that `linear_logprobs` holds at once (entries, not bytes)."""
+"""Largest number of logits (entries, not bytes) that `linear_logprobs` keeps in memory at once."""
 
 
 def token_logprobs(logits: Tensor, ids: Tensor, *, temperature: float = 1.0, support: Tensor | None = None) -> Tensor:
-    """log softmax(logits / temperature)[ids]: logits (..., V), ids (...) -> (...), in nats per token.
+    """Compute log softmax(logits / temperature)[ids]: logits (..., V), ids (...) -> (...), in nats per token.
 
-    With `support` (..., S), token ids with -1 behind them, the softmax runs over those tokens alone: the log-prob of the
-    distribution that was drawn from under top-p, top-k or min-p. A row of -1 alone means the whole vocabulary.
+    `support` (..., S) lists token ids, padded with -1. With it, the softmax is over these tokens only: the log-prob under
+    the truncated distribution of top-p, top-k or min-p. A row of only -1 means the whole vocabulary.
 
     >>> token_logprobs(torch.zeros(1, 4), torch.tensor([2])).exp()
     tensor([0.2500])
@@ -24,7 +24,7 @@ def token_logprobs(logits: Tensor, ids: Tensor, *, temperature: float = 1.0, sup
 
 
 def _within(logits: Tensor, support: Tensor | None, start: int = 0) -> Tensor:
-    """The logits (..., V) of tokens start ... start + V - 1, with -inf on those outside `support` (..., S)."""
+    """Set the logits (..., V) of tokens start ... start + V - 1 to -inf outside `support` (..., S)."""
     if support is None:
         return logits
     local = support - start
@@ -35,17 +35,18 @@ def _within(logits: Tensor, support: Tensor | None, start: int = 0) -> Tensor:
 
 
 def entropy(logits: Tensor, *, temperature: float = 1.0, support: Tensor | None = None) -> Tensor:
-    """-sum_v p_v log p_v of softmax(logits / temperature): (..., V) -> (...), in nats per token.
+    """Compute -sum_v p_v log p_v of softmax(logits / temperature): (..., V) -> (...), in nats per token.
 
-    `support` as in `token_logprobs`.
-
-    A logit of -inf has probability 0 and adds 0.
+    `support` is as in `token_logprobs`. A logit of -inf has probability 0 and adds 0.
     """
     return _entropy(_within(logits / temperature, support).log_softmax(-1))
 
 
 def _entropy(logp: Tensor) -> Tensor:
-    """-sum p log p of log-probs (..., V) -> (...); what has none is left out before it is multiplied, for the gradient's sake."""
+    """Compute -sum p log p from log-probs (..., V) -> (...).
+
+    Log-probs of -inf are set to 0 before the product, so that the gradient is not NaN.
+    """
     return -(logp.exp() * logp.masked_fill(logp.isneginf(), 0.0)).sum(-1)
 
 
@@ -60,14 +61,14 @@ def linear_logprobs(
     with_entropy: bool = True,
     workspace: int = WORKSPACE,
 ) -> tuple[Tensor, Tensor | None]:
-    """(logp, entropy) of `ids` under softmax((hidden @ weight.T + bias) / temperature), each (N,), in nats.
+    """Return (logp, entropy) of `ids` under softmax((hidden @ weight.T + bias) / temperature), each (N,), in nats.
 
-    The entropy is None where `with_entropy` is False and it would cost extra. With `support` (N, S) both are of the
-    distribution over those tokens alone (see `token_logprobs`).
+    The entropy is None if `with_entropy` is False and computing it needs extra work. With `support` (N, S), both are of
+    the distribution over these tokens only (see `token_logprobs`).
 
-    hidden (N, H), weight (V, H), bias (V,), ids (N,), temperature a number or (N,). The vocabulary is walked in
-    chunks of at most `workspace` logits, forward and backward, so the (N, V) logits never exist at once; the gradient
-    reaches hidden, weight and bias.
+    hidden (N, H), weight (V, H), bias (V,), ids (N,), temperature a number or (N,). The vocabulary is processed in
+    chunks of at most `workspace` logits, forward and backward, so the full (N, V) logits are never in memory. The
+    gradient is computed for hidden, weight and bias.
     """
     if not isinstance(temperature, Tensor):
         temperature = torch.full((hidden.shape[0],), float(temperature), dtype=hidden.dtype, device=hidden.device)
@@ -79,12 +80,12 @@ def linear_logprobs(
 
 
 def _tempered(logits: Tensor, temperature: Tensor) -> Tensor:
-    """logits / temperature, in float32 at least: half precision is too low_precision for a log-sum-exp."""
+    """Compute logits / temperature in float32 or float64: half precision is not accurate enough for a log-sum-exp."""
     return (logits if logits.dtype in (torch.float32, torch.float64) else logits.float()) / temperature[:, None]
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
-    """One pass over the vocabulary for log-sum-exp and entropy, a second one in the backward."""
+    """Log-probs and entropy in one pass over the vocabulary; the backward pass makes a second one."""
 
     @staticmethod
     def _logits(hidden, weight, bias, temperature, support, start, stop):
@@ -102,7 +103,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             stop = min(start + chunk, weight.shape[0])
             logits = _ChunkedLogprobs._logits(hidden, weight, bias, temperature, support, start, stop)
             new_top = torch.maximum(top, logits.amax(-1))
-            base = new_top.masked_fill(new_top.isneginf(), 0.0)  # everything so far was ruled out
+            base = new_top.masked_fill(new_top.isneginf(), 0.0)  # -inf: all tokens so far are outside the support
             old_scale, scaled = (top - base).exp(), (logits - base[:, None]).exp()
             total = total * old_scale + scaled.sum(-1)
             weighted = weighted * old_scale + (scaled * logits.masked_fill(logits.isneginf(), 0.0)).sum(-1)
@@ -151,7 +152,10 @@ def linear_collision(
     support: Tensor | None = None,
     workspace: int = WORKSPACE,
 ) -> Tensor:
-    """sum_v p_v^2 of the distribution of `linear_logprobs`, (N,): the chance that two draws agree. No gradient."""
+    """Compute sum_v p_v^2 of the distribution in `linear_logprobs`, (N,): the probability that two draws are equal.
+
+    It has no gradient.
+    """
     chunk = max(1, workspace // weight.shape[0])
     out = torch.zeros(hidden.shape[0], dtype=temperature.dtype, device=hidden.device)
     for start in range(0, hidden.shape[0], chunk):

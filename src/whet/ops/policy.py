@@ -1,6 +1,6 @@
-"""Policy losses per token: ratios, and the surrogates built on them. All are to be minimized; reduction comes later.
+"""Policy losses per token: probability ratios, and surrogate losses to minimize.
 
-Shapes (B, T). Log-probs in nats; ratio = pi / pi_old on the sampled token.
+Shapes (B, T). Log-probs are in nats; ratio = pi / pi_old of the sampled token. The reduction is separate (`whet.ops.reduce`).
 """
 
 import torch
@@ -10,35 +10,37 @@ from whet.ops.masked import masked_mean, masked_sum
 
 
 def nll(logp: Tensor) -> Tensor:
-    """-log pi of each token: the loss of SFT, of pre-training and of PPO's ptx term."""
+    """Compute -log pi of each token: the loss of SFT, of pre-training and of the ptx term of PPO."""
     return -logp
 
 
 def token_ratio(logp: Tensor, old_logp: Tensor) -> Tensor:
-    """exp(logp - old_logp), (B, T); exactly 1 where both are equal."""
+    """Compute exp(logp - old_logp), (B, T); exactly 1 where both are equal."""
     return (logp - old_logp).exp()
 
 
 def sequence_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
-    """The geometric mean of the token ratios of an answer, on every token (GSPO, Zheng et al. 2025, equation 7)."""
+    """Compute the geometric mean of the token ratios of an answer, on each token (GSPO, Zheng et al. 2025, equation 7)."""
     return masked_mean(logp - old_logp, mask, 1).exp()[:, None].expand(mask.shape)
 
 
 def product_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
-    """The product of the token ratios of an answer, on every token: pi(y) / pi_old(y) of the whole answer (TRL's RLOO).
+    """Compute the product of the token ratios of an answer, pi(y) / pi_old(y), on each token (RLOO in TRL).
 
-    Under `sequence_mean` each answer's loss counts once.
+    With the reduction `sequence_mean`, the loss of each answer counts once.
     """
     return masked_sum(logp - old_logp, mask, 1).exp()[:, None].expand(mask.shape)
 
 
 def sequence_token_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
-    """The value of `sequence_ratio`, the gradient of each token's own log-prob (GSPO-token, Zheng et al. 2025, equation 14)."""
+    """Return the value of `sequence_ratio`, with the gradient of the token's log-prob (GSPO-token, Zheng et al. 2025, equation 14)."""
     return sequence_ratio(logp, old_logp, mask).detach() * (logp - logp.detach()).exp()
 
 
 def clip(ratio: Tensor, advantage: Tensor, *, clip_low: float = 0.2, clip_high: float = 0.2) -> Tensor:
-    """-min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) (PPO, Schulman et al. 2017, equation 7; DAPO: clip_high > clip_low).
+    """Compute -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) (PPO, Schulman et al. 2017, equation 7).
+
+    DAPO uses clip_high > clip_low.
 
     >>> clip(torch.tensor([1.5]), torch.tensor([1.0]))
     tensor([-1.2000])
@@ -49,40 +51,46 @@ def clip(ratio: Tensor, advantage: Tensor, *, clip_low: float = 0.2, clip_high: 
 def dual_clip(
     ratio: Tensor, advantage: Tensor, *, clip_low: float = 0.2, clip_high: float = 0.2, bound: float = 3.0
 ) -> Tensor:
-    """PPO's clip, and for A < 0 never above -bound A (Ye et al. 2020, equation 5); bound > 1."""
+    """Compute `clip`, with the loss limited to -bound A where A < 0 (Ye et al. 2020, equation 5); bound > 1."""
     clipped = clip(ratio, advantage, clip_low=clip_low, clip_high=clip_high)
     return torch.where(advantage < 0, torch.minimum(clipped, -bound * advantage), clipped)
 
 
 def unclipped(ratio: Tensor, advantage: Tensor) -> Tensor:
-    """-ratio A: the surrogate of TRPO (Schulman et al. 2015, equation 14) without its constraint."""
+    """Compute -ratio A: the surrogate of TRPO (Schulman et al. 2015, equation 14) without its constraint."""
     return -ratio * advantage
 
 
 def kl_penalized(logp: Tensor, old_logp: Tensor, advantage: Tensor, *, beta: float) -> Tensor:
-    """-ratio A + beta KL(old || new) (PPO-KL, Schulman et al. 2017, equation 8).
+    """Compute -ratio A + beta KL(old || new) (PPO-KL, Schulman et al. 2017, equation 8).
 
-    The tokens were sampled from the old policy, so ratio - 1 - log ratio estimates KL(old || new) without bias, in its
-    gradient too, and is never negative.
+    The tokens are samples of the old policy, so ratio - 1 - log ratio is an unbiased estimate of KL(old || new). Its
+    gradient is unbiased too, and it is never negative.
     """
     log_ratio = logp - old_logp
     return -log_ratio.exp() * advantage + beta * (torch.expm1(log_ratio) - log_ratio)
 
 
 def reinforce(logp: Tensor, advantage: Tensor) -> Tensor:
-    """-A log pi (Williams 1992): the plain policy gradient; one update a rollout, there is no ratio to correct for more."""
+    """Compute -A log pi, the plain policy gradient (Williams 1992).
+
+    It has no ratio that corrects off-policy samples, so it allows one update per rollout.
+    """
     return -advantage * logp
 
 
 def cispo(logp: Tensor, ratio: Tensor, advantage: Tensor, *, clip_low: float = 1.0, clip_high: float = 0.28) -> Tensor:
-    """-stop_gradient(clip(ratio, 1 - clip_low, 1 + clip_high)) A log pi (MiniMax-M1 2025): no token's gradient is cut off."""
+    """Compute -stop_gradient(clip(ratio, 1 - clip_low, 1 + clip_high)) A log pi (MiniMax-M1 2025).
+
+    Every token keeps a gradient, because only its weight is clipped.
+    """
     return -ratio.detach().clamp(1 - clip_low, 1 + clip_high) * advantage * logp
 
 
 def sapo(ratio: Tensor, advantage: Tensor, *, tau_positive: float = 1.0, tau_negative: float = 1.05) -> Tensor:
-    """-(4 / tau) sigmoid(tau (ratio - 1)) A with tau by the sign of A (SAPO, Gao et al. 2025, equation 6).
+    """Compute -(4 / tau) sigmoid(tau (ratio - 1)) A, where the sign of A selects tau (SAPO, Gao et al. 2025, equation 6).
 
-    A soft gate instead of the clip: its slope is 1 at ratio 1 and falls smoothly on either side. Tokens with A = 0 add 0.
+    It replaces the clip by a sigmoid: the slope is 1 at ratio 1 and decreases smoothly on both sides. Tokens with A = 0 add 0.
     """
     tau = torch.where(advantage > 0, ratio.new_tensor(tau_positive), ratio.new_tensor(tau_negative))
     return -4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantage
@@ -91,9 +99,9 @@ def sapo(ratio: Tensor, advantage: Tensor, *, tau_positive: float = 1.0, tau_neg
 def gmpo(
     logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor, *, clip_low: float = 0.4, clip_high: float = 0.4
 ) -> Tensor:
-    """-A times the geometric mean of an answer's clipped token ratios (GMPO, Zhao et al. 2025, equation 4), on every token.
+    """Compute -A x geometric mean of the clipped token ratios of an answer (GMPO, Zhao et al. 2025, equation 4), on each token.
 
-    Each log-ratio is clipped to [-clip_low, clip_high], on the side where the sign of A makes clipping the smaller objective.
+    Each log-ratio is clipped to [-clip_low, clip_high], but only where clipping makes the objective smaller (by the sign of A).
     """
     log_ratio = logp - old_logp
     bounded = log_ratio.clamp(-clip_low, clip_high)
@@ -104,10 +112,11 @@ def gmpo(
 def dppo(
     ratio: Tensor, logp: Tensor, old_logp: Tensor, advantage: Tensor, *, divergence: str = "tv", bound: float = 0.15
 ) -> Tensor:
-    """-ratio A, without gradient on tokens that move further away beyond a divergence `bound` (DPPO, Qi et al. 2026).
+    """Compute -ratio A, with the gradient stopped at tokens that would move further beyond a divergence bound (DPPO, Qi et al. 2026).
 
-    The divergence is that of the two-way distribution (this token, any other): "tv" |pi - pi_old|, "kl"
-    KL(old || new). A token is stopped where A > 0 and ratio > 1, or A < 0 and ratio < 1, and its divergence exceeds the bound.
+    The divergence is between the binary distributions (this token, any other token) of both policies: "tv"
+    |pi - pi_old|, "kl" KL(old || new). The gradient of a token is stopped if its divergence exceeds `bound` and the
+    update would increase it (A > 0 and ratio > 1, or A < 0 and ratio < 1).
     """
     if divergence not in ("tv", "kl"):
         raise ValueError(f'divergence must be "tv" or "kl", got {divergence!r}')
@@ -124,20 +133,20 @@ def dppo(
 
 
 def weighted(loss: Tensor, weight: Tensor) -> Tensor:
-    """loss x weight, (B, T): the importance correction of a token's loss; no gradient through the weight."""
+    """Compute loss x weight, (B, T): the importance correction of the loss. The weight gets no gradient."""
     return loss * weight.detach()
 
 
 def kept(loss: Tensor, selected: Tensor) -> Tensor:
-    """The loss, without gradient where `selected` is False (Clip-Cov)."""
+    """Return the loss, without gradient where `selected` is False (Clip-Cov)."""
     return torch.where(selected, loss, loss.detach())
 
 
 def kl_on(loss: Tensor, logp: Tensor, old_logp: Tensor, selected: Tensor, *, coef: float = 1.0) -> Tensor:
-    """loss + coef |logp - old_logp| where `selected` is True (KL-Cov, Cui et al. 2025, equation 13)."""
+    """Compute loss + coef |logp - old_logp| where `selected` is True, loss elsewhere (KL-Cov, Cui et al. 2025, equation 13)."""
     return torch.where(selected, loss + coef * (logp - old_logp).abs(), loss)
 
 
 def entropy_bonus(full_entropy: Tensor) -> Tensor:
-    """-H of each token's distribution over the whole vocabulary, in nats: a reward for staying undecided."""
+    """Compute -H, the negative entropy of each token's distribution over the whole vocabulary, in nats."""
     return -full_entropy

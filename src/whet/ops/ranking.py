@@ -1,4 +1,4 @@
-"""Losses that turn comparisons and scores of people into a reward model. One loss an element; reduction comes later.
+"""Losses of reward models on human comparisons and scores: one loss per element, before the reduction.
 
 Shapes: E elements (pairs, rankings, answers), K answers in a ranking.
 """
@@ -9,12 +9,12 @@ from torch.nn import functional
 
 
 def nth(x: Tensor, index: Tensor, *, n: int) -> Tensor:
-    """The n-th row of every element: x (B,), place (B,) the row's place in its element -> (E,), elements in order."""
+    """Return the n-th row of each element, in order: x (B,), index (B,) the row's index in its element -> (E,)."""
     return x[index == n]
 
 
 def by_element(x: Tensor, element: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """(x laid out as (E, K), True where an element has a K-th row), for x, element, place (B,); padding is 0."""
+    """Return (x as (E, K) with padding 0, a mask that is False on the padding), for x, element, index (B,)."""
     shape = (int(element.max()) + 1, int(index.max()) + 1) if element.numel() else (0, 0)
     out, valid = (
         torch.zeros(shape, dtype=x.dtype, device=x.device),
@@ -27,24 +27,27 @@ def by_element(x: Tensor, element: Tensor, index: Tensor) -> tuple[Tensor, Tenso
 def pairwise(
     chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, probability: Tensor | float = 1.0
 ) -> Tensor:
-    """-p log sigmoid(g) - (1 - p) log sigmoid(-g) with g = chosen - rejected - margin, (E,) (Bradley-Terry; margin: Llama 2,
-    Touvron et al. 2023, equation 2). `probability` p that the chosen answer is better is 1 for a hard label."""
+    """Compute -p log sigmoid(g) - (1 - p) log sigmoid(-g) with g = chosen - rejected - margin, (E,).
+
+    This is the Bradley-Terry loss; the margin is that of Llama 2 (Touvron et al. 2023, equation 2). `probability` p that
+    the chosen answer is better is 1 for a hard label.
+    """
     gap = chosen - rejected - margin
     return -probability * functional.logsigmoid(gap) - (1 - probability) * functional.logsigmoid(-gap)
 
 
 def log_exp(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """log(1 + exp(rejected - chosen)), (E,): the same number as `pairwise`, under the name some recipes use."""
+    """Compute log(1 + exp(rejected - chosen)), (E,): equal to `pairwise`, under the name that some recipes use."""
     return functional.softplus(rejected - chosen)
 
 
 def k_way(scores: Tensor, ranks: Tensor, valid: Tensor | None = None, *, ties: str = "drop") -> Tensor:
-    """Mean over the pairs of one ranking of -log sigmoid(s_better - s_worse), (E,) (InstructGPT 2022, equation 1).
+    """Average -log sigmoid(s_better - s_worse) over the pairs of each ranking, (E,) (InstructGPT 2022, equation 1).
 
     scores (E, K); ranks (E, K), 1 is best; valid (E, K) is False on the padding of shorter rankings.
-    `ties="drop"`: pairs of equal rank do not count, and the denominator is the number of pairs that are left (C(K, 2)
-    without ties); a ranking with ties only has loss 0. `ties="half"`: a tied pair costs half of either order, and the
-    denominator is always C(K, 2).
+    `ties="drop"`: pairs of equal rank do not count, and the denominator is the number of the other pairs (C(K, 2)
+    without ties); a ranking with only ties has loss 0. `ties="half"`: a tied pair adds half of the loss of each order,
+    and the denominator is always C(K, 2).
 
     >>> k_way(torch.tensor([[1.0, 0.0]]), torch.tensor([[1, 2]]))
     tensor([0.3133])
@@ -66,22 +69,25 @@ def k_way(scores: Tensor, ranks: Tensor, valid: Tensor | None = None, *, ties: s
 
 
 def ranking_loss(score: Tensor, rank: Tensor, element: Tensor, index: Tensor, *, ties: str = "drop") -> Tensor:
-    """`k_way` for scores and ranks given row by row, (B,), with rankings of any length: (E,)."""
+    """Compute `k_way` for scores and ranks given as rows, (B,) -> (E,); rankings may differ in length."""
     scores, valid = by_element(score, element, index)
     return k_way(scores, by_element(rank, element, index)[0], valid, ties=ties)
 
 
 def regression(score: Tensor, target: Tensor) -> Tensor:
-    """(score - target)^2 / 2, elementwise: absolute scores as data."""
+    """Compute (score - target)^2 / 2, elementwise, for data with absolute scores."""
     return 0.5 * (score - target) ** 2
 
 
 def centering(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """(chosen + rejected)^2, (E,): keeps the free constant of a reward model near 0 (Eisenstein et al. 2023)."""
+    """Compute (chosen + rejected)^2, (E,): keeps the arbitrary offset of a reward model near 0 (Eisenstein et al. 2023)."""
     return (chosen + rejected) ** 2
 
 
 def step_loss(token_score: Tensor, segment_label: Tensor) -> Tensor:
-    """Cross-entropy of sigmoid(score) with the label in [0, 1] of the step that ends at a token, (B, T) (process reward
-    models: Uesato et al. 2022; Lightman et al. 2023). Only step ends count, so the term's mask is `step`."""
+    """Compute the cross-entropy of sigmoid(score) and the label in [0, 1] of the step that ends at a token, (B, T).
+
+    It is the loss of process reward models (Uesato et al. 2022; Lightman et al. 2023). Only the last token of each step
+    counts, so the mask of the term is `segment_end`.
+    """
     return functional.softplus(token_score) - segment_label * token_score

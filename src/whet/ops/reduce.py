@@ -1,7 +1,7 @@
-"""From losses a token (or an element) to one number: linear, and always against global counts.
+"""Reductions of per-token (or per-element) losses to a scalar, divided by global counts.
 
-The counts are those of the whole mini-batch, over all micro-batches and workers, so adding up the parts gives the whole
-whatever the split. Shapes: loss, mask (B, T), or loss (E,) for `element_mean`.
+The counts are those of the whole mini-batch, over all micro-batches and workers. The sum over the parts is therefore the
+same for every split. Shapes: loss, mask (B, T), or loss (E,) for `element_mean`.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from whet.ops.masked import masked_sum
 
 @dataclass(frozen=True)
 class Counts:
-    """How much a mini-batch holds in all: trained tokens, sequences that have any, elements (answers, pairs, rankings)."""
+    """Sizes of a mini-batch: trained tokens, sequences with trained tokens, elements (answers, pairs, rankings)."""
 
     tokens: int
     sequences: int
@@ -25,25 +25,25 @@ class Counts:
 
 
 def token_mean(loss: Tensor, mask: Tensor, counts: Counts) -> Tensor:
-    """sum over all tokens / number of all tokens: long answers weigh more."""
+    """Compute sum over all tokens / number of all tokens: long answers weigh more."""
     return masked_sum(loss, mask) / max(counts.tokens, 1)
 
 
 def sequence_mean(loss: Tensor, mask: Tensor, counts: Counts) -> Tensor:
-    """(1 / N) sum_i (1 / |y_i|) sum_t: every answer weighs the same. Sequences without tokens are not in N."""
+    """Compute (1 / N) sum_i (1 / |y_i|) sum_t: all answers weigh the same. N excludes sequences without trained tokens."""
     return (masked_sum(loss, mask, 1) / mask.sum(1).clamp(min=1)).sum() / max(counts.sequences, 1)
 
 
 def sequence_sum(loss: Tensor, mask: Tensor, counts: Counts) -> Tensor:
-    """(1 / N) sum_i sum_t: the log-prob of an answer as a whole."""
+    """Compute (1 / N) sum_i sum_t: the loss of an answer is the sum over its tokens."""
     return masked_sum(loss, mask) / max(counts.sequences, 1)
 
 
 def fixed_length(loss: Tensor, mask: Tensor, counts: Counts, *, length: int) -> Tensor:
-    """(1 / (N L)) sum_i sum_t with a constant L: no length bias (Dr. GRPO, Liu et al. 2025)."""
+    """Compute (1 / (N L)) sum_i sum_t with a constant L: no length bias (Dr. GRPO, Liu et al. 2025)."""
     return masked_sum(loss, mask) / (max(counts.sequences, 1) * length)
 
 
 def element_mean(loss: Tensor, mask: Tensor, counts: Counts) -> Tensor:
-    """sum of (E,) losses / number of all elements; `mask` is not needed: an element is whole."""
+    """Compute sum of (E,) losses / number of all elements; `mask` is not used."""
     return torch.sum(loss) / max(counts.elements, 1)

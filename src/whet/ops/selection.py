@@ -1,7 +1,7 @@
-"""What must look across a whole mini-batch, once before each update, at the weights of then and without gradient.
+"""Statistics of a whole mini-batch, computed once before each update, with the weights before it and without gradient.
 
-Shapes: logp, advantage, mask (B, T); answer scores, place (B,). The results are columns, so losses still look at one
-element at a time.
+Shapes: logp, advantage, mask (B, T); answer scores, index (B,). The results are columns, so each loss needs only the rows
+of its own element.
 """
 
 import torch
@@ -12,8 +12,10 @@ from whet.ops.masked import masked_mean
 
 
 def covariance(logp: Tensor, advantage: Tensor, mask: Tensor) -> Tensor:
-    """(logp - mean logp) (A - mean A) of each token, means over the mini-batch, (B, T): how much a step on it takes from
-    the entropy (Cui et al. 2025, equation 10)."""
+    """Compute (logp - mean logp) (A - mean A) of each token, with means over the mini-batch, (B, T).
+
+    It measures how much an update on the token reduces the entropy (Cui et al. 2025, equation 10).
+    """
     centered = [x - masked_mean(x, mask) for x in (logp, advantage)]
     return torch.where(mask, centered[0] * centered[1], torch.zeros_like(logp))
 
@@ -31,11 +33,11 @@ def clip_cov(
     cov_low: float = 1.0,
     cov_high: float = 5.0,
 ) -> Tensor:
-    """False on `share` of the tokens, drawn among those with a covariance between cov_low and cov_high, True on the others.
+    """Return False on a random `share` of the tokens, with a covariance between cov_low and cov_high, True on the others.
 
-    They get no gradient (Clip-Cov, Cui et al. 2025, equation 12: share 2e-4). Tokens that PPO's clip (`clip_low`, `clip_high`)
-    stops anyway are not drawn. At least one token is drawn where there is a candidate; which one is
-    a function of the answer's `address` (B,) and the token's place in it.
+    The drawn tokens get no gradient (Clip-Cov, Cui et al. 2025, equation 12: share 2e-4). Tokens whose gradient is already 0
+    by PPO's clip (`clip_low`, `clip_high`) are not drawn. If there is a candidate, at least one token is drawn. The choice
+    depends only on the answer's `address` (B,) and the token's position in the answer.
     """
     ratio = (now_logp - old_logp).exp()
     stopped = ((ratio > 1 + clip_high) & (advantage > 0)) | ((ratio < 1 - clip_low) & (advantage < 0))
@@ -50,7 +52,10 @@ def clip_cov(
 
 
 def kl_cov(now_logp: Tensor, advantage: Tensor, mask: Tensor, *, share: float = 2e-3) -> Tensor:
-    """True on the `share` of tokens with the largest covariance: they pay a KL (KL-Cov, Cui et al. 2025, equation 13)."""
+    """Return True on the `share` of tokens with the largest covariance (KL-Cov, Cui et al. 2025, equation 13).
+
+    These tokens get a KL penalty.
+    """
     cov = torch.where(mask, covariance(now_logp, advantage, mask), torch.full_like(now_logp, -torch.inf))
     count = min(int(mask.sum()), max(1, int(share * int(mask.sum()))))
     out = torch.zeros(mask.numel(), dtype=torch.bool, device=mask.device)
@@ -59,9 +64,9 @@ def kl_cov(now_logp: Tensor, advantage: Tensor, mask: Tensor, *, share: float = 
 
 
 def sorted_partner(score: Tensor, other: Tensor, index: Tensor) -> Tensor:
-    """For pairs: the k-th largest of `other`'s gaps, where k is the rank of the pair's own gap of `score`; (B,), on both rows.
+    """Match the gaps of `score` with those of `other` by rank; return the matched gap on both rows of each pair, (B,).
 
-    score, other (B,), chosen first: optimal transport in one dimension matches sorted with sorted (AOT, Melnyk et al. 2024).
+    score, other (B,), chosen first. Optimal transport in one dimension matches sorted values (AOT, Melnyk et al. 2024).
     """
     own, theirs = (x[index == 0] - x[index == 1] for x in (score, other))
     matched = torch.empty_like(theirs)
@@ -70,7 +75,11 @@ def sorted_partner(score: Tensor, other: Tensor, index: Tensor) -> Tensor:
 
 
 def sorted_rival(score: Tensor, index: Tensor) -> Tensor:
-    """For pairs, (B,): at a chosen answer of rank k among the chosen the k-th rejected score, and the other way round."""
+    """Match chosen and rejected scores by rank, (B,).
+
+    A chosen answer of rank k among the chosen ones gets the rejected score of rank k, and a rejected answer the chosen
+    score of its rank.
+    """
     chosen, rejected = score[index == 0], score[index == 1]
     up, down = torch.argsort(chosen, stable=True), torch.argsort(rejected, stable=True)
     out = torch.empty_like(score)
@@ -82,10 +91,10 @@ def sorted_rival(score: Tensor, index: Tensor) -> Tensor:
 
 
 def kl_baseline(log_ratio: Tensor, index: Tensor) -> Tensor:
-    """max(0, mean of log pi / pi_ref over the mismatched answers), the same number on every row, (B,).
+    """Compute max(0, mean of log pi / pi_ref over the mismatched answers), the same value on each row, (B,).
 
-    log_ratio (B,) sums over an answer; place 1 marks the rows whose answer belongs to another prompt (KTO, Ethayarajh et
-    al. 2024, section 4.1: z_0, an estimate of KL(policy || reference)).
+    log_ratio (B,) is the sum over an answer; index 1 marks the rows whose answer belongs to another prompt (KTO, Ethayarajh
+    et al. 2024, section 4.1: z_0, an estimate of KL(policy || reference)).
     """
     wrong = log_ratio[index == 1]
     mean = wrong.mean().clamp(min=0) if len(wrong) else torch.zeros((), dtype=log_ratio.dtype)

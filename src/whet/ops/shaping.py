@@ -1,7 +1,7 @@
-"""From one score an answer to one reward a token: where the score is placed, and how it is bounded.
+"""Reward shaping: combine and bound the scores of answers, and place them on tokens.
 
-Shapes: score (B,), mask and results (B, T). Positions where the mask is False get 0; a row without a True position
-gets nothing at all.
+Shapes: score (B,), mask and results (B, T). Positions where the mask is False get 0, so a row without a True position is
+all 0.
 """
 
 import torch
@@ -11,60 +11,66 @@ from whet.ops.masked import whiten
 
 
 def weighted_sum(rewards: Tensor, *, weights: tuple[float, ...]) -> Tensor:
-    """sum_r weights[r] rewards[:, r]: (B, R) -> (B,)."""
+    """Compute sum_r weights[r] rewards[:, r]: (B, R) -> (B,)."""
     if rewards.shape[1] != len(weights):
         raise ValueError(f"{rewards.shape[1]} rewards but {len(weights)} weights")
     return rewards @ torch.tensor(weights, dtype=rewards.dtype, device=rewards.device)
 
 
 def minimum(rewards: Tensor, *, weights: tuple[float, ...]) -> Tensor:
-    """min_r weights[r] rewards[:, r]: (B, R) -> (B,): an ensemble's most cautious member (Coste et al. 2023, worst-case)."""
+    """Compute min_r weights[r] rewards[:, r]: (B, R) -> (B,): worst case of an ensemble (Coste et al. 2023)."""
     return (rewards * torch.tensor(weights, dtype=rewards.dtype, device=rewards.device)).amin(1)
 
 
 def lower_bound(rewards: Tensor, *, weights: tuple[float, ...], k: float = 1.0) -> Tensor:
-    """mean - k population deviations of the weighted rewards of an ensemble: (B, R) -> (B,) (Coste et al. 2023)."""
+    """Compute mean - k x population standard deviation of the weighted rewards: (B, R) -> (B,) (Coste et al. 2023)."""
     own = rewards * torch.tensor(weights, dtype=rewards.dtype, device=rewards.device)
     return own.mean(1) - k * own.std(1, correction=0)
 
 
 def standardize(score: Tensor, *, shift: float, scale: float) -> Tensor:
-    """(score - shift) / scale, (B,): `shift` is the mean score of the first rollout, so the policy that training began
-    with scores 0; `scale` the running deviation of all scores so far."""
+    """Compute (score - shift) / scale, (B,).
+
+    `shift` is the mean score of the first rollout, so that the initial policy has mean score 0. `scale` is the running
+    standard deviation of all scores so far.
+    """
     return (score - shift) / scale
 
 
 def batch_normalized(score: Tensor, *, shift_mean: bool = True, ddof: int = 1, eps: float = 1e-8) -> Tensor:
-    """(score - mean) / (std + eps) over all answers of a rollout, (B,); with `shift_mean=False` only the scale changes."""
+    """Compute (score - mean) / (std + eps) over all answers of a rollout, (B,); `shift_mean=False` keeps the mean."""
     return whiten(score, torch.ones_like(score, dtype=torch.bool), shift_mean=shift_mean, ddof=ddof, eps=eps)
 
 
 def soft_overlong(score: Tensor, mask: Tensor, *, limit: int, buffer: int = 32) -> Tensor:
-    """score + 0 up to limit - buffer tokens, falling linearly to score - 1 at `limit` (DAPO, Yu et al. 2025, equation 13), (B,)."""
+    """Subtract a length penalty from the score, (B,) (DAPO, Yu et al. 2025, equation 13).
+
+    The penalty is 0 up to limit - buffer tokens and rises linearly to 1 at `limit`.
+    """
     length = mask.sum(1).to(score.dtype)
     return score + ((limit - buffer - length) / buffer).clamp(-1, 0)
 
 
 def clip_score(score: Tensor, *, bound: float = 5.0) -> Tensor:
-    """clip(score, -bound, bound), elementwise (DeepSpeed-Chat: bound 5)."""
+    """Compute clip(score, -bound, bound), elementwise (DeepSpeed-Chat: bound 5)."""
     return score.clamp(-bound, bound)
 
 
 def penalize(score: Tensor, truncated: Tensor, *, amount: float) -> Tensor:
-    """score - amount where the answer was cut off at the limit, (B,): the price of a missing end token."""
+    """Subtract `amount` from the score of answers cut off at the length limit, (B,)."""
     return score - amount * truncated.to(score.dtype)
 
 
 def last_index(mask: Tensor) -> Tensor:
-    """The last True position of each row, (B,); 0 where there is none."""
+    """Return the last True position of each row, (B,); 0 where there is none."""
     steps = torch.arange(mask.shape[1], device=mask.device)
     return torch.where(mask, steps, torch.zeros_like(steps)).amax(1)
 
 
 def terminal(score: Tensor, mask: Tensor) -> Tensor:
-    """The whole score on the last trained token, 0 before it.
+    """Place the whole score on the last trained token, 0 elsewhere.
 
-    DeepSpeed-Chat and TRL's PPO write one slot after it when the row has room; here it is on the token itself.
+    DeepSpeed-Chat and TRL's PPO place it one position later if the row has padding; here it is on the token itself.
 
     >>> terminal(torch.tensor([2.0]), torch.tensor([[True, True, False]]))
     tensor([[0., 2., 0.]])
@@ -75,15 +81,15 @@ def terminal(score: Tensor, mask: Tensor) -> Tensor:
 
 
 def uniform(score: Tensor, mask: Tensor) -> Tensor:
-    """score / |y| on each of the |y| trained tokens: they sum to the score."""
+    """Place score / |y| on each of the |y| trained tokens; the sum is the score."""
     share = score / mask.sum(1).clamp(min=1)
     return torch.where(mask, share[:, None], torch.zeros_like(share[:, None]))
 
 
 def linear(score: Tensor, mask: Tensor, *, normalized: bool = False) -> Tensor:
-    """w_t score with w_t = t / T, t = 1 ... T counted over the trained tokens.
+    """Place w_t score on each token with w_t = t / T, where t = 1 ... T counts the trained tokens.
 
-    Raw weights sum to (T + 1) / 2, so a longer answer earns more; `normalized=True` makes them sum to 1.
+    These weights sum to (T + 1) / 2, so a longer answer gets a larger reward; `normalized=True` makes them sum to 1.
     """
     step = mask.cumsum(1).to(score.dtype)
     length = mask.sum(1, keepdim=True).clamp(min=1).to(score.dtype)
@@ -92,22 +98,22 @@ def linear(score: Tensor, mask: Tensor, *, normalized: bool = False) -> Tensor:
 
 
 def attention(score: Tensor, attention_weight: Tensor, mask: Tensor) -> Tensor:
-    """alpha_t score with alpha (B, T) >= 0 renormalized to sum to 1 over the trained tokens."""
+    """Place alpha_t score on each token; alpha (B, T) >= 0 is normalized to sum to 1 over the trained tokens."""
     kept = torch.where(mask, attention_weight, torch.zeros_like(attention_weight))
     return kept / kept.sum(1, keepdim=True).clamp(min=torch.finfo(kept.dtype).tiny) * score[:, None]
 
 
 def dense(token_score: Tensor, mask: Tensor) -> Tensor:
-    """One score a token, (B, T), taken as it is on the trained tokens."""
+    """Return the per-token scores (B, T) unchanged on the trained tokens."""
     return torch.where(mask, token_score, torch.zeros_like(token_score))
 
 
 def per_token(kl: Tensor, mask: Tensor) -> Tensor:
-    """A KL penalty that stays where it arose: (B, T) nats on the trained tokens."""
+    """Return the KL of each trained token, (B, T), in nats."""
     return torch.where(mask, kl, torch.zeros_like(kl))
 
 
 def per_sequence(kl: Tensor, mask: Tensor, *, mean: bool = True) -> Tensor:
-    """sum_t KL_t (divided by |y| when `mean`) on the last trained token: one penalty an answer."""
+    """Place sum_t KL_t (divided by |y| if `mean`) on the last trained token: one penalty per answer."""
     total = per_token(kl, mask).sum(1)
     return terminal(total / mask.sum(1).clamp(min=1) if mean else total, mask)

@@ -1,4 +1,4 @@
-"""The critic's loss, and how well it explains the returns. Shapes (B, T)."""
+"""Loss of the critic, and its explained variance. Shapes (B, T)."""
 
 import torch
 from torch import Tensor
@@ -7,9 +7,9 @@ from whet.ops.masked import constant, masked_mean
 
 
 def value_loss(value: Tensor, old_value: Tensor, returns: Tensor, *, clip: float | None = 0.2) -> Tensor:
-    """max((V - R)^2, (V_clipped - R)^2) / 2 with V_clipped = old_value + clip(V - old_value, -clip, clip).
+    """Compute max((V - R)^2, (V_clipped - R)^2) / 2 with V_clipped = old_value + clip(V - old_value, -clip, clip), (B, T).
 
-    (B, T). The form of OpenAI's PPO; `clip=None` is the plain squared error.
+    This is the form of OpenAI's PPO; `clip=None` gives the plain squared error.
 
     >>> value_loss(torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([1.0]))
     tensor([0.3200])
@@ -22,7 +22,10 @@ def value_loss(value: Tensor, old_value: Tensor, returns: Tensor, *, clip: float
 
 
 def explained_variance(value: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var(R - V) / Var(R) over the mask, a scalar: 1 is perfect, 0 no better than a constant; 0 if R is constant."""
+    """Compute 1 - Var(R - V) / Var(R) over the mask, a scalar.
+
+    1 is a perfect fit; 0 is no better than a constant. If R is constant, the result is 0.
+    """
     error = returns - value
     spread = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
     left = masked_mean((error - masked_mean(error, mask)) ** 2, mask)

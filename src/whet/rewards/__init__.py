@@ -1,5 +1,5 @@
 """Who scores: the Reward seam and its adapters."""
 
-from whet.rewards.base import Reward, Scores, Weighted, score_all
+from whet.rewards.base import REWARDS, Reward, Scores, Weighted, score_all
 
-__all__ = ["Reward", "Scores", "Weighted", "score_all"]
+__all__ = ["REWARDS", "Reward", "Scores", "Weighted", "score_all"]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from whet.data import Group, Sample, pad
 from whet.errors import RewardError
+from whet.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class Reward(Protocol):
 
     def score(self, groups: Sequence[Group]) -> Scores:
         """A score for every answer. Raises RewardError rather than return a wrong count, a wrong type or NaN."""
+
+
+REWARDS = Registry("rewards", {"http": "whet.rewards.http"}, Reward)
+"""The rewards that are made from options alone. Functions and reward models are recognized by their source."""
 
 
 @dataclass(frozen=True)

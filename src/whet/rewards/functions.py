@@ -12,6 +12,9 @@ from whet.rewards.base import Scores, checked, columns_of
 class FunctionReward:
     """A user's function as a Reward. Columns: the prompt row's other fields and `completion_ids`."""
 
+    per_group = True
+    """Groups may be dealt over the workers; every group is scored by one of them."""
+
     def __init__(self, function: Callable[..., Any], name: str | None = None) -> None:
         self.function = function
         self.name = name or str(getattr(function, "__name__", "reward"))

@@ -14,13 +14,27 @@ import msgspec
 from whet.errors import RecipeError
 from whet.methods import catalogue
 from whet.methods.choices import changed
+from whet.runs.foreign import FOREIGN
 from whet.runs.recipe import MAIN_FIELD
 
 SHIPPED = Path(__file__).parent / "recipes"
 
 
-SHORT = {"chat_template": "model.chat_template", "lr": "optim.lr", "max_new_tokens": "sampling.max_new_tokens"}
-"""Overrides that may be written without their section."""
+SHORT: Mapping[str, tuple[str, ...]] = {
+    **{name: (f"optim.{name}",) for name in ("lr", "weight_decay", "max_grad_norm", "warmup_ratio", "min_lr_ratio")},
+    **{name: (f"rollout.{name}",) for name in ("prompts_per_step", "mini_batch_size", "ppo_epochs", "target_kl")},
+    **{name: (f"rollout.{name}", f"train.{name}") for name in ("num_steps", "num_epochs")},
+    **{name: (f"train.{name}",) for name in ("batch_size", "save_every", "eval_every", "packing")},
+    "max_tokens_per_micro_batch": ("train.max_tokens_per_micro_batch",),
+    **{name: (f"sampling.{name}",) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "min_p")},
+    **{name: (f"model.{name}",) for name in ("chat_template", "gradient_checkpointing", "lora", "pad_token", "dtype")},
+    "precision": ("learner.precision",),
+    "gae_lambda": ("algorithm.advantage.gae_lambda",),
+    **{name: (f"algorithm.surrogate.{name}",) for name in ("clip_low", "clip_high")},
+    **{name: (f"algorithm.value.{name}",) for name in ("vf_coef", "clip_range_vf")},
+    "ent_coef": ("algorithm.entropy.ent_coef",),
+}
+"""Options that may be written without their section: the first of these places that the recipe has."""
 
 
 def resolve(kind: type, verb: str, recipe: str | None, overrides: Sequence[tuple[str, Any]]) -> Any:
@@ -143,6 +157,9 @@ def _choices_at(kind: Any, path: str) -> tuple[str, ...]:
 
 def unknown(name: str, known: Sequence[str]) -> RecipeError:
     """The error for a field that does not exist, with the nearest one that does."""
+    foreign = FOREIGN.get(name.rpartition(".")[2])
+    if foreign is not None:
+        return RecipeError(f"unknown field {name!r}; here it is {foreign}")
     near = [other for other in known if other.rpartition(".")[2] == name]
     near = (
         near
@@ -151,6 +168,16 @@ def unknown(name: str, known: Sequence[str]) -> RecipeError:
     )
     hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"
     return RecipeError(f"unknown field {name!r}; {hint}")
+
+
+def unknown_method(name: str, known: Sequence[str] = ()) -> RecipeError:
+    """The error for a method or command that does not exist, with the nearest one that does."""
+    every = list(known) or [
+        "pretrain", "sft", "reward", *catalogue.ONLINE, *catalogue.ONLINE_PREFERENCE, *catalogue.PREFERENCE,
+    ]  # fmt: skip
+    near = difflib.get_close_matches(name, every, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(every)}"
+    return RecipeError(f"unknown verb {name!r}; {hint}")
 
 
 def fields_of(kind: type) -> dict[str, Any]:
@@ -186,8 +213,17 @@ def leaves(kind: type, prefix: str = "") -> list[str]:
 
 def _nested(kind: type, name: str, value: Any) -> dict[str, Any]:
     """{"a": {"b": value}} from "a.b". A first key that is no field of the recipe is a option of its method."""
-    keys = SHORT.get(name, name).split(".")
     known = fields_of(kind)
+    head, dot, rest = name.partition(".")
+    if head not in known:
+        every = leaves(kind)
+        found = (
+            one
+            for one in SHORT.get(head, ())
+            if one in every or ("algorithm" in known and one.startswith("algorithm."))
+        )
+        head = next(found, head)
+    keys = f"{head}{dot}{rest}".split(".")
     if keys[0] not in known and "algorithm" in known:
         keys = ["algorithm", *keys]
     tree: Any = value

@@ -6,7 +6,7 @@ from typing import Any
 from whet.errors import RecipeError
 from whet.methods import catalogue, compose
 from whet.methods.explain import differences, ending, online_lines, preference_lines, reward_lines
-from whet.runs import build
+from whet.runs import checks
 from whet.runs import recipe as fields
 from whet.runs.slots import checked, rule_of
 
@@ -41,7 +41,7 @@ def _online(verb: str, recipe: fields.OnlineRecipe) -> list[tuple[str, list[str]
     slots = checked(verb, recipe.algorithm)
     longest, weights = recipe.sampling.max_new_tokens, [one.weight for one in recipe.reward] or [1.0]
     algorithm = compose.online_of(slots, longest=longest, weights=weights)
-    mini_batch_size = build.check_arithmetic(recipe, algorithm, verb)
+    mini_batch_size = checks.check_arithmetic(recipe, algorithm, verb)
     answers, prompts, epochs = (
         algorithm.collect.num_generations,
         recipe.rollout.prompts_per_step,
@@ -55,8 +55,8 @@ def _online(verb: str, recipe: fields.OnlineRecipe) -> list[tuple[str, list[str]
         f"  {prompts} prompts x {answers} answers = {prompts * answers} answers a rollout, at most {longest} tokens each",
         f"  {elements} {what} in mini-batches of {mini_batch_size} = {per_epoch} updates, x {epochs} epochs = {updates} updates a rollout",
         f"  {recipe.rollout.num_steps} rollouts x {updates} = {recipe.rollout.num_steps * updates} updates in all",
-        f"  at most {mini_batch_size * rows} x {longest} = {mini_batch_size * rows * longest} trained tokens an update; every count is global: "
-        "micro-batches and packing change no number",
+        f"  at most {mini_batch_size * rows} x {longest} = {mini_batch_size * rows * longest} trained tokens an update; every count "
+        "is global: micro-batches and packing change no number",
     ]
     if algorithm.collect.greedy:
         arithmetic.append(f"  and {prompts} greedy answers a rollout, as baselines")
@@ -76,9 +76,9 @@ def _online(verb: str, recipe: fields.OnlineRecipe) -> list[tuple[str, list[str]
     objective = online_lines(slots, longest=longest, weights=weights)
     if updates == 1 and any("ratio" in one.columns for term in algorithm.terms for one in term.loss.walk()):
         arithmetic.append("  one update a rollout: the ratio is 1 there, so its bounds never act")
-    cautions = [f"  {one}" for one in build.cautions(recipe, algorithm)]
+    cautions = [f"  {one}" for one in checks.cautions(recipe, algorithm)]
     try:
-        build.check_ptx(recipe, algorithm, verb)
+        checks.check_ptx(recipe, algorithm, verb)
     except RecipeError as error:
         cautions.append(f"  the run will be refused: {error}")
     return [
@@ -115,7 +115,7 @@ def _offline(verb: str, recipe: fields.OfflineRecipe) -> list[tuple[str, list[st
             )
         else:
             objective = compose.preference_of(slots)
-            build.check_reference(recipe, objective)
+            checks.check_reference(recipe, objective)
             lines, different = preference_lines(slots), differences(verb, recipe.algorithm)
             if "ref_logp" in objective.reads():
                 follows = f"moves by {recipe.sync_reference.mix:g} towards the policy every {recipe.sync_reference.every} updates"

@@ -8,7 +8,7 @@ from typing import Any
 from whet.errors import ModelError, RecipeError
 from whet.methods import compose
 from whet.planning import Hardware, Network, PlannedRun, Shape, parse_engine, report
-from whet.runs import build, config
+from whet.runs import checks, config, rewards
 from whet.runs import recipe as fields
 from whet.runs.slots import checked
 
@@ -54,9 +54,9 @@ def _online(verb: str, recipe: fields.OnlineRecipe, options: fields.PlanOptions)
     slots = checked(verb, recipe.algorithm)
     weights = [one.weight for one in recipe.reward] or [1.0]
     algorithm = compose.online_of(slots, longest=recipe.sampling.max_new_tokens, weights=weights)
-    mini_batch_size = build.check_arithmetic(recipe, algorithm, verb)
+    mini_batch_size = checks.check_arithmetic(recipe, algorithm, verb)
     roles, common = algorithm.roles(), _common(recipe, options)
-    models = [one.source for one in recipe.reward if build.is_model(one.source)]
+    models = [one.source for one in recipe.reward if rewards.is_model(one.source)]
     own = "reference" in roles and recipe.reference in (None, recipe.model.path)
     on_base = own and recipe.model.lora is not None
     start = recipe.critic.path or (models[0] if models else recipe.model.path)
@@ -68,7 +68,7 @@ def _online(verb: str, recipe: fields.OnlineRecipe, options: fields.PlanOptions)
         critic=shape_of(start) if "critic" in roles else None,
         reference=shape_of(recipe.reference or recipe.model.path) if "reference" in roles and not on_base else None,
         base_read=on_base,
-        rewards=tuple((build.name_of(one), shape_of(one)) for one in models),
+        rewards=tuple((rewards.name_of(one), shape_of(one)) for one in models),
         average=recipe.rollout.ema is not None,
         prompts=recipe.rollout.prompts_per_step,
         num_generations=algorithm.collect.num_generations + algorithm.collect.greedy,

@@ -253,9 +253,11 @@ class RewardSpec:
     """What scores whole answers: a model folder, or a function."""
 
     source: str
-    """a reward-model folder, or "file.py:function" """
+    """a reward-model folder, "file.py:function", "file.py:Class" with a method score, or a URL"""
     weight: float = 1.0
     """its share of the score"""
+    options: dict[str, Any] = field(default_factory=dict)
+    """options of a URL (timeout, retries, batch_size, connections, api_key_env) or of an own class"""
 
 
 @dataclass(frozen=True)
@@ -278,6 +280,8 @@ class Critic:
     """where it starts; default: the first reward model, else the model with a fresh head"""
     optim: Optim | None = None
     """its optimizer; default: the policy's"""
+    warmup_steps: NotNegativeInt = 0
+    """first steps in which the critic alone is trained"""
 
 
 @dataclass(frozen=True)
@@ -300,6 +304,8 @@ class Rollout:
     """prompts per rollout"""
     mini_batch_size: Count | None = None
     """answers (in online preference methods: pairs) per update; default: all of a rollout"""
+    num_epochs: Positive | None = None
+    """passes over the prompts; overrides num_steps"""
     ppo_epochs: Count = 1
     """passes over each rollout"""
     max_num_seqs: Count = 256
@@ -461,7 +467,8 @@ class PlanOptions:
 def kind_of(verb: str) -> type:
     """The record of a verb's recipe."""
     others = {
-        "sample": SampleRecipe, "rank": RankRecipe, "eval": EvalRecipe, "serve": ServeRecipe, "reward": RewardModelRecipe, "pretrain": OfflineRecipe,
+        "sample": SampleRecipe, "rank": RankRecipe, "eval": EvalRecipe, "serve": ServeRecipe,
+        "reward": RewardModelRecipe, "pretrain": OfflineRecipe,
         "sft": OfflineRecipe,
     }  # fmt: skip
     return others.get(verb, PreferenceRecipe if verb in PREFERENCE else OnlineRecipe)

@@ -8,13 +8,13 @@ from typing import Any
 from whet.errors import RecipeError
 from whet.generate.base import require_vllm
 from whet.models import load
-from whet.runs import build
+from whet.runs import models
 from whet.runs import recipe as fields
 
 
 def run_serve(recipe: fields.ServeRecipe) -> str:
     """Starts the server, says its address, and stays until it ends or is told to. Returns how it ended."""
-    source = build.source_of(recipe.model)
+    source = models.source_of(recipe.model)
     require_vllm()
     from whet.generate.vllm.server import Server
 

@@ -21,6 +21,7 @@ from whet.methods.choices import (
 )
 from whet.methods.compose import choice_options, found, record
 from whet.methods.options import NotNegative, Truncated
+from whet.methods.own import option_type
 from whet.runs import config
 
 
@@ -89,6 +90,15 @@ def _checked_plain(slot: str, value: Any) -> Any:
     return getattr(config.converted({slot: value}, form, "algorithm"), slot)
 
 
+def _kind_of(choice: Choice, option: str, more: Mapping[str, Any]) -> Any:
+    """The type of an option: of a built-in part by its name, of a user's function by its annotation."""
+    if option in more:
+        return NotNegative
+    if callable(choice.op):
+        return option_type(choice.op, option)
+    return NARROWER.get(choice.op, {}).get(option) or OPTIONS[option][0]
+
+
 def _checked_part(slot: str, spec: Any, known: Mapping[str, Choice], more: Mapping[str, Any]) -> dict[str, Any]:
     """The spec of a part with its options checked by their word's type and range; `more` are options of the slot itself."""
     if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
@@ -104,7 +114,7 @@ def _checked_part(slot: str, spec: Any, known: Mapping[str, Choice], more: Mappi
             if not names:
                 raise RecipeError(f"algorithm.{slot}.{option}: {spec['name']} has no options; leave it out")
             raise config.unknown(f"algorithm.{slot}.{option}", names)
-        kind = NARROWER.get(choice.op, {}).get(option) or (NotNegative if option in more else OPTIONS[option][0])
+        kind = _kind_of(choice, option, more)
         fields_.append((option, kind))
     form = msgspec.defstruct("part", fields_, frozen=True)
     given = config.converted({key: value for key, value in spec.items() if key != "name"}, form, f"algorithm.{slot}")

@@ -1,0 +1,56 @@
+"""A part from a user's function: its positional parameters name columns, its keyword-only parameters are options."""
+
+import inspect
+import re
+import typing
+from collections.abc import Callable
+from typing import Any
+
+from whet import ops
+from whet.errors import RecipeError
+from whet.methods.choices import Choice
+from whet.registry import load_object, place_of
+
+
+def op_of(choice: Choice) -> Callable[..., Any]:
+    """The function behind a choice: one of `whet.ops`, or a user's own."""
+    return getattr(ops, choice.op) if isinstance(choice.op, str) else choice.op
+
+
+def own_choice(slot: str, name: str, columns: frozenset[str] | None) -> Choice:
+    """The choice that stands for a user's function, named as "file.py:function" or given as an object.
+
+    Raises RecipeError where the slot takes no function, or where a positional parameter is not one of `columns`.
+    """
+    if columns is None:
+        raise RecipeError(f"algorithm.{slot}: this slot takes the built-in parts only; got {name}")
+    function = load_object(name)
+    if not callable(function):
+        raise RecipeError(f"algorithm.{slot}: {name} is a {type(function).__name__}, not a function")
+    for one in inspect.signature(function).parameters.values():
+        if one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD):
+            raise RecipeError(
+                f"algorithm.{slot}: {place_of(function)}: *{one.name} is not allowed; name each parameter"
+            )
+        if one.kind is not one.KEYWORD_ONLY and one.name not in columns:
+            raise RecipeError(
+                f"algorithm.{slot}: {place_of(function)}: the parameter {one.name!r} is no column of this slot; "
+                f"options are keyword-only (after *); columns are {', '.join(sorted(columns))}"
+            )
+    return Choice(function, _formula(function), place_of(function))
+
+
+def option_type(function: Callable[..., Any], option: str) -> Any:
+    """The annotated type of a keyword-only parameter; Any without one."""
+    try:
+        return typing.get_type_hints(function).get(option, Any)
+    except NameError:
+        return Any
+
+
+def _formula(function: Callable[..., Any]) -> str:
+    """The first line of the docstring, in which {option} is filled in; other braces are shown as they are."""
+    text = str(inspect.getdoc(function) or getattr(function, "__name__", "a function")).splitlines()[0]
+    options = [one.name for one in inspect.signature(function).parameters.values() if one.kind is one.KEYWORD_ONLY]
+    escaped = text.replace("{", "{{").replace("}", "}}")
+    return re.sub(r"\{\{(" + "|".join(map(re.escape, options)) + r")\}\}", r"{\1}", escaped) if options else escaped

@@ -1,0 +1,94 @@
+"""Rewards from a server: POST of prompts and completions in batches, the form of remote reward models."""
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from whet.data import Group
+from whet.errors import RecipeError, RewardError, WorkerDied
+from whet.http import Http
+from whet.rewards.base import Scores, checked, columns_of
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of a reward over HTTP."""
+
+    timeout: float = 60.0
+    """seconds that one request may take"""
+    retries: int = 3
+    """times that a request is sent again when nothing answers or the server fails (status 5xx)"""
+    batch_size: int = 64
+    """answers per request"""
+    connections: int = 4
+    """requests at the same time"""
+    api_key_env: str = ""
+    """environment variable with a key that is sent as a bearer token"""
+
+
+class HttpReward:
+    """The scores that a server gives. The request is JSON with `prompts`, `completions`, `query` (prompt and completion joined)
+    and the columns of the prompt rows; the answer is a list of numbers, or an object with it under `rewards` or `scores`.
+
+    Each answer is sent once, whatever the number of workers. Raises RewardError when the server fails more often than
+    `retries` allow, refuses a request, or sends something other than one number per answer.
+    """
+
+    per_group = True
+    """Groups may be dealt over the workers; every group is scored by one of them."""
+
+    def __init__(self, url: str, options: Options = Options(), api_key: str = "") -> None:
+        if min(options.retries, options.timeout) < 0 or min(options.batch_size, options.connections) < 1:
+            raise RecipeError(
+                f"reward {url}: timeout and retries are at least 0, batch_size and connections at least 1"
+            )
+        self.url, self.options = url, options
+        self.http = Http(url, options.timeout, api_key, what=f"reward {url}")
+
+    def score(self, groups: Sequence[Group]) -> Scores:
+        """See `Reward.score`. The scores are in the order of the answers."""
+        prompts, completions, columns = columns_of(groups)
+        size = self.options.batch_size
+        bodies = []
+        for start in range(0, len(completions), size):
+            part = slice(start, start + size)
+            texts = [
+                one if isinstance(one, str) else "\n".join(str(m.get("content")) for m in one) for one in prompts[part]
+            ]
+            query = [prompt + completion for prompt, completion in zip(texts, completions[part], strict=True)]
+            own = {name: values[part] for name, values in columns.items()}
+            bodies.append({**own, "query": query, "prompts": prompts[part], "completions": completions[part]})
+        with ThreadPoolExecutor(self.options.connections, "whet-reward") as pool:
+            values = [number for found in pool.map(self._ask, bodies) for number in found]
+        return checked(values, [sample for group in groups for sample in group.samples], self.url)
+
+    def _ask(self, body: dict[str, Any]) -> list[Any]:
+        for left in range(self.options.retries, -1, -1):
+            try:
+                found = self.http.ask("POST", "", body)
+                break
+            except RecipeError as error:  # the server refused the request: sending it again changes nothing
+                raise RewardError(str(error)) from error
+            except WorkerDied as error:
+                if not left:
+                    tries = self.options.retries + 1
+                    raise RewardError(f"{error}; tried {tries} time{'s' if tries > 1 else ''}") from error
+                time.sleep(min(0.1 * 2 ** (self.options.retries - left), 5.0))
+            except ValueError as error:
+                raise RewardError(f"reward {self.url}: the answer is not JSON ({error})") from error
+        values = next((found[key] for key in ("rewards", "scores") if isinstance(found, dict) and key in found), found)
+        if not isinstance(values, list) or len(values) != len(body["completions"]):
+            count = len(body["completions"])
+            raise RewardError(f"reward {self.url}: expected a list of {count} numbers, got {values!r:.80}")
+        return values
+
+
+def make(options: Options, context: Any) -> HttpReward:
+    """The reward of the URL `context`."""
+    import os
+
+    if options.api_key_env and options.api_key_env not in os.environ:
+        raise RecipeError(f"reward {context}: the environment variable {options.api_key_env} is not set")
+    return HttpReward(str(context), options, os.environ.get(options.api_key_env, "") if options.api_key_env else "")

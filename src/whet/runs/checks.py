@@ -1,0 +1,149 @@
+"""What a recipe asks for and no run can do: numbers and options that contradict each other."""
+
+import math
+
+from whet import ops
+from whet.errors import RecipeError
+from whet.methods import Algorithm, Objective
+from whet.methods.options import Optim
+from whet.runs import recipe as fields
+
+
+def check_arithmetic(recipe: fields.OnlineRecipe, algorithm: Algorithm, verb: str) -> int:
+    """Refuses impossible numbers; the answers per update."""
+    answers = algorithm.collect.num_generations
+    total = recipe.rollout.prompts_per_step * (1 if algorithm.pairs else answers)
+    mini_batch_size = recipe.rollout.mini_batch_size or total
+    if mini_batch_size > total:
+        made = "pair each" if algorithm.pairs else f"x {answers} answers"
+        raise RecipeError(
+            f"rollout.mini_batch_size: a rollout has {recipe.rollout.prompts_per_step} prompts {made} = {total}; "
+            f"got {mini_batch_size}; set --rollout.mini-batch-size too"
+        )
+    if not algorithm.has_ratio() and (mini_batch_size < total or recipe.rollout.ppo_epochs > 1):
+        raise RecipeError(
+            f"rollout: {verb} has no ratio to correct for a moved policy, so it takes one update per "
+            "rollout; "
+            f"leave rollout.mini_batch_size out and rollout.ppo_epochs at 1 (got {mini_batch_size} of {total}, "
+            f"{recipe.rollout.ppo_epochs} epochs)"
+        )
+    whole = algorithm.advantage is None or algorithm.advantage.op is ops.broadcast
+    if any(one.dense for one in recipe.reward) and whole:
+        raise RecipeError(
+            f"reward.dense: {verb} credits whole answers, so scores per token would be added up; leave it out"
+        )
+    resized = algorithm.normalize or algorithm.reward_normalization or algorithm.combine.op is not ops.weighted_sum
+    if any(one.dense for one in recipe.reward) and resized:
+        raise RecipeError(
+            "reward.dense: scores per token keep their size; leave normalize, reward_normalization and combine as they are"
+        )
+    for number, one in enumerate(recipe.reward):
+        if one.step is not None and not one.dense:
+            raise RecipeError(f"reward.{number}.step: it says where a dense reward has its scores; set dense too")
+    if len(recipe.reward) == 1 and algorithm.combine.op is not ops.weighted_sum:
+        raise RecipeError(
+            "algorithm.combine: a single reward has no spread to be careful about; give several, or weighted_sum"
+        )
+    if recipe.rollout.ema is not None and recipe.model.lora is not None:
+        raise RecipeError("rollout.ema: an average of the policy needs all weights trained; leave model.lora out")
+    if recipe.sampling.temperature == 0:
+        raise RecipeError(
+            "sampling.temperature: greedy answers have no other side to learn from; use a temperature above 0"
+        )
+    roles, updates = algorithm.roles(), recipe.rollout.ppo_epochs * -(-total // mini_batch_size)
+    for name, given, needed in (
+        ("reference", recipe.reference is not None, "reference"),
+        ("critic", recipe.critic != fields.Critic(), "critic"),
+    ):
+        if given and needed not in roles:
+            raise RecipeError(f"{name}: {verb} as it is set has no {needed}; leave it out")
+    if updates == 1 and any(one.op is ops.kl_on for term in algorithm.terms for one in term.loss.walk()):
+        raise RecipeError(
+            "algorithm.select: kl_cov holds the updates of a rollout together, and there is one alone; take several "
+            "(rollout.mini_batch_size, rollout.ppo_epochs)"
+        )
+    if recipe.rollout.target_kl is not None and updates == 1:
+        raise RecipeError(
+            "rollout.target_kl: it ends a rollout's updates early, and there is one alone; take several "
+            "(rollout.mini_batch_size, rollout.ppo_epochs) or leave it out"
+        )
+    if recipe.rollout.sync_reference.mix != 1.0 and not recipe.rollout.sync_reference.every:
+        raise RecipeError(
+            "rollout.sync_reference.mix: the reference is never refreshed; set rollout.sync_reference.every"
+        )
+    if recipe.rollout.sync_reference.every and (recipe.model.lora is not None or "reference" not in algorithm.roles()):
+        raise RecipeError(
+            "rollout.sync_reference: it needs a reference that is a model of its own: a method with a KL, and no adapters"
+        )
+    return mini_batch_size
+
+
+def check_ptx(recipe: fields.OnlineRecipe, algorithm: Algorithm, verb: str) -> None:
+    """Refuses a ptx term without data, and data without a term."""
+    needs_ptx = any(term.stream == "ptx" for term in algorithm.terms)
+    if needs_ptx and not recipe.ptx.data:
+        raise RecipeError(f"ptx.data: {verb} mixes pre-training rows into every update; give --ptx with `text` rows")
+    if recipe.ptx.batch_size != fields.Ptx().batch_size and not needs_ptx:
+        raise RecipeError(f"ptx.batch_size: {verb} has no ptx term; leave it out, or set --ptx-coef")
+    if recipe.ptx.data and not needs_ptx:
+        raise RecipeError(f"ptx.data: {verb} has no ptx term; use the instructgpt method, or set --ptx-coef")
+
+
+def check_reference(recipe: fields.PreferenceRecipe, objective: Objective) -> None:
+    """Refuses options of the reference where there is none, or none of its own."""
+    has = "ref_logp" in objective.reads()
+    refresh = recipe.sync_reference
+    if not has and (recipe.reference is not None or recipe.precompute or refresh.every):
+        raise RecipeError("reference: this method has none; leave reference, precompute and sync_reference out")
+    if refresh.every and (recipe.precompute or recipe.model.lora is not None):
+        raise RecipeError(
+            "sync_reference: the reference must be a model of its own; leave precompute and model.lora out"
+        )
+    if refresh.mix != 1.0 and not refresh.every:
+        raise RecipeError("sync_reference.mix: the reference is never updated; set sync_reference.every")
+
+
+def check_optim(optim: Optim, where: str) -> None:
+    """Refuses options of an optimizer that do nothing beside the others."""
+    if optim.kind != "muon" and optim.muon_lr != Optim().muon_lr:
+        raise RecipeError(f"{where}.muon_lr: the optimizer is {optim.kind}; set {where}.kind to muon, or leave it out")
+    if optim.schedule == "constant" and optim.min_lr_ratio != Optim().min_lr_ratio:
+        raise RecipeError(
+            f"{where}.min_lr_ratio: a constant schedule ends where it began; leave it out, or take another schedule"
+        )
+
+
+def cautions(recipe: fields.OnlineRecipe, algorithm: Algorithm) -> list[str]:
+    """What a run should be warned of before it starts."""
+    in_reward = algorithm.penalty is not None and algorithm.penalty.estimator.op is not ops.dense
+    in_loss = any(
+        one.op in (ops.k2, ops.k3, ops.k3_weighted, ops.k2_sequence)
+        for term in algorithm.terms
+        for one in term.loss.walk()
+    )
+    fixes = {"kl_in_reward": "--kl-in-reward.estimator exact", "kl_in_loss": "--kl-in-loss exact"}
+    return [
+        f"algorithm.{slot}: under top_p, top_k or min_p a KL estimated on the sampled tokens is biased, since some tokens are never "
+        f"sampled; {fixes[slot]} sums over the whole vocabulary"
+        for slot, sampled in (("kl_in_reward", in_reward), ("kl_in_loss", in_loss))
+        if sampled and recipe.sampling.truncates
+    ] + _about_correction(recipe, algorithm)
+
+
+def _about_correction(recipe: fields.OnlineRecipe, algorithm: Algorithm) -> list[str]:
+    own = recipe.generator.name == "local" and not recipe.generator.max_staleness
+    if algorithm.importance_correction is not None and own and recipe.learner.backend in ("auto", "local"):
+        return [
+            "algorithm.importance_correction: answers are sampled by the learner's own weights here, so every correction is 1"
+        ]
+    if algorithm.importance_correction is None and recipe.generator.max_staleness:
+        return [
+            "generator.max_staleness: answers of older weights are learned from as if the present ones had made them; "
+            "--importance-correction token_weight weighs them"
+        ]
+    return []
+
+
+def steps_of(train: fields.Train, elements: int) -> int:
+    """Updates of an offline run."""
+    return train.num_steps or max(1, math.ceil(train.num_epochs * elements / train.batch_size))

@@ -1,0 +1,88 @@
+"""whet.evaluate: win rates under judges, the accuracy of a reward model, or a held-out loss."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from whet.data.files import write_json, write_jsonl
+from whet.errors import RecipeError
+from whet.learner.local import LocalLearner
+from whet.loops import evaluate
+from whet.methods import compose
+from whet.models import load
+from whet.ops import address
+from whet.runs import data, models, rewards, sample
+from whet.runs import recipe as fields
+
+
+def run_eval(recipe: fields.EvalRecipe) -> dict[str, float]:
+    """Win rate against another model under judges; or a reward model's accuracy; or the loss on held-out rows."""
+    sample.threads(recipe.threads)
+    if (recipe.against is None) != (not recipe.judge):
+        raise RecipeError(
+            "eval: a win rate needs both --against (the other model) and --judge; a loss or an accuracy needs neither"
+        )
+    numbers = _win_rates(recipe) if recipe.judge else _held_out(recipe)
+    if recipe.out:
+        write_json(Path(recipe.out), numbers)
+    return numbers
+
+
+def _win_rates(recipe: fields.EvalRecipe) -> dict[str, float]:
+    """Both models answer every prompt once, independently; each judge scores; KL of the model to the other, in nats."""
+    assert recipe.against is not None
+    tokenizer, chat = models.tokenizer_and_chat(recipe.model)
+    judges = rewards.distinct(
+        [rewards.reward(one, recipe.model, tokenizer, recipe.max_tokens_per_micro_batch) for one in recipe.judge]
+    )
+    prompts = sample.prompts_of(recipe.model, recipe.data, chat, recipe.sampling)
+    role = models.causal_role("policy", recipe.model, tokenizer, trained=False, seed=0)
+    other_tokenizer, other_chat = models.tokenizer_and_chat(replace(recipe.model, path=recipe.against))
+    if other_tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise RecipeError(
+            f"against: {recipe.against} has another tokenizer than {recipe.model.path}; compare models of one family"
+        )
+    other = models.causal_role("reference", recipe.model, tokenizer, trained=False, seed=0, path=recipe.against)
+    ours = sample.answers_of(recipe, role, chat, prompts, 1, recipe.seed)
+    theirs = sample.answers_of(recipe, other, other_chat, prompts, 1, address(recipe.seed, "against"))
+    learner = LocalLearner({"policy": role, "reference": other}, {}, total=1, budget=recipe.max_tokens_per_micro_batch)
+    exact = (
+        recipe.sampling.temperature > 0 and not recipe.sampling.truncates
+    )  # else the samples are not the policy's own
+    divergence = evaluate.kl(learner, ours, recipe.sampling.temperature).tolist() if exact else [None] * len(ours)
+    numbers: dict[str, float] = {"prompts": len(prompts)}
+    numbers |= {"kl": sum(divergence) / len(divergence)} if exact else {}
+    rows = [
+        {
+            "prompt": group.prompt.row.get("prompt"),
+            "answer": group.samples[0].text,
+            "against": rival.samples[0].text,
+            "kl": kl,
+        }
+        for group, rival, kl in zip(ours, theirs, divergence, strict=True)
+    ]
+    for judge in judges:
+        mine, rivals = judge.reward.score(ours).answer.tolist(), judge.reward.score(theirs).answer.tolist()
+        win, mean, rival = evaluate.win_rate(mine, rivals), evaluate.interval(mine), evaluate.interval(rivals)
+        for name, three in (("win_rate", win), ("score", mean), ("against", rival)):
+            numbers |= {
+                f"{judge.name}/{name}{end}": value for end, value in zip(("", "_low", "_high"), three, strict=True)
+            }
+        for row, score, score_against in zip(rows, mine, rivals, strict=True):
+            row |= {judge.name: score, f"{judge.name}/against": score_against}
+    if recipe.answers:
+        write_jsonl(sample.out_file(recipe.answers, "eval"), rows)
+    return numbers
+
+
+def _held_out(recipe: fields.EvalRecipe) -> dict[str, float]:
+    tokenizer, chat = models.tokenizer_and_chat(recipe.model)
+    reader = data.reader_of(recipe.model, recipe.data, chat)
+    if load.is_scorer(recipe.model.path):
+        role = models.scorer_role("reward", recipe.model, tokenizer, trained=False, seed=0, path=recipe.model.path)
+        objective, reading = compose.reward("k_way"), "rankings"
+    else:
+        role = models.causal_role("policy", recipe.model, tokenizer, trained=False, seed=0)
+        objective, reading = compose.SFT, "demonstrations"
+    elements = data.rows_of(recipe.data, getattr(reader, reading))
+    learner = LocalLearner({role.name: role}, {}, total=1, budget=recipe.max_tokens_per_micro_batch)
+    return {key.rpartition("/")[2]: value for key, value in evaluate.held_out(learner, objective, elements).items()}

@@ -1,0 +1,180 @@
+"""How the models of a recipe are loaded: tokenizer, roles, adapters and heads."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from whet.data import Chat, chat_format
+from whet.errors import ModelError, RecipeError
+from whet.methods import Algorithm
+from whet.methods.options import Optim
+from whet.models import load, lora
+from whet.models.roles import Role, readout_of
+from whet.runs import recipe as fields
+from whet.runs import rewards
+
+
+def source_of(model: fields.Frozen, path: str | None = None) -> load.ModelSource:
+    """How a model of this recipe is loaded; frozen roles come from other paths with the same options."""
+    name = path or model.path
+    if not name:
+        raise RecipeError("model.path: which model? give --model with a Hugging Face folder or a hub name")
+    dtype = model.dtype
+    adapters = isinstance(model, fields.Model) and model.lora is not None
+    if dtype == "auto" and not adapters and model.quantize == "none":
+        dtype = "float32"  # weights that are trained themselves lose small updates in half precision
+    return load.ModelSource(name, dtype, model.device, model.trust_remote_code, model.quantize)
+
+
+def tokenizer_and_chat(model: fields.Frozen) -> tuple[Any, Chat]:
+    """The model's tokenizer and the format of its conversations."""
+    load.quiet()
+    tokenizer = load.load_tokenizer(source_of(model), pad_token=model.pad_token)
+    return tokenizer, chat_format(tokenizer, model.chat_template)
+
+
+def causal_role(
+    name: str, recipe: fields.Frozen, tokenizer: Any, *, trained: bool, seed: int, path: str | None = None
+) -> Role:
+    """A policy or reference of its own, with a fresh adapter where it is trained and the recipe has LoRA."""
+    model = load.load_causal_lm(source_of(recipe, path), tokenizer)
+    if not trained:
+        return Role(name, model, False)
+    assert isinstance(recipe, fields.Model)
+    _can_train(recipe)
+    if recipe.gradient_checkpointing:
+        load.checkpoint_activations(model)
+    if recipe.lora is None:
+        return Role(name, model, True)
+    return Role(name, model, True, wrapped=lora.attach(model, recipe.lora, (name,), seed=seed), adapter=name)
+
+
+def scorer_role(
+    name: str, recipe: fields.Frozen, tokenizer: Any, *, trained: bool, seed: int, path: str, readout: str | None = None
+) -> Role:
+    """A reward model or critic of its own. A saved one is read as its folder says, unless `readout` names another way."""
+    model = load.load_scorer(source_of(recipe, path), tokenizer, seed=seed)
+    about = value_of(path) if name == "critic" else dict(readout_of(path))
+    if readout not in (None, about.get("readout")):
+        about = {"readout": readout}
+    if not trained:
+        return Role(name, model, False, **about)
+    assert isinstance(recipe, fields.Model)
+    _can_train(recipe)
+    if recipe.gradient_checkpointing:
+        load.checkpoint_activations(model)
+    if recipe.lora is None:
+        return Role(name, model, True, **about)
+    wrapped = lora.attach(model, recipe.lora, (name,), seed=seed, scorer=True)
+    return Role(name, model, True, wrapped=wrapped, adapter=name, **about)
+
+
+def value_of(path: str) -> dict[str, Any]:
+    """How a critic that starts from this folder is read: a last-token score is in a value's unit, a sum is not."""
+    about = readout_of(path)
+    return {"shift": about["shift"]} if about["readout"] == "last" else {}
+
+
+def reference_role(recipe: fields.Model, policy: Role, path: str | None, tokenizer: Any) -> Role:
+    """The reference: the policy's own base where adapters are trained on it, else a frozen copy."""
+    if policy.wrapped is not None and path in (None, recipe.path):
+        return Role("reference", policy.model, False, wrapped=policy.wrapped)
+    if path in (None, recipe.path):
+        return Role("reference", copy.deepcopy(policy.model), False)
+    return causal_role("reference", recipe, tokenizer, trained=False, seed=0, path=path)
+
+
+@dataclass(frozen=True)
+class Cast:
+    """The roles of an online run, and the optimizers of those that are trained."""
+
+    roles: dict[str, Role]
+    optims: dict[str, Optim]
+
+
+def cast(recipe: fields.OnlineRecipe, algorithm: Algorithm, tokenizer: Any) -> Cast:
+    """All roles that the method needs, as separate copies or on one trunk."""
+    if recipe.trunk == "shared":
+        return _shared(recipe, algorithm, tokenizer)
+    policy = causal_role("policy", recipe.model, tokenizer, trained=True, seed=recipe.seed)
+    roles = {"policy": policy}
+    if "reference" in algorithm.roles():
+        roles["reference"] = reference_role(recipe.model, policy, recipe.reference, tokenizer)
+    if "critic" in algorithm.roles():
+        start = recipe.critic.path or _first_reward_model(recipe, tokenizer) or recipe.model.path
+        if recipe.critic.path and not same_tokenizer(source_of(recipe.model, start), tokenizer):
+            raise ModelError(
+                f"critic.path: {start} has another tokenizer than the policy, so it cannot read its tokens"
+            )
+        roles["critic"] = scorer_role("critic", recipe.model, tokenizer, trained=True, seed=recipe.seed, path=start)
+    return _with_average(recipe, roles)
+
+
+def _first_reward_model(recipe: fields.OnlineRecipe, tokenizer: Any) -> str | None:
+    """The first reward model that reads the policy's own tokens."""
+    folders = [one.source for one in recipe.reward if rewards.is_model(one.source)]
+    return next((one for one in folders if same_tokenizer(source_of(recipe.model, one), tokenizer)), None)
+
+
+def same_tokenizer(source: load.ModelSource, tokenizer: Any) -> bool:
+    """The folder's tokenizer gives the same ids for the same conversations."""
+    own = load.load_tokenizer(source)
+    return own.get_vocab() == tokenizer.get_vocab() and own.chat_template == tokenizer.chat_template
+
+
+def _with_average(recipe: fields.OnlineRecipe, roles: dict[str, Role]) -> Cast:
+    if recipe.rollout.ema is not None:
+        policy = roles["policy"]
+        roles["ema"] = Role("ema", copy.deepcopy(policy.model), False)
+    optims = {name: recipe.optim for name, role in roles.items() if role.trained}
+    if "critic" in roles:
+        optims["critic"] = recipe.critic.optim or recipe.optim
+    return Cast(roles, optims)
+
+
+def _shared(recipe: fields.OnlineRecipe, algorithm: Algorithm, tokenizer: Any) -> Cast:
+    """One base model in memory; the policy and the critic are adapters, the reference is the base itself.
+
+    A reward model that was saved as an adapter of the same base lies on the trunk too, and the critic starts from it.
+    """
+    if recipe.model.lora is None:
+        raise RecipeError(
+            "trunk: a shared trunk is trained through adapters; set model.lora, for example --model.lora.rank 16"
+        )
+    if recipe.reference not in (None, recipe.model.path):
+        raise RecipeError("reference: on a shared trunk the reference is the base model itself; leave it out")
+    model = load.load_causal_lm(source_of(recipe.model), tokenizer)
+    if recipe.model.gradient_checkpointing:
+        load.checkpoint_activations(model)
+    wrapped = lora.attach(model, recipe.model.lora, ("policy",), seed=recipe.seed)
+    roles = {"policy": Role("policy", model, True, wrapped=wrapped, adapter="policy")}
+    if "reference" in algorithm.roles():
+        roles["reference"] = Role("reference", model, False, wrapped=wrapped)
+    if "critic" in algorithm.roles():
+        folder = recipe.critic.path or next((one.source for one in recipe.reward if lora.is_adapter(one.source)), None)
+        about: dict[str, Any] = {}
+        if folder is not None:
+            head, about = lora.add_from_folder(wrapped, "critic", folder), value_of(folder)
+        else:
+            lora.add_fresh(wrapped, "critic", recipe.model.lora, seed=recipe.seed)
+            head = fresh_head(model, recipe.seed)
+        roles["critic"] = Role("critic", model, True, wrapped=wrapped, adapter="critic", head=head, **about)
+    return _with_average(recipe, roles)
+
+
+def fresh_head(model: Any, seed: int) -> nn.Linear:
+    """A scalar head for a trunk, drawn as `load_scorer` draws it."""
+    embedding = model.get_input_embeddings().weight
+    head = nn.Linear(embedding.shape[1], 1, bias=False, device=embedding.device, dtype=torch.float32)
+    load.draw_head(head, seed)
+    return head
+
+
+def _can_train(recipe: fields.Model) -> None:
+    if recipe.export == "adapter" and recipe.lora is None:
+        raise RecipeError("model.export: there is no adapter to export without model.lora; leave it at merged")
+    if recipe.quantize != "none" and recipe.lora is None:
+        raise ModelError("model.quantize: a 4-bit base is frozen; train adapters on it with --model.lora.rank 16")

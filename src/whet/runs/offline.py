@@ -1,0 +1,104 @@
+"""A run on rows of a file (pretrain, sft, reward models, preference methods): checked, then as a loop."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, no_grad
+
+from whet.data import Element
+from whet.errors import RecipeError
+from whet.learner import Learner
+from whet.loops import evaluate, offline
+from whet.loops.interrupt import Stop
+from whet.methods import Objective, compose
+from whet.runs import checks, config, data, folder, learners, models
+from whet.runs import recipe as fields
+from whet.runs.slots import checked
+
+READINGS: Mapping[str, str] = {"pretrain": "texts", "sft": "demonstrations"}
+"""Which records the methods without slots are trained on."""
+
+
+@dataclass(frozen=True)
+class OfflineJob:
+    """Everything an offline run needs, checked; no weights are loaded yet."""
+
+    method: str
+    recipe: fields.OfflineRecipe
+    objective: Objective
+    plan: offline.OfflinePlan
+    tokenizer: Any
+    sources: Sequence[Sequence[Element]]
+    weights: Sequence[float] | None = None
+    evaluation: Sequence[Element] = field(default_factory=list)
+
+    @property
+    def make(self) -> Callable[..., Learner]:
+        """How a worker builds its learner: `make(workers)`."""
+        return partial(learners.offline_learner, self.method, self.recipe, self.objective, self.plan.steps)
+
+    def loop(self, learner: Learner, where: Path, options: folder.Options, stop: Stop) -> offline.OfflineLoop:
+        """The loop over this learner; the run folder is opened."""
+        run = folder.opened(where, self.recipe, options, self.method, learner.workers)
+        return offline.OfflineLoop(
+            self.objective, learner, self.sources, self.plan, run, weights=self.weights, evaluation=self.evaluation,
+            resume=options.resume, stop=stop, title=self.method, quiet=options.quiet,
+        )  # fmt: skip
+
+    def finish(self, loop: offline.OfflineLoop, where: Path) -> None:
+        """Write the result of a run that reached its end."""
+        recipe, learner = self.recipe, loop.learner
+        if isinstance(recipe, fields.RewardModelRecipe) and recipe.head.standardize:
+            elements = [element for source in self.sources for element in source]
+            _standardize(learner, evaluate.scores(learner, self.objective, elements))
+        role = "reward" if isinstance(recipe, fields.RewardModelRecipe) else "policy"
+        learner.export(role, where / "model", self.tokenizer, merge=recipe.model.export == "merged")
+
+
+def prepare(method: str, recipe: fields.OfflineRecipe) -> OfflineJob:
+    """Check everything that can be known before weights are loaded, and read the rows."""
+    checks.check_optim(recipe.optim, "optim")
+    if recipe.train.eval_every and not recipe.data.eval:
+        raise RecipeError("train.eval_every: there are no held-out rows; give --data.eval, or leave it out")
+    name, objective = method, compose.SFT
+    if isinstance(recipe, fields.RewardModelRecipe | fields.PreferenceRecipe):
+        slots = checked(method, recipe.algorithm, config.leaves(type(recipe)))
+        rewards = isinstance(recipe, fields.RewardModelRecipe)
+        name = recipe.algorithm["name"] if rewards else method
+        objective = compose.reward_of(slots) if rewards else compose.preference_of(slots)
+    if isinstance(recipe, fields.PreferenceRecipe):
+        checks.check_reference(recipe, objective)
+    tokenizer, chat = models.tokenizer_and_chat(recipe.model)
+    if isinstance(recipe, fields.RewardModelRecipe) and tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise RecipeError(
+            "model.pad_token: the pad token is the end token, and other tools would then read the saved reward model one token "
+            "early; name another token with --model.pad-token"
+        )
+    reader = data.reader_of(recipe.model, recipe.data, chat)
+    reading = READINGS.get(method) or data.reading(name, objective)
+    data.check_data(recipe.data, reading)
+    read: Callable[[Sequence[Any]], list] = getattr(reader, reading)
+    read = data.guarded(read, objective, name) if objective is not compose.SFT else read
+    sources, weights = data.sources_of(recipe.data, read)
+    evaluation = data.evaluation_of(recipe.data, read)
+    steps = checks.steps_of(recipe.train, sum(map(len, sources)))
+    refresh = getattr(recipe, "sync_reference", fields.SyncReference())
+    plan = offline.OfflinePlan(
+        steps, recipe.train.batch_size, recipe.seed, recipe.data.shuffle, recipe.train.save_every,
+        recipe.train.eval_every or (steps if evaluation else 0), recipe.train.keep, refresh=refresh.every,
+        refresh_mix=refresh.mix, precompute=getattr(recipe, "precompute", False),
+    )  # fmt: skip
+    return OfflineJob(method, recipe, objective, plan, tokenizer, sources, weights, evaluation)
+
+
+@no_grad()
+def _standardize(learner: Learner, scores: Tensor) -> None:
+    """Scale the head and shift the reward model so that these scores of its own (n,) get mean 0 and deviation 1.
+
+    The scale is in the head's weights, so other tools read the same scores but for the shift, which ranks nothing.
+    """
+    scale = 1.0 / max(float(scores.double().std(correction=0)), 1e-6)
+    learner.rescale("reward", scale, -float(scores.double().mean()))

@@ -1,0 +1,129 @@
+"""A run on the policy's own answers (ppo, grpo and the other online methods): checked, then as a loop."""
+
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from whet.data import Chat, Element, Prompt, read_rows
+from whet.distributed import first, launched
+from whet.errors import RecipeError
+from whet.generate import Generator
+from whet.learner import Learner
+from whet.loops import online
+from whet.loops.interrupt import Stop
+from whet.methods import Algorithm, compose
+from whet.models import load
+from whet.rewards import Weighted
+from whet.runs import checks, config, data, folder, generators, learners, models, rewards
+from whet.runs import recipe as fields
+from whet.runs.slots import checked
+
+
+@dataclass(frozen=True)
+class OnlineJob:
+    """Everything an online run needs, checked; no weights are loaded yet. `longest` is the longest sequence of a generator."""
+
+    method: str
+    recipe: fields.OnlineRecipe
+    algorithm: Algorithm
+    plan: online.OnlinePlan
+    tokenizer: Any
+    chat: Chat
+    prompts: Sequence[Prompt]
+    longest: int
+    updates: int
+    ptx: Sequence[Element] = field(default_factory=list)
+
+    @property
+    def make(self) -> Callable[..., Learner]:
+        """How a worker builds its learner: `make(workers)`."""
+        scores = not self.recipe.cluster.rewards
+        return partial(learners.online_learner, self.recipe, self.algorithm, self.updates, scores=scores)
+
+    def loop(
+        self,
+        learner: Learner,
+        generator: Generator,
+        scorers: Sequence[Weighted],
+        where: Path,
+        options: folder.Options,
+        stop: Stop,
+    ) -> online.OnlineLoop:
+        """The loop over these parts; the run folder is opened."""
+        run = folder.opened(where, self.recipe, options, self.method, learner.workers)
+        return online.OnlineLoop(
+            self.algorithm, learner, generator, scorers, self.prompts, self.recipe.sampling, self.plan, run, ptx=self.ptx,
+            resume=options.resume, stop=stop, title=self.method, quiet=options.quiet,
+        )  # fmt: skip
+
+    def finish(self, loop: online.OnlineLoop, where: Path) -> None:
+        """Write the result of a run that reached its end."""
+        merge = self.recipe.model.export == "merged"
+        loop.learner.export("policy", where / "model", self.tokenizer, merge=merge)
+        if self.recipe.rollout.ema is not None:
+            loop.learner.export("ema", where / "ema", self.tokenizer)
+
+
+def prepare(method: str, recipe: fields.OnlineRecipe) -> OnlineJob:
+    """Check everything that can be known before weights are loaded, and read the prompts."""
+    checks.check_optim(recipe.optim, "optim")
+    if recipe.critic.optim is not None:
+        checks.check_optim(recipe.critic.optim, "critic.optim")
+    slots = checked(method, recipe.algorithm, config.leaves(fields.OnlineRecipe))
+    longest, weights = recipe.sampling.max_new_tokens, [one.weight for one in recipe.reward] or [1.0]
+    algorithm = compose.online_of(slots, longest=longest, weights=weights)
+    if not recipe.reward:
+        raise RecipeError(
+            'reward: what scores the answers? give --reward with a reward-model folder or "file.py:function"'
+        )
+    mini_batch_size = checks.check_arithmetic(recipe, algorithm, method)
+    checks.check_ptx(recipe, algorithm, method)
+    tokenizer, chat = models.tokenizer_and_chat(recipe.model)
+    reader = data.reader_of(recipe.model, recipe.data, chat, room=recipe.sampling.max_new_tokens)
+    prompts = data.rows_of(recipe.data, reader.prompts)
+    data.check_columns(prompts)
+    generators.check_generator(recipe, int(os.environ["WORLD_SIZE"]) if launched() else 1)
+    rewards.check_rewards(recipe, tokenizer)
+    ptx = (
+        data.reader_of(recipe.model, fields.Rows(), chat).demonstrations(read_rows(recipe.ptx.data))
+        if recipe.ptx.data
+        else []
+    )
+    for caution in checks.cautions(recipe, algorithm) if first() else ():
+        print(f"whet: {caution}", file=sys.stderr)
+    plan, longest = _plan_of(recipe, mini_batch_size, chat, prompts)
+    rows = recipe.rollout.prompts_per_step * (1 if algorithm.pairs else algorithm.collect.num_generations)
+    updates = plan.steps * plan.epochs * -(-rows // mini_batch_size)
+    return OnlineJob(method, recipe, algorithm, plan, tokenizer, chat, prompts, longest, updates, ptx)
+
+
+def steps_of(rollout: fields.Rollout, prompts: int) -> int:
+    """Steps of an online run: as many as are asked for, or as many as the passes over the prompts take."""
+    if rollout.num_epochs is None:
+        return rollout.num_steps
+    return max(1, math.ceil(rollout.num_epochs * prompts / rollout.prompts_per_step))
+
+
+def _plan_of(
+    recipe: fields.OnlineRecipe, mini_batch_size: int, chat: Chat, prompts: Sequence[Prompt]
+) -> tuple[online.OnlinePlan, int]:
+    """The loop's plan, and the longest sequence that a generator reads, in tokens: an answer, or the canary."""
+    rollout, generator = recipe.rollout, recipe.generator
+    positions = load.positions(models.source_of(recipe.model))
+    canary = min(160, positions - 1)
+    longest = min(positions, max(canary + 1, max(len(one.ids) for one in prompts) + recipe.sampling.max_new_tokens))
+    plan = online.OnlinePlan(
+        steps=steps_of(rollout, len(prompts)), prompts=rollout.prompts_per_step, mini_batch_size=mini_batch_size,
+        epochs=rollout.ppo_epochs, seed=recipe.seed, ptx_batch=recipe.ptx.batch_size, target_kl=rollout.target_kl,
+        ema=rollout.ema, equal_start=recipe.reference in (None, recipe.model.path), end_ids=chat.end_ids, canary=canary,
+        low_precision=generator.dtype in ("bfloat16", "float16"), save_every=recipe.train.save_every,
+        keep=recipe.train.keep, refresh=rollout.sync_reference.every, refresh_mix=rollout.sync_reference.mix,
+        max_staleness=generator.max_staleness, segment=generator.segment_tokens, slots=rollout.max_num_seqs,
+        critic_warmup=recipe.critic.warmup_steps,
+    )  # fmt: skip
+    return plan, longest

@@ -1,0 +1,115 @@
+"""A run on a Ray cluster: what is refused, and what each worker builds."""
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from whet.cluster import Attempt, Wanted, connected, survive
+from whet.cluster.ray import require, there
+from whet.distributed import launched
+from whet.errors import RecipeError
+from whet.generate import Generator
+from whet.generate.local import LocalGenerator
+from whet.learner.local import LocalLearner
+from whet.registry import OBJECTS
+from whet.rewards import Weighted
+from whet.rewards.model import reading
+from whet.runs import generators, learners, models, rewards
+from whet.runs import recipe as fields
+
+
+def check_cluster(recipe: fields.OfflineRecipe | fields.OnlineRecipe) -> None:
+    """Refuses places that nobody asked for, and a cluster without Ray."""
+    wanted, plain = recipe.cluster, fields.Cluster()
+    if wanted.address is None:
+        for name in ("learners", "engines", "rewards", "colocate", "min_learners"):
+            if getattr(wanted, name) != getattr(plain, name):
+                raise RecipeError(f"cluster.{name}: there is no cluster; set --cluster auto, or leave it out")
+        return
+    require()
+    for count in {wanted.learners, wanted.min_learners}:
+        learners.backend_of(recipe, count)
+    if launched():
+        raise RecipeError("cluster: torchrun starts the workers, or the cluster does; leave one of them out")
+    if wanted.min_learners > wanted.learners:
+        raise RecipeError(
+            f"cluster.min_learners: at most the {wanted.learners} of cluster.learners; got {wanted.min_learners}"
+        )
+    if isinstance(recipe, fields.OfflineRecipe) and (wanted.engines or wanted.rewards):
+        raise RecipeError("cluster: training on a file has neither engines nor rewards; leave them out")
+    if isinstance(recipe, fields.OnlineRecipe):
+        if recipe.generator.max_staleness and not wanted.engines:
+            raise RecipeError(
+                "generator.max_staleness: the learner's workers answer and learn in turns; set cluster.engines"
+            )
+        if recipe.generator.name == "server" and len(recipe.generator.urls) != wanted.engines:
+            raise RecipeError(
+                f"cluster.engines: one for each of the {len(recipe.generator.urls)} servers; got {wanted.engines}"
+            )
+        if wanted.colocate and recipe.generator.tensor_parallel > 1:
+            raise RecipeError("cluster.colocate: an engine over several GPUs needs them for itself; leave it out")
+        if recipe.generator.count > 1:
+            raise RecipeError("generator.count: on a cluster it is cluster.engines")
+        if wanted.colocate and not wanted.engines:
+            raise RecipeError(
+                "cluster.colocate: there are no engines of their own; set cluster.engines, or leave it out"
+            )
+
+
+def on_cluster(
+    recipe: fields.OfflineRecipe | fields.OnlineRecipe,
+    attempt: Callable[[Attempt, bool], None],
+    resume: bool,
+    quiet: bool,
+) -> None:
+    """Runs the attempt on the recipe's cluster, again and from the last checkpoint where workers die."""
+    own = recipe.cluster
+    wanted = Wanted(
+        own.learners, own.engines, own.rewards, colocate=own.colocate, cpus=own.cpus, min_learners=own.min_learners,
+        placement_timeout=own.placement_timeout,
+    )  # fmt: skip
+    assert own.address is not None
+    if not recipe.train.save_every and not quiet:
+        print(
+            "whet: train.save_every: a killed worker costs the whole run without checkpoints; set it", file=sys.stderr
+        )
+    with connected(own.address, cpus=wanted.total_cpus):
+        if there("GPU") and recipe.model.device != "cpu":
+            wanted = replace(wanted, gpus=1.0)
+            if isinstance(recipe, fields.OnlineRecipe):
+                models = any(rewards.is_model(one.source) for one in recipe.reward)
+                size = 0 if recipe.generator.name == "server" else recipe.generator.tensor_parallel
+                wanted = replace(wanted, engine_gpus=float(size), reward_gpus=float(models))
+        survive(attempt, wanted, restarts=own.restarts, resume=resume, limit=own.timeout, quiet=quiet)
+
+
+def answers_inside(recipe: fields.OnlineRecipe, longest: int, learner: LocalLearner) -> Generator:
+    """The generator of a learner's worker."""
+    _, chat = models.tokenizer_and_chat(recipe.model)
+    return generators.generator_of(recipe, chat, learner, longest)
+
+
+def engine_alone(recipe: fields.OnlineRecipe, longest: int, number: int) -> Generator:
+    """Engine `number` in a process of its own."""
+    _, chat = models.tokenizer_and_chat(recipe.model)
+    if recipe.generator.name != "local":
+        makes = generators.engines_of(recipe, chat, longest, [()])  # Ray has chosen its GPUs
+        return makes[number % len(makes)]()
+    role = generators.sampler_role(recipe)
+    return LocalGenerator(role, chat.end_ids, chat.text, unit=recipe.rollout.max_num_seqs, copy=True)
+
+
+def scorers_of(recipe: fields.OnlineRecipe) -> Callable[[], list[Weighted]]:
+    """How a reward worker builds all rewards; functions that are Python objects travel with it."""
+    return partial(rewards_alone, recipe, dict(OBJECTS))
+
+
+def rewards_alone(recipe: fields.OnlineRecipe, objects: Mapping[str, Any] = {}) -> list[Weighted]:
+    """All rewards of the recipe in one process of their own, reward models included."""
+    OBJECTS.update(objects)
+    tokenizer, _ = models.tokenizer_and_chat(recipe.model)
+    roles = rewards.reward_roles(recipe, tokenizer)
+    readers = {name: reading(role, recipe.train.max_tokens_per_micro_batch) for name, role in roles.items()}
+    return rewards.rewards_of(recipe, tokenizer, lambda name, *given: readers[name](*given))

@@ -1,0 +1,89 @@
+"""whet.sample: K answers for every prompt of a file."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from whet.data import Chat, Group, Prompt
+from whet.data.files import write_jsonl
+from whet.errors import RecipeError
+from whet.generate.local import LocalGenerator
+from whet.loops import evaluate
+from whet.methods.options import Sampling
+from whet.models.roles import Role
+from whet.runs import data, models, rewards
+from whet.runs import recipe as fields
+
+
+def run_sample(recipe: fields.SampleRecipe) -> Path:
+    """K answers for every prompt of a file: the rows with `responses`, and `scores` where rewards are given; or the best
+    alone as `prompt` and `completion`. Returns the file."""
+    threads(recipe.threads)
+    out = out_file(recipe.out, "sample")
+    if recipe.keep == "best" and not recipe.reward:
+        raise RecipeError("keep: which answer is the best? give --reward with a reward-model folder or a function")
+    tokenizer, chat = models.tokenizer_and_chat(recipe.model)
+    scorers = [
+        (one.weight, rewards.reward(one.source, recipe.model, tokenizer, recipe.max_tokens_per_micro_batch))
+        for one in recipe.reward
+    ]
+    questions = prompts_of(recipe.model, recipe.data, chat, recipe.sampling)
+    role = models.causal_role("policy", recipe.model, tokenizer, trained=False, seed=0)
+    groups = answers_of(recipe, role, chat, questions, recipe.num_generations, recipe.seed)
+    rows: list[dict[str, Any]] = [
+        {
+            **group.prompt.row,
+            "responses": [sample.text for sample in group.samples],
+            "finish": [sample.finish for sample in group.samples],
+        }
+        for group in groups
+    ]
+    if scorers:
+        each = [weight * one.reward.score(groups).answer.double() for weight, one in scorers]
+        for row, scores in zip(rows, torch.stack(each).sum(0).reshape(len(rows), -1).tolist(), strict=True):
+            row["scores"] = scores
+    write_jsonl(out, [_best(row) for row in rows] if recipe.keep == "best" else rows)
+    return out
+
+
+def _best(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A demonstration made of a row's best answer: one that ended before one that was cut off, then by score."""
+    order = sorted(range(len(row["scores"])), key=lambda n: (row["finish"][n] == "length", -row["scores"][n]))
+    kept = {key: value for key, value in row.items() if key not in ("responses", "finish", "scores")}
+    return kept | {"completion": row["responses"][order[0]], "score": row["scores"][order[0]]}
+
+
+def prompts_of(model: fields.Frozen, rows: fields.Rows, chat: Chat, sampling: Sampling) -> list[Prompt]:
+    """The prompts of a file, each with room for an answer."""
+    reader = data.reader_of(model, rows, chat, room=sampling.max_new_tokens)
+    return data.rows_of(rows, reader.prompts)
+
+
+def answers_of(
+    recipe: fields.SampleRecipe | fields.EvalRecipe,
+    role: Role,
+    chat: Chat,
+    prompts: Sequence[Prompt],
+    count: int,
+    seed: int,
+) -> list[Group]:
+    """`count` answers for every prompt, generated in this process."""
+    generator = LocalGenerator(role, chat.end_ids, chat.text, unit=recipe.max_num_seqs)
+    return evaluate.answers(generator, prompts, recipe.sampling, count=count, seed=seed)
+
+
+def threads(count: int) -> None:
+    """Use this many CPU threads; 0 leaves torch's own choice."""
+    if count:
+        torch.set_num_threads(count)
+
+
+def out_file(out: str, verb: str) -> Path:
+    """The file to write. Raises RecipeError where none is named, or it exists."""
+    if not out:
+        raise RecipeError(f"out: which file shall {verb} write? give --out FILE.jsonl")
+    if Path(out).exists():
+        raise RecipeError(f"out: {out} already exists; name another file with --out, or remove it")
+    return Path(out)

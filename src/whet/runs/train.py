@@ -1,0 +1,63 @@
+"""whet.train: a whole run, in this process, under torchrun, or on a Ray cluster."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from whet.cluster import Attempt
+from whet.loops.interrupt import graceful
+from whet.runs import learners, online, placed
+from whet.runs.session import Resume, Session, run_loop
+
+
+def train(
+    method: str,
+    recipe: str | None = None,
+    *,
+    tokenizer: Any = None,
+    resume: Resume = False,
+    quiet: bool = True,
+    **fields: Any,
+) -> Path:
+    """Run a method from start to end, and return the run folder. The arguments are those of `whet.Session`.
+
+    On a cluster (`cluster=...`) workers that die are started again, and the run goes on after its last checkpoint.
+    """
+    session = Session(method, recipe, tokenizer=tokenizer, resume=resume, quiet=quiet, **fields)
+    if session.recipe.cluster.address is not None:
+        return _on_cluster(session)
+    with session:
+        return session.run()
+
+
+def _on_cluster(session: Session) -> Path:
+    job, recipe = session.job, session.recipe
+
+    def attempt(place: Attempt, resume: bool) -> None:
+        options = replace(session.options, resume=resume)
+        if isinstance(job, online.OnlineJob):
+            inside = None if recipe.cluster.engines else partial(placed.answers_inside, recipe, job.longest)
+            learner = place.learner(job.make, push=recipe.generator.push, answers=inside)  # type: ignore[arg-type]
+            engines = [
+                partial(placed.engine_alone, recipe, job.longest, number) for number in range(recipe.cluster.engines)
+            ]
+            generator = place.generator(engines)
+            scorers = (
+                place.rewards(placed.scorers_of(recipe))
+                if recipe.cluster.rewards
+                else learners.shared_rewards(recipe, job.tokenizer, learner)
+            )
+            with graceful() as stop, job.loop(learner, generator, scorers, session.folder, options, stop) as loop:
+                run_loop(loop)
+                loop.run.close()
+                job.finish(loop, session.folder)
+        else:
+            learner = place.learner(job.make)  # type: ignore[arg-type]
+            with graceful() as stop, job.loop(learner, session.folder, options, stop) as rows:
+                run_loop(rows)
+                rows.run.close()
+                job.finish(rows, session.folder)
+
+    placed.on_cluster(recipe, attempt, session.options.resume, session.options.quiet)
+    return session.folder
