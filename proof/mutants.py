@@ -257,7 +257,7 @@ MUTANTS: list[Mutant] = [
         "methods/algorithm.py",
         "methods",
         ("token_reward = token_reward - coef *", "token_reward = token_reward + coef *"),
-        ('placed = batch["score"] - dense.sum(1)', 'placed = batch["score"]'),
+        ('placed = batch["score"] - ops.dense(dense, mask).sum(1)', 'placed = batch["score"]'),
         ('mask = mask & ~batch["truncated"][:, None]', 'mask = mask & batch["truncated"][:, None]'),
         ('torch.where(mask, target + batch["old_value"]', 'torch.where(mask, target - batch["old_value"]'),
         ("square += step * (value - mean)", "square += step * step"),

@@ -68,8 +68,8 @@ RUNS: dict[str, list[str]] = {
 RENAMED: list[tuple[str, str]] = [(r"(.*/rollout)/step", r"\1/segment_end")]
 """(pattern of an older record's name, what it is called today); the first that matches the whole name counts."""
 
-IGNORED = re.compile(r".*seconds.*")
-"""Names that no two runs have equal."""
+IGNORED = re.compile(r".*(seconds|/authors|/segment_lengths).*")
+"""Names that no two runs have equal, and columns that older records lack."""
 
 
 def make_inputs(folder: Path) -> None:

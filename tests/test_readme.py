@@ -82,4 +82,4 @@ def test_the_readmes_commands_run_and_their_folders_load(place: Path, monkeypatc
         if key.startswith("reward/")
     ]
     assert rewards == ["reward/reward", "reward/polite"]
-    assert main(["instructgpt", "mine.yaml", *SHORT["instructgpt"], "--quiet", "--resume"]) == 0
+    assert main(["train", "mine.yaml", *SHORT["instructgpt"], "--quiet", "--resume"]) == 0

@@ -73,7 +73,7 @@ BARE = [
     (OnlineRecipe, "ppo", ("--reward", "f.py:f"), lambda r: r.reward, [RewardSource("f.py:f")]),
     (OnlineRecipe, "ppo", ("--reward", "f.py:f", "--reward", "DIR"), lambda r: r.reward, [RewardSource("f.py:f"), RewardSource("DIR")]),
     (OnlineRecipe, "ppo", ("--reward", "{source: DIR, weight: 0.5, dense: true}"), lambda r: r.reward,
-     [RewardSource("DIR", 0.5, None, True)]),
+     [RewardSource("DIR", 0.5, dense=True)]),
     (SampleRecipe, "sample", ("--model", "DIR", "--data", "a.jsonl"), lambda r: (r.model.path, r.data.train), ("DIR", "a.jsonl")),
     (EvalRecipe, "eval", ("--model", "DIR"), lambda r: r.model.path, "DIR"),
     (RankRecipe, "rank", ("--data", "a.jsonl"), lambda r: r.data.train, "a.jsonl"),

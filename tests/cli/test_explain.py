@@ -163,4 +163,4 @@ def test_a_recipe_without_a_verb_is_told_how_to_name_it(tmp_path: Path, capsys: 
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("seed: 3\n")
     assert main(["explain", str(recipe)]) == 2
-    assert "it names no verb; add a line such as `method: ppo`" in capsys.readouterr().err
+    assert "it names no method; add a line such as `method: ppo`" in capsys.readouterr().err

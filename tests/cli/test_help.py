@@ -117,7 +117,7 @@ def test_the_overview_names_every_verb() -> None:
     ],
 )
 def test_a_verbs_help_names_its_fields(verb: str, lines: list[str]) -> None:
-    done, _ = spent(verb, "--help")
+    done, _ = spent(verb, "--help-all")
     assert [line for line in lines if line not in done.stdout] == []
 
 
@@ -141,7 +141,7 @@ def test_a_verbs_help_tells_every_slot_and_dial_with_its_own_default(
     from whet.methods.compose import choice_options
     from whet.runs import config
 
-    assert main([verb, "--help"]) == 0
+    assert main([verb, "--help-all"]) == 0
     told = shown(capsys.readouterr().out.splitlines())
     table = REWARD_SLOTS if verb == "reward" else {**ONLINE_SLOTS, **PREFERENCE_SLOTS}
     for slot, value in catalogue.slots_of(verb).items():
@@ -173,7 +173,7 @@ def test_what_a_verbs_help_shows_can_be_given_as_it_stands(verb: str, capsys: py
     from whet.runs import slots as method
     from whet.runs.recipe import kind_of
 
-    assert main([verb, "--help"]) == 0
+    assert main([verb, "--help-all"]) == 0
     told = {name: value for name, value in shown(capsys.readouterr().out.splitlines()).items() if value}
     assert len(told) > 0 or verb == "rank"
     kind = kind_of(verb)
@@ -216,3 +216,20 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "usage: whet ppo [RECIPE.yaml] [--field value ...]\n"
+
+
+@pytest.mark.parametrize("verb", ["ppo", "grpo", "dpo", "sft", "reward"])
+def test_the_short_help_shows_few_options_whose_short_names_are_taken(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from whet.runs import config
+    from whet.runs.recipe import kind_of
+
+    assert main([verb, "--help"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]
+    assert 8 <= len(lines) <= 24
+    for line in lines:
+        name = line.split()[0].removeprefix("--").replace("-", "_")
+        value = {"data": "x", "model": "x", "out": "x", "reward": "f.py:f", "learner": "fsdp", "generator": "vllm",
+                 "chat_template": "plain", "trackers": ["console"]}.get(name, 1)  # fmt: skip
+        config.resolve(kind_of(verb), verb, None, [(name, value)])  # an unknown name would be refused

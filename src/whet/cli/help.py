@@ -120,3 +120,29 @@ def _dial_lines(slot: str, spec: Mapping[str, Any], choice: Choice) -> list[str]
         _line(f"algorithm.{slot}.{name}", OPTIONS[name][1], OPTIONS[name][0], f" [{spec.get(name, told)}]")
         for name, told in own.items()
     ]
+
+
+MAIN = (
+    ("model.path", "model"), ("data.train", "data"), ("reward", "reward"), ("out", "out"), ("seed", "seed"),
+    ("optim.lr", "lr"), ("rollout.num-steps", "num-steps"), ("train.num-steps", "num-steps"),
+    ("train.num-epochs", "num-epochs"), ("train.batch-size", "batch-size"), ("rollout.prompts-per-step", "prompts-per-step"),
+    ("algorithm.num-generations", "num-generations"), ("rollout.mini-batch-size", "mini-batch-size"),
+    ("rollout.ppo-epochs", "ppo-epochs"), ("sampling.max-new-tokens", "max-new-tokens"),
+    ("sampling.temperature", "temperature"), ("algorithm.kl-in-reward.coef", "kl-in-reward.coef"),
+    ("algorithm.kl-in-loss.coef", "kl-in-loss.coef"), ("algorithm.beta", "beta"), ("algorithm.surrogate.clip-low", "clip-low"),
+    ("algorithm.surrogate.clip-high", "clip-high"), ("algorithm.advantage.gae-lambda", "gae-lambda"),
+    ("model.lora.rank", "lora.rank"), ("model.chat-template", "chat-template"), ("train.save-every", "save-every"),
+    ("learner.backend", "learner"), ("generator.name", "generator"), ("trackers", "trackers"),
+)  # fmt: skip
+"""The options that the short help shows, with their short names."""
+
+
+def main_lines(lines: list[str]) -> list[str]:
+    """The short help: of all lines those of the main options, under their short names."""
+    found: dict[str, str] = {}
+    for line in lines:
+        name, _, rest = line.strip().removeprefix("--").partition(" ")
+        found.setdefault(name, rest.strip())
+    shown = [f"  --{short:<22}  {found[full]}" for full, short in MAIN if full in found]
+    more = sum(line.startswith("  --") for line in lines) - len(shown)
+    return ["the main options [default]:", *shown, "", f"and {more} more: --help-all"]

@@ -15,6 +15,7 @@ OFFLINE = {
 }
 ONLINE = {name: one.about for name, one in {**catalogue.ONLINE, **catalogue.ONLINE_PREFERENCE}.items()}
 OTHERS = {
+    "train": "a recipe, with the method that it names",
     "sample": "K answers for every prompt of a file",
     "rank": "answers become rankings, by a judge function or by their scores",
     "eval": "win rate under a judge, a reward model's accuracy, or a held-out loss",
@@ -23,7 +24,7 @@ OTHERS = {
     "plan": "what a training recipe needs on so many GPUs: memory, traffic, time",
     "demo": "the whole recipe on a little world, with a report",
 }
-FLAGS = ("resume", "debug", "quiet", "help")
+FLAGS = ("resume", "debug", "quiet", "help", "help-all")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,6 +67,25 @@ def run(verb: str, recipe: str | None, flags: set[str], fields: dict[str, Any]) 
     return calls[verb](recipe, **fields)
 
 
+def _named_method(about: str, recipe: str | None) -> str:
+    """The method that a recipe names at its top. Raises RecipeError for a file without one."""
+    from pathlib import Path
+
+    from whet.runs.config import read_yaml
+
+    if recipe is None:
+        raise RecipeError(f"{about}: which recipe? whet {about} RECIPE.yaml")
+    if not Path(recipe).is_file():
+        raise _unknown_verb(recipe) if about != "train" else RecipeError(f"{recipe}: no such recipe")
+    method = str(read_yaml(Path(recipe)).get("method", ""))
+    if not method:
+        raise RecipeError(
+            f"{recipe}: it names no method; add a line such as `method: ppo`, or whet "
+            + (f"{about} ppo {recipe}" if about != "train" else f"ppo {recipe}")
+        )
+    return method
+
+
 def _told(about: str, words: list[str]) -> str:
     """`whet explain VERB [RECIPE.yaml]`, or `whet explain RECIPE.yaml` where the recipe names its verb; so with plan."""
     if not words or words[0].startswith("-"):
@@ -74,17 +94,7 @@ def _told(about: str, words: list[str]) -> str:
         )
     verb, rest = words[0].replace("-", "_"), words[1:]
     if verb not in {**OFFLINE, **ONLINE, **OTHERS}:
-        from pathlib import Path
-
-        from whet.runs.config import read_yaml
-
-        if not Path(words[0]).is_file():
-            raise _unknown_verb(words[0])
-        verb, rest = str(read_yaml(Path(words[0])).get("method", "")), words
-        if not verb:
-            raise RecipeError(
-                f"{words[0]}: it names no verb; add a line such as `method: ppo`, or whet {about} ppo {words[0]}"
-            )
+        verb, rest = _named_method(about, words[0]), words
     recipe, overrides, _ = parsed(rest)
     import whet
 
@@ -107,9 +117,11 @@ def _command(words: list[str]) -> int:
         print(_told(verb, words[1:]))
         return 0
     recipe, overrides, flags = parsed(words[1:])
-    if "help" in flags:
-        print(_verb_help(verb))
+    if flags & {"help", "help-all"}:
+        print(_verb_help(verb, everything="help-all" in flags))
         return 0
+    if verb == "train":
+        verb = _named_method("train", recipe)
     if verb in OTHERS and "resume" in flags:
         raise RecipeError(f"--resume: {verb} has nothing to resume; call it again")
     if verb == "demo":
@@ -190,7 +202,7 @@ def _overview() -> str:
     )
 
 
-def _verb_help(verb: str) -> str:
+def _verb_help(verb: str, *, everything: bool = False) -> str:
     from whet.cli import help
     from whet.runs import config
     from whet.runs.recipe import PlanOptions, kind_of
@@ -207,6 +219,8 @@ def _verb_help(verb: str) -> str:
         lines.append("  --seed     which world and which random choices [0]")
         lines.append("  --out      folder; an earlier demo there is set aside [runs/demo]")
         return "\n".join([*lines, "  --quick    a short form, which only shows that everything runs [False]"])
+    if verb == "train":
+        return "\n".join([*lines[:3], "", "takes every field of the recipe's method"])
     if verb in ("explain", "plan"):
         lines[0] = (
             f"usage: whet {verb} VERB [RECIPE.yaml] [--field value ...], or whet {verb} RECIPE.yaml with a line `method: VERB`"
@@ -218,6 +232,11 @@ def _verb_help(verb: str) -> str:
     kind = kind_of(verb)
     defaults = config.resolve(kind, verb, None, [])
     lines += help.recipe_lines(kind, defaults)
-    if getattr(defaults, "algorithm", None):
-        lines += ["", "the method's slots [default]:", *help.method_lines(verb, defaults.algorithm)]
-    return "\n".join([*lines, "", "flags: --resume (continue a run), --quiet, --debug (show tracebacks)"])
+    slots = getattr(defaults, "algorithm", None)
+    if slots:
+        lines += ["", "the method's slots [default]:", *help.method_lines(verb, slots)]
+    flags = "flags: --resume (continue a run), --quiet, --debug (show tracebacks)"
+    if not everything and verb in {**OFFLINE, **ONLINE}:
+        lines = [*lines[:4], *help.main_lines(lines)]
+        flags += ", --help-all (every option)"
+    return "\n".join([*lines, "", flags])

@@ -32,6 +32,23 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Segment:
+    """Consecutive tokens of an answer with one author: "policy", or whoever else wrote them (a tool, an environment).
+
+    >>> Segment("tool", 3).trained
+    False
+    """
+
+    author: str
+    length: int
+
+    @property
+    def trained(self) -> bool:
+        """Whether the policy wrote these tokens."""
+        return self.author == "policy"
+
+
+@dataclass(frozen=True)
 class Sample:
     """One sampled answer: its token ids (including the end token), their sampling log-probs, and its origin.
 
@@ -39,6 +56,9 @@ class Sample:
     is the version of the weights that produced the last token; `versions` has that of each token if they differ.
     `sampler_logp` is in nats, one per id. `finish` is "stop", "length" or, for an answer to be continued, "paused". With
     top-p, top-k or min-p, `support` has the tokens that could be sampled at each position.
+
+    `segments` say who wrote which tokens, in order; without any, the policy wrote all. A token of another author is not
+    trained, its sampler_logp is never read, and its support is empty. It counts for the context limit, not for the length.
 
     >>> Sample(0, 1, (8, 2), (-0.1, -0.7), version=3, finish="stop", text="yes").truncated
     False
@@ -53,6 +73,19 @@ class Sample:
     text: str
     support: tuple[tuple[int, ...], ...] | None = None
     versions: tuple[int, ...] | None = None
+    segments: tuple[Segment, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.segments and sum(one.length for one in self.segments) != len(self.ids):
+            raise ValueError(
+                f"the segments have {sum(one.length for one in self.segments)} tokens, the answer {len(self.ids)}"
+            )
+
+    def trained(self) -> tuple[bool, ...]:
+        """Return whether the policy wrote each token."""
+        if not self.segments:
+            return (True,) * len(self.ids)
+        return tuple(one.trained for one in self.segments for _ in range(one.length))
 
     def token_versions(self) -> tuple[int, ...]:
         """Return the version of the weights that produced each token."""
@@ -65,12 +98,20 @@ class Sample:
         return Sample(
             self.draw, self.answer, self.ids + later.ids, self.sampler_logp + later.sampler_logp, later.version,
             later.finish, later.text, support, versions if len(set(versions)) > 1 else None,
+            _joined(self, later),
         )  # fmt: skip
 
     @property
     def truncated(self) -> bool:
         """Whether the answer was cut off at the length limit."""
         return self.finish == "length"
+
+
+def _joined(one: Sample, later: Sample) -> tuple[Segment, ...]:
+    """The segments of an answer and of its continuation; none where the policy wrote both."""
+    if not (one.segments or later.segments):
+        return ()
+    return tuple(part for sample in (one, later) for part in sample.segments or (Segment("policy", len(sample.ids)),))
 
 
 @dataclass(frozen=True)
@@ -81,12 +122,12 @@ class Group:
     samples: tuple[Sample, ...]
 
     def rows(self) -> list["Row"]:
-        """Return one row of prompt and answer for each answer; all tokens of the answer are trained."""
+        """Return one row of prompt and answer for each answer; the tokens that the policy wrote are trained."""
         return [
             Row(
                 torch.tensor(self.prompt.ids + one.ids),
                 len(self.prompt.ids),
-                torch.ones(len(one.ids), dtype=torch.bool),
+                torch.tensor(one.trained(), dtype=torch.bool),
             )
             for one in self.samples
         ]

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from whet.data import Group, Prompt, Sample, Weights
+from whet.data import Group, Prompt, Sample, Segment, Weights
 from whet.distributed import run_parallel
 from whet.errors import RunStopped
 from whet.generate import Generator, Request
@@ -125,7 +125,8 @@ class Buffer:
 
 
 def _plain(sample: Sample) -> dict[str, Any]:
-    return {name: getattr(sample, name) for name in Sample.__dataclass_fields__}
+    own = {name: getattr(sample, name) for name in Sample.__dataclass_fields__}
+    return own | {"segments": [[one.author, one.length] for one in sample.segments]}
 
 
 def _sample(saved: Mapping[str, Any]) -> Sample:
@@ -134,6 +135,7 @@ def _sample(saved: Mapping[str, Any]) -> Sample:
         saved["draw"], saved["answer"], tuple(saved["ids"]), tuple(saved["sampler_logp"]), saved["version"],
         saved["finish"], saved["text"], None if support is None else tuple(map(tuple, support)),
         None if saved["versions"] is None else tuple(saved["versions"]),
+        tuple(Segment(author, length) for author, length in saved.get("segments", [])),
     )  # fmt: skip
 
 

@@ -105,7 +105,7 @@ def moved_from(learner: Learner, batch: Batch) -> float:
 
 def rollout_numbers(batch: Batch, names: Sequence[str]) -> dict[str, float]:
     """Metrics of a rollout's answers: score and its deviation, each reward, length in tokens, share of truncated ones."""
-    lengths = torch.tensor([float(row.response) for row in batch.rows])
+    lengths = torch.tensor([float(row.mask.sum()) for row in batch.rows])
     out = {"score": float(batch["score"].mean()), "score_std": float(batch["score"].std(correction=0))}
     out |= {"length": float(lengths.mean()), "truncated": float(batch["truncated"].float().mean())}
     return out | {f"reward/{name}": float(batch["rewards"][:, number].mean()) for number, name in enumerate(names)}

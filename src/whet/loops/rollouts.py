@@ -34,6 +34,8 @@ def write(folder: Path, step: int, groups: Sequence[Group], batch: Batch, names:
         "answer": [sample.answer for _, sample in samples],
         "version": [sample.version for _, sample in samples],
         "finish": [sample.finish for _, sample in samples],
+        "authors": [[one.author for one in sample.segments] or ["policy"] for _, sample in samples],
+        "segment_lengths": [[one.length for one in sample.segments] or [len(sample.ids)] for _, sample in samples],
     }
     for name, values in batch.columns.items():
         if name in LEFT_OUT:

@@ -219,7 +219,7 @@ def advantages(algorithm: Algorithm, batch: Batch) -> Batch:
     batch = shaped(algorithm, batch)
     if algorithm.advantage is None or algorithm.reward_placement is None:
         return batch
-    placed = batch["score"] - dense.sum(1)  # per-token scores keep their positions
+    placed = batch["score"] - ops.dense(dense, mask).sum(1)  # per-token scores keep their positions
     rounding = 1e-6 * dense.abs().sum(1)
     placed = torch.where(placed.abs() <= rounding, torch.zeros_like(placed), placed)
     if algorithm.truncated.rule == "bootstrap":

@@ -63,8 +63,14 @@ def score_all(rewards: Sequence[Weighted], groups: Sequence[Group]) -> tuple[dic
             total = total + one.weight * pad(scores.token, longest)
             step |= pad(scores.ends or [torch.ones(len(token), dtype=torch.bool) for token in scores.token], longest)
         else:
-            step[torch.arange(len(answers)), torch.tensor([len(sample.ids) - 1 for sample in answers])] = True
+            step[torch.arange(len(answers)), torch.tensor([_last_trained(sample) for sample in answers])] = True
     return named, total, step
+
+
+def _last_trained(sample: Sample) -> int:
+    """The position of the last token that the policy wrote."""
+    trained = sample.trained()
+    return max((place for place, own in enumerate(trained) if own), default=len(trained) - 1)
 
 
 def shares(groups: Sequence[Group], count: int) -> list[Sequence[Group]]:
