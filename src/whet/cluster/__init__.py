@@ -1,4 +1,4 @@
-"""The same seams as Ray actors: placement, restarts, fencing."""
+"""Learners, generators and rewards as Ray actors: placement, restarts, isolation of attempts."""
 
 from whet.cluster.placement import Wanted
 from whet.cluster.ray import connected

@@ -1,4 +1,4 @@
-"""Folders in shared memory for weights on their way: one per attempt, removed with it, and found and removed if it could not."""
+"""Folders in shared memory for weight updates: removed when their attempt ends, or by a later cleanup."""
 
 import os
 import secrets
@@ -21,14 +21,15 @@ from whet.learner.store import write
 PREFIX = "whet-push-"
 LOCK = "lock"
 PART = 1 << 30
-"""Bytes after which another file is begun: the writer holds no more than one."""
+"""Size in bytes at which the writer starts a new file. The writer holds at most one file in memory."""
 
 
 class PushFolders:
-    """The pushes of one attempt: numbered folders, of which the newest two stay.
+    """The weight updates of one attempt, each in a numbered folder. The newest two are kept.
 
-    The attempt's id is in the path, and nothing here makes the path again once it is gone: a worker of a lost attempt that
-    lives on can only write where nobody reads. The lock says that the owner lives; `sweep` removes shelves without owner.
+    The path contains the id of the attempt, and a removed path is never created again. So a worker that is still running
+    after its attempt was lost cannot write to a folder that another attempt reads. The owner holds a file lock while it
+    runs; `sweep` removes folders whose lock is free.
     """
 
     def __init__(self, attempt: str, name: str) -> None:
@@ -38,10 +39,10 @@ class PushFolders:
         aside = self.folder / "locking"
         self._lock = aside.open("w")
         _locked(self._lock)
-        aside.rename(self.folder / LOCK)  # only now may a sweep look at it
+        aside.rename(self.folder / LOCK)  # `sweep` sees the folder only from here on, when the lock is held
 
     def put(self, number: int, tensors: Iterator[tuple[str, Tensor]]) -> Path:
-        """Write the tensors as push `number`. Raises FileNotFoundError when the shelf was removed."""
+        """Write the tensors as weight update `number`. Raises FileNotFoundError if the folder was removed."""
         aside = self.begin(number)
         part: list[tuple[str, Tensor]] = []
         size = count = 0
@@ -56,14 +57,14 @@ class PushFolders:
         return self.end(number)
 
     def begin(self, number: int) -> Path:
-        """An empty folder in which push `number` is written."""
+        """Create an empty folder into which weight update `number` is written."""
         aside = self.folder / f"{number}.writing"
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         return aside
 
     def end(self, number: int) -> Path:
-        """Push `number` is whole; those before the last one go."""
+        """Mark weight update `number` as complete, and remove all but it and the one before."""
         final = self.folder / str(number)
         (self.folder / f"{number}.writing").rename(final)
         for old in self.folder.glob("[0-9]*"):
@@ -72,17 +73,17 @@ class PushFolders:
         return final
 
     def close(self) -> None:
-        """Remove everything."""
+        """Remove the folder and release the lock."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.close()
 
 
 class WeightWriter:
-    """A learner's weights laid on a shelf, whole, before any engine takes them.
+    """Write a learner's complete weights to shared memory before any engine loads them.
 
-    Gathering them is collective, while engines take them one by one, and one that was started again takes them once more:
-    so all workers lay them down together, and engines read. The first worker writes; with `everywhere` the first one of each
-    machine does.
+    Gathering the weights is collective. Engines load them one at a time, and a restarted engine loads them again. So all
+    workers write them in one collective step, and the engines only read files. Rank 0 writes; with `everywhere` the first
+    worker of each machine writes.
     """
 
     def __init__(self, workers: Workers, attempt: str, *, adapter: bool, everywhere: bool) -> None:
@@ -93,7 +94,7 @@ class WeightWriter:
         self.shelf = PushFolders(attempt, "learner") if writes else None
 
     def __call__(self, role: Any, number: int | None = None) -> Path:
-        """Where the role's weights of now are, or its adapter alone."""
+        """Write the role's current weights, or only its adapter, and return their folder."""
         self.number = self.number + 1 if number is None else number
         aside = self.shelf.begin(self.number) if self.shelf else Path(os.devnull)
         if self.adapter:
@@ -106,18 +107,18 @@ class WeightWriter:
             for _ in role.whole():  # gathering is collective
                 pass
         if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()  # an engine that slept on this GPU wakes for these weights
+            torch.cuda.empty_cache()  # a sleeping engine on this GPU needs the memory when it wakes to load these weights
         self.workers.barrier()
         return self.folder / str(self.number)
 
     def close(self) -> None:
-        """Remove what is there."""
+        """Remove the written folders."""
         if self.shelf:
             self.shelf.close()
 
 
 def contents(handle: Any) -> dict[str, bytes]:
-    """The files of a pushed folder, or of a folder made of what another handle gives."""
+    """Return file name -> content of a weight update. A handle that is not a folder is first written to one."""
     if isinstance(handle, (str, Path)):
         return {path.name: path.read_bytes() for path in sorted(Path(handle).iterdir()) if path.is_file()}
     with tempfile.TemporaryDirectory(dir=shared_memory()) as folder:
@@ -127,7 +128,7 @@ def contents(handle: Any) -> dict[str, bytes]:
 
 @contextmanager
 def unpacked(files: Mapping[str, bytes]) -> Iterator[Path]:
-    """A folder with these files, which goes with the context."""
+    """Write these files to a temporary folder and yield it. The folder is removed when the context exits."""
     shelf = PushFolders(secrets.token_hex(8), "files")
     try:
         aside = shelf.begin(0)
@@ -139,13 +140,13 @@ def unpacked(files: Mapping[str, bytes]) -> Iterator[Path]:
 
 
 def remove(attempt: str) -> None:
-    """Every shelf of an attempt on this machine."""
+    """Remove every folder of an attempt on this machine."""
     for folder in shared_memory().glob(f"{PREFIX}{attempt}-*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def sweep() -> None:
-    """Remove the shelves on this machine whose owner is gone."""
+    """Remove the folders on this machine whose owner process has ended."""
     for lock in shared_memory().glob(f"{PREFIX}*/{LOCK}"):
         with suppress(OSError), lock.open("w") as file:
             _locked(file)
@@ -158,7 +159,7 @@ def _written(folder: Path, name: str, tensors: Iterable[tuple[str, Tensor]]) -> 
 
 
 def _locked(file: Any) -> None:
-    """Take the lock, which the system drops when this process ends. Raises OSError where another process has it."""
+    """Take the lock, which the system releases when this process ends. Raises OSError if another process holds it."""
     import fcntl
 
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""A generator in an actor of its own, which gets published weights in shared memory or through the object store."""
+"""A generator in its own Ray actor, which gets weight updates through shared memory or the object store."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
@@ -17,10 +17,11 @@ from whet.generate.base import Generator, Request
 
 
 class ActorGenerator:
-    """The generator that `make` builds, in a worker process; `make` travels there, so it must be picklable.
+    """The generator that `make` builds, in a worker process. `make` is sent to that process, so it must be picklable.
 
-    `options` are the actor's (see `Placement`), `limit` is how many seconds a call may take. Raises what the generator raises,
-    and WorkerDied when its process died or fell silent; then it is of no use any more.
+    `options` are the actor's options (see `Placement`); `limit` is the longest duration of a call in seconds. Raises what
+    the generator raises, and WorkerDied if its process died or did not answer in time. After WorkerDied this object cannot
+    be used any more.
     """
 
     def __init__(
@@ -44,9 +45,9 @@ class ActorGenerator:
         yield from self.remote.ask("generate", list(requests))
 
     def load_weights(self, weights: Weights) -> None:
-        """Take them from shared memory where they lie on the engine's node; elsewhere their files travel there.
+        """Load the weights: from shared memory if they are on the engine's node, otherwise from a copy of their files.
 
-        Raises RunStopped where they cannot be read.
+        Raises RunStopped if they cannot be read.
         """
         handle, files = weights.handle, None
         if isinstance(handle, Pushed):
@@ -61,11 +62,11 @@ class ActorGenerator:
         return self.remote.ask("logprobs", list(ids))
 
     def sleep(self) -> None:
-        """See `Generator.rest`."""
+        """See `Generator.sleep`."""
         self.remote.ask("sleep")
 
     def close(self) -> None:
-        """End the generator and its process. May be called again."""
+        """End the generator and its process. May be called more than once."""
         if not self.remote.dead:
             with suppress(WhetError):
                 self.remote.ask("close", limit=20.0)
@@ -73,10 +74,10 @@ class ActorGenerator:
 
 
 class Engine:
-    """A generator in its own process."""
+    """The worker side of `ActorGenerator`: holds the generator."""
 
     def build(self, make: Callable[[], Generator]) -> Any:
-        """Make it; says its version, what it reports, and which processes it started."""
+        """Build the generator. Return its version, its `reports`, and the processes that it started."""
         self.own = make()
         started: list[int] = getattr(self.own, "processes", list)()
         return self.own.version, self.own.reports, [Process.of(pid) for pid in started]
@@ -86,13 +87,13 @@ class Engine:
         return list(self.own.generate(requests))
 
     def load_weights(self, version: int, folder: Path | None, files: dict[str, bytes] | None = None) -> int:
-        """See `Generator.adopt`. Says the generator's version afterwards."""
+        """See `Generator.load_weights`. Return the version of the generator afterwards."""
         try:
             with nullcontext(folder) if files is None else unpacked(files) as found:
                 self.own.load_weights(Weights(version, found))
         except WhetError:
             raise
-        except Exception as error:  # a torn file, a folder that is gone
+        except Exception as error:  # for example an incomplete file or a removed folder
             raise RunStopped(
                 f"the push of version {version} cannot be read ({type(error).__name__}: {error}); "
                 "was it replaced by a newer one, or damaged?"
@@ -101,13 +102,13 @@ class Engine:
 
     def logprobs(self, ids: Sequence[Tensor]) -> list[Tensor]:
         """See `Generator.logprobs`."""
-        # what came through the object store may not be written to
+        # tensors from the object store are read-only
         return self.own.logprobs([torch.clone(one) for one in ids])
 
     def sleep(self) -> None:
-        """See `Generator.rest`."""
+        """See `Generator.sleep`."""
         self.own.sleep()
 
     def close(self) -> None:
-        """End what it started."""
+        """End the generator."""
         self.own.close()

@@ -1,4 +1,4 @@
-"""Where workers sit: a place for every learner, engine and reward worker, or for fewer where machines were lost."""
+"""Placement of learners, engines and reward workers on machines, with fewer workers after machines were lost."""
 
 import math
 import sys
@@ -9,21 +9,21 @@ from typing import Any, Literal
 from whet.errors import RecipeError
 
 SOON = 5.0
-"""Seconds for each smaller world, once the whole one was waited for."""
+"""Seconds to wait for the placement of each smaller set of workers, after the wait for the complete set."""
 GLANCE = 1.0
-"""Seconds to see whether more workers have a place."""
+"""Seconds to wait when checking whether more workers can be placed."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """How many workers, and what each needs.
+    """The number of workers, and the resources of each.
 
-    learners, engines, rewards  workers of each kind
-    colocate    engine i sits with learner i (modulo the learners) and shares its GPU
-    cpus        of each worker
-    gpus, engine_gpus, reward_gpus  of each learner, engine and reward worker; who has none sees none
-    min_learners    learners to go on with where the others cannot be placed
-    placement_timeout    seconds to wait for the whole world
+    learners, engines, rewards  number of workers of each kind
+    colocate    engine i is placed with learner i (modulo the learners) and shares its GPU
+    cpus        CPUs of each worker
+    gpus, engine_gpus, reward_gpus  GPUs of each learner, engine and reward worker; a worker with 0 sees no GPU
+    min_learners    smallest number of learners to continue with if the others cannot be placed
+    placement_timeout    seconds to wait for the placement of all workers
     strategy    "PACK" keeps workers on few machines, "SPREAD" on many
     """
 
@@ -40,19 +40,22 @@ class Wanted:
     strategy: Literal["PACK", "SPREAD"] = "PACK"
 
     def bundles(self, learners: int) -> list[dict[str, float]]:
-        """What must lie on one machine each: learners first, then engines with a place of their own, then rewards."""
+        """Resource bundles, each for one machine: first learners, then engines that are not colocated, then reward workers."""
         extra = self.guests(learners)
         first = _needs(self.cpus * (1 + extra), self.gpus)
         engines = [] if self.colocate else [_needs(self.cpus, self.engine_gpus)] * self.engines
         return [first] * learners + engines + [_needs(self.cpus, self.reward_gpus)] * self.rewards
 
     def guests(self, learners: int) -> int:
-        """Most engines that sit with one learner."""
+        """The largest number of engines that are placed with one learner."""
         return math.ceil(self.engines / learners) if self.colocate else 0
 
     def smaller(self) -> Iterator["Wanted"]:
-        """Worlds to go on with where machines were lost, the largest first: fewer learners, down to `min_learners`, and of
-        engines and reward workers all, as large a part as of the learners, or one."""
+        """Yield sets of workers to continue with after machines were lost, the largest first.
+
+        The number of learners goes down to `min_learners`. For each, engines and reward workers are first all, then reduced
+        in the same proportion as the learners, then one of each kind.
+        """
         seen = {self}
         for learners in range(self.learners, min(self.min_learners, self.learners) - 1, -1):
             for part in (1.0, learners / self.learners, 0.0):
@@ -63,7 +66,7 @@ class Wanted:
                     yield one
 
     def missing(self, whole: "Wanted") -> list[dict[str, float]]:
-        """What a larger world needs besides: one learner more, or where these are all there all other workers of `whole`."""
+        """Bundles to add for a larger set: one more learner, or if no learner is missing all other workers of `whole`."""
         if self.learners < whole.learners:
             return self.bundles(self.learners + 1)[:1]
         engines = 0 if self.colocate else whole.engines - self.engines
@@ -72,7 +75,7 @@ class Wanted:
 
     @property
     def total_cpus(self) -> float:
-        """CPUs of the whole world."""
+        """CPUs of all workers together."""
         return sum(one.get("CPU", 0.0) for one in self.bundles(self.learners))
 
 
@@ -81,33 +84,33 @@ def _needs(cpus: float, gpus: float) -> dict[str, float]:
 
 
 class Placement:
-    """The places of all workers of `wanted`, which may be a smaller world than the `whole`; options for actors that sit there."""
+    """The reserved places of all workers in `wanted`, which may be fewer than in `whole`, and actor options for each place."""
 
     def __init__(self, wanted: Wanted, whole: Wanted, group: Any) -> None:
         self.wanted, self.whole, self.learners, self.group = wanted, whole, wanted.learners, group
 
     def learner(self, number: int) -> dict[str, Any]:
-        """Options of learner `number`."""
+        """Actor options of learner `number`."""
         return self._options(number, self._share)
 
     def engine(self, number: int) -> dict[str, Any]:
-        """Options of engine `number`."""
+        """Actor options of engine `number`."""
         if self.wanted.colocate:
             return self._options(number % self.learners, self._share)
         return self._options(self.learners + number, self.wanted.engine_gpus)
 
     def reward(self, number: int) -> dict[str, Any]:
-        """Options of reward worker `number`."""
+        """Actor options of reward worker `number`."""
         before = 0 if self.wanted.colocate else self.wanted.engines
         return self._options(self.learners + before + number, self.wanted.reward_gpus)
 
     @property
     def _share(self) -> float:
-        """A learner's part of its GPU, on which engines may sit as well."""
+        """The share of its GPU that a learner gets; colocated engines get an equal share each."""
         return self.wanted.gpus / (1 + self.wanted.guests(self.learners))
 
     def grows(self) -> bool:
-        """There are fewer workers than wanted, and a place for more has appeared."""
+        """Return True if there are fewer workers than in `whole` and more can be placed now."""
         missing = self.wanted.missing(self.whole)
         if not missing:
             return False
@@ -117,7 +120,7 @@ class Placement:
         return found
 
     def remove(self) -> None:
-        """The places are free again; who still sits there is killed."""
+        """Release the places. Ray kills workers that still run there."""
         _remove(self.group)
 
     def _options(self, bundle: int, gpus: float) -> dict[str, Any]:
@@ -131,9 +134,9 @@ class Placement:
 
 
 def place(wanted: Wanted, *, shrinks: bool = True) -> Placement:
-    """The whole world, or where it `shrinks`, after `placement_timeout` seconds, the largest one that finds a place.
+    """Reserve places for all workers within `placement_timeout` seconds, or with `shrinks` for the largest set that fits.
 
-    Raises RecipeError where not even the smallest does: an impossible placement would wait for ever in Ray.
+    Raises RecipeError if no allowed set can be placed: Ray would wait forever for an impossible placement.
     """
     for one in (wanted, *(wanted.smaller() if shrinks else ())):
         group = _group(one.bundles(one.learners), one.strategy)
@@ -158,7 +161,7 @@ def _asked(wanted: Wanted, shrinks: bool = False) -> str:
 
 
 def _there() -> str:
-    """What the cluster has, in words."""
+    """Describe the machines and free resources of the cluster, for an error message."""
     import ray
 
     free = ray.available_resources()

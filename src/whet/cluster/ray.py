@@ -1,4 +1,4 @@
-"""The connection to Ray: to a cluster that runs already, or to one that is started here, on loopback, for this run alone."""
+"""Connection to Ray: to a running cluster, or to one that is started on loopback for this run only."""
 
 import importlib.util
 import logging
@@ -15,16 +15,16 @@ from typing import Any
 from whet.errors import RecipeError
 
 STORE = 1 << 30
-"""Bytes of shared memory for what workers hand to one another, where Ray is started here. Only what is used is taken."""
+"""Largest size in bytes of Ray's object store if Ray is started here. Only the used part takes up memory."""
 
 
 @contextmanager
 def connected(address: str, *, cpus: float = 1.0) -> Iterator[None]:
-    """Within the context this process is connected to Ray; what was started for it is ended afterwards.
+    """Connect this process to Ray for the duration of the context. A Ray that was started for it is stopped on exit.
 
-    "auto" is the cluster that RAY_ADDRESS names or that runs on this machine, and without one a Ray of this run's own with
-    at least `cpus` logical CPUs. Anything else is a cluster's host:port. A process that is connected already stays so.
-    Raises RecipeError without Ray, or where nobody answers at the address.
+    With "auto" this is the cluster that RAY_ADDRESS names or that runs on this machine; without one, a new local Ray with
+    at least `cpus` logical CPUs is started. Any other address is the host:port of a cluster. A process that is already
+    connected stays connected. Raises RecipeError if Ray is not installed or nothing answers at the address.
     """
     require()
     found = running() if address == "auto" else address
@@ -51,20 +51,20 @@ def connected(address: str, *, cpus: float = 1.0) -> Iterator[None]:
 
 
 def require() -> None:
-    """Raises RecipeError where Ray is not installed."""
+    """Raise RecipeError if Ray is not installed."""
     if importlib.util.find_spec("ray") is None:
         raise RecipeError('cluster.address: ray is not installed; pip install "whet[ray]"')
 
 
 def there(what: str) -> float:
-    """How much of a resource the whole cluster has."""
+    """Return the amount of a resource in the whole cluster."""
     import ray
 
     return float(ray.cluster_resources().get(what, 0.0))
 
 
 def running() -> str:
-    """The address of the cluster that this process belongs to, by RAY_ADDRESS or by what `ray start` left; "" without one."""
+    """Return the address of the running cluster, from RAY_ADDRESS or the file that `ray start` wrote; "" if there is none."""
     given = os.environ.get("RAY_ADDRESS", "")
     if given:
         return given
@@ -75,12 +75,12 @@ def running() -> str:
         with socket.create_connection((host, int(port)), 2.0):
             return found
     except (OSError, ValueError):
-        return ""  # the file of a cluster that is gone
+        return ""  # the file belongs to a cluster that no longer runs
 
 
 def _loopback() -> None:
-    """A Ray that is started now listens on loopback only, whatever addresses this machine has. It has no option for that."""
+    """Make a Ray that is started from now on listen on loopback only. Ray has no option for this."""
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     constants = sys.modules.get("ray._private.ray_constants")
-    if constants is not None:  # it was imported before, and has read the variable
+    if constants is not None:  # Ray was imported before and has already read the variable
         constants.ENABLE_RAY_CLUSTER = False  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Rewards in actors of their own: groups are dealt over them, and a share whose worker died is scored again."""
+"""Rewards in Ray actors: groups are split over the workers, and the share of a worker that died is scored again."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,22 +11,26 @@ from whet.errors import AttemptFailed, WorkerDied
 from whet.rewards.base import Scores, Weighted, joined, shares
 
 Make = Callable[[], Sequence[Weighted]]
-"""Builds all rewards in a worker; it travels there, so it must be picklable."""
+"""Build all rewards in a worker. The function is sent there, so it must be picklable."""
 
 
 class Pool:
-    """Reward workers that each hold all rewards. One that dies is started again. Raises Spent when `lives` are."""
+    """Reward workers that each hold all rewards. A worker that died is started again.
+
+    Raises RestartsExhausted when the restart budget `lives` is used up.
+    """
 
     def __init__(self, make: Make, options: Sequence[dict[str, Any]], lives: RestartBudget, *, limit: float) -> None:
         self.make, self.options, self.lives, self.limit = make, options, lives, limit
         self.remotes: list[Remote | None] = [None] * len(options)
 
     def ask(self, method: str, given: Sequence[Sequence[Any] | None]) -> list[Any]:
-        """What each worker says to its own arguments, all at the same time; None where there are none."""
+        """Call a method on all workers in parallel, each with its own arguments. A worker with arguments None is not called
+        and gives None."""
         return run_parallel([partial(self._ask, number, method, one) for number, one in enumerate(given)])
 
     def close(self) -> None:
-        """End all workers. May be called again."""
+        """End all workers. May be called more than once."""
         ended([one for one in self.remotes if one is not None])
 
     def _ask(self, number: int, method: str, given: Sequence[Any] | None) -> Any:
@@ -55,33 +59,33 @@ class Pool:
 
 
 class ClusterReward:
-    """Reward `number` of a pool's workers, as one Reward."""
+    """Reward `number` of the pool's workers, as one `Reward`."""
 
     def __init__(self, pool: Pool, number: int) -> None:
         self.pool, self.number = pool, number
 
     def score(self, groups: Sequence[Group]) -> Scores:
-        """See `Reward.score`. What a worker's reward raises is raised."""
+        """See `Reward.score`. An error of a reward in a worker is raised here."""
         dealt = shares(groups, len(self.pool.options))
         given = [(self.number, list(own)) if own else None for own in dealt]
         return joined(self.pool.ask("score", given))
 
 
 def weighted(pool: Pool) -> list[Weighted]:
-    """A pool's rewards under their names and weights; all of its workers are started."""
+    """Start all workers of a pool and return its rewards with their names and weights."""
     about = pool.ask("about", [()] * len(pool.options))[0]
     return [Weighted(name, ClusterReward(pool, number), weight) for number, (name, weight) in enumerate(about)]
 
 
 class RewardWorker:
-    """All rewards in one process."""
+    """The worker side of `Pool`: holds all rewards."""
 
     def build(self, make: Make) -> None:
-        """Load them."""
+        """Build the rewards."""
         self.rewards = list(make())
 
     def about(self) -> list[tuple[str, float]]:
-        """Their names and weights."""
+        """Return the name and weight of each reward."""
         return [(one.name, one.weight) for one in self.rewards]
 
     def score(self, number: int, groups: Sequence[Group]) -> Scores:

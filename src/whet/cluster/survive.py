@@ -1,4 +1,4 @@
-"""A run that outlives its workers: all is taken down, built anew, and continued from the last checkpoint."""
+"""Recovery of a run after a worker died: start all workers again and continue from the last checkpoint."""
 
 import sys
 from collections.abc import Callable
@@ -22,12 +22,14 @@ def survive(
     limit: float = 1800.0,
     quiet: bool = False,
 ) -> T:
-    """What `attempt(world, resume)` returns. When a worker's death ends it, it is called again with a new world and resume.
+    """Call `attempt(workers, resume)` and return its result. If a worker died, call it again with new workers and resume True.
 
-    The first world is whole. Later ones are where machines are back, else smaller (see `placement.place`); when there is a
-    place for more workers after a checkpoint, the run goes on from there with more (`Regrow`, which is no death). Raises Spent of
-    the last cause when workers died more than `restarts` times over all worlds, those that a world replaces itself
-    (engines, reward workers) counted, and at once whatever else the attempt raises.
+    The first attempt needs all workers. Later attempts take all workers if they can be placed, else fewer (see
+    `placement.place`). If more workers can be placed after a checkpoint, the run continues from there with more
+    (`MoreLearners`, which is not counted as a restart).
+
+    Raises RestartsExhausted from the last cause if workers died more than `restarts` times over all attempts; engines and
+    reward workers that are restarted within an attempt are counted too. Any other error of the attempt is raised at once.
     """
     lives, shrinks = RestartBudget(restarts), False
     while True:
@@ -48,7 +50,10 @@ def survive(
 
 
 def death(error: BaseException | None) -> WorkerDied | None:
-    """The death of a worker that is behind this error: a checkpoint fails, too, when a worker dies while it is written."""
+    """Return the WorkerDied error among the causes of this error, or None.
+
+    Other errors can be caused by a worker that died: for example, a checkpoint fails if a worker dies while it is written.
+    """
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, WorkerDied):

@@ -1,4 +1,4 @@
-"""A worker process of the cluster: what it holds is asked by name, and its death and its errors come out as what they are."""
+"""Worker processes on Ray: remote method calls, with errors and the end of a process reported to the caller."""
 
 import os
 import signal
@@ -16,14 +16,14 @@ from whet.errors import AttemptFailed, WhetError, WorkerDied, first_line
 T = TypeVar("T")
 
 START = 60.0
-"""Seconds that a process has to start, once it has a place."""
+"""Seconds for a process to start after it was placed."""
 GRACE = 20.0
-"""Seconds that workers have to answer, once another one failed in the same call."""
+"""Seconds for the other workers to answer after one worker failed in the same call."""
 
 
 @dataclass(frozen=True)
 class Process:
-    """A process for good: an id is used again by others, a machine, an id and a start together are not."""
+    """A process, identified by machine, process id and start time. A process id alone can be reused by a later process."""
 
     host: str
     pid: int
@@ -31,23 +31,23 @@ class Process:
 
     @classmethod
     def of(cls, pid: int) -> "Process":
-        """The process that has this id now, on this machine."""
+        """Return the process that has this id on this machine now."""
         return cls(host(), pid, _began(pid))
 
     @property
     def lives(self) -> bool:
-        """It runs on this machine; a dead one that nobody has asked about yet does not count."""
+        """True if the process runs on this machine. A zombie process counts as ended."""
         return self.host == host() and bool(self.began) and _began(self.pid) == self.began
 
     def kill(self) -> None:
-        """End it where it is on this machine; elsewhere nothing. It may be an orphan that Ray has lost."""
+        """Kill the process if it is on this machine. This also ends an orphan process that Ray no longer knows."""
         if self.lives:
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(self.pid, signal.SIGKILL)
 
 
 def _began(pid: int) -> str:
-    """When the process began, in the kernel's own unit; "" when it does not run."""
+    """Return the start time of the process in the kernel's own unit, or "" if it does not run."""
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -57,7 +57,7 @@ def _began(pid: int) -> str:
 
 @dataclass(frozen=True)
 class Where:
-    """Which process a worker is, and on which node and address."""
+    """The process, Ray node and address of a worker."""
 
     process: Process
     node: str
@@ -65,13 +65,13 @@ class Where:
 
 
 class Body:
-    """What runs in a worker process: it holds one thing and calls its methods."""
+    """The actor in a worker process. It holds one object and calls its methods."""
 
     def prepare(self, paths: Sequence[str], folder: str, gpu: bool) -> Where:
-        """The driver's paths count here too, so that its functions are found. Says where this is."""
+        """Add the driver's import paths and enter its folder, so that its functions are found. Return where this process runs."""
         import ray
 
-        if not gpu:  # Ray shows all of the machine's to who asked for none
+        if not gpu:  # Ray shows all GPUs of the machine to an actor that asked for none
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
         sys.path += [path for path in paths if path not in sys.path]
@@ -80,19 +80,19 @@ class Body:
         return Where(Process.of(os.getpid()), ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address())
 
     def hold(self, make: Callable[[], Any]) -> None:
-        """Make the thing."""
+        """Create the object."""
         self.thing = make()
 
     def ask(self, method: str, given: Sequence[Any], extra: Any = None) -> Any:
-        """What a method of the thing gives; `extra` is a further argument that traveled alone."""
+        """Call a method of the object. `extra` is one more argument, which was sent separately."""
         found = getattr(self.thing, method)(*given, *(() if extra is None else (extra,)))
         return list(found) if isinstance(found, Iterator) else found
 
 
 class Remote:
-    """A worker process, seen from the driver. `name` is what errors call it.
+    """The driver's handle of a worker process. `name` appears in error messages.
 
-    Raises WorkerDied where it cannot be started, AttemptFailed where there is no place for it any more.
+    Raises WorkerDied if the process cannot be started, AttemptFailed if it can no longer be placed.
     """
 
     def __init__(self, name: str, options: dict[str, Any], *, limit: float) -> None:
@@ -109,7 +109,7 @@ class Remote:
         self.processes = [self.where.process]
 
     def hold(self, make: Callable[[], Any]) -> "Remote":
-        """Make the thing there. Raises what making it raises."""
+        """Create the object in the worker. Raises what its creation raises."""
         try:
             self._get(self.actor.hold.remote(make), self.limit)
         except BaseException:
@@ -118,17 +118,17 @@ class Remote:
         return self
 
     def start(self, method: str, given: Any = (), extra: Any = None) -> Any:
-        """Ask, and get a reference to the answer. Raises WorkerDied where it is known to be dead."""
+        """Start a call and return a reference to its result. Raises WorkerDied if the worker is known to be dead."""
         if self.dead:
             raise WorkerDied(f"cluster: {self.name} {self.dead}")
         return self.actor.ask.remote(method, given, extra)
 
     def ask(self, method: str, *given: Any, extra: Any = None, limit: float | None = None) -> Any:
-        """Ask, and wait for the answer. Raises WorkerDied when it died, and what the thing raised as itself."""
+        """Call a method and wait for its result. Raises WorkerDied if the worker died, and otherwise what the method raised."""
         return self._get(self.start(method, given, extra), self.limit if limit is None else limit)
 
     def answer(self, reference: Any, limit: float | None = None) -> Any:
-        """The answer to what was asked with `start`. Raises what `ask` raises."""
+        """Wait for the result of a call that `start` began. Raises what `ask` raises."""
         return self._get(reference, self.limit if limit is None else limit)
 
     def _get(self, reference: Any, limit: float, silent: type[WorkerDied] = WorkerDied) -> Any:
@@ -139,7 +139,7 @@ class Remote:
         except ray.exceptions.RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
             if cause is not error and isinstance(cause, ray.exceptions.RayError):
-                # its own work did not fail: what was to be sent to it died with its keeper
+                # the method itself did not fail: the process that held its argument died before the argument was sent
                 raise AttemptFailed(f"cluster: {self.name} was sent what is lost ({first_line(cause)})") from error
             raise cause from (None if isinstance(cause, WhetError) else error)
         except ray.exceptions.GetTimeoutError:
@@ -150,17 +150,18 @@ class Remote:
             raise WorkerDied(f"cluster: {self.name} died ({first_line(error)})") from error
 
     def kill(self, why: str = "was ended") -> None:
-        """Ray is asked to kill it, and it is not asked anything any more."""
+        """Ask Ray to kill the worker, and allow no more calls to it."""
         import ray
 
         self.dead = self.dead or why
-        with suppress(Exception):  # Ray may know nothing of it any more
+        with suppress(Exception):  # Ray may no longer know the actor
             ray.kill(self.actor, no_restart=True)
 
     def end(self) -> bool:
-        """Kill it and all that it started; where it is on this machine, it is gone then. May be called again.
+        """Kill the worker and the processes it started. Return True if none of them runs on this machine any more.
 
-        A process that Ray has lost, or that hangs, does not hear Ray and is killed by its id.
+        A process that hangs, or that Ray no longer knows, does not react to Ray and is killed by its process id. May be
+        called more than once.
         """
         self.kill()
         for seconds in (1.0, 5.0):
@@ -173,14 +174,14 @@ class Remote:
 
 
 def ended(workers: Sequence[Remote]) -> list[Remote]:
-    """All are killed at the same time; those on this machine that do not end."""
+    """Kill all workers at the same time. Return those on this machine that did not end."""
     for one in workers:
         one.kill()
     return [one for one in workers if not one.end()]
 
 
 def first_to_fail(asked: Mapping[Any, Remote], limit: float) -> None:
-    """All that was asked is waited for. What fails first is raised at once: the others may wait for it in vain."""
+    """Wait for all calls. The first error is raised at once, because the other workers may wait for the failed one forever."""
     import ray
 
     pending = dict(asked)
@@ -194,10 +195,11 @@ def first_to_fail(asked: Mapping[Any, Remote], limit: float) -> None:
 
 
 def in_step(workers: Sequence[Remote], method: str, given: Sequence[Any], limit: float) -> list[Any]:
-    """What the same call gave in each worker. They work together in it: where one died, none of them can go on.
+    """Make the same collective call in each worker and return the results. If one worker died, none of them can continue.
 
-    Raises WorkerDied, all of them killed, when one died or did not answer within `limit` seconds, or within a short while
-    after another one failed. What whet's own code raised in any of them is raised as itself.
+    Raises WorkerDied if a worker died, did not answer within `limit` seconds, or did not answer within `GRACE` seconds
+    after another one failed; all workers are killed then. An error that whet's own code raised in a worker is raised as
+    it is.
     """
     import ray
 
@@ -220,7 +222,7 @@ def in_step(workers: Sequence[Remote], method: str, given: Sequence[Any], limit:
         if not ready:
             break
         if any(one.dead for one, _ in raised):
-            break  # the others wait for it in vain
+            break  # the others would wait for the dead worker forever
     verdict = _verdict(raised, list(pending.values()), limit)
     if verdict is None:
         return [found[one.name] for one in workers]
@@ -231,13 +233,17 @@ def in_step(workers: Sequence[Remote], method: str, given: Sequence[Any], limit:
 
 
 def _verdict(raised: Sequence[tuple[Remote, Exception]], silent: Sequence[Remote], limit: float) -> Exception | None:
-    """What to tell of a common call: first who died, then what whet found wrong, then who fell silent, then the rest."""
+    """Return the error to raise for a collective call, or None.
+
+    The order is: a worker that died, an error of whet, any other error that is not a lost connection, a worker that did
+    not answer, a lost connection.
+    """
     dead = [error for one, error in raised if one.dead]
     own = [error for _, error in raised if isinstance(error, WhetError)]
     if dead or own:
         return (dead or own)[0]
     plain = [error for _, error in raised if not _broken(error)]
-    if plain:  # its own mistake (no memory, no disk): the others wait for it, and nobody died
+    if plain:  # an error of this worker alone (memory or disk full): the others wait for it, and no worker died
         return plain[0]
     if silent:
         names = ", ".join(one.name for one in silent)
@@ -250,7 +256,7 @@ def _verdict(raised: Sequence[tuple[Remote, Exception]], silent: Sequence[Remote
 
 
 def _broken(error: Exception) -> bool:
-    """The process group fell apart under a call: gloo and NCCL tell it in words only."""
+    """Return True if the process group lost its connection. gloo and NCCL report this only in the text of a RuntimeError."""
     import torch.distributed as dist
 
     kinds = tuple(kind for kind in (getattr(dist, "DistError", None),) if kind is not None)

@@ -1,4 +1,4 @@
-"""One attempt at a run: its places, its workers, and how all of them are taken down again."""
+"""One attempt at a run: placement, start and shutdown of its workers."""
 
 import secrets
 import sys
@@ -22,11 +22,13 @@ from whet.rewards.base import Weighted
 
 
 class Attempt:
-    """What is built in one attempt. A context manager: at its end nothing is left, orphans on this machine included.
+    """All workers of one attempt at a run. A context manager: on exit all workers are ended, including orphan processes
+    on this machine.
 
-    The attempt's id is random: what it writes into shared memory has it in its path. `lives` say how often
-    engines and reward workers are started again (None: never); `limit` is how many seconds a call to a worker may take.
-    A world that `shrinks` does with fewer workers where there is no place for all. Raises RecipeError where there is none for it.
+    Each attempt has a random id, which is part of the path of everything it writes into shared memory. `lives` is the
+    restart budget of engines and reward workers (None: no restarts); `limit` is the longest duration of a call to a worker
+    in seconds. With `shrinks` the attempt uses fewer workers if not all can be placed. Raises RecipeError if the workers
+    cannot be placed.
     """
 
     def __init__(
@@ -36,7 +38,7 @@ class Attempt:
         self.attempt = secrets.token_hex(8)
         self.placement: Placement = place(wanted, shrinks=shrinks)
         self.wanted = self.placement.wanted
-        """What found a place."""
+        """The workers that were placed."""
         self._engines: list[ActorGenerator] = []
         self._learner: ClusterLearner | None = None
         self._fleet: Fleet | None = None
@@ -44,7 +46,7 @@ class Attempt:
 
     @property
     def learners(self) -> int:
-        """How many workers the learner has this time."""
+        """The number of learner workers in this attempt."""
         return self.placement.learners
 
     def learner(
@@ -54,7 +56,7 @@ class Attempt:
         push: Literal["weights", "adapter"] = "weights",
         answers: Callable[[LocalLearner], Generator] | None = None,
     ) -> ClusterLearner:
-        """The learner that `make(workers)` builds in each worker. With `answers` they generate as well (`generator`)."""
+        """Start the learner: `make(workers)` builds it in each worker. With `answers` the same workers also generate."""
         self._learner = ClusterLearner(
             make, self.placement, attempt=self.attempt, push="nothing" if answers else push, answers=answers,
             limit=self.limit,
@@ -62,9 +64,9 @@ class Attempt:
         return self._learner
 
     def generator(self, makes: Sequence[Callable[[], Generator]] = ()) -> Generator:
-        """All engines as one, each in a worker of its own, built by its one of `makes` (taken in turns where there are fewer).
+        """Start all engines and return them as one generator. Engine i is built by `makes[i % len(makes)]` in its own worker.
 
-        Without engines the learner's workers answer: `learner` was given `answers` then.
+        Without engines the learner's workers generate; `learner` must have been called with `answers` before.
         """
         if not self.wanted.engines:
             assert self._learner is not None
@@ -74,7 +76,7 @@ class Attempt:
         return self._fleet
 
     def rewards(self, make: MakeRewards) -> list[Weighted]:
-        """The rewards that `make()` builds in each reward worker; without such workers, in this process."""
+        """Return the rewards that `make()` builds in each reward worker, or in this process if there are no reward workers."""
         if not self.wanted.rewards:
             return list(make())
         options = [self.placement.reward(number) for number in range(self.wanted.rewards)]
@@ -82,13 +84,13 @@ class Attempt:
         return weighted(self._pool)
 
     def remotes(self) -> list[Remote]:
-        """Every worker there ever was in this attempt, but for reward workers that were replaced."""
+        """Return all workers of this attempt: learners, all engines ever started, and the current reward workers."""
         learners = self._learner.remotes if self._learner is not None else []
         scorers = [one for one in (self._pool.remotes if self._pool is not None else []) if one is not None]
         return [*learners, *(one.remote for one in self._engines), *scorers]
 
     def close(self) -> None:
-        """Take everything down. May be called again."""
+        """End all workers and release their places. May be called more than once."""
         nodes = {one.where.node for one in self.remotes()}
         for thing in (self._fleet, self._pool, self._learner):
             if thing is not None:
@@ -114,7 +116,7 @@ class Attempt:
 
 
 def _sweep(nodes: set[str]) -> None:
-    """Shared memory on other machines that workers could not clear themselves, because they died."""
+    """Remove shared memory folders on other machines that workers left behind because they died."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
 

@@ -1,5 +1,5 @@
 """Who answers: the Generator seam and its adapters."""
 
-from whet.generate.base import Generator, Request, ScriptedGenerator
+from whet.generate.base import GENERATORS, Generator, Request, ScriptedGenerator
 
-__all__ = ["Generator", "Request", "ScriptedGenerator"]
+__all__ = ["GENERATORS", "Generator", "Request", "ScriptedGenerator"]

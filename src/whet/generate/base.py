@@ -13,6 +13,7 @@ from whet.data import Prompt, Sample, Weights
 from whet.errors import ModelError, RecipeError
 from whet.methods.options import Sampling
 from whet.ops import address, addressed_uniform
+from whet.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,9 @@ def draw(probabilities: Tensor, requests: Sequence[Request], position: int) -> T
     last = probabilities.shape[1] - 1 - (probabilities > 0).flip(-1).int().argmax(-1)
     return torch.minimum(token, last)
 
+
+GENERATORS = Registry("generators", {"openai": "whet.generate.openai"}, Generator)
+"""Generators that answer for sampling and evaluation, made from options and a conversation format."""
 
 class ScriptedGenerator:
     """A generator that answers from a function: the fake for tests of loops.

@@ -1,10 +1,13 @@
 """whet.evaluate: win rates under judges, the accuracy of a reward model, or a held-out loss."""
 
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from whet.data.files import write_json, write_jsonl
 from whet.errors import RecipeError
+from whet.generate.local import LocalGenerator
 from whet.learner.local import LocalLearner
 from whet.loops import evaluate
 from whet.methods import compose
@@ -35,20 +38,23 @@ def _win_rates(recipe: fields.EvalRecipe) -> dict[str, float]:
         [rewards.reward(one, recipe.model, tokenizer, recipe.max_tokens_per_micro_batch) for one in recipe.judge]
     )
     prompts = sample.prompts_of(recipe.model, recipe.data, chat, recipe.sampling)
-    role = models.causal_role("policy", recipe.model, tokenizer, trained=False, seed=0)
     other_tokenizer, other_chat = models.tokenizer_and_chat(replace(recipe.model, path=recipe.against))
     if other_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise RecipeError(
             f"against: {recipe.against} has another tokenizer than {recipe.model.path}; compare models of one family"
         )
     other = models.causal_role("reference", recipe.model, tokenizer, trained=False, seed=0, path=recipe.against)
-    ours = sample.answers_of(recipe, role, chat, prompts, 1, recipe.seed)
-    theirs = sample.answers_of(recipe, other, other_chat, prompts, 1, address(recipe.seed, "against"))
-    learner = LocalLearner({"policy": role, "reference": other}, {}, total=1, budget=recipe.max_tokens_per_micro_batch)
-    exact = (
-        recipe.sampling.temperature > 0 and not recipe.sampling.truncates
-    )  # else the samples are not the policy's own
-    divergence = evaluate.kl(learner, ours, recipe.sampling.temperature).tolist() if exact else [None] * len(ours)
+    with closing(sample.generator_of(recipe, tokenizer, chat)) as generator:
+        ours = evaluate.answers(generator, prompts, recipe.sampling, seed=recipe.seed)
+    rival_generator = LocalGenerator(other, other_chat.end_ids, other_chat.text, unit=recipe.max_num_seqs)
+    theirs = evaluate.answers(rival_generator, prompts, recipe.sampling, seed=address(recipe.seed, "against"))
+    divergence: list[Any] = [None] * len(ours)
+    exact = False  # only where the samples are the policy's own, and it is here, is there a KL
+    if isinstance(generator, LocalGenerator) and recipe.sampling.temperature > 0 and not recipe.sampling.truncates:
+        exact = True
+        roles = {"policy": generator.role, "reference": other}
+        learner = LocalLearner(roles, {}, total=1, budget=recipe.max_tokens_per_micro_batch)
+        divergence = evaluate.kl(learner, ours, recipe.sampling.temperature).tolist()
     numbers: dict[str, float] = {"prompts": len(prompts)}
     numbers |= {"kl": sum(divergence) / len(divergence)} if exact else {}
     rows = [

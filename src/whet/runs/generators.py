@@ -27,6 +27,11 @@ from whet.runs import recipe as fields
 def check_generator(recipe: fields.OnlineRecipe, workers: int) -> None:
     """Refuses engines that cannot do what the recipe asks of them."""
     wanted, plain = recipe.generator, fields.Generation()
+    if wanted.name == "openai":
+        raise RecipeError(
+            "generator.name: a server with the OpenAI API takes no weights and reports no log-probs, so it cannot answer in "
+            "training; use it with whet sample and whet eval, or take local, vllm or server"
+        )
     if wanted.name != "local" and recipe.sampling.truncates:
         raise RecipeError(
             f"sampling: a {wanted.name} engine does not say which tokens could be drawn, so ratios would be wrong; leave "

@@ -150,8 +150,8 @@ class Learning:
 class Generation:
     """Who answers."""
 
-    name: Literal["local", "vllm", "server"] = "local"
-    """transformers in the learner's processes, vLLM engines that whet starts, or vLLM servers that run already"""
+    name: Literal["local", "vllm", "server", "openai"] = "local"
+    """transformers in the learner's processes, vLLM engines that whet starts, or running vLLM servers (openai: sample and eval only)"""
     count: Count = 1
     """vLLM engines of each learner's process that share its load (under a cluster: cluster.engines)"""
     urls: tuple[str, ...] = ()
@@ -358,6 +358,8 @@ class SampleRecipe:
     model: Frozen = Frozen()
     data: Rows = Rows()
     """`prompt` rows"""
+    generator: str | dict[str, Any] = "local"
+    """who answers: local; {name: openai, url: ..., model: ...}; or "mine.py:Generator" """
     num_generations: Count = 4
     """answers per prompt"""
     reward: list[RewardSpec] = field(default_factory=list)
@@ -402,6 +404,8 @@ class EvalRecipe:
     """what scores the answers of a win rate: "file.py:function" or a reward-model folder; several are told apart"""
     data: Rows = Rows()
     """prompts (win rate), rankings or pairs (accuracy of a reward model), text or conversations (loss)"""
+    generator: str | dict[str, Any] = "local"
+    """who answers for the model of a win rate: local; {name: openai, url: ..., model: ...}; or "mine.py:Generator" """
     sampling: Sampling = Sampling()
     max_num_seqs: Count = 256
     """answers that are generated together"""

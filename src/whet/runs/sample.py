@@ -1,19 +1,20 @@
 """whet.sample: K answers for every prompt of a file."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from whet.data import Chat, Group, Prompt
+from whet.data import Chat, Prompt
 from whet.data.files import write_jsonl
 from whet.errors import RecipeError
+from whet.generate import GENERATORS, Generator
 from whet.generate.local import LocalGenerator
 from whet.loops import evaluate
 from whet.methods.options import Sampling
-from whet.models.roles import Role
-from whet.runs import data, models, rewards
+from whet.runs import adapters, data, models, rewards
 from whet.runs import recipe as fields
 
 
@@ -30,8 +31,9 @@ def run_sample(recipe: fields.SampleRecipe) -> Path:
         for one in recipe.reward
     ]
     questions = prompts_of(recipe.model, recipe.data, chat, recipe.sampling)
-    role = models.causal_role("policy", recipe.model, tokenizer, trained=False, seed=0)
-    groups = answers_of(recipe, role, chat, questions, recipe.num_generations, recipe.seed)
+    generator = generator_of(recipe, tokenizer, chat)
+    with closing(generator):
+        groups = evaluate.answers(generator, questions, recipe.sampling, count=recipe.num_generations, seed=recipe.seed)
     rows: list[dict[str, Any]] = [
         {
             **group.prompt.row,
@@ -61,17 +63,12 @@ def prompts_of(model: fields.Frozen, rows: fields.Rows, chat: Chat, sampling: Sa
     return data.rows_of(rows, reader.prompts)
 
 
-def answers_of(
-    recipe: fields.SampleRecipe | fields.EvalRecipe,
-    role: Role,
-    chat: Chat,
-    prompts: Sequence[Prompt],
-    count: int,
-    seed: int,
-) -> list[Group]:
-    """`count` answers for every prompt, generated in this process."""
-    generator = LocalGenerator(role, chat.end_ids, chat.text, unit=recipe.max_num_seqs)
-    return evaluate.answers(generator, prompts, recipe.sampling, count=count, seed=seed)
+def generator_of(recipe: fields.SampleRecipe | fields.EvalRecipe, tokenizer: Any, chat: Chat) -> Generator:
+    """Who answers for the recipe's model: the model itself, or a generator of the registry."""
+    if recipe.generator in ("local", {"name": "local"}):
+        role = models.causal_role("policy", recipe.model, tokenizer, trained=False, seed=0)
+        return LocalGenerator(role, chat.end_ids, chat.text, unit=recipe.max_num_seqs)
+    return adapters.chosen(GENERATORS, recipe.generator, "generator").make(chat)
 
 
 def threads(count: int) -> None:

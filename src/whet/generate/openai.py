@@ -1,0 +1,118 @@
+"""Answers from any server with the OpenAI chat API, for sampling and evaluation; such a server takes no weights."""
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from whet.data import Chat, Sample, Weights
+from whet.errors import RecipeError, WorkerDied
+from whet.generate.base import Request
+from whet.http import Http
+from whet.ops import address
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of a generator that asks an OpenAI-compatible server."""
+
+    url: str
+    """base URL of the server, without /v1"""
+    model: str
+    """name of the model on the server"""
+    api_key_env: str = ""
+    """environment variable with the key, which is sent as a bearer token"""
+    timeout: float = 600.0
+    """seconds that one answer may take"""
+    retries: int = 3
+    """times that a request is sent again when nothing answers or the server fails (status 5xx)"""
+    connections: int = 16
+    """requests at the same time"""
+    token_ids: bool = False
+    """ask for token ids (return_token_ids, as vLLM has it); without, the text is tokenized here"""
+
+
+class OpenAIGenerator:
+    """A server with the route /v1/chat/completions as a Generator.
+
+    Samples have the server's token ids where `token_ids` asks for them, else the ids of the text under the local tokenizer, which
+    may differ from what was sampled. Log-probs are not reported. So it cannot answer in training, and `load_weights` raises.
+    """
+
+    reports: frozenset[str] = frozenset()
+    version = 0
+
+    def __init__(self, options: Options, chat: Chat) -> None:
+        key = os.environ.get(options.api_key_env, "") if options.api_key_env else ""
+        if options.api_key_env and not key:
+            raise RecipeError(f"generator.api_key_env: the environment variable {options.api_key_env} is not set")
+        if min(options.retries, options.timeout) < 0 or options.connections < 1:
+            raise RecipeError("generator: timeout and retries are at least 0, connections at least 1")
+        self.options, self.chat = options, chat
+        self.http = Http(options.url, options.timeout, key, what="generator.url")
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
+        """Answers in the order of the requests. Raises RecipeError for options that the API lacks, WorkerDied when the server
+        fails more often than `retries` allow."""
+        for request in requests[:1]:
+            if request.sampling.top_k or request.sampling.min_p:
+                raise RecipeError("sampling: the OpenAI API has no top_k and min_p; leave them out")
+        with ThreadPoolExecutor(self.options.connections, "whet-openai") as pool:
+            yield from pool.map(self._answer, requests)
+
+    def _answer(self, request: Request) -> Sample:
+        seed = address("openai", request.seed, request.draw, request.answer) & (1 << 31) - 1
+        body: dict[str, Any] = {
+            "model": self.options.model, "messages": list(request.prompt.messages), "max_tokens": request.room,
+            "temperature": request.sampling.temperature, "top_p": request.sampling.top_p, "n": 1, "seed": seed,
+        }  # fmt: skip
+        if self.options.token_ids:
+            body["return_token_ids"] = True
+        found = self._ask(body)
+        try:
+            choice = found["choices"][0]
+            text, finish = choice["message"]["content"] or "", choice.get("finish_reason")
+        except (KeyError, IndexError, TypeError) as error:
+            raise WorkerDied(
+                f"generator.url: {self.options.url} sent no chat completion, got {found!r:.200}"
+            ) from error
+        ended = finish != "length"
+        ids = choice.get("token_ids")
+        if ids is None:
+            ids = self.chat.answer_ids(text) if ended else self.chat.answer_ids(text)[:-1]
+        return Sample(
+            request.draw, request.answer, tuple(ids), (0.0,) * len(ids), 0, "stop" if ended else "length", text
+        )
+
+    def _ask(self, body: dict[str, Any]) -> Any:
+        for left in range(self.options.retries, -1, -1):
+            try:
+                return self.http.ask("POST", "/v1/chat/completions", body)
+            except WorkerDied:
+                if not left:
+                    raise
+                time.sleep(min(0.1 * 2 ** (self.options.retries - left), 5.0))
+        raise AssertionError("unreachable")
+
+    def load_weights(self, weights: Weights) -> None:
+        """Refused: the API has no route for weights."""
+        raise RecipeError("generator: an OpenAI-compatible server takes no weights, so it cannot answer in training")
+
+    def logprobs(self, ids: Sequence[Tensor]) -> list[Tensor]:
+        """Refused: the API does not score given tokens."""
+        raise RecipeError("generator: an OpenAI-compatible server gives no log-probs of given tokens")
+
+    def sleep(self) -> None:
+        """The server has its own memory."""
+
+    def close(self) -> None:
+        """No connection is held."""
+
+
+def make(options: Options, context: Any) -> OpenAIGenerator:
+    """The generator; `context` is the conversation format of the recipe's tokenizer."""
+    return OpenAIGenerator(options, context)
