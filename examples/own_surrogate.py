@@ -23,4 +23,6 @@ if __name__ == "__main__":
     options = {"num_steps": 2, "prompts_per_step": 4, "num_generations": 4, "mini_batch_size": 8, "max_new_tokens": 12}
     surrogate = {"name": "examples/own_surrogate.py:tanh_clip", "width": 0.3}
     print(whet.explain("grpo", surrogate=surrogate, **options))
-    whet.train("grpo", model=sys.argv[1], reward=short, data=rows, surrogate=surrogate, out="runs/own_surrogate", **options)
+    whet.train(
+        "grpo", model=sys.argv[1], reward=short, data=rows, surrogate=surrogate, out="runs/own_surrogate", **options
+    )

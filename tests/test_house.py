@@ -1,6 +1,6 @@
 """The house holds its own rules: imports only go down, every file has its caption, light imports stay light, docs are true.
 
-`python tests/test_house.py` writes the tree of captions into the README.
+`python tests/test_house.py` writes the tree of captions into ARCHITECTURE.md.
 """
 
 import ast
@@ -94,9 +94,9 @@ def tree() -> str:
     return "\n".join(lines)
 
 
-def test_the_tree_in_the_readme_is_the_house() -> None:
-    found = re.search(r"```\n(src/whet/\n.*?)\n```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert found, "the README has no tree; run python tests/test_house.py"
+def test_the_tree_in_the_architecture_is_that_of_the_files() -> None:
+    found = re.search(r"```\n(src/whet/\n.*?)\n```", (ROOT / "ARCHITECTURE.md").read_text(), re.DOTALL)
+    assert found, "ARCHITECTURE.md has no tree; run python tests/test_house.py"
     assert found.group(1) == tree(), "run python tests/test_house.py"
 
 
@@ -138,9 +138,7 @@ def test_the_method_of_the_contributing_guide_works_as_it_stands_there() -> None
 
 
 if __name__ == "__main__":
-    readme = (ROOT / "README.md").read_text()
+    page = (ROOT / "ARCHITECTURE.md").read_text()
     block = f"```\n{tree()}\n```"
-    changed = re.sub(
-        r"```\nsrc/whet/\n.*?\n```|^TREE$", lambda _: block, readme, count=1, flags=re.DOTALL | re.MULTILINE
-    )
-    (ROOT / "README.md").write_text(changed)
+    changed = re.sub(r"```\nsrc/whet/\n.*?\n```|^TREE$", lambda _: block, page, count=1, flags=re.DOTALL | re.MULTILINE)
+    (ROOT / "ARCHITECTURE.md").write_text(changed)

@@ -1,4 +1,4 @@
-"""The processes that work together: who is which, sums and gathers over them, and how torchrun starts them."""
+"""Process groups: ranks, collective operations, startup with torchrun, and the restart budget."""
 
 import os
 import pickle
@@ -20,16 +20,17 @@ from whet.errors import RestartsExhausted, WorkerDied
 T = TypeVar("T")
 
 PORT = "whet/port"
-"""Where torchrun's store says the port of the workers' own."""
+"""Key in torchrun's store under which rank 0 publishes the port of the workers' own store."""
 GLANCE = timedelta(seconds=2)
-"""To see whether a store is there."""
+"""How long to wait for a connection to a store."""
 
 
 @dataclass(frozen=True)
 class Workers:
-    """Process `rank` of `size`. What is summed or gathered travels through `group`, which carries CPU tensors.
+    """Process `rank` of `size`. `group` is the process group for sums and gathers of CPU tensors and objects.
 
-    All of its calls are collective: every process makes the same ones in the same order. Alone, they do nothing.
+    `sum`, `gather`, `broadcast`, `barrier`, `any` and `together` are collective: every process must make the same calls in
+    the same order. With a single process they communicate nothing.
     """
 
     rank: int = 0
@@ -38,11 +39,11 @@ class Workers:
 
     @property
     def first(self) -> bool:
-        """This process writes the run folder and talks."""
+        """True on rank 0, the process that writes the run folder and prints messages."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of a CPU tensor over all processes, the same bits on each."""
+        """Return the sum of a CPU tensor over all processes, bitwise equal on each."""
         if self.size == 1:
             return values
         import torch.distributed as dist
@@ -52,7 +53,7 @@ class Workers:
         return out
 
     def gather(self, thing: T) -> list[T]:
-        """Every process's thing, by rank."""
+        """Return the objects of all processes, in order of rank."""
         if self.size == 1:
             return [thing]
         import torch.distributed as dist
@@ -62,19 +63,20 @@ class Workers:
         return out
 
     def broadcast(self, thing: T) -> T:
-        """The first process's thing."""
+        """Return the object of rank 0."""
         return self.gather(thing)[0]
 
     def barrier(self) -> None:
-        """All have come this far."""
+        """Wait until all processes have reached this call."""
         self.gather(None)
 
     def any(self, fact: bool) -> bool:
-        """True where it is for one of them."""
+        """Return True if `fact` is true on at least one process."""
         return any(self.gather(fact))
 
     def together(self, work: Callable[[], T]) -> list[T]:
-        """What each process's work gave, by rank. Where one of them failed its error is raised on all, so none waits."""
+        """Call `work` on each process and return all results in order of rank. If it fails on one process, all processes
+        raise, so that none waits for another."""
         found, error = None, None
         try:
             found = work()
@@ -87,11 +89,11 @@ class Workers:
         return [one for one, _ in both]  # type: ignore[misc]
 
     def shard(self, things: Sequence[T]) -> Sequence[T]:
-        """This process's share of the things: every size-th one."""
+        """Return this process's share of the objects: every size-th one, starting at the rank."""
         return things[self.rank :: self.size]
 
     def unshard(self, shares: Sequence[Sequence[T]]) -> list[T]:
-        """The things in their order again, from every process's share of them."""
+        """Return the objects in their original order, from the shares of all processes. The inverse of `shard`."""
         out: list[Any] = [None] * sum(map(len, shares))
         for rank, share in enumerate(shares):
             out[rank :: self.size] = share
@@ -99,14 +101,14 @@ class Workers:
 
 
 class RestartBudget:
-    """How many workers of a run may still die, whatever they do. Raises Spent when it was one too many."""
+    """The number of times that workers of a run, of any kind, may be restarted."""
 
     def __init__(self, restarts: int) -> None:
         self.restarts, self.deaths = restarts, 0
         self._lock = threading.Lock()
 
     def spend(self, error: WorkerDied) -> None:
-        """One more has died of this."""
+        """Count one more worker that died of this error. Raises RestartsExhausted when the budget is used up."""
         with self._lock:
             self.deaths += 1
             if self.deaths > self.restarts:
@@ -117,14 +119,14 @@ class RestartBudget:
 
 
 def run_parallel(works: Sequence[Callable[[], T]]) -> list[T]:
-    """What each gives, in threads at the same time; all have ended when the first error is raised."""
+    """Call all functions in parallel threads and return their results. An error is raised after all threads have ended."""
     with ThreadPoolExecutor(max(1, len(works)), "whet-at-once") as threads:
         futures = [threads.submit(work) for work in works]
     return [future.result() for future in futures]
 
 
 def _sendable(error: Exception | None) -> Exception | None:
-    """The error, or one that says the same where its own class cannot travel to another process."""
+    """Return the error, or a RuntimeError with the same message if the error cannot be pickled."""
     try:
         return pickle.loads(pickle.dumps(error))
     except Exception:
@@ -132,23 +134,23 @@ def _sendable(error: Exception | None) -> Exception | None:
 
 
 def launched() -> bool:
-    """torchrun (or another launcher that sets its variables) started this process."""
+    """Return True if torchrun, or another launcher that sets the same variables, started this process."""
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
 def first() -> bool:
-    """Of the processes that a launcher started this is the first one, or it is alone."""
+    """Return True if this process is rank 0 of those that a launcher started, or was not started by a launcher."""
     return os.environ.get("RANK", "0") == "0" or not launched()
 
 
 def join(
     rank: int | None = None, size: int | None = None, address: str = "", port: int = 0, *, timeout: float = 7200.0
 ) -> Workers:
-    """This process becomes one of the workers: by torchrun's variables, or by what is given.
+    """Join the process group as one of the workers, by torchrun's variables or by the given arguments.
 
-    The store is one of its own for every attempt: torchrun's keeps addresses of the processes that died, and restarts
-    through it hang. It only tells where this one is. `timeout` seconds is how long one waits for another; a launcher ends
-    them sooner when one dies.
+    Every attempt has its own store, because torchrun's store keeps the addresses of processes that died, and restarts
+    through it hang. torchrun's store is used only to publish the port of this store. `timeout` is how long a worker waits
+    for another, in seconds; a launcher ends the workers sooner if one dies.
     """
     import torch.distributed as dist
 
@@ -166,33 +168,33 @@ def join(
 
 
 def host() -> str:
-    """Which machine this is, or which container on it, since this start of it."""
+    """Return an id of this machine, or of this container on it, which changes when the machine is restarted."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return f"{socket.gethostname()} {boot.read_text().strip() if boot.is_file() else ''}"
 
 
 def free_port(address: str = "127.0.0.1") -> int:
-    """A port at this address of this machine that nobody listens on."""
+    """Return an unused port at this address of this machine."""
     with socket.socket() as one:
         one.bind((address, 0))
         return one.getsockname()[1]
 
 
 def note(fact: str) -> None:
-    """Tell torchrun's store a fact that later attempts of this launch can ask for; nothing without such a store."""
+    """Record a fact in torchrun's store, for later attempts of this launch. Do nothing if there is no such store."""
     told = _launcher()
     if told is not None:
         told.set(f"whet/noted/{fact}", "yes")
 
 
 def noted(fact: str) -> bool:
-    """An attempt of this launch has noted it."""
+    """Return True if an attempt of this launch has recorded the fact."""
     told = _launcher()
     return told is not None and told.check([f"whet/noted/{fact}"])
 
 
 def _launcher() -> Any:
-    """torchrun's own store, which outlives its restarts; None with a launcher that has none (nor restarts)."""
+    """Connect to torchrun's own store, which is kept over restarts. None if the launcher has no store (and no restarts)."""
     import torch.distributed as dist
 
     if not launched() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
@@ -202,10 +204,11 @@ def _launcher() -> Any:
 
 
 def _met(dist: Any, rank: int, size: int, patience: timedelta) -> Any:
-    """The store of this attempt; torchrun's own tells where it is.
+    """Create or connect to the store of this attempt. torchrun's own store tells its port.
 
-    Agents of several machines count restarts apart, so an attempt has no number that all of its workers know: the first
-    one says its port, and another one that finds nothing there, or a store that its rank was in already, looks again.
+    torchrun's agents on several machines count restarts separately, so no attempt number is known to all workers. Rank 0
+    publishes the port of its store. Another rank that finds no store there, or a store that its rank joined before (one of
+    an earlier attempt), tries again.
     """
     address, told = os.environ["MASTER_ADDR"], _launcher()
     if told is None:
@@ -222,14 +225,14 @@ def _met(dist: Any, rank: int, size: int, patience: timedelta) -> Any:
             if store.add(f"whet/here/{rank}", 1) == 1:
                 store.set_timeout(patience)
                 return store
-        except (RuntimeError, ValueError):  # nothing there any more
+        except (RuntimeError, ValueError):  # the store of an earlier attempt, which no longer exists
             if time.monotonic() > until:
                 raise
         time.sleep(0.1)
 
 
 def _store(dist: Any, address: str, port: int, size: int, patience: timedelta, *, owns: bool) -> Any:
-    """The first worker's store, or the way to it. It listens on the address alone: by itself it would on all interfaces."""
+    """Create rank 0's store, or connect to it. It listens on `address` only; by default it would listen on all interfaces."""
     if not owns:
         return dist.TCPStore(address, port, size, is_master=False, timeout=patience, wait_for_workers=False)
     with socket.socket() as own:
@@ -242,7 +245,7 @@ def _store(dist: Any, address: str, port: int, size: int, patience: timedelta, *
 
 
 def leave() -> None:
-    """The end of the common work: all wait for one another, then the group is taken down."""
+    """Wait for all processes, then destroy the process group."""
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():

@@ -51,7 +51,7 @@ class CheckpointError(WhetError):
 
 
 class AttemptFailed(WorkerDied):
-    """More died than can be started again by itself: the whole world must be built anew."""
+    """A failure that restarting one worker cannot repair: all workers of the attempt must be started again."""
 
 
 class RestartsExhausted(AttemptFailed):

@@ -40,6 +40,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"model.quantize": "4bit", "model.lora.rank": 2, "generator.max_staleness": 1},
         "model.quantize: a 4-bit base cannot be handed to a generator of its own",
     ),
+    "bf16 beside an updated reference": (
+        {"learner": "zero2", "learner.precision": "bf16", "rollout.sync_reference.every": 2},
+        "learner.precision: DeepSpeed would keep the averaged reference in half precision",
+    ),
     "half": ({"learner": "local", "learner.precision": "bf16"}, "learner.precision: local has no such thing"),
     "offload on replicas": ({"learner": "ddp", "learner.offload": True}, "learner.offload: ddp has no such thing"),
     "trunk": (

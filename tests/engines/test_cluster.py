@@ -121,13 +121,13 @@ def test_a_process_is_not_taken_for_another_with_its_id() -> None:
 
 
 def test_a_shelf_keeps_two_pushes_and_is_swept_only_when_its_owner_is_gone(tmp_path: Path) -> None:
-    shelf = folders.Shelf("aaaa", "learner")
+    shelf = folders.PushFolders("aaaa", "learner")
     paths = [shelf.put(number, iter([("w", torch.full((3,), float(number)))])) for number in range(4)]
     assert [path.is_dir() for path in paths] == [False, False, True, True]
     folders.sweep()
     assert shelf.folder.is_dir()
     with pytest.raises(FileExistsError):
-        folders.Shelf("aaaa", "learner")
+        folders.PushFolders("aaaa", "learner")
     left = shelf.folder
     shelf._lock.close()  # as when its process dies
     folders.sweep()
@@ -208,7 +208,7 @@ class TestContract(Contract):
 def test_an_engine_elsewhere_gives_what_one_here_gives(generator: ActorGenerator) -> None:
     assert list(generator.generate(requests())) == list(local().generate(requests()))
     ids = torch.tensor([2, 3, 4, 5])
-    assert torch.equal(generator.logprobs([ids])[0], local().score([ids])[0])
+    assert torch.equal(generator.logprobs([ids])[0], local().logprobs([ids])[0])
 
 
 def test_a_push_that_cannot_be_read_is_refused_by_name(generator: ActorGenerator, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_vllm_on_a_cluster_takes_adapters_and_answers_ahead(place: Path) -> None
     """Every push must pass the canary, and three rollouts take two of them."""
     pytest.importorskip("vllm")
     pytest.importorskip("ray")
-    engines = ("--cluster", "auto", "--cluster.engines", "1", "--generator", "vllm", "--generator.cache-mib", "64")
+    engines = ("--cluster", "auto", "--cluster.engines", "1", "--generator", "vllm", "--generator.kv-cache-mib", "64")
     adapters = ("--model.lora.rank", "4", "--generator.push", "adapter")
     ahead = (
         "--generator.max-staleness",
@@ -77,7 +77,7 @@ def test_vllm_on_a_cluster_takes_adapters_and_answers_ahead(place: Path) -> None
 def test_each_of_torchruns_workers_has_an_engine_with_the_learners_log_probs(place: Path) -> None:
     pytest.importorskip("vllm")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "whet", *COMMON]
-    words = ["--generator", "vllm", "--generator.cache-mib", "64", "--out", "vllm-two"]
+    words = ["--generator", "vllm", "--generator.kv-cache-mib", "64", "--out", "vllm-two"]
     done = subprocess.run([*launch, *words], cwd=place, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in (place / "vllm-two" / "metrics.jsonl").read_text().splitlines()]

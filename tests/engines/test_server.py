@@ -129,7 +129,7 @@ def test_a_push_by_somebody_else_is_noticed(generator: Any, server: Server) -> N
     generator.load_weights(Weights(9, generator.role))
     late.close()
     with pytest.raises(WorkerDied, match="closed"):
-        late.score([torch.tensor([2, 3])])
+        late.logprobs([torch.tensor([2, 3])])
 
 
 def test_it_sleeps_and_wakes(generator: Any) -> None:
@@ -175,7 +175,7 @@ def test_a_killed_engine_is_noticed_and_the_server_ends(generator: Any, server: 
 @pytest.mark.long
 def test_the_verb_starts_one_and_ends_it_with_itself(tmp_path: Path) -> None:
     tiny.folder(tmp_path / "model", **e.SHAPE)
-    command = [sys.executable, "-m", "whet", "serve", "--model", str(tmp_path / "model"), "--cache-mib", "64"]
+    command = [sys.executable, "-m", "whet", "serve", "--model", str(tmp_path / "model"), "--kv-cache-mib", "64"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
         url = run.stdout.readline().split()[0]

@@ -35,7 +35,7 @@ def field_docs(module: str) -> dict[str, dict[str, tuple[str, str]]]:
 
 
 @cache
-def op_dials() -> dict[str, dict[str, str]]:
+def op_options() -> dict[str, dict[str, str]]:
     """Op name -> keyword-only parameter -> default as written, read off the sources of `ops`."""
     out = {}
     for path in sorted((ROOT / "ops").glob("*.py")):
@@ -104,12 +104,12 @@ def method_lines(verb: str, slots: Mapping[str, Any]) -> list[str]:
                 f"  --{('algorithm.' + slot).replace('_', '-'):<36}  {' | '.join(table[slot])} [{'null' if shown is None else shown}]"
             )
             for spec in value if isinstance(value, list) else [value] if value else []:
-                lines += _dial_lines(slot, spec, table[slot][spec["name"]])
+                lines += _option_lines(slot, spec, table[slot][spec["name"]])
     return lines
 
 
-def _dial_lines(slot: str, spec: Mapping[str, Any], choice: Choice) -> list[str]:
-    own = {name: told for name, told in op_dials()[str(choice.op)].items() if name not in HIDDEN + choice.hidden}
+def _option_lines(slot: str, spec: Mapping[str, Any], choice: Choice) -> list[str]:
+    own = {name: told for name, told in op_options()[str(choice.op)].items() if name not in HIDDEN + choice.hidden}
     own |= {name: str(value) for name, value in choice.extra.items()}
     weight = (
         [_line(f"algorithm.{slot}.weight", "its weight in the sum", None, f" [{spec['weight']}]")]

@@ -71,7 +71,7 @@ class ClusterLearner:
     limit     seconds that a call may take
 
     Calls raise what the workers raise, as itself; WorkerDied when a worker died or fell silent, all others being killed
-    then; Regrow where the world could be larger, at the first call after a save.
+    then; MoreLearners where more workers can be placed, at the first call after a save.
     """
 
     def __init__(
@@ -236,7 +236,7 @@ class Inside:
         return self.learner.ask("all_logprobs", list(ids))
 
     def sleep(self) -> None:
-        """See `Generator.rest`."""
+        """See `Generator.sleep`."""
         self.learner.ask("sleep")
 
     def close(self) -> None:

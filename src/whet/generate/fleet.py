@@ -1,4 +1,4 @@
-"""Answers from several engines as one: the load is spread over them, and an engine that died is made again."""
+"""Several engines as one generator, with load balancing and restart of engines that died."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,14 +17,14 @@ T = TypeVar("T")
 
 
 PAUSE, LONGEST = 0.5, 30.0
-"""Seconds before an engine that could not be made is tried again: twice as long each time, at most so long."""
+"""Seconds before another try to start an engine: the first pause, which doubles each time, and the longest pause."""
 
 
 class Lane:
-    """One engine that is made again when it dies, takes the weights last adopted, and is asked again.
+    """One engine with restarts. If it died, it is built again, gets the last loaded weights, and the call is repeated.
 
-    One that cannot even be started the first time is an error at once. Raises Spent when `lives` are, and AttemptFailed where
-    another engine would not help.
+    If the engine cannot be started the first time, the error is raised at once. Raises RestartsExhausted when the restart
+    budget `lives` is used up, and AttemptFailed if a new engine would not help.
     """
 
     def __init__(self, make: Callable[[], Generator], lives: RestartBudget) -> None:
@@ -36,7 +36,7 @@ class Lane:
 
     @property
     def version(self) -> int:
-        """What the engine says."""
+        """The version that the engine reports; 0 without an engine."""
         return 0 if self.own is None else self.own.version
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
@@ -44,7 +44,7 @@ class Lane:
         yield from self._lasting(lambda own: list(own.generate(requests)))
 
     def load_weights(self, weights: Weights) -> None:
-        """See `Generator.adopt`. What it could not take it is not given again after a restart."""
+        """See `Generator.load_weights`. Weights that failed to load are not loaded again after a restart."""
         self._lasting(lambda own: own.load_weights(weights), weights)
         self._weights = weights
 
@@ -53,17 +53,17 @@ class Lane:
         return self._lasting(lambda own: own.logprobs(ids))
 
     def sleep(self) -> None:
-        """See `Generator.rest`."""
+        """See `Generator.sleep`."""
         self._lasting(lambda own: own.sleep())
 
     def close(self) -> None:
-        """End the engine; it is not made again by this."""
+        """End the engine without a restart."""
         own, self.own = self.own, None
         if own is not None:
             own.close()
 
     def _made(self) -> Generator:
-        """A new engine. Where a later one cannot be started, that is a death like others."""
+        """Start an engine. After the first one, a failure to start raises WorkerDied, like an engine that died."""
         try:
             own = self._make()
         except ModelError as error:
@@ -74,7 +74,10 @@ class Lane:
         return own
 
     def _lasting(self, work: Callable[[Generator], T], coming: Weights | None = None) -> T:
-        """What `work` gives, by as many engines as it takes. A new engine gets the weights, unless `work` brings them."""
+        """Return the result of `work`, restarting the engine as often as needed.
+
+        A new engine loads the last weights first, unless `work` itself loads weights (`coming`).
+        """
         pause = 0.0
         while True:
             try:
@@ -88,7 +91,7 @@ class Lane:
             except AttemptFailed:
                 raise
             except WorkerDied as error:
-                with suppress(Exception):  # it is dead: what it says to being closed does not matter
+                with suppress(Exception):  # errors while closing a dead engine do not matter
                     self.close()
                 self.own = None
                 if self._first:
@@ -97,20 +100,20 @@ class Lane:
 
 
 class Fleet:
-    """Several engines as one Generator. Each engine is made by one of `makes`; together they may die as often as `lives` say.
+    """Several engines as one `Generator`. Each engine is built by one of `makes`; all share the restart budget `lives`.
 
-    All requests of one draw go to one engine, which reads their common prompt once; the draws with the most tokens to
-    come are dealt first, each to the engine with the fewest. The deal depends on the requests alone, so the same requests
-    at the same number of engines give the same bits, whoever died meanwhile.
+    All requests of one draw go to one engine, which reads their common prompt once. Draws with the most tokens are
+    assigned first, each to the engine with the fewest tokens so far. The assignment depends only on the requests. So the
+    same requests with the same number of engines give bitwise equal samples, even if an engine was restarted.
 
-    Raises Spent when the lives are, and whatever an engine raises that did not die.
+    Raises RestartsExhausted when the restart budget is used up. Other errors of an engine are raised as they are.
     """
 
     def __init__(self, makes: Sequence[Callable[[], Generator]], lives: RestartBudget) -> None:
         self.lives = lives
         self._threads = ThreadPoolExecutor(len(makes), "whet-fleet")
         self.lanes: list[Lane] = []
-        """Every engine as a generator of its own, which restarts in the same way."""
+        """Each engine as a generator with restarts."""
         made, errors = self._every(makes, lambda make: Lane(make, self.lives))
         self.lanes = [lane for lane in made if lane is not None]
         if errors:
@@ -120,7 +123,7 @@ class Fleet:
         self.version = self.lanes[0].version
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
-        """See `Generator.generate`. The engines work at the same time."""
+        """See `Generator.generate`. The engines work in parallel."""
         shares = deal(requests, len(self.lanes))
         asked = [[requests[place] for place in share] for share in shares]
         answers = self._all(lambda number, lane: list(lane.generate(asked[number])) if asked[number] else [])
@@ -130,24 +133,25 @@ class Fleet:
         yield from (samples[place] for place in range(len(requests)))
 
     def load_weights(self, weights: Weights) -> None:
-        """Every engine takes them, or one's error is raised. Where one says another version in the end, `version` is that."""
+        """Load the weights in every engine, or raise the error of one. If an engine then reports a different version,
+        `version` is that one."""
         self._all(lambda _, lane: lane.load_weights(weights))
         self.version = next((one.version for one in self.lanes if one.version != weights.version), weights.version)
 
     def logprobs(self, ids: Sequence[Tensor]) -> list[Tensor]:
-        """The scores of the first engine."""
+        """Return the log-probs of the first engine."""
         return self.all_logprobs(ids)[0]
 
     def all_logprobs(self, ids: Sequence[Tensor]) -> list[list[Tensor]]:
-        """The scores of every engine."""
+        """Return the log-probs of every engine."""
         return self._all(lambda _, lane: lane.logprobs(ids))
 
     def sleep(self) -> None:
-        """See `Generator.rest`."""
+        """See `Generator.sleep`."""
         self._all(lambda _, lane: lane.sleep())
 
     def close(self) -> None:
-        """End all engines. May be called again."""
+        """End all engines. May be called more than once."""
         for lane in self.lanes:
             with suppress(WhetError):
                 lane.close()
@@ -160,14 +164,14 @@ class Fleet:
         return out  # type: ignore[return-value]
 
     def _every(self, things: Sequence[Any], work: Callable[[Any], T]) -> tuple[list[T | None], list[BaseException]]:
-        """What came of each, all at the same time, and what was raised; all have ended."""
+        """Call `work` on all objects in parallel and wait for all. Return the results (None for a failed call) and the errors."""
         futures = [self._threads.submit(work, one) for one in things]
         errors = [error for future in futures if (error := future.exception()) is not None]
         return [None if future.exception() else future.result() for future in futures], errors
 
 
 def deal(requests: Sequence[Request], count: int) -> list[list[int]]:
-    """The places of the requests for each of `count` engines, in order. Tokens to read and tokens that may come count alike.
+    """Assign the requests to `count` engines and return the indices for each, ascending. Given and new tokens count equally.
 
     >>> from whet.methods.options import Sampling
     >>> from whet.data import Prompt

@@ -1,4 +1,4 @@
-"""Answers from a transformers model in this process: batched, with a KV cache, finished rows dropped."""
+"""Batched generation with a transformers model in this process, with a KV cache and removal of finished rows."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,14 +14,15 @@ from whet.models.roles import Role
 from whet.ops import token_logprobs
 
 DROP_SHARE = 0.25
-"""The cache is compacted when this share of its rows has finished."""
+"""Finished rows are removed from the cache when they are at least this share of its rows."""
 
 
 class LocalGenerator:
-    """Samples from a policy role. Work is cut into units of `unit` requests, so shapes do not depend on anything else.
+    """Sample from a policy role. The requests are split into units of at most `unit`, so that tensor shapes depend only on
+    the requests.
 
-    `end_ids` stop an answer; the end token is part of it. Each prompt is read once, however many answers it gets. With
-    `copy` the role is this generator's own, and what is published is copied into it; else it is the learner's own role.
+    A token of `end_ids` ends an answer and is part of it. Each prompt is read once, whatever its number of answers. With
+    `copy` the generator owns its role, and published weights are copied into it; otherwise it uses the learner's role.
     """
 
     reports = frozenset({"sampler_logp", "support"})
@@ -39,9 +40,9 @@ class LocalGenerator:
         self.version = 0
 
     def load_weights(self, weights: Weights) -> None:
-        """The learner's own policy role, or a copy of its weights. There is no cache between calls to go stale.
+        """Take the learner's policy role, or copy the weights into the own role. No cache is kept between calls.
 
-        Raises RunStopped where what was published is not the whole model.
+        Raises RunStopped if the published weights are not those of the whole model.
         """
         if not self.copy:
             self.role, self.version = weights.handle, weights.version
@@ -61,7 +62,7 @@ class LocalGenerator:
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
-        """See `Generator.generate`. Within a call, requests of like prompt length share a unit."""
+        """See `Generator.generate`. Within a call, requests of similar prompt length share a unit."""
         samples: list[Sample | None] = [None] * len(requests)
         with self.role.sampling():
             for places in cut(requests, self.unit):
@@ -71,7 +72,7 @@ class LocalGenerator:
 
     @torch.no_grad()
     def logprobs(self, ids: Sequence[Tensor]) -> list[Tensor]:
-        """See `Generator.logprobs`: each sequence is read through the same cached forward that sampling uses."""
+        """See `Generator.logprobs`. Each sequence goes through the same forward with a cache that sampling uses."""
         out = []
         with self.role.sampling():
             for one in ids:
@@ -86,13 +87,13 @@ class LocalGenerator:
         return out
 
     def sleep(self) -> None:
-        """The weights are the learner's, or stay for the next answers."""
+        """Do nothing: the weights belong to the learner, or are kept for the next answers."""
 
     def close(self) -> None:
-        """There is nothing to end."""
+        """Do nothing."""
 
     def _next(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
-        """Logits (B, V) of the token after the last one, in float32 at least; the cache grows by ids.shape[1]."""
+        """Return logits (B, V) of the next token, in float32 or float64, and extend the cache by ids.shape[1] tokens."""
         device, model = self.role.device, self.role.model
         given = {"attention_mask": mask.to(device), "position_ids": positions.to(device), "past_key_values": cache}
         if self.role.linear_head:
@@ -115,7 +116,7 @@ class LocalGenerator:
 
         number = {prompt: row for row, prompt in enumerate(prompts)}
         owner = torch.tensor([number[request.given()] for request in requests])
-        live = list(range(len(requests)))  # which request each row of the batch belongs to
+        live = list(range(len(requests)))  # the request index of each row of the batch
         logits, mask = logits[owner.to(logits.device)], mask[owner]
         cache.batch_select_indices(owner.to(self.role.device))
         tokens: list[list[int]] = [[] for _ in requests]
@@ -158,9 +159,10 @@ def _new_cache(role: Role) -> Any:
 
 
 def _choose(logits: Tensor, requests: Sequence[Request], position: int) -> tuple[Tensor, Tensor, list[tuple[int, ...]]]:
-    """(token, log-prob it was sampled with, the tokens that could be drawn where some could not), each per row.
+    """Sample one token per row. Return (token, its log-prob in the sampling distribution, support), each per row.
 
-    Rows with the same options are treated together.
+    The support is the tokens that could be drawn if the options exclude some, otherwise (). Rows with the same options are
+    processed together.
     """
     options = {request.sampling for request in requests}
     token = torch.zeros(len(requests), dtype=torch.long, device=logits.device)
@@ -182,10 +184,10 @@ def _choose(logits: Tensor, requests: Sequence[Request], position: int) -> tuple
 
 
 def truncated_logprobs(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Log-probs (B, V) of the distribution that is really sampled from: temperature, then top-k, top-p, min-p.
+    """Return log-probs (B, V) of the sampling distribution: temperature, then top-k, top-p, min-p.
 
-    top-p keeps the smallest set of most probable tokens whose probability reaches it; min-p keeps tokens with at
-    least that share of the most probable one's. What is left out has -inf; the rest is normalized again.
+    top-p keeps the smallest set of most probable tokens whose total probability reaches it. min-p keeps tokens with at
+    least that fraction of the largest probability. Excluded tokens get -inf; the others are normalized again.
     """
     logp = (logits / sampling.temperature).log_softmax(-1)
     if not sampling.truncates:

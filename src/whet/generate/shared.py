@@ -1,4 +1,4 @@
-"""Answers from all workers together: each generates its share, and all end up with all samples."""
+"""Data-parallel generation: each worker generates its share of the answers, and all workers get all samples."""
 
 from collections.abc import Iterator, Sequence
 
@@ -10,9 +10,10 @@ from whet.generate.base import Generator, Request, all_logprobs, cut
 
 
 class SharedGenerator:
-    """A generator in each worker as one. Every worker calls it with the same requests and gets the same samples.
+    """The generators of all workers as one. Every worker calls it with the same requests and gets the same samples.
 
-    Units are cut before they are dealt, so that which worker makes an answer does not change it.
+    Requests are split into units before the units are distributed. So an answer does not depend on the worker that
+    generates it.
     """
 
     def __init__(self, own: Generator, workers: Workers, unit: int) -> None:
@@ -32,23 +33,24 @@ class SharedGenerator:
         yield from (sample for sample in samples if sample is not None)
 
     def load_weights(self, weights: Weights) -> None:
-        """Every worker's generator takes them, or all raise. Where one has another version in the end, that is what is told."""
+        """Load the weights in every worker's generator, or raise on all workers. If a generator then has a different version,
+        `version` is that one."""
         self.workers.together(lambda: self.own.load_weights(weights))
         versions = self.workers.gather(self.own.version)
         self.version = next((one for one in versions if one != weights.version), weights.version)
 
     def logprobs(self, ids: Sequence[Tensor]) -> list[Tensor]:
-        """The scores of the first engine."""
+        """Return the log-probs of the first engine."""
         return self.all_logprobs(ids)[0]
 
     def all_logprobs(self, ids: Sequence[Tensor]) -> list[list[Tensor]]:
-        """The scores of every worker's engines."""
+        """Return the log-probs of every engine of every worker."""
         return [one for every in self.workers.together(lambda: all_logprobs(self.own, ids)) for one in every]
 
     def sleep(self) -> None:
-        """See `Generator.rest`."""
+        """See `Generator.sleep`."""
         self.workers.together(self.own.sleep)
 
     def close(self) -> None:
-        """Each worker ends its own."""
+        """End this worker's own generator."""
         self.own.close()

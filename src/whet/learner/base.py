@@ -44,7 +44,7 @@ class Learner(Protocol):
         """A role is computed in half precision, so that its numbers are only nearly those of another program."""
 
     def measure(self, batch: Batch, columns: frozenset[str]) -> Batch:
-        """The batch with these measured columns (see `records.columns`), without gradient or dropout."""
+        """The batch with these measured columns (see `data.columns`), without gradient or dropout."""
 
     def forward_backward(self, work: Work) -> UpdateResult:
         """Compute the losses and the gradient of a whole mini-batch. The result has no norms and rates yet."""

@@ -1,4 +1,4 @@
-"""Learning on several workers that each hold all weights: gradients are summed once per update."""
+"""Data-parallel training (DDP): every worker holds all weights, and gradients are summed once per update."""
 
 import torch
 from torch import Tensor
@@ -8,13 +8,13 @@ from whet.learner.local import LocalLearner, fingerprint
 from whet.models.roles import Role
 
 BUCKET = 1 << 25
-"""Most numbers that travel in one sum."""
+"""Size of a bucket of gradients that are summed together, in elements. The last tensor of a bucket may exceed it."""
 
 
 class ReplicaLearner(LocalLearner):
-    """Data parallelizm without sharding (DDP): the work is dealt out, the weights are the same everywhere.
+    """Data parallelism without sharding (DDP): the rows are split over the workers, the weights are replicated.
 
-    Raises ModelError when the workers did not load the same weights.
+    Raises ModelError if the workers did not load the same weights.
     """
 
     def _place(self) -> None:
@@ -39,7 +39,7 @@ class ReplicaLearner(LocalLearner):
 
 
 def same_weights(learner: LocalLearner) -> None:
-    """Raises ModelError where the workers' roles differ before they are spread."""
+    """Raise ModelError if the weights of a role differ between workers. Called before the weights are sharded."""
     for name, role in learner.roles.items():
         marks = learner.workers.gather(fingerprint(role.parameters()))
         if len(set(marks)) > 1:

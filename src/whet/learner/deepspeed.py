@@ -1,4 +1,4 @@
-"""Learning with DeepSpeed's ZeRO: moments (1), gradients too (2), weights too (3) are sharded over the workers."""
+"""Training with DeepSpeed ZeRO, which shards moments (stage 1), also gradients (2), and also weights (3)."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -17,16 +17,16 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class DeepSpeedLearner(LocalLearner):
-    """One DeepSpeed engine per model. `stage` is ZeRO's; frozen roles are sharded at stage 3 and whole before it.
+    """One DeepSpeed engine per model. `stage` is the ZeRO stage; frozen roles are sharded only at stage 3.
 
-    `bf16` computes in bfloat16 with float32 masters, `offload` keeps the moments (at stage 3 the weights too) in CPU
-    memory. Raises RecipeError for what it cannot do.
+    `bf16` computes in bfloat16 with float32 master weights. `offload` keeps the moments (at stage 3 also the weights) in
+    CPU memory. Raises RecipeError for the muon optimizer, and for two trained roles in one model.
     """
 
     def __init__(self, *given: Any, stage: int = 2, bf16: bool = False, offload: bool = False, **options: Any) -> None:
         self.stage, self.bf16, self.offload = stage, bf16, offload
         self._engines: dict[str, Any] = {}
-        self._touched: set[str] = set()  # the roles that this update has a gradient for
+        self._touched: set[str] = set()  # roles that have a gradient in this update
         super().__init__(*given, **options)
 
     def _place(self) -> None:
@@ -39,8 +39,8 @@ class DeepSpeedLearner(LocalLearner):
             if len(trained) > 1:
                 raise RecipeError("trunk: DeepSpeed trains one role per model; take separate models, or engine fsdp")
             if not trained and self.stage < 3:
-                if self.bf16 and roles[0].name != "ema":  # an average is only written, and stays exact
-                    for parameter in shell.parameters():  # as DeepSpeed does with the policy: buffers stay as they are
+                if self.bf16 and roles[0].name != "ema":  # ema is only written and exported, so it keeps its precision
+                    for parameter in shell.parameters():  # not buffers: DeepSpeed treats the policy in the same way
                         parameter.data = parameter.data.to(torch.bfloat16)
                 continue
             for role in trained:
@@ -88,7 +88,8 @@ class DeepSpeedLearner(LocalLearner):
         engine.backward(loss, scale_wrt_gas=False)
 
     def _clipped(self, role: Role) -> float:
-        """The norm alone: DeepSpeed clips while it steps, and must not step before all roles are known to be well."""
+        """Return the gradient norm without clipping. DeepSpeed clips in its step, and the step must wait until the norms of
+        all roles were checked."""
         from deepspeed.runtime.utils import combine_grad_norm_groups
 
         if role.name not in self._touched:
@@ -121,7 +122,7 @@ class DeepSpeedLearner(LocalLearner):
     def _fill(self, parameter: Tensor, value: Tensor) -> None:
         import deepspeed
 
-        if parameter.requires_grad:  # else it has no master copy
+        if parameter.requires_grad:  # a frozen parameter has no master copy
             self._put(parameter, value)
         if hasattr(parameter, "ds_id"):
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
@@ -152,7 +153,7 @@ class DeepSpeedLearner(LocalLearner):
         step, base = next(saved[key] for key in saved if key.endswith("|step")), self._optimizers[name][0][0]
         zero = self._engines[name].optimizer
         for flat in zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups:
-            moments = {moment: torch.zeros_like(flat) for moment in MOMENTS}  # else they exist after a first step alone
+            moments = {moment: torch.zeros_like(flat) for moment in MOMENTS}  # DeepSpeed creates them in its first step
             base.state[flat] = {"step": step.clone().to(torch.float32), **moments}
         self._link(name)
         parameters = self.roles[name].parameters()
@@ -161,10 +162,10 @@ class DeepSpeedLearner(LocalLearner):
                 self._put(parameter, saved[f"{key}|{moment}"], moment)
 
     def _put(self, parameter: Any, value: Tensor, moment: str | None = None) -> None:
-        """A whole value into the master copy of a parameter, or into one of its moments.
+        """Write a whole value into the master copy of a parameter, or into one of its moments.
 
-        At stage 3 each worker takes its own part: DeepSpeed's own way of cutting the whole fails on the last worker alone,
-        and leaves the others waiting, where the workers' number does not divide the size.
+        At stage 3 each worker writes its own shard. DeepSpeed's function for whole values fails on the last worker if the
+        number of workers does not divide the size of the parameter, and the other workers then wait forever.
         """
         from deepspeed import utils
 
@@ -183,7 +184,8 @@ class DeepSpeedLearner(LocalLearner):
             utils.safe_set_full_optimizer_state(parameter, value, moment)
 
     def _link(self, name: str) -> None:
-        """ZeRO 1 and 2 tell parameters of their moments after the first group's step, when the others have none yet."""
+        """Link parameters to their moments. ZeRO 1 and 2 do this after the step of the first parameter group, when the other
+        groups have no moments yet."""
         optimizer = self._engines[name].optimizer
         if self.stage < 3:
             optimizer._hp_optimizer_states_linked = False
@@ -191,7 +193,7 @@ class DeepSpeedLearner(LocalLearner):
 
 
 def imported() -> Any:
-    """The deepspeed package, told beforehand what it would otherwise compile or guess on a machine without GPU."""
+    """Import deepspeed, with settings that prevent it from compiling ops or guessing an accelerator without a GPU."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for name, value in (("DS_BUILD_OPS", "0"), ("LOCAL_RANK", "0")):
@@ -205,7 +207,7 @@ def imported() -> Any:
 
 
 def _register_heads(deepspeed: Any, shell: Any, roles: list[Role]) -> None:
-    """Tell ZeRO-3 of the weights that columns read without calling the layer they belong to."""
+    """Register with ZeRO-3 the head weights that are read without calling their own module."""
     for role in roles:
         heads = [role.model.get_output_embeddings() if role.linear_head else None, role.head]
         for head in heads:

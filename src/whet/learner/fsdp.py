@@ -1,4 +1,4 @@
-"""Learning with the weights, gradients and moments of every role sharded over the workers, by torch's FSDP2."""
+"""Training with torch's FSDP2: weights, gradients and moments of every role are sharded over the workers."""
 
 from typing import Any
 
@@ -14,10 +14,11 @@ from whet.models.shell import shells
 
 
 class FSDPLearner(LocalLearner):
-    """`torch.distributed.fsdp.fully_shard` around each decoder layer and each model with its heads.
+    """Apply `torch.distributed.fsdp.fully_shard` to each decoder layer and to each model with its heads.
 
-    `bf16` computes in bfloat16 while weights, sums of gradients and moments stay as they were loaded. `offload` keeps
-    the shards in CPU memory between uses. Frozen roles are sharded too. Raises RecipeError for what cannot be sharded.
+    `bf16` computes in bfloat16, while weights, sums of gradients and moments keep the dtype they were loaded in. `offload`
+    keeps the shards in CPU memory between uses. Frozen roles are sharded too. Raises RecipeError for the muon optimizer,
+    which needs whole matrices.
     """
 
     def __init__(self, *given: Any, bf16: bool = False, offload: bool = False, **options: Any) -> None:
@@ -32,12 +33,12 @@ class FSDPLearner(LocalLearner):
         self._marks = self._marked()
         device = next(iter(self.roles.values())).device
         options: dict[str, Any] = {"mesh": init_device_mesh(device.type, (self.workers.size,))}
-        # a root that stays whole after a forward without gradient would hide its shards from the optimizer
+        # without this the root stays unsharded after a forward without gradient, and the optimizer does not see its shards
         options["reshard_after_forward"] = True
         if self.offload:
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
         inside = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        # what goes into a shell is a role and a batch, which no policy may look into
+        # the inputs of a shell are a role and a batch, so their tensors must not be cast
         outside = MixedPrecisionPolicy(
             torch.bfloat16, torch.float32, output_dtype=torch.float32, cast_forward_inputs=False
         )
@@ -46,7 +47,7 @@ class FSDPLearner(LocalLearner):
                 if self.optims[role.name].kind != "adamw" if role.trained else False:
                     raise RecipeError("optim.kind: muon needs whole matrices, and FSDP shards them; take adamw, or ddp")
                 for parameter in role.parameters().values():
-                    parameter.requires_grad_(role.trained)  # all at once: a shard keeps what it was born with
+                    parameter.requires_grad_(role.trained)  # before sharding: a shard keeps the flag of its creation
             for layer in decoder_layers(shell.model):
                 fully_shard(layer, **(options | ({"mp_policy": inside} if self.bf16 else {})))
             fully_shard(shell, **(options | ({"mp_policy": outside} if self.bf16 else {})))
@@ -63,7 +64,7 @@ class FSDPLearner(LocalLearner):
     def _whole(self, parameter: Tensor) -> Tensor:
         from torch.distributed.tensor import DTensor
 
-        value: Any = parameter.detach()  # a DTensor where it is sharded
+        value: Any = parameter.detach()  # a DTensor if the parameter is sharded
         if not isinstance(value, DTensor):
             return value
         moved: Any = value.to(value.device_mesh.device_type)
@@ -81,6 +82,6 @@ class FSDPLearner(LocalLearner):
 
         if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
             return value.to(parameter.device)
-        # every worker has read the whole tensor: nothing has to travel
+        # every worker has read the whole tensor, so no communication is needed
         mesh, placements = parameter.device_mesh, parameter.placements
         return distribute_tensor(value.to(mesh.device_type), mesh, placements, src_data_rank=None).to(parameter.device)

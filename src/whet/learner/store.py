@@ -1,4 +1,4 @@
-"""The form in which learners are saved: whole tensors by name in safetensors files, as many files as there were workers."""
+"""Checkpoint files of learners: whole tensors by name in safetensors files, one file per worker."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -10,11 +10,12 @@ from whet.errors import CheckpointError
 
 
 def write(folder: Path, name: str, tensors: Iterable[tuple[str, Tensor]], workers: Workers) -> list[Exception]:
-    """`name.safetensors`, or for several workers `name-00001-of-00002.safetensors` and so on.
+    """Write `name.safetensors`, or with several workers `name-00001-of-00002.safetensors` and so on.
 
-    Every worker walks through all tensors in step (gathering one may be collective) and writes its share of the bytes,
-    so nobody ever holds the whole. Each tensor is whole in one file: any engine on any number of workers reads them. What
-    the disk refused is returned rather than raised, so that this worker goes on in step with the others.
+    All workers iterate over all tensors in the same order, because gathering a tensor may be collective. Each writes its
+    share of the bytes, so no worker holds all tensors. Each tensor is complete in one file, so a learner with any backend
+    and any number of workers can read them. An error while writing is returned, not raised, so that this worker continues
+    in step with the others.
     """
     from safetensors.torch import save_file
 
@@ -34,7 +35,10 @@ def write(folder: Path, name: str, tensors: Iterable[tuple[str, Tensor]], worker
 
 
 class Stored(Mapping[str, Tensor]):
-    """The tensors that `write` left under a name, each read when it is asked for."""
+    """The tensors that `write` saved under a name. Each is read from its file on access.
+
+    Raises CheckpointError if files are missing.
+    """
 
     def __init__(self, folder: Path, name: str) -> None:
         from safetensors import safe_open
@@ -56,5 +60,5 @@ class Stored(Mapping[str, Tensor]):
         return len(self._where)
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """The shape of a tensor, without reading it."""
+        """Return the shape of a tensor without reading its values."""
         return tuple(self._where[key].get_slice(key).get_shape())

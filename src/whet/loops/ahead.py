@@ -47,7 +47,7 @@ class Buffer:
 
     def __init__(
         self,
-        hand: PromptQueue,
+        queue: PromptQueue,
         answers: int,
         sampling: Sampling,
         seed: int,
@@ -57,7 +57,7 @@ class Buffer:
         staleness: int,
         lanes: int = 1,
     ) -> None:
-        self.hand, self.answers, self.sampling, self.seed = hand, answers, sampling, seed
+        self.queue, self.answers, self.sampling, self.seed = queue, answers, sampling, seed
         self.steps, self.prompts, self.staleness, self.lanes = steps, prompts, staleness, lanes
         self.pending: list[Pending] = []
         self.step, self.wanted, self.ended = 0, 0, 0
@@ -66,7 +66,7 @@ class Buffer:
         """Hand out what the bound allows, each group to the lane with the fewest answers to make."""
         ahead = min(lead(self.staleness), self.steps - 1 - self.step) * self.prompts
         load = [sum(one.left() for one in self.pending if one.lane == lane) for lane in range(self.lanes)]
-        for draw, prompt in self.hand.take(max(0, self.wanted + ahead - len(self.pending))):
+        for draw, prompt in self.queue.take(max(0, self.wanted + ahead - len(self.pending))):
             lane = load.index(min(load))
             self.pending.append(Pending(draw, prompt, self.step, lane, [None] * self.answers))
             load[lane] += self.answers
@@ -119,7 +119,7 @@ class Buffer:
         for number, one in enumerate(saved):
             answers = [None if answer is None else _sample(answer) for answer in one["answers"]]
             lane = number % self.lanes
-            prompt = self.hand.prompt(one["draw"])
+            prompt = self.queue.prompt(one["draw"])
             self.pending.append(Pending(one["draw"], prompt, one["begun"], lane, answers, one["ended"]))
             self.ended = max(self.ended, (one["ended"] or 0) + 1)
 
@@ -296,7 +296,7 @@ class AsynchronousSource:
         """The buffer and which step each version was for, as JSON; with it the number of prompts handed out."""
         return self.driver.frozen(
             lambda: {
-                "drawn": self.buffer.hand.drawn,
+                "drawn": self.buffer.queue.drawn,
                 "buffer": self.buffer.state(),
                 "published": [[version, step] for version, step in self._published.items() if step >= self._oldest()],
             }
@@ -304,7 +304,7 @@ class AsynchronousSource:
 
     def restore(self, saved: Mapping[str, Any], step: int) -> None:
         """Go on where `state` was taken, before step `step`."""
-        self._turn, self.buffer.hand.drawn = step, saved["drawn"]
+        self._turn, self.buffer.queue.drawn = step, saved["drawn"]
         self._published = dict(saved.get("published", []))
         self.buffer.restore(saved.get("buffer", []))
 

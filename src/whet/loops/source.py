@@ -63,26 +63,26 @@ class SynchronousSource:
     """Groups that are asked for when they are needed, and waited for: nothing is ever old."""
 
     generator: Generator
-    hand: PromptQueue
+    queue: PromptQueue
     answers: int
     sampling: Sampling
     seed: int
 
     def groups(self, step: int, count: int) -> list[Group]:
-        """See `Source.groups`."""
-        return answered(self.generator, self.hand.take(count), self.answers, self.sampling, self.seed)
+        """See `GroupSource.groups`."""
+        return answered(self.generator, self.queue.take(count), self.answers, self.sampling, self.seed)
 
     def staleness(self, step: int, groups: Sequence[Group]) -> list[int]:
         """All of these weights."""
         return [0]
 
     def state(self) -> dict[str, Any]:
-        """See `Source.state`."""
-        return {"drawn": self.hand.drawn}
+        """See `GroupSource.state`."""
+        return {"drawn": self.queue.drawn}
 
     def restore(self, saved: Mapping[str, Any], step: int) -> None:
-        """See `Source.restore`."""
-        self.hand.drawn = saved["drawn"]
+        """See `GroupSource.restore`."""
+        self.queue.drawn = saved["drawn"]
 
     def close(self) -> None:
-        """See `Source.close`."""
+        """See `GroupSource.close`."""

@@ -214,7 +214,7 @@ def advantages(algorithm: Algorithm, batch: Batch) -> Batch:
     rescaled = algorithm.normalize is not None or algorithm.reward_normalization is not None or algorithm.pairs
     if bool(dense.any()) and (rescaled or algorithm.combine.op is not ops.weighted_sum):
         raise RewardError(
-            "scores per token only go with combine weighted_sum, without normalize, rescale or pairs: they keep their size"
+            "scores per token only go with combine weighted_sum, without normalize, reward_normalization or pairs: they keep their size"
         )
     batch = shaped(algorithm, batch)
     if algorithm.advantage is None or algorithm.reward_placement is None:

@@ -26,7 +26,7 @@ def backend_of(recipe: fields.OfflineRecipe | fields.OnlineRecipe, workers: int)
     if muon and engine not in ("local", "ddp"):
         raise RecipeError(f"optim.kind: muon needs whole matrices, and {engine} shards them; take adamw, or ddp")
     averaged = isinstance(recipe, fields.OnlineRecipe) and recipe.rollout.ema is not None and engine == "zero3"
-    refreshed = getattr(getattr(recipe, "rollout", recipe), "refresh", fields.SyncReference()).every
+    refreshed = getattr(getattr(recipe, "rollout", recipe), "sync_reference", fields.SyncReference()).every
     if (learning.precision == "bf16") and engine.startswith("zero") and (refreshed or averaged):
         raise RecipeError("learner.precision: DeepSpeed would keep the averaged reference in half precision; take fsdp")
     if engine == "local" and workers > 1:

@@ -67,7 +67,7 @@ class Data:
     turns: Literal["all", "last"] = "all"
     """which assistant turns of a conversation are trained"""
     separator: str = "\n"
-    """what stands between the steps of `completions` rows (reward --method.name process)"""
+    """what stands between the steps of `completions` rows (reward --algorithm.name process)"""
     shuffle: bool = True
     """a new order each epoch"""
 

@@ -1,1 +1,1 @@
-"""Reads run folders and shows them; changes nothing in them."""
+"""Plots and HTML reports made from run folders, which are only read."""

@@ -11,7 +11,7 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Plot:
-    """A titled figure: named lines of (x, y) points, with the labels of its axes. `marked` shows the points too."""
+    """A figure with a title: named lines of (x, y) points, and the labels of its axes. `marked` also shows the points."""
 
     title: str
     lines: Mapping[str, Points]
@@ -21,7 +21,7 @@ class Plot:
 
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:
-    """The trailing mean over at most `window` values.
+    """Return the trailing mean over at most `window` values.
 
     >>> smoothed([1.0, 3.0, 5.0], 2)
     [1.0, 2.0, 4.0]
@@ -30,7 +30,7 @@ def smoothed(values: Sequence[float], window: int) -> list[float]:
 
 
 def svg(plot: Plot) -> str:
-    """The plot as an SVG element. Raises UserError when matplotlib is missing."""
+    """Return the plot as an SVG element. Raises UserError if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""A report as one self-contained HTML page: prose, tables, plots and samples, in the order they are given."""
+"""Reports as one self-contained HTML page with text, tables, plots and samples, in the given order."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class Prose:
 
 @dataclass(frozen=True)
 class Table:
-    """A table: column heads, and rows whose first cell names them."""
+    """A table: column headings, and rows whose first cell is the name of the row."""
 
     heads: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -31,7 +31,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Talk:
-    """A prompt with the answers several models gave it: (model, answer, note)."""
+    """A prompt with the answers of several models, each as (model, answer, note)."""
 
     prompt: str
     answers: Sequence[tuple[str, str, str]]
@@ -42,14 +42,14 @@ Block = Prose | Table | Figures | Talk
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with what stands below it."""
+    """A heading and the blocks below it."""
 
     title: str
     blocks: Sequence[Block]
 
 
 def page(title: str, lead: str, sections: Sequence[Section]) -> str:
-    """The whole page; every text is escaped, nothing is loaded from elsewhere."""
+    """Return the whole page as HTML. All text is escaped, and the page loads no other files."""
     from jinja2 import Environment, FileSystemLoader
     from markupsafe import Markup
 

@@ -1,1 +1,1 @@
-"""Generation with vLLM: engines that this process starts, and servers."""
+"""Generation with vLLM: engines started by this process, and servers."""

@@ -1,4 +1,4 @@
-"""Answers from a vLLM engine that this process starts, in this process or in child processes of its own."""
+"""Generation with a vLLM engine that this process starts, inside itself or in child processes."""
 
 import os
 import shutil
@@ -25,57 +25,57 @@ from whet.generate.vllm.worker import EXTENSION, FOLDER, OWNER
 from whet.ops import address
 
 QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-"""Set before vLLM is imported, unless the user has set them."""
+"""Environment variables to set before vLLM is imported, unless the user has set them."""
 
 CLOSE = 15.0
-"""Seconds that an engine has to end by itself."""
+"""Seconds for an engine to end by itself before it is killed."""
 
 WATCH = 0.2
-"""Seconds between two looks at whether the engine's processes live."""
+"""Seconds between two checks of whether the engine's processes are alive."""
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The room for adapters that vLLM can make."""
+"""The values of `max_lora_rank` that vLLM supports."""
 
 Answer = tuple[tuple[int, ...], tuple[float, ...]]
-"""The new token ids and the log-prob each was drawn with."""
+"""The new token ids and the log-prob with which each was drawn."""
 
 
 class EngineGenerator(ABC):
-    """What generators on vLLM share: requests become token ids and options, answers become samples.
+    """Base class of generators that use vLLM. It turns requests into token ids and vLLM options, and answers into samples.
 
-    `end_ids` alone end an answer, and `text` alone makes its text; vLLM sees token ids only. Each request has a seed of
-    its own from its address. No prompt and answer together may be longer than `max_model_len` tokens.
+    Only `end_ids` end an answer, and only `text` makes its text; vLLM sees nothing but token ids. Each request has its own
+    seed, computed from its address. A prompt and its answer together may have at most `max_model_len` tokens.
     """
 
     reports = frozenset({"sampler_logp"})
     vocabulary: int
-    """How many token ids the model knows."""
+    """Number of token ids of the model."""
 
     def __init__(self, end_ids: Sequence[int], text: Callable[[Sequence[int]], str], max_model_len: int) -> None:
         self.end_ids, self.text, self.max_model_len = tuple(end_ids), text, max_model_len
         self.version = 0
         self._can_sleep = self._asleep = False
         self._unfit = ""
-        """Why the engine may not be used any more."""
+        """Why the engine may no longer be used; "" if it may."""
 
     @property
     @abstractmethod
     def _torn(self) -> str:
-        """Why its weights may not be used until the next push; "" when they may."""
+        """Why the weights may not be used before the next weight update; "" if they may."""
 
     @abstractmethod
     def _answers(self, prompts: Sequence[Sequence[int]], options: Sequence[dict[str, Any]]) -> list[Answer]:
-        """One answer per prompt, in order; raises WorkerDied."""
+        """Return one answer per prompt, in order. Raises WorkerDied."""
 
     @abstractmethod
     def _scores(self, ids: Sequence[Sequence[int]]) -> list[list[float]]:
-        """The log-probs of each sequence's tokens after the first; raises WorkerDied."""
+        """Return the log-probs of each sequence's tokens after the first. Raises WorkerDied."""
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
-        """See `Generator.generate`. All of one call are answered together.
+        """See `Generator.generate`. All requests of one call are answered together.
 
-        Raises RecipeError for a request that does not fit the engine's length, WorkerDied when the engine died or its
-        weights are torn.
+        Raises RecipeError for a request that is too long for the engine, WorkerDied if the engine died or a weight update
+        was not completed.
         """
         if not requests:
             return
@@ -83,33 +83,33 @@ class EngineGenerator(ABC):
         prompts = [request.given() for request in requests]
         for prompt, request in zip(prompts, requests, strict=True):
             self._fits(prompt, request.room)
-        found = self._answers(prompts, [self._dials(request) for request in requests])
+        found = self._answers(prompts, [self._options(request) for request in requests])
         for request, (ids, logps) in zip(requests, found, strict=True):
             yield self._sample(request, ids, logps)
 
     def logprobs(self, ids: Sequence[Tensor]) -> list[Tensor]:
-        """See `Generator.logprobs`. Raises what `generate` raises. The prefix cache is not read for it."""
+        """See `Generator.logprobs`. Raises what `generate` raises. Does not read the prefix cache."""
         self._usable()
         given = [one.tolist() for one in ids]
         for one in given:
-            self._fits(one, 1)  # vLLM makes one token behind what it scores
+            self._fits(one, 1)  # vLLM generates one more token after the sequence
         return [torch.tensor(values) for values in self._scores(given)]
 
     def sleep(self) -> None:
-        """Give the GPU's memory back where the engine was started with `sleep`; the next call wakes it. Else nothing."""
+        """Release the GPU memory if the engine was started with `sleep`, else do nothing. The next call wakes the engine."""
         if self._can_sleep and not self._asleep:
             self._pause(True)
             self._asleep = True
 
     def wake(self) -> None:
-        """Take the memory again; nothing when the engine is awake."""
+        """Allocate the GPU memory again. Do nothing if the engine is awake."""
         if self._asleep:
             self._pause(False)
             self._asleep = False
 
     @abstractmethod
     def _pause(self, asleep: bool) -> None:
-        """Put the engine to sleep, or wake it."""
+        """Put the engine to sleep if `asleep`, else wake it."""
 
     def _usable(self) -> None:
         if self._unfit or self._torn:
@@ -117,7 +117,8 @@ class EngineGenerator(ABC):
         self.wake()
 
     def _fits(self, given: Sequence[int], room: int) -> None:
-        """vLLM would give fewer tokens without a word, and die of an id that the model does not have."""
+        """Raise RecipeError for a request that is too long or has invalid ids. vLLM would silently generate fewer tokens for
+        the first, and crash on the second."""
         if len(given) + room > self.max_model_len:
             raise RecipeError(
                 f"generator.max_model_len: {len(given)} tokens and {room} new ones do not fit into {self.max_model_len}"
@@ -125,8 +126,8 @@ class EngineGenerator(ABC):
         if not given or min(given) < 0 or max(given) >= self.vocabulary:
             raise RecipeError(f"generator: a prompt is empty or has ids outside the model's {self.vocabulary}")
 
-    def _dials(self, request: Request) -> dict[str, Any]:
-        """vLLM's names for what is asked."""
+    def _options(self, request: Request) -> dict[str, Any]:
+        """Return the options of a request under vLLM's names."""
         sampling = request.sampling
         seed = address("vllm", request.seed, request.draw, request.answer, len(request.begun))
         return {
@@ -137,7 +138,7 @@ class EngineGenerator(ABC):
 
     def _sample(self, request: Request, ids: tuple[int, ...], logps: tuple[float, ...]) -> Sample:
         if request.sampling.temperature == 0:
-            logps = (0.0,) * len(ids)  # greedy is certain; vLLM says the model's own log-prob
+            logps = (0.0,) * len(ids)  # greedy choice has probability 1; vLLM reports the model's log-prob
         finish = request.finish(ids, self.end_ids)
         if finish != "stop" and len(ids) < request.room:
             raise RunStopped(
@@ -148,32 +149,32 @@ class EngineGenerator(ABC):
 
 
 class VLLMGenerator(EngineGenerator):
-    """An engine of this process's own.
+    """A vLLM engine that this process starts.
 
-    Weights come in whole through vLLM's weight transfer, or with `lora` as adapters alone over the base model in
-    `model`. Until the first `adopt` it answers from what is in `model`.
+    Weight updates contain all weights, through vLLM's weight transfer, or with `lora` only an adapter of the base model in
+    `model`. Before the first `load_weights` the engine uses the weights in `model`.
 
     model            folder or name of a Hugging Face model
     max_model_len    longest prompt and answer together, in tokens
-    dtype            what the engine computes in ("auto" would make bfloat16 of float32 weights)
-    kv_cache_mib     size of the cache of keys and values, in MiB; 0: on a CPU 512, on a GPU what `gpu_memory` leaves
-    gpu_memory       share of the GPU's memory for weights and cache
-    max_num_seqs     how many answers are computed at once
-    tensor_parallel  over how many GPUs the model is split
-    seed             of the engine; answers have seeds of their own
-    separate         True: the engine runs in child processes, and its death is an WorkerDied. False: in this process,
-                     which starts faster; vLLM then changes some of torch here (on a CPU `torch.set_num_threads` does
-                     nothing any more), and a crash is this process's own
-    transfer         how whole weights travel; "auto" is "shared". "ipc" needs an engine on the GPU of the weights
-    gpus             which of the GPUs that this process sees, by number; default: the first ones
-    lora             adopt adapters instead of whole weights
+    dtype            dtype of the computation ("auto" would turn float32 weights into bfloat16)
+    kv_cache_mib     size of the KV cache in MiB; 0: on a CPU 512, on a GPU the rest of `gpu_memory`
+    gpu_memory       fraction of the GPU memory for weights and cache
+    max_num_seqs     number of answers that are generated at the same time
+    tensor_parallel  number of GPUs that the model is split over
+    seed             seed of the engine; each answer has its own seed
+    separate         True: the engine runs in child processes, and WorkerDied is raised if it dies. False: it runs in this
+                     process and starts faster; vLLM then changes settings of torch here (on a CPU
+                     `torch.set_num_threads` has no effect any more), and a crash of the engine ends this process
+    transfer         how whole weights are sent; "auto" is "shared". "ipc" needs an engine on the GPU of the weights
+    gpus             numbers of the GPUs to use, among those that this process sees; default: the first ones
+    lora             load adapters instead of whole weights
     lora_rank        largest rank of these adapters
-    sleep            the engine can give a GPU's memory back between rollouts
+    sleep            the engine can release GPU memory between rollouts
 
-    With `separate` the script that makes one needs the `if __name__ == "__main__"` guard. Samples are the same in any
-    batch on a CPU; on a GPU that takes vLLM's own VLLM_BATCH_INVARIANT=1.
+    With `separate` the script that creates the engine needs the `if __name__ == "__main__"` guard. On a CPU a sample does
+    not depend on the other requests of its batch; on a GPU this needs vLLM's VLLM_BATCH_INVARIANT=1.
 
-    Raises RecipeError without vLLM or for options that cannot work together, ModelError when vLLM cannot start.
+    Raises RecipeError if vLLM is not installed or options cannot work together, ModelError if vLLM cannot start.
     """
 
     def __init__(
@@ -211,7 +212,7 @@ class VLLMGenerator(EngineGenerator):
             transfer="shared" if transfer == "auto" else transfer, gpus=gpus, sleep=sleep,
         )  # fmt: skip
         if lora:
-            # one slot only: base requests beside an adapter would be computed with the adapter
+            # one adapter slot: with an adapter loaded, requests without one would be computed with it too
             rank = next((size for size in RANKS if size >= lora_rank), lora_rank)
             arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
             del arguments["weight_transfer_config"]
@@ -233,10 +234,10 @@ class VLLMGenerator(EngineGenerator):
             raise
 
     def load_weights(self, weights: Weights) -> None:
-        """Take a role's weights (or with `lora` its adapter), or those of a folder; then the old ones' cache is dropped.
+        """Load the weights of a role (or with `lora` its adapter) or of a folder, then drop the cache of the old weights.
 
-        Raises ModelError when they do not fit the engine's model, WorkerDied when the engine died or could not take
-        them, RunStopped when it says another version afterwards.
+        Raises ModelError if they do not fit the engine's model, WorkerDied if the engine died or could not load them,
+        RunStopped if it reports a different version afterwards.
         """
         if self._unfit:
             raise WorkerDied(f"generator: {self._unfit}")
@@ -245,11 +246,11 @@ class VLLMGenerator(EngineGenerator):
         self.version = weights.version
 
     def processes(self) -> list[int]:
-        """The ids of the engine's own processes that are alive; none with `separate=False`."""
+        """Return the ids of the engine's child processes that are alive; none with `separate=False`."""
         return [process.pid for process in self._processes if alive(process)]
 
     def close(self) -> None:
-        """End the engine and all its processes, and remove its folder. May be called again."""
+        """End the engine and all its processes, and remove its folder. May be called more than once."""
         if self._llm is None:
             return
         llm, self._llm, self._unfit = self._llm, None, "the engine was closed"
@@ -266,34 +267,34 @@ class VLLMGenerator(EngineGenerator):
                 _leave_groups()
             self._remove()
 
-    # What a push asks of an engine (`vllm_push.Control`).
+    # The methods that a weight update calls (`push.Control`).
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """vLLM's own call."""
+        """Call vLLM's method of this name."""
         self._do(lambda llm: llm.init_weight_transfer_engine({"init_info": init_info}))
 
     def start_weight_update(self) -> None:
-        """vLLM's own call."""
+        """Call vLLM's method of this name."""
         self._do(lambda llm: llm.start_weight_update())
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """vLLM's own call."""
+        """Call vLLM's method of this name."""
         self._do(lambda llm: llm.update_weights({"update_info": update_info}))
 
     def finish_weight_update(self, weight_version: str) -> None:
-        """vLLM's own call."""
+        """Call vLLM's method of this name."""
         self._do(lambda llm: llm.finish_weight_update(weight_version))
 
     def weight_version(self) -> str:
-        """vLLM's own call."""
+        """Call vLLM's method of this name."""
         return self._do(lambda llm: llm.get_weight_version())
 
     def reset_prefix_cache(self) -> bool:
-        """vLLM's own call."""
+        """Call vLLM's method of this name."""
         return bool(self._do(lambda llm: llm.reset_prefix_cache()))
 
     def call(self, method: str) -> list[Any]:
-        """A method of the worker extension."""
+        """Call a method of the worker extension. Returns one result per worker."""
         return self._do(lambda llm: llm.collective_rpc(method))
 
     @property
@@ -325,7 +326,7 @@ class VLLMGenerator(EngineGenerator):
         ]
 
     def _stepwise(self, ids: Sequence[int]) -> list[float]:
-        """One request per token: with adapters vLLM cannot give log-probs of a prompt."""
+        """Score a sequence with one request per token, because with adapters vLLM cannot return log-probs of a prompt."""
         asked = {
             "max_tokens": 1,
             "temperature": 0.0,
@@ -338,7 +339,7 @@ class VLLMGenerator(EngineGenerator):
         return [output.outputs[0].logprobs[0][token].logprob for output, token in zip(outputs, ids[1:], strict=True)]
 
     def _run(self, prompts: Sequence[Sequence[int]], options: Sequence[dict[str, Any]]) -> list[Any]:
-        """vLLM's outputs. After any failure the engine may hold half of a batch, so it is not used again."""
+        """Return vLLM's outputs. After any failure the engine may hold part of a batch, so it is not used again."""
         from vllm import SamplingParams
 
         adapter = self.inlet.current if isinstance(self.inlet, Adapters) else None
@@ -355,10 +356,10 @@ class VLLMGenerator(EngineGenerator):
             raise
 
     def _do(self, work: Callable[[Any], Any]) -> Any:
-        """A call to vLLM; the engine's death becomes WorkerDied.
+        """Make a call to vLLM. Raises WorkerDied if the engine died.
 
-        vLLM would wait for ever for an engine process that was killed outright, so while it waits, in a thread of its
-        own, the processes are watched from here.
+        vLLM waits forever for an engine process that was killed. So the call runs in its own thread, and this thread checks
+        meanwhile that the processes are alive.
         """
         from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -371,7 +372,7 @@ class VLLMGenerator(EngineGenerator):
                     raise EngineDeadError()
             return future.result()
         except Exception as error:
-            # a worker's death comes as whatever the call made of it
+            # if a worker process died, the call may raise any error
             if not isinstance(error, EngineDeadError) and all(map(alive, self._processes)):
                 raise
             self._unfit = "the vLLM engine died"
@@ -379,9 +380,9 @@ class VLLMGenerator(EngineGenerator):
 
 
 class Adapters:
-    """Takes adapters into an engine with one slot for them; `current` is sent with every request from the first on.
+    """Load adapters into an engine that has one slot for them. `current` is the loaded adapter, which every request names.
 
-    `do` makes a call to vLLM. `torn` says why no request may be made, after an adapter did not go in.
+    `do` makes a call to vLLM. `torn` says why no request may be made after an adapter failed to load; "" otherwise.
     """
 
     def __init__(self, do: Callable[[Callable[[Any], Any]], Any], folder: Path) -> None:
@@ -391,10 +392,10 @@ class Adapters:
         self._number = 0
 
     def push(self, weights: Weights) -> None:
-        """The adapter under an id of its own, because under a used id vLLM keeps the old one; the old one goes first.
+        """Remove the old adapter and load the new one under a new id, because vLLM keeps the old adapter of an id in use.
 
-        Raises ModelError for a folder without an adapter, WorkerDied when the engine died or does not take it,
-        RunStopped when the engine says another version or adapter afterwards.
+        Raises ModelError for a folder without an adapter, WorkerDied if the engine died or could not load the adapter,
+        RunStopped if the engine reports a different version or adapter afterwards.
         """
         from vllm.lora.request import LoRARequest
 
@@ -428,7 +429,7 @@ class Adapters:
 
 
 def _swap(llm: Any, new: Any, version: str) -> tuple[set[int], str, bool]:
-    """The adapters the engine has afterwards, the version it says, and whether its cache is clear."""
+    """Replace the adapter. Return the adapter ids of the engine, its version, and whether its prefix cache was reset."""
     engine = llm.llm_engine
     for old in engine.list_loras():
         engine.remove_lora(old)
@@ -452,7 +453,7 @@ def engine_arguments(
     gpus: Sequence[int] = (),
     sleep: bool = False,
 ) -> dict[str, Any]:
-    """vLLM's own arguments for an engine as whet needs it; the options are those of `VLLMGenerator`."""
+    """Return vLLM's arguments for an engine that whet can use. The options are those of `VLLMGenerator`."""
     on_gpu = torch.cuda.is_available()
     arguments: dict[str, Any] = {
         "model": str(model), "dtype": dtype, "max_model_len": max_model_len, "max_num_seqs": max_num_seqs,
@@ -485,11 +486,13 @@ def _start(given: dict[str, Any], separate: bool) -> Any:
     name = "VLLM_ENABLE_V1_MULTIPROCESSING"
     before = os.environ.get(name)
     os.environ[name] = str(int(separate))
-    envs.disable_envs_cache()  # an earlier engine in this process froze what vLLM knows of the environment
+    envs.disable_envs_cache()  # vLLM caches the environment when an engine starts in this process
     try:
         return LLM(**given)
     except Exception as error:
-        why = " ".join(str(error).split())[:500] or type(error).__name__  # its first line alone may say nothing
+        why = (
+            " ".join(str(error).split())[:500] or type(error).__name__
+        )  # the first line alone may be empty of information
         raise ModelError(f"generator: vLLM cannot start with {given['model']}: {why}") from error
     finally:
         if before is None:
@@ -504,7 +507,7 @@ def _processes(llm: Any) -> list[Any]:
 
 
 def _in_thread(work: Callable[[], Any]) -> "Future[Any]":
-    """The work done in a daemon thread, which does not keep this process from ending."""
+    """Run `work` in a daemon thread, which does not keep this process alive."""
     future: Future[Any] = Future()
 
     def run() -> None:
@@ -518,7 +521,7 @@ def _in_thread(work: Callable[[], Any]) -> "Future[Any]":
 
 
 def descendants(pid: int) -> list[Any]:
-    """This process and all that it started, as psutil knows them; none when it is gone."""
+    """Return this process and all its descendants as psutil processes; none if it has ended."""
     import psutil
 
     try:
@@ -529,7 +532,7 @@ def descendants(pid: int) -> list[Any]:
 
 
 def alive(process: Any) -> bool:
-    """It runs; a dead one that nobody has asked about yet does not count."""
+    """Return True if the process runs. A zombie process counts as ended."""
     import psutil
 
     try:
@@ -539,7 +542,7 @@ def alive(process: Any) -> bool:
 
 
 def end(processes: Sequence[Any], seconds: float) -> None:
-    """Give processes so long to end by themselves, then kill those that are left and wait until they are gone."""
+    """Wait `seconds` for the processes to end, then kill the others and wait until they have ended (at most 5 s)."""
     import psutil
 
     for grace, last in ((seconds, False), (5.0, True)):
@@ -554,7 +557,7 @@ def end(processes: Sequence[Any], seconds: float) -> None:
 
 
 def _leave_groups() -> None:
-    """An engine in this process made process groups in it; without them another engine can be started."""
+    """Destroy the process groups that an engine created in this process, so that another engine can be started."""
     from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
 
     destroy_model_parallel()

@@ -1,4 +1,4 @@
-"""New weights for a running vLLM engine: checked by name and shape, carried over in chunks, and verified."""
+"""Weight updates of a running vLLM engine: checked by name and shape, sent in chunks, and verified."""
 
 import socket
 import tempfile
@@ -19,70 +19,70 @@ from whet.generate.base import whole
 from whet.generate.vllm.worker import gloo_group
 
 Transfer = Literal["auto", "shared", "gloo", "nccl", "ipc"]
-"""How weights travel: a file in shared memory, a gloo group, or on GPUs vLLM's own NCCL and CUDA IPC."""
+"""How weights are sent: as files in shared memory, over a gloo group, or on GPUs with vLLM's NCCL or CUDA IPC transfer."""
 
 Named = tuple[str, Tensor]
 
 CHUNK = 256 << 20
-"""Bytes of weights that are copied at a time."""
+"""Size of a chunk in bytes: the weights that are copied at a time."""
 
 
 class Control(Protocol):
-    """What an engine lets a trainer do to its weights: vLLM's own calls, and whet's worker extension by name."""
+    """Methods of an engine that a weight update uses: vLLM's own, and `call` for methods of whet's worker extension."""
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Connect the workers to the trainer."""
 
     def start_weight_update(self) -> None:
-        """From here on the engine's weights are torn."""
+        """Begin a weight update. From here on the engine's weights are inconsistent until it is finished."""
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """One chunk."""
+        """Load one chunk."""
 
     def finish_weight_update(self, weight_version: str) -> None:
-        """All chunks have come; the weights are called this from now on."""
+        """End the weight update after all chunks, and set the version of the weights."""
 
     def weight_version(self) -> str:
-        """What the weights are called."""
+        """Return the version of the weights."""
 
     def reset_prefix_cache(self) -> bool:
-        """Forget the keys and values that old weights made; False when some are still in use."""
+        """Drop keys and values computed with old weights. Return False if some are still in use."""
 
     def call(self, method: str) -> list[Any]:
-        """A method of the worker extension, one result per worker."""
+        """Call a method of the worker extension. Returns one result per worker."""
 
 
 @dataclass(frozen=True)
 class About:
-    """What an engine says of itself."""
+    """Properties of an engine, as it reports them."""
 
     shapes: Mapping[str, tuple[int, ...]]
-    """each tensor of its model by name"""
+    """shape of each tensor of its model, by name"""
     ignored: frozenset[str]
-    """tensors that a push leaves out"""
+    """names of tensors that a weight update leaves out"""
     vocabulary: int
-    """how many token ids its model knows"""
+    """number of token ids of its model"""
     logprobs_mode: str
     """which log-probs it reports"""
     splits_prompts: bool
-    """it may read a prompt in two steps on a CPU, which kills it when the request has a seed"""
+    """it runs on a CPU with chunked prefill; it then crashes if it splits the prompt of a request that has a seed"""
     backend: str
-    """how weights travel, in vLLM's words"""
+    """vLLM's name of the weight transfer"""
     folder: str
-    """where weight files may lie"""
+    """folder for weight files"""
     workers: int
-    """how many take a push"""
+    """number of workers that receive a weight update"""
 
     @staticmethod
     def of(control: Control) -> "About":
-        """Asked of the engine once."""
+        """Ask the engine for its properties."""
         told = control.call("whet_about")[0]
         shapes = {name: tuple(shape) for name, shape in told.pop("shapes").items()}
         return About(shapes, frozenset(told.pop("ignored")), **told)
 
 
 class Route:
-    """One push, seen by a transport as the engine itself. `started` is True once the engine's weights are torn."""
+    """One weight update. A transport uses it like the engine. `started` is True once the engine's weights were changed."""
 
     def __init__(self, control: Control, version: int) -> None:
         self.control, self.version, self.started = control, str(version), False
@@ -92,19 +92,19 @@ class Route:
         self.control.init_weight_transfer_engine(init_info)
 
     def start_weight_update(self) -> None:
-        """Clear what an earlier push left unfinished, then begin."""
+        """Discard an unfinished earlier weight update, then begin."""
         self.started = True
         self.control.call("whet_forget")
         self.control.start_weight_update()
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """One chunk."""
+        """Load one chunk."""
         self.control.update_weights(update_info)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """All chunks have come: mend what a reload passes over, forget the cache, check the version.
+        """End the update: refresh weights that vLLM's reload skips, reset the prefix cache, check the version.
 
-        Raises WorkerDied when the cache cannot be reset, RunStopped when the engine says another version.
+        Raises WorkerDied if the cache cannot be reset, RunStopped if the engine reports a different version.
         """
         self.control.finish_weight_update(weight_version or self.version)
         self.control.call("whet_mend")
@@ -116,9 +116,9 @@ class Route:
 
 
 class Inlet:
-    """Takes whole pushes into one engine. After a push that failed half-way `torn` says so until one succeeds.
+    """Load whole weight updates into one engine. If one fails after it started, `torn` says so until one succeeds.
 
-    Raises ModelError where the engine's model has no safetensors files.
+    Raises ModelError if the engine's model has no safetensors files.
     """
 
     def __init__(self, control: Control, transport: "Transport", about: About) -> None:
@@ -128,10 +128,10 @@ class Inlet:
         self.torn = ""
 
     def push(self, weights: Weights) -> None:
-        """Push all of them.
+        """Load all weights into the engine.
 
-        Raises ModelError when names or shapes are not those of the engine's model, WorkerDied when the engine could
-        not take them. Nothing is changed by weights that are found wrong before the first chunk is full.
+        Raises ModelError if names or shapes are not those of the engine's model, WorkerDied if the engine could not load
+        them. If an error is found before the first chunk is full, the engine is not changed.
         """
         push = Route(self.control, weights.version)
         try:
@@ -146,9 +146,9 @@ class Inlet:
 
 
 def checked(pairs: Iterable[Named], about: About) -> Iterator[Named]:
-    """The same tensors, each known and of the right shape, none missing; raises ModelError at the first that is not.
+    """Yield the same tensors. Raises ModelError for an unknown or repeated name, a wrong shape, or a missing tensor.
 
-    vLLM itself takes a push of some tensors and leaves the others old.
+    vLLM itself accepts a weight update with only some of the tensors, and keeps the old values of the others.
     """
     left = set(about.shapes)
     for name, tensor in pairs:
@@ -168,7 +168,7 @@ def checked(pairs: Iterable[Named], about: About) -> Iterator[Named]:
 
 
 def chunks(pairs: Iterable[Named], limit: int = CHUNK) -> Iterator[list[Named]]:
-    """Lists of tensors of at most `limit` bytes together, or of one larger tensor alone."""
+    """Yield lists of tensors with at most `limit` bytes in total, or of a single larger tensor."""
     chunk: list[Named] = []
     room = limit
     for name, tensor in pairs:
@@ -183,20 +183,20 @@ def chunks(pairs: Iterable[Named], limit: int = CHUNK) -> Iterator[list[Named]]:
 
 
 class Transport(ABC):
-    """A way into an engine. `backend` is its name in vLLM's configuration."""
+    """A way to send weights to an engine. `backend` is its name in vLLM's configuration."""
 
     backend: str
 
     @abstractmethod
     def carry(self, push: Route, pairs: Iterator[Named]) -> None:
-        """Start, send all tensors, finish; raises whatever goes wrong on either side."""
+        """Start the update, send all tensors and finish it. Raises any error of either side."""
 
     def close(self) -> None:  # noqa: B027 (most hold nothing)
-        """Release what is held between pushes."""
+        """Release resources that are held between weight updates."""
 
 
 class _Chunked(Transport):
-    """Sends chunk by chunk, so that no second copy of all weights is made."""
+    """Send weights chunk by chunk, so that no second copy of all weights is made."""
 
     def __init__(self, chunk: int = CHUNK) -> None:
         self.chunk = chunk
@@ -210,15 +210,18 @@ class _Chunked(Transport):
         push.finish_weight_update()
 
     def ready(self, push: Route) -> None:
-        """Before the first chunk of a push."""
+        """Prepare the transfer, before the first chunk of an update."""
 
     @abstractmethod
     def send(self, push: Route, chunk: Sequence[Named]) -> None:
-        """One chunk."""
+        """Send one chunk."""
 
 
 class Shared(_Chunked):
-    """Each chunk is a safetensors file that lives in `folder` until the workers have read it."""
+    """Send each chunk as a safetensors file in `folder`, which is removed after the workers have read it.
+
+    Raises RecipeError if the folder is not on this machine.
+    """
 
     backend = "whet_shared"
 
@@ -229,15 +232,15 @@ class Shared(_Chunked):
         self.folder = Path(folder)
 
     def send(self, push: Route, chunk: Sequence[Named]) -> None:
-        """One chunk."""
+        """Send one chunk."""
         with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".safetensors") as file:
-            # copied, because safetensors refuses tensors that share memory
+            # copied, because safetensors does not save tensors that share memory
             save_file({name: tensor.to("cpu", copy=True).contiguous() for name, tensor in chunk}, file.name)
             push.update_weights({"file": Path(file.name).name})
 
 
 class Gloo(_Chunked):
-    """Each chunk is broadcast to the workers; `host` is the address of this machine that they can reach."""
+    """Broadcast each chunk to the workers over gloo. `host` is an address of this machine that they can reach."""
 
     backend = "whet_gloo"
 
@@ -247,7 +250,7 @@ class Gloo(_Chunked):
         self.group: Any = None
 
     def ready(self, push: Route) -> None:
-        """Build the group at the first push, and again after a failed one."""
+        """Create the group at the first update, and again after a failed one."""
         if self.group is not None:
             return
         store = self._store()
@@ -265,7 +268,7 @@ class Gloo(_Chunked):
         self.group = joined[0]
 
     def send(self, push: Route, chunk: Sequence[Named]) -> None:
-        """One chunk. A group in which something failed is never used again: the sides may be out of step."""
+        """Send one chunk. After a failure the group is not used again, because its members may be out of step."""
         group, self.group = self.group, None
         held = [tensor.cpu().contiguous() for _, tensor in chunk]
         failed: list[BaseException] = []
@@ -290,7 +293,7 @@ class Gloo(_Chunked):
         self.group = None
 
     def _store(self) -> Any:
-        # a listening socket of our own, because the store by itself would listen on every interface
+        # create the listening socket here, because by default the store listens on all interfaces
         with socket.create_server((self.host, 0)) as listener:
             port, handle = listener.getsockname()[1], listener.detach()
         from torch.distributed import TCPStore
@@ -307,11 +310,11 @@ def _broadcast(group: Any, held: Sequence[Tensor], failed: list[BaseException]) 
 
 
 class OnGPU(Transport):
-    """vLLM's own trainer side of "nccl" or "ipc". It needs a GPU, and is written from vLLM's sources: never yet run.
+    """The trainer side of vLLM's "nccl" and "ipc" transfers. Needs a GPU. Written from vLLM's sources and not yet run.
 
-    "ipc" hands over memory of GPU `gpu`, which must be the engine's own. "nccl" broadcasts from there, which must be
-    another one; its store listens on `host` at a free port. Both meet through torch's default process group where there is
-    one, so they are for a process that works alone.
+    "ipc" shares memory of GPU `gpu`, which must be the engine's GPU. "nccl" broadcasts from GPU `gpu`, which must not be
+    the engine's GPU; its store listens on `host` at a free port. Both use torch's default process group if there is one,
+    so this process must not be part of a group with other processes.
     """
 
     def __init__(self, backend: str, workers: int, host: str = "127.0.0.1", gpu: int = 0) -> None:
@@ -319,16 +322,16 @@ class OnGPU(Transport):
         self.source, self.engine = _Source(), None
 
     def carry(self, push: Route, pairs: Iterator[Named]) -> None:
-        """One push through vLLM's trainer engine, which is made at the first one and after a failed one."""
+        """Send one weight update with vLLM's trainer engine, which is created for the first one and after a failed one."""
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
-        torch.cuda.set_device(self.gpu)  # each thread has its own
+        torch.cuda.set_device(self.gpu)  # the current device is set per thread
         self.source.pairs = pairs
         engine: Any = self.engine or WeightTransferTrainerFactory.trainer_init(
             self._info(), client=push, source=self.source
         )
         engine.client = push
-        self.engine = None  # after a failure a new group is made
+        self.engine = None  # stays None after a failure, so that the next update creates a new group
         engine.send_weights()
         self.engine = engine
 
@@ -358,12 +361,12 @@ class _Meta:
 
 
 class _Source:
-    """The tensors as vLLM's trainer engines read them: described once (under nccl), then streamed."""
+    """The tensors in the form that vLLM's trainer engines read: metadata first (only for nccl), then the tensors."""
 
     pairs: Iterable[Named] = ()
 
     def metadata(self) -> list[_Meta]:
-        self.pairs = list(self.pairs)  # described before they are sent, so they must be at hand twice
+        self.pairs = list(self.pairs)  # iterated twice: for the metadata and for sending
         return [_Meta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.pairs]
 
     def __iter__(self) -> Iterator[Named]:
@@ -371,13 +374,13 @@ class _Source:
 
 
 BACKENDS = {"shared": Shared.backend, "gloo": Gloo.backend, "nccl": "nccl", "ipc": "ipc"}
-"""vLLM's names of the transports."""
+"""vLLM's name of each transport."""
 
 
 def transport(about: About, host: str = "127.0.0.1", gpu: int = 0) -> Transport:
-    """The trainer's side of the transport that the engine was started with.
+    """Create the trainer side of the transport that the engine was started with.
 
-    Raises RecipeError where whet knows none of that name, or a shared folder is not on this machine.
+    Raises RecipeError if whet does not know its name, or a shared folder is not on this machine.
     """
     if about.backend == Shared.backend:
         return Shared(about.folder)

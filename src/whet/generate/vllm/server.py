@@ -1,4 +1,4 @@
-"""Answers from a vLLM server over HTTP: one that runs already, or one that whet starts on loopback."""
+"""Generation with a vLLM server over HTTP: a running one, or one that whet starts on loopback."""
 
 import json
 import os
@@ -34,24 +34,24 @@ from whet.generate.vllm.push import About, Inlet
 from whet.http import Http
 
 UNSET = "default"
-"""What vLLM calls weights that nobody pushed."""
+"""vLLM's version of weights that were never updated."""
 
 
 class ServerGenerator(EngineGenerator):
-    """A vLLM server that takes and gives token ids over /v1/completions, and takes weights by its own routes.
+    """A vLLM server. Prompts and answers are sent as token ids over /v1/completions, weights over vLLM's weight routes.
 
-    The server must have been started as `Server` does it: VLLM_SERVER_DEV_MODE=1, whet's worker extension, a weight
+    The server must have been started as `Server` starts it: with VLLM_SERVER_DEV_MODE=1, whet's worker extension, a weight
     transfer that whet knows, processed log-probs, no chunked prefill on a CPU, and vLLM's own generation configuration.
-    Only one run may push to it.
+    Only one run may send weight updates to it.
 
     url              http://host:port
-    timeout          seconds after which a request without an answer counts as an engine that died
-    connections      how many answers are asked for at once
-    host             address of this machine that the server's workers reach, for weights over gloo or NCCL
-    api_key          sent to the server; it does not guard the weight routes
-    sleep            the server was started with it
+    timeout          seconds to wait for an answer; after that the engine counts as dead
+    connections      number of requests that are sent at the same time
+    host             address of this machine that the server's workers can reach, for weights over gloo or NCCL
+    api_key          sent to the server; it does not protect the weight routes
+    sleep            the server was started with the option `sleep`
 
-    Raises RecipeError when the server is not such a one, WorkerDied when nothing answers there.
+    Raises RecipeError if the server was started differently, WorkerDied if nothing answers at the URL.
     """
 
     def __init__(
@@ -86,48 +86,48 @@ class ServerGenerator(EngineGenerator):
             self.inlet.torn = f"the server has weights {self._label!r} of an earlier run; push whole weights first"
 
     def load_weights(self, weights: Weights) -> None:
-        """Take a role's weights, or those of a folder; then the old ones' cache is dropped.
+        """Load the weights of a role or of a folder, then drop the cache of the old weights.
 
-        Raises ModelError when they do not fit the server's model, WorkerDied when the server died or could not take
-        them, RunStopped when it says another version afterwards.
+        Raises ModelError if they do not fit the server's model, WorkerDied if the server died or could not load them,
+        RunStopped if it reports a different version afterwards.
         """
         self.wake()
         self.inlet.push(weights)
         self.version, self._label = weights.version, str(weights.version)
 
     def close(self) -> None:
-        """Leave the server; it goes on."""
+        """Disconnect from the server, which keeps running."""
         self.inlet.transport.close()
         self._unfit = "the connection was closed"
 
-    # What a push asks of an engine (`vllm_push.Control`).
+    # The methods that a weight update calls (`push.Control`).
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """vLLM's own route."""
+        """Call vLLM's route of this name."""
         self.http.ask("POST", "/init_weight_transfer_engine", {"init_info": init_info})
 
     def start_weight_update(self) -> None:
-        """vLLM's own route."""
+        """Call vLLM's route of this name."""
         self.http.ask("POST", "/start_weight_update")
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """vLLM's own route."""
+        """Call vLLM's route of this name."""
         self.http.ask("POST", "/update_weights", {"update_info": update_info})
 
     def finish_weight_update(self, weight_version: str) -> None:
-        """vLLM's own route."""
+        """Call vLLM's route of this name."""
         self.http.ask("POST", "/finish_weight_update", {"weight_version": weight_version})
 
     def weight_version(self) -> str:
-        """vLLM's own route."""
+        """Return the version that vLLM's route /weight_info reports."""
         return self.http.ask("GET", "/weight_info")["weight_version"]
 
     def reset_prefix_cache(self) -> bool:
-        """vLLM's own route."""
+        """Call vLLM's route of this name."""
         return self.http.ask("POST", "/reset_prefix_cache")["success"]
 
     def call(self, method: str) -> list[Any]:
-        """A method of the worker extension. Raises RecipeError when the server has no such route."""
+        """Call a method of the worker extension. Raises RecipeError if the server has no such route."""
         return self.http.ask("POST", "/collective_rpc", {"method": method})["results"]
 
     @property
@@ -156,7 +156,7 @@ class ServerGenerator(EngineGenerator):
         ]
 
     def _complete(self, prompts: Sequence[Sequence[int]], options: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The server's choices. Raises RunStopped when somebody else changed its weights meanwhile."""
+        """Return the server's completions. Raises RunStopped if another program changed its weights meanwhile."""
         asked = [
             {"model": self.model, "prompt": list(prompt), "return_token_ids": True, "add_special_tokens": False, **one}
             for prompt, one in zip(prompts, options, strict=True)
@@ -173,7 +173,7 @@ class ServerGenerator(EngineGenerator):
 
 
 def _refuse(about: About) -> None:
-    """Raises RecipeError for a server whose answers would be wrong, or which would die of them."""
+    """Raise RecipeError for a server that would report wrong log-probs, or that would crash on requests with a seed."""
     if about.logprobs_mode != "processed_logprobs":
         raise RecipeError("generator.urls: start the server with --logprobs-mode processed_logprobs")
     if about.splits_prompts:
@@ -181,15 +181,15 @@ def _refuse(about: About) -> None:
 
 
 class Server:
-    """A vLLM server on loopback, started here; a context manager that ends it and all of its processes.
+    """Start a vLLM server on loopback. A context manager: on exit the server and all its processes are ended.
 
     model            folder or name of a Hugging Face model, with its tokenizer
-    port             where it listens; 0 is any free port
-    start_timeout    seconds that it may take to answer
-    options          of the engine, as in `VLLMGenerator`: max_model_len, dtype, kv_cache_mib, gpu_memory, max_num_seqs,
+    port             port to listen on; 0 is any free port
+    start_timeout    seconds to wait for the server's first answer
+    options          engine options as in `VLLMGenerator`: max_model_len, dtype, kv_cache_mib, gpu_memory, max_num_seqs,
                      tensor_parallel, seed, transfer ("shared" by default), gpus, sleep
 
-    Raises RecipeError without vLLM, ModelError when the server ends or does not answer in time.
+    Raises RecipeError if vLLM is not installed, ModelError if the server ends or does not answer in time.
     """
 
     def __init__(self, model: str | Path, *, port: int = 0, start_timeout: float = 600.0, **options: Any) -> None:
@@ -209,7 +209,7 @@ class Server:
             str(port),
         ]
         with self.log.open("wb") as log:
-            # a session of its own, so that everything it starts can be ended with it
+            # started in a new session, so that all processes it starts can be ended with it
             self.process = subprocess.Popen(
                 [*command, *flags(arguments)], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True, env=QUIET | os.environ | {"VLLM_SERVER_DEV_MODE": "1"},
@@ -228,11 +228,11 @@ class Server:
         self.close()
 
     def processes(self) -> list[int]:
-        """The ids of its processes that are alive, the server's own first."""
+        """Return the ids of the server's processes that are alive, its main process first."""
         return [process.pid for process in descendants(self.process.pid) if alive(process)]
 
     def close(self) -> None:
-        """End it and all of its processes, and remove its folder. May be called again."""
+        """End the server and all its processes, and remove its folder. May be called more than once."""
         self._end()
 
     def _wait(self, seconds: float) -> None:
@@ -245,7 +245,7 @@ class Server:
                 )
             try:
                 if asked.raw("GET", "/health")[0] == 200:
-                    asked.ask("POST", "/collective_rpc", {"method": "whet_about"})  # from now on it knows its owner
+                    asked.ask("POST", "/collective_rpc", {"method": "whet_about"})  # starts its watch of this process
                     return
             except WorkerDied:
                 pass
@@ -261,7 +261,7 @@ class Server:
 
 
 def flags(arguments: dict[str, Any]) -> list[str]:
-    """vLLM's arguments as its command line wants them."""
+    """Return vLLM's arguments in the form of command line flags."""
     out = []
     for name, value in arguments.items():
         flag = name.replace("_", "-")
@@ -273,7 +273,7 @@ def flags(arguments: dict[str, Any]) -> list[str]:
 
 
 def _end(process: "subprocess.Popen[bytes]", folder: Path) -> None:
-    """Ask it to end, then end all of its session for sure."""
+    """Ask the server to end, then kill all processes of its session and remove its folder."""
     processes = descendants(process.pid)
     if process.poll() is None:
         process.terminate()
@@ -282,7 +282,7 @@ def _end(process: "subprocess.Popen[bytes]", folder: Path) -> None:
         except subprocess.TimeoutExpired:
             pass
     try:
-        os.killpg(process.pid, signal.SIGKILL)  # also what was left behind by parents that died
+        os.killpg(process.pid, signal.SIGKILL)  # also orphans whose parent process has ended
     except ProcessLookupError:
         pass
     process.wait()

@@ -1,7 +1,7 @@
-"""What runs inside vLLM's workers: ways for weights to come in without a GPU, and mends around a reload.
+"""Extension of vLLM's workers: weight transfer without a GPU, and workarounds for vLLM's weight reload.
 
-vLLM imports this module in each worker because it is named as the worker extension. It may be imported without vLLM,
-but nothing in it can be used then.
+vLLM imports this module in each worker because it is configured as the worker extension. It can be imported without
+vLLM, but then its classes cannot be used.
 """
 
 import json
@@ -33,15 +33,15 @@ except ImportError:
 
 EXTENSION = "whet.generate.vllm.worker.Extension"
 FOLDER = "whet_folder"
-"""The key in vLLM's additional_config under which a worker is told, at its start, where weight files may lie."""
+"""The key in vLLM's additional_config for the folder of weight files."""
 OWNER = "whet_owner"
-"""The same for the process that started the engine: without it the engine ends."""
+"""The key in vLLM's additional_config for the id of the process that started the engine. The engine ends when it ends."""
 
 
 def gloo_group(store: TCPStore, host: str, rank: int, size: int, seconds: float) -> ProcessGroupGloo:
-    """One member of the group that carries weights; it listens on `host` alone and gives up after `seconds`.
+    """Join the gloo group that transfers weights. It listens only on `host` and its timeout is `seconds`.
 
-    It is built by hand so that the process's own default group, if it has one, is left alone.
+    The group is created directly, so that the default process group of this process is not changed.
     """
     options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._devices = [ProcessGroupGloo.create_device(hostname=host)]
@@ -50,10 +50,10 @@ def gloo_group(store: TCPStore, host: str, rank: int, size: int, seconds: float)
 
 
 class Extension:
-    """Methods that vLLM mixes into its worker class; the driver calls them by name."""
+    """Methods that vLLM adds to its worker class. The driver calls them by name."""
 
     def whet_about(self) -> dict[str, Any]:
-        """What `vllm_push.About` says of the engine, in forms that JSON can carry."""
+        """Return the fields of `push.About` as JSON values. Also start the thread that watches the owner process."""
         worker: Any = self
         owner = worker.vllm_config.additional_config.get(OWNER)
         if owner is not None and not any(one.name == "whet-owner" for one in threading.enumerate()):
@@ -75,9 +75,9 @@ class Extension:
         }
 
     def whet_forget(self) -> None:
-        """Drop what an unfinished push left behind.
+        """Discard the state of an unfinished weight update.
 
-        vLLM would count its tensors into the next push, and finish layers before all of their tensors had come.
+        Otherwise vLLM counts its tensors as part of the next update, and finishes layers before all their tensors arrived.
         """
         from vllm.model_executor.model_loader.reload.layerwise import _place_kernel_tensors, get_layerwise_info
 
@@ -91,18 +91,22 @@ class Extension:
                 info.reset()
 
     def whet_mend(self) -> None:
-        """Give a tied head the embedding's new weights: a reload passes it over, and on a CPU it keeps packed old ones."""
+        """Update a tied head to the new weights of the embedding. vLLM's reload skips it, and on a CPU it keeps a packed copy
+        of the old weights."""
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 
         worker: Any = self
         for module in worker.get_model().modules():
-            # a quantized head must not be processed twice
+            # processing a quantized head twice would be wrong, so only unquantized heads are processed
             if isinstance(module, ParallelLMHead) and isinstance(module.quant_method, UnquantizedEmbeddingMethod):
                 module.quant_method.process_weights_after_loading(module)
 
 
 def _watch(owner: int) -> None:
-    """Ends this process, and those between it and its owner, once the owner is gone: vLLM's would hold their memory for ever."""
+    """Wait until the owner process has ended, then kill this process and those between it and the owner.
+
+    vLLM's processes would otherwise keep running and hold their memory.
+    """
     import psutil
 
     between = []
@@ -124,19 +128,19 @@ def _watch(owner: int) -> None:
 
 @dataclass
 class SharedInit(WeightTransferInitInfo):
-    """Nothing has to be agreed on: the folder was fixed when the worker started."""
+    """No parameters: the folder was set when the worker started."""
 
 
 @dataclass
 class SharedUpdate(WeightTransferUpdateInfo):
-    """One chunk: the name of a safetensors file in the worker's own folder."""
+    """One chunk: the name of a safetensors file in the worker's folder."""
 
     file: str
 
 
 @dataclass
 class GlooInit(WeightTransferInitInfo):
-    """Where the trainer's store listens, the size of the group with the trainer in it, and its time limit."""
+    """Address and port of the trainer's store, size of the group including the trainer, and timeout in seconds."""
 
     host: str
     port: int
@@ -154,7 +158,7 @@ class GlooUpdate(WeightTransferUpdateInfo):
 
 
 class _Reloading(WeightTransferEngine):
-    """A push in checkpoint format: vLLM reloads layer by layer as the tensors arrive."""
+    """A weight update in checkpoint format. vLLM reloads layer by layer as the tensors arrive."""
 
     def start_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
@@ -167,22 +171,22 @@ class _Reloading(WeightTransferEngine):
         finalize_layerwise_reload(self.model, self.model_config)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        # vLLM's own version waits for the accelerator, and torch raises where there is none
+        # vLLM's version synchronizes the accelerator, and torch raises if there is none
         self.receive_weights(self.parse_update_info(update_info))
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
 
 
 class SharedEngine(_Reloading):
-    """Weights from safetensors files in one folder, which is best in shared memory. Paths out of it are refused."""
+    """Load weights from safetensors files in one folder, preferably in shared memory. Files outside it are refused."""
 
     init_info_cls, update_info_cls = SharedInit, SharedUpdate
 
     def init_transfer_engine(self, init_info: SharedInit) -> None:
-        """Nothing to prepare."""
+        """Do nothing."""
 
     def receive_weights(self, update_info: SharedUpdate) -> None:
-        """Load one file. Raises ValueError for a path that leads out of the folder."""
+        """Load one file. Raises ValueError for a path outside the folder."""
         folder = Path(self.vllm_config.additional_config[FOLDER]).resolve()
         file = (folder / update_info.file).resolve()
         if file.parent != folder:
@@ -191,17 +195,17 @@ class SharedEngine(_Reloading):
             self.model.load_weights((name, tensors.get_tensor(name)) for name in tensors.keys())  # noqa: SIM118
 
     def shutdown(self) -> None:
-        """Nothing is held."""
+        """Do nothing."""
 
 
 class GlooEngine(_Reloading):
-    """Weights broadcast by the trainer over gloo."""
+    """Receive weights that the trainer broadcasts over gloo."""
 
     init_info_cls, update_info_cls = GlooInit, GlooUpdate
     group: Any = None
 
     def init_transfer_engine(self, init_info: GlooInit) -> None:
-        """Join the trainer's group; the trainer is its rank 0."""
+        """Join the trainer's group. The trainer is rank 0."""
         rank = 1 + self.parallel_config.rank
         limit = timedelta(seconds=init_info.seconds)
         store = TCPStore(init_info.host, init_info.port, is_master=False, timeout=limit)
@@ -212,7 +216,7 @@ class GlooEngine(_Reloading):
         self.model.load_weights(self._received(update_info))
 
     def _received(self, chunk: GlooUpdate) -> list[tuple[str, Tensor]]:
-        # all of the chunk is received before any of it is loaded, so that a loading error leaves no broadcast unmatched
+        # receive the whole chunk before loading any of it, so that a loading error leaves no broadcast unmatched
         if self.group is None:
             raise RuntimeError("the group for weights was not joined")
         out = []
@@ -233,7 +237,7 @@ if WeightTransferEngineFactory is not None:
 
 
 def _model_folder(model_config: Any) -> Path:
-    """The folder that the engine's first weights came from."""
+    """Return the folder of the weights that the engine was started with."""
     if Path(model_config.model).is_dir():
         return Path(model_config.model)
     from huggingface_hub import snapshot_download
@@ -242,7 +246,7 @@ def _model_folder(model_config: Any) -> Path:
 
 
 def _shapes(folder: Path) -> dict[str, list[int]]:
-    """The shape of each tensor in a folder of safetensors files, read from their headers alone."""
+    """Return the shape of each tensor in a folder of safetensors files. Only the file headers are read."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
