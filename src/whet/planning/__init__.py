@@ -1,4 +1,4 @@
-"""A plan for scale: what fits where, what travels, where the time goes, and the schedule on a virtual clock. No torch here."""
+"""Estimates for `whet plan`: GPU memory, communication, time per step, and a simulated schedule. Does not import torch."""
 
 from whet.planning.memory import Activations, Bytes, Layout, Serving, activations, frozen, serving, trained
 from whet.planning.placement import GpuPlacement, Hardware, PlannedRun

@@ -1,6 +1,6 @@
-"""Bytes per GPU of every role, as formulas: weights, gradients, optimizer, what is unfolded while working, activations, KV cache.
+"""Memory per GPU as formulas: weights, gradients, optimizer, temporary buffers, activations and KV cache of each role.
 
-Letters: P parameters of a role, T those that are trained, W workers, c bytes of a number in the computation (4, or 2 in
+Letters: P parameters of a role, T trained parameters, W workers, c bytes per number in the computation (4, or 2 in
 bfloat16); the others as in `shape`. Trained weights and their moments are float32.
 """
 
@@ -11,38 +11,38 @@ from whet.errors import RecipeError
 from whet.planning.shape import Shape
 
 Engine = Literal["local", "ddp", "fsdp", "zero1", "zero2", "zero3"]
-"""Who holds what: one process (local), a copy each (ddp), shares of everything (fsdp, zero3), of the optimizer (zero1), and of the
-gradients too (zero2)."""
+"""What is sharded over the workers: nothing, one process (local); nothing, replicas (ddp); everything (fsdp, zero3); the optimizer
+(zero1); the optimizer and the gradients (zero2)."""
 
 GIB = 1 << 30
 REPLICA_BUCKET = 1 << 25
-"""Most numbers that a replica's learner sums at once, but for the last tensor (`learner.replica.BUCKET`)."""
+"""Gradient elements that ddp sums at once, not counting the last tensor (`learner.ddp.BUCKET`)."""
 BUCKET = 500_000_000
-"""DeepSpeed's `reduce_bucket_size`: numbers reduced together."""
+"""DeepSpeed's `reduce_bucket_size`: elements that are reduced together."""
 LIVE = 1_000_000_000
-"""DeepSpeed's `stage3_max_live_parameters`: parameters that ZeRO-3 keeps unfolded."""
+"""DeepSpeed's `stage3_max_live_parameters`: parameters that ZeRO-3 keeps gathered."""
 WORKSPACE = 1 << 24
-"""Logits that `ops.linear_logprobs` holds at once (its constant of the same name)."""
+"""Number of logits that `ops.linear_logprobs` holds at once (its constant of the same name)."""
 BLOCK = 16
-"""Tokens in one block of vLLM's cache on a GPU."""
+"""Tokens in one block of vLLM's KV cache on a GPU."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the learner is laid out over its workers. Raises RecipeError for what no engine can do."""
+    """The distribution of the learner over its workers. Raises RecipeError for options that the engine does not support."""
 
     engine: Engine = "local"
-    """who holds what"""
+    """what is sharded"""
     workers: int = 1
-    """W: GPUs that learn together"""
+    """W: number of GPUs of the learner"""
     low_precision: bool = False
-    """bfloat16 in the computation, over float32 weights (fsdp, zero)"""
+    """compute in bfloat16 with float32 weights (fsdp, zero)"""
     offload: bool = False
-    """what is in shares waits in the host's memory: under zero1 and zero2 the moments, under fsdp and zero3 the weights too"""
+    """keep shards in host memory between uses: with zero1 and zero2 the moments, with fsdp and zero3 also the weights"""
     checkpointing: bool = False
-    """gradient checkpointing: only the layers' inputs are kept"""
+    """gradient checkpointing: keep only the inputs of the layers"""
     max_tokens_per_micro_batch: int = 8192
-    """tokens of one forward pass, padding counted"""
+    """tokens of one forward, including padding"""
 
     def __post_init__(self) -> None:
         if self.engine not in get_args(Engine):
@@ -58,17 +58,17 @@ class Layout:
 
     @property
     def shards(self) -> bool:
-        """Weights are held in shares."""
+        """True if weights are sharded."""
         return self.engine in ("fsdp", "zero3")
 
     def computes_in(self, held: int) -> int:
-        """c: bytes of a number in the computation, where weights are held in `held` bytes."""
+        """Return c, the bytes per number in the computation, for weights stored with `held` bytes per number."""
         return min(held, 2) if self.low_precision else held
 
 
 @dataclass(frozen=True)
 class Bytes:
-    """Bytes of one role on one GPU. `working` is what is unfolded or buffered while it computes; `host` is on the CPU's side."""
+    """Bytes of one role on one GPU. `working` is gathered weights and buffers during computation; `host` is in CPU memory."""
 
     weights: float = 0.0
     gradients: float = 0.0
@@ -78,16 +78,16 @@ class Bytes:
 
     @property
     def states(self) -> float:
-        """What stays between two passes."""
+        """Bytes that stay allocated between two passes."""
         return self.weights + self.gradients + self.optimizer
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that one micro-batch's forward leaves for its backward.
+    """Bytes of activations of one micro-batch.
 
-    `stored` is what lies there at the forward's end; `recomputed` one layer's share that checkpointing makes anew in
-    the backward; `transient` what the pass needs besides, for a moment.
+    `stored` is kept from the forward for the backward. `recomputed` is one layer's activations, which checkpointing
+    computes again in the backward. `transient` is needed only for a short time during the pass.
     """
 
     stored: float
@@ -96,24 +96,25 @@ class Activations:
 
     @property
     def peak(self) -> float:
-        """All that is there at once, at most."""
+        """Upper bound of the bytes that are allocated at once."""
         return self.stored + self.recomputed + self.transient
 
 
 def trained(
     shape: Shape, layout: Layout, *, head: str = "language", adapters: int = 0, base_bytes: int = 4, muon: bool = False
 ) -> Bytes:
-    """The bytes of a policy or critic on each GPU.
+    """Return the bytes of a policy or critic on each GPU.
 
-    Everything trained (T = P) costs 4 T weights + 4 T gradients + 8 T for AdamW's two moments (Loshchilov and Hutter
-    2019, algorithm 2), all float32. With `adapters` > 0 those LoRA weights alone are trained (T = adapters, float32,
-    as peft keeps them) over a frozen base of `base_bytes` each. ZeRO's shares (Rajbhandari et al. 2020, section 5):
-    zero1 holds 8 T / W of the moments, zero2 also a share of the gradients, zero3 and fsdp a share of the weights too.
-    DeepSpeed keeps a float32 master share (4 T / W) beside the weights it computes with, float32 ones included, and these
-    are whole in c bytes under zero1 and zero2. See `working` for the rest.
+    Full training (T = P) needs 4 T bytes for weights + 4 T for gradients + 8 T for AdamW's two moments (Loshchilov and
+    Hutter 2019, algorithm 2), all float32. With `adapters` > 0 only that number of LoRA weights is trained (T = adapters,
+    float32 as in peft), with a frozen base of `base_bytes` per weight. Shards of ZeRO (Rajbhandari et al. 2020, section
+    5): zero1 holds 8 T / W of the moments, zero2 also a shard of the gradients, zero3 and fsdp also a shard of the
+    weights. DeepSpeed keeps a float32 master shard (4 T / W) in addition to the weights it computes with, even if these
+    are float32. With zero1 and zero2 the weights it computes with are not sharded and have c bytes each. See `working` for
+    the rest.
 
-    `muon` has one moment instead of two for the matrices inside the layers; it needs them whole, and raises RecipeError
-    where they are not.
+    `muon` has one moment instead of two for the matrices inside the layers. It needs whole matrices; raises RecipeError if
+    they are sharded.
     """
     if muon and layout.engine not in ("local", "ddp"):
         raise RecipeError(f"optim.kind: muon needs whole matrices, and {layout.engine} shards them; take adamw, or ddp")
@@ -143,9 +144,9 @@ def trained(
 
 
 def frozen(shape: Shape, layout: Layout, *, head: str = "language", bytes_each: int = 4) -> Bytes:
-    """The bytes of a reference or reward model on each GPU: P bytes_each, a share of it under fsdp and zero3.
+    """Return the bytes of a reference or reward model on each GPU: P bytes_each, divided by W with fsdp and zero3.
 
-    In shares it is unfolded layer by layer as a trained role is, without gradients.
+    A sharded model is gathered layer by layer like a trained role, without gradients.
     """
     whole = bytes_each * shape.parameters(head)
     if not layout.shards:
@@ -158,14 +159,14 @@ def frozen(shape: Shape, layout: Layout, *, head: str = "language", bytes_each: 
 
 
 def working(shape: Shape, layout: Layout, count: int, *, head: str = "language", held: int = 4) -> float:
-    """Bytes of weights and gradients that are unfolded, copied or in a bucket while a trained role computes.
+    """Return the bytes of gathered weights, gradient copies and buckets while a trained role computes.
 
-    - local: nothing; ddp: the bucket that is summed at once, 4 min(T, `REPLICA_BUCKET` + the largest tensor).
-    - fsdp (one unit per layer, the rest is the root): the root's weights, which the backward unfolds first and folds last,
-      and its gradient; beside them either two layers (this one, and the next one already on its way) with one layer's
-      gradient and its float32 input to the reduce-scatter, or that input for the root.
-    - zero1, zero2: the reduce bucket (c `BUCKET`), and the float32 copy of a worker's gradient share in the step (4 T / W).
-    - zero3: the same, and up to `LIVE` unfolded parameters.
+    - local: nothing; ddp: one bucket of summed gradients, 4 min(T, `REPLICA_BUCKET` + the largest tensor).
+    - fsdp (one unit per layer, the rest is the root): the root's weights, which the backward gathers first and frees last,
+      and its gradient. In addition the larger of: two layers (the current one and the prefetched next one) with one layer's
+      gradient and its float32 input of the reduce-scatter, or this input of the root.
+    - zero1, zero2: the reduce bucket (c `BUCKET`), and in the step the float32 copy of a worker's gradient shard (4 T / W).
+    - zero3: the same, and up to `LIVE` gathered parameters.
     """
     c, trains = layout.computes_in(held), count / shape.parameters(head)
     if layout.engine == "local":
@@ -193,22 +194,22 @@ def activations(
     head: str = "language",
     rank: int = 0,
 ) -> Activations:
-    """What one forward over `tokens` tokens (padding counted) leaves for its backward, by what each operation keeps.
+    """Return the activations of one forward over `tokens` tokens (including padding), summed over its operations.
 
     Per token and layer, c = `bytes_each`, with fused attention (no S x S matrix is kept):
-    - an RMS norm keeps its input in float32 and the normalized rows, (4 + c) H; a LayerNorm its input, c H; the two
-      outputs that linear maps read, 2 c H;
-    - attention keeps q, k, v and its output, c (2 A + 2 K), and one float32 per head; head norms (4 + c) (A + K);
-    - a gated MLP keeps gate, activated gate, up and their product, 4 c I; a plain one 2 c I, and 5 c I under gelu_new, which
-      transformers writes out in single operations.
-    With experts the MLP counts `active_experts` times with its input each. Under LoRA (`rank` > 0) frozen norms do not keep
-    their normalized rows, each map keeps `rank` float32, and where the base is in half precision a float32 copy of its
-    input in the place of the input.
-    Behind the layers: the last norm; and for the `head_tokens` that the head runs over (default: all) their hidden state
-    and, as long as they are at most `WORKSPACE` logits, the float32 log-softmax. More logits are made chunk by chunk,
-    twice, and none is kept. With `checkpointing` a layer keeps its input alone, c H (Chen et al. 2016).
+    - an RMS norm keeps its input in float32 and the normalized rows, (4 + c) H; a LayerNorm keeps its input, c H; the
+      outputs of the two norms are kept as inputs of linear maps, 2 c H;
+    - attention keeps q, k, v and its output, c (2 A + 2 K), and one float32 per head; head norms keep (4 + c) (A + K);
+    - a gated MLP keeps gate, activated gate, up and their product, 4 c I; an ungated MLP keeps 2 c I, or 5 c I with
+      gelu_new, which transformers computes as separate operations.
+    With experts the MLP counts `active_experts` times, each time with its input. With LoRA (`rank` > 0) frozen norms do not
+    keep their normalized rows, each linear map keeps `rank` float32 numbers, and if the base is in half precision it keeps
+    a float32 copy of its input instead of the input.
+    After the layers: the last norm, and for the `head_tokens` that go through the head (default: all) their hidden states.
+    The float32 log-softmax is kept only if there are at most `WORKSPACE` logits; more logits are computed in chunks, twice,
+    and none are kept. With `checkpointing` a layer keeps only its input, c H (Chen et al. 2016).
 
-    The transient part is the larger of two gradients inside an MLP, and of the head's five buffers of logits with the
+    The transient part is the larger of: two gradients inside an MLP, or five buffers of logits in the head with the
     gradient of its weights.
     """
     c, read = bytes_each, tokens if head_tokens is None else head_tokens
@@ -224,9 +225,9 @@ def activations(
 
 
 def _kept(shape: Shape, c: int, rank: int) -> float:
-    """Bytes per token and layer."""
+    """Return the bytes of activations per token and layer."""
     h, a, k, i = shape.hidden, shape.attention_width, shape.kv_width, shape.intermediate
-    copied = bool(rank) and c < 4  # the adapters read float32 copies of what the frozen maps read
+    copied = bool(rank) and c < 4  # the adapters read float32 copies of the inputs of the frozen maps
     norms = shape.norms * _norm(shape, c, bool(rank)) + (0 if copied else 2 * c * h)
     attention = c * (2 * a + 2 * k) + 4 * shape.heads
     if shape.qk_norm:
@@ -238,7 +239,7 @@ def _kept(shape: Shape, c: int, rank: int) -> float:
 
 
 def _norm(shape: Shape, c: int, frozen_weight: bool) -> float:
-    """Bytes per token that one norm over the hidden width keeps."""
+    """Return the bytes per token that one norm over the hidden width keeps."""
     if shape.norm_bias:
         return c * shape.hidden + 8
     return (4 if frozen_weight else 4 + c) * shape.hidden + 4
@@ -246,7 +247,10 @@ def _norm(shape: Shape, c: int, frozen_weight: bool) -> float:
 
 @dataclass(frozen=True)
 class Serving:
-    """A vLLM engine on one of its GPUs: its weights, its cache in bytes and tokens, and how many answers fit at once."""
+    """Memory of a vLLM engine on each of its GPUs: bytes of weights and of the KV cache, and the capacity of the cache.
+
+    `tokens` is the number of tokens in the cache, `sequences` the number of answers that fit at the same time.
+    """
 
     weights: float
     cache: float
@@ -264,12 +268,12 @@ def serving(
     share: float = 0.9,
     reserve: float = 2 * GIB,
 ) -> Serving:
-    """What fits into an engine of `tensor_parallel` GPUs with `memory` bytes each.
+    """Return the memory and capacity of an engine on `tensor_parallel` GPUs with `memory` bytes each.
 
-    Of `share` of the memory (vLLM's `gpu_memory_utilization`) the weights (P bytes_each / tensor_parallel) and `reserve`
-    for the pass itself are taken off; the rest are blocks of `BLOCK` tokens, of 2 layers K bytes_each a token (Kwon et al.
-    2023, section 4), whose heads are split over the GPUs as far as there are some. `sequences` have `context` tokens each.
-    Raises RecipeError where not a single sequence fits.
+    The engine uses `share` of the memory (vLLM's `gpu_memory_utilization`). The cache gets what is left after the weights
+    (P bytes_each / tensor_parallel) and `reserve` bytes for the forward. It consists of blocks of `BLOCK` tokens with
+    2 layers K bytes_each per token (Kwon et al. 2023, section 4). Key-value heads are split over the GPUs, over at most as
+    many GPUs as there are heads. A sequence has `context` tokens. Raises RecipeError if not even one sequence fits.
     """  # fmt: skip
     weights = bytes_each * shape.parameters() / tensor_parallel
     split = min(tensor_parallel, shape.kv_heads)
@@ -285,7 +289,7 @@ def serving(
 
 
 def _muon(shape: Shape, adapters: int) -> int:
-    """The numbers that have one moment less under muon: the matrices inside the layers."""
+    """Return the number of weights that have one moment fewer with muon: those of the matrices inside the layers."""
     if adapters:
         return adapters
     inside = sum(inputs * outputs for inputs, outputs in shape.linears().values())

@@ -1,4 +1,4 @@
-"""From a run in plain values to who sits where: what fits, with which micro-batches, and how long each part of a step takes."""
+"""Placements of learner and engines on GPUs: which fit, with which micro-batch size, and the time of each part of a step."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,67 +13,68 @@ from whet.planning.traffic import Network, Traffic
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """What a plan needs to know of a recipe, in plain values."""
+    """The values of a recipe that a plan needs."""
 
     policy: Shape
     """the model that is trained"""
     critic: Shape | None = None
-    """the critic's backbone, where the method has one"""
+    """backbone of the critic, if the method has one"""
     reference: Shape | None = None
-    """the reference's, where it is a model of its own"""
+    """backbone of the reference, if it is a separate model"""
     base_read: bool = False
-    """the reference is the policy's base under its adapters: no memory, but a forward of its own"""
+    """the reference is the policy's base without adapters: it needs no memory, but a separate forward"""
     rewards: tuple[tuple[str, Shape], ...] = ()
     """(name, backbone) of each reward model"""
     average: bool = False
-    """an average of the policy is kept (rollout.ema)"""
+    """a moving average of the policy is kept (rollout.ema)"""
     online: bool = True
-    """answers are generated; else rows are read"""
+    """answers are generated; if False, rows are read from data"""
     prompts: int = 64
-    """groups of a step; offline: elements of an update"""
+    """groups per step; offline: elements per update"""
     num_generations: int = 1
-    """answers of a group; offline: rows of an element (2 for pairs)"""
+    """answers per group; offline: rows per element (2 for pairs)"""
     prompt_tokens: int = 512
-    """mean tokens of a prompt"""
+    """mean number of tokens of a prompt"""
     answer_tokens: int = 1024
-    """longest answer"""
+    """tokens of the longest answer"""
     mean_answer: float | None = None
-    """mean tokens of an answer; default: half of the longest"""
+    """mean number of tokens of an answer; default: half of the longest"""
     updates: int = 1
-    """updates of one pass over a step's answers"""
+    """updates in one pass over the answers of a step"""
     epochs: int = 1
-    """passes"""
+    """passes over the answers of a step"""
     max_tokens_per_micro_batch: int = 8192
-    """the recipe's train.max_tokens_per_micro_batch; the plan lowers it where it does not fit"""
+    """the recipe's train.max_tokens_per_micro_batch; the plan reduces it if it does not fit"""
     checkpointing: bool = False
-    """the recipe's model.gradient_checkpointing; the plan sets it where nothing fits without"""
+    """the recipe's model.gradient_checkpointing; the plan turns it on if nothing fits without it"""
     low_precision: bool = False
-    """learner.half: bfloat16 computation over float32 weights"""
+    """learner.precision bf16: bfloat16 computation with float32 weights"""
     offload: bool = False
     """learner.offload"""
     engine_bytes: int = 2
-    """generator.dtype: bytes of a number in the engines, 2 or 4"""
+    """generator.dtype: bytes per number in the engines, 2 or 4"""
     push_adapter: bool = False
+    """generator.push: only the adapter is sent to the engines"""
     route: traffic.Route = "files"
+    """how new weights are sent to the engines"""
     beside: bool = False
-    """engines may not share the learner's GPUs (they answer ahead)"""
+    """engines may not share the learner's GPUs, because they generate ahead"""
     tensor_parallel: int = 0
-    """GPUs of an engine; 0 leaves it to the plan"""
-    """generator.push: the adapter alone travels to the engines"""
+    """GPUs per engine; with 0 the plan chooses"""
     engine_memory: float = 0.9
-    """generator.gpu_memory_utilization: the share of a GPU's memory that an engine takes"""
+    """generator.gpu_memory_utilization: fraction of a GPU's memory that an engine uses"""
     lora_rank: int = 0
     """rank of the adapters; 0 trains all weights"""
     lora_targets: str | tuple[str, ...] = "all-linear"
-    """what they are put on"""
+    """linear maps that have adapters"""
     one_trunk: bool = False
     """policy, critic and rewards are adapters on one base"""
     held_bytes: int = 4
-    """bytes of a frozen number: 4, or 2 (model.dtype bfloat16, or adapters on a GPU)"""
+    """bytes per frozen number: 4, or 2 (model.dtype bfloat16, or adapters on a GPU)"""
     muon: bool = False
     """the optimizer is muon"""
     columns: int = 8
-    """float32 columns per answer token that are gathered from the learner's workers in a step"""
+    """number of float32 columns per answer token that are gathered from the learner's workers in a step"""
 
     def __post_init__(self) -> None:
         if not 0 < self.engine_memory <= 1:
@@ -99,12 +100,12 @@ class PlannedRun:
 
     @property
     def mean(self) -> float:
-        """Mean tokens of an answer."""
+        """Mean number of tokens of an answer."""
         return (self.answer_tokens + 1) / 2 if self.mean_answer is None else self.mean_answer
 
     @property
     def rows(self) -> int:
-        """Answers of a step."""
+        """Answers per step."""
         return self.prompts * self.num_generations
 
     @property
@@ -114,43 +115,43 @@ class PlannedRun:
 
     @property
     def tokens(self) -> float:
-        """Tokens of a step, prompts counted with every answer."""
+        """Tokens per step, with the prompt counted for every answer."""
         return self.rows * (self.prompt_tokens + self.mean)
 
     @property
     def adapters(self) -> int:
-        """LoRA weights of one trained role; 0 without."""
+        """Number of LoRA weights of one trained role; 0 without LoRA."""
         return self.policy.adapter_parameters(self.lora_rank, self.lora_targets) if self.lora_rank else 0
 
     def lengths(self) -> Length:
-        """The answers' lengths that the simulation assumes: log-normal with deviation 0.6, cut at the longest."""
-        return lognormal(self.mean * 0.8353, 0.6, self.answer_tokens)  # its mean is its median x exp(0.6^2 / 2)
+        """Return the answer lengths that the simulation assumes: log-normal, sigma 0.6, truncated at the longest answer."""
+        return lognormal(self.mean * 0.8353, 0.6, self.answer_tokens)  # mean = median x exp(0.6^2 / 2)
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """The GPUs, and how much of what they promise is reached. Speeds are those of an H100 SXM's data sheet, without sparsity."""
+    """The GPUs and their assumed utilization. Default speeds are from the data sheet of an H100 SXM, without sparsity."""
 
     gpus: int
-    """how many"""
+    """number of GPUs"""
     gpu_memory: float
-    """GiB of each"""
+    """memory of each GPU in GiB"""
     network: Network = Network()
-    """how fast bytes travel"""
+    """network speeds"""
     low_precision_flops: float = 989e12
-    """bfloat16 operations a second"""
+    """bfloat16 operations per second"""
     single_flops: float = 67e12
-    """float32 operations a second"""
+    """float32 operations per second"""
     bandwidth: float = 3.35e12
-    """bytes a second from the GPU's memory"""
+    """memory bandwidth in bytes per second"""
     training: float = 0.4
-    """share of those operations reached in updates"""
+    """fraction of the operations per second reached in updates"""
     reading: float = 0.5
-    """share reached in forwards without gradient"""
+    """fraction reached in forwards without gradient"""
     decoding: float = 0.6
-    """share of the bandwidth reached while decoding"""
+    """fraction of the memory bandwidth reached in decoding"""
     reserve: float = 0.08
-    """share of the memory left to the driver, to communication buffers and to fragments"""
+    """fraction of the memory for the driver, communication buffers and fragmentation"""
 
     def __post_init__(self) -> None:
         for name, option in (("gpus", "--gpus"), ("gpu_memory", "--gpu-memory")):
@@ -159,13 +160,13 @@ class Hardware:
 
     @property
     def usable(self) -> float:
-        """Bytes of a GPU that a plan may fill."""
+        """Bytes per GPU that a plan may use."""
         return self.gpu_memory * GIB * (1 - self.reserve)
 
 
 @dataclass(frozen=True)
 class StepPhase:
-    """One role on one GPU of the learner."""
+    """Memory of one role on one GPU of the learner."""
 
     name: str
     bytes: Bytes
@@ -174,7 +175,7 @@ class StepPhase:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one step's parts. Computation and communication overlap, and the longer of both counts."""
+    """Seconds of the parts of one step. Computation and communication overlap, so the longer of the two counts."""
 
     measure: float
     update: float
@@ -184,17 +185,17 @@ class Times:
     sent: tuple[float, float]
     """seconds of communication of (measure, update)"""
     received: tuple[Traffic, Traffic]
-    """bytes each GPU receives in (measure, update)"""
+    """bytes that each GPU receives in (measure, update)"""
 
     @property
     def learn(self) -> float:
-        """Measure and update."""
+        """Seconds of measure and update together."""
         return self.measure + self.update
 
 
 @dataclass(frozen=True)
 class GpuPlacement:
-    """Who sits where: a learner over `layout.workers` GPUs, and engines beside it or, `shared`, on the same GPUs."""
+    """A learner on `layout.workers` GPUs, and engines on other GPUs or, with `shared`, on the same GPUs."""
 
     layout: Layout
     engines: int
@@ -206,7 +207,7 @@ class GpuPlacement:
 
     @property
     def name(self) -> str:
-        """In words."""
+        """Description of the placement for the report."""
         learner = f"learner {self.layout.engine} on {_counted(self.layout.workers, 'GPU')}"
         if not self.engines:
             return learner
@@ -216,7 +217,7 @@ class GpuPlacement:
 
     @property
     def flags(self) -> str:
-        """What a recipe needs for it, as on the command line."""
+        """The command line options for this placement."""
         layout, engines = self.layout, self.engines
         words = {
             f"--learner {layout.engine}": True,
@@ -233,7 +234,7 @@ class GpuPlacement:
 
 
 def parts(run: PlannedRun, layout: Layout) -> list[StepPhase]:
-    """Every role on one GPU of the learner."""
+    """Return the memory of every role on one GPU of the learner."""
     held, rank = run.held_bytes if run.lora_rank else 4, run.lora_rank
     out = []
     for name, shape, head in (("policy", run.policy, "language"), ("critic", run.critic, "scalar")):
@@ -241,7 +242,7 @@ def parts(run: PlannedRun, layout: Layout) -> list[StepPhase]:
             continue
         adapters = shape.adapter_parameters(rank, run.lora_targets) if rank else 0
         size = memory.trained(shape, layout, head=head, adapters=adapters, base_bytes=held, muon=run.muon)
-        if run.one_trunk and name == "critic":  # the base is there already
+        if run.one_trunk and name == "critic":  # the base is already counted
             alone = memory.trained(shape, Layout(), adapters=adapters)
             over = layout.workers if layout.engine != "ddp" else 1
             size = Bytes(4 * adapters / over, alone.gradients / over, alone.optimizer / over)
@@ -256,23 +257,26 @@ def parts(run: PlannedRun, layout: Layout) -> list[StepPhase]:
 
 
 def others(run: PlannedRun) -> list[tuple[str, Shape, str]]:
-    """(name, shape, head) of the frozen roles that are models of their own."""
+    """Return (name, shape, head) of the frozen roles that are separate models."""
     out = [("reference", run.reference, "language")] if run.reference is not None else []
     out += [] if run.one_trunk else [(name, shape, "scalar") for name, shape in run.rewards]
     return out + ([("ema", run.policy, "language")] if run.average else [])  # type: ignore[return-value]
 
 
 def needed(parts_: list[StepPhase]) -> float:
-    """Bytes of a learner's GPU: all states, and of what is unfolded and kept for a backward the largest role's.
+    """Return the bytes on a learner's GPU: the states of all roles, and the working memory and activations of the largest.
 
-    Roles take turns: a micro-batch of one is forward and backward before that of the next begins.
+    Roles do not compute at the same time: forward and backward of one role's micro-batch end before those of the next role.
     """
     now = [one.bytes.working + (one.activations.peak if one.activations else 0.0) for one in parts_]
     return sum(one.bytes.states for one in parts_) + max(now)
 
 
 def fitting(run: PlannedRun, layout: Layout, usable: float) -> Layout | None:
-    """The layout with the most micro-batch tokens that fit, at most the recipe's; None where not even one row does."""
+    """Return the layout with the most micro-batch tokens that fit, at most the recipe's or those of the longest row.
+
+    None if not even one row fits.
+    """
     most = max(run.max_tokens_per_micro_batch, run.longest)
     sizes = {
         most,
@@ -287,7 +291,7 @@ def fitting(run: PlannedRun, layout: Layout, usable: float) -> Layout | None:
 
 
 def layouts(run: PlannedRun, engine: memory.Engine, workers: int) -> Iterator[Layout]:
-    """The ways to lay an engine out, from the recipe's own to the slowest that holds least."""
+    """Yield the layouts of an engine to try, from the recipe's own to the slowest with the least memory."""
     low_precision = run.low_precision and engine not in ("local", "ddp")
     first = Layout(
         engine,
@@ -305,14 +309,14 @@ def layouts(run: PlannedRun, engine: memory.Engine, workers: int) -> Iterator[La
 
 
 def natural(run: PlannedRun, workers: int) -> memory.Engine:
-    """The engine that is taken where none is named: local alone, ddp where muon needs whole matrices, else fsdp."""
+    """Return the default engine: local for one worker, ddp for muon, which needs whole matrices, otherwise fsdp."""
     if workers == 1 and not (run.low_precision or run.offload):
         return "local"
     return "ddp" if run.muon else "fsdp"
 
 
 def times(run: PlannedRun, layout: Layout, hardware: Hardware, pushed: float) -> Times:
-    """How long measure, update and push of one step take."""
+    """Estimate the seconds of measure and update of one step. `pushed` is the seconds of the weight update of the engines."""
     flops = hardware.low_precision_flops if layout.low_precision or run.held_bytes == 2 else hardware.single_flops
     context, answered = (run.prompt_tokens + run.mean) / 2, run.rows * run.mean
     batches = run.updates * -(-int(run.tokens / run.updates) // (layout.workers * layout.max_tokens_per_micro_batch))
@@ -356,10 +360,10 @@ def times(run: PlannedRun, layout: Layout, hardware: Hardware, pushed: float) ->
 
 
 def token_seconds(run: PlannedRun, hardware: Hardware, tensor_parallel: int, active: int) -> float:
-    """Seconds in which an engine decodes one token in each of `active` slots.
+    """Return the seconds in which an engine decodes one token in each of `active` slots.
 
-    Every token reads all weights and its sequences' cache from memory (Pope et al. 2022, section 2.1), or is bound by its
-    operations where many are decoded at once; the longer counts.
+    This is the longer of two times: reading all weights and the KV cache of the active sequences from memory (Pope et al.
+    2022, section 2.1), and the arithmetic, which dominates with many active slots.
     """
     context = run.prompt_tokens + run.mean / 2
     size, flops = run.engine_bytes, hardware.low_precision_flops if run.engine_bytes == 2 else hardware.single_flops
@@ -371,7 +375,7 @@ def token_seconds(run: PlannedRun, hardware: Hardware, tensor_parallel: int, act
 def placed(
     run: PlannedRun, hardware: Hardware, layout: Layout, *, tensor_parallel: int, shared: bool
 ) -> GpuPlacement | None:
-    """The placement with this learner; None where it does not fit."""
+    """Return the placement with this learner, or None if it does not fit."""
     if shared and layout.workers != hardware.gpus:
         return None
     fits = fitting(run, layout, hardware.usable)
@@ -405,14 +409,14 @@ def placed(
 
 
 def slots(run: PlannedRun, placement: GpuPlacement) -> int:
-    """Answers that one engine decodes at once: what its cache holds, at most its share of what may be out (256: vLLM's
+    """Return the number of answers that one engine decodes at once: those that fit into its cache, at most 256 (vLLM's
     `max_num_seqs`)."""
     assert placement.serving is not None
     return min(placement.serving.sequences, 256)
 
 
 def simulated(run: PlannedRun, hardware: Hardware, placement: GpuPlacement, max_staleness: int) -> Outcome:
-    """The schedule of a few steps (at least 4, and about 20,000 answers at most)."""
+    """Simulate a few steps: at least 4 + `max_staleness`, and up to 12 as long as there are at most about 20,000 answers."""
     number = max(4 + max_staleness, min(12, 20_000 // run.rows))
     return simulate(
         steps=number, prompts=run.prompts, num_generations=run.num_generations, length=run.lengths(), engines=placement.engines,
@@ -423,16 +427,17 @@ def simulated(run: PlannedRun, hardware: Hardware, placement: GpuPlacement, max_
 
 
 def estimate(run: PlannedRun, hardware: Hardware, placement: GpuPlacement) -> float:
-    """Seconds of a step, quickly: in turns the sum, beside each other the longer, with the mean answer's length.
+    """Return a quick estimate of the seconds of a step, with the mean answer length.
 
-    It chooses between placements alone; what is printed is simulated.
+    If engines and learner share GPUs it is the sum of their times, otherwise the longer time. It is used only to choose
+    between placements; the report prints simulated times.
     """
     if not placement.engines:
         return placement.times.learn
     each = -(-run.rows // placement.engines)
     at_once = min(each, slots(run, placement))
     generate = each / at_once * run.mean * token_seconds(run, hardware, placement.tensor_parallel, at_once)
-    if placement.shared:  # the last answers of a step are waited for
+    if placement.shared:  # the learner waits for the longest answers of a step
         generate += (run.answer_tokens - run.mean) * token_seconds(run, hardware, placement.tensor_parallel, 1)
         return generate + placement.times.learn + placement.times.push
     return max(generate, placement.times.learn) + placement.times.push
@@ -441,7 +446,10 @@ def estimate(run: PlannedRun, hardware: Hardware, placement: GpuPlacement) -> fl
 def candidates(
     run: PlannedRun, hardware: Hardware, *, engine: memory.Engine | None = None, learners: int | None = None
 ) -> list[GpuPlacement]:
-    """The placements that fit, the quickest first. Raises RecipeError, with what is short by how much, where none does."""
+    """Return the placements that fit, the fastest first.
+
+    Raises RecipeError if none fits; the message says how much memory is missing.
+    """
     if learners is not None and not 1 <= learners <= hardware.gpus:
         raise RecipeError(f"--learners: between 1 and the {hardware.gpus} GPUs; got {learners}")
     node = hardware.network.per_node
@@ -455,7 +463,7 @@ def candidates(
             options = (
                 placed(run, hardware, layout, tensor_parallel=width, shared=shared)
                 for layout in layouts(run, kind, workers)
-                # an engine over several GPUs has them for itself
+                # an engine over several GPUs does not share them with the learner
                 for width in ((1,) if shared else (run.tensor_parallel,) if run.tensor_parallel else (1, 2, 4, 8))
             )
             first = next((one for one in options if one is not None), None)
@@ -466,7 +474,7 @@ def candidates(
 
 
 def _refuse(run: PlannedRun, hardware: Hardware, engine: memory.Engine | None) -> None:
-    """Raises the error that says what is short."""
+    """Raise RecipeError with the reason why no placement fits."""
     kind = engine or natural(run, hardware.gpus)
     workers = 1 if kind == "local" else hardware.gpus
     smallest = [replace(one, max_tokens_per_micro_batch=run.longest) for one in layouts(run, kind, workers)][-1]
@@ -492,12 +500,12 @@ def _refuse(run: PlannedRun, hardware: Hardware, engine: memory.Engine | None) -
 
 
 def _halves(count: int) -> list[int]:
-    """1, 2, 4, ... and the count itself."""
+    """Return the powers of two up to `count`, and `count`."""
     return [*(1 << power for power in range(count.bit_length())), count]
 
 
 def _answered(run: PlannedRun, tokens: int) -> int:
-    """The answer tokens among so many tokens of a micro-batch, on average."""
+    """Return the mean number of answer tokens among `tokens` tokens of a micro-batch."""
     return -(-int(tokens * run.mean) // int(run.prompt_tokens + run.mean))
 
 

@@ -1,4 +1,4 @@
-"""What `whet plan` prints: who needs what on each GPU, what fits, what travels, where a step's time goes, and the schedule."""
+"""The output of `whet plan`: memory per GPU, placements that fit, communication, time per step, and simulated schedule."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,9 +19,10 @@ def report(
     engine: memory.Engine | None = None,
     learners: int | None = None,
 ) -> str:
-    """The text for a run on this hardware. `engine` and `learners` hold the choice; else the quickest that fits is taken.
+    """Return the text for a run on this hardware.
 
-    Raises RecipeError where nothing fits, with what is short by how much.
+    `engine` and `learners` restrict the choice of placements. Of those that fit, the fastest is reported. Raises
+    RecipeError if none fits; the message says how much memory is missing.
     """
     found = placement.candidates(run, hardware, engine=engine, learners=learners)
     best = found[0]
@@ -47,7 +48,7 @@ def report(
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Aligned lines: the first column to the left, the others to the right.
+    """Return aligned lines: the first column left-aligned, the others right-aligned.
 
     >>> table(["role", "GiB"], [["policy", "1.5"]])
     ['role    GiB', 'policy  1.5']
@@ -261,7 +262,7 @@ def _gib(size: float) -> str:
 
 
 def _seconds(seconds: float) -> str:
-    """Three figures or so, in a unit that suits.
+    """Format a duration with about three significant digits, in s, ms or us.
 
     >>> [_seconds(one) for one in (12.34, 1.234, 0.01234, 0.00001234, 0.0)]
     ['12.3 s', '1.23 s', '12.3 ms', '12.3 us', '0 s']
@@ -273,7 +274,7 @@ def _seconds(seconds: float) -> str:
 
 
 def parse_engine(name: str) -> memory.Engine:
-    """The engine of this name. Raises RecipeError for one that does not exist."""
+    """Return the engine with this name. Raises RecipeError for an unknown name."""
     if name not in ("local", *ENGINES):
         raise RecipeError(f"--engine: one of local, {', '.join(ENGINES)}; got {name!r}")
     return name  # type: ignore[return-value]

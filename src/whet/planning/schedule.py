@@ -1,7 +1,8 @@
-"""The schedule of engines and learner on a virtual clock: who waits for whom, and how old what is learned from is.
+"""Simulation of engines and learner on a virtual clock: waiting times, and staleness of the training data.
 
-Three pieces, each of use alone: `Window` says which groups are handed out and which a step takes (no clock), `Engines` decode
-(a clock, no steps), `Schedule` runs the loop over both. Times are seconds, lengths tokens, steps and draws count from 0.
+It has three parts, which can be used separately. `Window` says which groups are started and which a step takes (no clock).
+`Engines` decode (a clock, no steps). `Schedule` runs the loop with both. Times are in seconds, lengths in tokens; steps and
+draws count from 0.
 """
 
 import hashlib
@@ -16,12 +17,12 @@ from whet.errors import RecipeError
 from whet.loops.staleness import chosen, lead
 
 Length = Callable[[int, int], int]
-"""How many tokens answer `answer` of draw `draw` will have."""
+"""Function (draw, answer) -> number of tokens of this answer."""
 
 
 @dataclass
 class Handed:
-    """A group that is out."""
+    """A group that was started and not yet taken. `begun` is a step; `ended` a time, None while it is incomplete."""
 
     draw: int
     begun: int
@@ -29,10 +30,11 @@ class Handed:
 
 
 class Window:
-    """Which groups are out, and which of them a step takes (see `chosen`).
+    """The groups that were started, and the rule for which of them a step takes (see `chosen`).
 
-    While step s is collected at most (s + 1 + lead) x prompts groups have been handed out, in order of draw. max_staleness
-    0 is the synchronous run. With `steps` the run ends there, and what no step would take is not begun.
+    While the groups of step s are collected, at most (s + 1 + lead) x prompts groups have been started, in order of draw.
+    max_staleness 0 is a synchronous run. With `steps` the run has that many steps, and groups that no step would take are
+    not started.
 
     >>> window = Window(prompts=2, max_staleness=2)
     >>> window.hand_out(0)
@@ -51,26 +53,27 @@ class Window:
         self.open: dict[int, Handed] = {}
         """draw -> the group, ascending"""
         self._asked: tuple[int, int] | None = (
-            None  # the step, and how many were complete, when there was nothing to take
+            None  # (step, number of complete groups) of the last `take` without result
         )
         self._complete = 0
 
     def hand_out(self, step: int) -> range:
-        """The draws that are handed out when the collection of this step begins; none that no step of the run would take."""
+        """Start groups at the beginning of this step's collection, and return their draws. Groups that no step of the run
+        would take are not started."""
         first, ahead = self.handed, step + 1 + lead(self.max_staleness)
         self.handed = (ahead if self.steps is None else min(ahead, self.steps)) * self.prompts
         self.open.update({draw: Handed(draw, step) for draw in range(first, self.handed)})
         return range(first, self.handed)
 
     def complete(self, draw: int, time: float) -> None:
-        """All answers of the draw have ended. Raises ValueError for one that is not out, or was told before."""
+        """Mark the group of a draw as complete. Raises ValueError if it was not started, was taken, or is complete already."""
         if draw not in self.open or self.open[draw].ended is not None:
             raise ValueError(f"draw {draw} is not out")
         self.open[draw].ended = time
         self._complete += 1
 
     def take(self, step: int) -> tuple[int, ...] | None:
-        """The draws of this step, ascending, once they are all complete; None before."""
+        """Return the draws of this step, ascending, or None if some of them are not complete yet."""
         if self._asked == (step, self._complete):
             return None
         found = chosen(list(self.open.values()), step, self.prompts, self.max_staleness, self.prompts)
@@ -86,7 +89,7 @@ class Window:
 
 @dataclass(frozen=True, order=True)
 class Ended:
-    """An answer that ended: when, whose, on which engine."""
+    """The end of an answer: its time, draw, number and engine."""
 
     time: float
     draw: int
@@ -95,8 +98,11 @@ class Ended:
 
 
 class _Engine:
-    """One engine. `work` counts the tokens each active slot has decoded since the beginning, so an answer ends at the work
-    at which it began plus its length, whatever the speed in between. `ends` is when the next one does."""
+    """One engine. `work` is the number of tokens that a slot which was always active would have decoded so far.
+
+    An answer that starts at work w ends at work w plus its length, whatever the speed is meanwhile. `ends` is the time at
+    which the next answer ends.
+    """
 
     def __init__(self, slots: int, token_seconds: Callable[[int], float]) -> None:
         self.slots, self.token_seconds = slots, token_seconds
@@ -110,20 +116,20 @@ class _Engine:
         return len(self.queue) + len(self.active)
 
     def look_ahead(self) -> None:
-        """`ends` from what is active now."""
+        """Compute `ends` from the active answers."""
         self.ends = math.inf
         if self.active:
             self.ends = self.time + max(0.0, self.active[0][0] - self.work) * self.token_seconds(len(self.active))
 
     def decode(self, to: float) -> list[tuple[int, int]]:
-        """Goes on to this time, at most `ends`; the answers that end there. Call `look_ahead` when the slots are filled."""
+        """Advance to this time, at most `ends`, and return the answers that end then. Call `look_ahead` after filling slots."""
         passed, ended = to - self.time, to >= self.ends
         self.time = to
         if not self.active:
             return []
         self.slot_seconds += passed * len(self.active)
         self.busy_seconds += passed
-        if not ended:  # even where rounding brings the work up to an answer's end
+        if not ended:  # also if, by rounding, the work reaches the end of an answer
             self.work += passed / self.token_seconds(len(self.active))
             return []
         self.work, done = self.active[0][0], []
@@ -134,11 +140,11 @@ class _Engine:
 
 
 class Engines:
-    """E engines with S slots each, decoding one token per `token_seconds` in every active slot.
+    """E engines with S slots each, which decode one token per `token_seconds` in every active slot.
 
-    `token_seconds` is a number, or a function of the active slots where more of them are slower. An answer waits in its
-    engine's queue until a slot is free. All answers of a group go to the engine with the fewest outstanding answers
-    (ties: the lowest number), so that they share their prompt's cache.
+    `token_seconds` is a number, or a function of the number of active slots. An answer waits in its engine's queue until a
+    slot is free. All answers of a group go to the engine with the fewest outstanding answers (ties: the lowest number), so
+    that they share the cache of their prompt.
     """
 
     def __init__(self, count: int, slots: int, token_seconds: float | Callable[[int], float]) -> None:
@@ -150,12 +156,12 @@ class Engines:
             raise RecipeError(f"token_seconds: above 0; got {speed(1)}")
         self.time, self.version, self.slots = 0.0, 0, slots
         self.began: dict[tuple[int, int], int] = {}
-        """(draw, answer) -> the version of the weights that made its first token"""
+        """(draw, answer) -> version of the weights that generated its first token"""
         self._each = [_Engine(slots, speed) for _ in range(count)]
-        self._ends: list[tuple[float, int]] = []  # a heap; an entry whose time is no longer its engine's is stale
+        self._ends: list[tuple[float, int]] = []  # a heap; entries that differ from their engine's `ends` are outdated
 
     def submit(self, draw: int, lengths: Sequence[int]) -> int:
-        """The group's answers, of these lengths in tokens, are dealt to an engine, whose number is returned."""
+        """Assign a group with answers of these lengths, in tokens, to an engine, and return the number of the engine."""
         if min(lengths) < 1:
             raise RecipeError(f"lengths: an answer has at least 1 token; got {min(lengths)}")
         number = min(range(len(self._each)), key=lambda one: (self._each[one].outstanding, one))
@@ -165,13 +171,13 @@ class Engines:
         return number
 
     def next_end(self) -> float:
-        """When the next answer ends; infinite when all engines are idle."""
+        """Return the time at which the next answer ends; infinity if all engines are idle."""
         while self._ends and self._ends[0][0] != self._each[self._ends[0][1]].ends:
             heapq.heappop(self._ends)
         return self._ends[0][0] if self._ends else math.inf
 
     def run(self, to: float) -> list[Ended]:
-        """The clock goes on to this time; the answers that end on the way, in order. Raises ValueError for no time at all."""
+        """Advance the clock to this time and return the answers that end until then, in order. Raises ValueError for infinity."""
         if math.isinf(to):
             raise ValueError("the engines are idle, and would be for ever")
         ended: list[Ended] = []
@@ -183,7 +189,7 @@ class Engines:
         return sorted(ended)
 
     def push(self, seconds: float) -> None:
-        """New weights: nothing is decoded for so long, and what had begun goes on under the next version."""
+        """Update the weights: all engines pause for `seconds`. Unfinished answers continue with the next version."""
         for one in self._each:
             one.decode(self.time)
         self.time, self.version = self.time + seconds, self.version + 1
@@ -192,18 +198,18 @@ class Engines:
             self._look_ahead(number)
 
     def used(self) -> tuple[float, float]:
-        """(slot-seconds, engine-seconds) in which tokens were decoded, over all engines."""
+        """Return (slot-seconds, engine-seconds) in which tokens were decoded, summed over all engines."""
         for one in self._each:
             one.decode(self.time)
         return sum(one.slot_seconds for one in self._each), sum(one.busy_seconds for one in self._each)
 
     @property
     def count(self) -> int:
-        """E."""
+        """E: number of engines."""
         return len(self._each)
 
     def _start(self, number: int) -> None:
-        """Free slots take what waits."""
+        """Fill free slots from the engine's queue."""
         one = self._each[number]
         while one.queue and len(one.active) < one.slots:
             draw, answer, length = one.queue.popleft()
@@ -212,7 +218,7 @@ class Engines:
         self._look_ahead(number)
 
     def _look_ahead(self, number: int) -> None:
-        """The engine's next end, in the heap as well."""
+        """Compute the engine's `ends` and add it to the heap."""
         one = self._each[number]
         one.look_ahead()
         if one.active:
@@ -221,9 +227,10 @@ class Engines:
 
 @dataclass(frozen=True)
 class ScheduledStep:
-    """One step of the loop: when its collection began, was complete, was learned from and pushed; what it took.
+    """One step of the loop: times of the start and end of collection, end of learning and end of the push; draws; tokens.
 
-    `staleness` has, per draw, how many versions the oldest token of the group is behind the weights that learn from it.
+    `staleness` is, per draw, the number of versions that the oldest token of the group is behind the weights that are
+    trained on it.
     """
 
     began: float
@@ -236,38 +243,38 @@ class ScheduledStep:
 
     @property
     def seconds(self) -> float:
-        """From the beginning of its collection to the end of its push."""
+        """Seconds from the start of the collection to the end of the push."""
         return self.ended - self.began
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a schedule came to."""
+    """The result of a simulated schedule."""
 
     steps: tuple[ScheduledStep, ...]
     slots_used: float
-    """share of the slots' time in which a token was decoded"""
+    """fraction of the slots' time in which a token was decoded"""
     engines_busy: float
-    """share of the engines' time in which any token was decoded"""
+    """fraction of the engines' time in which any token was decoded"""
     learner_busy: float
-    """share of the time in which the learner learned (pushes left out)"""
+    """fraction of the time in which the learner worked (without pushes)"""
 
     @property
     def seconds(self) -> float:
-        """Total time."""
+        """Total time in seconds."""
         return self.steps[-1].ended
 
     @property
     def staleness(self) -> dict[int, int]:
-        """Versions behind -> groups, ascending."""
+        """Number of versions behind -> number of groups, ascending."""
         return dict(sorted(Counter(age for step in self.steps for age in step.staleness).items()))
 
 
 class Schedule:
-    """The loop, to be driven call by call: `collect`, `learn`, `push`, and again.
+    """The training loop on a virtual clock. The caller repeats `collect`, `learn` and `push`.
 
-    `length` says how long each answer will be. A real run on a virtual clock is compared by driving `Engines` with the
-    lengths that it generated, and `Window` with the completions that it saw.
+    `length` gives the length of each answer. To compare with a real run on a virtual clock, use `Engines` with the lengths
+    that the run generated, and `Window` with the completions that it saw.
 
     >>> schedule = Schedule(Engines(1, slots=4, token_seconds=0.5), Window(prompts=2), num_generations=2, length=lambda d, a: 10)
     >>> schedule.collect(), schedule.learn(3.0), schedule.push(1.0)
@@ -290,7 +297,7 @@ class Schedule:
         return self.engines.time
 
     def collect(self) -> tuple[int, ...]:
-        """Hands out what this step may, and lets time pass until its groups are complete; their draws."""
+        """Start the groups that this step may start, advance the clock until the step's groups are complete, return their draws."""
         step, began = len(self.steps), self.time
         for draw in self.window.hand_out(step):
             lengths = [self.length(draw, answer) for answer in range(self.num_generations)]
@@ -306,24 +313,24 @@ class Schedule:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the groups that were collected last."""
+        """Tokens of the groups of the last collection."""
         return self._now.tokens
 
     def learn(self, seconds: float) -> float:
-        """The learner works for so long while the engines go on; the time then."""
+        """Let the learner work for `seconds` while the engines continue. Return the time afterwards."""
         self._run(self.time + seconds)
         self._learned += seconds
         self._now = replace(self._now, learned=self.time)
         return self.time
 
     def push(self, seconds: float) -> float:
-        """The weights go to the engines, which pause; the step is over. The time then."""
+        """Update the weights of the engines, which pause for `seconds`, and end the step. Return the time afterwards."""
         self.engines.push(seconds)
         self.steps.append(replace(self._now, ended=self.time))
         return self.time
 
     def outcome(self) -> Outcome:
-        """What the steps so far came to."""
+        """Return the result of the steps so far."""
         slots, busy = self.engines.used()
         whole = self.engines.count * self.time
         return Outcome(tuple(self.steps), slots / (whole * self.engines.slots), busy / whole, self._learned / self.time)
@@ -349,9 +356,10 @@ def simulate(
     max_staleness: int = 0,
     ends: bool = True,
 ) -> Outcome:
-    """The whole schedule. `learn_seconds` is a number, or a function of the step's tokens.
+    """Simulate `steps` steps. `learn_seconds` is a number, or a function of the tokens of the step.
 
-    The run `ends` with these steps, and nothing is begun that none of them takes; else they are the first of many.
+    With `ends` the run ends after these steps, and groups that none of them takes are not started. Otherwise they are the
+    first steps of a longer run.
 
     >>> simulate(steps=3, prompts=2, num_generations=2, length=lambda draw, answer: 10, engines=1, slots=4, token_seconds=0.5,
     ...          learn_seconds=3.0, push_seconds=1.0).seconds  # 3 x (5 + 3 + 1)
@@ -373,7 +381,7 @@ def simulate(
 
 
 def drawn_from(values: Sequence[int], seed: int = 0) -> Length:
-    """Lengths drawn from these, such as those of an earlier run, at the address (seed, draw, answer).
+    """Return lengths drawn from `values`, for example those of an earlier run, at the address (seed, draw, answer).
 
     >>> drawn_from([7])(3, 1)
     7
@@ -384,7 +392,10 @@ def drawn_from(values: Sequence[int], seed: int = 0) -> Length:
 
 
 def lognormal(median: float, sigma: float, longest: int, seed: int = 0) -> Length:
-    """Log-normal lengths with this median and this deviation of the logarithm, from 1 to `longest` tokens, addressed."""
+    """Return log-normal lengths from 1 to `longest` tokens, drawn at the address (seed, draw, answer).
+
+    `sigma` is the standard deviation of the logarithm.
+    """
     from statistics import NormalDist
 
     normal = NormalDist()
@@ -397,6 +408,6 @@ def lognormal(median: float, sigma: float, longest: int, seed: int = 0) -> Lengt
 
 
 def _uniform(*parts: int) -> float:
-    """A number in [0, 1) that is a function of its address alone."""
+    """Return a number in [0, 1) that depends only on its address."""
     text = ":".join(map(str, parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big") / 2**56

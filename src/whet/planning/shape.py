@@ -1,4 +1,4 @@
-"""The shape of a decoder model, read from its config.json: parameters, and FLOPs per token.
+"""Shape of a decoder model, read from its config.json: number of parameters, and FLOPs per token.
 
 Letters: H hidden width, A = heads x head width, K = key-value heads x head width, I intermediate width, V vocabulary.
 """
@@ -21,12 +21,12 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
     "qwen3_moe": {"qk_norm": True, "decoder_sparse_step": 1},
     "gpt2": {"tie_word_embeddings": True},
 }
-"""The model types that are known, with what their configuration leaves unsaid."""
+"""The known model types, with values that their configuration may leave out."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder model in plain numbers.
+    """The dimensions of a decoder model.
 
     >>> tiny = Shape("llama", hidden=8, layers=1, heads=2, kv_heads=1, head_dim=4, intermediate=16, vocabulary=10)
     >>> tiny.parameters()  # 80 + 80 at the ends, 192 + 384 + 16 in the layer, 8 behind it
@@ -34,7 +34,7 @@ class Shape:
     """
 
     kind: str
-    """the model type, as in config.json"""
+    """model type, as in config.json"""
     hidden: int
     """H"""
     layers: int
@@ -46,15 +46,15 @@ class Shape:
     head_dim: int
     """width of one head"""
     intermediate: int
-    """I: width of the MLP (of one expert, where there are experts)"""
+    """I: width of the MLP, or of one expert"""
     vocabulary: int
     """V: rows of the embedding"""
     tied: bool = False
-    """the head is the embedding"""
+    """the output head shares the weights of the embedding"""
     gated: bool = True
     """the MLP multiplies two projections (SwiGLU, GeGLU)"""
     activation: str = "silu"
-    """the MLP's nonlinearity, as in config.json"""
+    """activation function of the MLP, as in config.json"""
     qkv_bias: bool = False
     """the query, key and value projections have a bias"""
     output_bias: bool = False
@@ -64,7 +64,7 @@ class Shape:
     qk_norm: bool = False
     """queries and keys are normalized per head"""
     norms: int = 2
-    """norms of one layer over the hidden width"""
+    """norms over the hidden width per layer"""
     norm_bias: bool = False
     """the norms have a bias (LayerNorm)"""
     positions: int = 0
@@ -72,7 +72,7 @@ class Shape:
     experts: int = 0
     """experts of a sparse layer; 0 is dense"""
     active_experts: int = 0
-    """experts that one token goes through"""
+    """experts per token"""
     dense_layers: int = 0
     """layers without experts in a model with experts"""
     dense_intermediate: int = 0
@@ -80,10 +80,9 @@ class Shape:
 
     @staticmethod
     def of(config: Mapping[str, Any]) -> "Shape":
-        """The shape that a Hugging Face config.json (as a dict) describes.
+        """Return the shape that a Hugging Face config.json (as a dict) describes.
 
-        Raises RecipeError for a model type that is not known here (a wrong count would not be noticed) and for a
-        missing key.
+        Raises RecipeError for an unknown model type (a wrong count would not be noticed) and for a missing key.
 
         >>> Shape.of({"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257,
         ...           "n_positions": 1024}).parameters()
@@ -98,16 +97,16 @@ class Shape:
 
     @property
     def attention_width(self) -> int:
-        """A: all query heads together."""
+        """A: total width of all query heads."""
         return self.heads * self.head_dim
 
     @property
     def kv_width(self) -> int:
-        """K: all key (or value) heads together."""
+        """K: total width of all key (or value) heads."""
         return self.kv_heads * self.head_dim
 
     def linears(self) -> dict[str, tuple[int, int]]:
-        """The linear maps of one layer, outside experts: name -> (inputs, outputs)."""
+        """Return the linear maps of one layer without experts: name -> (inputs, outputs)."""
         h, a, k, i = self.hidden, self.attention_width, self.kv_width, self.intermediate
         if self.kind == "gpt2":
             return {"attn.c_attn": (h, 3 * h), "attn.c_proj": (h, h), "c_fc": (h, i), "mlp.c_proj": (i, h)}
@@ -115,13 +114,16 @@ class Shape:
         return attention | ({} if self.experts else {"gate_proj": (h, i), "up_proj": (h, i), "down_proj": (i, h)})
 
     def attention_parameters(self) -> int:
-        """Weights of one layer's attention: 2 H A + 2 H K, its biases and head norms."""
+        """Return the number of attention weights per layer: 2 H A + 2 H K, plus biases and head norms."""
         h, a, k = self.hidden, self.attention_width, self.kv_width
         biases = (a + 2 * k) * self.qkv_bias + h * self.output_bias
         return 2 * h * a + 2 * h * k + biases + 2 * self.head_dim * self.qk_norm
 
     def mlp_parameters(self, experts: int | None = None) -> int:
-        """Weights of one (sparse) layer's MLP: 3 H I when gated, else 2 H I; times its experts and H per expert to route."""
+        """Return the number of MLP weights of one (sparse) layer: 3 H I if gated, otherwise 2 H I.
+
+        With experts this is multiplied by their number, plus H per expert for the router.
+        """
         h, i = self.hidden, self.intermediate
         one = (3 if self.gated else 2) * h * i + ((2 if self.gated else 1) * i + h) * self.mlp_bias
         if not self.experts:
@@ -129,30 +131,35 @@ class Shape:
         return one * (self.experts if experts is None else experts) + h * self.experts
 
     def layer_parameters(self) -> int:
-        """Weights of one decoder layer (a sparse one, where there are experts): the unit in which they are gathered."""
+        """Return the number of weights of one decoder layer (of a sparse one if there are experts). FSDP gathers one layer at
+        a time."""
         return self.attention_parameters() + self.mlp_parameters() + self._norm(self.norms)
 
     def end_parameters(self, head: str = "language") -> int:
-        """Weights outside the layers: embeddings, last norm and head. `head` "scalar" is H in the place of V H."""
+        """Return the number of weights outside the layers: embeddings, last norm and head.
+
+        With `head` "scalar" the head has H weights instead of V H.
+        """
         own = self.hidden if head == "scalar" else 0 if self.tied else self.vocabulary * self.hidden
         return (self.vocabulary + self.positions) * self.hidden + self._norm(1) + own
 
     def parameters(self, head: str = "language") -> int:
-        """All weights, tied ones once. `head` is "language", or "scalar" for a critic or reward model."""
+        """Return the number of all weights; tied weights count once. `head` is "language", or "scalar" for a critic or reward
+        model."""
         dense = replace(self, experts=0, intermediate=self.dense_intermediate or self.intermediate).layer_parameters()
         sparse = self.layers - self.dense_layers
         return sparse * self.layer_parameters() + self.dense_layers * dense + self.end_parameters(head)
 
     def active_parameters(self, head: str = "language") -> int:
-        """The weights one token goes through: with experts, those of `active_experts`."""
+        """Return the number of weights that one token uses: of the experts, only `active_experts` count."""
         spared = self.mlp_parameters() - self.mlp_parameters(self.active_experts) if self.experts else 0
         return self.parameters(head) - (self.layers - self.dense_layers) * spared
 
     def adapter_parameters(self, rank: int, targets: str | tuple[str, ...] = "all-linear") -> int:
-        """Weights of LoRA's A (rank x inputs) and B (outputs x rank) on these linear maps of every layer.
+        """Return the number of LoRA weights, A (rank x inputs) and B (outputs x rank), on these linear maps of every layer.
 
-        Hu et al. 2021, section 4.1: rank (inputs + outputs) each. "all-linear" is every one outside experts and head.
-        Raises RecipeError for a target that the shape does not have.
+        Hu et al. 2021, section 4.1: rank (inputs + outputs) per map. "all-linear" is every linear map except experts and
+        head. Raises RecipeError for a target that the model does not have.
         """
         known = self.linears()
         names = list(known) if targets == "all-linear" else [targets] if isinstance(targets, str) else list(targets)
@@ -164,11 +171,11 @@ class Shape:
         return self.layers * sum(rank * sum(known[name]) for name in each)
 
     def forward_flops(self, tokens: float, *, context: float, head_tokens: float | None = None) -> float:
-        """FLOPs of one forward over `tokens` tokens that look at `context` tokens each, on average.
+        """Return the FLOPs of one forward over `tokens` tokens, each of which attends to `context` tokens on average.
 
-        Every weight of a matrix is one multiply and one add per token: 2 (active matrix weights). Attention adds Q K^T
-        and its product with V: 2 A context each, per layer. The head (2 H V) runs over `head_tokens` alone (default: all);
-        a scalar head is 0 of them. Kaplan et al. 2020, table 1; norms, rotations and softmax are left out.
+        Every weight of a matrix costs one multiply and one add per token: 2 (active matrix weights). Attention adds Q K^T
+        and the product with V: 2 A context each, per layer. The head (2 H V) runs only over `head_tokens` (default: all);
+        pass 0 for a scalar head. Kaplan et al. 2020, table 1; norms, rotary embeddings and softmax are not counted.
         """
         matrices = self._matrices() * tokens
         attention = 2 * self.layers * self.attention_width * context * tokens
@@ -184,10 +191,11 @@ class Shape:
         checkpointing: bool = False,
         adapters: bool = False,
     ) -> float:
-        """FLOPs of forward and backward: 3 forwards, since a backward differentiates to inputs and to weights.
+        """Return the FLOPs of forward and backward: 3 forwards, since a backward computes gradients of inputs and of weights.
 
-        With `adapters` the frozen matrices have no gradient of their own: 2 forwards, and once more the attention, whose
-        four factors all have one (the adapters' own few are left out). `checkpointing` adds the layers' forward once more.
+        With `adapters` the frozen matrices have no weight gradients: 2 forwards, plus once more the attention products,
+        whose factors all have gradients (the FLOPs of the adapters themselves are not counted). `checkpointing` adds one
+        more forward of the layers.
         """
         once = self.forward_flops(tokens, context=context, head_tokens=head_tokens)
         layers = self.forward_flops(tokens, context=context, head_tokens=0)
@@ -195,11 +203,11 @@ class Shape:
         return (2 * once + scores if adapters else 3 * once) + layers * checkpointing
 
     def kv_bytes(self, bytes_each: int = 2) -> int:
-        """Bytes of keys and values that one token leaves in the cache: 2 layers K bytes_each."""
+        """Return the bytes of keys and values of one token in the cache: 2 layers K bytes_each."""
         return 2 * self.layers * self.kv_width * bytes_each
 
     def _matrices(self) -> float:
-        """Weights of the matrices that one token is multiplied with inside the layers."""
+        """Return the number of matrix weights inside the layers that one token is multiplied with."""
         attention = sum(inputs * outputs for name, (inputs, outputs) in self.linears().items() if _attends(name))
         width = 3 if self.gated else 2
         sparse = width * self.hidden * self.intermediate * (self.active_experts if self.experts else 1)
@@ -216,12 +224,12 @@ def _attends(name: str) -> bool:
 
 
 def _said(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the configuration says; null is unsaid."""
+    """Return the configuration without keys whose value is null."""
     return {key: value for key, value in config.items() if value is not None}
 
 
 def _number(config: Mapping[str, Any], *keys: str) -> int:
-    """The first of these keys. Raises RecipeError when all are missing, or the number is below 1."""
+    """Return the value of the first key that is present. Raises RecipeError if all are missing or the value is below 1."""
     found = next((config[key] for key in keys if config.get(key) is not None), None)
     if not isinstance(found, int) or isinstance(found, bool) or found < 1:
         raise RecipeError(f"model.path: its config.json needs {keys[0]}, a whole number of at least 1; got {found!r}")
@@ -229,7 +237,7 @@ def _number(config: Mapping[str, Any], *keys: str) -> int:
 
 
 def _rotary(kind: str, config: Mapping[str, Any]) -> Shape:
-    """Llama and its relatives."""
+    """Return the shape of Llama and similar models with rotary position embeddings."""
     hidden, heads = _number(config, "hidden_size"), _number(config, "num_attention_heads")
     bias = bool(config.get("attention_bias", False))
     layers = _number(config, "num_hidden_layers")
@@ -252,7 +260,7 @@ def _rotary(kind: str, config: Mapping[str, Any]) -> Shape:
 
 
 def _dense_layers(config: Mapping[str, Any], layers: int) -> int:
-    """Layers without experts: those that `mlp_only_layers` names, and all but every `decoder_sparse_step`-th."""
+    """Return the number of layers without experts: those in `mlp_only_layers`, and all but every `decoder_sparse_step`-th."""
     only, step = set(config.get("mlp_only_layers", ())), int(config.get("decoder_sparse_step", 1))
     return sum(layer in only or (layer + 1) % step != 0 for layer in range(layers))
 

@@ -1,7 +1,7 @@
-"""Bytes that travel: shards and gradients per micro-batch and update, weights to the engines, columns; and their seconds.
+"""Communication in bytes and seconds: shards and gradients, weight updates of the engines, and gathered columns.
 
-Every count is what one GPU receives (and sends as much). In a ring of W, gathering shards of S bytes in all, or reducing and
-scattering them, moves S (W - 1) / W through every GPU, and an all-reduce is both (Patarasuk and Yuan 2009).
+Every count is the number of bytes that one GPU receives; it sends as many. In a ring of W GPUs, an all-gather or a
+reduce-scatter of S bytes in total moves S (W - 1) / W through every GPU. An all-reduce is both (Patarasuk and Yuan 2009).
 """
 
 from dataclasses import dataclass
@@ -14,16 +14,16 @@ from whet.planning.shape import Shape
 
 @dataclass(frozen=True)
 class Network:
-    """How fast bytes travel, in bytes a second; the defaults are two thirds and a half of what H100 nodes have on paper."""
+    """Network speeds in bytes per second. By default 2/3 (`inside`) and 1/2 (`between`) of the data sheet of H100 nodes."""
 
     inside: float = 300e9
-    """a GPU's link to others of its node (NVLink of an H100: 450e9 each way)"""
+    """speed of a GPU's link to other GPUs of its node (NVLink of an H100: 450e9 in each direction)"""
     between: float = 25e9
-    """a GPU's share of the network between nodes (400 Gbit/s a GPU: 50e9)"""
+    """a GPU's share of the network between nodes (400 Gbit/s per GPU: 50e9)"""
     per_node: int = 8
-    """GPUs of a node"""
+    """GPUs per node"""
     host: float = 5e9
-    """one process writing or reading files in a node's memory (an assumption; nothing of it was measured on such a node)"""
+    """speed of one process that writes or reads files in a node's memory (an assumption, not measured on such a node)"""
 
     def __post_init__(self) -> None:
         for name in ("inside", "between", "per_node", "host"):
@@ -31,7 +31,7 @@ class Network:
                 raise RecipeError(f"network.{name}: above 0; got {getattr(self, name)}")
 
     def ring(self, workers: int) -> float:
-        """Bytes a second through each GPU of a ring: a ring over nodes uses all network cards of a node side by side."""
+        """Return bytes per second through each GPU of a ring. A ring over several nodes uses all network cards of a node."""
         if workers <= self.per_node:
             return self.inside
         return min(self.inside, self.between * self.per_node)
@@ -42,25 +42,25 @@ class Traffic:
     """Bytes that each GPU receives, by purpose."""
 
     gathered: float = 0.0
-    """weights, unfolded from their shares"""
+    """weights, all-gathered from their shards"""
     reduced: float = 0.0
-    """gradients"""
+    """gradients, reduced"""
 
     @property
     def total(self) -> float:
-        """Both."""
+        """Sum of gathered and reduced bytes."""
         return self.gathered + self.reduced
 
     def __add__(self, other: "Traffic") -> "Traffic":
         return Traffic(self.gathered + other.gathered, self.reduced + other.reduced)
 
     def times(self, count: float) -> "Traffic":
-        """That many times as much."""
+        """Return the traffic multiplied by `count`."""
         return Traffic(self.gathered * count, self.reduced * count)
 
 
 def ring_share(size: float, workers: int) -> float:
-    """Bytes each GPU receives when shards of `size` bytes in all are gathered, or reduced and scattered.
+    """Return the bytes each GPU receives in an all-gather or a reduce-scatter of `size` bytes in total.
 
     >>> ring_share(8, 4)
     6.0
@@ -69,13 +69,14 @@ def ring_share(size: float, workers: int) -> float:
 
 
 def micro_batch(shape: Shape, layout: Layout, count: int, *, head: str = "language", held: int = 4) -> Traffic:
-    """Traffic of one trained role's forward and backward over one micro-batch; `count` parameters are trained.
+    """Return the traffic of one trained role's forward and backward over one micro-batch; `count` parameters are trained.
 
-    - fsdp gathers all weights in the forward and again in the backward (`reshard_after_forward` holds for the root too), c
-      bytes each, and reduces and scatters gradients in float32.
-    - zero3 gathers all weights twice and reduces in c bytes: 3 P c in all (Rajbhandari et al. 2020, section 7.2.2).
-    - zero2 reduces in c bytes; local, ddp and zero1 stay silent until the update.
-    With layers recomputed (checkpointing) nothing is gathered a third time: they are unfolded for their backward anyway.
+    - fsdp gathers all weights in the forward and again in the backward (`reshard_after_forward` applies to the root too), c
+      bytes each, and reduce-scatters gradients in float32.
+    - zero3 gathers all weights twice and reduces gradients in c bytes: 3 P c in total (Rajbhandari et al. 2020, section
+      7.2.2).
+    - zero2 reduces gradients in c bytes; local, ddp and zero1 communicate only in the update.
+    Gradient checkpointing causes no third gather: the weights of a layer are gathered for its backward anyway.
     """
     c, w = layout.computes_in(held), layout.workers
     whole = shape.parameters(head)
@@ -87,16 +88,16 @@ def micro_batch(shape: Shape, layout: Layout, count: int, *, head: str = "langua
 
 
 def forward(shape: Shape, layout: Layout, *, head: str = "language", held: int = 4) -> Traffic:
-    """Traffic of one forward without gradient: all weights gathered once where they lie in shares."""
+    """Return the traffic of one forward without gradient: all weights are gathered once if they are sharded."""
     c = layout.computes_in(held)
     return Traffic(ring_share(c * shape.parameters(head), layout.workers) if layout.shards else 0.0)
 
 
 def update(layout: Layout, count: int, *, held: int = 4) -> Traffic:
-    """Traffic of one trained role at the optimizer's step, once an update.
+    """Return the traffic of one trained role at the optimizer step, once per update.
 
-    ddp all-reduces 4 T, 2 (W - 1) / W times; zero1 reduces c T to their owners and gathers the new weights back; zero2
-    gathers them; fsdp and zero3 have sent everything before.
+    ddp all-reduces the 4 T bytes of gradients, which is 4 T x 2 (W - 1) / W. zero1 reduces c T bytes and gathers the new
+    weights. zero2 gathers the new weights. fsdp and zero3 communicate nothing in the step.
     """
     c, w = layout.computes_in(held), layout.workers
     if layout.engine == "ddp":
@@ -107,14 +108,18 @@ def update(layout: Layout, count: int, *, held: int = 4) -> Traffic:
 
 
 Route = Literal["files", "broadcast", "handles"]
-"""How new weights reach engines: files in memory, a broadcast over NCCL, or handles of memory on the same GPU (IPC)."""
+"""How new weights are sent to engines: files in memory, an NCCL broadcast, or handles of memory on the same GPU (IPC)."""
 
 
 @dataclass(frozen=True)
 class WeightPush:
-    """New weights for the engines: bytes that every engine GPU receives, what the learner gathers first, and seconds.
+    """One weight update of the engines.
 
-    `held` are the bytes that lie in the memory of each node with engines: the last two pushes, and the one that is written.
+    received    bytes that each engine GPU receives
+    gathered    bytes that each learner GPU receives before, when the shards are gathered
+    everywhere  bytes that all engine GPUs together receive
+    held        bytes of files in the memory of each node with engines: the last two updates, and the one being written
+    seconds     duration
     """
 
     received: float
@@ -136,12 +141,12 @@ def push(
     shared: bool = False,
     route: Route = "files",
 ) -> WeightPush:
-    """One push of the policy's weights (P bytes_each, as the learner holds them) or of its `adapters` alone (in float32) to E engines.
+    """Estimate one weight update of E engines: P weights of `bytes_each` bytes, or only the float32 LoRA `adapters`.
 
-    Shares are gathered over the learner first; then every GPU of every engine receives the whole and keeps its part. By
-    `files` one worker writes them into its node's memory, they travel to the other nodes with engines one after another,
-    and all engines read them at the same time. A pipelined `broadcast` takes the time of one copy, whatever E is. Engines
-    on the learner's own GPUs (`shared`) are on the nodes of the learner; `handles` need no copy at all.
+    The learner gathers its shards first. Then every GPU of every engine receives all weights and keeps its part. With the
+    route "files" one worker writes files into its node's memory, they are copied to the other nodes with engines one
+    after another, and all engines read them in parallel. A pipelined "broadcast" takes the time of one copy for any E.
+    With `shared` the engines are on the learner's GPUs and nodes. The route "handles" needs no copy.
     """  # fmt: skip
     size = 4.0 * adapters if adapters else float(bytes_each * shape.parameters())
     gathered = ring_share(size, layout.workers) if layout.shards else 0.0
@@ -154,12 +159,12 @@ def push(
         speed = network.inside if gpus <= network.per_node else network.between
         return WeightPush(size, gathered, size * receivers, 0.0, seconds + size / speed)
     nodes = -(-gpus // network.per_node)
-    first = 0 if shared else layout.workers // network.per_node  # nodes that the learner fills alone
+    first = 0 if shared else layout.workers // network.per_node  # nodes with learner GPUs only
     others = nodes - max(first, 1)
     seconds += 2 * size / network.host + others * size / network.between
     return WeightPush(size, gathered, size * receivers, 3 * size, seconds)
 
 
 def columns(layout: Layout, *, rows: int, tokens: int, count: int) -> float:
-    """Bytes each worker receives when `count` float32 columns of `rows` answers with `tokens` tokens are gathered."""
+    """Return the bytes each worker receives when `count` float32 columns of `rows` answers x `tokens` tokens are gathered."""
     return ring_share(4.0 * rows * tokens * count, layout.workers)

@@ -490,9 +490,7 @@ def _start(given: dict[str, Any], separate: bool) -> Any:
     try:
         return LLM(**given)
     except Exception as error:
-        why = (
-            " ".join(str(error).split())[:500] or type(error).__name__
-        )  # the first line alone may be empty of information
+        why = " ".join(str(error).split())[:500] or type(error).__name__  # the first line may not name the cause
         raise ModelError(f"generator: vLLM cannot start with {given['model']}: {why}") from error
     finally:
         if before is None:
