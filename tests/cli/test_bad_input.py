@@ -379,7 +379,7 @@ BESIDE: dict[str, tuple[str, list[str], list[str]]] = {
     "a step of a reward that is not dense": (
         "reinforce",
         ["--reward", "{source: HOME/m, step: x}"],
-        ["reward.1.step", "set dense too"],
+        ["reward.1.step", "set dense: true too"],
     ),
     "a dense function": (
         "reinforce",

@@ -48,7 +48,7 @@ def test_the_numbers_are_the_recipes() -> None:
     assert "24 answers in mini-batches of 8 = 3 updates, x 2 epochs = 6 updates a rollout" in told
     assert "5 rollouts x 6 = 30 updates in all" in told
     assert any(line.startswith("at most 8 x 10 = 80 trained tokens an update") for line in told)
-    assert "what divides by a deviation divides the reward but not the KL, so beta is no longer beta" in told
+    assert "the deviation divides the reward but not the KL, so the effective beta differs from the coefficient" in told
     assert any(
         line.startswith("in this recipe: surrogate is clip (clip_high 0.3), the method's is clip") for line in told
     )
@@ -66,7 +66,7 @@ def test_pairs_are_counted_as_pairs() -> None:
     [
         (
             {"kl_in_reward.controller": "adaptive", "kl_in_reward.target": 3.0},
-            "coefficient adaptive, aims at 3.0 nats per answer",
+            "adaptive coefficient, target 3.0 nats per answer",
         ),
         (
             {"kl_in_reward.estimator": "exact", "normalize_advantage": None},
@@ -74,7 +74,7 @@ def test_pairs_are_counted_as_pairs() -> None:
         ),
         ({"reward_placement": "linear"}, "a longer answer earns more"),
         ({"truncated.rule": "mask"}, "answers cut off at the limit are masked"),
-        ({"sampling.top_p": 0.9}, "some tokens cannot be drawn"),
+        ({"sampling.top_p": 0.9}, "some tokens cannot be sampled"),
         (
             {"rollout.sync_reference.every": 5, "rollout.sync_reference.mix": 0.6},
             "moves by 0.6 towards the policy every 5 rollouts",
@@ -99,8 +99,8 @@ def test_where_a_method_is_said_to_end_is_where_it_ends(name: str) -> None:
 @pytest.mark.parametrize(
     ("verb", "fields", "why"),
     [
-        ("instructgpt", {}, "moved: the pre-training term pulls elsewhere"),
-        ("ppo", {"entropy.ent_coef": 0.1}, "moved: the entropy bonus pulls towards undecided distributions"),
+        ("instructgpt", {}, "moved: the pre-training term has another optimum"),
+        ("ppo", {"entropy.ent_coef": 0.1}, "moved: the entropy bonus rewards distributions of high entropy"),
         ("reinforce", {"advantage.gamma": 0.5}, "moved: gamma below 1 discounts"),
         (
             "ppo",
@@ -108,9 +108,9 @@ def test_where_a_method_is_said_to_end_is_where_it_ends(name: str) -> None:
             "moved: scores are divided by statistics of the policy's own answers",
         ),
         ("ppo", {"truncated.rule": "mask"}, "moved: answers cut off at the limit follow the rule mask"),
-        ("ppo", {"sampling.top_p": 0.9}, "moved: some tokens cannot be drawn"),
+        ("ppo", {"sampling.top_p": 0.9}, "moved: some tokens cannot be sampled"),
         ("reinforce", {"reduction": "sequence_mean"}, "moved: each answer is divided by its length"),
-        ("ppo", {"kl_in_reward.estimator": "k3"}, "moved: the k3 in the reward lacks its own gradient"),
+        ("ppo", {"kl_in_reward.estimator": "k3"}, "moved: the k3 in the reward misses the gradient of the KL"),
         ("ppo", {"kl_in_reward.where": "sequence"}, "moved: the KL is divided by the answer's length"),
         ("ppo", {"kl_in_loss": "k2"}, "moved: there is another KL in the loss"),
     ],
@@ -123,7 +123,7 @@ def test_what_moves_the_end_is_said(verb: str, fields: dict, why: str) -> None:
 
 def test_a_group_that_is_only_centered_scales_beta_by_its_size() -> None:
     told = lines("dr_grpo", **{"kl_in_loss": "k2", "num_generations": 4})
-    assert "the group's mean has the answer itself in it, so the effective beta is 4/3 of kl_in_loss.coef" in told
+    assert "the group's mean includes the answer itself, so the effective beta is 4/3 of kl_in_loss.coef" in told
 
 
 def test_a_recipe_may_name_its_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

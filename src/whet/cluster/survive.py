@@ -45,7 +45,7 @@ def survive(
             if not isinstance(cause, MoreLearners):
                 lives.spend(cause)
             if not quiet:
-                print(f"whet: {cause}; going on from the last checkpoint", file=sys.stderr)
+                print(f"whet: {cause}; resuming from the last checkpoint", file=sys.stderr)
         resume = shrinks = True
 
 

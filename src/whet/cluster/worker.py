@@ -140,7 +140,9 @@ class Remote:
             cause = error.cause if isinstance(error.cause, Exception) else error
             if cause is not error and isinstance(cause, ray.exceptions.RayError):
                 # the method itself did not fail: the process that held its argument died before the argument was sent
-                raise AttemptFailed(f"cluster: {self.name} was sent what is lost ({first_line(cause)})") from error
+                raise AttemptFailed(
+                    f"cluster: an argument of a call to {self.name} was lost ({first_line(cause)})"
+                ) from error
             raise cause from (None if isinstance(cause, WhetError) else error)
         except ray.exceptions.GetTimeoutError:
             self.kill(f"did not answer within {limit:g} s")

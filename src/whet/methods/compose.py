@@ -98,12 +98,12 @@ def online_of(slots: Slots, *, longest: int | None = None, weights: Sequence[flo
         objective = preference_of(slots, stream="rollout")
         if "good" in objective.reads():
             raise RecipeError(
-                "algorithm.loss: the own answers become pairs here; take a loss on pairs, such as sigmoid"
+                "algorithm.loss: an online method makes pairs of its answers; use a loss on pairs, such as sigmoid"
             )
-        _least(slots["num_generations"], 2, "a pair is made of two answers")
+        _least(slots["num_generations"], 2, "a pair needs two answers")
         if truncated.rule in ("mask", "bootstrap"):
             raise RecipeError(
-                f"algorithm.truncated.rule: pairs of whole answers cannot {truncated.rule} one; use keep or penalize"
+                f"algorithm.truncated.rule: {truncated.rule} does not work with pairs of answers; use keep or penalize"
             )
         return replace(front, terms=objective.terms, select=objective.select, pairs=True)
     return _credit_front(front, slots, longest)
@@ -188,12 +188,12 @@ def _check_credit(slots: Slots, front: Algorithm, parameters: Mapping[str, Any],
     raw = place["name"] == "linear" and not place.get("normalized", False)
     if "score" in parameters and place["name"] != "terminal" and not raw:
         raise RecipeError(
-            f"algorithm.reward_placement: the advantage {name} credits whole answers, where a placement that sums to the score changes "
-            "nothing; use terminal"
+            f"algorithm.reward_placement: the advantage {name} gives one value to the whole answer, so a placement that "
+            "sums to the score changes nothing; use terminal"
         )
     if name == "group_steps" and slots["kl_in_reward"] is not None:
         raise RecipeError(
-            "algorithm.kl_in_reward: the advantage group_steps reads rewards at the ends of steps alone; use kl_in_loss instead"
+            "algorithm.kl_in_reward: the advantage group_steps reads rewards only at the ends of steps; use kl_in_loss instead"
         )
     alone = next(
         (slot for slot in ("normalize", "reward_normalization") if slots[slot] and slots[slot]["name"] != "running"),
@@ -201,24 +201,28 @@ def _check_credit(slots: Slots, front: Algorithm, parameters: Mapping[str, Any],
     )
     if "baseline" in parameters and alone is not None:
         raise RecipeError(
-            f"algorithm.{alone}: the greedy answers are none of its group and its rollout; leave {alone} out with against_greedy"
+            f"algorithm.{alone}: it uses statistics of the sampled answers, and the greedy answers of against_greedy are not "
+            f"among them; leave {alone} out"
         )
     cost = None if slots["kl_in_reward"] is None else record(KL, slots["kl_in_reward"])
     if "score" in parameters and cost is not None and cost.where == "sequence_sum":
         raise RecipeError(
-            f"algorithm.kl_in_reward.where: the advantage {name} credits whole answers, where sequence_sum is the same as token; use token"
+            f"algorithm.kl_in_reward.where: the advantage {name} gives one value to the whole answer, so sequence_sum is the "
+            "same as token; use token"
         )
     affine = name == "group_zscore" or (slots["normalize_advantage"] and not _reads_values(parameters))
     if affine and slots["reward_normalization"] and cost is None:
         raise RecipeError(
-            "algorithm.reward_normalization: what follows divides by the deviation again, so it changes nothing; leave it out"
+            "algorithm.reward_normalization: the advantage is divided by its deviation later, so this changes nothing; leave it out"
         )
     if name == "group_zscore" and slots["normalize"] and cost is None and len(front.combine.options["weights"]) == 1:
-        raise RecipeError("algorithm.normalize: a single reward is normalized by group_zscore alone; leave it out")
+        raise RecipeError(
+            "algorithm.normalize: the advantage group_zscore already normalizes a single reward; leave it out"
+        )
     if name == "group_mean_scaled" and cost is not None:
         raise RecipeError(
-            "algorithm.kl_in_reward: group_mean_scaled divides by the group's mean, so nothing may take scores below 0, as a KL "
-            "in the reward does; use kl_in_loss"
+            "algorithm.kl_in_reward: group_mean_scaled divides by the group's mean, so rewards must not be negative, and a KL "
+            "in the reward can make them negative; use kl_in_loss"
         )
 
 
@@ -292,13 +296,11 @@ def _selection(slots: Slots) -> tuple[tuple[str, Part], ...]:
     spec, given = slots["select"], {}
     if spec["name"] == "kl_cov" and slots["surrogate"]["name"] == "reinforce":
         raise RecipeError(
-            "algorithm.select: kl_cov holds several updates together, and reinforce takes one; use another surrogate"
+            "algorithm.select: kl_cov needs several updates per rollout, and reinforce makes one; use another surrogate"
         )
     if spec["name"] == "clip_cov":
         if slots["surrogate"]["name"] not in ("clip", "dual_clip"):
-            raise RecipeError(
-                "algorithm.select: clip_cov leaves out what the clip stops; use the surrogate clip or dual_clip"
-            )
+            raise RecipeError("algorithm.select: clip_cov needs a clipped surrogate; use clip or dual_clip")
         clip = ONLINE_SLOTS["surrogate"][slots["surrogate"]["name"]]
         options = {**choice_options(clip), **slots["surrogate"]}
         given = {"clip_low": options["clip_low"], "clip_high": options["clip_high"]}
@@ -322,18 +324,18 @@ def controller(kl: KL) -> Controller:
     """Build the controller of the KL. Raises RecipeError for a missing target, or for options the controller does not use."""
     if kl.controller == "fixed" and kl.target is not None:
         raise RecipeError(
-            f"algorithm.kl_in_reward.target: the fixed controller aims at nothing; use adaptive or halving, or "
+            f"algorithm.kl_in_reward.target: the fixed controller has no target; use adaptive or halving, or "
             f"leave it out; got {kl.target}"
         )
     if kl.controller != "adaptive" and kl.horizon != KL().horizon:
         raise RecipeError(
-            f"algorithm.kl_in_reward.horizon: only the adaptive controller has one; got {kl.horizon}, leave it out"
+            f"algorithm.kl_in_reward.horizon: only the adaptive controller has a horizon; got {kl.horizon}, leave it out"
         )
     if kl.controller == "fixed":
         return FixedKL(kl.coef)
     if kl.target is None:
         raise RecipeError(
-            f"algorithm.kl_in_reward.target: the {kl.controller} controller needs the KL to aim at, in nats per answer; got nothing"
+            f"algorithm.kl_in_reward.target: the {kl.controller} controller needs a target KL, in nats per answer; got nothing"
         )
     return AdaptiveKL(kl.coef, kl.target, kl.horizon) if kl.controller == "adaptive" else HalvingKL(kl.coef, kl.target)
 
@@ -347,13 +349,11 @@ def _check_exact(slots: Slots, kl: KL) -> None:
         rescaled = "reduction sequence_mean"
     if rescaled is not None:
         raise RecipeError(
-            f"algorithm.kl_in_reward.estimator: exact puts the KL of later tokens in the reward and a token's own in the loss, and "
-            f"{rescaled} rescales the first alone; leave that out (leave_one_out does not, nor sequence_sum), or use k1"
+            f"algorithm.kl_in_reward.estimator: exact puts the KL of later tokens in the reward and that of the token in the loss, and "
+            f"{rescaled} rescales only the reward; use an advantage or reduction that does not rescale (leave_one_out, sequence_sum), or k1"
         )
     if kl.where != "token":
-        raise RecipeError(
-            f"algorithm.kl_in_reward.where: the exact KL is charged where it arises; use token; got {kl.where}"
-        )
+        raise RecipeError(f"algorithm.kl_in_reward.where: the exact KL is a per-token cost; use token; got {kl.where}")
 
 
 def _penalty(kl: KL) -> Penalty:
@@ -403,7 +403,7 @@ def preference_of(slots: Slots, stream: str = "train") -> Objective:
         raise RecipeError("algorithm.loss: the sft loss reads neither beta nor implicit_reward; leave them out")
     if any(single) and not all(single):
         raise RecipeError(
-            "algorithm.loss: losses on single answers and losses on pairs need other rows; do not mix them"
+            "algorithm.loss: losses on single answers and losses on pairs need different rows; use one kind"
         )
     for spec in losses:
         spec = dict(spec)
@@ -435,8 +435,8 @@ def _sft(stream: str, weight: float, logp: str) -> Term:
 def _answer_score(spec: Slots, beta: float | None, logp: str) -> Part:
     if (spec["name"] == "log_odds") != (beta is None):
         raise RecipeError(
-            "algorithm.beta: the implicit_reward log_odds has none (use orpo, whose strength is the loss's weight), every other one "
-            "needs it"
+            "algorithm.beta: the implicit_reward log_odds has no beta (in orpo the weight of the loss is its strength); every other "
+            "implicit_reward needs one"
         )
     return chosen("implicit_reward", spec, logp=logp, **({} if beta is None else {"beta": beta}))
 
@@ -463,7 +463,7 @@ def _check_score(loss: str, score: Slots, parameters: Mapping[str, Any]) -> None
     Losses on the reward of each answer, not only on the gap, need the implicit reward with the reverse_kl divergence.
     """
     if "beta" in parameters and score["name"] == "log_odds":
-        raise RecipeError(f"algorithm.loss: {loss} is scaled by beta, and log-odds carry none")
+        raise RecipeError(f"algorithm.loss: {loss} is scaled by beta, and log_odds has no beta")
     plain = score["name"] == "implicit_reward" and score.get("divergence", "reverse_kl") == "reverse_kl"
     if parameters.keys() & {"chosen", "rejected", "score", "policy_gap"} and not plain:
         raise RecipeError(
@@ -474,7 +474,7 @@ def _check_score(loss: str, score: Slots, parameters: Mapping[str, Any]) -> None
         raise RecipeError(f"algorithm.implicit_reward.mean: the loss {loss} sorts sums of log-probs; leave it out")
     if score.get("divergence") != "alpha" and "alpha" in score and score["alpha"] != 0.5:
         raise RecipeError(
-            f"algorithm.implicit_reward.alpha: only the alpha divergence has one; got {score['alpha']}, leave it out"
+            f"algorithm.implicit_reward.alpha: only the alpha divergence has an alpha; got {score['alpha']}, leave it out"
         )
 
 
@@ -601,7 +601,7 @@ def _least(got: int, least: int, why: str) -> None:
 def _check_truncated(truncated: Truncated) -> None:
     if truncated.rule != "penalize" and truncated.amount != Truncated().amount:
         raise RecipeError(
-            f"algorithm.truncated.amount: only the rule penalize takes it off; got {truncated.amount} with {truncated.rule}"
+            f"algorithm.truncated.amount: only the rule penalize uses it; got {truncated.amount} with {truncated.rule}"
         )
 
 

@@ -132,7 +132,7 @@ def ending(slots: Slots, *, truncates: bool = False) -> list[str]:
     kl_in_loss = slots["kl_in_loss"]
     if not kl_in_loss or kl_in_loss.get("coef", _coef(kl_in_loss["name"])) == 0:
         return [
-            "no KL holds the policy: it drifts from the reference, towards the answers with the highest score",
+            "no KL limits the distance to the reference: the policy moves towards the answers with the highest score",
             *moved,
         ]
     return _ending_in_loss(slots, kl_in_loss["name"], moved)
@@ -148,14 +148,14 @@ def _moved(slots: Slots, truncates: bool) -> list[str]:
     credit, rule = slots["advantage"], record(Truncated, slots["truncated"]).rule
     uncentered = credit["name"] in ("monte_carlo", "against_greedy") and slots["reduction"]["name"] == "sequence_mean"
     reasons = {
-        "the pre-training term pulls elsewhere": slots["ptx_coef"] > 0,
-        "the entropy bonus pulls towards undecided distributions": slots["entropy"] is not None,
-        "gamma below 1 discounts what comes later, score and KL": credit.get("gamma", 1.0) < 1,
+        "the pre-training term has another optimum": slots["ptx_coef"] > 0,
+        "the entropy bonus rewards distributions of high entropy": slots["entropy"] is not None,
+        "gamma below 1 discounts later rewards, both score and KL": credit.get("gamma", 1.0) < 1,
         "scores are divided by statistics of the policy's own answers, so they have no fixed unit": bool(
             slots["normalize"] or (slots["reward_normalization"] and slots["reward_normalization"]["name"] == "batch")
         ),
         f"answers cut off at the limit follow the rule {rule}": rule in ("mask", "bootstrap"),
-        "some tokens cannot be drawn, so the end is that of the truncated distributions": truncates,
+        "some tokens cannot be sampled, so the optimum is that of the truncated distributions": truncates,
         "each answer is divided by its length while its advantage is not centered": uncentered,
     }
     return [f"moved: {why}" for why, holds in reasons.items() if holds]
@@ -165,28 +165,28 @@ def _ending_in_reward(slots: Slots, kl: KL, moved: list[str]) -> list[str]:
     """Describe the optimum with a KL in the reward."""
     if kl.estimator in ("k2", "k3"):
         moved = [
-            f"moved: the {kl.estimator} in the reward lacks its own gradient through the policy; k1 and exact lack nothing",
+            f"moved: the {kl.estimator} in the reward misses the gradient of the KL through the policy; k1 and exact do not",
             *moved,
         ]
     if kl.where == "sequence":
-        moved = ["moved: the KL is divided by the answer's length, so long answers pay less", *moved]
+        moved = ["moved: the KL is divided by the answer's length, so long answers have a smaller penalty", *moved]
     if slots["kl_in_loss"]:
         moved = ["moved: there is another KL in the loss", *moved]
     out = ["not pi*(y|x) = pi_ref(y|x) exp(s / beta) / Z", *moved]
     if not moved:
         out = [
-            "pi*(y|x) = pi_ref(y|x) exp(s / beta) / Z with s as it is shaped above: the KL in the reward leads there"
+            "pi*(y|x) = pi_ref(y|x) exp(s / beta) / Z with the score s of the steps above: this is the optimum with the KL in the reward"
         ]
     out.append(
         "beta is kl_in_reward.coef"
         if kl.controller == "fixed"
-        else f"beta is where the {kl.controller} controller comes to rest"
+        else f"beta is where the {kl.controller} controller converges"
     )
     if slots["reward_placement"]["name"] == "linear" and not slots["reward_placement"].get("normalized", False):
         out.append("s is the sum of what was placed, (|y| + 1) / 2 times the score: a longer answer earns more")
     if _scaled(slots) and slots["advantage"]["name"] not in ("group_center",):
         out.append(
-            "dividing by a deviation that vanishes at the end keeps the noise up, so the policy keeps moving about it"
+            "the deviation goes to 0 near the optimum, and dividing by it keeps the noise large, so the policy does not settle"
         )
     return out
 
@@ -201,22 +201,24 @@ def _ending_in_loss(slots: Slots, name: str, moved: list[str]) -> list[str]:
         ]
     why = {
         "k2_sequence": "the sequence form of k2 leads to pi* with leave_one_out and sequence_sum, and nothing that rescales",
-        "k3": "the gradient of k3 is that of KL(reference || policy), another end even for answers of one token",
+        "k3": "the gradient of k3 is that of KL(reference || policy), which has another optimum even for answers of one token",
     }
     out = [
         f"not pi*: {why.get(name, 'the gradient of a KL in the loss ignores that a token changes the KL of later tokens')}"
     ]
     if scaled:
-        out.append("what divides by a deviation divides the reward but not the KL, so beta is no longer beta")
+        out.append(
+            "the deviation divides the reward but not the KL, so the effective beta differs from the coefficient"
+        )
     elif credit == "group_center":
         g = slots["num_generations"]
         out.append(
-            f"the group's mean has the answer itself in it, so the effective beta is {g}/{g - 1} of kl_in_loss.coef"
+            f"the group's mean includes the answer itself, so the effective beta is {g}/{g - 1} of kl_in_loss.coef"
         )
     return [
         *out,
         *moved,
-        "to reach pi*: --kl-in-loss null --kl-in-reward.coef BETA with an advantage that only centres",
+        "to reach pi*: --kl-in-loss null --kl-in-reward.coef BETA with an advantage that only centers (leave_one_out, group_center)",
     ]
 
 
@@ -249,7 +251,7 @@ def _penalty(given: Any) -> list[str]:
         "k1": "(log pi_old - log pi_ref)", "k2": "(log pi_old - log pi_ref)^2 / 2",
         "k3": "(pi_ref / pi_old - 1 - log(pi_ref / pi_old))", "exact": "KL(pi_old || pi_ref) over the vocabulary",
     }  # fmt: skip
-    steered = f"; coefficient {kl.controller}, aims at {kl.target} nats per answer" if kl.controller != "fixed" else ""
+    steered = f"; {kl.controller} coefficient, target {kl.target} nats per answer" if kl.controller != "fixed" else ""
     told = f"{where[kl.where]}{_shown(kl.coef)} {meaning[kl.estimator]}{steered}"
     return [_step("KL in the reward", told, "Ziegler et al. 2019, eq. 2")]
 
@@ -260,7 +262,7 @@ def _truncated(given: Any) -> list[str]:
         "keep": "an answer cut off at the limit is scored and trained like any other",
         "mask": "an answer cut off at the limit counts in its group but is not trained",
         "penalize": f"s <- s - {_shown(rule.amount)} for an answer cut off at the limit",
-        "bootstrap": "the critic's value after its last token stands for what a cut-off answer would have earned",
+        "bootstrap": "a cut-off answer gets the critic's value after its last token in place of the missing rewards",
     }
     return [_step("cut-off answers", told[rule.rule], "")]
 

@@ -1,4 +1,4 @@
-"""What a recipe asks for and no run can do: numbers and options that contradict each other."""
+"""Checks of a recipe before a run starts: numbers and options that contradict each other."""
 
 import math
 
@@ -10,7 +10,7 @@ from whet.runs import recipe as fields
 
 
 def check_arithmetic(recipe: fields.OnlineRecipe, algorithm: Algorithm, verb: str) -> int:
-    """Refuses impossible numbers; the answers per update."""
+    """Return the answers per update. Raises RecipeError for numbers that no run can use."""
     answers = algorithm.collect.num_generations
     total = recipe.rollout.prompts_per_step * (1 if algorithm.pairs else answers)
     mini_batch_size = recipe.rollout.mini_batch_size or total
@@ -22,7 +22,7 @@ def check_arithmetic(recipe: fields.OnlineRecipe, algorithm: Algorithm, verb: st
         )
     if not algorithm.has_ratio() and (mini_batch_size < total or recipe.rollout.ppo_epochs > 1):
         raise RecipeError(
-            f"rollout: {verb} has no ratio to correct for a moved policy, so it takes one update per "
+            f"rollout: {verb} has no importance ratio, so it makes one update per "
             "rollout; "
             f"leave rollout.mini_batch_size out and rollout.ppo_epochs at 1 (got {mini_batch_size} of {total}, "
             f"{recipe.rollout.ppo_epochs} epochs)"
@@ -30,25 +30,26 @@ def check_arithmetic(recipe: fields.OnlineRecipe, algorithm: Algorithm, verb: st
     whole = algorithm.advantage is None or algorithm.advantage.op is ops.broadcast
     if any(one.dense for one in recipe.reward) and whole:
         raise RecipeError(
-            f"reward.dense: {verb} credits whole answers, so scores per token would be added up; leave it out"
+            f"reward.dense: {verb} gives one value to the whole answer, so scores per token would be added up; leave it out"
         )
     resized = algorithm.normalize or algorithm.reward_normalization or algorithm.combine.op is not ops.weighted_sum
     if any(one.dense for one in recipe.reward) and resized:
         raise RecipeError(
-            "reward.dense: scores per token keep their size; leave normalize, reward_normalization and combine as they are"
+            "reward.dense: scores per token cannot be rescaled; leave normalize, reward_normalization and combine at their defaults"
         )
     for number, one in enumerate(recipe.reward):
         if one.step is not None and not one.dense:
-            raise RecipeError(f"reward.{number}.step: it says where a dense reward has its scores; set dense too")
+            raise RecipeError(f"reward.{number}.step: it says where a dense reward has its scores; set dense: true too")
     if len(recipe.reward) == 1 and algorithm.combine.op is not ops.weighted_sum:
         raise RecipeError(
-            "algorithm.combine: a single reward has no spread to be careful about; give several, or weighted_sum"
+            "algorithm.combine: it needs several rewards, and there is one; give several, or use weighted_sum"
         )
     if recipe.rollout.ema is not None and recipe.model.lora is not None:
         raise RecipeError("rollout.ema: an average of the policy needs all weights trained; leave model.lora out")
     if recipe.sampling.temperature == 0:
         raise RecipeError(
-            "sampling.temperature: greedy answers have no other side to learn from; use a temperature above 0"
+            "sampling.temperature: greedy answers to one prompt are all equal, so nothing can be learned; use a temperature "
+            "above 0"
         )
     roles, updates = algorithm.roles(), recipe.rollout.ppo_epochs * -(-total // mini_batch_size)
     for name, given, needed in (
@@ -59,17 +60,17 @@ def check_arithmetic(recipe: fields.OnlineRecipe, algorithm: Algorithm, verb: st
             raise RecipeError(f"{name}: {verb} as it is set has no {needed}; leave it out")
     if updates == 1 and any(one.op is ops.kl_on for term in algorithm.terms for one in term.loss.walk()):
         raise RecipeError(
-            "algorithm.select: kl_cov holds the updates of a rollout together, and there is one alone; take several "
+            "algorithm.select: kl_cov needs several updates per rollout, and there is one; set more "
             "(rollout.mini_batch_size, rollout.ppo_epochs)"
         )
     if recipe.rollout.target_kl is not None and updates == 1:
         raise RecipeError(
-            "rollout.target_kl: it ends a rollout's updates early, and there is one alone; take several "
+            "rollout.target_kl: it ends the updates of a rollout early, and there is one update; set more "
             "(rollout.mini_batch_size, rollout.ppo_epochs) or leave it out"
         )
     if recipe.rollout.sync_reference.mix != 1.0 and not recipe.rollout.sync_reference.every:
         raise RecipeError(
-            "rollout.sync_reference.mix: the reference is never refreshed; set rollout.sync_reference.every"
+            "rollout.sync_reference.mix: the reference is never updated; set rollout.sync_reference.every"
         )
     if recipe.rollout.sync_reference.every and (recipe.model.lora is not None or "reference" not in algorithm.roles()):
         raise RecipeError(
@@ -79,7 +80,7 @@ def check_arithmetic(recipe: fields.OnlineRecipe, algorithm: Algorithm, verb: st
 
 
 def check_ptx(recipe: fields.OnlineRecipe, algorithm: Algorithm, verb: str) -> None:
-    """Refuses a ptx term without data, and data without a term."""
+    """Raise RecipeError for a ptx term without data, and for data without a term."""
     needs_ptx = any(term.stream == "ptx" for term in algorithm.terms)
     if needs_ptx and not recipe.ptx.data:
         raise RecipeError(f"ptx.data: {verb} mixes pre-training rows into every update; give --ptx with `text` rows")
@@ -90,11 +91,11 @@ def check_ptx(recipe: fields.OnlineRecipe, algorithm: Algorithm, verb: str) -> N
 
 
 def check_reference(recipe: fields.PreferenceRecipe, objective: Objective) -> None:
-    """Refuses options of the reference where there is none, or none of its own."""
+    """Raise RecipeError for options of the reference if the method has none, or the reference is not a separate model."""
     has = "ref_logp" in objective.reads()
     refresh = recipe.sync_reference
     if not has and (recipe.reference is not None or recipe.precompute or refresh.every):
-        raise RecipeError("reference: this method has none; leave reference, precompute and sync_reference out")
+        raise RecipeError("reference: this method has no reference; leave reference, precompute and sync_reference out")
     if refresh.every and (recipe.precompute or recipe.model.lora is not None):
         raise RecipeError(
             "sync_reference: the reference must be a model of its own; leave precompute and model.lora out"
@@ -104,17 +105,17 @@ def check_reference(recipe: fields.PreferenceRecipe, objective: Objective) -> No
 
 
 def check_optim(optim: Optim, where: str) -> None:
-    """Refuses options of an optimizer that do nothing beside the others."""
+    """Raise RecipeError for an optimizer option that has no effect with the others."""
     if optim.kind != "muon" and optim.muon_lr != Optim().muon_lr:
         raise RecipeError(f"{where}.muon_lr: the optimizer is {optim.kind}; set {where}.kind to muon, or leave it out")
     if optim.schedule == "constant" and optim.min_lr_ratio != Optim().min_lr_ratio:
         raise RecipeError(
-            f"{where}.min_lr_ratio: a constant schedule ends where it began; leave it out, or take another schedule"
+            f"{where}.min_lr_ratio: a constant schedule does not use it; leave it out, or choose another schedule"
         )
 
 
 def cautions(recipe: fields.OnlineRecipe, algorithm: Algorithm) -> list[str]:
-    """What a run should be warned of before it starts."""
+    """Return the warnings to print before a run starts."""
     in_reward = algorithm.penalty is not None and algorithm.penalty.estimator.op is not ops.dense
     in_loss = any(
         one.op in (ops.k2, ops.k3, ops.k3_weighted, ops.k2_sequence)
@@ -134,16 +135,16 @@ def _about_correction(recipe: fields.OnlineRecipe, algorithm: Algorithm) -> list
     own = recipe.generator.name == "local" and not recipe.generator.max_staleness
     if algorithm.importance_correction is not None and own and recipe.learner.backend in ("auto", "local"):
         return [
-            "algorithm.importance_correction: answers are sampled by the learner's own weights here, so every correction is 1"
+            "algorithm.importance_correction: answers are sampled with the learner's own weights, so every correction is 1"
         ]
     if algorithm.importance_correction is None and recipe.generator.max_staleness:
         return [
-            "generator.max_staleness: answers of older weights are learned from as if the present ones had made them; "
-            "--importance-correction token_weight weighs them"
+            "generator.max_staleness: without a correction, answers of older weights are treated as answers of the current ones; "
+            "--importance-correction token_weight corrects for the difference"
         ]
     return []
 
 
 def steps_of(train: fields.Train, elements: int) -> int:
-    """Updates of an offline run."""
+    """Return the number of updates of an offline run."""
     return train.num_steps or max(1, math.ceil(train.num_epochs * elements / train.batch_size))

@@ -241,7 +241,7 @@ class Server:
         while time.monotonic() < until:
             if self.process.poll() is not None:
                 raise ModelError(
-                    f"generator: the vLLM server ended while starting; its last words: {self._last_words()}"
+                    f"generator: the vLLM server ended while starting; the end of its log: {self._last_words()}"
                 )
             try:
                 if asked.raw("GET", "/health")[0] == 200:
@@ -251,7 +251,7 @@ class Server:
                 pass
             time.sleep(0.5)
         raise ModelError(
-            f"generator: the vLLM server did not answer within {seconds:g} s; its last words: {self._last_words()}"
+            f"generator: the vLLM server did not answer within {seconds:g} s; the end of its log: {self._last_words()}"
         )
 
     def _last_words(self) -> str:
