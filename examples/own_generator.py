@@ -8,7 +8,7 @@ import whet
 class Echo:
     """Answers each prompt with its own last message. The keyword-only parameters are the options."""
 
-    reports = frozenset()  # what the samples carry beside ids and text: "sampler_logp" is needed for training
+    reports = frozenset()  # what the samples carry beside ids and text
     version = 0
 
     def __init__(self, *, end: str = "!") -> None:

@@ -15,10 +15,14 @@ class Http:
     """
 
     def __init__(self, url: str, timeout: float, api_key: str = "", *, what: str = "generator") -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            field = "generator.urls" if what == "generator" else what
-            raise RecipeError(f"{field}: expected http://host:port, got {url!r}")
+        self.field = "generator.urls" if what == "generator" else what
+        try:
+            parts = urlsplit(url)
+            valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # an address or a port that is not one
+            valid = False
+        if not valid:
+            raise RecipeError(f"{self.field}: expected http://host:port, got {url!r}")
         self.url, self.parts, self.timeout, self.what = url, parts, timeout, what
         self.headers = {"Content-Type": "application/json"} | (
             {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -40,18 +44,19 @@ class Http:
         """
         status, answer = self.raw(method, path, body)
         text = answer.decode("utf-8", "replace")
-        if status >= 500:
+        if status >= 500 or status == 429:
             raise WorkerDied(f"{self.what}: the server at {self.url} failed on {path} ({status}): {_message(text)}")
         if status == 404:
             advice = "; start it as whet does, with VLLM_SERVER_DEV_MODE=1 and whet's worker extension"
-            field = "generator.urls" if self.what == "generator" else self.what
             raise RecipeError(
-                f"{field}: the server at {self.url} has no {path or 'such page'}{advice if self.what == 'generator' else ''}"
+                f"{self.field}: the server at {self.url} has no {path or 'such page'}{advice if self.what == 'generator' else ''}"
             )
         if status >= 400:
-            field = "generator.urls" if self.what == "generator" else self.what
-            raise RecipeError(f"{field}: the server at {self.url} refused {path} ({status}): {_message(text)}")
-        return json.loads(text) if text else None
+            raise RecipeError(f"{self.field}: the server at {self.url} refused {path} ({status}): {_message(text)}")
+        try:
+            return json.loads(text) if text else None
+        except ValueError as error:
+            raise WorkerDied(f"{self.what}: the answer of {self.url} is not JSON ({error}): {text:.80}") from error
 
     def raw(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, bytes]:
         """Status and body of one answer. Raises WorkerDied when there is none."""

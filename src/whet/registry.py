@@ -5,13 +5,16 @@ An adapter is a module with `Options` (a frozen dataclass), `make(options, conte
 ("mine.py:Thing"), by its module ("package.module:Thing"), or by an entry point of the group "whet.<seam>".
 """
 
+import copy
 import dataclasses
+import functools
 import hashlib
 import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +38,14 @@ class Registry:
     ['console']
     """
 
-    def __init__(self, seam: str, built_in: Mapping[str, str], protocol: type) -> None:
-        self.seam, self.built_in, self.protocol = seam, built_in, protocol
+    def __init__(self, seam: str, built_in: Mapping[str, str], protocol: type, others: Sequence[str] = ()) -> None:
+        self.seam, self.built_in, self.protocol, self.others = seam, built_in, protocol, tuple(others)
 
     def names(self) -> list[str]:
         """The built-in names and those of installed entry points."""
         return sorted({*self.built_in, *(one.name for one in self._entry_points())})
 
-    def find(self, name: str) -> Adapter:
+    def find(self, name: str, where: str = "") -> Adapter:
         """The adapter of this name. Raises RecipeError with the known names, or with the place of what is wrong in a user's file."""
         if name in self.built_in:
             return self._of_module(name, importlib.import_module(self.built_in[name]))
@@ -56,7 +59,8 @@ class Registry:
                     raise RecipeError(f"{self.seam}: loading {entry.value} failed with {_told(error)}") from error
         if ":" not in name:
             raise RecipeError(
-                f'{self.seam}: unknown name {name!r}; known are {", ".join(self.names())}, or your own as "file.py:Name"'
+                f"{where or self.seam}: unknown name {name!r}; known are {', '.join([*self.others, *self.names()])}, or your "
+                'own as "file.py:Name"'
             )
         return self._of(name, load_object(name))
 
@@ -113,10 +117,20 @@ def options_of(function: Callable[..., Any]) -> type:
     Options(path='log', every=2)
     """
     fields: list[Any] = []
+    try:
+        types = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    except (NameError, TypeError):
+        types = {}
     for one in inspect.signature(function).parameters.values():
         if one.kind is one.KEYWORD_ONLY:
-            kind = Any if one.annotation is one.empty else one.annotation
-            fields.append((one.name, kind) if one.default is one.empty else (one.name, kind, one.default))
+            kind = types.get(one.name, Any)
+            default = dataclasses.field(default_factory=functools.partial(copy.deepcopy, one.default))
+            fields.append((one.name, kind) if one.default is one.empty else (one.name, kind, default))
+        elif one.default is one.empty and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD):
+            raise RecipeError(
+                f"{place_of(function)}: the parameter {one.name!r} of {function.__name__} cannot be set from a recipe; "
+                "options are keyword-only, make it one (after *)"
+            )
     return dataclasses.make_dataclass("Options", sorted(fields, key=len), frozen=True)
 
 
@@ -134,12 +148,7 @@ def load_object(spec: str) -> Any:
             path = Path(place)
             if not path.is_file():
                 raise RecipeError(f"{spec}: no such file {place}")
-            found = importlib.util.spec_from_file_location(f"whet_user_{path.stem}", path.resolve())
-            assert found is not None
-            assert found.loader is not None
-            module = importlib.util.module_from_spec(found)
-            sys.modules[found.name] = module
-            found.loader.exec_module(module)
+            module = _module_of(path.resolve())
         else:
             module = importlib.import_module(place)
     except RecipeError:
@@ -151,21 +160,85 @@ def load_object(spec: str) -> Any:
     return getattr(module, name)
 
 
+_MODULES: dict[Path, tuple[tuple[int, int], Any]] = {}
+
+
+def _module_of(path: Path) -> Any:
+    """Import a file as a module. It is executed once in this process, and again after the file has changed."""
+    stat = path.stat()
+    version = (stat.st_mtime_ns, stat.st_size)
+    if path in _MODULES and _MODULES[path][0] == version:
+        return _MODULES[path][1]
+    found = importlib.util.spec_from_file_location(f"whet_user_{path.stem}", path)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    sys.modules[found.name] = module
+    found.loader.exec_module(module)
+    _MODULES[path] = version, module
+    return module
+
+
 OBJECTS: dict[str, Any] = {}
 """Functions that were given as Python objects in this process, by the reference that stands for them in a recipe."""
 
 
 def register(function: Callable[..., Any]) -> str:
-    """The reference of a function: "python:module:name#hash of its source"."""
-    try:
-        source = inspect.getsource(function).encode()
-    except (OSError, TypeError):
-        code = getattr(function, "__code__", None)
-        source = code.co_code if code is not None else repr(function).encode()
+    """Return the reference of a callable: "python:module:name#hash".
+
+    The hash covers its source, and the plain values that it holds: defaults, closure, the attributes of an instance.
+    """
     name = getattr(function, "__qualname__", type(function).__name__)
-    reference = f"python:{getattr(function, '__module__', '?')}:{name}#{hashlib.sha256(source).hexdigest()[:12]}"
+    mark = hashlib.sha256(repr(_content(function)).encode()).hexdigest()[:12]
+    reference = f"python:{getattr(function, '__module__', '?')}:{name}#{mark}"
     OBJECTS[reference] = function
     return reference
+
+
+def _content(value: Any, depth: int = 4) -> Any:
+    """Return what a value is made of, as plain values that are equal in another process. No address is in it."""
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+        return value
+    if depth == 0:
+        return type(value).__qualname__
+    if isinstance(value, (list, tuple)):
+        return [type(value).__qualname__, *(_content(one, depth - 1) for one in value)]
+    if isinstance(value, (set, frozenset)):
+        return [type(value).__qualname__, *sorted(repr(_content(one, depth - 1)) for one in value)]
+    if isinstance(value, Mapping):
+        return [(_content(key, depth - 1), _content(one, depth - 1)) for key, one in value.items()]
+    if isinstance(value, functools.partial):
+        return [_content(one, depth - 1) for one in (value.func, value.args, value.keywords)]
+    if inspect.ismethod(value):
+        return [value.__func__.__qualname__, _content(value.__self__, depth - 1)]
+    if inspect.isfunction(value):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+        held = [_content(one, depth - 1) for one in (value.__defaults__, value.__kwdefaults__, cells)]
+        return [value.__qualname__, _source(value), _code(value.__code__), *held]
+    if inspect.isclass(value) or inspect.isbuiltin(value) or inspect.ismodule(value):
+        return [getattr(value, "__qualname__", value.__name__), _source(value)]
+    held = vars(value) if hasattr(value, "__dict__") else {}
+    return [type(value).__qualname__, _source(type(value)), _content(held, depth - 1)]
+
+
+def _source(thing: Any) -> str:
+    try:
+        return inspect.getsource(thing)
+    except (OSError, TypeError):
+        return ""
+
+
+def _code(code: Any) -> list[Any]:
+    """Return the instructions and constants of a code object, which tell two lambdas on one line apart."""
+    constants = [_code(one) if inspect.iscode(one) else repr(one) for one in code.co_consts]
+    return [code.co_code, code.co_names, constants]
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # a cell of a name that is not bound yet
+        return False
 
 
 def place_of(thing: Any) -> str:

@@ -141,7 +141,12 @@ ONLINE: list[tuple[str, dict[str, Any], str, str]] = [
     ("rloo", {"kl_in_reward": KL(where="sequence_sum")}, "algorithm.kl_in_reward.where", "use token"),
     ("grpo", {"reward_normalization": "running"}, "algorithm.reward_normalization", "changes nothing"),
     ("grpo", {"normalize": "group_normalized"}, "algorithm.normalize", "a single reward"),
-    ("remax", {"reward_normalization": "batch"}, "algorithm.reward_normalization", "the greedy answers of against_greedy are not among them"),
+    (
+        "remax",
+        {"reward_normalization": "batch"},
+        "algorithm.reward_normalization",
+        "the greedy answers of against_greedy are not among them",
+    ),
     ("maxrl", {"kl_in_reward": KL()}, "algorithm.kl_in_reward", "use kl_in_loss"),
     ("ppo", {"kl_in_reward": {"coeff": 1}}, "algorithm, KL", "did you mean 'coef'?"),
     ("ppo", {"kl_in_reward": {"controller": "foo"}}, "algorithm, KL", "foo"),
@@ -186,7 +191,12 @@ ONLINE: list[tuple[str, dict[str, Any], str, str]] = [
         "algorithm.truncated.rule",
         "mask does not work with pairs of answers; use keep or penalize",
     ),
-    ("online_dpo", {"truncated": Truncated("bootstrap")}, "algorithm.truncated.rule", "bootstrap does not work with pairs"),
+    (
+        "online_dpo",
+        {"truncated": Truncated("bootstrap")},
+        "algorithm.truncated.rule",
+        "bootstrap does not work with pairs",
+    ),
     *[("online_dpo", {"loss": name}, "algorithm.loss", "use a loss on pairs") for name in SINGLE_LOSSES],
 ]
 PREFERENCE: list[tuple[str, dict[str, Any], str, str]] = [

@@ -1,1 +1,1 @@
-"""The door: recipes, verbs and the command line."""
+"""The command line: verbs, options, and help texts."""

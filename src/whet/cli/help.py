@@ -1,4 +1,4 @@
-"""The help texts: fields and their meaning read off the sources themselves, so that --help loads nothing heavy."""
+"""Help texts. The fields and their meanings are parsed from the source files, so --help imports no heavy packages."""
 
 import ast
 import dataclasses
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 @cache
 def field_docs(module: str) -> dict[str, dict[str, tuple[str, str]]]:
-    """Class name -> field -> (default, meaning) of a module's records: the string under each field is its meaning."""
+    """Return class name -> field -> (default, meaning) for a module. The meaning is the string below each field."""
     out: dict[str, dict[str, tuple[str, str]]] = {}
     for node in ast.parse((ROOT / module).read_text(encoding="utf-8")).body:
         if not isinstance(node, ast.ClassDef):
@@ -36,7 +36,7 @@ def field_docs(module: str) -> dict[str, dict[str, tuple[str, str]]]:
 
 @cache
 def op_options() -> dict[str, dict[str, str]]:
-    """Op name -> keyword-only parameter -> default as written, read off the sources of `ops`."""
+    """Return op name -> keyword-only parameter -> default as written in the sources of `ops`."""
     out = {}
     for path in sorted((ROOT / "ops").glob("*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -48,14 +48,14 @@ def op_options() -> dict[str, dict[str, str]]:
 
 
 def _plain(value: ast.expr | None) -> str:
-    """A default as a user writes it: words without quotes, null for none."""
+    """Return a default as a user writes it: strings without quotes, and null for None."""
     if not isinstance(value, ast.Constant):
         return "" if value is None else ast.unparse(value)
     return "null" if value.value is None else str(value.value)
 
 
 def recipe_lines(kind: type, defaults: Any, prefix: str = "") -> list[str]:
-    """One line per field of a recipe, nested ones with dots: its meaning, its choices, and the verb's own default."""
+    """Return one line per field of a recipe: its name (nested with dots), meaning, choices, and default for the verb."""
     docs = field_docs("runs/recipe.py") | field_docs("methods/options.py")
     own = {name: told for one in reversed(kind.__mro__) for name, told in docs.get(one.__name__, {}).items()}
     lines = []
@@ -70,7 +70,7 @@ def recipe_lines(kind: type, defaults: Any, prefix: str = "") -> list[str]:
 
 
 def _written(value: Any) -> str:
-    """A value as it can be given on the command line."""
+    """Return a value as it is written on the command line."""
     if isinstance(value, (list, tuple)):
         return json.dumps(list(value))
     return json.dumps(value) if isinstance(value, str) and not value.isprintable() else str(value)
@@ -83,7 +83,7 @@ def _line(name: str, meaning: str, annotation: Any, shown: str) -> str:
 
 
 def method_lines(verb: str, slots: Mapping[str, Any]) -> list[str]:
-    """One line per slot with what stands in it and what may, and one per option of the parts that stand there."""
+    """Return one line per slot, with its choices and default, and one line per option of the default parts."""
     table = REWARD_SLOTS if verb == "reward" else {**PREFERENCE_SLOTS, **ONLINE_SLOTS}
     lines = []
     if verb == "reward":
@@ -134,11 +134,11 @@ MAIN = (
     ("model.lora.rank", "lora.rank"), ("model.chat-template", "chat-template"), ("train.save-every", "save-every"),
     ("learner.backend", "learner"), ("generator.name", "generator"), ("trackers", "trackers"),
 )  # fmt: skip
-"""The options that the short help shows, with their short names."""
+"""Options in the short help, as (full name, short name)."""
 
 
 def main_lines(lines: list[str]) -> list[str]:
-    """The short help: of all lines those of the main options, under their short names."""
+    """Return the lines of the short help: only the main options, with their short names."""
     found: dict[str, str] = {}
     for line in lines:
         name, _, rest = line.strip().removeprefix("--").partition(" ")

@@ -1,4 +1,4 @@
-"""The command line: verbs, overrides, and errors as one message."""
+"""The command line: parse verbs and overrides, run the verb, and print an error as one message."""
 
 import sys
 from collections.abc import Sequence
@@ -24,11 +24,19 @@ OTHERS = {
     "plan": "what a training recipe needs on so many GPUs: memory, traffic, time",
     "demo": "the whole recipe on a little world, with a report",
 }
+RESERVED = {
+    "recipe": "write the recipe file without an option: whet VERB RECIPE.yaml",
+    "method": "the method is the verb: whet ppo, or whet train RECIPE.yaml with a line `method: ppo`",
+    "tokenizer": "the tokenizer is read from the model's folder; leave it out",
+    "resume": "it is a flag and takes no value; write --resume",
+    "quiet": "it is a flag and takes no value; write --quiet",
+}
+"""Names that are arguments of the Python functions and not fields of a recipe."""
 FLAGS = ("resume", "debug", "quiet", "help", "help-all")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; the exit status is 0, 1 (a run failed), 2 (what was given cannot work) or 130 (Ctrl-C)."""
+    """Run one command and return the exit status: 0, 1 (a run failed), 2 (invalid input) or 130 (Ctrl-C)."""
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     try:
@@ -44,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"whet: interrupted; {error or 'nothing was saved since the last checkpoint'}", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        sys.stderr.close()  # the reader went away (`whet --help | head`); nothing is left to say
+        sys.stderr.close()  # the reader closed the pipe (`whet --help | head`)
         return 0
     except OSError as error:
         if debug:
@@ -54,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(verb: str, recipe: str | None, flags: set[str], fields: dict[str, Any]) -> Any:
-    """A verb through the public functions. Returns what the verb leaves: the run folder, the file, or the numbers of eval."""
+    """Run a verb with the public functions of whet and return its result: the run folder, a file, or metrics (eval)."""
     import whet
 
     if verb == "demo":
@@ -68,7 +76,7 @@ def run(verb: str, recipe: str | None, flags: set[str], fields: dict[str, Any]) 
 
 
 def _named_method(about: str, recipe: str | None) -> str:
-    """The method that a recipe names at its top. Raises RecipeError for a file without one."""
+    """Return the `method` of a recipe. Raise RecipeError if the file does not exist or names no method."""
     from pathlib import Path
 
     from whet.runs.config import read_yaml
@@ -77,21 +85,28 @@ def _named_method(about: str, recipe: str | None) -> str:
         raise RecipeError(f"{about}: which recipe? whet {about} RECIPE.yaml")
     if not Path(recipe).is_file():
         raise _unknown_verb(recipe) if about != "train" else RecipeError(f"{recipe}: no such recipe")
-    method = str(read_yaml(Path(recipe)).get("method", ""))
+    method = str(read_yaml(Path(recipe)).get("method", "")).replace("-", "_")
     if not method:
         raise RecipeError(
             f"{recipe}: it names no method; add a line such as `method: ppo`, or whet "
             + (f"{about} ppo {recipe}" if about != "train" else f"ppo {recipe}")
         )
+    if method not in {**OFFLINE, **ONLINE} and (method not in ("sample", "rank", "eval", "serve") or about != "train"):
+        raise RecipeError(f"{recipe}: method: {_unknown_verb(method)}")
     return method
 
 
 def _told(about: str, words: list[str]) -> str:
-    """`whet explain VERB [RECIPE.yaml]`, or `whet explain RECIPE.yaml` where the recipe names its verb; so with plan."""
+    """Return the text of `whet explain VERB [RECIPE.yaml]`, or of `whet explain RECIPE.yaml` if the recipe names its method.
+
+    `whet plan` has the same forms.
+    """
     if not words or words[0].startswith("-"):
         raise RecipeError(
             f"{about}: which method? whet {about} ppo [RECIPE.yaml], or a recipe with a line `method: ppo`"
         )
+    if words[0] == "train":
+        words = words[1:] or [""]
     verb, rest = words[0].replace("-", "_"), words[1:]
     if verb not in {**OFFLINE, **ONLINE, **OTHERS}:
         verb, rest = _named_method(about, words[0]), words
@@ -140,7 +155,10 @@ def _command(words: list[str]) -> int:
 
 
 def parsed(words: Sequence[str]) -> tuple[str | None, list[tuple[str, Any]], set[str]]:
-    """(recipe file, overrides in order, flags) of the words behind a verb. Values are read as YAML scalars."""
+    """Parse the words after a verb and return (recipe file, overrides in order, flags). Values are parsed as YAML.
+
+    Raise RecipeError for an unexpected word.
+    """
     import yaml
 
     recipe, overrides, flags = None, [], set()
@@ -156,6 +174,8 @@ def parsed(words: Sequence[str]) -> tuple[str | None, list[tuple[str, Any]], set
                     value = "true"
                 else:
                     value = rest.pop(0)
+            if name.replace("-", "_") in RESERVED:
+                raise RecipeError(f"--{name}: {RESERVED[name.replace('-', '_')]}")
             overrides.append((name.replace("-", "_"), _scalar(value, yaml)))
         elif recipe is None:
             recipe = word
@@ -165,17 +185,17 @@ def parsed(words: Sequence[str]) -> tuple[str | None, list[tuple[str, Any]], set
 
 
 def _scalar(value: str, yaml: Any) -> Any:
-    """A value of the command line: a YAML scalar or flow list; text that is no YAML stays text."""
+    """Parse a value of the command line as YAML; return the text itself if it is not valid YAML."""
     try:
         found = yaml.safe_load(value)
     except yaml.YAMLError:
         return value
-    quoted = isinstance(found, str) and value[:1] == '"'  # "\n" in quotes is a line break
+    quoted = isinstance(found, str) and value[:1] == '"'  # in double quotes, \n is a line break
     return found if quoted or isinstance(found, (bool, int, float, list, dict)) or found is None else value
 
 
 def _grouped(overrides: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """Overrides by name, the last one counts; `--reward A --reward B` and `--judge A --judge B` become lists."""
+    """Return the overrides by name; the last value of a name is used. Repeated `--reward` or `--judge` values form a list."""
     out: dict[str, Any] = {}
     for name, value in overrides:
         if name in ("reward", "judge") and name in out:
@@ -198,7 +218,10 @@ def _overview() -> str:
         lines += [f"  {verb.replace('_', '-'):<22} {about}" for verb, about in verbs.items()]
         lines.append("")
     return "\n".join(
-        [*lines, "whet VERB --help lists the fields of a verb; every field can be set as --section.field value"]
+        [
+            *lines,
+            "whet VERB --help lists the main options of a verb, --help-all every field; every field can be set as --section.field value",
+        ]
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Column:
-    """One column. For measured columns, `role` is the role that computes it and `reads` the column that its reader returns."""
+    """One column. If it is measured, `role` is the role that computes it, and `reads` is the output of its reader."""
 
     name: str
     shape: str
@@ -21,46 +21,46 @@ class Column:
 
     @property
     def per_token(self) -> bool:
-        """Whether the second axis is the position."""
+        """True if the second axis is the position."""
         return self.shape.startswith("(B, T")
 
 
 _ALL = (
-    Column("mask", "(B, T)", "bool", "record", "True where a token is trained"),
-    Column("element", "(B,)", "index", "record", "which element (answer, pair, ranking) a row belongs to"),
+    Column("mask", "(B, T)", "bool", "record", "True for trained tokens"),
+    Column("element", "(B,)", "index", "record", "number of the element (answer, pair, ranking) of the row"),
     Column(
         "index",
         "(B,)",
         "index",
         "record",
-        "the row's position in its element: 0 chosen, 1 rejected; 0 ... K-1 in a ranking",
+        "position of the row in its element: 0 chosen, 1 rejected; 0 ... K-1 in a ranking",
     ),
-    Column("number", "(B,)", "index", "record", "the row's number in its mini-batch: the address of its dropout"),
-    Column("chosen_mask", "(B, T)", "bool", "record", "the mask on chosen answers, False on rejected ones"),
-    Column("rank", "(B,)", "rank", "record", "rank given by people, 1 is best, equal ranks are ties"),
-    Column("target", "(B,)", "score", "record", "absolute score given by people"),
-    Column("margin", "(B,)", "score", "record", "how much better the chosen answer was said to be"),
+    Column("number", "(B,)", "index", "record", "number of the row in its mini-batch; selects its dropout mask"),
+    Column("chosen_mask", "(B, T)", "bool", "record", "the mask for chosen answers, False for rejected ones"),
+    Column("rank", "(B,)", "rank", "record", "rank from the data, 1 is best, equal ranks are ties"),
+    Column("target", "(B,)", "score", "record", "absolute score from the data"),
+    Column("margin", "(B,)", "score", "record", "by how much the chosen answer is better, from the data"),
     Column("probability", "(B,)", "probability", "record", "probability that the chosen answer is better"),
-    Column("good", "(B,)", "bool", "record", "the answer is desirable"),
+    Column("good", "(B,)", "bool", "record", "True if the answer is desirable"),
     Column("segment_end", "(B, T)", "bool", "record", "True on the last token of a step that has a score or a label"),
-    Column("segment_label", "(B, T)", "probability", "record", "how right the step that ends here is"),
-    Column("group", "(B,)", "index", "generate", "which prompt an answer belongs to"),
-    Column("address", "(B,)", "key", "generate", "a key of the answer (draw, answer), in an update of the update too"),
-    Column("truncated", "(B,)", "bool", "generate", "the answer was cut off at the length limit"),
-    Column("temperature", "(B,)", "-", "generate", "temperature the answer was sampled at"),
-    Column("token_version", "(B, T)", "version", "generate", "the version of the weights that made the token"),
-    Column("sampler_logp", "(B, T)", "nats", "generate", "log-prob reported by the generator"),
+    Column("segment_label", "(B, T)", "probability", "record", "label in [0, 1] of the step that ends here"),
+    Column("group", "(B,)", "index", "generate", "number of the prompt of an answer"),
+    Column("address", "(B,)", "key", "generate", "random key of the answer; in updates also of step and epoch"),
+    Column("truncated", "(B,)", "bool", "generate", "True if the answer was cut off at the length limit"),
+    Column("temperature", "(B,)", "-", "generate", "sampling temperature of the answer"),
+    Column("token_version", "(B, T)", "version", "generate", "version of the weights that generated the token"),
+    Column("sampler_logp", "(B, T)", "nats", "generate", "log-prob of the token reported by the generator"),
     Column(
         "support",
         "(B, T, S)",
         "token",
         "generate",
-        "the tokens that could be drawn under top-p, top-k and min-p, -1 behind them",
+        "tokens that could be sampled under top-p, top-k and min-p, padded with -1",
     ),
     Column("baseline", "(B,)", "reward", "reward", "the combined score of the greedy answer to the same prompt"),
-    Column("rewards", "(B, R)", "reward", "reward", "one score per named reward, before they are combined"),
+    Column("rewards", "(B, R)", "reward", "reward", "one score per named reward, before combining"),
     Column("token_score", "(B, T)", "reward", "reward", "dense scores, one per token"),
-    Column("score", "(B,)", "reward", "reward", "the combined score of an answer; in reward modeling the model's own"),
+    Column("score", "(B,)", "reward", "reward", "combined score of an answer; in reward modeling, the model's score"),
     Column(
         "old_logp", "(B, T)", "nats", "measure", "the policy's log-prob when the rollout was taken", "policy", "logp"
     ),
@@ -69,7 +69,7 @@ _ALL = (
         "(B, T)",
         "nats",
         "measure",
-        "the same under the whole vocabulary, where only a part of it could be drawn",
+        "old_logp over the whole vocabulary, without top-p, top-k and min-p",
         "policy",
         "full_logp",
     ),
@@ -78,7 +78,7 @@ _ALL = (
         "(B, T)",
         "probability",
         "measure",
-        "sum of the squared probabilities then",
+        "sum of the policy's squared probabilities, measured when the rollout was taken",
         "policy",
         "collision",
     ),
@@ -87,7 +87,7 @@ _ALL = (
         "(B, T)",
         "nats",
         "measure",
-        "KL(policy || reference) over the whole vocabulary then",
+        "KL(policy || reference) over the whole vocabulary, measured when the rollout was taken",
         "policy",
         "exact_kl",
     ),
@@ -96,7 +96,7 @@ _ALL = (
         "(B, T)",
         "share",
         "measure",
-        "attention of the answer's last token to its tokens, last layer, mean over heads",
+        "attention from the last token of the answer to each token, last layer, mean over heads",
         "policy",
         "attention_mean",
     ),
@@ -105,44 +105,50 @@ _ALL = (
         "(B, T)",
         "share",
         "measure",
-        "the same with the largest head at each token",
+        "like attention_mean, but with the maximum over heads",
         "policy",
         "attention_max",
     ),
-    Column("old_entropy", "(B, T)", "nats", "measure", "entropy of the policy then", "policy", "entropy"),
+    Column("old_entropy", "(B, T)", "nats", "measure", "entropy when the rollout was taken", "policy", "entropy"),
     Column(
         "ref_logp",
         "(B, T)",
         "nats",
         "measure",
-        "the reference's log-prob at the sample's own temperature, under the whole vocabulary",
+        "the reference's log-prob over the whole vocabulary, at the sampling temperature",
         "reference",
         "full_logp",
     ),
-    Column("old_value", "(B, T)", "reward", "measure", "the critic's value before each token, then", "critic", "value"),
+    Column(
+        "old_value",
+        "(B, T)",
+        "reward",
+        "measure",
+        "the critic's value before each token, measured when the rollout was taken",
+        "critic",
+        "value",
+    ),
     Column(
         "final_value", "(B,)", "reward", "measure", "the critic's value after the last token", "critic", "final_value"
     ),
     Column("kl", "(B, T)", "nats", "advantage", "estimate of KL(policy || reference) per token"),
-    Column("token_reward", "(B, T)", "reward", "advantage", "placed score minus KL penalty"),
-    Column("advantage", "(B, T)", "reward", "advantage", "credit of each token, whitened if the method says so"),
+    Column("token_reward", "(B, T)", "reward", "advantage", "reward of each token: score minus KL penalty"),
+    Column("advantage", "(B, T)", "reward", "advantage", "advantage of each token, whitened if the method requires it"),
     Column("returns", "(B, T)", "reward", "advantage", "advantage before whitening + value"),
     Column("correction", "(B, T)", "-", "advantage", "importance weight from the sampler to the old policy"),
     Column("now_logp", "(B, T)", "nats", "select", "log-prob before an update, without gradient", "policy", "logp"),
-    Column("now_full_logp", "(B, T)", "nats", "select", "the same under the whole vocabulary", "policy", "full_logp"),
-    Column("selected", "(B, T)", "bool", "select", "the tokens that the method's selection names"),
-    Column("matched", "(B,)", "nats", "select", "the reference's gap of the same rank in the mini-batch"),
-    Column("rival", "(B,)", "reward", "select", "the other side's reward of the same rank in the mini-batch"),
+    Column("now_full_logp", "(B, T)", "nats", "select", "now_logp over the whole vocabulary", "policy", "full_logp"),
+    Column("selected", "(B, T)", "bool", "select", "True for tokens that the method selects"),
+    Column("matched", "(B,)", "nats", "select", "log-ratio gap of the reference at the same rank in the mini-batch"),
+    Column("rival", "(B,)", "reward", "select", "reward of the other side at the same rank in the mini-batch"),
     Column("kl_baseline", "(B,)", "nats", "select", "mean log-ratio of mismatched answers, at least 0"),
-    Column("full_logp", "(B, T)", "nats", "update", "log-prob now under the whole vocabulary, with gradient"),
-    Column(
-        "exact_kl", "(B, T)", "nats", "update", "KL(policy || reference) now over the whole vocabulary, with gradient"
-    ),
-    Column("logp", "(B, T)", "nats", "update", "log-prob now, with gradient"),
-    Column("entropy", "(B, T)", "nats", "update", "entropy now, with gradient"),
-    Column("full_entropy", "(B, T)", "nats", "update", "entropy now over the whole vocabulary, with gradient"),
-    Column("value", "(B, T)", "reward", "update", "value now, with gradient"),
-    Column("ratio", "(B, T)", "-", "update", "pi / pi_old on the sampled token"),
+    Column("full_logp", "(B, T)", "nats", "update", "current log-prob over the whole vocabulary, with gradient"),
+    Column("exact_kl", "(B, T)", "nats", "update", "current KL(policy || reference), whole vocabulary, with gradient"),
+    Column("logp", "(B, T)", "nats", "update", "current log-prob, with gradient"),
+    Column("entropy", "(B, T)", "nats", "update", "current entropy, with gradient"),
+    Column("full_entropy", "(B, T)", "nats", "update", "current entropy over the whole vocabulary, with gradient"),
+    Column("value", "(B, T)", "reward", "update", "current value, with gradient"),
+    Column("ratio", "(B, T)", "-", "update", "pi / pi_old of the sampled token"),
 )
 
 COLUMNS: dict[str, Column] = {column.name: column for column in _ALL}

@@ -108,7 +108,7 @@ class Sample:
 
 
 def _joined(one: Sample, later: Sample) -> tuple[Segment, ...]:
-    """The segments of an answer and of its continuation; none where the policy wrote both."""
+    """Return the segments of an answer and its continuation; return () if the policy wrote both."""
     if not (one.segments or later.segments):
         return ()
     return tuple(part for sample in (one, later) for part in sample.segments or (Segment("policy", len(sample.ids)),))

@@ -143,7 +143,7 @@ def draw(probabilities: Tensor, requests: Sequence[Request], position: int) -> T
     return torch.minimum(token, last)
 
 
-GENERATORS = Registry("generators", {"openai": "whet.generate.openai"}, Generator)
+GENERATORS = Registry("generators", {"openai": "whet.generate.openai"}, Generator, others=["local"])
 """Generators that answer for sampling and evaluation, made from options and a conversation format."""
 
 

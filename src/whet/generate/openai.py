@@ -53,7 +53,7 @@ class OpenAIGenerator:
         if min(options.retries, options.timeout) < 0 or options.connections < 1:
             raise RecipeError("generator: timeout and retries are at least 0, connections at least 1")
         self.options, self.chat = options, chat
-        self.http = Http(options.url, options.timeout, key, what="generator.url")
+        self.http = Http(options.url.rstrip("/").removesuffix("/v1"), options.timeout, key, what="generator.url")
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
         """Answers in the order of the requests. Raises RecipeError for options that the API lacks, WorkerDied when the server

@@ -1,1 +1,1 @@
-"""The training loops and what they are made of: each reads from top to bottom."""
+"""Training loops, and their parts: group sources, self-checks, checkpoints, evaluation, and the run folder."""

@@ -1,4 +1,8 @@
-"""Answers ahead of the learner: a bounded buffer of groups, continued under newer weights, and who drives the engines meanwhile."""
+"""Asynchronous generation: a bounded buffer of groups, and a driver that runs the engines while the learner trains.
+
+A lane is one generator that works independently of the others. It generates answers in segments of a few tokens.
+Weights change only between segments, and an unfinished answer continues under the new weights.
+"""
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,9 +25,9 @@ from whet.methods.options import Sampling
 
 @dataclass
 class Pending:
-    """A group that was handed out and not yet consumed: when (in steps), to whom, and its answers so far.
+    """A group that was handed out and is not consumed yet: the step at which it began, its lane, and its answers so far.
 
-    An answer is None before its first token. `ended` is the running number at which the group became complete.
+    An answer is None before its first token. `ended` numbers complete groups in the order of completion.
     """
 
     draw: int
@@ -34,15 +38,16 @@ class Pending:
     ended: int | None = None
 
     def left(self) -> int:
-        """Answers that are not at their end."""
+        """Return the number of unfinished answers."""
         return sum(one is None or one.finish == "paused" for one in self.answers)
 
 
 class Buffer:
-    """What is handed out, to which lane, and how far it is. Knows no clock and no thread.
+    """Keep track of the groups that were handed out, their lanes and their progress. Use no clock and no threads.
 
-    At most `wanted + lead x prompts` groups are out at a time, `wanted` being what the loop waits for right now: so nothing
-    is begun that could not be consumed within the bound (the rules are in `loops.staleness`, their simulator in `planning.schedule`).
+    New groups are handed out while fewer than `wanted + lead x prompts` are pending. `wanted` is the number of groups that
+    the loop waits for now. So every group can be consumed within the staleness bound. The rules are in `loops.staleness`;
+    `planning.schedule` simulates them.
     """
 
     def __init__(
@@ -63,7 +68,7 @@ class Buffer:
         self.step, self.wanted, self.ended = 0, 0, 0
 
     def admit(self) -> None:
-        """Hand out what the bound allows, each group to the lane with the fewest answers to make."""
+        """Hand out as many groups as the bound allows, each to the lane with the fewest unfinished answers."""
         ahead = min(lead(self.staleness), self.steps - 1 - self.step) * self.prompts
         load = [sum(one.left() for one in self.pending if one.lane == lane) for lane in range(self.lanes)]
         for draw, prompt in self.queue.take(max(0, self.wanted + ahead - len(self.pending))):
@@ -72,7 +77,7 @@ class Buffer:
             load[lane] += self.answers
 
     def requests(self, lane: int, slots: int, most: int) -> list[Request]:
-        """What a lane works on: its first `slots` unfinished answers, for `most` tokens each."""
+        """Return requests for the first `slots` unfinished answers of a lane, with at most `most` new tokens each."""
         out = []
         for one in self.pending:
             for number, answer in enumerate(one.answers if one.lane == lane else ()):
@@ -82,7 +87,7 @@ class Buffer:
         return out[:slots]
 
     def add(self, samples: Sequence[Sample]) -> None:
-        """New tokens of answers; a group whose answers are all at their end is complete."""
+        """Append new tokens to answers. A group is complete when all its answers are finished."""
         by_draw = {one.draw: one for one in self.pending}
         for sample in samples:
             one = by_draw[sample.draw]
@@ -93,7 +98,7 @@ class Buffer:
                 by_draw[draw].ended, self.ended = self.ended, self.ended + 1
 
     def ready(self) -> list[Group] | None:
-        """The wanted groups, which leave the buffer; None as long as one has to be waited for."""
+        """Remove the wanted groups from the buffer and return them; return None if one of them is not complete yet."""
         found = chosen(self.pending, self.step, self.wanted, self.staleness, self.prompts)
         if found is None:
             return None
@@ -103,7 +108,7 @@ class Buffer:
         return [Group(one.prompt, tuple(answer for answer in one.answers if answer is not None)) for one in found]
 
     def state(self) -> list[dict[str, Any]]:
-        """All that is pending, as JSON."""
+        """Return all pending groups as JSON values."""
         return [
             {
                 "draw": one.draw,
@@ -115,7 +120,7 @@ class Buffer:
         ]
 
     def restore(self, saved: Sequence[Mapping[str, Any]]) -> None:
-        """What `state` gave; the answers go on where they were, on lanes that are dealt anew."""
+        """Restore the result of `state`. Unfinished answers are continued; groups are assigned to lanes again."""
         for number, one in enumerate(saved):
             answers = [None if answer is None else _sample(answer) for answer in one["answers"]]
             lane = number % self.lanes
@@ -140,27 +145,27 @@ def _sample(saved: Mapping[str, Any]) -> Sample:
 
 
 class Driver(Protocol):
-    """Who lets the lanes work while the loop does something else."""
+    """Run the lanes while the loop does other work."""
 
     def start(self, buffer: Buffer, lanes: Sequence[Generator], slots: int, segment: int) -> None:
-        """From now on the lanes answer what the buffer hands out."""
+        """Start the lanes; they generate answers for the groups that the buffer hands out."""
 
     def groups(self) -> list[Group]:
-        """The wanted groups, once they are there. Raises what a lane raised."""
+        """Wait for the wanted groups and return them. Raise the error of a lane if one failed."""
 
     def still(self, work: Callable[[], Any]) -> Any:
-        """The result of `work` while no lane generates: for new weights and for scores."""
+        """Return the result of `work`, called while no lane generates (to load weights or to score sequences)."""
 
     def frozen(self, work: Callable[[], Any]) -> Any:
-        """The result of `work` while the buffer does not change."""
+        """Return the result of `work`, called while the buffer does not change."""
 
     def close(self) -> None:
-        """The lanes stop."""
+        """Stop the lanes."""
 
 
 @dataclass
 class Threads:
-    """Each lane in a thread of its own, one segment after the other."""
+    """Run each lane in its own thread, one segment after another."""
 
     change: threading.Condition = field(default_factory=threading.Condition)
     locks: list[threading.Lock] = field(default_factory=list)
@@ -194,7 +199,7 @@ class Threads:
                 with self.change:
                     self.buffer.add(samples)
                     self.change.notify_all()
-        except BaseException as error:  # told to the loop, which is elsewhere
+        except BaseException as error:  # `groups` raises it in the thread of the loop
             with self.change:
                 self.error = error
                 self.change.notify_all()
@@ -211,7 +216,7 @@ class Threads:
             return found
 
     def still(self, work: Callable[[], Any]) -> Any:
-        """See `Driver.still`. Each lane ends its segment first."""
+        """See `Driver.still`. Each lane first finishes its current segment."""
         with ExitStack() as stack:
             for lock in self.locks:
                 stack.enter_context(lock)
@@ -232,7 +237,7 @@ class Threads:
 
 
 class AsynchronousSource:
-    """Generators that answer ahead of the loop, as one Generator, and the source of the loop's groups."""
+    """A `GroupSource` whose lanes generate ahead of the loop, and a `Generator` that combines these lanes."""
 
     def __init__(self, lanes: Sequence[Generator], buffer: Buffer, driver: Driver, *, slots: int, segment: int) -> None:
         self.lanes, self.buffer, self.driver = list(lanes), buffer, driver
@@ -240,11 +245,11 @@ class AsynchronousSource:
         self.reports = frozenset.intersection(*(lane.reports for lane in lanes))
         self.version = lanes[0].version
         self._turn = 0
-        self._published: dict[int, int] = {}  # the first step that each version answered for
+        self._published: dict[int, int] = {}  # version -> first step with these weights
         self._started = False
 
     def groups(self, step: int, count: int) -> list[Group]:
-        """`count` groups for this step, none older than the bound."""
+        """Return `count` groups for this step; none began more than `max_staleness` steps earlier."""
         buffer = self.buffer
         if not self._started:
             buffer.step, buffer.wanted, self._started = step, count, True
@@ -257,7 +262,10 @@ class AsynchronousSource:
         self.buffer.step, self.buffer.wanted = step, count
 
     def staleness(self, step: int, groups: Sequence[Group]) -> list[int]:
-        """How many steps old the weights of each token's are. Raises RunStopped where one is over the bound."""
+        """Return the age in steps of the weights that produced each token.
+
+        Raise RunStopped if an age is over the bound or a version is unknown.
+        """
         versions = [one for group in groups for sample in group.samples for one in sample.token_versions()]
         unknown = set(versions) - self._published.keys()
         if unknown:
@@ -272,11 +280,11 @@ class AsynchronousSource:
         return ages
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
-        """Answers right now, between the segments of the lanes."""
+        """Answer the requests now with the first lane, while no lane generates a segment."""
         yield from self.driver.still(lambda: list(self.lanes[0].generate(requests)))
 
     def load_weights(self, weights: Weights) -> None:
-        """All lanes take them between two segments; unfinished answers go on under them."""
+        """Load the weights on all lanes between two segments. Unfinished answers continue under the new weights."""
 
         self.driver.still(lambda: run_parallel([partial(lane.load_weights, weights) for lane in self.lanes]))
         self.version = next((one.version for one in self.lanes if one.version != weights.version), weights.version)
@@ -284,16 +292,16 @@ class AsynchronousSource:
         self._turn += 1
 
     def logprobs(self, ids: Sequence[Tensor]) -> list[Tensor]:
-        """The scores of the first lane."""
+        """Return the log-probs of the first engine."""
         return self.all_logprobs(ids)[0]
 
     def all_logprobs(self, ids: Sequence[Tensor]) -> list[list[Tensor]]:
-        """The scores of every lane."""
+        """Return the log-probs of every engine of every lane."""
         found = self.driver.still(lambda: run_parallel([partial(all_logprobs, lane, ids) for lane in self.lanes]))
         return [one for several in found for one in several]
 
     def state(self) -> dict[str, Any]:
-        """The buffer and which step each version was for, as JSON; with it the number of prompts handed out."""
+        """Return the number of prompts handed out, the buffer, and the first step of each version, as JSON values."""
         return self.driver.frozen(
             lambda: {
                 "drawn": self.buffer.queue.drawn,
@@ -303,7 +311,7 @@ class AsynchronousSource:
         )
 
     def restore(self, saved: Mapping[str, Any], step: int) -> None:
-        """Go on where `state` was taken, before step `step`."""
+        """Restore the result of `state`, to continue with step `step`."""
         self._turn, self.buffer.queue.drawn = step, saved["drawn"]
         self._published = dict(saved.get("published", []))
         self.buffer.restore(saved.get("buffer", []))
@@ -312,8 +320,8 @@ class AsynchronousSource:
         return self._turn - 1 - self.buffer.staleness
 
     def sleep(self) -> None:
-        """The lanes go on."""
+        """Do nothing: the lanes continue to generate."""
 
     def close(self) -> None:
-        """The lanes stop after their segments."""
+        """Stop the lanes after their current segments."""
         self.driver.close()

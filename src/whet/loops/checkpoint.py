@@ -1,4 +1,7 @@
-"""Checkpoints: written aside, checksummed, renamed into place; read back only when whole. Safetensors and JSON, no pickle."""
+"""Checkpoints in safetensors and JSON files, without pickle.
+
+A checkpoint is written to a temporary folder with checksums, then renamed. Incomplete checkpoints are never loaded.
+"""
 
 import hashlib
 import json
@@ -21,11 +24,11 @@ ASIDE = ".writing-"
 
 
 def save(folder: Path, step: int, learner: Learner, loop: Mapping[str, Any], *, keep: int = 2) -> Path:
-    """The checkpoint `folder/step-00000042`: the learner's state and the loop's small one. The newest `keep` stay.
+    """Write the checkpoint `folder/step-00000042` with the states of learner and loop. Keep the newest `keep` checkpoints.
 
-    Each attempt writes into a folder of its own that nobody else knows the name of, and the first worker alone renames
-    it: a worker of a lost machine that lives on cannot touch what is good. Raises CheckpointError, on every worker, when
-    it cannot be written (a full disk); the last good checkpoint is untouched then.
+    Each attempt writes to a new temporary folder with a random name, and only the first worker renames it. So a worker
+    that still runs after its machine was given up cannot damage a good checkpoint. Raise CheckpointError on every worker
+    if the checkpoint cannot be written (for example, a full disk); the last good one is then unchanged.
     """
     workers, final = learner.workers, folder / f"step-{step:08d}"
     aside = folder / workers.broadcast(f"{ASIDE}{step:08d}-{secrets.token_hex(4)}")
@@ -33,10 +36,10 @@ def save(folder: Path, step: int, learner: Learner, loop: Mapping[str, Any], *, 
         workers.together(lambda: _begin(folder, aside) if workers.first else None)
         workers.together(lambda: learner.save(aside / "learner"))
         workers.together(lambda: _commit(aside, final, loop) if workers.first else None)
-    except WorkerDied:  # a worker, not the disk
+    except WorkerDied:  # a worker failed, not the disk
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    except Exception as error:  # OSError from the file system, SafetensorError for the same cause from safetensors
+    except Exception as error:  # OSError, or SafetensorError for the same cause
         shutil.rmtree(aside, ignore_errors=True)
         good = latest(folder)
         left_over = f"the last good checkpoint is {good}" if good else "there is no earlier checkpoint"
@@ -56,7 +59,10 @@ def _begin(folder: Path, aside: Path) -> None:
 
 
 def _commit(aside: Path, final: Path, loop: Mapping[str, Any]) -> None:
-    """The loop's state and the checksums are written, all is on the disk, and the folder gets its name."""
+    """Write the state of the loop and the checksums, sync all files to disk, and rename the folder.
+
+    Raise OSError if a part of the learner's state is missing.
+    """
     for part in (aside / "learner").glob("*-of-*.safetensors"):
         name, _, count = part.stem.rpartition("-of-")
         every = list(part.parent.glob(f"{name[:-5]}[0-9]*-of-{count}.safetensors"))
@@ -75,9 +81,9 @@ def _commit(aside: Path, final: Path, loop: Mapping[str, Any]) -> None:
 
 
 class Keeper:
-    """Saves a run when it is time, at its end, when a stop is asked for, and when a step fails before any weight moved.
+    """Save a run every `every` steps, at its end, on a stop request, and if a step fails before it changed any weights.
 
-    Use as a context manager around the steps; `state` is what the loop wants back, without its step.
+    Use it as a context manager around the steps. `state` is the state of the loop without its step.
     """
 
     def __init__(
@@ -88,7 +94,7 @@ class Keeper:
         self.state: Mapping[str, Any] = {}
 
     def done(self, step: int, state: Mapping[str, Any]) -> None:
-        """Step number `step` is complete. Raises KeyboardInterrupt, once all is saved, when a stop was asked for."""
+        """Record that `step` steps are complete, and save if due. On a stop request, save and raise KeyboardInterrupt."""
         self.step, self.state, self.version = step, state, self.learner.version
         asked = self.learner.workers.any(self.stop is not None and self.stop.asked)
         if asked or step == self.total or (self.every and step % self.every == 0):
@@ -101,10 +107,10 @@ class Keeper:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
         whole = self.learner.version == self.version and self.step > self.saved
-        # of several workers one alone may have failed, and the others would not come to save; what whet raises, all raise
+        # all workers must take part in a save; with several of them, only a WhetError is raised on all
         common = Exception if self.learner.workers.size == 1 else WhetError
         if isinstance(error, common) and not isinstance(error, CheckpointError) and whole:
-            with suppress(WorkerDied):  # what ended the run is what is told
+            with suppress(WorkerDied):  # report the first error, not this one
                 self._save()
 
     def _save(self) -> None:
@@ -113,7 +119,7 @@ class Keeper:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole: every file of its manifest is there with its checksum. None without one."""
+    """Return the newest complete checkpoint, or None. Complete: all files of the manifest exist with their checksums."""
     for path in reversed(_all(folder)):
         try:
             sums = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
@@ -125,13 +131,13 @@ def latest(folder: Path) -> Path | None:
 
 
 def resumed(folder: Path, learner: Learner) -> dict[str, Any] | None:
-    """The loop's state of the newest whole checkpoint, the learner's being put back; None where there is no checkpoint."""
+    """Load the newest complete checkpoint into the learner and return the state of the loop, or None without a checkpoint."""
     found = learner.workers.broadcast(latest(folder) if learner.workers.first else None)
     return load(found, learner) if found else None
 
 
 def load(path: Path, learner: Learner) -> dict[str, Any]:
-    """Puts the learner's state back and returns the loop's."""
+    """Load a checkpoint into the learner and return the state of the loop."""
     learner.load(path / "learner")
     return json.loads((path / "loop.json").read_text(encoding="utf-8"))
 

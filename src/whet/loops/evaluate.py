@@ -16,8 +16,11 @@ from whet.ops import Counts, address, addressed_uniform
 def held_out(
     learner: Learner, objective: Objective, elements: Sequence[Element], *, batch: int = 64
 ) -> dict[str, float]:
-    """The objective's losses over all held-out elements (global counts; what looks across a mini-batch sees parts of
-    `batch` elements), and for rankings and pairs the share of untied pairs that the model orders right, `accuracy`."""
+    """Return the losses of the objective over all held-out elements, with global counts.
+
+    Selections across a mini-batch see `batch` elements at a time. If the elements are rankings or pairs and the model
+    gives scores, `accuracy` is the share of untied pairs that it orders correctly.
+    """
     parts = [Batch.of(elements[start : start + batch]) for start in range(0, len(elements), batch)]
     terms = objective.terms
     counts = [sum((part.counts(term.mask) for part in parts), Counts(0, 0, 0)) for term in terms]
@@ -40,9 +43,9 @@ def held_out(
 
 
 def kl(learner: Learner, groups: Sequence[Group], temperature: float = 1.0, *, batch: int = 64) -> Tensor:
-    """log policy(y) - log reference(y) of each answer of the policy, (n,), in nats; its mean estimates KL(policy || reference).
+    """Return log policy(y) - log reference(y) of each answer, (n,), in nats. The mean estimates KL(policy || reference).
 
-    Both are the distributions at this temperature, the one the answers were sampled at.
+    The answers must be sampled from the policy at this temperature; both distributions are taken at it.
     """
     rows = [row for group in groups for row in group.rows()]
     out = []
@@ -55,7 +58,7 @@ def kl(learner: Learner, groups: Sequence[Group], temperature: float = 1.0, *, b
 
 
 def scores(learner: Learner, objective: Objective, elements: Sequence[Element], *, batch: int = 64) -> Tensor:
-    """The reward model's score of every row of these elements, in order, (n,)."""
+    """Return the reward model's score of every row of these elements, in order, (n,)."""
     out = []
     for start in range(0, len(elements), batch):
         part = Batch.of(elements[start : start + batch])
@@ -66,7 +69,7 @@ def scores(learner: Learner, objective: Objective, elements: Sequence[Element], 
 
 
 def ordered_pairs(scores: Sequence[float], ranks: Sequence[int]) -> tuple[float, int]:
-    """(pairs of different rank that the scores order right, pairs of different rank); equal scores count one half.
+    """Return (correctly ordered pairs, all pairs) of different rank; a pair with equal scores counts one half as correct.
 
     >>> ordered_pairs([1.0, 0.0, 0.0], [1, 2, 3])
     (2.5, 3)
@@ -83,7 +86,9 @@ def ordered_pairs(scores: Sequence[float], ranks: Sequence[int]) -> tuple[float,
 def win_rate(
     ours: Sequence[float], theirs: Sequence[float], *, seed: int = 0, draws: int = 2000
 ) -> tuple[float, float, float]:
-    """(share of prompts where ours scores higher, a tie counts one half; lower and upper end of its 95 % bootstrap interval).
+    """Return (share of prompts where ours scores higher, lower end, upper end); a tie counts one half.
+
+    The ends are those of the 95 % bootstrap interval.
 
     >>> win_rate([1.0, 2.0], [0.0, 2.0])[0]
     0.75
@@ -93,7 +98,7 @@ def win_rate(
 
 
 def interval(values: Tensor | Sequence[float], *, seed: int = 0, draws: int = 2000) -> tuple[float, float, float]:
-    """(mean, lower end, upper end) with the 95 % percentile bootstrap over the values (n,)."""
+    """Return (mean, lower end, upper end) of the 95 % percentile bootstrap interval over the values (n,)."""
     values = torch.as_tensor(values, dtype=torch.float64)
     count = len(values)
     places = torch.arange(draws)[:, None], torch.arange(count)
@@ -112,7 +117,7 @@ def answers(
     seed: int = 0,
     first: int = 0,
 ) -> list[Group]:
-    """`count` answers for every prompt; prompt i is draw `first` + i."""
+    """Generate `count` answers for every prompt; prompt i has draw `first` + i."""
     requests = [
         Request(prompt, first + number, answer, sampling, seed)
         for number, prompt in enumerate(prompts)
@@ -125,6 +130,6 @@ def answers(
 
 
 def rank_agreement(scores: Sequence[Sequence[float]], ranks: Sequence[Sequence[int]]) -> float:
-    """The share of pairs with different rank that the scores order right, over all questions."""
+    """Return the share of pairs with different rank that the scores order correctly, over all questions."""
     totals = [ordered_pairs(own, given) for own, given in zip(scores, ranks, strict=True)]
     return sum(right for right, _ in totals) / max(1, sum(pairs for _, pairs in totals))

@@ -1,4 +1,4 @@
-"""From groups to a batch: the scores of every reward, the columns that a method reads, and the numbers of a rollout."""
+"""Conversion of groups to a batch: the scores of all rewards, the columns that a method reads, and metrics of a rollout."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from whet.rewards import Weighted, score_all
 
 @dataclass(frozen=True)
 class RolloutScores:
-    """What every reward says of the answers of a rollout, in the order of the groups' samples.
+    """The scores of the answers of a rollout from every reward, in the order of the groups' samples.
 
     `named` has one tensor (B,) per reward, before weights; `token` (B, T) is the weighted sum of the rewards that score
-    tokens or segments; `segment_end` (B, T) is True where a scored segment ends. `baseline` (B,) is the score of the greedy
-    answer to the same prompt, where the method asks for one.
+    tokens or segments. `segment_end` (B, T) is True on the last token of a scored segment. `baseline` (B,) is the score of
+    the greedy answer to the same prompt, if the method uses one.
     """
 
     named: dict[str, Tensor]
@@ -29,14 +29,14 @@ class RolloutScores:
     baseline: Tensor | None = None
 
     def take(self, rows: Sequence[int], length: int) -> "RolloutScores":
-        """The scores of these answers, with per-token columns of this length."""
+        """Return the scores of these answers, with per-token scores of this length."""
         index = torch.tensor(rows)
         named = {name: values[index] for name, values in self.named.items()}
         return RolloutScores(named, self.token[index, :length], self.segment_end[index, :length])
 
     @staticmethod
     def joined(parts: Sequence["RolloutScores"]) -> "RolloutScores":
-        """The scores of several lists of answers as one."""
+        """Concatenate the scores of several lists of answers."""
         named = {name: torch.cat([one.named[name] for one in parts]) for name in parts[0].named}
         token = pad([row for one in parts for row in one.token])
         return RolloutScores(named, token, pad([row for one in parts for row in one.segment_end]))
@@ -48,8 +48,11 @@ def scores_of(rewards: Sequence[Weighted], groups: Sequence[Group]) -> RolloutSc
 
 
 def batch_of(groups: Sequence[Group], scores: RolloutScores, sampling: Sampling) -> Batch:
-    """The answers as rows with group, address, truncated, temperature, token_version, sampler_logp, rewards, token_score,
-    segment_end, the baseline where there is one, and the support where some tokens could not be drawn."""
+    """Return a batch with one row per answer and the columns of the sampler and the rewards.
+
+    These are group, address, truncated, temperature, token_version, sampler_logp, rewards, token_score and segment_end;
+    baseline if the scores have one; and support if every sample has one.
+    """
     pairs = [(number, group.prompt, sample) for number, group in enumerate(groups) for sample in group.samples]
     rows = [row for group in groups for row in group.rows()]
     supports = [sample.support for _, _, sample in pairs]
@@ -71,14 +74,14 @@ def batch_of(groups: Sequence[Group], scores: RolloutScores, sampling: Sampling)
 
 
 def gathered(groups: Sequence[Group], rewards: Sequence[Weighted], sampling: Sampling) -> Batch:
-    """`batch_of` the groups with their scores."""
+    """Score the groups and return their batch (see `batch_of`)."""
     return batch_of(groups, scores_of(rewards, groups), sampling)
 
 
 def measured(learner: Learner, batch: Batch, turn: Sequence[Sequence[int]], columns: frozenset[str]) -> Batch:
-    """The batch with its measured columns, mini-batch by mini-batch of the first epoch.
+    """Return the batch with its measured columns, computed per mini-batch of the first epoch.
 
-    The learner then splits as it will in the first updates, so the ratio there is 1 to the bit.
+    The learner thus uses the same micro-batches as in the first updates, so the ratio in the first one is exactly 1.
     """
     out: dict[str, Tensor] = {}
     elements = batch.elements()
@@ -91,20 +94,20 @@ def measured(learner: Learner, batch: Batch, turn: Sequence[Sequence[int]], colu
 
 
 def scored(learner: Learner, ids: Tensor) -> Tensor:
-    """The learner's log-probs of a sequence's tokens after the first, (S - 1,)."""
+    """Return the learner's log-probs of all tokens of a sequence but the first, (S - 1,), in nats."""
     row = Row(ids, 1, torch.ones(len(ids) - 1, dtype=torch.bool))
     return learner.measure(Batch.of([row]), frozenset({"old_logp"}))["old_logp"][0]
 
 
 def moved_from(learner: Learner, batch: Batch) -> float:
-    """KL(old || new) after a rollout's last update: the mean over its tokens of ratio - 1 - log ratio, in nats."""
+    """Estimate KL(old || new) after the last update of a rollout: the mean of ratio - 1 - log ratio per token, in nats."""
     now = learner.measure(batch, frozenset({"old_logp"}))["old_logp"]
     log_ratio = now - batch["old_logp"]
     return float(masked_mean(torch.expm1(log_ratio) - log_ratio, batch["mask"]))
 
 
 def rollout_numbers(batch: Batch, names: Sequence[str]) -> dict[str, float]:
-    """Metrics of a rollout's answers: score and its deviation, each reward, length in tokens, share of truncated ones."""
+    """Return metrics of the answers: mean and deviation of the score, each reward, length in tokens, truncated share."""
     lengths = torch.tensor([float(row.mask.sum()) for row in batch.rows])
     out = {"score": float(batch["score"].mean()), "score_std": float(batch["score"].std(correction=0))}
     out |= {"length": float(lengths.mean()), "truncated": float(batch["truncated"].float().mean())}
@@ -112,8 +115,8 @@ def rollout_numbers(batch: Batch, names: Sequence[str]) -> dict[str, float]:
 
 
 def policy_numbers(batch: Batch) -> dict[str, float]:
-    """Metrics of the policy on a rollout: KL to the reference in nats per trained answer, entropy in nats per token,
-    and the mean difference of the sampler's log-probs to the learner's."""
+    """Return metrics of the policy on a rollout: KL to the reference in nats per trained answer, entropy in nats per token,
+    and the mean absolute difference between the log-probs of sampler and learner in nats."""
     if not batch.rows:
         return {}
     out = {}
@@ -128,21 +131,21 @@ def policy_numbers(batch: Batch) -> dict[str, float]:
 
 
 def update_numbers(update: UpdateResult) -> dict[str, float]:
-    """An update's losses, gradient norms and learning rates under the names of the metrics."""
+    """Return the losses, gradient norms and learning rates of an update under their metric names."""
     norms = {f"grad_norm/{role}": norm for role, norm in update.grad_norm.items()}
     rates = {f"lr/{role}": rate for role, rate in update.lr.items()}
     return {f"loss/{name}": value for name, value in update.losses.items()} | norms | rates
 
 
 class PtxStream:
-    """The pre-training stream: which of its rows go into which update, by address."""
+    """Select the pre-training rows of each update. The selection depends only on the seed and the number of the update."""
 
     def __init__(self, elements: Sequence[Element], size: int, seed: int) -> None:
         self.elements, self.size, self.seed = elements, size, seed
         self.drawn: list[tuple[int, int]] = []
 
     def batch(self, step: int, number: int, per_step: int) -> dict[str, Batch]:
-        """The "ptx" batch of update `number` of this step; nothing without rows."""
+        """Return {"ptx": batch} for update `number` of this step, or {} without pre-training rows."""
         if not self.elements or not self.size:
             return {}
         first = (step * per_step + number) * self.size

@@ -1,4 +1,4 @@
-"""Ctrl-C between two steps: the first one asks the loop to save and stop, the second one stops at once."""
+"""Handling of Ctrl-C: the first one asks the loop to save and stop after the step, the second one stops immediately."""
 
 import signal
 import threading
@@ -8,7 +8,7 @@ from types import FrameType
 
 
 class Stop:
-    """Whether a stop was asked for."""
+    """A stop request; `asked` is True after the first Ctrl-C."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -16,7 +16,7 @@ class Stop:
 
 @contextmanager
 def graceful() -> Iterator[Stop]:
-    """Within the context the first Ctrl-C only sets `stop.asked`; the loop saves at the end of its step and raises."""
+    """Within the context, the first Ctrl-C sets `stop.asked`, the second raises KeyboardInterrupt (main thread only)."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop

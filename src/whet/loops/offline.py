@@ -1,4 +1,4 @@
-"""The offline loop: elements of a file go through the terms of an objective (SFT, reward models, DPO)."""
+"""The offline loop: train on the elements of data files with the terms of an objective (SFT, reward models, DPO)."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,10 +21,11 @@ from whet.methods.parts import mean_reward
 
 @dataclass(frozen=True)
 class OfflinePlan:
-    """How long and in which order: updates in total, elements per update, when to save (0: at the end) and evaluate (0: never).
+    """The size and schedule of a run: total updates, elements per update, save and evaluation intervals in updates.
 
-    `end_ids` are the tokens that end an answer: where a row ends with one, it must be trained. Every `refresh` updates the
-    reference moves by `refresh_mix` towards the policy (TR-DPO); `precompute` measures the reference once, before.
+    With `save_every` 0, there are no periodic saves; with `eval_every` 0, no evaluation. `end_ids` are the token ids
+    that end an answer; if a row ends with one, that token must be trained. Every `refresh` updates, the reference moves by
+    the fraction `refresh_mix` towards the policy (TR-DPO). `precompute` measures the reference once, before training.
     """
 
     steps: int
@@ -41,9 +42,9 @@ class OfflinePlan:
 
 
 class OfflineLoop:
-    """The stages of an offline run. A context manager; `batches` yields the batches that are left after the last checkpoint.
+    """The stages of an offline run. Use it as a context manager; `batches` yields the batches after the last checkpoint.
 
-    Each batch is handed to forward_backward and optim_step; a resumed run gives the same bits.
+    Pass each batch to forward_backward, then call optim_step. A resumed run gives bitwise identical results.
     """
 
     def __init__(
@@ -98,8 +99,8 @@ class OfflineLoop:
         self._stack.__exit__(*given)
 
     def batches(self) -> Iterator[Batch]:
-        """One batch per step, with the columns that the objective reads. A step ends when the next batch is asked for: its
-        metrics are written, its checkpoint is saved. Raises RuntimeError when a batch was not trained on."""
+        """Yield one batch per step, with the columns that the objective reads. Requesting the next batch ends the step: its
+        metrics are written, and a checkpoint is saved if due. Raise RuntimeError if a batch was not trained on."""
         plan = self.plan
         for step in range(self.first, plan.steps):
             self.step, began = step, time.perf_counter()
@@ -117,8 +118,8 @@ class OfflineLoop:
             self._end(began)
 
     def forward_backward(self, batch: Batch, loss: Callable[..., Tensor] | None = None) -> UpdateResult:
-        """Compute the gradient of the objective on a batch; every count is global. `loss` takes the first term's place: a
-        function whose positional parameters name columns, and whose result the term's reduction averages."""
+        """Compute the gradient of the objective on a batch; all counts are global. `loss` replaces the loss of the first
+        term: a function whose positional parameters name columns, and whose result the term's reduction averages."""
         terms = self._now.terms
         if loss is not None:
             terms = (replace(terms[0], loss=part(loss), name=getattr(loss, "__name__", "loss")), *terms[1:])
@@ -138,7 +139,7 @@ class OfflineLoop:
         return update
 
     def metrics(self) -> dict[str, float]:
-        """The metrics of the last update."""
+        """Return the metrics of the last update."""
         return dict(self._numbers)
 
     def _end(self, began: float) -> None:
@@ -162,7 +163,7 @@ def train(*given: Any, **options: Any) -> None:
 
 
 def run_steps(loop: OfflineLoop) -> None:
-    """The offline loop: one update per batch."""
+    """Make one update per batch of an offline loop."""
     for batch in loop.batches():
         loop.forward_backward(batch)
         loop.optim_step()
@@ -171,7 +172,7 @@ def run_steps(loop: OfflineLoop) -> None:
 def _precomputed(
     learner: Learner, sources: Sequence[Sequence[Element]], columns: frozenset[str], size: int
 ) -> dict[tuple[int, int], list[Tensor]]:
-    """The reference's log-probs of every row of every element, by (source, index)."""
+    """Return the reference's log-probs of the rows of each element, as (source, index) -> one tensor (response,) per row."""
     out: dict[tuple[int, int], list[Tensor]] = {}
     for source, elements in enumerate(sources):
         for start in range(0, len(elements), size):

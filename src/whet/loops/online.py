@@ -1,4 +1,4 @@
-"""The online loop as stages: generate, score, measure, advantages, updates, publish. `train` calls them in order."""
+"""The online loop and its stages: generate, score, measure, advantages, updates, publish. `train` calls them in order."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,18 +41,18 @@ from whet.rewards import Weighted
 
 @dataclass(frozen=True)
 class OnlinePlan:
-    """How much: steps in total, prompts per step, elements per mini-batch, passes over each rollout, and when to save.
+    """The size and schedule of a run: total steps, prompts per step, elements per mini-batch, epochs per rollout, and saves.
 
-    target_kl            ends a rollout's updates when KL(old || new) of a mini-batch exceeds it, in nats per token
-    ema                  weight of the past in an average of the policy
-    equal_start          policy and reference start with equal weights, which is checked
-    end_ids              the tokens that end an answer
-    canary               length of the sequence that generator and learner both score after each push
-    low_precision        the generator computes in half precision
-    refresh, refresh_mix every `refresh` steps the reference moves by `refresh_mix` towards the policy
-    max_staleness        with it the generator works ahead: answers may be of weights that many steps old
-    segment, slots       with max_staleness: tokens per segment of an answer, and answers at a time of each engine
-    critic_warmup        the first steps, in which only the critic is trained
+    target_kl            stop the updates of a rollout when KL(old || new) of a mini-batch exceeds it, in nats per token
+    ema                  decay of an exponential moving average of the policy
+    equal_start          policy and reference start with equal weights; this is checked in the first step
+    end_ids              token ids that end an answer
+    canary               tokens of the sequence that generator and learner both score after each publish
+    low_precision        whether the generator computes in half precision
+    refresh, refresh_mix every `refresh` steps, the reference moves by the fraction `refresh_mix` towards the policy
+    max_staleness        largest age in steps of the weights behind a token; above 0, answers are generated ahead
+    segment, slots       with max_staleness: tokens per segment of an answer, and concurrent answers per lane
+    critic_warmup        number of first steps in which only the critic is trained
     """
 
     steps: int
@@ -79,7 +79,7 @@ class OnlinePlan:
 
 @dataclass(frozen=True, eq=False)
 class MiniBatch:
-    """One mini-batch of a rollout. `batch` has its rows and columns; `index` are the rollout's elements in it."""
+    """One mini-batch of a rollout. `batch` has its rows and columns; `index` lists its elements in the rollout."""
 
     batch: Batch
     index: tuple[int, ...]
@@ -89,22 +89,23 @@ class MiniBatch:
 
 
 class StepLog:
-    """One step of a loop: its number, counted from 0, and the metrics that are logged for it."""
+    """One step of a loop: its number, counted from 0, and the metrics logged for it."""
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.metrics: dict[str, float] = {}
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        """Add metrics to the step's line of metrics.jsonl, which is written when the step ends."""
+        """Add metrics to the line of this step in metrics.jsonl. The line is written when the step ends."""
         self.metrics |= metrics
 
 
 class OnlineLoop:
-    """The stages of an online run. A context manager; `steps` yields the steps that are left after the last checkpoint.
+    """The stages of an online run. Use it as a context manager; `steps` yields the steps after the last checkpoint.
 
     Each step calls generate, score, measure, advantages, then forward_backward and optim_step for every mini-batch, and
-    publish. Everything random is addressed by (seed, step), so a resumed run gives the same bits.
+    publish. All random numbers depend only on the seed and their address, such as the step. So a resumed run gives
+    bitwise identical results, unless answers are generated ahead.
     """
 
     def __init__(
@@ -173,8 +174,8 @@ class OnlineLoop:
         self._stack.__exit__(*given)
 
     def steps(self) -> Iterator[StepLog]:
-        """The steps after the last checkpoint. A step ends when the next one is asked for: its metrics and rollout are
-        written, its checkpoint is saved. Raises RuntimeError when weights were updated and not published."""
+        """Yield the steps after the last checkpoint. Requesting the next step ends the current one: its metrics and rollout
+        are written, and a checkpoint is saved if due. Raise RuntimeError if weights were updated but not published."""
         for step in range(self.first, self.plan.steps):
             log = StepLog(step)
             self._begin(step)
@@ -196,10 +197,10 @@ class OnlineLoop:
         self._stopped = self._unpublished = False
 
     def generate(self) -> list[Group]:
-        """The groups of this step: prompts x answers, with token ids.
+        """Return the groups of this step: prompts x answers, with token ids.
 
-        With dynamic sampling, groups whose answers all have the same rewards are replaced by those of further prompts, for
-        a bounded number of rounds; the answers are scored for that, and `score` returns these scores.
+        With dynamic sampling, groups whose answers all have the same reward are replaced by groups of further prompts, for
+        a bounded number of rounds. The answers are scored for this, and `score` returns these scores.
         """
         rounds, plan = self.algorithm.collect.dynamic_sampling, self.plan
         if not rounds:
@@ -211,7 +212,7 @@ class OnlineLoop:
         return list(self._groups)
 
     def _sampled_dynamically(self, rounds: int) -> tuple[list[Group], RolloutScores]:
-        """Groups with different rewards first; what is missing after all rounds is made up of the first ones without."""
+        """Return groups with different rewards; after the last round, fill up with the first groups with equal rewards."""
         kept: list[tuple[Group, RolloutScores]] = []
         spare: list[tuple[Group, RolloutScores]] = []
         turn, ages = 0, list[int]()
@@ -234,19 +235,19 @@ class OnlineLoop:
         return [group for group, _ in chosen], RolloutScores.joined([scores for _, scores in chosen])
 
     def _ages(self, ages: Sequence[int]) -> dict[str, float]:
-        """How many steps old the weights behind a rollout's tokens were, where they may be old."""
+        """Return mean and maximum of the ages in steps of the tokens' weights; return {} if `max_staleness` is 0."""
         found = {"staleness": sum(ages) / len(ages), "staleness_max": float(max(ages))} if ages else {}
         return found if self.plan.max_staleness else {}
 
     def score(self, groups: Sequence[Group]) -> RolloutScores:
-        """The scores of every reward, and the greedy baselines where the method has them (ReMax)."""
+        """Return the scores of every reward, with the greedy baselines if the method uses them (ReMax)."""
         scores = scores_of(self.rewards, groups) if self._scores is None else self._scores
         if not self.algorithm.collect.greedy:
             return scores
         greedy = replace(self.sampling, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0)
         drawn = [(group.samples[0].draw, group.prompt) for group in groups]
         answers = answered(self.generator, drawn, 1, greedy, self.plan.seed)
-        # the running statistics of this rollout apply to the baselines too
+        # normalize the baselines with running statistics that include this rollout
         now = self.algorithm.at(
             self.algorithm.observe(self.state, outcome(self._now, batch_of(groups, scores, self.sampling)))
         )
@@ -255,7 +256,8 @@ class OnlineLoop:
         return replace(scores, baseline=score[index])
 
     def measure(self, groups: Sequence[Group], scores: RolloutScores) -> Batch:
-        """The batch with the columns that the method reads. The first mini-batches are cut here, and measured as cut."""
+        """Return the batch with the measured columns that the method reads. Split it into mini-batches first, and measure
+        those of the first epoch one by one."""
         batch, plan, learner = batch_of(groups, scores, self.sampling), self.plan, self.learner
         self._groups = groups
         self.state = self.algorithm.observe(self.state, outcome(self._now, batch))
@@ -269,12 +271,12 @@ class OnlineLoop:
             for epoch in range(plan.epochs)
         ]
         columns = now.reads() | {"old_entropy"}
-        if "support" in batch.columns and "ref_logp" in columns:  # a KL is between whole distributions
+        if "support" in batch.columns and "ref_logp" in columns:  # a KL compares the full distributions
             columns |= {"old_full_logp"}
         return measured(learner, batch, self._turns[0], columns)
 
     def advantages(self, batch: Batch) -> Batch:
-        """The batch with score, token_reward, advantage and returns (pairs have their scores already)."""
+        """Return the batch with score, token_reward, advantage and returns (a batch of pairs is returned unchanged)."""
         if not self._now.pairs:
             self._whole = batch = advantages(self._now, batch)
         assert self._whole is not None
@@ -287,11 +289,11 @@ class OnlineLoop:
         return batch
 
     def _check(self, batch: Batch) -> None:
-        """The self-checks between measuring and training."""
+        """Run the self-checks between measuring and training."""
         step, plan, now = self.step, self.plan, self._now
         selfcheck.tokens(step, batch, plan.end_ids)
         selfcheck.finite(step, batch.columns)
-        if now.importance_correction is None:  # else the gap is expected, and weighed
+        if now.importance_correction is None:  # otherwise the gap is expected and corrected
             selfcheck.sampler_agrees(step, batch, self.learner.version, plan.low_precision)
         if step == 0 and plan.equal_start and "ref_logp" in batch.columns:
             selfcheck.kl_is_zero(step, batch)
@@ -299,7 +301,7 @@ class OnlineLoop:
             selfcheck.groups_centered(step, batch)
 
     def minibatches(self, batch: Batch) -> Iterator[MiniBatch]:
-        """The mini-batches of all epochs, cut as they were measured; it ends early when `target_kl` is exceeded."""
+        """Yield the mini-batches of all epochs. Stop early when `target_kl` is exceeded."""
         for epoch, turn in enumerate(self._turns if batch.rows else ()):
             for number, index in enumerate(turn):
                 if self._stopped:
@@ -312,10 +314,10 @@ class OnlineLoop:
                 yield MiniBatch(mini, tuple(index), epoch, number, streams)
 
     def forward_backward(self, mini: MiniBatch, loss: Callable[..., Tensor] | None = None) -> UpdateResult:
-        """Compute the gradient of the method's terms on a mini-batch; every count is global.
+        """Compute the gradient of the method's terms on a mini-batch; all counts are global.
 
-        With `loss`, it takes the place of the policy's loss: a function whose positional parameters name columns (logp,
-        old_logp, advantage, mask ...) and that returns one loss per token, (B, T), which the method's reduction averages.
+        `loss` replaces the loss of the policy. It is a function whose positional parameters name columns (logp, old_logp,
+        advantage, mask ...). It returns one loss per token, (B, T); the method's reduction averages them.
         """
         streams, terms = {"rollout": mini.batch, **mini.streams}, self._now.terms
         if loss is not None:
@@ -327,7 +329,10 @@ class OnlineLoop:
         return self.learner.forward_backward(_work(terms, streams))
 
     def optim_step(self) -> UpdateResult:
-        """Clip the gradient and take one optimizer step. In the first update of a rollout the ratio must be 1."""
+        """Clip the gradient and take one optimizer step.
+
+        Raise RuntimeError without a preceding forward_backward, and RunStopped if the ratio of the first update is not 1.
+        """
         mini = self._mini
         if mini is None:
             raise RuntimeError("optim_step was called without forward_backward before it")
@@ -352,7 +357,7 @@ class OnlineLoop:
         self._batch.scatter({"ratio": self._ratio}, "ratio", rows, (current["logp"] - current["old_logp"]).exp())
 
     def publish(self) -> None:
-        """Hand the new weights to the generator, and check that they arrived. The average and the reference follow."""
+        """Update the moving average and the reference, load the new weights into the generator, and check the result."""
         plan, learner = self.plan, self.learner
         if plan.ema is not None:
             learner.blend("ema", "policy", 1 - plan.ema)
@@ -367,7 +372,7 @@ class OnlineLoop:
             )  # fmt: skip
 
     def metrics(self) -> dict[str, float]:
-        """The metrics of this step so far: the rollout's, the policy's, and the mean of each update's."""
+        """Return the metrics of this step so far: of the rollout, of the policy, and the means over the updates."""
         if self._batch is None or self._whole is None:
             return dict(self._numbers)
         numbers = self._numbers | rollout_numbers(self._whole, [one.name for one in self.rewards])
@@ -383,7 +388,7 @@ class OnlineLoop:
             steered = self.algorithm.steered() and bool(batch.rows)
             moved = moved_from(self.learner, batch) if steered else 0.0
             seen = {"kl": numbers.get("kl", 0.0), "kl_old": moved, "entropy": numbers.get("entropy", 0.0)}
-            if self._updates:  # a rollout without a pair gives no information
+            if self._updates:  # a rollout without updates (no pairs) gives no information
                 seen |= {"reward": numbers.get("implicit_reward", 0.0), "sequences": len(whole.rows)}
                 state = self.algorithm.next(state, seen)
             trained = batch.with_columns(ratio=self._ratio) if batch.rows else batch
@@ -405,7 +410,7 @@ def train(*given: Any, **options: Any) -> None:
 
 
 def run_steps(loop: OnlineLoop) -> None:
-    """The online loop: every stage of every step."""
+    """Run every stage of every step of an online loop."""
     for step in loop.steps():
         groups = loop.generate()
         scores = loop.score(groups)
@@ -430,7 +435,7 @@ def _source(
     plan: OnlinePlan,
     driver: Driver | None,
 ) -> GroupSource:
-    """Where the groups come from: generated when they are needed, or ahead of the learner."""
+    """Return the source of the groups: synchronous, or asynchronous with `max_staleness` or a driver."""
     most = plan.prompts * plan.steps * (1 + algorithm.collect.dynamic_sampling)
     queue, answers = PromptQueue(prompts, most, plan.seed), algorithm.collect.num_generations
     if not plan.max_staleness and driver is None:

@@ -1,4 +1,4 @@
-"""What the user sees while a run goes: progress, rate and time left, with a few numbers."""
+"""Progress display of a run: completed steps, rate, time left, and a few metrics."""
 
 import sys
 from collections.abc import Mapping
@@ -6,9 +6,9 @@ from typing import Any
 
 
 class Progress:
-    """A progress bar on a terminal, a line now and then elsewhere, nothing when quiet.
+    """Show a progress bar on a terminal, or print a line at most every 10 seconds elsewhere. Show nothing if quiet.
 
-    Use as a context manager: `with Progress("ppo", 100) as progress: progress.advance({"score": 0.3})`.
+    Use it as a context manager: `with Progress("ppo", 100) as progress: progress.advance({"score": 0.3})`.
     """
 
     def __init__(self, title: str, total: int, *, done: int = 0, quiet: bool = False) -> None:
@@ -41,7 +41,7 @@ class Progress:
         return self
 
     def advance(self, numbers: Mapping[str, float], count: int = 1) -> None:
-        """`count` steps more are done; the first few numbers are shown."""
+        """Record `count` more completed steps, and show the first five numbers."""
         import time
 
         self.done += count

@@ -1,4 +1,4 @@
-"""The run folder: the resolved recipe, the environment, metrics.jsonl, every rollout as Parquet, checkpoints."""
+"""The run folder: resolved recipe, environment, metrics.jsonl, rollouts as Parquet files, and checkpoints."""
 
 import json
 import platform
@@ -16,14 +16,14 @@ from whet.loops import rollouts
 from whet.trackers import Tracker
 
 SHOWN = 16
-"""Answers of a rollout that trackers get."""
+"""Number of answers per rollout that are sent to trackers."""
 PACKAGES = ("torch", "transformers", "peft", "numpy", "tokenizers", "safetensors")
 
 
 class RunFolder:
-    """One run's folder. With `resume_at` the metrics and rollouts after that step are dropped: they will be made again.
+    """Write the files of one run. With `resume_at`, remove the metrics and rollouts after that step.
 
-    Of several workers one alone `writes`.
+    With several workers, `writes` is True for only one of them.
     """
 
     def __init__(
@@ -41,11 +41,11 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Where the checkpoints are."""
+        """The folder of the checkpoints."""
         return self.folder / "checkpoints"
 
     def environment(self, recipe_text: str) -> None:
-        """recipe.yaml (resolved) and environment.json (versions, threads)."""
+        """Write recipe.yaml (resolved) and environment.json (versions, number of threads)."""
         if not self.writes:
             return
         (self.folder / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
@@ -54,7 +54,7 @@ class RunFolder:
         write_json(self.folder / "environment.json", about | versions)
 
     def metrics(self, step: int, **numbers: float) -> None:
-        """One line of metrics.jsonl, and the same numbers to the trackers."""
+        """Append one line to metrics.jsonl, and log the same numbers to the trackers."""
         if not self.writes:
             return
         line = {"step": step} | {name: _plain(value) for name, value in numbers.items()}
@@ -64,7 +64,7 @@ class RunFolder:
             tracker.log(step, {name: value for name, value in line.items() if name != "step"})
 
     def rollout(self, step: int, groups: Sequence[Group], batch: Batch, names: Sequence[str]) -> None:
-        """`rollouts/step-00000042.parquet` (see `loops.rollouts`), and some of its answers to the trackers."""
+        """Write `rollouts/step-00000042.parquet` (see `loops.rollouts`), and send some of its answers to the trackers."""
         if not self.writes:
             return
         rollouts.write(self.folder, step, groups, batch, names)
@@ -79,13 +79,13 @@ class RunFolder:
                 tracker.samples(step, rows)
 
     def close(self) -> None:
-        """The trackers write what they have buffered."""
+        """End the trackers; they write their buffered data."""
         for tracker in self.trackers:
             tracker.end()
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """All lines of a run's metrics.jsonl; a last one that was cut off in the middle is left out."""
+    """Return the lines of metrics.jsonl of a run, up to the first incomplete line (a write that was interrupted)."""
     rows = []
     for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         try:
@@ -96,7 +96,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def mean_of(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of every number over the rows that have it."""
+    """Return the mean of each number over the rows that contain it."""
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: sum(row[name] for row in rows if name in row) / sum(name in row for row in rows) for name in names}
 

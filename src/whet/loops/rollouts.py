@@ -1,4 +1,4 @@
-"""Writes and reads the rollouts of a run: one Parquet file per step, one row per answer, per-token columns as lists."""
+"""Write and read the rollouts of a run: one Parquet file per step, one row per answer, per-token columns as lists."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,18 +8,21 @@ from whet.data import COLUMNS, Batch, Group
 from whet.errors import DataError
 
 SCHEMA = 1
-"""Version of the columns, in the file's metadata. Version 1 also stands for files without one."""
+"""Version of the columns, stored in the metadata of a file. A file without a version has version 1."""
 LEFT_OUT = ("element", "index", "rewards", "address")
-"""Columns of the batch that no file has."""
+"""Columns of the batch that are not written."""
 
 
 def path_of(folder: Path, step: int) -> Path:
-    """The file of a step of the run in this folder."""
+    """Return the path of the file of a step of the run in this folder."""
     return folder / "rollouts" / f"step-{step:08d}.parquet"
 
 
 def write(folder: Path, step: int, groups: Sequence[Group], batch: Batch, names: Sequence[str]) -> Path:
-    """Write the file of a step. Per-token columns are as long as the answer; `names` are the rewards of the column `rewards`."""
+    """Write the file of a step and return its path. Per-token columns are cut to the length of the answer.
+
+    `names` are the names of the rewards in the column `rewards`; each is written as `reward/NAME`.
+    """
     import pyarrow
     import pyarrow.parquet
 
@@ -58,9 +61,9 @@ def write(folder: Path, step: int, groups: Sequence[Group], batch: Batch, names:
 
 
 def read(folder: Path, step: int, columns: Sequence[str] | None = None) -> dict[str, list[Any]]:
-    """Column -> one value per answer, of a step of the run in this folder; all columns, or these.
+    """Read all columns (or the given ones) of a step, as column name -> one value per answer.
 
-    Raises DataError for a file that a newer version wrote.
+    Raise DataError if a newer version of whet wrote the file.
     """
     import pyarrow.parquet
 
@@ -72,12 +75,12 @@ def read(folder: Path, step: int, columns: Sequence[str] | None = None) -> dict[
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps that have a file, in order."""
+    """Return the steps that have a file, in order."""
     return sorted(int(path.stem.split("-")[1]) for path in (folder / "rollouts").glob("step-*.parquet"))
 
 
 def remove_after(folder: Path, step: int) -> None:
-    """Remove the files of later steps: a resumed run writes them again."""
+    """Remove the files of steps after `step`; a resumed run writes them again."""
     for one in steps(folder):
         if one > step:
             path_of(folder, one).unlink()

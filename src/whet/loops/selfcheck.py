@@ -1,4 +1,4 @@
-"""What a run checks about itself while it goes; a failed check stops it with the cause in words."""
+"""Checks of a run during training. A failed check raises RunStopped with a message that explains the cause."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,16 +14,16 @@ from whet.ops import masked_sum
 GAP = {torch.float64: 1e-6, torch.float32: 2e-3}
 """Largest mean |sampler_logp - old_logp| in nats, by the precision of the log-probs."""
 HALF = 0.1
-"""The same where the weights are in half precision."""
+"""The same bound for weights in half precision."""
 
 
 def stop(step: int, fact: str) -> None:
-    """Stop the run: at this step this was found."""
+    """Raise RunStopped with the step and this fact."""
     raise RunStopped(f"step {step}: {fact}")
 
 
 def tokens(step: int, batch: Batch, end_ids: Sequence[int]) -> None:
-    """There are tokens to train, and where an answer ends with an end token, that token is trained."""
+    """Stop the run if no token is trained, or if an answer ends with an end token that is not trained."""
     if not bool(batch["mask"].any()):
         stop(step, "not a single token of this batch is trained; is every answer truncated and masked, or empty?")
     for number, row in enumerate(batch.rows):
@@ -36,14 +36,17 @@ def tokens(step: int, batch: Batch, end_ids: Sequence[int]) -> None:
 
 
 def finite(step: int, columns: Mapping[str, Tensor]) -> None:
-    """No NaN and no infinity in any number that training reads."""
+    """Stop the run if a column contains a NaN or an infinity."""
     for name, values in columns.items():
         if values.is_floating_point() and not bool(torch.isfinite(values).all()):
             stop(step, f"column {name} holds a NaN or an infinity")
 
 
 def sampler_agrees(step: int, batch: Batch, version: int, low_precision: bool = False) -> float:
-    """Generator and learner give the tokens of this version the same log-prob, within a bound; the mean gap in nats."""
+    """Return the mean gap, in nats, between the log-probs of generator and learner on the tokens of this version.
+
+    Stop the run if the gap exceeds the bound of the precision.
+    """
     mask = batch["mask"] & (batch["token_version"] == version)
     gap = float((batch["sampler_logp"] - batch["old_logp"])[mask].abs().mean()) if bool(mask.any()) else 0.0
     bound = HALF if low_precision else GAP[batch["old_logp"].dtype]
@@ -57,7 +60,7 @@ def sampler_agrees(step: int, batch: Batch, version: int, low_precision: bool = 
 
 
 def ratio_is_one(step: int, batch: Batch, now: Mapping[str, Tensor]) -> None:
-    """In the first mini-batch after a rollout the policy has not moved: logp is old_logp to the bit."""
+    """Stop the run if logp differs from old_logp in the first mini-batch of a rollout, before any update."""
     if "logp" not in now:
         return
     mask = batch["mask"]
@@ -71,7 +74,7 @@ def ratio_is_one(step: int, batch: Batch, now: Mapping[str, Tensor]) -> None:
 
 
 def kl_is_zero(step: int, batch: Batch) -> None:
-    """Where policy and reference began with equal weights, their log-probs are equal to the bit."""
+    """Stop the run if the log-probs of policy and reference differ. Call it when both still have equal weights."""
     own = batch["old_full_logp"] if "old_full_logp" in batch.columns else batch["old_logp"]
     off = (own - batch["ref_logp"])[batch["mask"]].abs()
     if bool((off != 0).any()):
@@ -82,14 +85,14 @@ def kl_is_zero(step: int, batch: Batch) -> None:
 
 
 def groups_centered(step: int, batch: Batch) -> None:
-    """Where advantages are centered within a group, each group's sum to 0 (per answer, before any reweighting)."""
+    """Stop the run if the advantages of a group, one per answer, do not sum to 0. Call it for centered advantages only."""
     first = torch.where(
         batch["mask"].any(1), batch["advantage"].gather(1, batch["mask"].int().argmax(1)[:, None])[:, 0], 0.0
     )
     zeros = torch.zeros(int(batch["group"].max()) + 1, dtype=first.dtype)
     earned = masked_sum(
         batch["token_reward"], batch["mask"], 1
-    ).abs()  # what was centered: it is rounded at its own size
+    ).abs()  # the rounding error of centering grows with this value
     sums, sizes = (zeros.index_add(0, batch["group"], one.to(first)) for one in (first, first.abs() + 0.02 * earned))
     off = sums.abs() / sizes.clamp(min=1e-3)
     if bool((off > 1e-3).any()):
@@ -105,10 +108,10 @@ def published(
     expected: Tensor,
     low_precision: bool = False,
 ) -> None:
-    """The generator has the learner's version, and scores a fixed sequence as the learner does now.
+    """Stop the run if the generator does not have the learner's weights: same version, same log-probs of a fixed sequence.
 
-    `before` and `expected` are the learner's scores (S - 1,) before this rollout's updates and after them. Where they
-    differ by more than what precision explains, the generator has to be nearer to the second.
+    `before` and `expected` are the learner's log-probs (S - 1,) before and after the updates of this rollout. If they
+    differ by more than a tenth of the bound of the precision, the generator's must be nearer to `expected`.
     """
     if generator.version != version:
         stop(step, f"the generator has weights of version {generator.version}, the learner is at {version}")

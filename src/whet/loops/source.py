@@ -1,4 +1,4 @@
-"""Where a rollout's groups come from: prompts in their order, and answers asked for when they are needed."""
+"""Sources of the groups of a rollout: the order of the prompts, and generation on demand."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +10,10 @@ from whet.methods.options import Sampling
 
 
 class PromptQueue:
-    """Prompts in the order in which they are handed out; `drawn` counts them, so that a refilled run resumes as well.
+    """Hand out prompts in a fixed random order.
 
-    `most` is how many may ever be handed out.
+    `drawn` is the number of prompts handed out. It is part of a checkpoint, because dynamic sampling draws more prompts
+    than the steps alone imply. `most` is the largest number of prompts that can be handed out.
     """
 
     def __init__(self, prompts: Sequence[Prompt], most: int, seed: int) -> None:
@@ -20,11 +21,11 @@ class PromptQueue:
         self.order = order([len(prompts)], most, seed)
 
     def prompt(self, draw: int) -> Prompt:
-        """The prompt with this running number."""
+        """Return the prompt with this running number."""
         return self.prompts[self.order[draw][1]]
 
     def take(self, count: int) -> list[tuple[int, Prompt]]:
-        """The next `count` prompts with their running numbers."""
+        """Return the next `count` prompts with their running numbers."""
         taken = range(self.drawn, self.drawn + count)
         self.drawn += count
         return [(draw, self.prompt(draw)) for draw in taken]
@@ -33,34 +34,34 @@ class PromptQueue:
 def answered(
     generator: Generator, drawn: Sequence[tuple[int, Prompt]], answers: int, sampling: Sampling, seed: int
 ) -> list[Group]:
-    """`answers` samples for each (draw, prompt)."""
+    """Generate `answers` samples for each (draw, prompt) and return one group per prompt."""
     requests = [Request(prompt, draw, answer, sampling, seed) for draw, prompt in drawn for answer in range(answers)]
     samples = list(generator.generate(requests))
     return [Group(prompt, tuple(samples[i * answers : (i + 1) * answers])) for i, (_, prompt) in enumerate(drawn)]
 
 
 class GroupSource(Protocol):
-    """Where a rollout's groups come from."""
+    """Provide the groups of a rollout."""
 
     def groups(self, step: int, count: int) -> list[Group]:
-        """`count` groups for this step."""
+        """Return `count` groups for this step."""
 
     def staleness(self, step: int, groups: Sequence[Group]) -> list[int]:
-        """How many steps old the weights of each token's are."""
+        """Return the ages in steps of the weights that produced the tokens."""
 
     def state(self) -> dict[str, Any]:
-        """What is needed to go on after this step, as JSON."""
+        """Return what is needed to continue after this step, as JSON values."""
 
     def restore(self, saved: Mapping[str, Any], step: int) -> None:
-        """Go on where `state` was taken, before step `step`."""
+        """Restore the result of `state`, to continue with step `step`."""
 
     def close(self) -> None:
-        """Nothing more is generated."""
+        """Stop generating."""
 
 
 @dataclass
 class SynchronousSource:
-    """Groups that are asked for when they are needed, and waited for: nothing is ever old."""
+    """Generate the groups of each step when they are needed, and wait for them. All tokens are from the current weights."""
 
     generator: Generator
     queue: PromptQueue
@@ -73,7 +74,7 @@ class SynchronousSource:
         return answered(self.generator, self.queue.take(count), self.answers, self.sampling, self.seed)
 
     def staleness(self, step: int, groups: Sequence[Group]) -> list[int]:
-        """All of these weights."""
+        """Return [0]: all tokens are from the current weights."""
         return [0]
 
     def state(self) -> dict[str, Any]:

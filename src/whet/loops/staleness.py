@@ -1,11 +1,11 @@
-"""The rules of asynchronous generation: how far ahead groups are begun, and which of them a step consumes. No torch here."""
+"""Rules of asynchronous generation: how early groups begin, and which groups a step consumes. Import no torch here."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar
 
 
 class Out(Protocol):
-    """A group whose generation began at step `begun` and that no step has consumed yet; `ended` is None until it is complete."""
+    """A group that began at step `begun` and is not consumed yet. `ended` is None until the group is complete."""
 
     draw: int
     begun: int
@@ -16,20 +16,20 @@ Group = TypeVar("Group", bound=Out)
 
 
 def lead(max_staleness: int) -> int:
-    """How many steps' groups are handed out beyond those that are wanted now: half of the bound, rounded up.
+    """Return how many steps ahead groups are handed out: half of the staleness bound, rounded up.
 
-    The other half is how long a slow group may be passed over. Were all of the bound handed out, each step would have to
-    take exactly one hand-out, slow ones included.
+    The other half is slack for slow groups: later groups may be consumed before them. Without this slack, each step would
+    have to consume exactly the groups that began together, including the slow ones.
     """
     return (max_staleness + 1) // 2
 
 
 def chosen(out: Sequence[Group], step: int, count: int, max_staleness: int, prompts: int) -> list[Group] | None:
-    """The `count` groups that this step consumes, by draw; None where it has to wait for one of them.
+    """Return the `count` groups that this step consumes, ordered by draw, or None if one of them is not complete yet.
 
-    A group has to be consumed at most `max_staleness` steps after it was begun, and every later step consumes `prompts`.
-    Groups that no later step could take in time are waited for; the rest are those that were complete first. With
-    max_staleness 0 these are all groups of the step, whatever their order.
+    A group must be consumed at most `max_staleness` steps after it began, and every later step consumes `prompts` groups.
+    First come the groups that no later step could consume in time; the step waits for these. The others are the groups
+    that were complete first. With max_staleness 0, the result is all groups of the step, in any order of completion.
     """
     if sum(one.ended is not None for one in out) < count:
         return None

@@ -37,6 +37,10 @@ def own_choice(slot: str, name: str, columns: frozenset[str] | None) -> Choice:
                 f"algorithm.{slot}: {place_of(function)}: the parameter {one.name!r} is no column of this slot; "
                 f"options are keyword-only (after *); columns are {', '.join(sorted(columns))}"
             )
+        if one.kind is one.KEYWORD_ONLY and one.default is one.empty:
+            raise RecipeError(
+                f"algorithm.{slot}: {place_of(function)}: the option {one.name!r} has no default; give it one"
+            )
     return Choice(function, _formula(function), place_of(function))
 
 

@@ -76,8 +76,6 @@ class HttpReward:
                     tries = self.options.retries + 1
                     raise RewardError(f"{error}; tried {tries} time{'s' if tries > 1 else ''}") from error
                 time.sleep(min(0.1 * 2 ** (self.options.retries - left), 5.0))
-            except ValueError as error:
-                raise RewardError(f"reward {self.url}: the answer is not JSON ({error})") from error
         values = next((found[key] for key in ("rewards", "scores") if isinstance(found, dict) and key in found), found)
         if not isinstance(values, list) or len(values) != len(body["completions"]):
             count = len(body["completions"])

@@ -1,1 +1,1 @@
-"""Assembly: from a recipe, or from Python objects, to a run."""
+"""Build and start runs from recipes or Python objects."""

@@ -1,4 +1,4 @@
-"""From a recipe's `{name: ..., option: ...}` to an adapter, each of its options checked."""
+"""Find the adapter for a recipe value `{name: ..., option: ...}`, and check its options."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,21 +17,21 @@ class Chosen:
     options: Any
 
     def check(self, context: Any) -> None:
-        """Raises where the adapter refuses these options."""
+        """Call the adapter's check of these options, which raises an error for invalid ones."""
         self.adapter.check(self.options, context)
 
     def make(self, context: Any) -> Any:
-        """The adapter's object."""
+        """Build the object of the adapter."""
         return self.adapter.make(self.options, context)
 
 
 def chosen(registry: Registry, spec: Any, where: str) -> Chosen:
-    """The adapter that `spec`, a name or a mapping with a name and options, stands for. Raises RecipeError naming the option."""
+    """Return the adapter for `spec`, a name or a mapping with name and options. Raises RecipeError for a wrong option."""
     given = {"name": spec} if isinstance(spec, str) else dict(spec) if isinstance(spec, Mapping) else {}
     name = given.pop("name", None)
     if not isinstance(name, str):
         raise RecipeError(f"{where}: expected a name or a mapping with a name, got {spec!r}")
-    adapter = registry.find(name)
+    adapter = registry.find(name, where)
     known = list(config.fields_of(adapter.options))
     for option in given:
         if option not in known:

@@ -1,7 +1,7 @@
-"""The functions beside training: sample, rank, evaluate, explain, plan, serve. Each resolves its recipe and runs."""
+"""The public functions other than training: sample, rank, evaluate, serve, explain and plan."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ from whet.runs.sources import Sources
 
 
 def sample(recipe: str | None = None, *, tokenizer: Any = None, **fields: Any) -> Path:
-    """Write `num_generations` answers for every prompt to the file `out`: `sample(model="DIR", data=prompts, out="a.jsonl")`.
+    """Generate answers to prompts and write them to the file `out`: `sample(model="DIR", data=prompts, out="a.jsonl")`.
 
-    With `reward` the rows have `scores`; `keep="best"` writes the best answer alone. Returns the file. Raises RecipeError,
-    DataError or ModelError for what cannot work, RewardError when a reward fails.
+    Write one row per prompt, with `num_generations` answers in `responses`. With `reward`, also write their `scores`.
+    `keep="best"` writes only the best answer. Return the path of the file. Raises RecipeError, DataError or ModelError for
+    invalid arguments, RewardError if a reward function fails.
     """
     from whet.runs.sample import run_sample
 
@@ -24,55 +25,64 @@ def sample(recipe: str | None = None, *, tokenizer: Any = None, **fields: Any) -
 
 
 def rank(recipe: str | None = None, **fields: Any) -> Path:
-    """Write rankings of the answers of a file to the file `out`, by a judge or by their scores. Returns the file."""
+    """Rank the answers in a file by a judge function or by their `scores`, and write them with `ranks` to the file `out`.
+    Return its path. Raises UserError for invalid arguments or rows, RewardError if the judge fails."""
     from whet.runs.rank import run_rank
 
     return _called("rank", run_rank, recipe, None, fields)
 
 
 def evaluate(recipe: str | None = None, *, tokenizer: Any = None, **fields: Any) -> dict[str, float]:
-    """Win rate against another model under judges, the accuracy of a reward model, or the loss on held-out rows."""
+    """Evaluate a model. Return the metrics by name: the win rate (0 to 1) against another model under judges, the loss and
+    accuracy of a reward model, or the loss of a language model in nats per token. Raises RecipeError, DataError or
+    ModelError for invalid arguments, RewardError if a judge fails."""
     from whet.runs.evaluate import run_eval
 
     return _called("eval", run_eval, recipe, tokenizer, fields)
 
 
 def serve(recipe: str | None = None, **fields: Any) -> str:
-    """Run a vLLM server on loopback until it is interrupted. Returns how it ended."""
+    """Run a vLLM server on the loopback address until SIGINT or SIGTERM. Return "ended". Raises RecipeError for invalid
+    arguments, if vLLM is not installed or if the server exits by itself, ModelError if the server does not start."""
     from whet.runs.serve import run_serve
 
     return run_serve(config.resolve(kind_of("serve"), "serve", recipe, list(fields.items())))
 
 
-def explain(method: str, recipe: str | None = None, **fields: Any) -> str:
-    """What `whet.train` would do with the same arguments: the objective with its numbers, its arithmetic, where it ends."""
+def explain(method: str, recipe: str | None = None, *, tokenizer: Any = None, **fields: Any) -> str:
+    """Describe what `whet.train` would do with these arguments: the objective with its numbers, the optimum, the
+    numbers of answers and updates, the trained roles. Load no weights. Raises RecipeError for invalid arguments."""
     from whet.runs.explain import explanation
 
     _trains(method, "explain")
     with tempfile.TemporaryDirectory() as folder:
-        sources = Sources(Path(folder))
-        plain = [(name, sources.plain(name, value)) for name, value in fields.items()]
-        return explanation(method, config.resolve(kind_of(method), method, recipe, plain))
+        return explanation(method, _resolved(method, recipe, Sources(Path(folder), tokenizer), fields))
 
 
-def plan(method: str, recipe: str | None = None, **fields: Any) -> str:
-    """What `whet.train` would need on many GPUs: memory of each role, traffic, time. `plan("ppo", model="DIR", gpus=64)`."""
+def plan(method: str, recipe: str | None = None, *, tokenizer: Any = None, **fields: Any) -> str:
+    """Estimate memory, network traffic and time of `whet.train` on several GPUs: `plan("ppo", model="DIR", gpus=64)`.
+    Raises RecipeError for invalid arguments or if the run does not fit, ModelError if a model folder has no config.json."""
     from whet.runs.plan import plan as planned
     from whet.runs.plan import taken
 
     _trains(method, "plan")
     options, rest = taken(fields)
-    return planned(method, config.resolve(kind_of(method), method, recipe, list(rest.items())), options)
+    with tempfile.TemporaryDirectory() as folder:
+        return planned(method, _resolved(method, recipe, Sources(Path(folder), tokenizer), rest), options)
 
 
 def _called(verb: str, run: Callable[[Any], Any], recipe: str | None, tokenizer: Any, fields: dict[str, Any]) -> Any:
-    """The result of a call whose Python objects lie in a temporary folder meanwhile."""
+    """Resolve the recipe and call `run` with it. Python objects are written to a temporary folder for the call."""
     with tempfile.TemporaryDirectory() as folder:
-        sources = Sources(Path(folder), tokenizer)
-        plain = [(name, sources.plain(name, value)) for name, value in fields.items()]
-        resolved = config.resolve(kind_of(verb), verb, recipe, plain)
-        sources.write()
-        return run(resolved)
+        return run(_resolved(verb, recipe, Sources(Path(folder), tokenizer), fields))
+
+
+def _resolved(verb: str, recipe: str | None, sources: Sources, fields: Mapping[str, Any]) -> Any:
+    """Resolve the recipe of a verb, and write the files that stand for Python objects."""
+    plain = [(name, sources.plain(name, value)) for name, value in fields.items()]
+    resolved = config.resolve(kind_of(verb), verb, recipe, plain)
+    sources.write()
+    return resolved
 
 
 def _trains(method: str, about: str) -> None:

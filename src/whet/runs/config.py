@@ -1,4 +1,4 @@
-"""How a verb's defaults, a YAML file and dotted overrides become one checked recipe. Light to import."""
+"""Merge defaults, YAML recipes and dotted overrides into one checked recipe. Imports no torch."""
 
 import dataclasses
 import difflib
@@ -34,13 +34,13 @@ SHORT: Mapping[str, tuple[str, ...]] = {
     **{name: (f"algorithm.value.{name}",) for name in ("vf_coef", "clip_range_vf")},
     "ent_coef": ("algorithm.entropy.ent_coef",),
 }
-"""Options that may be written without their section: the first of these places that the recipe has."""
+"""Options that can be given without their section: name -> full names. The first one that the recipe has is used."""
 
 
 def resolve(kind: type, verb: str, recipe: str | None, overrides: Sequence[tuple[str, Any]]) -> Any:
-    """The recipe record: the kind's defaults, the verb's shipped recipe, the user's, then the overrides, checked.
+    """Return the checked recipe. Merge the defaults of `kind`, the shipped recipe of `verb`, `recipe` and `overrides`.
 
-    Raises RecipeError naming the field, the value got and the fix.
+    Raises RecipeError with the field, the wrong value and how to fix it.
     """
     shipped = SHIPPED / f"{verb}.yaml"
     if not shipped.is_file():
@@ -79,7 +79,7 @@ def _method_of(layer: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _composed(verb: str, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The verb's method with every layer's changes, slot by slot; a reward model's method is picked by its `name`."""
+    """Return the slots of the method, changed by each layer in order. `name` selects the method of a reward model."""
     out: dict[str, Any] = {}
     if verb == "reward":
         names = [layer["name"] for layer in layers if "name" in layer]
@@ -93,7 +93,7 @@ def _composed(verb: str, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A recipe file as a tree."""
+    """Read a recipe file as nested dicts. Raises RecipeError if it is not valid YAML or not a mapping."""
     import yaml
 
     try:
@@ -108,14 +108,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def yaml_tree(text: str) -> dict[str, Any]:
-    """The tree of a YAML text."""
+    """Parse a YAML text."""
     import yaml
 
     return yaml.safe_load(text)
 
 
 def to_yaml(record: Any, verb: str | None = None) -> str:
-    """A resolved recipe as YAML, with the verb it belongs to where it is given."""
+    """Return a resolved recipe as YAML, with `verb` as its `method` if given."""
     import yaml
 
     tree = ({} if verb is None else {"method": verb}) | msgspec.to_builtins(record)
@@ -123,7 +123,7 @@ def to_yaml(record: Any, verb: str | None = None) -> str:
 
 
 def converted(tree: Mapping[str, Any], kind: Any, where: str) -> Any:
-    """The tree as a record of this kind. Raises RecipeError with the field's dotted name, what is wrong and what was got."""
+    """Convert nested dicts to a record of type `kind`. Raises RecipeError with the field name and the wrong value."""
     try:
         return msgspec.convert(tree, kind, strict=False)
     except msgspec.ValidationError as error:
@@ -144,7 +144,7 @@ def converted(tree: Mapping[str, Any], kind: Any, where: str) -> Any:
 
 
 def _choices_at(kind: Any, path: str) -> tuple[str, ...]:
-    """The choices of the field at a dotted path of a record."""
+    """Return the allowed values of the field at a dotted path of a record type."""
     for key in path.split("."):
         if not (isinstance(kind, type) and (dataclasses.is_dataclass(kind) or issubclass(kind, msgspec.Struct))):
             return ()
@@ -156,7 +156,7 @@ def _choices_at(kind: Any, path: str) -> tuple[str, ...]:
 
 
 def unknown(name: str, known: Sequence[str]) -> RecipeError:
-    """The error for a field that does not exist, with the nearest one that does."""
+    """Return the error for an unknown field, with the closest known field."""
     foreign = FOREIGN.get(name.rpartition(".")[2])
     if foreign is not None:
         return RecipeError(f"unknown field {name!r}; here it is {foreign}")
@@ -171,7 +171,7 @@ def unknown(name: str, known: Sequence[str]) -> RecipeError:
 
 
 def unknown_method(name: str, known: Sequence[str] = ()) -> RecipeError:
-    """The error for a method or command that does not exist, with the nearest one that does."""
+    """Return the error for an unknown method or command, with the closest known one."""
     every = list(known) or [
         "pretrain", "sft", "reward", *catalogue.ONLINE, *catalogue.ONLINE_PREFERENCE, *catalogue.PREFERENCE,
     ]  # fmt: skip
@@ -181,13 +181,13 @@ def unknown_method(name: str, known: Sequence[str] = ()) -> RecipeError:
 
 
 def fields_of(kind: type) -> dict[str, Any]:
-    """Field name -> type of a recipe record."""
+    """Return the types of the fields of a recipe record, by name."""
     hints = typing.get_type_hints(kind, include_extras=True)
     return {one.name: hints[one.name] for one in dataclasses.fields(kind)}
 
 
 def section(annotation: Any) -> type | None:
-    """The record behind an annotation: `LoRA | None` -> LoRA, `list[Source]` -> None."""
+    """Return the dataclass in an annotation: LoRA for `LoRA | None`, None for `list[Source]`."""
     options = (
         typing.get_args(annotation)
         if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union
@@ -197,13 +197,13 @@ def section(annotation: Any) -> type | None:
 
 
 def choices(annotation: Any) -> tuple[str, ...]:
-    """The values a field may have, where they are listed: those of its Literal."""
+    """Return the values of the Literal in an annotation as strings; empty without a Literal."""
     parts = (annotation, *typing.get_args(annotation))
     return next((tuple(map(str, typing.get_args(one))) for one in parts if typing.get_origin(one) is Literal), ())
 
 
 def leaves(kind: type, prefix: str = "") -> list[str]:
-    """Every field of a recipe with its dots."""
+    """Return the dotted names of all fields and sections of a recipe."""
     out = []
     for name, annotation in fields_of(kind).items():
         inner = section(annotation)
@@ -212,7 +212,7 @@ def leaves(kind: type, prefix: str = "") -> list[str]:
 
 
 def _nested(kind: type, name: str, value: Any) -> dict[str, Any]:
-    """{"a": {"b": value}} from "a.b". A first key that is no field of the recipe is a option of its method."""
+    """Return {"a": {"b": value}} for the name "a.b". A first key that is not a field belongs to the section `algorithm`."""
     known = fields_of(kind)
     head, dot, rest = name.partition(".")
     if head not in known:
@@ -233,7 +233,7 @@ def _nested(kind: type, name: str, value: Any) -> dict[str, Any]:
 
 
 def _expand(kind: type, tree: Any, where: str) -> Any:
-    """The tree with bare values put into their section's main field, and every key checked to exist."""
+    """Return the tree with a bare value of a section moved to its main field. Raises RecipeError for an unknown key."""
     if not isinstance(tree, Mapping):
         if kind not in MAIN_FIELD or tree is None:
             return tree

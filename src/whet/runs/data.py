@@ -1,4 +1,4 @@
-"""How the rows of a recipe are read, and which options of the data fit a method."""
+"""Read the rows of a recipe, and check that the data options fit the method."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from whet.runs import recipe as fields
 
 
 def reader_of(model: fields.Frozen, data: fields.Data | fields.Rows, chat: Chat, *, room: int = 0) -> Reader:
-    """The reader of this recipe's rows; `room` positions are kept free for an answer."""
+    """Build the reader of the rows. Keep `room` positions free for an answer. Raises RecipeError if lengths do not fit."""
     limit = load.positions(models.source_of(model))
     longest = min(data.max_tokens or limit, limit - room)
     if data.max_tokens and data.max_tokens > limit:
@@ -31,21 +31,21 @@ def reader_of(model: fields.Frozen, data: fields.Data | fields.Rows, chat: Chat,
 
 
 def rows_of(data: fields.Rows, read: Callable[[Sequence[Any]], list]) -> list:
-    """The records of the one file of a recipe."""
+    """Read the records of a single training file. Raises RecipeError without one."""
     if not data.train:
         raise RecipeError("data.train: which rows? give --data with a file or a dataset's name")
     return read(read_rows(data.train))
 
 
 def sources_of(data: fields.Data, read: Callable[[Sequence[Any]], list]) -> tuple[list[list], list[float] | None]:
-    """(the elements of every training source, their weights or None for a single file)."""
+    """Return the elements of each training source, and the weights of the sources (None for a single file)."""
     if isinstance(data.train, str):
         return [rows_of(fields.Rows(data.train), read)], None
     return [read(read_rows(one.path)) for one in data.train], [one.weight for one in data.train]
 
 
 def guarded(read: Callable[[Sequence[Any]], list], objective: Objective, name: str) -> Callable[[Sequence[Any]], list]:
-    """The reading, with rows refused whose `margin` or `probability` no term of the method reads."""
+    """Wrap `read` to raise DataError if a row has a `margin` or `probability` that the losses of the method do not use."""
     compared = [term.reads() for term in objective.terms if term.name not in ("sft", "centering")]
 
     def checked(rows: Sequence[Any]) -> list:
@@ -61,12 +61,12 @@ def guarded(read: Callable[[Sequence[Any]], list], objective: Objective, name: s
 
 
 def evaluation_of(data: fields.Data, read: Callable[[Sequence[Any]], list]) -> list[Element]:
-    """The held-out elements; none without data.eval."""
+    """Read the held-out elements; an empty list without `data.eval`."""
     return read(read_rows(data.eval)) if data.eval else []
 
 
 def check_columns(prompts: Sequence[Prompt]) -> None:
-    """Refuses prompt rows whose columns would hide what reward functions get from whet."""
+    """Raise RecipeError if a prompt row has a column with the name of an argument that whet passes to reward functions."""
     for prompt in prompts:
         for name in ("prompts", "completions", "completion_ids"):
             if name in prompt.row:
@@ -76,12 +76,12 @@ def check_columns(prompts: Sequence[Prompt]) -> None:
 
 
 def reading(name: str, objective: Objective) -> str:
-    """Which records a method is trained on: the name of a reading of `whet.data.Reader`."""
+    """Return the name of the method of `whet.data.Reader` that reads the rows of a training method."""
     return "unpaired" if "good" in objective.reads() else catalogue.READS.get(name, "pairs")
 
 
 def check_data(data: fields.Data, records: str) -> None:
-    """Refuses options of the data that these records do not have."""
+    """Raise RecipeError for data options that do not apply to this kind of records."""
     if data.separator != fields.Data().separator and records != "steps":
         raise RecipeError(
             "data.separator: only rows with steps (reward --algorithm.name process) have one; leave it out"

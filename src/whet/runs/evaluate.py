@@ -1,4 +1,4 @@
-"""whet.evaluate: win rates under judges, the accuracy of a reward model, or a held-out loss."""
+"""whet.evaluate: compute win rates under judges, the accuracy of a reward model, or a held-out loss."""
 
 from contextlib import closing
 from dataclasses import replace
@@ -18,7 +18,8 @@ from whet.runs import recipe as fields
 
 
 def run_eval(recipe: fields.EvalRecipe) -> dict[str, float]:
-    """Win rate against another model under judges; or a reward model's accuracy; or the loss on held-out rows."""
+    """Return the win rate under judges, the loss and accuracy of a reward model, or the loss in nats per token, by name.
+    Raises RecipeError if only one of `against` and `judge` is given."""
     sample.threads(recipe.threads)
     if (recipe.against is None) != (not recipe.judge):
         raise RecipeError(
@@ -31,7 +32,8 @@ def run_eval(recipe: fields.EvalRecipe) -> dict[str, float]:
 
 
 def _win_rates(recipe: fields.EvalRecipe) -> dict[str, float]:
-    """Both models answer every prompt once, independently; each judge scores; KL of the model to the other, in nats."""
+    """Generate one answer per prompt with both models and score them with each judge. Return the win rates, the mean scores
+    with 95% intervals, and the KL of the model to the other one in nats per answer, if it can be computed."""
     assert recipe.against is not None
     tokenizer, chat = models.tokenizer_and_chat(recipe.model)
     judges = rewards.distinct(
@@ -49,7 +51,7 @@ def _win_rates(recipe: fields.EvalRecipe) -> dict[str, float]:
     rival_generator = LocalGenerator(other, other_chat.end_ids, other_chat.text, unit=recipe.max_num_seqs)
     theirs = evaluate.answers(rival_generator, prompts, recipe.sampling, seed=address(recipe.seed, "against"))
     divergence: list[Any] = [None] * len(ours)
-    exact = False  # only where the samples are the policy's own, and it is here, is there a KL
+    exact = False  # the KL needs untruncated samples and a policy in this process
     if isinstance(generator, LocalGenerator) and recipe.sampling.temperature > 0 and not recipe.sampling.truncates:
         exact = True
         roles = {"policy": generator.role, "reference": other}

@@ -1,4 +1,4 @@
-"""`whet explain`: what a recipe's run will do - its objective with the numbers filled in, its arithmetic, who is trained."""
+"""`whet explain`: describe a run: its objective with numbers, its batch sizes and update counts, its trained roles."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from whet.runs.slots import checked, rule_of
 
 
 def explanation(verb: str, recipe: Any) -> str:
-    """The text for a resolved recipe. Raises RecipeError where the run itself would refuse the method or its arithmetic."""
+    """Return the text for a resolved recipe. Raises RecipeError if a run would reject the method or the batch sizes."""
     parts: list[tuple[str, list[str]]]
     if isinstance(recipe, fields.OnlineRecipe):
         parts = _online(verb, recipe)

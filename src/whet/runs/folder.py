@@ -1,4 +1,4 @@
-"""The run folder of a call: checked before anything is loaded, opened when everything is ready."""
+"""The run folder: check it before any model is loaded, and open it before the first step."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from whet.trackers import TRACKERS, RunInfo, Tracker
 
 @dataclass(frozen=True)
 class Options:
-    """What a call says beside the recipe: continue a run; show no progress."""
+    """Options of a run that are not in the recipe: `resume` continues a run, `quiet` prints no progress."""
 
     resume: bool = False
     quiet: bool = False
@@ -27,9 +27,9 @@ class Options:
 
 @contextmanager
 def working(recipe: Any, options: Options) -> Iterator[tuple[Workers, Options]]:
-    """This process alone, or as one of torchrun's workers, of which the first one talks.
+    """Join the process group of torchrun's workers. Yield the workers and the options; only rank 0 prints progress.
 
-    An engine for several workers needs a group of processes, if only of one.
+    Without torchrun, yield a single worker. Learner backends other than "local" need a process group, even of size 1.
     """
     engine = learners.backend_of(recipe, int(os.environ["WORLD_SIZE"]) if launched() else 1)
     if not launched() and engine == "local":
@@ -40,19 +40,19 @@ def working(recipe: Any, options: Options) -> Iterator[tuple[Workers, Options]]:
     try:
         yield workers, replace(options, resume=resume, quiet=options.quiet or not workers.first)
     except BaseException:
-        if workers.size == 1:  # else the launcher ends the others
+        if workers.size == 1:  # with more workers, the launcher ends the others
             leave()
         raise
     leave()
 
 
 def restarted(options: Options) -> Options:
-    """What torchrun started again goes on where it was, if an earlier attempt had begun; the first worker asks."""
+    """Return the options, with `resume` set on rank 0 if an earlier attempt of this torchrun launch has begun the run."""
     return replace(options, resume=options.resume or (first() and noted("begun")))
 
 
 def begun(recipe: Any, verb: str) -> bool:
-    """The run folder of this recipe holds a run."""
+    """Return True if the run folder of this recipe contains a recipe and metrics or checkpoints."""
     where = Path(recipe.out or f"runs/{verb}")
     return (where / "recipe.yaml").is_file() and (
         (where / "metrics.jsonl").is_file() or (where / "checkpoints").is_dir()
@@ -60,11 +60,12 @@ def begun(recipe: Any, verb: str) -> bool:
 
 
 def checked(recipe: Any, verb: str, options: Options) -> Path:
-    """The run folder, checked but not made: free, or with --resume one whose recipe is the same."""
+    """Return the run folder without creating it. Raises RecipeError if it contains a run and `resume` is
+    False, or if `resume` is True and it contains no run or one with another recipe."""
     folder = Path(recipe.out or f"runs/{verb}")
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"out: {folder} is a file; name a folder with --out")
-    if not first():  # the first worker looks, and tells whether to resume
+    if not first():  # only rank 0 reads the folder; it broadcasts `resume`
         return folder
     saved = folder / "recipe.yaml"
     began = (folder / "metrics.jsonl").is_file() or (folder / "checkpoints").is_dir()
@@ -85,7 +86,7 @@ def checked(recipe: Any, verb: str, options: Options) -> Path:
 
 
 def opened(folder: Path, recipe: Any, options: Options, verb: str, workers: Workers) -> RunFolder:
-    """The run's record, made once everything that can be refused has been. One worker writes it."""
+    """Create or reopen the run folder, after all checks have passed. Only rank 0 writes to it."""
     workers.barrier()
     found = offline.checkpoint.latest(folder / "checkpoints") if options.resume and workers.first else None
     if options.resume and found is None and workers.first:
@@ -102,7 +103,7 @@ def opened(folder: Path, recipe: Any, options: Options, verb: str, workers: Work
 
 
 def _kept(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a recipe a resumed run goes on with unchanged: all but where the work is done."""
+    """Return the fields that must not change on resume: all except cluster, backend, engine and memory settings."""
     elsewhere = {
         "learner": ("backend", "offload"),
         "generator": ("count", "urls", "transfer", "gpu_memory_utilization", "kv_cache_mib"),
@@ -126,7 +127,7 @@ def _changed(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") ->
 
 
 def trackers(specs: Sequence[Any], info: RunInfo | None) -> list[Tracker]:
-    """The trackers of a recipe; with a run's `info` they are started."""
+    """Check the trackers of a recipe. With the `info` of a run, start them and return them; else return an empty list."""
     found = [
         (adapters.chosen(TRACKERS, one, "trackers"), one if isinstance(one, str) else one["name"]) for one in specs
     ]

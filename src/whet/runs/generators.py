@@ -1,4 +1,4 @@
-"""The generator of a recipe: local, vLLM engines, or servers."""
+"""Build the generator of a recipe: local, vLLM engines, or vLLM servers."""
 
 import os
 import secrets
@@ -25,7 +25,8 @@ from whet.runs import recipe as fields
 
 
 def check_generator(recipe: fields.OnlineRecipe, workers: int) -> None:
-    """Refuses engines that cannot do what the recipe asks of them."""
+    """Raise RecipeError if the generator of the recipe does not support the recipe's options or a server does not answer.
+    `workers` is the number of learner processes."""
     wanted, plain = recipe.generator, fields.Generation()
     if wanted.name == "openai":
         raise RecipeError(
@@ -90,7 +91,7 @@ def check_generator(recipe: fields.OnlineRecipe, workers: int) -> None:
 
 
 def _reached(urls: Sequence[str]) -> None:
-    """Refuses servers that do not answer now: once a run goes on, they would be waited for."""
+    """Raise RecipeError if a server does not answer now. During a run, the generator would wait for it."""
     for url in urls:
         try:
             Http(url, 10.0).raw("GET", "/health")
@@ -101,7 +102,8 @@ def _reached(urls: Sequence[str]) -> None:
 
 
 def generator_of(recipe: fields.OnlineRecipe, chat: Chat, learner: LocalLearner, longest: int) -> Generator:
-    """The generator of a learner's process; several workers answer together. `longest` is the longest sequence, in tokens."""
+    """Build the generator of a learner process. Several workers share the requests. `longest` is the longest sequence, in
+    tokens."""
     workers, unit = learner.workers, recipe.rollout.max_num_seqs
     own: Generator
     if recipe.generator.name == "local":
@@ -109,7 +111,7 @@ def generator_of(recipe: fields.OnlineRecipe, chat: Chat, learner: LocalLearner,
     else:
         makes = engines_of(recipe, chat, longest, gpus_of(recipe))
         if recipe.generator.name == "server" and workers.size > 1:
-            makes = makes[workers.rank : workers.rank + 1]  # only one may push to a server
+            makes = makes[workers.rank : workers.rank + 1]  # only one worker may send weights to a server
         own = Fleet(makes, RestartBudget(recipe.cluster.restarts))
         attempt = workers.broadcast(secrets.token_hex(8))
         learner.post = WeightWriter(workers, attempt, adapter=recipe.generator.push == "adapter", everywhere=True)
@@ -117,7 +119,7 @@ def generator_of(recipe: fields.OnlineRecipe, chat: Chat, learner: LocalLearner,
 
 
 def gpus_of(recipe: fields.OnlineRecipe) -> list[tuple[int, ...]]:
-    """The GPUs of each engine that this process starts, out of those it sees; without GPUs they are nobody's choice."""
+    """Return the GPU indices of each vLLM engine that this process starts. Empty tuples for a CPU or other generators."""
     wanted, device = recipe.generator, models.source_of(recipe.model).torch_device()
     if wanted.name != "vllm" or device.type != "cuda":
         return [()] * wanted.count
@@ -127,10 +129,10 @@ def gpus_of(recipe: fields.OnlineRecipe) -> list[tuple[int, ...]]:
 
 
 def dealt_gpus(gpus: int, learners: Sequence[int], place: int, wanted: fields.Generation) -> list[tuple[int, ...]]:
-    """Which of a machine's `gpus` the engines of learner `place` take, where `learners` have these for themselves.
+    """Return the GPU indices of each engine of learner `place`. `gpus` counts GPUs; `learners` are the learners' GPUs.
 
-    Those that are left, where there are enough for the engines of all learners; else, or where engines sleep while the
-    learner works, an engine shares its learner's. Raises RecipeError where engines over several GPUs find too few.
+    Engines use free GPUs if there are enough for the engines of all learners. If not, or if engines sleep while the learner
+    works, an engine shares the GPU of its learner. Raises RecipeError if engines that need several GPUs have too few.
 
     >>> dealt_gpus(8, [0, 1], 1, fields.Generation(tensor_parallel=2))
     [(4, 5)]
@@ -153,9 +155,9 @@ def dealt_gpus(gpus: int, learners: Sequence[int], place: int, wanted: fields.Ge
 def engines_of(
     recipe: fields.OnlineRecipe, chat: Chat, longest: int, gpus: Sequence[tuple[int, ...]]
 ) -> list[Callable[[], Generator]]:
-    """How each engine of the recipe is started: vLLM's own on these GPUs each, or the servers that run already.
+    """Return one function per engine that starts it: a vLLM engine on its `gpus`, or a client of a running server.
 
-    The servers' API key is VLLM_API_KEY of the environment, as vLLM itself has it.
+    The API key of the servers is read from the environment variable VLLM_API_KEY, as in vLLM.
     """
     wanted = recipe.generator
     if wanted.name == "server":
@@ -180,7 +182,7 @@ def engines_of(
 
 
 def local_generator(recipe: fields.OnlineRecipe, chat: Chat, learner: LocalLearner) -> LocalGenerator:
-    """Answers from the learner's own policy, or from a copy where its weights are in shards or move meanwhile."""
+    """Build a generator on the learner's policy, or on a copy if its weights are sharded or it generates during updates."""
     policy = learner.roles["policy"]
     ahead = recipe.generator.max_staleness > 0
     role = sampler_role(recipe) if ahead or _sharded(recipe, learner.workers.size) else policy
@@ -188,11 +190,11 @@ def local_generator(recipe: fields.OnlineRecipe, chat: Chat, learner: LocalLearn
 
 
 def _sharded(recipe: fields.OnlineRecipe, workers: int) -> bool:
-    """No worker of the learner holds the policy whole."""
+    """Return True if the learner shards the policy over its workers."""
     return learners.backend_of(recipe, workers) in ("fsdp", "zero3")
 
 
 def sampler_role(recipe: fields.OnlineRecipe) -> Role:
-    """A plain model of the policy's kind for a generator that has its own copy of the weights."""
+    """Load a frozen copy of the policy for a generator with its own weights."""
     tokenizer, _ = models.tokenizer_and_chat(recipe.model)
     return models.causal_role("sampler", recipe.model, tokenizer, trained=False, seed=0)

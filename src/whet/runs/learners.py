@@ -1,4 +1,4 @@
-"""The learner of a recipe, on its backend."""
+"""Build the learner of a recipe on its backend."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +18,7 @@ from whet.runs import recipe as fields
 
 
 def backend_of(recipe: fields.OfflineRecipe | fields.OnlineRecipe, workers: int) -> str:
-    """The learner's engine by name. Raises RecipeError where it cannot work with so many workers."""
+    """Return the learner's backend. Raises RecipeError if it does not support the recipe or the number of workers."""
     learning = recipe.learner
     muon = "muon" in (recipe.optim.kind, critic_optim(recipe).kind)
     alone = workers == 1 and not ((learning.precision == "bf16") or learning.offload)
@@ -42,7 +42,7 @@ def backend_of(recipe: fields.OfflineRecipe | fields.OnlineRecipe, workers: int)
 
 
 def critic_optim(recipe: fields.OfflineRecipe | fields.OnlineRecipe) -> Optim:
-    """The critic's optimizer, which is the policy's where it has none of its own."""
+    """Return the optimizer options of the critic: its own, or those of the policy."""
     return (recipe.critic.optim if isinstance(recipe, fields.OnlineRecipe) else None) or recipe.optim
 
 
@@ -53,7 +53,7 @@ def learner_of(
     total: int,
     workers: Workers,
 ) -> LocalLearner:
-    """A learner of these roles on the recipe's engine; `total` is the number of updates of the whole run."""
+    """Build a learner of these roles on the backend of the recipe. `total` is the number of updates of the run."""
     engine, learning = backend_of(recipe, workers.size), recipe.learner
     options: dict[str, Any] = {"bf16": (learning.precision == "bf16"), "offload": learning.offload}
     kind: Callable[..., LocalLearner] = LocalLearner
@@ -77,7 +77,7 @@ def learner_of(
 def offline_learner(
     verb: str, recipe: fields.OfflineRecipe, objective: Objective, total: int, workers: Workers = Workers()
 ) -> LocalLearner:
-    """The learner of a run on rows of a file, its models loaded."""
+    """Load the models of an offline run and build its learner. `total` is the number of updates of the run."""
     tokenizer, _ = models.tokenizer_and_chat(recipe.model)
     if isinstance(recipe, fields.RewardModelRecipe):
         role = models.scorer_role(
@@ -95,7 +95,7 @@ def offline_learner(
 def online_learner(
     recipe: fields.OnlineRecipe, algorithm: Algorithm, total: int, workers: Workers = Workers(), *, scores: bool = True
 ) -> LocalLearner:
-    """The learner of a run on own answers, its models loaded; with `scores` the reward models are among its roles."""
+    """Load the models of an online run, with its reward models if `scores` is True, and build its learner."""
     tokenizer, _ = models.tokenizer_and_chat(recipe.model)
     cast = models.cast(recipe, algorithm, tokenizer)
     roles = dict(cast.roles)
@@ -107,7 +107,7 @@ def online_learner(
 def shared_rewards(
     recipe: fields.OnlineRecipe, tokenizer: Any, learner: Any, workers: Workers = Workers()
 ) -> list[Weighted]:
-    """The rewards; reward models are read by the learner, functions are shared out over the workers."""
+    """Build the rewards. The learner computes reward models. Rewards with `per_group` split the groups over the workers."""
     out = rewards.rewards_of(recipe, tokenizer, learner.columns)
     if workers.size == 1:
         return out

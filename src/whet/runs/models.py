@@ -1,4 +1,4 @@
-"""How the models of a recipe are loaded: tokenizer, roles, adapters and heads."""
+"""Load the models of a recipe: tokenizers, roles, adapters and heads."""
 
 import copy
 from dataclasses import dataclass
@@ -18,19 +18,20 @@ from whet.runs import rewards
 
 
 def source_of(model: fields.Frozen, path: str | None = None) -> load.ModelSource:
-    """How a model of this recipe is loaded; frozen roles come from other paths with the same options."""
+    """Return the load options of a model. `path` names another model to load with the same options.
+    Raises RecipeError without a path."""
     name = path or model.path
     if not name:
         raise RecipeError("model.path: which model? give --model with a Hugging Face folder or a hub name")
     dtype = model.dtype
     adapters = isinstance(model, fields.Model) and model.lora is not None
     if dtype == "auto" and not adapters and model.quantize == "none":
-        dtype = "float32"  # weights that are trained themselves lose small updates in half precision
+        dtype = "float32"  # full training in half precision loses small updates to rounding
     return load.ModelSource(name, dtype, model.device, model.trust_remote_code, model.quantize)
 
 
 def tokenizer_and_chat(model: fields.Frozen) -> tuple[Any, Chat]:
-    """The model's tokenizer and the format of its conversations."""
+    """Load the tokenizer of a model. Return it with its chat format."""
     load.quiet()
     tokenizer = load.load_tokenizer(source_of(model), pad_token=model.pad_token)
     return tokenizer, chat_format(tokenizer, model.chat_template)
@@ -39,7 +40,7 @@ def tokenizer_and_chat(model: fields.Frozen) -> tuple[Any, Chat]:
 def causal_role(
     name: str, recipe: fields.Frozen, tokenizer: Any, *, trained: bool, seed: int, path: str | None = None
 ) -> Role:
-    """A policy or reference of its own, with a fresh adapter where it is trained and the recipe has LoRA."""
+    """Load a causal LM as a separate role. Add a new LoRA adapter if it is trained and the recipe has LoRA."""
     model = load.load_causal_lm(source_of(recipe, path), tokenizer)
     if not trained:
         return Role(name, model, False)
@@ -55,7 +56,7 @@ def causal_role(
 def scorer_role(
     name: str, recipe: fields.Frozen, tokenizer: Any, *, trained: bool, seed: int, path: str, readout: str | None = None
 ) -> Role:
-    """A reward model or critic of its own. A saved one is read as its folder says, unless `readout` names another way."""
+    """Load a reward model or critic as a separate role. `readout` overrides the readout that is saved in its folder."""
     model = load.load_scorer(source_of(recipe, path), tokenizer, seed=seed)
     about = value_of(path) if name == "critic" else dict(readout_of(path))
     if readout not in (None, about.get("readout")):
@@ -73,13 +74,14 @@ def scorer_role(
 
 
 def value_of(path: str) -> dict[str, Any]:
-    """How a critic that starts from this folder is read: a last-token score is in a value's unit, a sum is not."""
+    """Return the readout options of a critic that starts from this folder: the saved shift if the readout is "last",
+    else none, because a sum of scores has another unit than a value."""
     about = readout_of(path)
     return {"shift": about["shift"]} if about["readout"] == "last" else {}
 
 
 def reference_role(recipe: fields.Model, policy: Role, path: str | None, tokenizer: Any) -> Role:
-    """The reference: the policy's own base where adapters are trained on it, else a frozen copy."""
+    """Return the reference: another model at `path`, the base of the policy's adapters, or a frozen copy of the policy."""
     if policy.wrapped is not None and path in (None, recipe.path):
         return Role("reference", policy.model, False, wrapped=policy.wrapped)
     if path in (None, recipe.path):
@@ -89,14 +91,15 @@ def reference_role(recipe: fields.Model, policy: Role, path: str | None, tokeniz
 
 @dataclass(frozen=True)
 class Cast:
-    """The roles of an online run, and the optimizers of those that are trained."""
+    """The roles of an online run and the optimizer options of the trained ones."""
 
     roles: dict[str, Role]
     optims: dict[str, Optim]
 
 
 def cast(recipe: fields.OnlineRecipe, algorithm: Algorithm, tokenizer: Any) -> Cast:
-    """All roles that the method needs, as separate copies or on one trunk."""
+    """Load all roles that the method needs, as separate models or on a shared trunk. Rewards are not included.
+    Raises ModelError if the critic has another tokenizer than the policy."""
     if recipe.trunk == "shared":
         return _shared(recipe, algorithm, tokenizer)
     policy = causal_role("policy", recipe.model, tokenizer, trained=True, seed=recipe.seed)
@@ -114,13 +117,13 @@ def cast(recipe: fields.OnlineRecipe, algorithm: Algorithm, tokenizer: Any) -> C
 
 
 def _first_reward_model(recipe: fields.OnlineRecipe, tokenizer: Any) -> str | None:
-    """The first reward model that reads the policy's own tokens."""
+    """Return the first reward model with the policy's tokenizer, or None."""
     folders = [one.source for one in recipe.reward if rewards.is_model(one.source)]
     return next((one for one in folders if same_tokenizer(source_of(recipe.model, one), tokenizer)), None)
 
 
 def same_tokenizer(source: load.ModelSource, tokenizer: Any) -> bool:
-    """The folder's tokenizer gives the same ids for the same conversations."""
+    """Return True if the tokenizer in the folder has the same vocabulary and chat template."""
     own = load.load_tokenizer(source)
     return own.get_vocab() == tokenizer.get_vocab() and own.chat_template == tokenizer.chat_template
 
@@ -136,9 +139,9 @@ def _with_average(recipe: fields.OnlineRecipe, roles: dict[str, Role]) -> Cast:
 
 
 def _shared(recipe: fields.OnlineRecipe, algorithm: Algorithm, tokenizer: Any) -> Cast:
-    """One base model in memory; the policy and the critic are adapters, the reference is the base itself.
+    """Load one base model. The policy and the critic are adapters on it, and the reference is the base without adapters.
 
-    A reward model that was saved as an adapter of the same base lies on the trunk too, and the critic starts from it.
+    The critic starts from `critic.path`, else from the first reward model saved as an adapter, else from a new adapter.
     """
     if recipe.model.lora is None:
         raise RecipeError(
@@ -166,7 +169,7 @@ def _shared(recipe: fields.OnlineRecipe, algorithm: Algorithm, tokenizer: Any) -
 
 
 def fresh_head(model: Any, seed: int) -> nn.Linear:
-    """A scalar head for a trunk, drawn as `load_scorer` draws it."""
+    """Return a new scalar head (H -> 1) for a trunk, initialized as in `load_scorer`."""
     embedding = model.get_input_embeddings().weight
     head = nn.Linear(embedding.shape[1], 1, bias=False, device=embedding.device, dtype=torch.float32)
     load.draw_head(head, seed)

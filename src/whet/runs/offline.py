@@ -1,4 +1,4 @@
-"""A run on rows of a file (pretrain, sft, reward models, preference methods): checked, then as a loop."""
+"""Prepare offline runs, which train on rows of a file (pretrain, sft, reward models, preference methods)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,12 +19,12 @@ from whet.runs import recipe as fields
 from whet.runs.slots import checked
 
 READINGS: Mapping[str, str] = {"pretrain": "texts", "sft": "demonstrations"}
-"""Which records the methods without slots are trained on."""
+"""Method of `whet.data.Reader` that reads the rows of the methods without slots."""
 
 
 @dataclass(frozen=True)
 class OfflineJob:
-    """Everything an offline run needs, checked; no weights are loaded yet."""
+    """The checked inputs of an offline run, without weights."""
 
     method: str
     recipe: fields.OfflineRecipe
@@ -37,11 +37,11 @@ class OfflineJob:
 
     @property
     def make(self) -> Callable[..., Learner]:
-        """How a worker builds its learner: `make(workers)`."""
+        """A function that builds the learner of a worker: `make(workers)`."""
         return partial(learners.offline_learner, self.method, self.recipe, self.objective, self.plan.steps)
 
     def loop(self, learner: Learner, where: Path, options: folder.Options, stop: Stop) -> offline.OfflineLoop:
-        """The loop over this learner; the run folder is opened."""
+        """Open the run folder and return the training loop."""
         run = folder.opened(where, self.recipe, options, self.method, learner.workers)
         return offline.OfflineLoop(
             self.objective, learner, self.sources, self.plan, run, weights=self.weights, evaluation=self.evaluation,
@@ -49,7 +49,7 @@ class OfflineJob:
         )  # fmt: skip
 
     def finish(self, loop: offline.OfflineLoop, where: Path) -> None:
-        """Write the result of a run that reached its end."""
+        """Write the trained model to `where / "model"`. With `head.standardize`, standardize its rewards first."""
         recipe, learner = self.recipe, loop.learner
         if isinstance(recipe, fields.RewardModelRecipe) and recipe.head.standardize:
             elements = [element for source in self.sources for element in source]
@@ -59,7 +59,7 @@ class OfflineJob:
 
 
 def prepare(method: str, recipe: fields.OfflineRecipe) -> OfflineJob:
-    """Check everything that can be known before weights are loaded, and read the rows."""
+    """Check the recipe and read the rows; load no weights. Raises RecipeError, DataError or ModelError."""
     checks.check_optim(recipe.optim, "optim")
     if recipe.train.eval_every and not recipe.data.eval:
         raise RecipeError("train.eval_every: there are no held-out rows; give --data.eval, or leave it out")
@@ -96,9 +96,9 @@ def prepare(method: str, recipe: fields.OfflineRecipe) -> OfflineJob:
 
 @no_grad()
 def _standardize(learner: Learner, scores: Tensor) -> None:
-    """Scale the head and shift the reward model so that these scores of its own (n,) get mean 0 and deviation 1.
+    """Scale and shift the reward model so that its `scores` (n,) have mean 0 and standard deviation 1.
 
-    The scale is in the head's weights, so other tools read the same scores but for the shift, which ranks nothing.
+    The scale is stored in the weights of the head. Other tools ignore the shift, which does not change the ranking.
     """
     scale = 1.0 / max(float(scores.double().std(correction=0)), 1e-6)
     learner.rescale("reward", scale, -float(scores.double().mean()))

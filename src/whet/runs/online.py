@@ -1,4 +1,4 @@
-"""A run on the policy's own answers (ppo, grpo and the other online methods): checked, then as a loop."""
+"""Prepare online runs, which train on answers of the policy (ppo, grpo and the other online methods)."""
 
 import math
 import os
@@ -26,7 +26,7 @@ from whet.runs.slots import checked
 
 @dataclass(frozen=True)
 class OnlineJob:
-    """Everything an online run needs, checked; no weights are loaded yet. `longest` is the longest sequence of a generator."""
+    """The checked inputs of an online run, without weights. `longest` is the longest sequence of a generator, in tokens."""
 
     method: str
     recipe: fields.OnlineRecipe
@@ -41,7 +41,7 @@ class OnlineJob:
 
     @property
     def make(self) -> Callable[..., Learner]:
-        """How a worker builds its learner: `make(workers)`."""
+        """A function that builds the learner of a worker: `make(workers)`."""
         scores = not self.recipe.cluster.rewards
         return partial(learners.online_learner, self.recipe, self.algorithm, self.updates, scores=scores)
 
@@ -54,7 +54,7 @@ class OnlineJob:
         options: folder.Options,
         stop: Stop,
     ) -> online.OnlineLoop:
-        """The loop over these parts; the run folder is opened."""
+        """Open the run folder and return the training loop."""
         run = folder.opened(where, self.recipe, options, self.method, learner.workers)
         return online.OnlineLoop(
             self.algorithm, learner, generator, scorers, self.prompts, self.recipe.sampling, self.plan, run, ptx=self.ptx,
@@ -62,7 +62,7 @@ class OnlineJob:
         )  # fmt: skip
 
     def finish(self, loop: online.OnlineLoop, where: Path) -> None:
-        """Write the result of a run that reached its end."""
+        """Write the trained policy to `where / "model"`, and its moving average, if any, to `where / "ema"`."""
         merge = self.recipe.model.export == "merged"
         loop.learner.export("policy", where / "model", self.tokenizer, merge=merge)
         if self.recipe.rollout.ema is not None:
@@ -70,7 +70,7 @@ class OnlineJob:
 
 
 def prepare(method: str, recipe: fields.OnlineRecipe) -> OnlineJob:
-    """Check everything that can be known before weights are loaded, and read the prompts."""
+    """Check the recipe and read the prompts; load no weights. Raises RecipeError, DataError or ModelError."""
     checks.check_optim(recipe.optim, "optim")
     if recipe.critic.optim is not None:
         checks.check_optim(recipe.critic.optim, "critic.optim")
@@ -103,7 +103,7 @@ def prepare(method: str, recipe: fields.OnlineRecipe) -> OnlineJob:
 
 
 def steps_of(rollout: fields.Rollout, prompts: int) -> int:
-    """Steps of an online run: as many as are asked for, or as many as the passes over the prompts take."""
+    """Return the steps of an online run: `num_steps`, or the steps of `num_epochs` passes over the prompts."""
     if rollout.num_epochs is None:
         return rollout.num_steps
     return max(1, math.ceil(rollout.num_epochs * prompts / rollout.prompts_per_step))
@@ -112,7 +112,7 @@ def steps_of(rollout: fields.Rollout, prompts: int) -> int:
 def _plan_of(
     recipe: fields.OnlineRecipe, mini_batch_size: int, chat: Chat, prompts: Sequence[Prompt]
 ) -> tuple[online.OnlinePlan, int]:
-    """The loop's plan, and the longest sequence that a generator reads, in tokens: an answer, or the canary."""
+    """Return the plan of the loop and the longest sequence of a generator, in tokens: prompt and answer, or the canary."""
     rollout, generator = recipe.rollout, recipe.generator
     positions = load.positions(models.source_of(recipe.model))
     canary = min(160, positions - 1)

@@ -1,4 +1,4 @@
-"""A run on a Ray cluster: what is refused, and what each worker builds."""
+"""Run on a Ray cluster: check the recipe, start the workers, and build what each worker needs."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ from whet.runs import recipe as fields
 
 
 def check_cluster(recipe: fields.OfflineRecipe | fields.OnlineRecipe) -> None:
-    """Refuses places that nobody asked for, and a cluster without Ray."""
+    """Raise RecipeError for cluster options without a cluster, options that conflict, or if Ray is not installed."""
     wanted, plain = recipe.cluster, fields.Cluster()
     if wanted.address is None:
         for name in ("learners", "engines", "rewards", "colocate", "min_learners"):
@@ -64,7 +64,8 @@ def on_cluster(
     resume: bool,
     quiet: bool,
 ) -> None:
-    """Runs the attempt on the recipe's cluster, again and from the last checkpoint where workers die."""
+    """Run `attempt(workers, resume)` on the cluster. If workers die, run it again from the last checkpoint.
+    Raises RestartsExhausted if workers die too often."""
     own = recipe.cluster
     wanted = Wanted(
         own.learners, own.engines, own.rewards, colocate=own.colocate, cpus=own.cpus, min_learners=own.min_learners,
@@ -86,13 +87,13 @@ def on_cluster(
 
 
 def answers_inside(recipe: fields.OnlineRecipe, longest: int, learner: LocalLearner) -> Generator:
-    """The generator of a learner's worker."""
+    """Build the generator in the process of a learner worker."""
     _, chat = models.tokenizer_and_chat(recipe.model)
     return generators.generator_of(recipe, chat, learner, longest)
 
 
 def engine_alone(recipe: fields.OnlineRecipe, longest: int, number: int) -> Generator:
-    """Engine `number` in a process of its own."""
+    """Build engine `number` in a separate process."""
     _, chat = models.tokenizer_and_chat(recipe.model)
     if recipe.generator.name != "local":
         makes = generators.engines_of(recipe, chat, longest, [()])  # Ray has chosen its GPUs
@@ -102,12 +103,12 @@ def engine_alone(recipe: fields.OnlineRecipe, longest: int, number: int) -> Gene
 
 
 def scorers_of(recipe: fields.OnlineRecipe) -> Callable[[], list[Weighted]]:
-    """How a reward worker builds all rewards; functions that are Python objects travel with it."""
+    """Return a function that builds all rewards in a reward worker. It carries the functions given as Python objects."""
     return partial(rewards_alone, recipe, dict(OBJECTS))
 
 
 def rewards_alone(recipe: fields.OnlineRecipe, objects: Mapping[str, Any] = {}) -> list[Weighted]:
-    """All rewards of the recipe in one process of their own, reward models included."""
+    """Build all rewards of the recipe, including reward models, in a separate process."""
     OBJECTS.update(objects)
     tokenizer, _ = models.tokenizer_and_chat(recipe.model)
     roles = rewards.reward_roles(recipe, tokenizer)

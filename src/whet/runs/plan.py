@@ -1,4 +1,4 @@
-"""`whet plan`: a recipe's roles, arithmetic and model shapes, handed to `whet.planning` as plain values."""
+"""`whet plan`: pass the roles, batch sizes and model shapes of a recipe to `whet.planning`."""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from whet.runs.slots import checked
 
 
 def plan(verb: str, recipe: Any, options: fields.PlanOptions) -> str:
-    """The text for a resolved recipe. Raises RecipeError where nothing fits, or the recipe trains nothing."""
+    """Return the report for a resolved recipe. Raises RecipeError if no placement fits or the recipe does not train."""
     if isinstance(recipe, fields.OnlineRecipe):
         run = _online(verb, recipe, options)
     elif isinstance(recipe, fields.OfflineRecipe):
@@ -27,7 +27,7 @@ def plan(verb: str, recipe: Any, options: fields.PlanOptions) -> str:
 
 
 def shape_of(path: str) -> Shape:
-    """The shape that a model folder's config.json describes; an adapter's is its base's. Raises ModelError without one."""
+    """Read the shape of a model from config.json; of an adapter, its base. Raises ModelError if there is no config.json."""
     folder = Path(path)
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
@@ -86,7 +86,7 @@ def _online(verb: str, recipe: fields.OnlineRecipe, options: fields.PlanOptions)
 
 
 def _offline(verb: str, recipe: fields.OfflineRecipe, options: fields.PlanOptions) -> PlannedRun:
-    """One update of a run on rows; its rows are taken to be as long as data.max_tokens allows (1024 without)."""
+    """Describe one update of an offline run. Assumes rows of data.max_tokens tokens (1024 if not set)."""
     longest = recipe.data.max_tokens or 1024
     prompt = min(options.prompt_tokens, longest - 1)
     rows, reads, reference = 1, False, None
@@ -105,7 +105,7 @@ def _offline(verb: str, recipe: fields.OfflineRecipe, options: fields.PlanOption
 
 
 def taken(given: Mapping[str, Any]) -> tuple[fields.PlanOptions, dict[str, Any]]:
-    """(the plan's own options, the recipe's fields) of a command line. Raises RecipeError for a wrong option."""
+    """Split arguments into plan options and recipe fields. Raises RecipeError without `gpus` or for a wrong plan option."""
     names = config.fields_of(fields.PlanOptions)
     own = {name: value for name, value in given.items() if name in names}
     if "gpus" not in own:

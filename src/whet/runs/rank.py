@@ -1,4 +1,4 @@
-"""whet.rank: answers become rankings, by a judge or by their scores."""
+"""whet.rank: rank answers by a judge or by their scores."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from whet.runs import sample
 
 
 def run_rank(recipe: fields.RankRecipe) -> Path:
-    """Answers become rankings: by a judge function, or by the `scores` the rows carry. Returns the file."""
+    """Rank answers by a judge function or by the `scores` in their rows. Return the path of the written file.
+    Raises UserError for invalid options or rows, RewardError if the judge fails."""
     out = sample.out_file(recipe.out, "rank")
     if recipe.judge is None and recipe.judge_form != fields.RankRecipe().judge_form:
         raise RecipeError("judge_form: there is no judge; give --judge FILE.py:FUNCTION, or leave it out")

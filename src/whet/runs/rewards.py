@@ -1,4 +1,4 @@
-"""How the rewards of a recipe are made: functions, reward models, and what is refused before anything is loaded."""
+"""Build the rewards of a recipe (functions, reward models, HTTP services), and check them before models are loaded."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -21,21 +21,22 @@ from whet.runs import recipe as fields
 
 
 def kind_of(source: str) -> Literal["model", "function", "http", "class"]:
-    """What a reward source is: a model folder or hub name, a function, a URL, or a class with the method score."""
+    """Return the kind of a reward source: a model folder or hub name, a function, a URL, or a class with a method `score`.
+    Raises RecipeError if a function or class cannot be loaded."""
     if source.startswith(("http://", "https://")):
         return "http"
-    if ":" not in Path(source).name:
+    if is_model(source):
         return "model"
     return "class" if inspect.isclass(load_object(source)) else "function"
 
 
 def is_model(source: str) -> bool:
-    """A reward source is a model folder or hub name."""
-    return kind_of(source) == "model"
+    """Return True if a reward source is a model folder or hub name."""
+    return not source.startswith(("http://", "https://")) and ":" not in Path(source).name
 
 
 def _made(source: str, options: Mapping[str, Any], where: str) -> Reward:
-    """The reward of a source that is no model."""
+    """Build the reward of a source that is not a model."""
     kind = kind_of(source)
     if kind == "function":
         if options:
@@ -45,10 +46,16 @@ def _made(source: str, options: Mapping[str, Any], where: str) -> Reward:
     return adapters.chosen(REWARDS, {**options, "name": name}, f"{where}.options").make(source)
 
 
-def reward_roles(recipe: fields.OnlineRecipe, tokenizer: Any, trunk: Role | None = None) -> dict[str, Role]:
-    """The reward models of a recipe as frozen roles reward0, reward1, ... by their places among the rewards.
+def _refuse_options(options: Mapping[str, Any], where: str) -> None:
+    """Raise RecipeError for options of a reward model, which has none."""
+    if options:
+        raise RecipeError(f"{where}.options: a reward model has none; leave it out")
 
-    Adapter-only reward models of the same base lie on the shared trunk.
+
+def reward_roles(recipe: fields.OnlineRecipe, tokenizer: Any, trunk: Role | None = None) -> dict[str, Role]:
+    """Load the reward models of a recipe as frozen roles. `reward{i}` is the role of reward i; functions have none.
+
+    With a shared `trunk`, reward models that are saved as adapters are added to it.
     """
     out: dict[str, Role] = {}
     for number, one in enumerate(recipe.reward):
@@ -66,15 +73,15 @@ def reward_roles(recipe: fields.OnlineRecipe, tokenizer: Any, trunk: Role | None
 
 
 def rewards_of(recipe: fields.OnlineRecipe, tokenizer: Any, read: Callable[..., Any]) -> list[Weighted]:
-    """The rewards of a recipe; `read(role, batch, names)` gives the columns of the reward models, where they lie."""
+    """Build the rewards of a recipe. `read(role, batch, names)` returns columns that a reward model computes.
+    Raises RecipeError for options that a reward does not have."""
     out: list[Weighted] = []
     for number, one in enumerate(recipe.reward):
         if one.dense and not is_model(one.source):
             raise RecipeError(f"reward.{number}.dense: a function decides itself; it returns one list per answer")
-        if one.options and is_model(one.source):
-            raise RecipeError(f"reward.{number}.options: a reward model has none; leave it out")
         own: Reward
         if is_model(one.source):
+            _refuse_options(one.options, f"reward.{number}")
             on_trunk = recipe.trunk == "shared" and lora.is_adapter(one.source)
             chat = None if on_trunk else own_chat(one.source, recipe.model, tokenizer)
             ends = step_ends(tokenizer, one.step)
@@ -86,17 +93,21 @@ def rewards_of(recipe: fields.OnlineRecipe, tokenizer: Any, read: Callable[..., 
 
 
 def check_rewards(recipe: fields.OnlineRecipe, tokenizer: Any) -> None:
-    """Refuses rewards that cannot be found or read, before any model is loaded."""
+    """Raise RecipeError, ModelError or RewardError if a reward cannot be found or read. Load no models."""
     rewards_of(recipe, tokenizer, lambda *_: {})
     for one in recipe.reward:
-        if is_model(one.source) and not load.is_scorer(one.source):
-            raise ModelError(
-                f"{one.source}: no reward model and no judge, it has no scalar head; train one with whet reward"
-            )
+        if is_model(one.source):
+            _check_scorer(one.source)
+
+
+def _check_scorer(path: str) -> None:
+    """Raise ModelError if the folder contains no reward model."""
+    if not load.is_scorer(path):
+        raise ModelError(f"{path}: no reward model and no judge, it has no scalar head; train one with whet reward")
 
 
 def own_chat(path: str, model: fields.Frozen, tokenizer: Any) -> Chat | None:
-    """The format of a reward model's own tokenizer where that is another than the policy's."""
+    """Return the chat format of a reward model's tokenizer if it differs from the policy's tokenizer, else None."""
     source = models.source_of(model, path)
     if models.same_tokenizer(source, tokenizer):
         return None
@@ -104,7 +115,7 @@ def own_chat(path: str, model: fields.Frozen, tokenizer: Any) -> Chat | None:
 
 
 def distinct(rewards: Sequence[Weighted]) -> list[Weighted]:
-    """The rewards with a number behind each name that was there before."""
+    """Return the rewards with unique names: append a number to each name that is already taken."""
     out: list[Weighted] = []
     for number, one in enumerate(rewards):
         taken = any(one.name == other.name for other in out)
@@ -113,23 +124,32 @@ def distinct(rewards: Sequence[Weighted]) -> list[Weighted]:
 
 
 def step_ends(tokenizer: Any, separator: str | None) -> Callable[[int], bool] | None:
-    """Whether a step ends with a token: it has the separator in its text. None where no separator was given."""
+    """Return a function that tells whether the text of a token id contains the separator, so that a step ends there.
+    None without a separator."""
     if separator is None:
         return None
     return cache(lambda token: separator in tokenizer.decode([token]))
 
 
-def reward(source: str, model: fields.Frozen, tokenizer: Any, budget: int) -> Weighted:
-    """A function or a reward-model folder as a reward in this process, under its own name."""
+def reward(
+    source: str,
+    model: fields.Frozen,
+    tokenizer: Any,
+    budget: int,
+    options: Mapping[str, Any] = {},
+    where: str = "reward",
+) -> Weighted:
+    """Build a reward in this process from a source, named by `name_of`. `budget` is tokens per micro-batch."""
     name = name_of(source)
     if not is_model(source):
-        return Weighted(name, _made(source, {}, "reward"))
+        return Weighted(name, _made(source, options, where))
+    _refuse_options(options, where)
     role, chat = reward_role(source, model, tokenizer, name)
     return Weighted(name, ModelReward(role, chat=chat, budget=budget))
 
 
 def name_of(source: str) -> str:
-    """What the logs call a reward: the function's name, or the folder's (that of its run where the folder is "model")."""
+    """Return the name of a reward in logs: the function, host, or folder (for a folder called "model", its parent)."""
     kind = kind_of(source)
     if kind == "http":
         return urlsplit(source).netloc.replace(":", "_")
@@ -140,10 +160,10 @@ def name_of(source: str) -> str:
 
 
 def reward_role(path: str, model: fields.Frozen, tokenizer: Any, name: str) -> tuple[Role, Chat | None]:
-    """A frozen reward model, and the format of its own tokenizer where that is another than the policy's."""
+    """Load a frozen reward model. Return its role and its chat format, or None if its tokenizer is the policy's.
+    Raises ModelError if the folder contains no reward model."""
     source = models.source_of(model, path)
-    if not load.is_scorer(path):
-        raise ModelError(f"{path}: no reward model and no judge, it has no scalar head; train one with whet reward")
+    _check_scorer(path)
     own = load.load_tokenizer(source)
     role = models.scorer_role(name, replace(model, quantize="none"), own, trained=False, seed=0, path=path)
     return role, None if models.same_tokenizer(source, tokenizer) else chat_format(own)

@@ -1,4 +1,4 @@
-"""whet.sample: K answers for every prompt of a file."""
+"""whet.sample: generate K answers to each prompt of a file."""
 
 from collections.abc import Mapping
 from contextlib import closing
@@ -19,16 +19,21 @@ from whet.runs import recipe as fields
 
 
 def run_sample(recipe: fields.SampleRecipe) -> Path:
-    """K answers for every prompt of a file: the rows with `responses`, and `scores` where rewards are given; or the best
-    alone as `prompt` and `completion`. Returns the file."""
+    """Generate K answers to each prompt of a file. Write rows with `responses`, `finish` and, with rewards, `scores`; with
+    keep="best", only the best answer as `completion` and its `score`. Return the path of the written file."""
     threads(recipe.threads)
     out = out_file(recipe.out, "sample")
     if recipe.keep == "best" and not recipe.reward:
         raise RecipeError("keep: which answer is the best? give --reward with a reward-model folder or a function")
     tokenizer, chat = models.tokenizer_and_chat(recipe.model)
     scorers = [
-        (one.weight, rewards.reward(one.source, recipe.model, tokenizer, recipe.max_tokens_per_micro_batch))
-        for one in recipe.reward
+        (
+            one.weight,
+            rewards.reward(
+                one.source, recipe.model, tokenizer, recipe.max_tokens_per_micro_batch, one.options, f"reward.{number}"
+            ),
+        )
+        for number, one in enumerate(recipe.reward)
     ]
     questions = prompts_of(recipe.model, recipe.data, chat, recipe.sampling)
     generator = generator_of(recipe, tokenizer, chat)
@@ -51,20 +56,20 @@ def run_sample(recipe: fields.SampleRecipe) -> Path:
 
 
 def _best(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A demonstration made of a row's best answer: one that ended before one that was cut off, then by score."""
+    """Make a demonstration of the best answer of a row: prefer complete answers to truncated ones, then higher scores."""
     order = sorted(range(len(row["scores"])), key=lambda n: (row["finish"][n] == "length", -row["scores"][n]))
     kept = {key: value for key, value in row.items() if key not in ("responses", "finish", "scores")}
     return kept | {"completion": row["responses"][order[0]], "score": row["scores"][order[0]]}
 
 
 def prompts_of(model: fields.Frozen, rows: fields.Rows, chat: Chat, sampling: Sampling) -> list[Prompt]:
-    """The prompts of a file, each with room for an answer."""
+    """Read the prompts of a file. Keep `max_new_tokens` positions free for an answer."""
     reader = data.reader_of(model, rows, chat, room=sampling.max_new_tokens)
     return data.rows_of(rows, reader.prompts)
 
 
 def generator_of(recipe: fields.SampleRecipe | fields.EvalRecipe, tokenizer: Any, chat: Chat) -> Generator:
-    """Who answers for the recipe's model: the model itself, or a generator of the registry."""
+    """Build the generator of a recipe: the model in this process, or a generator of the registry."""
     if recipe.generator in ("local", {"name": "local"}):
         role = models.causal_role("policy", recipe.model, tokenizer, trained=False, seed=0)
         return LocalGenerator(role, chat.end_ids, chat.text, unit=recipe.max_num_seqs)
@@ -72,13 +77,13 @@ def generator_of(recipe: fields.SampleRecipe | fields.EvalRecipe, tokenizer: Any
 
 
 def threads(count: int) -> None:
-    """Use this many CPU threads; 0 leaves torch's own choice."""
+    """Set the number of CPU threads of torch; 0 keeps the default."""
     if count:
         torch.set_num_threads(count)
 
 
 def out_file(out: str, verb: str) -> Path:
-    """The file to write. Raises RecipeError where none is named, or it exists."""
+    """Return the path of the output file. Raises RecipeError if no path is given or the file exists."""
     if not out:
         raise RecipeError(f"out: which file shall {verb} write? give --out FILE.jsonl")
     if Path(out).exists():

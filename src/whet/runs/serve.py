@@ -1,4 +1,4 @@
-"""`whet serve`: a vLLM server on this machine's loopback, from which a run in another process takes answers."""
+"""`whet serve`: run a vLLM server on the loopback address, as the generator of a run in another process."""
 
 import signal
 from collections.abc import Iterator
@@ -13,7 +13,8 @@ from whet.runs import recipe as fields
 
 
 def run_serve(recipe: fields.ServeRecipe) -> str:
-    """Starts the server, says its address, and stays until it ends or is told to. Returns how it ended."""
+    """Start the server, print its address, and wait for SIGINT or SIGTERM. Return "ended". Raises RecipeError if vLLM is
+    not installed or the server exits by itself, ModelError if the server does not start."""
     source = models.source_of(recipe.model)
     require_vllm()
     from whet.generate.vllm.server import Server
@@ -37,7 +38,7 @@ def run_serve(recipe: fields.ServeRecipe) -> str:
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM is Ctrl-C too: the server's processes are ended with it."""
+    """Raise KeyboardInterrupt on SIGTERM, so that the processes of the server are ended too."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""A training run as one object: the stages of the loop as calls, or all of them with `run`."""
+"""The training session: call the stages of the training loop one by one, or all of them with `run`."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -23,24 +23,27 @@ from whet.runs.recipe import kind_of
 from whet.runs.sources import Sources
 
 Resume = bool | Literal["auto"]
-"""Continue the run in the folder; "auto": where there is one."""
+"""True continues the run in the output folder; "auto" does so if the folder contains a run."""
 
 
 class Session:
-    """One attempt at a training run, from paths or from Python objects. A context manager.
+    """Train a model, given as paths or as Python objects. A context manager; models are loaded on entry.
 
-    method      a method of the catalogue ("grpo", "dpo", "sft", ...)
-    recipe      a YAML file with fields of the recipe; `fields` come on top, nested ones as dicts or with dots
-    tokenizer   belongs to the models that are given as objects
-    resume      True continues the run of the folder `out`; "auto" does so where there is one
-    quiet       no progress
+    method      name of a training method ("grpo", "dpo", "sft", ...)
+    recipe      path of a YAML recipe, or name of a shipped one
+    tokenizer   tokenizer of the models that are given as objects
+    resume      True continues the run in the folder `out`; "auto" does so if the folder contains a run
+    quiet       True prints no progress
+    options     recipe fields that override the recipe; nested fields as dicts or with dotted names
 
-    Where a recipe has a path or name, an object may stand: a function as `reward`, a loaded model as `model`, a list of dicts
-    or a `datasets.Dataset` as `data`. The run trains a copy of a given model. The folder `out` is written as by the command
-    line. Raises RecipeError, DataError or ModelError for what cannot work, before any weights are loaded.
+    Python objects can replace paths and names: a function as `reward`, a loaded model as `model`, a list of dicts or a
+    `datasets.Dataset` as `data`. The session trains a copy of a given model. It writes the same files to `out` as the
+    command line. The constructor raises RecipeError, DataError or ModelError for invalid arguments and loads no weights.
+    Entering the session loads the models and raises the same errors for what can be checked only then.
 
     An online session has the stages generate, score, measure, advantages, minibatches, forward_backward, optim_step and
-    publish; an offline one has batches, forward_backward and optim_step.
+    publish. An offline session has the stages batches, forward_backward and optim_step. A stage raises RuntimeError outside
+    the `with` block or if the session does not have it.
     """
 
     def __init__(
@@ -57,7 +60,8 @@ class Session:
             **catalogue.ONLINE, **catalogue.ONLINE_PREFERENCE, **catalogue.PREFERENCE,
         }:  # fmt: skip
             raise config.unknown_method(method)
-        out = Path(str(options.get("out") or f"runs/{method}"))
+        given = config.read_yaml(Path(recipe)) if recipe is not None and Path(recipe).is_file() else {}
+        out = Path(str(options.get("out") or given.get("out") or f"runs/{method}"))
         self.sources = Sources(out / "inputs", tokenizer)
         plain = {name: self.sources.plain(name, value) for name, value in options.items()}
         self.method, self.quiet = method, quiet
@@ -110,12 +114,13 @@ class Session:
                 loop.run.close()
 
     def run(self) -> Path:
-        """Run every step that is left, and write the result. Returns the run folder."""
+        """Run all remaining steps and write the trained model. Return the run folder.
+        Raises RunStopped if a self-check fails, RewardError if a reward fails."""
         run_loop(self._loop)
         return self.finish()
 
     def finish(self) -> Path:
-        """Write the result of a run that reached its end to `model` in the run folder, which is returned."""
+        """Write the trained model to `model` in the run folder. Return the run folder. Call it after the last step."""
         self.job.finish(self._loop, self.folder)  # type: ignore[arg-type]
         return self.folder
 
@@ -133,56 +138,62 @@ class Session:
 
     @property
     def model(self) -> Any:
-        """The model that is trained: the policy, or the reward model. With LoRA its PEFT wrapper."""
+        """The model being trained: the policy or the reward model. With LoRA, its PEFT wrapper."""
         roles = self._loop.learner.roles
         role = roles.get("policy") or roles["reward"]
         return role.model if role.wrapped is None else role.wrapped
 
     @property
     def tokenizer(self) -> Any:
-        """The model's tokenizer."""
+        """The tokenizer of the trained model."""
         return self.job.tokenizer
 
     # --- the stages of an online run -------------------------------------------------------------------------------------
 
     def steps(self) -> Iterator[StepLog]:
-        """The steps after the last checkpoint; each writes its metrics, its rollout and its checkpoint when the next one is
-        asked for. Raises RuntimeError when weights were updated and not published."""
+        """Iterate over the steps after the last checkpoint. When a step ends, write its metrics and rollout,
+        and its checkpoint if due. Raises RuntimeError if weights were updated but not published."""
         yield from self._online("steps").steps()
 
     def generate(self) -> list[Group]:
-        """The groups of this step: each prompt with its answers and their token ids."""
+        """Generate the groups of this step: each prompt with its answers and their token ids.
+        Raises WorkerDied if engines died more often than they may be restarted."""
         return self._online("generate").generate()
 
     def score(self, groups: Sequence[Group]) -> RolloutScores:
-        """The scores of every reward, by name."""
+        """Score the B answers of the groups with every reward. `named` maps reward names to scores (B,), before weights.
+        Raises RewardError if a reward fails."""
         return self._online("score").score(groups)
 
     def measure(self, groups: Sequence[Group], scores: RolloutScores) -> Batch:
-        """The batch with the columns that the method reads (old_logp, ref_logp, old_value ...), without gradient."""
+        """Compute the columns that the method reads (old_logp, ref_logp, old_value, ...), (B, T) each, without gradient.
+        T is the length of the longest answer, in tokens; B counts answers, or both answers of each pair."""
         return self._online("measure").measure(groups, scores)
 
     def advantages(self, batch: Batch) -> Batch:
-        """The batch with score, token_reward, advantage and returns."""
+        """Add the columns score (B,), token_reward, advantage and returns (B, T); returns only with a critic. Methods on
+        pairs have these columns already after `measure`. Raises RunStopped if a self-check fails."""
         return self._online("advantages").advantages(batch)
 
     def rollout(self) -> Batch:
-        """generate, score, measure and advantages."""
+        """Call generate, score, measure and advantages. Return the batch."""
         groups = self.generate()
         return self.advantages(self.measure(groups, self.score(groups)))
 
     def minibatches(self, batch: Batch) -> Iterator[MiniBatch]:
-        """The mini-batches of all epochs, cut as they were measured."""
+        """Iterate over the mini-batches of all epochs. Stop early if KL(old || new) of an update exceeds `target_kl`."""
         yield from self._online("minibatches").minibatches(batch)
 
     def publish(self) -> None:
-        """Hand the new weights to the generator, and check that they arrived."""
+        """Send the new weights to the generator; update the EMA copy and the reference if due.
+        Raises RunStopped if the generator does not compute log-probabilities with the new weights."""
         self._online("publish").publish()
 
     # --- the stages of an offline run ------------------------------------------------------------------------------------
 
     def batches(self) -> Iterator[Batch]:
-        """One batch per step after the last checkpoint, with the columns that the objective reads."""
+        """Iterate over one batch per step after the last checkpoint, with the columns that the objective reads.
+        Raises RuntimeError if a batch was not trained on before the next one is requested."""
         loop = self._loop
         if isinstance(loop, OnlineLoop):
             raise RuntimeError(f"batches: {self.method} trains on its own answers; use session.steps()")
@@ -191,25 +202,28 @@ class Session:
     # --- both ------------------------------------------------------------------------------------------------------------
 
     def forward_backward(self, mini: Any, loss: Callable[..., Tensor] | None = None) -> UpdateResult:
-        """Compute the gradient of the method's terms, or with `loss` in place of the first term's loss; every count is
-        global. `loss` is a function whose positional parameters name columns; it returns one loss per token (B, T)."""
+        """Compute the gradient of the method's loss terms; all means are over the whole mini-batch. `loss` replaces the
+        loss of the first term: a function whose positional parameters name columns. It returns what the reduction of that
+        term averages: for a policy loss (B, T), one loss per token.
+        Raises RuntimeError if called twice without optim_step, RunStopped if a loss is not finite."""
         return self._loop.forward_backward(mini, loss)
 
     def optim_step(self) -> UpdateResult:
-        """Clip the gradient, take one optimizer step, follow the schedule."""
+        """Clip the gradient and take one optimizer step at the scheduled learning rate. Raises RuntimeError if there
+        is no gradient, RunStopped if the gradient norm is not finite or a self-check fails."""
         return self._loop.optim_step()
 
     def update(self, mini: Any, loss: Callable[..., Tensor] | None = None) -> UpdateResult:
-        """forward_backward and optim_step."""
+        """Call forward_backward and optim_step. Return the result of optim_step."""
         self.forward_backward(mini, loss)
         return self.optim_step()
 
     def metrics(self) -> Mapping[str, float]:
-        """The metrics of this step so far."""
+        """Return the metrics of the current step so far."""
         return self._loop.metrics()
 
     def export(self, path: str | Path) -> Path:
-        """Write the trained model with its tokenizer as a Hugging Face folder. Returns the folder."""
+        """Write the trained model and its tokenizer to a folder in Hugging Face format. Return the folder."""
         where, roles = Path(path), self._loop.learner.roles
         role = "policy" if "policy" in roles else "reward"
         self._loop.learner.export(role, where, self.tokenizer, merge=self.recipe.model.export == "merged")
@@ -217,7 +231,7 @@ class Session:
 
 
 def run_loop(loop: Any) -> None:
-    """Every step that a loop has left."""
+    """Run all remaining steps of an online or offline loop."""
     if isinstance(loop, OnlineLoop):
         online_loop.run_steps(loop)
     else:

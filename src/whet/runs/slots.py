@@ -1,4 +1,4 @@
-"""The slots of a recipe's method: every name, type and range checked, with the nearest one named where there is none."""
+"""Check the slots of a recipe's method: names, types and ranges. Errors suggest the closest known name."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -26,9 +26,9 @@ from whet.runs import config
 
 
 def checked(verb: str, method: Mapping[str, Any], others: Sequence[str] = ()) -> dict[str, Any]:
-    """The slots of a recipe's method, each name, type and range checked; records and parts keep their plain form.
+    """Return the slots of a recipe's method after checking names, types and ranges. Parts stay mappings with a `name`.
 
-    `others` are the recipe's other fields: what is neither is named with the nearest of both.
+    `others` are the other fields of the recipe, which the error for an unknown slot can suggest. Raises RecipeError.
     """
     known = catalogue.slots_of(verb, method.get("name"))
     table = REWARD_SLOTS if verb == "reward" else {**ONLINE_SLOTS, **PREFERENCE_SLOTS}
@@ -57,14 +57,14 @@ def checked(verb: str, method: Mapping[str, Any], others: Sequence[str] = ()) ->
 
 
 def rule_of(slots: Mapping[str, Any]) -> str:
-    """What happens to an answer cut off at the limit."""
+    """Return the rule for truncated answers."""
     return record(Truncated, slots["truncated"]).rule
 
 
 def _unknown_slot(
     slot: str, known: Mapping[str, Any], table: Mapping[str, Mapping[str, Choice]], others: Sequence[str]
 ) -> RecipeError:
-    """The error for a slot that does not exist: it may be the name of a part, a option of one, or another field of the recipe."""
+    """Return the error for an unknown slot. Suggest a part, an option of a part, or a field of the recipe."""
     for other, value in known.items():
         if slot in table.get(other, {}):
             return RecipeError(f"unknown field 'algorithm.{slot}'; it is a part: --{other.replace('_', '-')} {slot}")
@@ -91,7 +91,7 @@ def _checked_plain(slot: str, value: Any) -> Any:
 
 
 def _kind_of(choice: Choice, option: str, more: Mapping[str, Any]) -> Any:
-    """The type of an option: of a built-in part by its name, of a user's function by its annotation."""
+    """Return the type of an option: by its name for built-in parts, by its annotation for user functions."""
     if option in more:
         return NotNegative
     if callable(choice.op):
@@ -100,7 +100,7 @@ def _kind_of(choice: Choice, option: str, more: Mapping[str, Any]) -> Any:
 
 
 def _checked_part(slot: str, spec: Any, known: Mapping[str, Choice], more: Mapping[str, Any]) -> dict[str, Any]:
-    """The spec of a part with its options checked by their word's type and range; `more` are options of the slot itself."""
+    """Return the spec of a part after checking the types and ranges of its options. `more` are options of the slot."""
     if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
         raise RecipeError(f"algorithm.{slot}: expected the name of a part, or {{name: ..., option: ...}}; got {spec!r}")
     choice = found(slot, known, spec["name"])

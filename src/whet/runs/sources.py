@@ -1,11 +1,13 @@
-"""Python objects where a recipe has a path or a name: functions, loaded models, rows. What each one is, is decided here.
+"""Replace Python objects (functions, loaded models, rows) by paths and names that a recipe can contain.
 
-A function is registered under "python:module:name#hash of its source", which stands in the recipe; a resumed run is given the
-same function again. A model and rows are written into the folder `inputs` of the run, and the recipe has their path.
+A function is registered as "python:module:name#hash of its source", and the recipe contains this name. To resume the run,
+pass the same function again. Models and rows are written to the folder `inputs` of the run; the recipe has their paths.
 """
 
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +19,9 @@ from whet.registry import register
 
 @dataclass
 class Sources:
-    """The fields of a call with paths and names in place of its Python objects; `write` makes the files they name.
+    """Convert the arguments of a call to recipe values; `write` then writes the files that they name.
 
-    `folder` is where inputs are written, and `tokenizer` belongs to every model that is given as an object.
+    `folder` is the folder of these files. `tokenizer` is the tokenizer of every model that is given as an object.
     """
 
     folder: Path
@@ -27,7 +29,8 @@ class Sources:
     _writes: list[Callable[[], None]] = field(default_factory=list)
 
     def plain(self, name: str, value: Any) -> Any:
-        """The value as a recipe can hold it. Raises DataError and ModelError for objects of another kind."""
+        """Return the value of field `name` with objects replaced. Raises DataError if a row is not a dict or not valid as
+        JSON, ModelError for a model object without a tokenizer."""
         if isinstance(value, Mapping):
             return {key: self.plain(f"{name}.{key}", one) for key, one in value.items()}
         if hasattr(value, "save_pretrained") and hasattr(value, "state_dict"):
@@ -48,7 +51,7 @@ class Sources:
         return value
 
     def write(self) -> None:
-        """Write the inputs that are not there yet."""
+        """Write the models and rows whose files do not exist yet."""
         for one in self._writes:
             one()
 
@@ -71,7 +74,12 @@ class Sources:
             raise ModelError(f"{name}: a model that is given as an object needs its tokenizer too; give tokenizer=")
         from whet.learner.local import fingerprint
 
-        mark = _digest(fingerprint(dict(model.named_parameters())).encode())
+        about = [
+            fingerprint(dict(model.named_parameters())),
+            model.config.to_json_string(),
+            _tokenizer_text(self.tokenizer),
+        ]
+        mark = _digest("\n".join(about).encode())
         path = self.folder / f"{name.replace('.', '-')}-{type(model).__name__}-{mark}"
 
         def save(aside: Path) -> None:
@@ -83,18 +91,31 @@ class Sources:
 
 
 def _are_files(value: Sequence[Any]) -> bool:
-    """A list of {path, weight} mixes several files."""
+    """Return True if each entry is a path or a mapping with a path, as in a mix of several files."""
     return all(isinstance(one, str) or (isinstance(one, Mapping) and "path" in one) for one in value)
 
 
 def _put(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write aside, then rename; what is there already is the same, since its name has its hash."""
+    """Write to a temporary path, then rename. An existing path is kept: its name contains the hash of its content."""
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".writing-{path.name}")
+    aside = path.with_name(f".writing-{os.getpid()}-{path.name}")
     write(aside)
-    aside.rename(path)
+    try:
+        aside.rename(path)
+    except OSError:
+        if not path.exists():
+            raise
+        shutil.rmtree(aside)  # another process has written the same folder
+
+
+def _tokenizer_text(tokenizer: Any) -> str:
+    """Return what a tokenizer is made of: its backend (fast tokenizers), special tokens and chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    special = json.dumps({name: str(one) for name, one in tokenizer.special_tokens_map.items()}, sort_keys=True)
+    return "\n".join([vocabulary, special, str(tokenizer.chat_template)])
 
 
 def _digest(data: bytes) -> str:

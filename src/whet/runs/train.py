@@ -1,4 +1,4 @@
-"""whet.train: a whole run, in this process, under torchrun, or on a Ray cluster."""
+"""whet.train: run a training method in this process, under torchrun, or on a Ray cluster."""
 
 from dataclasses import replace
 from functools import partial
@@ -20,9 +20,12 @@ def train(
     quiet: bool = True,
     **fields: Any,
 ) -> Path:
-    """Run a method from start to end, and return the run folder. The arguments are those of `whet.Session`.
+    """Train with a method from start to end. Return the run folder. Takes the arguments of `whet.Session`.
 
-    On a cluster (`cluster=...`) workers that die are started again, and the run goes on after its last checkpoint.
+    On a cluster (`cluster=...`), workers that die are restarted and training continues from the last checkpoint.
+
+    Raises RecipeError, DataError or ModelError for invalid arguments, RewardError if a reward function fails, RunStopped if
+    a self-check fails, CheckpointError if a checkpoint cannot be loaded, RestartsExhausted if workers die too often.
     """
     session = Session(method, recipe, tokenizer=tokenizer, resume=resume, quiet=quiet, **fields)
     if session.recipe.cluster.address is not None:
