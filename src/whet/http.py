@@ -56,7 +56,7 @@ class Http:
         try:
             return json.loads(text) if text else None
         except ValueError as error:
-            raise WorkerDied(f"{self.what}: the answer of {self.url} is not JSON ({error}): {text:.80}") from error
+            raise RecipeError(f"{self.field}: the answer of {self.url} is not JSON ({error}): {text:.80}") from error
 
     def raw(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, bytes]:
         """Status and body of one answer. Raises WorkerDied when there is none."""

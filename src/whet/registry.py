@@ -164,7 +164,7 @@ _MODULES: dict[Path, tuple[tuple[int, int], Any]] = {}
 
 
 def _module_of(path: Path) -> Any:
-    """Import a file as a module. It is executed once in this process, and again after the file has changed."""
+    """Import a file as a module. It is executed once per run, and again after the file has changed."""
     stat = path.stat()
     version = (stat.st_mtime_ns, stat.st_size)
     if path in _MODULES and _MODULES[path][0] == version:
@@ -177,6 +177,11 @@ def _module_of(path: Path) -> Any:
     found.loader.exec_module(module)
     _MODULES[path] = version, module
     return module
+
+
+def forget_modules() -> None:
+    """Execute the users' files again when they are next named. A run calls this first, so it starts with their initial state."""
+    _MODULES.clear()
 
 
 OBJECTS: dict[str, Any] = {}

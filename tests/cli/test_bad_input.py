@@ -389,13 +389,13 @@ BESIDE: dict[str, tuple[str, list[str], list[str]]] = {
     "a dense reward for whole answers": (
         "grpo",
         ["--reward", "{source: HOME/m, dense: true}"],
-        ["reward.dense", "whole answers"],
+        ["reward.dense", "the whole answer"],
     ),
-    "the least of one reward": ("grpo", ["--combine", "minimum"], ["algorithm.combine", "single reward"]),
+    "the least of one reward": ("grpo", ["--combine", "minimum"], ["algorithm.combine", "several rewards"]),
     "the spread of one reward": (
         "grpo",
         ["--combine.name", "lower_bound", "--combine.k", "2"],
-        ["algorithm.combine", "single reward"],
+        ["algorithm.combine", "several rewards"],
     ),
     "a refill of single answers": (
         "ppo",
@@ -441,7 +441,7 @@ OFFLINE: dict[str, tuple[str, list[str], list[str]]] = {
     "a measure of no reference": ("cpo", ["--precompute"], ["reference", "leave", "precompute"]),
     "refreshes of no reference": ("orpo", ["--sync-reference.every", "2"], ["reference", "leave", "sync_reference"]),
     "a separator of no steps": ("reward", ["--data.separator", "c"], ["data.separator"]),
-    "a single answer's loss beside a pair's": ("dpo", ["--loss", "[kto, sigmoid]"], ["algorithm.loss", "do not mix"]),
+    "a single answer's loss beside a pair's": ("dpo", ["--loss", "[kto, sigmoid]"], ["algorithm.loss", "use one kind"]),
     "rewards of a score without reference": (
         "cpo",
         ["--loss", "bco_pair"],

@@ -112,7 +112,7 @@ WRONG = {
         {"name": "openai", "url": "http://127.0.0.1:9", "model": "m", "modell": "x"},
         "unknown field 'generator.modell'",
     ),
-    "a name": ({"name": "opnai"}, "unknown name 'opnai'; known are openai"),
+    "a name": ({"name": "opnai"}, "unknown name 'opnai'; known are local, openai"),
     "an address": (
         {"name": "openai", "url": "here", "model": "far"},
         "generator.url: expected http://host:port, got 'here'",

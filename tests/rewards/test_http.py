@@ -83,7 +83,7 @@ WRONG = {
     "refused": ((400, {"error": {"message": "no such model"}}), "refused .*400.*no such model"),
     "one too few": ((200, {"rewards": [1.0]}), r"expected a list of 2 numbers, got \[1.0\]"),
     "no list": ((200, {"reward": 3}), "expected a list of 2 numbers"),
-    "no json": ((200, b"<html>"), "the answer is not JSON"),
+    "no json": ((200, b"<html>"), "is not JSON"),
     "nan": ((200, b'{"rewards": [NaN, 1.0]}'), "expected a finite number"),
     "words": ((200, {"rewards": ["good", "bad"]}), "expected a number"),
 }

@@ -7,6 +7,7 @@ from typing import Any
 
 from whet.errors import RecipeError
 from whet.methods import catalogue
+from whet.registry import forget_modules
 from whet.runs import config
 from whet.runs.recipe import kind_of
 from whet.runs.sources import Sources
@@ -79,6 +80,7 @@ def _called(verb: str, run: Callable[[Any], Any], recipe: str | None, tokenizer:
 
 def _resolved(verb: str, recipe: str | None, sources: Sources, fields: Mapping[str, Any]) -> Any:
     """Resolve the recipe of a verb, and write the files that stand for Python objects."""
+    forget_modules()
     plain = [(name, sources.plain(name, value)) for name, value in fields.items()]
     resolved = config.resolve(kind_of(verb), verb, recipe, plain)
     sources.write()

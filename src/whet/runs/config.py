@@ -55,7 +55,7 @@ def resolve(kind: type, verb: str, recipe: str | None, overrides: Sequence[tuple
                 f"{recipe}: no such recipe; the shipped ones are {', '.join(sorted(p.stem for p in SHIPPED.glob('*.yaml')))}"
             )
         given = read_yaml(path)
-        named_verb = given.pop("method", verb)
+        named_verb = str(given.pop("method", verb)).replace("-", "_")
         if named_verb != verb:
             raise RecipeError(f"method: {recipe} is a recipe of {named_verb}; got {verb}")
         layers.append(_expand(kind, given, ""))

@@ -17,6 +17,7 @@ from whet.loops.experience import RolloutScores
 from whet.loops.interrupt import graceful
 from whet.loops.online import MiniBatch, OnlineLoop, StepLog
 from whet.methods import catalogue
+from whet.registry import forget_modules
 from whet.runs import config, folder, generators, learners, offline, online, placed, sample
 from whet.runs import recipe as fields
 from whet.runs.recipe import kind_of
@@ -60,6 +61,7 @@ class Session:
             **catalogue.ONLINE, **catalogue.ONLINE_PREFERENCE, **catalogue.PREFERENCE,
         }:  # fmt: skip
             raise config.unknown_method(method)
+        forget_modules()
         given = config.read_yaml(Path(recipe)) if recipe is not None and Path(recipe).is_file() else {}
         out = Path(str(options.get("out") or given.get("out") or f"runs/{method}"))
         self.sources = Sources(out / "inputs", tokenizer)
