@@ -11,7 +11,7 @@ from servers import serving
 
 import whet
 from whet.cli.main import main
-from whet.errors import RecipeError, WorkerDied
+from whet.errors import ModelError, RecipeError, WorkerDied
 from whet.http import Http
 from whet.registry import load_object, options_of, register
 from whet.runs.sources import Sources
@@ -191,3 +191,63 @@ def test_what_is_no_address_is_named(url: str) -> None:
 def test_too_many_requests_are_a_failure_that_may_be_tried_again() -> None:
     with serving() as serve, pytest.raises(WorkerDied, match="429"):
         Http(serve(lambda body, number: (429, "slow down")).url, 5.0).ask("POST", "/x", {})
+
+
+LOSSES: dict[str, tuple[Callable[..., Any], str]] = {
+    "a scalar": (
+        lambda logp, advantage: -(logp * advantage).mean(),
+        r"one loss per token, shape \(\d+, \d+\).*got \(\)",
+    ),
+    "one per answer": (lambda logp, advantage: -(logp * advantage).mean(1, keepdim=True), "one loss per token"),
+    "detached": (lambda logp, advantage: -(logp * advantage).detach(), "it has no gradient"),
+    "no tensor": (lambda logp: [1.0], "expected a tensor, got list"),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_of_ones_own_must_be_one_number_per_token_with_a_gradient(name: str, tmp_path: Path) -> None:
+    tiny.folder(tmp_path / "m")
+    loss, said = LOSSES[name]
+    given: dict[str, Any] = {
+        "model": tmp_path / "m", "data": [{"prompt": "p"}], "reward": constant(1.0), "num_steps": 1, "prompts_per_step": 1,
+        "num_generations": 2, "max_new_tokens": 4,
+    }  # fmt: skip
+    with whet.Session("grpo", out=tmp_path / "r", **given) as session:
+        next(iter(session.steps()))
+        mini = next(iter(session.minibatches(session.rollout())))
+        with pytest.raises(RecipeError, match=said):
+            session.forward_backward(mini, loss=loss)
+
+
+@pytest.mark.parametrize(
+    "body", ["samples[::-1]", "samples[:1]", "[replace(one, draw=0, answer=0) for one in samples]"]
+)
+def test_a_generator_that_mixes_its_answers_up_is_refused(body: str, tmp_path: Path) -> None:
+    tiny.folder(tmp_path / "m")
+    (tmp_path / "mixed.py").write_text(
+        "from dataclasses import replace\nfrom whet.data import Sample\n"
+        "class Mixed:\n    reports = frozenset()\n    version = 0\n    def __init__(self): pass\n"
+        "    def generate(self, requests):\n"
+        "        samples = [Sample(r.draw, r.answer, (3,), (0.0,), 0, 'stop', r.prompt.row['prompt']) for r in requests]\n"
+        f"        return iter({body})\n"
+        "    def load_weights(self, weights): pass\n    def logprobs(self, ids): return []\n"
+        "    def sleep(self): pass\n    def close(self): pass\n"
+    )
+    with pytest.raises(RecipeError, match=r"generator: Mixed must return one sample per request, in their order"):
+        whet.sample(
+            model=str(tmp_path / "m"), data=[{"prompt": "a"}, {"prompt": "b"}], generator=f"{tmp_path}/mixed.py:Mixed",
+            num_generations=1, max_new_tokens=4, out=tmp_path / "o.jsonl",
+        )  # fmt: skip
+
+
+def test_a_tokenizer_by_name_beside_a_loaded_model_is_refused(tmp_path: Path) -> None:
+    tiny.folder(tmp_path / "m")
+    from transformers import AutoModelForCausalLM
+
+    with pytest.raises(ModelError, match="tokenizer: expected a tokenizer object, got 'm'"):
+        Sources(tmp_path, "m").plain("model", AutoModelForCausalLM.from_pretrained(tmp_path / "m"))
+
+
+def test_eval_refuses_an_output_that_cannot_be_written_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"out: .* is a folder; name a file"):
+        whet.evaluate(model="nowhere", data=[{"text": "a"}], out=tmp_path)

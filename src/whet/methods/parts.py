@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from whet.ops import Controller, FixedKL, implicit_reward
+from whet.errors import RecipeError
+from whet.ops import Controller, FixedKL, element_mean, implicit_reward
 
 
 @dataclass(frozen=True)
@@ -101,11 +102,30 @@ class Term:
         return self.loss.reads() | {self.mask}
 
     def share(self, columns: Mapping[str, Tensor], counts: Any) -> Tensor:
-        """Compute weight x reduction(loss), a scalar: the part of this batch in the mini-batch with these counts."""
+        """Compute weight x reduction(loss), a scalar: the part of this batch in the mini-batch with these counts.
+
+        Raises RecipeError if a user's loss has another shape than the mask or no gradient.
+        """
         assert isinstance(self.weight, (int, float)), "controllers are resolved before a term is used"
         mask = columns[self.mask]
         kept = {name: _where(mask, column) for name, column in columns.items()}
-        return self.weight * self.reduction(self.loss(kept), mask, counts, **self.options)
+        loss = self.loss(kept)
+        if not self.loss.op.__module__.startswith("whet."):
+            self._check_own(loss, kept)
+        return self.weight * self.reduction(loss, mask, counts, **self.options)
+
+    def _check_own(self, loss: object, columns: Mapping[str, Tensor]) -> None:
+        """Raise RecipeError for a user's loss that the reduction would broadcast, or that trains nothing."""
+        shape = columns[self.mask].shape
+        if not isinstance(loss, Tensor):
+            raise RecipeError(f"loss {self.label}: expected a tensor, got {type(loss).__name__}")
+        if self.reduction is not element_mean and loss.shape != shape:
+            raise RecipeError(
+                f"loss {self.label}: expected one loss per token, shape {tuple(shape)} as the mask; got {tuple(loss.shape)}"
+            )
+        differentiable = any(isinstance(one, Tensor) and one.requires_grad for one in columns.values())
+        if torch.is_grad_enabled() and differentiable and not loss.requires_grad:
+            raise RecipeError(f"loss {self.label}: it has no gradient; compute it from logp, and do not detach it")
 
 
 def _where(mask: Tensor, column: Tensor) -> Tensor:

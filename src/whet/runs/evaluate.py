@@ -25,6 +25,10 @@ def run_eval(recipe: fields.EvalRecipe) -> dict[str, float]:
         raise RecipeError(
             "eval: a win rate needs both --against (the other model) and --judge; a loss or an accuracy needs neither"
         )
+    if recipe.answers:
+        sample.out_file(recipe.answers, "eval")
+    if recipe.out and Path(recipe.out).is_dir():
+        raise RecipeError(f"out: {recipe.out} is a folder; name a file, such as {recipe.out}/eval.json")
     numbers = _win_rates(recipe) if recipe.judge else _held_out(recipe)
     if recipe.out:
         write_json(Path(recipe.out), numbers)

@@ -31,6 +31,8 @@ class Sources:
     def plain(self, name: str, value: Any) -> Any:
         """Return the value of field `name` with objects replaced. Raises DataError if a row is not a dict or not valid as
         JSON, ModelError for a model object without a tokenizer."""
+        if isinstance(value, Path):
+            return str(value)
         if isinstance(value, Mapping):
             return {key: self.plain(f"{name}.{key}", one) for key, one in value.items()}
         if hasattr(value, "save_pretrained") and hasattr(value, "state_dict"):
@@ -45,7 +47,7 @@ class Sources:
             and value
             and name.partition(".")[0] in ("data", "ptx")
         ):
-            return self._rows(name, list(value)) if not _are_files(value) else list(value)
+            return self._rows(name, list(value)) if not _are_files(value) else [self.plain(name, one) for one in value]
         if isinstance(value, (list, tuple)):
             return [self.plain(f"{name}.{number}", one) for number, one in enumerate(value)]
         return value
@@ -72,6 +74,8 @@ class Sources:
     def _model(self, name: str, model: Any) -> str:
         if self.tokenizer is None:
             raise ModelError(f"{name}: a model that is given as an object needs its tokenizer too; give tokenizer=")
+        if not hasattr(self.tokenizer, "save_pretrained"):
+            raise ModelError(f"tokenizer: expected a tokenizer object, got {self.tokenizer!r:.80}; load it first")
         from whet.learner.local import fingerprint
 
         about = [
@@ -92,7 +96,7 @@ class Sources:
 
 def _are_files(value: Sequence[Any]) -> bool:
     """Return True if each entry is a path or a mapping with a path, as in a mix of several files."""
-    return all(isinstance(one, str) or (isinstance(one, Mapping) and "path" in one) for one in value)
+    return all(isinstance(one, (str, Path)) or (isinstance(one, Mapping) and "path" in one) for one in value)
 
 
 def _put(path: Path, write: Callable[[Path], Any]) -> None:
