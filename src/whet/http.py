@@ -2,6 +2,7 @@
 
 import ipaddress
 import json
+import time
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -37,11 +38,21 @@ class Http:
         except ValueError:
             return host == "localhost"
 
-    def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The answer's JSON, None where it has none.
+    def ask(self, method: str, path: str, body: dict[str, Any] | None = None, *, retries: int = 0) -> Any:
+        """Send a request and return the JSON of the answer, or None if the answer is empty.
 
-        Raises RecipeError when the server refuses the request, WorkerDied when it fails or nothing comes in time.
+        If the server fails, send the request again up to `retries` times, after 0.1 s, 0.2 s, ... 5 s. Raises RecipeError
+        if the server refuses the request, WorkerDied if it still fails or does not answer in time.
         """
+        for number in range(retries):
+            try:
+                return self._ask(method, path, body)
+            except WorkerDied:
+                time.sleep(min(0.1 * 2**number, 5.0))
+        return self._ask(method, path, body)
+
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
+        """Send a request once."""
         status, answer = self.raw(method, path, body)
         text = answer.decode("utf-8", "replace")
         if status >= 500 or status == 429:

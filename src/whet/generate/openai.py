@@ -1,7 +1,6 @@
 """Answers from any server with the OpenAI chat API, for sampling and evaluation; such a server takes no weights."""
 
 import os
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -89,14 +88,7 @@ class OpenAIGenerator:
         )
 
     def _ask(self, body: dict[str, Any]) -> Any:
-        for left in range(self.options.retries, -1, -1):
-            try:
-                return self.http.ask("POST", "/v1/chat/completions", body)
-            except WorkerDied:
-                if not left:
-                    raise
-                time.sleep(min(0.1 * 2 ** (self.options.retries - left), 5.0))
-        raise AssertionError("unreachable")
+        return self.http.ask("POST", "/v1/chat/completions", body, retries=self.options.retries)
 
     def load_weights(self, weights: Weights) -> None:
         """Refused: the API has no route for weights."""

@@ -93,7 +93,7 @@ ONLINE: Mapping[str, Method] = {
         ("the score lands on the last trained token, in DeepSpeed-Chat one slot later where the row has room",),
     ),
     "unclipped": Method(
-        "PPO without its clip: TRPO's surrogate and nothing that holds it; use rollout.target_kl with it",
+        "PPO without its clip: TRPO's surrogate without a limit on the update; use rollout.target_kl with it",
         "Schulman et al. 2015, eq. 14",
         changed(_PPO, {"surrogate": "unclipped"}),
         ("no trust region",),
@@ -348,6 +348,10 @@ def slots_of(verb: str, name: str | None = None) -> Mapping[str, Any]:
     if verb == "reward":
         return REWARD[name or "k_way"].slots
     return {**ONLINE, **ONLINE_PREFERENCE, **PREFERENCE}[verb].slots
+
+
+TRAINED: tuple[str, ...] = ("pretrain", "sft", "reward", *ONLINE, *ONLINE_PREFERENCE, *PREFERENCE)
+"""The methods that train a model."""
 
 
 def shipped_recipe(verb: str) -> str:

@@ -1,6 +1,5 @@
 """Rewards from a server: POST of prompts and completions in batches, the form of remote reward models."""
 
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -65,17 +64,13 @@ class HttpReward:
         return checked(values, [sample for group in groups for sample in group.samples], self.url)
 
     def _ask(self, body: dict[str, Any]) -> list[Any]:
-        for left in range(self.options.retries, -1, -1):
-            try:
-                found = self.http.ask("POST", "", body)
-                break
-            except RecipeError as error:  # the server refused the request: sending it again changes nothing
-                raise RewardError(str(error)) from error
-            except WorkerDied as error:
-                if not left:
-                    tries = self.options.retries + 1
-                    raise RewardError(f"{error}; tried {tries} time{'s' if tries > 1 else ''}") from error
-                time.sleep(min(0.1 * 2 ** (self.options.retries - left), 5.0))
+        try:
+            found = self.http.ask("POST", "", body, retries=self.options.retries)
+        except RecipeError as error:
+            raise RewardError(str(error)) from error
+        except WorkerDied as error:
+            tries = self.options.retries + 1
+            raise RewardError(f"{error}; tried {tries} time{'s' if tries > 1 else ''}") from error
         values = next((found[key] for key in ("rewards", "scores") if isinstance(found, dict) and key in found), found)
         if not isinstance(values, list) or len(values) != len(body["completions"]):
             count = len(body["completions"])

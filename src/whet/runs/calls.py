@@ -88,8 +88,7 @@ def _resolved(verb: str, recipe: str | None, sources: Sources, fields: Mapping[s
 
 
 def _trains(method: str, about: str) -> None:
-    known = {**catalogue.ONLINE, **catalogue.ONLINE_PREFERENCE, **catalogue.PREFERENCE}
     if method in ("sample", "rank", "eval", "serve", "demo", "explain", "plan"):
         raise RecipeError(f"{about}: {method} trains nothing; name a training method, such as ppo or dpo")
-    if method not in ("pretrain", "sft", "reward") and method not in known:
+    if method not in catalogue.TRAINED:
         raise config.unknown_method(method)

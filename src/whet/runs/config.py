@@ -172,9 +172,7 @@ def unknown(name: str, known: Sequence[str]) -> RecipeError:
 
 def unknown_method(name: str, known: Sequence[str] = ()) -> RecipeError:
     """Return the error for an unknown method or command, with the closest known one."""
-    every = list(known) or [
-        "pretrain", "sft", "reward", *catalogue.ONLINE, *catalogue.ONLINE_PREFERENCE, *catalogue.PREFERENCE,
-    ]  # fmt: skip
+    every = list(known) or list(catalogue.TRAINED)
     near = difflib.get_close_matches(name, every, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(every)}"
     return RecipeError(f"unknown verb {name!r}; {hint}")

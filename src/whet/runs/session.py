@@ -57,9 +57,7 @@ class Session:
         quiet: bool = True,
         **options: Any,
     ) -> None:
-        if method not in ("pretrain", "sft", "reward") and method not in {
-            **catalogue.ONLINE, **catalogue.ONLINE_PREFERENCE, **catalogue.PREFERENCE,
-        }:  # fmt: skip
+        if method not in catalogue.TRAINED:
             raise config.unknown_method(method)
         forget_modules()
         given = config.read_yaml(Path(recipe)) if recipe is not None and Path(recipe).is_file() else {}
