@@ -31,7 +31,7 @@ class Http:
 
     @property
     def local(self) -> bool:
-        """The address is on loopback."""
+        """Whether the address is a loopback address."""
         host = self.parts.hostname or ""
         try:
             return ipaddress.ip_address(host).is_loopback
@@ -70,7 +70,7 @@ class Http:
             raise RecipeError(f"{self.field}: the answer of {self.url} is not JSON ({error}): {text:.80}") from error
 
     def raw(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, bytes]:
-        """Status and body of one answer. Raises WorkerDied when there is none."""
+        """Return the status and body of one answer. Raises WorkerDied if no answer arrives."""
         import httpx2
 
         content = None if body is None else json.dumps(body)
@@ -87,7 +87,7 @@ class Http:
 
 
 def _message(text: str) -> str:
-    """The part of an error answer that says what was wrong."""
+    """Return the message in the body of an error answer."""
     try:
         found = json.loads(text)
         return str(found.get("error", {}).get("message") or found)[:300]

@@ -32,7 +32,7 @@ class Adapter:
 
 
 class Registry:
-    """The adapters of one seam by name. `built_in` maps a name to its module; `protocol` has the methods that a class needs.
+    """The adapters of one kind, by name. `built_in` maps a name to its module; `protocol` has the methods that a class needs.
 
     >>> Registry("trackers", {"console": "whet.trackers.console"}, object).names()
     ['console']
@@ -135,7 +135,7 @@ def options_of(function: Callable[..., Any]) -> type:
 
 
 def load_object(spec: str) -> Any:
-    """The object named by "file.py:name" or "package.module:name". Raises RecipeError when there is none."""
+    """Load the object named by "file.py:name" or "package.module:name". Raises RecipeError if it cannot be found."""
     if spec.startswith("python:"):
         if spec not in OBJECTS:
             raise RecipeError(f"{spec}: this run was given a Python function; give the same one again, from Python")
@@ -247,7 +247,7 @@ def _is_filled(cell: Any) -> bool:
 
 
 def place_of(thing: Any) -> str:
-    """The file and line where a class or function is defined."""
+    """Return the file and line where a class or function is defined."""
     try:
         return f"{inspect.getsourcefile(thing)}:{inspect.getsourcelines(thing)[1]}"
     except (OSError, TypeError):
@@ -255,7 +255,7 @@ def place_of(thing: Any) -> str:
 
 
 def _told(error: Exception) -> str:
-    """The error's class and message, with the line of the user's file that raised it."""
+    """Format the error's class and message, with the line of the user's file that raised it."""
     trace, where = error.__traceback__, ""
     while trace is not None:
         if (

@@ -165,7 +165,7 @@ def sections(
             "Proxy and gold",
             [
                 Prose(
-                    "Left: the run above. Right: a reward model from 400 rankings only, and nothing that holds the policy near SFT, "
+                    "Left: the run above. Right: a reward model from 400 rankings only, and no term that keeps the policy near SFT, "
                     "neither a KL cost nor the pre-training term (over-optimization, Gao, Schulman and Hilton 2022). "
                     + _turn(over)
                 ),

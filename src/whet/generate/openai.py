@@ -91,11 +91,11 @@ class OpenAIGenerator:
         return self.http.ask("POST", "/v1/chat/completions", body, retries=self.options.retries)
 
     def load_weights(self, weights: Weights) -> None:
-        """Refused: the API has no route for weights."""
+        """Raise RecipeError: the API has no route for weights."""
         raise RecipeError("generator: an OpenAI-compatible server takes no weights, so it cannot answer in training")
 
     def logprobs(self, ids: Sequence[Tensor]) -> list[Tensor]:
-        """Refused: the API does not score given tokens."""
+        """Raise RecipeError: the API does not score given tokens."""
         raise RecipeError("generator: an OpenAI-compatible server gives no log-probs of given tokens")
 
     def sleep(self) -> None:
@@ -106,5 +106,5 @@ class OpenAIGenerator:
 
 
 def make(options: Options, context: Any) -> OpenAIGenerator:
-    """The generator; `context` is the conversation format of the recipe's tokenizer."""
+    """Build the generator; `context` is the conversation format of the recipe's tokenizer."""
     return OpenAIGenerator(options, context)

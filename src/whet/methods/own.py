@@ -13,12 +13,12 @@ from whet.registry import load_object, place_of
 
 
 def op_of(choice: Choice) -> Callable[..., Any]:
-    """The function behind a choice: one of `whet.ops`, or a user's own."""
+    """Return the function of a choice: one of `whet.ops`, or a user's own."""
     return getattr(ops, choice.op) if isinstance(choice.op, str) else choice.op
 
 
 def own_choice(slot: str, name: str, columns: frozenset[str] | None) -> Choice:
-    """The choice that stands for a user's function, named as "file.py:function" or given as an object.
+    """Return the choice for a user's function, named as "file.py:function" or given as an object.
 
     Raises RecipeError where the slot takes no function, or where a positional parameter is not one of `columns`.
     """
@@ -45,7 +45,7 @@ def own_choice(slot: str, name: str, columns: frozenset[str] | None) -> Choice:
 
 
 def option_type(function: Callable[..., Any], option: str) -> Any:
-    """The annotated type of a keyword-only parameter; Any without one."""
+    """Return the annotated type of a keyword-only parameter; Any without one."""
     try:
         return typing.get_type_hints(function).get(option, Any)
     except NameError:
@@ -53,7 +53,7 @@ def option_type(function: Callable[..., Any], option: str) -> Any:
 
 
 def _formula(function: Callable[..., Any]) -> str:
-    """The first line of the docstring, in which {option} is filled in; other braces are shown as they are."""
+    """Return the first line of the docstring, in which {option} is filled in later; other braces are shown as they are."""
     text = str(inspect.getdoc(function) or getattr(function, "__name__", "a function")).splitlines()[0]
     options = [one.name for one in inspect.signature(function).parameters.values() if one.kind is one.KEYWORD_ONLY]
     escaped = text.replace("{", "{{").replace("}", "}}")

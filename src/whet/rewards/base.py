@@ -15,7 +15,7 @@ from whet.registry import Registry
 
 @dataclass(frozen=True)
 class Scores:
-    """What one reward says of all answers, in the order of the groups' samples.
+    """The scores of one reward for all answers, in the order of the groups' samples.
 
     `answer` (B,) is one score an answer; `token` has, where the reward is dense, one (|ids|,) tensor an answer that
     sums to it, and `ends` where its steps end: (|ids|,) bool, every token where None.
@@ -27,7 +27,7 @@ class Scores:
 
 
 class Reward(Protocol):
-    """Who scores."""
+    """A reward: scores the answers of groups."""
 
     def score(self, groups: Sequence[Group]) -> Scores:
         """A score for every answer. Raises RewardError rather than return a wrong count, a wrong type or NaN."""
@@ -68,18 +68,18 @@ def score_all(rewards: Sequence[Weighted], groups: Sequence[Group]) -> tuple[dic
 
 
 def _last_trained(sample: Sample) -> int:
-    """The position of the last token that the policy wrote."""
+    """Return the position of the last token that the policy wrote."""
     trained = sample.trained()
     return max((place for place, own in enumerate(trained) if own), default=len(trained) - 1)
 
 
 def shares(groups: Sequence[Group], count: int) -> list[Sequence[Group]]:
-    """The groups cut into `count` runs of like size, in order; some are empty where there are fewer groups."""
+    """Split the groups into `count` runs of similar size, in order; some are empty if there are fewer groups."""
     return [groups[len(groups) * one // count : len(groups) * (one + 1) // count] for one in range(count)]
 
 
 def joined(parts: Sequence[Scores | None]) -> Scores:
-    """The scores of several runs of groups, in order, as one. Raises RewardError where some are dense and others not."""
+    """Concatenate the scores of several runs of groups. Raises RewardError if some are dense and others not."""
     found = [part for part in parts if part is not None]
     if len({part.token is None for part in found}) > 1:
         raise RewardError("a reward scored some answers per token and others as a whole; score all per token or none")
@@ -94,7 +94,7 @@ def joined(parts: Sequence[Scores | None]) -> Scores:
 
 
 def checked(values: object, answers: Sequence[Sample], name: str) -> Scores:
-    """What a user's function returned, as Scores.
+    """Convert the value that a user's function returned to Scores.
 
     Accepted: one number an answer; or for each answer a list with one number per token, or a list of (last token of
     the segment, number). Raises RewardError for anything else, with what was got.

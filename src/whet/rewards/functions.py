@@ -27,7 +27,7 @@ class FunctionReward:
 
 
 def called(function: Callable[..., Any], label: str, /, *given: Any, **named: Any) -> Any:
-    """The function's answer. Raises RewardError naming the line of the user's file when it raises."""
+    """Call the function. If it raises, raise RewardError with the line of the user's file."""
     try:
         return function(*given, **named)
     except Exception as error:
@@ -42,7 +42,7 @@ def called(function: Callable[..., Any], label: str, /, *given: Any, **named: An
 
 
 def load_function(spec: str) -> Callable[..., Any]:
-    """The function named by "file.py:name" or "package.module:name". Raises RecipeError when there is none."""
+    """Load the function named by "file.py:name" or "package.module:name". Raises RecipeError if it cannot be found."""
     function = load_object(spec)
     if not callable(function):
         raise RecipeError(f"{spec}: it is a {type(function).__name__}, not a function")

@@ -28,7 +28,7 @@ class Options:
 
 
 class HttpReward:
-    """The scores that a server gives. The request is JSON with `prompts`, `completions`, `query` (prompt and completion joined)
+    """A reward that a server computes. The request is JSON with `prompts`, `completions`, `query` (prompt and completion joined)
     and the columns of the prompt rows; the answer is a list of numbers, or an object with it under `rewards` or `scores`.
 
     Each answer is sent once, whatever the number of workers. Raises RewardError when the server fails more often than
@@ -79,7 +79,7 @@ class HttpReward:
 
 
 def make(options: Options, context: Any) -> HttpReward:
-    """The reward of the URL `context`."""
+    """Build the reward of the URL `context`."""
     import os
 
     if options.api_key_env and options.api_key_env not in os.environ:

@@ -15,7 +15,7 @@ Reading = Callable[[Batch, frozenset[str]], Mapping[str, torch.Tensor]]
 
 
 def reading(role: Role, budget: int) -> Reading:
-    """The reading of a role in this process, in micro-batches of at most `budget` tokens."""
+    """Return a function that runs a role in this process, in micro-batches of at most `budget` tokens."""
 
     @torch.no_grad()
     def read_all(batch: Batch, names: frozenset[str]) -> dict[str, torch.Tensor]:

@@ -59,5 +59,5 @@ def check(options: Options, context: Any) -> None:
 
 
 def make(options: Options, context: Any) -> AccelerateTracker:
-    """The tracker whose name is `context`."""
+    """Build the tracker whose name is `context`."""
     return AccelerateTracker(str(context), options)

@@ -10,7 +10,7 @@ from whet.registry import Registry
 
 @dataclass(frozen=True)
 class RunInfo:
-    """The run that a tracker is told about: its name, its folder and its resolved recipe."""
+    """The run that a tracker logs: its name, its folder and its resolved recipe."""
 
     name: str
     folder: Path
@@ -18,7 +18,7 @@ class RunInfo:
 
 
 class Tracker(Protocol):
-    """Who is told about a run. Only the first worker calls it."""
+    """Receives the metrics and samples of a run. Only the first worker calls it."""
 
     def start(self, run: RunInfo) -> None:
         """The run begins, or goes on after a checkpoint."""

@@ -44,5 +44,5 @@ class ConsoleTracker:
 
 
 def make(options: Options, context: Any) -> ConsoleTracker:
-    """The tracker."""
+    """Build the tracker."""
     return ConsoleTracker(options)
