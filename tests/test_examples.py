@@ -163,7 +163,7 @@ BAD = {
     "a value": ({"data": [{"prompt": "a", "x": object()}]}, r"data\[0\]: the row cannot be written as JSON"),
     "a part": (
         {"surrogate": lambda nonsense: nonsense},
-        r"test_examples.py:\d+: the parameter 'nonsense' is no column",
+        r"test_examples.py:\d+: the parameter 'nonsense' is not a column",
     ),
     "a star": ({"surrogate": lambda *all: all}, r"test_examples.py:\d+: \*all is not allowed"),
     "a slot": (

@@ -233,7 +233,7 @@ def test_a_generator_that_mixes_its_answers_up_is_refused(body: str, tmp_path: P
         "    def load_weights(self, weights): pass\n    def logprobs(self, ids): return []\n"
         "    def sleep(self): pass\n    def close(self): pass\n"
     )
-    with pytest.raises(RecipeError, match=r"generator: Mixed must return one sample per request, in their order"):
+    with pytest.raises(RecipeError, match=r"generator Mixed must return one sample per request, in their order"):
         whet.sample(
             model=str(tmp_path / "m"), data=[{"prompt": "a"}, {"prompt": "b"}], generator=f"{tmp_path}/mixed.py:Mixed",
             num_generations=1, max_new_tokens=4, out=tmp_path / "o.jsonl",

@@ -3,6 +3,7 @@
 import ipaddress
 import json
 import time
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -68,6 +69,19 @@ class Http:
             return json.loads(text) if text else None
         except ValueError as error:
             raise RecipeError(f"{self.field}: the answer of {self.url} is not JSON ({error}): {text:.80}") from error
+
+    def chat(self, body: dict[str, Any], *, retries: int = 0) -> Mapping[str, Any]:
+        """Send a request to the chat API of OpenAI-compatible servers. Return the first choice: `message`, `finish_reason`, ...
+
+        Raises RecipeError if the server refuses the request, WorkerDied if it fails or sends something else.
+        """
+        found = self.ask("POST", "/v1/chat/completions", body, retries=retries)
+        try:
+            choice = found["choices"][0]
+            choice["message"]["content"]
+        except (KeyError, IndexError, TypeError) as error:
+            raise WorkerDied(f"{self.what}: {self.url} sent no chat completion, got {found!r:.200}") from error
+        return choice
 
     def raw(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, bytes]:
         """Return the status and body of one answer. Raises WorkerDied if no answer arrives."""

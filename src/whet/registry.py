@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from whet.errors import RecipeError
+from whet.errors import RecipeError, RewardError, WhetError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Registry:
                 except RecipeError:
                     raise
                 except Exception as error:
-                    raise RecipeError(f"{self.seam}: loading {entry.value} failed with {_told(error)}") from error
+                    raise RecipeError(f"{self.seam}: loading {entry.value} failed with {told(error)}") from error
         if ":" not in name:
             raise RecipeError(
                 f"{where or self.seam}: unknown name {name!r}; known are {', '.join([*self.others, *self.names()])}, or your "
@@ -72,6 +72,8 @@ class Registry:
     def _of(self, name: str, found: Any) -> Adapter:
         if inspect.ismodule(found):
             return self._of_module(name, found)
+        if not inspect.isclass(found) and self._is_instance(found):
+            return Adapter(name, options_of(lambda: None), lambda options, _: found, _no_check)
         if not callable(found):
             raise RecipeError(
                 f"{self.seam}: {name} is a {type(found).__name__}; give a class or a function that makes one"
@@ -87,6 +89,14 @@ class Registry:
                 f"{self.seam}: {module.__name__} has no {missing[0]}; an adapter's module has Options and make"
             )
         return Adapter(name, module.Options, module.make, getattr(module, "check", _no_check))
+
+    def _is_instance(self, found: Any) -> bool:
+        """Return True if an object has a method of the protocol, so that it is used as it is."""
+        methods = [name for name, _ in inspect.getmembers(self.protocol, inspect.isfunction) if name[0] != "_"]
+        if not any(hasattr(found, name) for name in methods):
+            return False
+        self._has_methods(type(found).__name__, type(found))
+        return True
 
     def _has_methods(self, name: str, found: type) -> None:
         """Raises RecipeError where the class lacks a method of the protocol, or has one with other parameters."""
@@ -154,7 +164,7 @@ def load_object(spec: str) -> Any:
     except RecipeError:
         raise
     except Exception as error:  # a user's module may fail in any way while it is imported
-        raise RecipeError(f"{spec}: importing {place} failed with {_told(error)}") from error
+        raise RecipeError(f"{spec}: importing {place} failed with {told(error)}") from error
     if not hasattr(module, name):
         raise RecipeError(f"{spec}: {place} has no {name!r}")
     return getattr(module, name)
@@ -254,8 +264,8 @@ def place_of(thing: Any) -> str:
         return getattr(thing, "__module__", "?")
 
 
-def _told(error: Exception) -> str:
-    """Format the error's class and message, with the line of the user's file that raised it."""
+def told(error: BaseException) -> str:
+    """Format an error's class and message, with the line of the user's file that raised it."""
     trace, where = error.__traceback__, ""
     while trace is not None:
         if (
@@ -267,6 +277,30 @@ def _told(error: Exception) -> str:
     if isinstance(error, SyntaxError):
         where = f" (at {error.filename}:{error.lineno})"
     return f"{type(error).__name__}: {error}{where}"
+
+
+def called(
+    function: Callable[..., Any],
+    label: str,
+    given: Sequence[Any] = (),
+    named: Mapping[str, Any] = {},
+    raises: type[WhetError] = RewardError,
+) -> Any:
+    """Call a user's function. If it raises, raise an error of the class `raises` with `label` and the line of the file."""
+    try:
+        return function(*given, **named)
+    except WhetError:
+        raise
+    except Exception as error:
+        function = getattr(function, "func", function)  # functools.partial
+        code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+        where = f"{code.co_filename}:{code.co_firstlineno}" if code else "?"
+        trace = error.__traceback__
+        while trace is not None:  # the deepest frame in the user's own file: libraries below it say little
+            if code and trace.tb_frame.f_code.co_filename == code.co_filename:
+                where = f"{code.co_filename}:{trace.tb_lineno}"
+            trace = trace.tb_next
+        raise raises(f"{label} raised {type(error).__name__}: {error} (at {where})") from error
 
 
 def _values(options: Any) -> dict[str, Any]:

@@ -40,6 +40,8 @@ def test_training_returns_its_folder_with_recipe_metrics_and_a_model(home: Path,
     assert {path.name for path in out.iterdir()} == {
         "recipe.yaml",
         "environment.json",
+        "inputs.json",
+        ".lock",
         "metrics.jsonl",
         "checkpoints",
         "model",

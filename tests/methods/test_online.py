@@ -1052,7 +1052,7 @@ def test_scores_are_standardized_by_the_first_rollouts_mean_and_the_running_devi
     first = sum(SCORES) / 4
     for scores in (SCORES, (10.0, 20.0, 15.0, 11.0), (-5.0, 0.0, 0.25, 1e3)):
         seen += scores
-        state = method.observe(state, outcome(method, rollout(scores)))
+        state = method.observe(state, rollout(scores))
         assert state == json.loads(json.dumps(state))
         got = advantages(method.at(state), rollout(scores))
         expected = [(s - first) / deviation(seen) for s in scores]
@@ -1065,14 +1065,14 @@ def test_scores_are_standardized_by_the_first_rollouts_mean_and_the_running_devi
 
 def test_a_running_deviation_that_is_nothing_divides_by_one() -> None:
     method = make("reinforce", reward_normalization="running")
-    for scores in ((3.0, 3.0, 3.0, 3.0), (3.0,)):
-        state = method.observe(method.init(), torch.tensor(scores))
+    for rows in ([0, 1, 2, 3], [0]):
+        state = method.observe(method.init(), rollout((3.0, 3.0, 3.0, 3.0)).take(rows))
         assert method.at(state).reward_normalization.options == {"shift": 3.0, "scale": 1.0}
 
 
 def test_without_running_normalization_nothing_is_kept() -> None:
     method = make("reinforce")
-    assert method.observe(method.init(), torch.tensor([1.0, 2.0])) == method.init() == {"penalty": 0.05}
+    assert method.observe(method.init(), rollout()) == method.init() == {"penalty": 0.05}
 
 
 @pytest.mark.parametrize("name", TABLE)

@@ -9,8 +9,9 @@ import torch
 
 from whet.data import Group, Prompt, Sample
 from whet.errors import RecipeError, RewardError, WhetError
+from whet.registry import load_object
 from whet.rewards import Scores, Weighted, score_all
-from whet.rewards.functions import FunctionReward, load_function
+from whet.rewards.functions import FunctionReward
 
 USER = {"role": "user", "content": "a b"}
 
@@ -152,7 +153,7 @@ RAISING = {
 def test_what_a_function_raises_is_told_with_its_place_in_the_users_file(kind: str, tmp_path: Path) -> None:
     source, line, what = RAISING[kind]
     (tmp_path / "mine.py").write_text(source)
-    reward = FunctionReward(load_function(f"{tmp_path}/mine.py:judge"))
+    reward = FunctionReward(load_object(f"{tmp_path}/mine.py:judge"))
     with pytest.raises(RewardError) as caught:
         reward.score(groups())
     assert str(caught.value).startswith(f"reward judge raised {what}")
@@ -162,7 +163,7 @@ def test_what_a_function_raises_is_told_with_its_place_in_the_users_file(kind: s
 def test_a_function_that_does_not_take_the_columns_is_told_of_by_its_own_place(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("\ndef judge(prompts, completions):\n    return [0.0] * len(prompts)\n")
     with pytest.raises(RewardError, match=r"unexpected keyword argument 'completion_ids'.*mine\.py:2\)$"):
-        FunctionReward(load_function(f"{tmp_path}/mine.py:judge")).score(groups())
+        FunctionReward(load_object(f"{tmp_path}/mine.py:judge")).score(groups())
 
 
 def test_several_rewards_stand_side_by_side_under_their_names_and_dense_ones_are_summed_by_weight() -> None:
@@ -219,8 +220,8 @@ def test_without_a_dense_reward_the_dense_sum_is_zero_and_as_wide_as_the_longest
 
 def test_a_function_is_loaded_from_a_file_or_a_module(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def judge(): return 7\n")
-    assert load_function(f"{tmp_path}/mine.py:judge")() == 7
-    assert load_function("math:sqrt") is math.sqrt
+    assert load_object(f"{tmp_path}/mine.py:judge")() == 7
+    assert load_object("math:sqrt") is math.sqrt
 
 
 UNLOADABLE = [
@@ -228,14 +229,13 @@ UNLOADABLE = [
     ("nowhere.py:judge", r"nowhere\.py:judge: no such file nowhere\.py"),
     ("no_such_module:judge", r"no_such_module:judge: importing no_such_module failed with ModuleNotFoundError"),
     ("math:judge", r"math:judge: math has no 'judge'"),
-    ("math:pi", r"math:pi: it is a float, not a function"),
 ]
 
 
 @pytest.mark.parametrize(("spec", "what"), UNLOADABLE)
 def test_a_function_that_cannot_be_loaded_is_named(spec: str, what: str) -> None:
     with pytest.raises(RecipeError, match=what):
-        load_function(spec)
+        load_object(spec)
 
 
 @pytest.mark.parametrize(
@@ -244,4 +244,4 @@ def test_a_function_that_cannot_be_loaded_is_named(spec: str, what: str) -> None
 def test_a_file_that_cannot_be_imported_is_named_with_the_cause(source: str, what: str, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(source)
     with pytest.raises(RecipeError, match=rf"mine\.py:judge: importing .*mine\.py failed with {what}"):
-        load_function(f"{tmp_path}/mine.py:judge")
+        load_object(f"{tmp_path}/mine.py:judge")

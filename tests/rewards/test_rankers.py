@@ -4,8 +4,9 @@ from typing import Any
 import pytest
 
 from whet.errors import RewardError
-from whet.feedback import Question, ScoreRanker
+from whet.feedback import Question
 from whet.feedback.judge import RankJudge, ScoreJudge
+from whet.feedback.scores import ScoreRanker
 
 QUESTIONS = [
     Question("a", ("yes", "no", "yes yes"), {"scores": [1, 0, 2], "target": "yes"}),

@@ -1,5 +1,6 @@
-"""Atomic writes of small files (a temporary file, then a rename), and the shared-memory folder."""
+"""Atomic writes of small files (a temporary file, then a rename), file hashes, and the shared-memory folder."""
 
+import hashlib
 import json
 import os
 import tempfile
@@ -29,3 +30,9 @@ def shared_memory() -> Path:
     """Return the shared-memory folder on Linux, or the folder for temporary files elsewhere."""
     shared = Path("/dev/shm")
     return shared if shared.is_dir() and os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 hash of a file's content in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,5 +1,5 @@
-"""Who ranks: the Ranker seam and its adapters."""
+"""The `Ranker` protocol and its implementations: scores and judges. There is no page for people yet."""
 
-from whet.feedback.base import Question, Ranker, ScoreRanker
+from whet.feedback.base import RANKERS, Question, Ranker
 
-__all__ = ["Question", "Ranker", "ScoreRanker"]
+__all__ = ["RANKERS", "Question", "Ranker"]

@@ -1,10 +1,11 @@
-"""The Ranker seam: who ranks K answers to one prompt. The protocol, and a scripted fake."""
+"""The `Ranker` protocol for ranking the K answers to a prompt, and the table of rankers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from whet.data import ranks_of
+from whet.errors import RewardError
+from whet.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -21,18 +22,18 @@ class Question:
 
 
 class Ranker(Protocol):
-    """Who ranks: people, a judge, rules, a reward model."""
+    """Rank answers: by scores, by a judge, or by people."""
 
     def rank(self, questions: Sequence[Question]) -> list[list[int]]:
-        """For each question the ranks of its answers, 1 is best, equal ranks are ties."""
+        """Return the ranks of the answers of each question. 1 is best, equal ranks are ties."""
 
 
-class ScoreRanker:
-    """Ranks by scores that the rows already carry under `field`."""
+def check_ranks(ranks: Any, question: Question, place: int) -> None:
+    """Raise RewardError if `ranks` is not one rank from 1 up for each answer. `place` is the number of the question."""
+    right = isinstance(ranks, (list, tuple)) and len(ranks) == len(question.responses)
+    if not right or not all(type(rank) is int and rank >= 1 for rank in ranks):
+        raise RewardError(f"question {place}: expected {len(question.responses)} ranks from 1 up, got {ranks!r:.80}")
 
-    def __init__(self, field: str = "scores") -> None:
-        self.field = field
 
-    def rank(self, questions: Sequence[Question]) -> list[list[int]]:
-        """See `Ranker.rank`."""
-        return [ranks_of(question.row[self.field]) for question in questions]
+RANKERS = Registry("rankers", {"scores": "whet.feedback.scores", "judge": "whet.feedback.judge"}, Ranker)
+"""The rankers by name. They are checked and made from their options and the rows to rank."""

@@ -1,16 +1,28 @@
-"""Ranking by a judge: a function that scores answers, or one that ranks them itself."""
+"""Ranking by a judge: a function that scores answers, a function that ranks them, or a reward."""
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from whet.data import ranks_of
-from whet.errors import RewardError
-from whet.feedback.base import Question
+from whet.data import Group, Prompt, Sample, ranks_of
+from whet.errors import RecipeError, RewardError
+from whet.feedback.base import Question, check_ranks
+from whet.registry import called, load_object
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of a judge function."""
+
+    function: str
+    """"file.py:function" """
+    form: Literal["score", "rank"] = "score"
+    """"score": f(prompts, completions, **columns) -> scores; "rank": f(prompt, responses, **columns) -> ranks"""
 
 
 class ScoreJudge:
-    """Ranks by a scoring function `f(prompts, completions, **columns) -> list[float]`, the form of reward functions."""
+    """Rank by a scoring function `f(prompts, completions, **columns) -> list[float]`, the form of reward functions."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -40,7 +52,7 @@ class ScoreJudge:
 
 
 class RankJudge:
-    """Ranks by a function `f(prompt, responses, **columns) -> list[int]` that is asked question by question."""
+    """Rank by a function `f(prompt, responses, **columns) -> list[int]`, which is called once per question."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -50,10 +62,35 @@ class RankJudge:
         out = []
         for place, question in enumerate(questions):
             ranks = self.function(question.prompt, list(question.responses), **question.row)
-            right = isinstance(ranks, Sequence) and len(ranks) == len(question.responses)
-            if not right or not all(isinstance(rank, int) and rank >= 1 for rank in ranks):
-                raise RewardError(
-                    f"question {place}: expected {len(question.responses)} ranks from 1 up, got {ranks!r:.80}"
-                )
+            check_ranks(ranks, question, place)
             out.append(list(ranks))
         return out
+
+
+class RewardJudge:
+    """Rank by a reward: any object with `score(groups)` as in `whet.rewards`. Equal scores are ties."""
+
+    def __init__(self, reward: Any) -> None:
+        self.reward = reward
+
+    def rank(self, questions: Sequence[Question]) -> list[list[int]]:
+        """See `Ranker.rank`."""
+        groups = []
+        for number, one in enumerate(questions):
+            messages = one.prompt if isinstance(one.prompt, list) else [{"role": "user", "content": str(one.prompt)}]
+            samples = [Sample(number, place, (), (), 0, "stop", text) for place, text in enumerate(one.responses)]
+            groups.append(Group(Prompt(str(number), (), tuple(messages), one.row), tuple(samples)))
+        scores = iter(self.reward.score(groups).answer.tolist())
+        return [ranks_of([next(scores) for _ in one.responses]) for one in questions]
+
+
+def make(options: Options, rows: Any) -> ScoreJudge | RankJudge:
+    """Build the judge. Raises RecipeError if the function cannot be found."""
+    function = load_object(options.function)
+    if not callable(function):
+        raise RecipeError(f"judge: {options.function} is a {type(function).__name__}, not a function")
+
+    def guarded(*given: Any, **named: Any) -> Any:
+        return called(function, f"judge {options.function}", given, named)
+
+    return ScoreJudge(guarded) if options.form == "score" else RankJudge(guarded)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from whet.data import Prompt, Sample, Weights
 from whet.errors import ModelError, RecipeError
 from whet.methods.options import Sampling
 from whet.ops import address, addressed_uniform
-from whet.registry import Registry
+from whet.registry import Registry, called
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,55 @@ def draw(probabilities: Tensor, requests: Sequence[Request], position: int) -> T
 
 GENERATORS = Registry("generators", {"openai": "whet.generate.openai"}, Generator, others=["local"])
 """Generators that answer for sampling and evaluation, made from options and a conversation format."""
+
+
+class CheckedGenerator:
+    """A user's generator as a `Generator`: name the file and line if it raises, and check the samples that it returns.
+
+    Raises RecipeError, also if it does not return one `Sample` per request in their order.
+    """
+
+    def __init__(self, own: Generator) -> None:
+        self.own, self.name = own, f"generator {type(own).__name__}"
+        self.reports = frozenset(getattr(own, "reports", ()))
+
+    @property
+    def version(self) -> int:
+        """The version of the loaded weights; 0 if the generator has none."""
+        return int(getattr(self.own, "version", 0))
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
+        """See `Generator.generate`."""
+        samples = self._call(lambda: list(self.own.generate(requests)))
+        wrong = next((one for one in samples if not isinstance(one, Sample)), None)
+        if wrong is not None:
+            raise RecipeError(f"{self.name}: generate must yield whet.Sample objects, got {type(wrong).__name__}")
+        wanted, got = ([(one.draw, one.answer) for one in each] for each in (requests, samples))
+        if got != wanted:
+            raise RecipeError(
+                f"{self.name} must return one sample per request, in their order, with the draw and answer of the request: "
+                f"{wanted[:3]} ...; got {len(got)} of {len(wanted)}: {got[:3]} ..."
+            )
+        yield from samples
+
+    def load_weights(self, weights: Weights) -> None:
+        """See `Generator.load_weights`."""
+        self._call(lambda: self.own.load_weights(weights))
+
+    def logprobs(self, ids: Sequence[Tensor]) -> list[Tensor]:
+        """See `Generator.logprobs`."""
+        return self._call(lambda: self.own.logprobs(ids))
+
+    def sleep(self) -> None:
+        """See `Generator.sleep`."""
+        self._call(self.own.sleep)
+
+    def close(self) -> None:
+        """See `Generator.close`."""
+        self._call(self.own.close)
+
+    def _call(self, function: Callable[[], Any]) -> Any:
+        return called(function, self.name, raises=RecipeError)
 
 
 class ScriptedGenerator:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from whet.data import Chat, Sample, Weights
-from whet.errors import RecipeError, WorkerDied
+from whet.errors import RecipeError
 from whet.generate.base import Request
 from whet.http import Http
 from whet.ops import address
@@ -71,24 +71,14 @@ class OpenAIGenerator:
         }  # fmt: skip
         if self.options.token_ids:
             body["return_token_ids"] = True
-        found = self._ask(body)
-        try:
-            choice = found["choices"][0]
-            text, finish = choice["message"]["content"] or "", choice.get("finish_reason")
-        except (KeyError, IndexError, TypeError) as error:
-            raise WorkerDied(
-                f"generator.url: {self.options.url} sent no chat completion, got {found!r:.200}"
-            ) from error
-        ended = finish != "length"
+        choice = self.http.chat(body, retries=self.options.retries)
+        text, ended = choice["message"]["content"] or "", choice.get("finish_reason") != "length"
         ids = choice.get("token_ids")
         if ids is None:
             ids = self.chat.answer_ids(text) if ended else self.chat.answer_ids(text)[:-1]
         return Sample(
             request.draw, request.answer, tuple(ids), (0.0,) * len(ids), 0, "stop" if ended else "length", text
         )
-
-    def _ask(self, body: dict[str, Any]) -> Any:
-        return self.http.ask("POST", "/v1/chat/completions", body, retries=self.options.retries)
 
     def load_weights(self, weights: Weights) -> None:
         """Raise RecipeError: the API has no route for weights."""

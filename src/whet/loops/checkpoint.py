@@ -3,7 +3,6 @@
 A checkpoint is written to a temporary folder with checksums, then renamed. Incomplete checkpoints are never loaded.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -14,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from whet.data.files import write_json
+from whet.data.files import sha256, write_json
 from whet.errors import CheckpointError, WhetError, WorkerDied
 from whet.learner import Learner
 from whet.loops.interrupt import Stop
@@ -71,7 +70,7 @@ def _commit(aside: Path, final: Path, loop: Mapping[str, Any]) -> None:
                 f"{part.parent}: {len(every)} of {int(count)} parts are here; do all machines see this folder?"
             )
     write_json(aside / "loop.json", dict(loop))
-    sums = {str(path.relative_to(aside)): _sum(path) for path in sorted(aside.rglob("*")) if path.is_file()}
+    sums = {str(path.relative_to(aside)): sha256(path) for path in sorted(aside.rglob("*")) if path.is_file()}
     write_json(aside / MANIFEST, sums)
     for path in [*(aside / name for name in sums), aside / MANIFEST, aside / "learner", aside]:
         _sync(path)
@@ -123,7 +122,7 @@ def latest(folder: Path) -> Path | None:
     for path in reversed(_all(folder)):
         try:
             sums = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            if all(_sum(path / name) == value for name, value in sums.items()):
+            if all(sha256(path / name) == value for name, value in sums.items()):
                 return path
         except (OSError, ValueError):
             continue
@@ -144,11 +143,6 @@ def load(path: Path, learner: Learner) -> dict[str, Any]:
 
 def _all(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name))
-
-
-def _sum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from whet.data import Batch, Element, Group, Prompt
-from whet.errors import RecipeError
 from whet.generate import Generator, Request
 from whet.learner import Learner, look_across
 from whet.methods import Objective
@@ -118,22 +117,13 @@ def answers(
     seed: int = 0,
     first: int = 0,
 ) -> list[Group]:
-    """Generate `count` answers for every prompt; prompt i has draw `first` + i.
-
-    Raises RecipeError if the generator does not return one sample per request, in their order.
-    """
+    """Generate `count` answers for every prompt; prompt i has draw `first` + i."""
     requests = [
         Request(prompt, first + number, answer, sampling, seed)
         for number, prompt in enumerate(prompts)
         for answer in range(count)
     ]
     samples = list(generator.generate(requests))
-    wanted = [(one.draw, one.answer) for one in requests]
-    if (got := [(one.draw, one.answer) for one in samples]) != wanted:
-        raise RecipeError(
-            f"generator: {type(generator).__name__} must return one sample per request, in their order, with the draw and "
-            f"answer of the request: {wanted[:3]} ...; got {len(got)} of {len(wanted)}: {got[:3]} ..."
-        )
     return [
         Group(prompt, tuple(samples[number * count : (number + 1) * count])) for number, prompt in enumerate(prompts)
     ]

@@ -15,8 +15,10 @@ from whet.loops.evaluate import held_out
 from whet.loops.interrupt import Stop
 from whet.loops.progress import Progress
 from whet.loops.record import RunFolder
-from whet.methods import Objective, part
-from whet.methods.parts import mean_reward
+from whet.methods import Objective
+from whet.methods.own import own_loss
+from whet.methods.parts import mean_reward, name_of
+from whet.models.readers import BARE
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class OfflineLoop:
         self.columns = frozenset(name for name in objective.reads() if COLUMNS[name].hop == "measure")
         self.state: Any = objective.init()
         self.step = self.first = 0
+        self._batch: Batch | None = None
         self._known: dict[tuple[int, int], list[Tensor]] = {}
         self._numbers: dict[str, float] = {}
         self._stack = ExitStack()
@@ -120,13 +123,20 @@ class OfflineLoop:
     def forward_backward(self, batch: Batch, loss: Callable[..., Tensor] | None = None) -> UpdateResult:
         """Compute the gradient of the objective on a batch; all counts are global. `loss` replaces the loss of the first
         term: a function whose positional parameters name columns, and whose result the term's reduction averages."""
+        if self._batch is None:
+            raise RuntimeError("forward_backward: call it inside the loop over batches()")
+        if not isinstance(batch, Batch):
+            raise TypeError(f"forward_backward: expected a batch of batches(), got {type(batch).__name__}")
         terms = self._now.terms
         if loss is not None:
-            terms = (replace(terms[0], loss=part(loss), name=getattr(loss, "__name__", "loss")), *terms[1:])
+            own = own_loss(loss, {*batch.columns, *BARE})
+            terms = (replace(terms[0], loss=own, name=name_of(loss)), *terms[1:])
         return self.learner.forward_backward([(term, batch, batch.counts(term.mask)) for term in terms])
 
     def optim_step(self) -> UpdateResult:
-        """Clip the gradient and take one optimizer step."""
+        """Clip the gradient and take one optimizer step. Raise RuntimeError outside the loop over batches."""
+        if self._batch is None:
+            raise RuntimeError("optim_step: call it inside the loop over batches()")
         update, plan = self.learner.optim_step(), self.plan
         if self.state:
             seen = {**self._batch.columns, **update.now["train"]}
@@ -143,13 +153,14 @@ class OfflineLoop:
         return dict(self._numbers)
 
     def _end(self, began: float) -> None:
-        plan, done, numbers = self.plan, self.step + 1, self._numbers
-        if not numbers:
+        plan, done, numbers, batch = self.plan, self.step + 1, self._numbers, self._batch
+        self._batch = None
+        if not numbers or batch is None:
             raise RuntimeError(f"step {self.step}: the batch was not trained on; call forward_backward and optim_step")
         if plan.eval_every and self.evaluation and (done % plan.eval_every == 0 or done == plan.steps):
             found = held_out(self.learner, self._now, self.evaluation)
             numbers |= {f"eval/{name}": value for name, value in found.items()}
-        self.run.metrics(done, **numbers, tokens=self._batch.counts().tokens, seconds=time.perf_counter() - began)
+        self.run.metrics(done, **numbers, tokens=batch.counts().tokens, seconds=time.perf_counter() - began)
         assert self._progress is not None
         assert self._keeper is not None
         self._progress.advance(numbers)

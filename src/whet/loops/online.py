@@ -32,9 +32,11 @@ from whet.loops.interrupt import Stop
 from whet.loops.progress import Progress
 from whet.loops.record import RunFolder, mean_of
 from whet.loops.source import GroupSource, PromptQueue, SynchronousSource, answered
-from whet.methods import Algorithm, Term, advantages, clipping, diagnostics, outcome, paired, part, shaped, spread
+from whet.methods import Algorithm, Term, advantages, clipping, diagnostics, paired, shaped, spread
 from whet.methods.options import Sampling
-from whet.methods.parts import mean_reward
+from whet.methods.own import own_loss
+from whet.methods.parts import mean_reward, name_of
+from whet.models.readers import BARE
 from whet.ops import address
 from whet.rewards import Weighted
 
@@ -88,6 +90,10 @@ class MiniBatch:
     streams: Mapping[str, Batch] = field(default_factory=dict)
 
 
+RESERVED = ("step", "seconds", "seconds/generate")
+"""Metrics that the loop writes in each line of metrics.jsonl."""
+
+
 class StepLog:
     """One step of a loop: its number, counted from 0, and the metrics logged for it."""
 
@@ -96,8 +102,19 @@ class StepLog:
         self.metrics: dict[str, float] = {}
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        """Add metrics to the line of this step in metrics.jsonl. The line is written when the step ends."""
-        self.metrics |= metrics
+        """Add metrics to the line of this step in metrics.jsonl. The line is written when the step ends.
+
+        Raises ValueError for a name that every line has ("step", "seconds"), TypeError for a value that is not a number.
+        """
+        for name, value in metrics.items():
+            number: Any = value
+            if getattr(value, "ndim", None) == 0:  # a tensor or an array
+                number = number.item()
+            if name in RESERVED:
+                raise ValueError(f"log: each line has {name!r} already; choose another name")
+            if isinstance(number, bool) or not isinstance(number, (int, float)):
+                raise TypeError(f"log: {name} must be a number, got {type(value).__name__}")
+            self.metrics[name] = number
 
 
 class OnlineLoop:
@@ -105,7 +122,8 @@ class OnlineLoop:
 
     Each step calls generate, score, measure, advantages, then forward_backward and optim_step for every mini-batch, and
     publish. All random numbers depend only on the seed and their address, such as the step. So a resumed run gives
-    bitwise identical results, unless answers are generated ahead.
+    bitwise identical results, unless answers are generated ahead. A stage that is called outside a step, or before the
+    stage that it needs, raises RuntimeError.
     """
 
     def __init__(
@@ -144,6 +162,7 @@ class OnlineLoop:
         self.stream = PtxStream(ptx, plan.ptx_batch, plan.seed)
         self.step = self.first = 0
         self.state: Any = algorithm.init()
+        self._running = False
         self._stack = ExitStack()
         self._progress: Progress | None = None
         self._keeper: checkpoint.Keeper | None = None
@@ -183,6 +202,7 @@ class OnlineLoop:
             self._end(log)
 
     def _begin(self, step: int) -> None:
+        self._running = True
         self.step, self._began = step, time.perf_counter()
         self._sampled = self._began
         self._groups: Sequence[Group] = ()
@@ -192,9 +212,17 @@ class OnlineLoop:
         self._now = self.algorithm.at(self.state)
         self._batch: Batch | None = None
         self._whole: Batch | None = None
+        self._turns: list[list[list[int]]] | None = None
         self._mini: MiniBatch | None = None
         self._canary, self._before = torch.zeros(0, dtype=torch.long), torch.zeros(0)
         self._stopped = self._unpublished = False
+
+    def _needs(self, stage: str, before: str = "", done: bool = True) -> None:
+        """Raise RuntimeError outside a step, or if the stage `before` was not called in this step."""
+        if not self._running:
+            raise RuntimeError(f"{stage}: call it inside the loop over steps()")
+        if not done:
+            raise RuntimeError(f"{stage}: call {before} first in this step")
 
     def generate(self) -> list[Group]:
         """Return the groups of this step: prompts x answers, with token ids.
@@ -203,6 +231,9 @@ class OnlineLoop:
         a bounded number of rounds. The answers are scored for this, and `score` returns these scores.
         """
         rounds, plan = self.algorithm.collect.dynamic_sampling, self.plan
+        self._needs("generate")
+        if self._groups:
+            raise RuntimeError("generate: this step has its answers already; call it once per step")
         if not rounds:
             self._groups = self.source.groups(self.step, plan.prompts)
             self._numbers |= self._ages(self.source.staleness(self.step, self._groups))
@@ -241,6 +272,8 @@ class OnlineLoop:
 
     def score(self, groups: Sequence[Group]) -> RolloutScores:
         """Return the scores of every reward, with the greedy baselines if the method uses them (ReMax)."""
+        self._needs("score")
+        _check_groups("score", groups)
         scores = scores_of(self.rewards, groups) if self._scores is None else self._scores
         if not self.algorithm.collect.greedy:
             return scores
@@ -248,9 +281,7 @@ class OnlineLoop:
         drawn = [(group.samples[0].draw, group.prompt) for group in groups]
         answers = answered(self.generator, drawn, 1, greedy, self.plan.seed)
         # normalize the baselines with running statistics that include this rollout
-        now = self.algorithm.at(
-            self.algorithm.observe(self.state, outcome(self._now, batch_of(groups, scores, self.sampling)))
-        )
+        now = self.algorithm.at(self.algorithm.observe(self.state, batch_of(groups, scores, self.sampling)))
         score = shaped(now, gathered(answers, self.rewards, greedy))["score"]
         index = [number for number, group in enumerate(groups) for _ in group.samples]
         return replace(scores, baseline=score[index])
@@ -258,9 +289,11 @@ class OnlineLoop:
     def measure(self, groups: Sequence[Group], scores: RolloutScores) -> Batch:
         """Return the batch with the measured columns that the method reads. Split it into mini-batches first, and measure
         those of the first epoch one by one."""
+        self._needs("measure")
+        _check_groups("measure", groups)
         batch, plan, learner = batch_of(groups, scores, self.sampling), self.plan, self.learner
         self._groups = groups
-        self.state = self.algorithm.observe(self.state, outcome(self._now, batch))
+        self.state = self.algorithm.observe(self.state, batch)
         now = self._now = self.algorithm.at(self.state)
         self.generator.sleep()
         if now.pairs:
@@ -277,6 +310,7 @@ class OnlineLoop:
 
     def advantages(self, batch: Batch) -> Batch:
         """Return the batch with score, token_reward, advantage and returns (a batch of pairs is returned unchanged)."""
+        self._needs("advantages", "measure", self._turns is not None)
         if not self._now.pairs:
             self._whole = batch = advantages(self._now, batch)
         assert self._whole is not None
@@ -302,7 +336,9 @@ class OnlineLoop:
 
     def minibatches(self, batch: Batch) -> Iterator[MiniBatch]:
         """Yield the mini-batches of all epochs. Stop early when `target_kl` is exceeded."""
-        for epoch, turn in enumerate(self._turns if batch.rows else ()):
+        self._needs("minibatches", "advantages", self._batch is not None)
+        turns = self._turns or []
+        for epoch, turn in enumerate(turns if batch.rows else ()):
             for number, index in enumerate(turn):
                 if self._stopped:
                     return
@@ -310,7 +346,7 @@ class OnlineLoop:
                 key = address(self.plan.seed, "select", self.step, epoch) >> 1
                 mini = mini.with_columns(address=mini["address"] ^ key)
                 mini = look_across(self.learner, self._now.select, mini)
-                streams = self.stream.batch(self.step, epoch * len(turn) + number, len(turn) * len(self._turns))
+                streams = self.stream.batch(self.step, epoch * len(turn) + number, len(turn) * len(turns))
                 yield MiniBatch(mini, tuple(index), epoch, number, streams)
 
     def forward_backward(self, mini: MiniBatch, loss: Callable[..., Tensor] | None = None) -> UpdateResult:
@@ -319,10 +355,13 @@ class OnlineLoop:
         `loss` replaces the loss of the policy. It is a function whose positional parameters name columns (logp, old_logp,
         advantage, mask ...). It returns one loss per token, (B, T); the method's reduction averages them.
         """
+        self._needs("forward_backward", "advantages", self._batch is not None)
+        if not isinstance(mini, MiniBatch):
+            raise TypeError(f"forward_backward: expected a mini-batch of minibatches(batch), got {type(mini).__name__}")
         streams, terms = {"rollout": mini.batch, **mini.streams}, self._now.terms
         if loss is not None:
-            own = replace(terms[0], loss=part(loss), name=getattr(loss, "__name__", "loss"))
-            terms = (own, *terms[1:])
+            own = own_loss(loss, {*mini.batch.columns, *BARE})
+            terms = (replace(terms[0], loss=own, name=name_of(loss)), *terms[1:])
         if self.step < self.plan.critic_warmup:
             terms = tuple(term for term in terms if term.role == "critic")
         self._mini = mini
@@ -333,6 +372,7 @@ class OnlineLoop:
 
         Raise RuntimeError without a preceding forward_backward, and RunStopped if the ratio of the first update is not 1.
         """
+        self._needs("optim_step")
         mini = self._mini
         if mini is None:
             raise RuntimeError("optim_step was called without forward_backward before it")
@@ -358,6 +398,7 @@ class OnlineLoop:
 
     def publish(self) -> None:
         """Update the moving average and the reference, load the new weights into the generator, and check the result."""
+        self._needs("publish")
         plan, learner = self.plan, self.learner
         if plan.ema is not None:
             learner.blend("ema", "policy", 1 - plan.ema)
@@ -373,6 +414,7 @@ class OnlineLoop:
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics of this step so far: of the rollout, of the policy, and the means over the updates."""
+        self._needs("metrics")
         if self._batch is None or self._whole is None:
             return dict(self._numbers)
         numbers = self._numbers | rollout_numbers(self._whole, [one.name for one in self.rewards])
@@ -382,6 +424,10 @@ class OnlineLoop:
     def _end(self, log: StepLog) -> None:
         if self._unpublished:
             raise RuntimeError(f"step {self.step}: weights were updated and not published; call publish() in each step")
+        if self._batch is None or (self._batch.rows and not self._updates):
+            raise RuntimeError(
+                f"step {self.step}: no update was made; call forward_backward and optim_step for each mini-batch"
+            )
         numbers, state, done = self.metrics() | log.metrics, self.state, self.step + 1
         batch, whole = self._batch, self._whole
         if batch is not None and whole is not None:
@@ -400,7 +446,17 @@ class OnlineLoop:
         assert self._progress is not None
         assert self._keeper is not None
         self._progress.advance(numbers)
+        self._running = False
         self._keeper.done(done, {"state": dict(state), **self.source.state()})
+
+
+def _check_groups(stage: str, groups: Sequence[Group]) -> None:
+    """Raise ValueError if there are no groups, TypeError for anything else than groups."""
+    if not groups:
+        raise ValueError(f"{stage}: no groups were given; pass the groups of generate()")
+    wrong = next((one for one in groups if not isinstance(one, Group)), None)
+    if wrong is not None:
+        raise TypeError(f"{stage}: expected the groups of generate(), got {type(wrong).__name__}")
 
 
 def train(*given: Any, **options: Any) -> None:

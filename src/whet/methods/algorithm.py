@@ -117,20 +117,21 @@ class Algorithm:
         )
         return {**{name: controller.coef for name, controller in self._controllers().items()}, **running}
 
-    def observe(self, state: State, score: Tensor) -> State:
-        """Return the state after adding the scores (B,) of a rollout to the running statistics.
+    def observe(self, state: State, batch: Batch) -> State:
+        """Return the state after adding the outcomes of a rollout to the running statistics.
 
         Call it before the advantages are computed. The mean of the first rollout becomes the shift.
         """
         if self._running is None:
             return state
         count, mean, square = (state[f"running.{name}"] for name in ("count", "mean", "square"))
-        for value in score.double().tolist():
+        score = outcome(self, batch).double()
+        for value in score.tolist():
             count += 1
             step = value - mean
             mean += step / count
             square += step * (value - mean)
-        shift = state.get("running.shift", float(score.double().mean()))
+        shift = state.get("running.shift", float(score.mean()))
         seen = {"count": count, "mean": mean, "square": square, "shift": shift}
         return {**state, **{f"running.{name}": value for name, value in seen.items()}}
 
@@ -173,8 +174,8 @@ class Algorithm:
 def outcome(algorithm: Algorithm, batch: Batch) -> Tensor:
     """Compute the combined score of each answer before any penalty, (B,). Reads rewards (B, R)."""
     if algorithm.normalize is not None:
-        batch = batch.with_columns(rewards=algorithm.normalize(batch.columns))
-    return algorithm.combine(batch.columns)
+        batch = batch.with_columns(rewards=algorithm.normalize.filled(batch.columns, tuple(batch["rewards"].shape)))
+    return algorithm.combine.filled(batch.columns, (len(batch.rows),))
 
 
 def spread(algorithm: Algorithm, batch: Batch) -> Tensor:
@@ -196,7 +197,7 @@ def shaped(algorithm: Algorithm, batch: Batch) -> Batch:
     """Add the column score (B,): combined, normalized, bounded and penalized."""
     batch = batch.with_columns(score=outcome(algorithm, batch))
     for one in (algorithm.reward_normalization, *algorithm.shape):
-        batch = batch if one is None else batch.with_columns(score=one(batch.columns))
+        batch = batch if one is None else batch.with_columns(score=one.filled(batch.columns, (len(batch.rows),)))
     if algorithm.truncated.rule == "penalize":
         amount = algorithm.truncated.amount
         batch = batch.with_columns(score=ops.penalize(batch["score"], batch["truncated"], amount=amount))
@@ -225,7 +226,7 @@ def advantages(algorithm: Algorithm, batch: Batch) -> Batch:
     if algorithm.truncated.rule == "bootstrap":
         # the critic's value estimates all later reward, including the score
         placed = torch.where(batch["truncated"], torch.zeros_like(placed), placed)
-    token_reward = algorithm.reward_placement(batch.with_columns(score=placed).columns)
+    token_reward = algorithm.reward_placement.filled(batch.with_columns(score=placed).columns, tuple(mask.shape))
     if "segment_end" in batch.columns:  # a penalty may be on a token that ends no step
         batch = batch.with_columns(segment_end=batch["segment_end"] | (token_reward != 0))
     token_reward = token_reward + ops.dense(dense, mask)
@@ -237,7 +238,7 @@ def advantages(algorithm: Algorithm, batch: Batch) -> Batch:
         token_reward = token_reward - coef * algorithm.penalty.charge(batch.columns)
     batch = batch.with_columns(token_reward=token_reward)
     try:
-        advantage = algorithm.advantage(batch.columns)
+        advantage = algorithm.advantage.filled(batch.columns, tuple(mask.shape))
         target = advantage if algorithm.target is None else algorithm.target(batch.columns)
     except ValueError as error:  # scores that this advantage does not allow
         raise RewardError(str(error)) from error
@@ -249,11 +250,11 @@ def advantages(algorithm: Algorithm, batch: Batch) -> Batch:
         returns = torch.where(mask, target + batch["old_value"], torch.zeros_like(target))
         batch = batch.with_columns(returns=returns)
     if algorithm.normalize_advantage is not None:
-        batch = batch.with_columns(advantage=algorithm.normalize_advantage(batch.columns))
+        batch = batch.with_columns(advantage=algorithm.normalize_advantage.filled(batch.columns, tuple(mask.shape)))
     return (
         batch
         if algorithm.importance_correction is None
-        else batch.with_columns(correction=algorithm.importance_correction(batch.columns))
+        else batch.with_columns(correction=algorithm.importance_correction.filled(batch.columns, tuple(mask.shape)))
     )
 
 

@@ -3,12 +3,13 @@
 import inspect
 import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from whet import ops
 from whet.errors import RecipeError
 from whet.methods.choices import Choice
+from whet.methods.parts import Part, part
 from whet.registry import load_object, place_of
 
 
@@ -25,23 +26,31 @@ def own_choice(slot: str, name: str, columns: frozenset[str] | None) -> Choice:
     if columns is None:
         raise RecipeError(f"algorithm.{slot}: this slot takes the built-in parts only; got {name}")
     function = load_object(name)
+    check_function(function, f"algorithm.{slot}", columns)
+    return Choice(function, _formula(function), place_of(function))
+
+
+def check_function(function: Any, where: str, columns: Collection[str]) -> None:
+    """Raise RecipeError if a function cannot be a part: if a positional parameter is not one of `columns`, or a keyword-only
+    parameter has no default. `where` names the slot or argument in the error."""
     if not callable(function):
-        raise RecipeError(f"algorithm.{slot}: {name} is a {type(function).__name__}, not a function")
+        raise RecipeError(f"{where}: expected a function, got {type(function).__name__}")
     for one in inspect.signature(function).parameters.values():
         if one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD):
-            raise RecipeError(
-                f"algorithm.{slot}: {place_of(function)}: *{one.name} is not allowed; name each parameter"
-            )
+            raise RecipeError(f"{where}: {place_of(function)}: *{one.name} is not allowed; name each parameter")
         if one.kind is not one.KEYWORD_ONLY and one.name not in columns:
             raise RecipeError(
-                f"algorithm.{slot}: {place_of(function)}: the parameter {one.name!r} is no column of this slot; "
+                f"{where}: {place_of(function)}: the parameter {one.name!r} is not a column here; "
                 f"options are keyword-only (after *); columns are {', '.join(sorted(columns))}"
             )
         if one.kind is one.KEYWORD_ONLY and one.default is one.empty:
-            raise RecipeError(
-                f"algorithm.{slot}: {place_of(function)}: the option {one.name!r} has no default; give it one"
-            )
-    return Choice(function, _formula(function), place_of(function))
+            raise RecipeError(f"{where}: {place_of(function)}: the option {one.name!r} has no default; give it one")
+
+
+def own_loss(function: Any, columns: Collection[str]) -> Part:
+    """Return the part for a loss function that is given to `forward_backward`. Raises RecipeError if it cannot be used."""
+    check_function(function, "loss", columns)
+    return part(function)
 
 
 def option_type(function: Callable[..., Any], option: str) -> Any:

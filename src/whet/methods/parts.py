@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from whet.errors import RecipeError
+from whet.errors import RecipeError, WhetError
 from whet.ops import Controller, FixedKL, element_mean, implicit_reward
+from whet.registry import place_of, told
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,36 @@ class Part:
         return frozenset(names)
 
     def __call__(self, columns: Mapping[str, Any]) -> Tensor:
-        """Apply the op to the columns. Options that are controllers must first be resolved with `at`."""
+        """Apply the op to the columns. Options that are controllers must first be resolved with `at`.
+
+        Raises RecipeError with file and line if a user's function fails.
+        """
         given = {
             name: source(columns) if isinstance(source, Part) else columns[source]
             for name, source in self.columns.items()
         }
-        return self.op(**given, **self.options)
+        try:
+            return self.op(**given, **self.options)
+        except Exception as error:
+            if isinstance(error, WhetError) or not self.own:
+                raise
+            raise RecipeError(f"{self} failed with {told(error)}") from error
+
+    def filled(self, columns: Mapping[str, Any], shape: tuple[int, ...]) -> Tensor:
+        """Apply the op. Raises RecipeError if the result of a user's function has another shape."""
+        out = self(columns)
+        if self.own and (not isinstance(out, Tensor) or tuple(out.shape) != shape):
+            got = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+            raise RecipeError(f"{self}: expected a tensor of shape {shape}, got {got}")
+        return out
+
+    @property
+    def own(self) -> bool:
+        """Whether the op is a user's function and not one of whet's."""
+        return not self.op.__module__.startswith("whet.")
+
+    def __str__(self) -> str:
+        return f"{name_of(self.op)} ({place_of(self.op)})" if self.own else name_of(self.op)
 
     def walk(self) -> Iterator["Part"]:
         """Iterate over this part and all its inner parts."""
@@ -45,6 +70,11 @@ class Part:
         for source in self.columns.values():
             if isinstance(source, Part):
                 yield from source.walk()
+
+
+def name_of(op: Callable[..., Any]) -> str:
+    """Return the name of a function; for an object without a name, that of its class."""
+    return str(getattr(op, "__name__", type(op).__name__))
 
 
 def part(op: Callable[..., Tensor], **given: Any) -> Part:
@@ -70,7 +100,7 @@ def part(op: Callable[..., Tensor], **given: Any) -> Part:
         elif parameter.default is inspect.Parameter.empty:
             columns[name] = name
     if given:
-        raise TypeError(f"{op.__name__} has no parameter {', '.join(map(repr, given))}")
+        raise TypeError(f"{name_of(op)} has no parameter {', '.join(map(repr, given))}")
     return Part(op, columns, options)
 
 
@@ -95,7 +125,7 @@ class Term:
     @property
     def label(self) -> str:
         """The name of this term in the logs: role, stream and name."""
-        return f"{self.role}/{self.stream}/{self.name or self.loss.op.__name__}"
+        return f"{self.role}/{self.stream}/{self.name or name_of(self.loss.op)}"
 
     def reads(self) -> frozenset[str]:
         """Return the columns of the loss, and the mask."""
@@ -110,7 +140,7 @@ class Term:
         mask = columns[self.mask]
         kept = {name: _where(mask, column) for name, column in columns.items()}
         loss = self.loss(kept)
-        if not self.loss.op.__module__.startswith("whet."):
+        if any(one.own for one in self.loss.walk()):
             self._check_own(loss, kept)
         return self.weight * self.reduction(loss, mask, counts, **self.options)
 

@@ -1,6 +1,5 @@
 """The Reward seam: who scores. The protocol, and several rewards side by side."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -33,7 +32,7 @@ class Reward(Protocol):
         """A score for every answer. Raises RewardError rather than return a wrong count, a wrong type or NaN."""
 
 
-REWARDS = Registry("rewards", {"http": "whet.rewards.http"}, Reward)
+REWARDS = Registry("rewards", {"http": "whet.rewards.http", "openai": "whet.rewards.openai"}, Reward)
 """The rewards that are made from options alone. Functions and reward models are recognized by their source."""
 
 
@@ -122,6 +121,20 @@ def checked(values: object, answers: Sequence[Sample], name: str) -> Scores:
     return Scores(torch.stack([one.sum() for one in token]), token, ends)
 
 
+def checked_scores(scores: Scores, answers: Sequence[Sample], name: str) -> Scores:
+    """Return the scores of a user's reward class. Raises RewardError for a wrong shape or a number that is not finite."""
+    if not isinstance(scores.answer, Tensor) or tuple(scores.answer.shape) != (len(answers),):
+        got = tuple(scores.answer.shape) if isinstance(scores.answer, Tensor) else type(scores.answer).__name__
+        raise RewardError(f"reward {name}: Scores.answer must be a tensor of shape ({len(answers)},), got {got}")
+    if scores.token is None:
+        return Scores(checked(scores.answer, answers, name).answer)
+    for tensors, what in ((scores.token, "token"), (scores.ends, "ends")):
+        lengths = None if tensors is None else [tuple(one.shape) for one in tensors]
+        if lengths is not None and lengths != [(len(sample.ids),) for sample in answers]:
+            raise RewardError(f"reward {name}: Scores.{what} must have one tensor (tokens,) per answer, got {lengths}")
+    return Scores(checked([one.tolist() for one in scores.token], answers, name).answer, scores.token, scores.ends)
+
+
 def _dense(value: object, sample: Sample, name: str, place: int, segments: bool) -> Tensor:
     out = torch.zeros(len(sample.ids))
     if not isinstance(value, Sequence) or isinstance(value, str):
@@ -147,8 +160,8 @@ def _number(value: object, name: str, place: int) -> float:
         if hasattr(value, "item"):
             return _number(value.item(), name, place)
         raise RewardError(f"reward {name}: answer {place} got {value!r}, expected a number")
-    if not math.isfinite(value):
-        raise RewardError(f"reward {name}: answer {place} got {value}, expected a finite number")
+    if not abs(value) <= torch.finfo(torch.float32).max:  # also NaN
+        raise RewardError(f"reward {name}: answer {place} got {value!r:.40}, expected a finite number")
     return float(value)
 
 

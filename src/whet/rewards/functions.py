@@ -1,12 +1,13 @@
-"""Rewards from Python functions, `f(prompts, completions, **columns) -> list[float]`, in the user's own file or module."""
+"""Rewards from users' functions, `f(prompts, completions, **columns) -> list[float]`, and from users' classes."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from whet.data import Group
-from whet.errors import RecipeError, RewardError
-from whet.registry import load_object
-from whet.rewards.base import Scores, checked, columns_of
+from whet.data import Group, Prompt
+from whet.errors import RecipeError
+from whet.registry import called, place_of
+from whet.rewards.base import Reward, Scores, checked, checked_scores, columns_of
 
 
 class FunctionReward:
@@ -19,31 +20,45 @@ class FunctionReward:
         self.function = function
         self.name = name or str(getattr(function, "__name__", "reward"))
 
+    def check(self, prompts: Sequence[Prompt], where: str) -> None:
+        """Raise RecipeError if the function does not take the columns of these prompt rows, or needs one that they lack."""
+        columns = set().union(*(prompt.row.keys() for prompt in prompts)) - {"prompt"}
+        names = ["prompts", "completions", "completion_ids", *sorted(columns)]
+        try:
+            signature = inspect.signature(self.function)
+        except (TypeError, ValueError):  # some functions written in C have none
+            return
+        try:
+            signature.bind(**dict.fromkeys(names))
+        except TypeError as error:
+            raise RecipeError(
+                f"{where}: {place_of(self.function)}: {self.name} cannot be called with the columns {', '.join(names)}: {error}; "
+                "take **columns for those that it does not use"
+            ) from error
+
     def score(self, groups: Sequence[Group]) -> Scores:
-        """See `Reward.score`; an exception of the function is told with its place in the user's file."""
+        """See `Reward.score`. If the function raises, raise RewardError with the line of the user's file."""
         prompts, completions, columns = columns_of(groups)
-        values = called(self.function, self.name, prompts=prompts, completions=completions, **columns)
+        values = called(
+            self.function, f"reward {self.name}", named={"prompts": prompts, "completions": completions, **columns}
+        )
         return checked(values, [sample for group in groups for sample in group.samples], self.name)
 
 
-def called(function: Callable[..., Any], label: str, /, *given: Any, **named: Any) -> Any:
-    """Call the function. If it raises, raise RewardError with the line of the user's file."""
-    try:
-        return function(*given, **named)
-    except Exception as error:
-        code = getattr(function, "__code__", None)
-        where = f"{code.co_filename}:{code.co_firstlineno}" if code else "?"
-        trace = error.__traceback__
-        while trace is not None:  # the deepest frame in the user's own file: libraries below it say little
-            if code and trace.tb_frame.f_code.co_filename == code.co_filename:
-                where = f"{code.co_filename}:{trace.tb_lineno}"
-            trace = trace.tb_next
-        raise RewardError(f"reward {label} raised {type(error).__name__}: {error} (at {where})") from error
+class ObjectReward:
+    """A user's object with a method `score(groups)` as a Reward: check its result, and name its file and line if it raises.
 
+    `score` returns `Scores`, or values as a reward function returns them.
+    """
 
-def load_function(spec: str) -> Callable[..., Any]:
-    """Load the function named by "file.py:name" or "package.module:name". Raises RecipeError if it cannot be found."""
-    function = load_object(spec)
-    if not callable(function):
-        raise RecipeError(f"{spec}: it is a {type(function).__name__}, not a function")
-    return function
+    def __init__(self, own: Reward, name: str) -> None:
+        self.own, self.name = own, name
+        self.per_group = bool(getattr(own, "per_group", False))
+
+    def score(self, groups: Sequence[Group]) -> Scores:
+        """See `Reward.score`."""
+        values = called(self.own.score, f"reward {self.name}", (groups,))
+        answers = [sample for group in groups for sample in group.samples]
+        if isinstance(values, Scores):
+            return checked_scores(values, answers, self.name)
+        return checked(values, answers, self.name)

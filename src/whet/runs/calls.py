@@ -13,7 +13,7 @@ from whet.runs.recipe import kind_of
 from whet.runs.sources import Sources
 
 
-def sample(recipe: str | None = None, *, tokenizer: Any = None, **fields: Any) -> Path:
+def sample(recipe: str | Path | None = None, *, tokenizer: Any = None, **fields: Any) -> Path:
     """Generate answers to prompts and write them to the file `out`: `sample(model="DIR", data=prompts, out="a.jsonl")`.
 
     Write one row per prompt, with `num_generations` answers in `responses`. With `reward`, also write their `scores`.
@@ -25,7 +25,7 @@ def sample(recipe: str | None = None, *, tokenizer: Any = None, **fields: Any) -
     return _called("sample", run_sample, recipe, tokenizer, fields)
 
 
-def rank(recipe: str | None = None, **fields: Any) -> Path:
+def rank(recipe: str | Path | None = None, **fields: Any) -> Path:
     """Rank the answers in a file by a judge function or by their `scores`, and write them with `ranks` to the file `out`.
     Return its path. Raises UserError for invalid arguments or rows, RewardError if the judge fails."""
     from whet.runs.rank import run_rank
@@ -33,7 +33,7 @@ def rank(recipe: str | None = None, **fields: Any) -> Path:
     return _called("rank", run_rank, recipe, None, fields)
 
 
-def evaluate(recipe: str | None = None, *, tokenizer: Any = None, **fields: Any) -> dict[str, float]:
+def evaluate(recipe: str | Path | None = None, *, tokenizer: Any = None, **fields: Any) -> dict[str, float]:
     """Evaluate a model. Return the metrics by name: the win rate (0 to 1) against another model under judges, the loss and
     accuracy of a reward model, or the loss of a language model in nats per token. Raises RecipeError, DataError or
     ModelError for invalid arguments, RewardError if a judge fails."""
@@ -42,7 +42,7 @@ def evaluate(recipe: str | None = None, *, tokenizer: Any = None, **fields: Any)
     return _called("eval", run_eval, recipe, tokenizer, fields)
 
 
-def serve(recipe: str | None = None, **fields: Any) -> str:
+def serve(recipe: str | Path | None = None, **fields: Any) -> str:
     """Run a vLLM server on the loopback address until SIGINT or SIGTERM. Return "ended". Raises RecipeError for invalid
     arguments, if vLLM is not installed or if the server exits by itself, ModelError if the server does not start."""
     from whet.runs.serve import run_serve
@@ -50,7 +50,7 @@ def serve(recipe: str | None = None, **fields: Any) -> str:
     return run_serve(config.resolve(kind_of("serve"), "serve", recipe, list(fields.items())))
 
 
-def explain(method: str, recipe: str | None = None, *, tokenizer: Any = None, **fields: Any) -> str:
+def explain(method: str, recipe: str | Path | None = None, *, tokenizer: Any = None, **fields: Any) -> str:
     """Describe what `whet.train` would do with these arguments: the objective with its numbers, the optimum, the
     numbers of answers and updates, the trained roles. Load no weights. Raises RecipeError for invalid arguments."""
     from whet.runs.explain import explanation
@@ -60,7 +60,7 @@ def explain(method: str, recipe: str | None = None, *, tokenizer: Any = None, **
         return explanation(method, _resolved(method, recipe, Sources(Path(folder), tokenizer), fields))
 
 
-def plan(method: str, recipe: str | None = None, *, tokenizer: Any = None, **fields: Any) -> str:
+def plan(method: str, recipe: str | Path | None = None, *, tokenizer: Any = None, **fields: Any) -> str:
     """Estimate memory, network traffic and time of `whet.train` on several GPUs: `plan("ppo", model="DIR", gpus=64)`.
     Raises RecipeError for invalid arguments or if the run does not fit, ModelError if a model folder has no config.json."""
     from whet.runs.plan import plan as planned
@@ -72,14 +72,17 @@ def plan(method: str, recipe: str | None = None, *, tokenizer: Any = None, **fie
         return planned(method, _resolved(method, recipe, Sources(Path(folder), tokenizer), rest), options)
 
 
-def _called(verb: str, run: Callable[[Any], Any], recipe: str | None, tokenizer: Any, fields: dict[str, Any]) -> Any:
+def _called(
+    verb: str, run: Callable[[Any], Any], recipe: str | Path | None, tokenizer: Any, fields: dict[str, Any]
+) -> Any:
     """Resolve the recipe and call `run` with it. Python objects are written to a temporary folder for the call."""
     with tempfile.TemporaryDirectory() as folder:
         return run(_resolved(verb, recipe, Sources(Path(folder), tokenizer), fields))
 
 
-def _resolved(verb: str, recipe: str | None, sources: Sources, fields: Mapping[str, Any]) -> Any:
+def _resolved(verb: str, recipe: str | Path | None, sources: Sources, fields: Mapping[str, Any]) -> Any:
     """Resolve the recipe of a verb, and write the files that stand for Python objects."""
+    config.check_call(verb, recipe)
     forget_modules()
     plain = [(name, sources.plain(name, value)) for name, value in fields.items()]
     resolved = config.resolve(kind_of(verb), verb, recipe, plain)
@@ -88,6 +91,7 @@ def _resolved(verb: str, recipe: str | None, sources: Sources, fields: Mapping[s
 
 
 def _trains(method: str, about: str) -> None:
+    config.check_call(method, None)
     if method in ("sample", "rank", "eval", "serve", "demo", "explain", "plan"):
         raise RecipeError(f"{about}: {method} trains nothing; name a training method, such as ppo or dpo")
     if method not in catalogue.TRAINED:

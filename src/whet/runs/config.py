@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
@@ -37,36 +38,61 @@ SHORT: Mapping[str, tuple[str, ...]] = {
 """Options that can be given without their section: name -> full names. The first one that the recipe has is used."""
 
 
-def resolve(kind: type, verb: str, recipe: str | None, overrides: Sequence[tuple[str, Any]]) -> Any:
+def check_call(method: Any, recipe: Any) -> None:
+    """Raise RecipeError if the first two arguments of a public function are not a name and the name or path of a recipe."""
+    if not isinstance(method, str):
+        raise RecipeError(f"method: expected the name of a method, such as 'grpo', got {method!r:.80}")
+    if recipe is not None and not isinstance(recipe, (str, Path)):
+        raise RecipeError(
+            f"recipe: expected the path of a YAML file or the name of a shipped recipe, got {type(recipe).__name__}; "
+            f"give fields by name: whet.train({method!r}, model=..., data=...)"
+        )
+
+
+def recipe_tree(recipe: str | Path | None) -> dict[str, Any]:
+    """Read a recipe file, given as a path or as the name of a shipped one. Return {} for None. Raises RecipeError."""
+    if recipe is None:
+        return {}
+    path = Path(recipe)
+    if not path.is_file() and (SHIPPED / f"{recipe}.yaml").is_file():
+        path = SHIPPED / f"{recipe}.yaml"
+    if not path.is_file():
+        raise RecipeError(
+            f"{recipe}: no such recipe; the shipped ones are {', '.join(sorted(p.stem for p in SHIPPED.glob('*.yaml')))}"
+        )
+    return read_yaml(path)
+
+
+def resolve(
+    kind: type,
+    verb: str,
+    recipe: str | Path | None,
+    overrides: Sequence[tuple[str, Any]],
+    tree: Mapping[str, Any] | None = None,
+) -> Any:
     """Return the checked recipe. Merge the defaults of `kind`, the shipped recipe of `verb`, `recipe` and `overrides`.
 
-    Raises RecipeError with the field, the wrong value and how to fix it.
+    `tree` is the content of `recipe` if it was read before. Raises RecipeError with the field, the wrong value and how to
+    fix it.
     """
     shipped = SHIPPED / f"{verb}.yaml"
     if not shipped.is_file():
         shipped = SHIPPED / f"{catalogue.shipped_recipe(verb)}.yaml"
     layers = [_expand(kind, read_yaml(shipped), "")] if shipped.is_file() else []
     if recipe is not None:
-        path = Path(recipe)
-        if not path.is_file() and (SHIPPED / f"{recipe}.yaml").is_file():
-            path = SHIPPED / f"{recipe}.yaml"
-        if not path.is_file():
-            raise RecipeError(
-                f"{recipe}: no such recipe; the shipped ones are {', '.join(sorted(p.stem for p in SHIPPED.glob('*.yaml')))}"
-            )
-        given = read_yaml(path)
+        given = dict(recipe_tree(recipe) if tree is None else tree)
         named_verb = str(given.pop("method", verb)).replace("-", "_")
         if named_verb != verb:
             raise RecipeError(f"method: {recipe} is a recipe of {named_verb}; got {verb}")
         layers.append(_expand(kind, given, ""))
     layers += [_expand(kind, _nested(kind, name.replace("-", "_"), value), "") for name, value in overrides]
-    tree: dict[str, Any] = {}
+    merged: dict[str, Any] = {}
     methods = [_method_of(layer) for layer in layers]
     for layer in layers:
-        _merge(tree, {key: value for key, value in layer.items() if key != "algorithm"})
+        _merge(merged, {key: value for key, value in layer.items() if key != "algorithm"})
     if "algorithm" in fields_of(kind):
-        tree["algorithm"] = _composed(verb, methods)
-    return converted(tree, kind, "")
+        merged["algorithm"] = _composed(verb, methods)
+    return converted(merged, kind, "")
 
 
 def _method_of(layer: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -125,7 +151,9 @@ def to_yaml(record: Any, verb: str | None = None) -> str:
 def converted(tree: Mapping[str, Any], kind: Any, where: str) -> Any:
     """Convert nested dicts to a record of type `kind`. Raises RecipeError with the field name and the wrong value."""
     try:
-        return msgspec.convert(tree, kind, strict=False)
+        found = msgspec.convert(tree, kind, strict=False)
+        _check_numbers(msgspec.to_builtins(found, enc_hook=repr), where)
+        return found
     except msgspec.ValidationError as error:
         what, _, path = str(error).partition(" - at `$")
         name = (where + path.rstrip("`").replace("[...]", "")).strip(".")
@@ -141,6 +169,15 @@ def converted(tree: Mapping[str, Any], kind: Any, where: str) -> Any:
         told = _choices_at(kind, path.rstrip("`").strip("."))
         known = f"; known are {', '.join(told)}" if told else ""
         raise RecipeError(f"{name or 'recipe'}: {what[:1].lower()}{what[1:]}{known}; got {got!r}") from error
+
+
+def _check_numbers(value: Any, name: str) -> None:
+    """Raise RecipeError for a number that is NaN in nested dicts and lists."""
+    if isinstance(value, float) and math.isnan(value):
+        raise RecipeError(f"{name}: expected a number, got nan")
+    if isinstance(value, (dict, list, tuple)):
+        for key, one in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_numbers(one, f"{name}.{key}".strip("."))
 
 
 def _choices_at(kind: Any, path: str) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Read the rows of a recipe, and check that the data options fit the method."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from whet.data import Chat, Element, Prompt, Reader, read_rows
@@ -63,6 +64,13 @@ def guarded(read: Callable[[Sequence[Any]], list], objective: Objective, name: s
 def evaluation_of(data: fields.Data, read: Callable[[Sequence[Any]], list]) -> list[Element]:
     """Read the held-out elements; an empty list without `data.eval`."""
     return read(read_rows(data.eval)) if data.eval else []
+
+
+def with_all_columns(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Return the prompts with the same columns in each row, None where a row lacks one: each step scores other prompts, and a
+    reward function gets the same arguments in all of them."""
+    names = {name: None for prompt in prompts for name in prompt.row}
+    return [one if one.row.keys() == names.keys() else replace(one, row=names | dict(one.row)) for one in prompts]
 
 
 def check_columns(prompts: Sequence[Prompt]) -> None:

@@ -40,10 +40,8 @@ def _win_rates(recipe: fields.EvalRecipe) -> dict[str, float]:
     with 95% intervals, and the KL of the model to the other one in nats per answer, if it can be computed."""
     assert recipe.against is not None
     tokenizer, chat = models.tokenizer_and_chat(recipe.model)
-    judges = rewards.distinct(
-        [rewards.reward(one, recipe.model, tokenizer, recipe.max_tokens_per_micro_batch) for one in recipe.judge]
-    )
     prompts = sample.prompts_of(recipe.model, recipe.data, chat, recipe.sampling)
+    judges = rewards.judges(recipe, tokenizer, prompts)
     other_tokenizer, other_chat = models.tokenizer_and_chat(replace(recipe.model, path=recipe.against))
     if other_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise RecipeError(

@@ -4,17 +4,24 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from whet.data.files import write_json
 from whet.distributed import Workers, first, free_port, join, launched, leave, note, noted
 from whet.errors import RecipeError
 from whet.loops import offline
 from whet.loops.record import RunFolder
 from whet.runs import adapters, config, learners
+from whet.runs.sources import digests
 from whet.trackers import TRACKERS, RunInfo, Tracker
+
+INPUTS = "inputs.json"
+"""The file of a run folder with the hashes of the files that the recipe names."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,52 @@ def checked(recipe: Any, verb: str, options: Options) -> Path:
             raise RecipeError(
                 f"--resume: the recipe of {folder} differs in {', '.join(changed)}; a resumed run goes on unchanged"
             )
+        _check_inputs(folder, config.yaml_tree(text))
     return folder
+
+
+def _check_inputs(folder: Path, tree: Mapping[str, Any]) -> None:
+    """Raise RecipeError if a file that the recipe names has changed since the run began. Without a checkpoint the run starts
+    over, so its files may change."""
+    file = folder / INPUTS
+    if not file.is_file() or not any((folder / "checkpoints").glob("step-*")):
+        return
+    now = digests(tree)
+    for name, old in json.loads(file.read_text(encoding="utf-8")).items():
+        if name in now and now[name] != old:
+            raise RecipeError(
+                f"--resume: {name}: the file has changed since the run in {folder} began, and a resumed run goes on "
+                f"unchanged; restore the file, or remove {file} to continue with the changed one"
+            )
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run folder. Raises RecipeError if another session holds it. Only rank 0 takes the lock.
+
+    Folders that are created for the lock are removed again if nothing else was written to them.
+    """
+    if not first():
+        yield
+        return
+    created = [one for one in (folder, *folder.parents) if not one.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise RecipeError(
+            f"out: another session is training in {folder}; wait for its end, or name another folder with --out"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+        if created and [one.name for one in folder.iterdir()] == [".lock"]:
+            (folder / ".lock").unlink()
+            with suppress(OSError):  # not empty
+                for one in created:
+                    one.rmdir()
 
 
 def opened(folder: Path, recipe: Any, options: Options, verb: str, workers: Workers) -> RunFolder:
@@ -98,6 +150,8 @@ def opened(folder: Path, recipe: Any, options: Options, verb: str, workers: Work
     run = RunFolder(folder, resume_at=step if options.resume else None, trackers=told, writes=workers.first)
     run.environment(text)
     if workers.first:
+        if found is None or not (folder / INPUTS).is_file():
+            write_json(folder / INPUTS, digests(config.yaml_tree(text)))
         note("begun")
     return run
 

@@ -85,10 +85,10 @@ def prepare(method: str, recipe: fields.OnlineRecipe) -> OnlineJob:
     checks.check_ptx(recipe, algorithm, method)
     tokenizer, chat = models.tokenizer_and_chat(recipe.model)
     reader = data.reader_of(recipe.model, recipe.data, chat, room=recipe.sampling.max_new_tokens)
-    prompts = data.rows_of(recipe.data, reader.prompts)
+    prompts = data.with_all_columns(data.rows_of(recipe.data, reader.prompts))
     data.check_columns(prompts)
     generators.check_generator(recipe, int(os.environ["WORLD_SIZE"]) if launched() else 1)
-    rewards.check_rewards(recipe, tokenizer)
+    rewards.check_rewards(recipe, tokenizer, prompts)
     ptx = (
         data.reader_of(recipe.model, fields.Rows(), chat).demonstrations(read_rows(recipe.ptx.data))
         if recipe.ptx.data

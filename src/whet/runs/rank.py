@@ -1,32 +1,28 @@
-"""whet.rank: rank answers by a judge or by their scores."""
+"""whet.rank: rank answers by a judge, by their scores, or with a ranker of the user's."""
 
 from pathlib import Path
 from typing import Any
 
-from whet.data import numbers, read_rows
+from whet.data import read_rows
 from whet.data.files import write_jsonl
-from whet.errors import RecipeError, UserError
-from whet.feedback import Question, ScoreRanker
-from whet.feedback.judge import RankJudge, ScoreJudge
-from whet.rewards.functions import called, load_function
+from whet.errors import RecipeError, RewardError, UserError
+from whet.feedback import RANKERS, Question
+from whet.feedback.base import check_ranks
+from whet.feedback.judge import RewardJudge
+from whet.registry import called
+from whet.runs import adapters, rewards, sample
 from whet.runs import recipe as fields
-from whet.runs import sample
 
 
 def run_rank(recipe: fields.RankRecipe) -> Path:
-    """Rank answers by a judge function or by the `scores` in their rows. Return the path of the written file.
-    Raises UserError for invalid options or rows, RewardError if the judge fails."""
+    """Rank the answers of each row and write the rows with `ranks`. Return the path of the written file.
+    Raises UserError for invalid options or rows, RewardError if the judge or ranker fails."""
     out = sample.out_file(recipe.out, "rank")
-    if recipe.judge is None and recipe.judge_form != fields.RankRecipe().judge_form:
-        raise RecipeError("judge_form: there is no judge; give --judge FILE.py:FUNCTION, or leave it out")
-    ranker: Any = ScoreRanker()
-    if recipe.judge is not None:
-        function = load_function(recipe.judge)
-
-        def guarded(*given: Any, **named: Any) -> Any:
-            return called(function, recipe.judge or "", *given, **named)
-
-        ranker = ScoreJudge(guarded) if recipe.judge_form == "score" else RankJudge(guarded)
+    for name in ("judge_form", "judge_options"):
+        if recipe.judge is None and getattr(recipe, name) != getattr(fields.RankRecipe(), name):
+            raise RecipeError(f"{name}: there is no judge; give --judge FILE.py:FUNCTION, or leave it out")
+    if recipe.judge is not None and recipe.ranker is not None:
+        raise RecipeError("ranker: the judge ranks; leave one of judge and ranker out")
     if not recipe.data.train:
         raise RecipeError("data.train: which answers? give --data with one file of `responses` rows")
     rows = read_rows(recipe.data.train)
@@ -36,8 +32,7 @@ def run_rank(recipe: fields.RankRecipe) -> Path:
             raise UserError(
                 f"{located.where}: field 'responses' must be a list of at least two answers, got {answers!r:.80}"
             )
-        if recipe.judge is None:
-            numbers(located, "scores", len(answers))
+    ranker = _ranker_of(recipe, rows)
     questions = [
         Question(
             one.row.get("prompt"),
@@ -46,6 +41,27 @@ def run_rank(recipe: fields.RankRecipe) -> Path:
         )
         for one in rows
     ]
-    ranks = ranker.rank(questions)
-    write_jsonl(out, [{**one.row, "ranks": own} for one, own in zip(rows, ranks, strict=True)])
+    ranks = called(ranker.rank, f"ranker {recipe.ranker or type(ranker).__name__}", (questions,))
+    if not isinstance(ranks, list) or len(ranks) != len(questions):
+        raise RewardError(f"ranker: expected a list of ranks for each of {len(questions)} questions, got {ranks!r:.80}")
+    for place, (own, question) in enumerate(zip(ranks, questions, strict=True)):
+        check_ranks(own, question, place)
+    write_jsonl(out, [{**one.row, "ranks": list(own)} for one, own in zip(rows, ranks, strict=True)])
     return out
+
+
+def _ranker_of(recipe: fields.RankRecipe, rows: list[Any]) -> Any:
+    """Build the ranker of a recipe."""
+    spec: Any = recipe.ranker or "scores"
+    if recipe.judge is not None:
+        source, options = recipe.judge, recipe.judge_options
+        if rewards.is_model(source):
+            raise RecipeError(f"judge: {source} is no function; give FILE.py:FUNCTION, a URL, or openai")
+        if rewards.kind_of(source) != "object" or options or rewards.has_score(source):
+            if recipe.judge_form != "score":
+                raise RecipeError("judge_form: only a function can rank by itself; leave it out")
+            return RewardJudge(rewards.made(source, options, "judge"))
+        spec = {"name": "judge", "function": source, "form": recipe.judge_form}
+    chosen = adapters.chosen(RANKERS, spec, "ranker")
+    chosen.check(rows)
+    return chosen.make(rows)

@@ -249,15 +249,25 @@ class PreferenceRecipe(OfflineRecipe):
 
 
 @dataclass(frozen=True)
-class RewardSpec:
-    """What scores whole answers: a model folder, or a function."""
+class JudgeSpec:
+    """What scores answers in an evaluation."""
 
     source: str
-    """a reward-model folder, "file.py:function", "file.py:Class" with a method score, or a URL"""
+    """a reward-model folder, "file.py:function", "file.py:Class" with a method score, a URL, or openai"""
+    options: dict[str, Any] = field(default_factory=dict)
+    """options of a URL, of openai or of a class, as for a reward"""
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """What scores whole answers: a model folder, a function, a server."""
+
+    source: str
+    """a reward-model folder, "file.py:function", "file.py:Class" with a method score, a URL, or openai"""
     weight: float = 1.0
     """its share of the score"""
     options: dict[str, Any] = field(default_factory=dict)
-    """options of a URL (timeout, retries, batch_size, connections, api_key_env) or of an own class"""
+    """options of a URL (timeout, retries, batch_size, connections, api_key_env), of openai (url, model, prompt, ...) or of a class"""
 
 
 @dataclass(frozen=True)
@@ -386,9 +396,13 @@ class RankRecipe:
     data: Rows = Rows()
     """rows with `prompt` and `responses`, and `scores` when there is no judge"""
     judge: str | None = None
-    """"file.py:function": f(prompts, completions, **columns) -> scores"""
+    """"file.py:function": f(prompts, completions, **columns) -> scores; or a URL, openai, "file.py:Class" as for rewards"""
+    judge_options: dict[str, Any] = field(default_factory=dict)
+    """options of a URL, of openai or of a class, as for a reward"""
     judge_form: Literal["score", "rank"] = "score"
     """"rank": the function is f(prompt, responses, **columns) -> ranks"""
+    ranker: str | dict[str, Any] | None = None
+    """who ranks: scores, judge, or "mine.py:Ranker"; default: judge if one is given, else scores"""
     out: str = ""
     """JSONL file: the rows with `ranks`"""
 
@@ -400,8 +414,8 @@ class EvalRecipe:
     model: Frozen = Frozen()
     against: str | None = None
     """the other model of a win rate"""
-    judge: list[str] = field(default_factory=list)
-    """what scores the answers of a win rate: "file.py:function" or a reward-model folder; several are told apart"""
+    judge: list[JudgeSpec] = field(default_factory=list)
+    """what scores the answers of a win rate: a function, a reward-model folder, {source: openai, options: ...}; or several"""
     data: Rows = Rows()
     """prompts (win rate), rankings or pairs (accuracy of a reward model), text or conversations (loss)"""
     generator: str | dict[str, Any] = "local"
@@ -485,6 +499,7 @@ MAIN_FIELD: Mapping[type, str] = {
     Rows: "train",
     RewardSpec: "source",
     RewardSource: "source",
+    JudgeSpec: "source",
     DataSource: "path",
     Critic: "path",
     Ptx: "data",

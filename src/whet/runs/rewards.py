@@ -1,6 +1,7 @@
 """Build the rewards of a recipe (functions, reward models, HTTP services), and check them before models are loaded."""
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -8,48 +9,60 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from whet.data import Chat, chat_format
+from whet.data import Chat, Prompt, chat_format
 from whet.errors import ModelError, RecipeError
 from whet.models import load, lora
 from whet.models.roles import Role, readout_of
 from whet.registry import load_object
 from whet.rewards import REWARDS, Reward, Weighted
-from whet.rewards.functions import FunctionReward, load_function
+from whet.rewards.functions import FunctionReward, ObjectReward
 from whet.rewards.model import ModelReward
 from whet.runs import adapters, models
 from whet.runs import recipe as fields
 
+Kind = Literal["model", "http", "registered", "object"]
+"""The kinds of reward sources. An "object" is a user's function, class, or instance of a class."""
 
-def kind_of(source: str) -> Literal["model", "function", "http", "class"]:
-    """Return the kind of a reward source: a model folder or hub name, a function, a URL, or a class with a method `score`.
-    Raises RecipeError if a function or class cannot be loaded."""
+
+def kind_of(source: str) -> Kind:
+    """Return the kind of a reward source: a model folder or hub name, a URL, a name of the registry, or a user's object."""
     if source.startswith(("http://", "https://")):
         return "http"
-    if is_model(source):
-        return "model"
-    return "class" if inspect.isclass(load_object(source)) else "function"
+    if ":" in Path(source).name:
+        return "object"
+    return "registered" if source in REWARDS.names() and not Path(source).is_dir() else "model"
 
 
 def is_model(source: str) -> bool:
     """Return True if a reward source is a model folder or hub name."""
-    return not source.startswith(("http://", "https://")) and ":" not in Path(source).name
+    return kind_of(source) == "model"
 
 
-def _made(source: str, options: Mapping[str, Any], where: str) -> Reward:
-    """Build the reward of a source that is not a model."""
+def made(source: str, options: Mapping[str, Any], where: str) -> Reward:
+    """Build the reward of a source that is not a model. Raises RecipeError for options that it does not have."""
     kind = kind_of(source)
-    if kind == "function":
-        if options:
-            raise RecipeError(f"{where}.options: a function has none; leave it out")
-        return FunctionReward(load_function(source), name_of(source))
-    name = "http" if kind == "http" else source
-    return adapters.chosen(REWARDS, {**options, "name": name}, f"{where}.options").make(source)
+    if kind == "object":
+        found = load_object(source)
+        if not inspect.isclass(found) and not has_score(source):
+            if not callable(found):
+                raise RecipeError(f"{source}: it is a {type(found).__name__}, not a function")
+            if options:
+                raise RecipeError(f"{where}.options: a function has none; leave it out")
+            return FunctionReward(found, name_of(source))
+    chosen = adapters.chosen(REWARDS, {**options, "name": "http" if kind == "http" else source}, f"{where}.options")
+    made = chosen.make(source)
+    return made if kind == "http" else ObjectReward(made, name_of(source))
 
 
 def _refuse_options(options: Mapping[str, Any], where: str) -> None:
     """Raise RecipeError for options of a reward model, which has none."""
     if options:
         raise RecipeError(f"{where}.options: a reward model has none; leave it out")
+
+
+def has_score(source: str) -> bool:
+    """Return True if a source names a user's class or instance with a method `score`, and not a function."""
+    return kind_of(source) == "object" and hasattr(load_object(source), "score")
 
 
 def reward_roles(recipe: fields.OnlineRecipe, tokenizer: Any, trunk: Role | None = None) -> dict[str, Role]:
@@ -87,17 +100,27 @@ def rewards_of(recipe: fields.OnlineRecipe, tokenizer: Any, read: Callable[..., 
             ends = step_ends(tokenizer, one.step)
             own = ModelReward(partial(read, f"reward{number}"), chat=chat, dense=one.dense, ends=ends)
         else:
-            own = _made(one.source, one.options, f"reward.{number}")
+            own = made(one.source, one.options, f"reward.{number}")
         out.append(Weighted(one.name or name_of(one.source), own, one.weight))
     return distinct(out)
 
 
-def check_rewards(recipe: fields.OnlineRecipe, tokenizer: Any) -> None:
-    """Raise RecipeError, ModelError or RewardError if a reward cannot be found or read. Load no models."""
-    rewards_of(recipe, tokenizer, lambda *_: {})
-    for one in recipe.reward:
+def check_rewards(recipe: fields.OnlineRecipe, tokenizer: Any, prompts: Sequence[Prompt]) -> None:
+    """Raise RecipeError or ModelError if a reward cannot be found, read, or called with the columns of the prompts.
+    Load no models."""
+    check_columns(rewards_of(recipe, tokenizer, lambda *_: {}), prompts)
+    for number, one in enumerate(recipe.reward):
+        if not math.isfinite(one.weight):
+            raise RecipeError(f"reward.{number}.weight: expected a finite number, got {one.weight}")
         if is_model(one.source):
             _check_scorer(one.source)
+
+
+def check_columns(rewards: Sequence[Weighted], prompts: Sequence[Prompt], where: str = "reward") -> None:
+    """Raise RecipeError if a reward function cannot be called with the columns of these prompt rows."""
+    for number, one in enumerate(rewards):
+        if isinstance(one.reward, FunctionReward):
+            one.reward.check(prompts, f"{where}.{number}")
 
 
 def _check_scorer(path: str) -> None:
@@ -112,6 +135,17 @@ def own_chat(path: str, model: fields.Frozen, tokenizer: Any) -> Chat | None:
     if models.same_tokenizer(source, tokenizer):
         return None
     return chat_format(load.load_tokenizer(source))
+
+
+def judges(recipe: fields.EvalRecipe, tokenizer: Any, prompts: Sequence[Prompt]) -> list[Weighted]:
+    """Build the judges of an evaluation, and check that the functions take the columns of the prompts."""
+    budget = recipe.max_tokens_per_micro_batch
+    found = [
+        reward(one.source, recipe.model, tokenizer, budget, one.options, f"judge.{number}")
+        for number, one in enumerate(recipe.judge)
+    ]
+    check_columns(found, prompts, "judge")
+    return distinct(found)
 
 
 def distinct(rewards: Sequence[Weighted]) -> list[Weighted]:
@@ -142,7 +176,7 @@ def reward(
     """Build a reward in this process from a source, named by `name_of`. `budget` is tokens per micro-batch."""
     name = name_of(source)
     if not is_model(source):
-        return Weighted(name, _made(source, options, where))
+        return Weighted(name, made(source, options, where))
     _refuse_options(options, where)
     role, chat = reward_role(source, model, tokenizer, name)
     return Weighted(name, ModelReward(role, chat=chat, budget=budget))
@@ -153,7 +187,9 @@ def name_of(source: str) -> str:
     kind = kind_of(source)
     if kind == "http":
         return urlsplit(source).netloc.replace(":", "_")
-    if kind != "model":
+    if kind == "registered":
+        return source
+    if kind == "object":
         return source.partition("#")[0].rpartition(":")[2]
     path = Path(source)
     return path.parent.name if path.name == "model" and path.parent.name else path.name

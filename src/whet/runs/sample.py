@@ -1,5 +1,6 @@
 """whet.sample: generate K answers to each prompt of a file."""
 
+import os
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
@@ -11,6 +12,7 @@ from whet.data import Chat, Prompt
 from whet.data.files import write_jsonl
 from whet.errors import RecipeError
 from whet.generate import GENERATORS, Generator
+from whet.generate.base import CheckedGenerator
 from whet.generate.local import LocalGenerator
 from whet.loops import evaluate
 from whet.methods.options import Sampling
@@ -36,6 +38,7 @@ def run_sample(recipe: fields.SampleRecipe) -> Path:
         for number, one in enumerate(recipe.reward)
     ]
     questions = prompts_of(recipe.model, recipe.data, chat, recipe.sampling)
+    rewards.check_columns([one for _, one in scorers], questions)
     generator = generator_of(recipe, tokenizer, chat)
     with closing(generator):
         groups = evaluate.answers(generator, questions, recipe.sampling, count=recipe.num_generations, seed=recipe.seed)
@@ -73,7 +76,8 @@ def generator_of(recipe: fields.SampleRecipe | fields.EvalRecipe, tokenizer: Any
     if recipe.generator in ("local", {"name": "local"}):
         role = models.causal_role("policy", recipe.model, tokenizer, trained=False, seed=0)
         return LocalGenerator(role, chat.end_ids, chat.text, unit=recipe.max_num_seqs)
-    return adapters.chosen(GENERATORS, recipe.generator, "generator").make(chat)
+    made = adapters.chosen(GENERATORS, recipe.generator, "generator").make(chat)
+    return made if type(made).__module__.startswith("whet.") else CheckedGenerator(made)
 
 
 def threads(count: int) -> None:
@@ -83,9 +87,13 @@ def threads(count: int) -> None:
 
 
 def out_file(out: str, verb: str) -> Path:
-    """Return the path of the output file. Raises RecipeError if no path is given or the file exists."""
+    """Return the path of the output file. Raises RecipeError if no path is given, the file exists or cannot be written."""
     if not out:
         raise RecipeError(f"out: which file shall {verb} write? give --out FILE.jsonl")
-    if Path(out).exists():
+    path = Path(out)
+    if path.exists():
         raise RecipeError(f"out: {out} already exists; name another file with --out, or remove it")
-    return Path(out)
+    parent = next(one for one in path.absolute().parents if one.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise RecipeError(f"out: {out} cannot be written; {parent} is no folder or not writable, name another file")
+    return path

@@ -50,22 +50,23 @@ class Session:
     def __init__(
         self,
         method: str,
-        recipe: str | None = None,
+        recipe: str | Path | None = None,
         *,
         tokenizer: Any = None,
         resume: Resume = False,
         quiet: bool = True,
         **options: Any,
     ) -> None:
+        config.check_call(method, recipe)
         if method not in catalogue.TRAINED:
             raise config.unknown_method(method)
         forget_modules()
-        given = config.read_yaml(Path(recipe)) if recipe is not None and Path(recipe).is_file() else {}
+        given = config.recipe_tree(recipe)
         out = Path(str(options.get("out") or given.get("out") or f"runs/{method}"))
         self.sources = Sources(out / "inputs", tokenizer)
         plain = {name: self.sources.plain(name, value) for name, value in options.items()}
         self.method, self.quiet = method, quiet
-        self.recipe: Any = config.resolve(kind_of(method), method, recipe, list(plain.items()))
+        self.recipe: Any = config.resolve(kind_of(method), method, recipe, list(plain.items()), given)
         sample.threads(self.recipe.threads)
         placed.check_cluster(self.recipe)
         folder.trackers(self.recipe.trackers, None)
@@ -87,6 +88,8 @@ class Session:
         if self.recipe.cluster.address is not None:
             raise RecipeError("cluster: a session is one attempt in this process; whet.train places a run on a cluster")
         with ExitStack() as stack:
+            stack.enter_context(folder.locked(self.folder))
+            folder.checked(self.recipe, self.method, self.options)  # again, now that no other session can begin here
             workers, options = stack.enter_context(folder.working(self.recipe, self.options))
             learner = self._learner(workers, stack)
             stop = stack.enter_context(graceful())

@@ -7,13 +7,13 @@ from typing import Any
 
 from whet.cluster import Attempt
 from whet.loops.interrupt import graceful
-from whet.runs import learners, online, placed
+from whet.runs import folder, learners, online, placed
 from whet.runs.session import Resume, Session, run_loop
 
 
 def train(
     method: str,
-    recipe: str | None = None,
+    recipe: str | Path | None = None,
     *,
     tokenizer: Any = None,
     resume: Resume = False,
@@ -62,5 +62,6 @@ def _on_cluster(session: Session) -> Path:
                 rows.run.close()
                 job.finish(rows, session.folder)
 
-    placed.on_cluster(recipe, attempt, session.options.resume, session.options.quiet)
+    with folder.locked(session.folder):
+        placed.on_cluster(recipe, attempt, session.options.resume, session.options.quiet)
     return session.folder
