@@ -236,8 +236,8 @@ def test_an_impossible_placement_fails_in_time_and_says_what_there_is(machines: 
         place(Wanted(3, 2, 1, cpus=2, min_learners=2, placement_timeout=1))
     assert time.monotonic() - began < 5
     words = str(told.value)
-    assert "no place for 3 learners (at least 2), 2 engines and 1 reward workers with 2 CPU each within 1 s" in words
-    assert "2 machines are there" in words
+    assert "cannot place 3 learners (at least 2), 2 engines and 1 reward workers with 2 CPU each within 1 s" in words
+    assert "the cluster has 2 machines" in words
     assert "4 CPU and 0 GPU" in words
     with pytest.raises(RecipeError, match="with 1 CPU and 1 GPU each"):
         place(Wanted(1, gpus=1, placement_timeout=0.5))
