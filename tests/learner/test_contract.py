@@ -350,7 +350,7 @@ def test_the_base_under_an_adapter_that_changed_is_refused(make: Any, tmp_path: 
 
 def test_another_model_is_refused(make: Any, tmp_path: Path) -> None:
     make().save(tmp_path)
-    with pytest.raises(CheckpointError, match="parameters are others"):
+    with pytest.raises(CheckpointError, match="parameters of the policy differ"):
         make({"policy": h.policy("llama")}).load(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Who ranks: the Ranker seam and its adapters."""
+"""The Ranker protocol and its implementations."""
 
 from whet.feedback.base import Question, Ranker, ScoreRanker
 

@@ -1,4 +1,4 @@
-"""The Ranker seam: who ranks K answers to one prompt. The protocol, and a scripted fake."""
+"""The Ranker protocol, which ranks K answers to one prompt, and a ranker that uses given scores."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from whet.data import ranks_of
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt with its K answers, as a person sees them. `row` holds the data row's other fields.
+    """A prompt and its K answers as text. `row` has the other fields of the data row.
 
     >>> Question("hi", ("hello", "go away")).responses[0]
     'hello'
@@ -21,14 +21,14 @@ class Question:
 
 
 class Ranker(Protocol):
-    """Who ranks: people, a judge, rules, a reward model."""
+    """Rank answers. A ranker can be a person, a judge, a set of rules or a reward model."""
 
     def rank(self, questions: Sequence[Question]) -> list[list[int]]:
-        """For each question the ranks of its answers, 1 is best, equal ranks are ties."""
+        """Return the ranks of the answers of each question: 1 is best, equal ranks are ties."""
 
 
 class ScoreRanker:
-    """Ranks by scores that the rows already carry under `field`."""
+    """Rank by the scores in the column `field` of the rows."""
 
     def __init__(self, field: str = "scores") -> None:
         self.field = field

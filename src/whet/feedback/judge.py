@@ -10,7 +10,7 @@ from whet.feedback.base import Question
 
 
 class ScoreJudge:
-    """Ranks by a scoring function `f(prompts, completions, **columns) -> list[float]`, the form of reward functions."""
+    """Rank by a scoring function `f(prompts, completions, **columns) -> list[float]`, the signature of reward functions."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -40,7 +40,7 @@ class ScoreJudge:
 
 
 class RankJudge:
-    """Ranks by a function `f(prompt, responses, **columns) -> list[int]` that is asked question by question."""
+    """Rank by a function `f(prompt, responses, **columns) -> list[int]`, which is called for each question."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function

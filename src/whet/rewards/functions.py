@@ -10,17 +10,17 @@ from whet.rewards.base import Scores, checked, columns_of
 
 
 class FunctionReward:
-    """A user's function as a Reward. Columns: the prompt row's other fields and `completion_ids`."""
+    """A user's function as a Reward. It also gets the other fields of the prompt row, and `completion_ids`."""
 
     per_group = True
-    """Groups may be dealt over the workers; every group is scored by one of them."""
+    """Groups may be split over the workers; each group is scored by one worker."""
 
     def __init__(self, function: Callable[..., Any], name: str | None = None) -> None:
         self.function = function
         self.name = name or str(getattr(function, "__name__", "reward"))
 
     def score(self, groups: Sequence[Group]) -> Scores:
-        """See `Reward.score`; an exception of the function is told with its place in the user's file."""
+        """See `Reward.score`. Raises RewardError with the line of the user's file if the function raises."""
         prompts, completions, columns = columns_of(groups)
         values = called(self.function, self.name, prompts=prompts, completions=completions, **columns)
         return checked(values, [sample for group in groups for sample in group.samples], self.name)
@@ -34,7 +34,7 @@ def called(function: Callable[..., Any], label: str, /, *given: Any, **named: An
         code = getattr(function, "__code__", None)
         where = f"{code.co_filename}:{code.co_firstlineno}" if code else "?"
         trace = error.__traceback__
-        while trace is not None:  # the deepest frame in the user's own file: libraries below it say little
+        while trace is not None:  # find the deepest frame in the user's own file; frames of libraries are less helpful
             if code and trace.tb_frame.f_code.co_filename == code.co_filename:
                 where = f"{code.co_filename}:{trace.tb_lineno}"
             trace = trace.tb_next
