@@ -46,7 +46,7 @@ def read(
     other = None
     if "exact_kl" in names:
         if reference is None:
-            raise ValueError("the exact KL needs the reference beside the policy, and there is none")
+            raise ValueError("the exact KL needs a reference model, but there is none")
         other = _other(reference, batch, packed)
     return through(role, _read_off, role, batch, names, packed, dropout, other)
 
