@@ -28,7 +28,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no server": ({"generator": "server"}, "generator.urls: where are the servers"),
     "a server that is not there": (
         {"generator": "server", "generator.urls": ["http://127.0.0.1:1"]},
-        r"generator.urls: .*nothing answers at http://127.0.0.1:1 .*start one with whet serve",
+        r"generator.urls: .*no server responds at http://127.0.0.1:1 .*start one with whet serve",
     ),
     "servers without": ({"generator.urls": ["http://127.0.0.1:1"]}, "generator.urls: it is for engine server"),
     "count": ({"generator.count": 2}, "generator.count: it is for engine vllm, and this one is local"),

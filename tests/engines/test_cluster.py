@@ -213,7 +213,7 @@ def test_an_engine_elsewhere_gives_what_one_here_gives(generator: ActorGenerator
 
 def test_a_push_that_cannot_be_read_is_refused_by_name(generator: ActorGenerator, tmp_path: Path) -> None:
     (tmp_path / "weights.safetensors").write_bytes(b"torn")
-    with pytest.raises(RunStopped, match=r"the push of version 7 cannot be read .*SafetensorError"):
+    with pytest.raises(RunStopped, match=r"the weight update of version 7 cannot be read .*SafetensorError"):
         generator.load_weights(Weights(7, tmp_path))
     with pytest.raises(ModelError, match=r"gone: no \*.safetensors files in it"):
         generator.load_weights(Weights(7, tmp_path / "gone"))

@@ -107,7 +107,7 @@ class Algorithm:
 
     @property
     def objective(self) -> Objective:
-        """The objective that one update minimizes."""
+        """Return the objective that one update minimizes."""
         return Objective(self.terms, self.select)
 
     def init(self) -> State:
@@ -158,7 +158,7 @@ class Algorithm:
 
     @property
     def _running(self) -> Part | None:
-        """The part that needs running statistics, or None."""
+        """Return the part that needs running statistics, or None."""
         return (
             self.reward_normalization
             if self.reward_normalization is not None and self.reward_normalization.op is ops.standardize

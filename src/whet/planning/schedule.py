@@ -100,7 +100,7 @@ class Ended:
 class _Engine:
     """One engine. `work` is the number of tokens that a slot which was always active would have decoded so far.
 
-    An answer that starts at work w ends at work w plus its length, whatever the speed is meanwhile. `ends` is the time at
+    An answer that starts at work w ends at work w plus its length, independent of the speed in between. `ends` is the time at
     which the next answer ends.
     """
 
