@@ -1,7 +1,8 @@
-"""Checks any implementation of the formulas against docs/conformance: `python -m whet.conformance MODULE [--vectors FILE]`.
+"""Check an implementation of the formulas against docs/conformance: `python -m whet.conformance MODULE [--vectors FILE]`.
 
-MODULE has functions of these names, with the inputs as float64 torch tensors (bool for masks, int64 for groups and ranks)
-by position in the file's order, and the options as keywords. A function that is not there is skipped and named.
+MODULE has functions with the names in the file. They get the inputs as float64 torch tensors (bool for masks, int64 for
+groups and ranks) by position, in the order of the file, and the options as keywords. Missing functions are skipped and
+listed.
 """
 
 import argparse
@@ -16,7 +17,7 @@ VECTORS = Path(__file__).parent.parent.parent / "docs" / "conformance" / "vector
 
 
 def check(module: Any, vectors: Sequence[Mapping[str, Any]], tolerance: float) -> tuple[list[str], list[str], int]:
-    """(what is wrong, functions that the module does not have, vectors that agree)."""
+    """Return (descriptions of the vectors that disagree, missing functions, number of vectors that agree)."""
     wrong, missing, right = [], [], 0
     for one in vectors:
         function = getattr(module, one["function"], None)
@@ -32,7 +33,7 @@ def check(module: Any, vectors: Sequence[Mapping[str, Any]], tolerance: float) -
 
 
 def _difference(function: Any, one: Mapping[str, Any], tolerance: float) -> str:
-    """What is wrong with one vector, "" where nothing is."""
+    """Describe how the result for one vector differs, or return "" if it agrees."""
     import torch
 
     expected = _tensor(one["expected"])
@@ -48,7 +49,7 @@ def _difference(function: Any, one: Mapping[str, Any], tolerance: float) -> str:
 
 
 def _tensor(value: Any) -> Any:
-    """Numbers as float64, integers as int64, booleans as bool."""
+    """Convert numbers to float64, integers to int64 and booleans to bool tensors."""
     import torch
 
     found = torch.tensor(value)
@@ -56,7 +57,7 @@ def _tensor(value: Any) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints what disagrees; 0 where nothing does."""
+    """Print the vectors that disagree. Return 0 if all agree, 1 if not, 2 for invalid arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m whet.conformance", description=__doc__.split("\n")[0] if __doc__ else ""
     )

@@ -1,45 +1,45 @@
-"""Every error whet raises: the fact, the value got, the fix.
+"""All errors that whet raises. A message names the problem, the value, and how to fix it.
 
     WhetError
-    ├── UserError         what was given cannot work; known before any long work starts
-    │   ├── RecipeError   a recipe or an option: unknown key, impossible number
-    │   ├── DataError     a row of a data file: names the file and the line
+    ├── UserError         the input is invalid; raised before any long computation starts
+    │   ├── RecipeError   a recipe or an option: unknown key, invalid number
+    │   ├── DataError     a row of a data file; names the file and the line
     │   └── ModelError    a model or tokenizer folder
-    ├── RewardError       a reward function or judge raised, or returned what it may not
-    ├── WorkerDied        a generator's engine or a worker died; what it was asked for is not lost
-    ├── RunStopped        a self-check failed while running; says which and why
-    └── CheckpointError   a checkpoint is missing, torn or from another run
+    ├── RewardError       a reward function or judge raised, or returned an invalid value
+    ├── WorkerDied        an engine or a worker died; its work can be repeated by another one
+    ├── RunStopped        a self-check of a run failed; names the check and the cause
+    └── CheckpointError   a checkpoint is missing, incomplete, or from another run
 
 The command line prints these as one message and exits with 2 (`UserError`) or 1; `--debug` shows the traceback.
 """
 
 
 class WhetError(Exception):
-    """Base of everything whet raises on purpose."""
+    """Base class of all errors that whet raises on purpose."""
 
 
 class UserError(WhetError):
-    """What was given cannot work."""
+    """The input is invalid."""
 
 
 class RecipeError(UserError):
-    """A recipe or an option is wrong; the message names the field."""
+    """A recipe or an option is invalid; the message names the field."""
 
 
 class DataError(UserError):
-    """A data row is wrong; the message names file and line."""
+    """A data row is invalid; the message names the file and the line."""
 
 
 class ModelError(UserError):
-    """A model or tokenizer folder is wrong; the message names the folder."""
+    """A model or tokenizer folder is invalid; the message names the folder."""
 
 
 class RewardError(WhetError):
-    """A reward function or judge raised, or returned a wrong count, type or NaN."""
+    """A reward function or judge raised, or returned a wrong number of values, a wrong type, or NaN."""
 
 
 class WorkerDied(WhetError):
-    """An engine that generates, or a worker process, died; its work can be asked of another one."""
+    """A generation engine or a worker process died; another one can repeat its work."""
 
 
 class RunStopped(WhetError):
@@ -51,13 +51,13 @@ class CheckpointError(WhetError):
 
 
 class AttemptFailed(WorkerDied):
-    """A failure that restarting one worker cannot repair: all workers of the attempt must be started again."""
+    """A failure that a restart of one worker cannot repair: all workers of the attempt must be started again."""
 
 
 class RestartsExhausted(AttemptFailed):
-    """Workers died more often than they may be started again."""
+    """Workers died more often than the restart budget allows."""
 
 
 def first_line(error: BaseException) -> str:
-    """An error's message without what follows its first line; its class where it has none."""
+    """Return the first line of the error's message, or the name of its class if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -11,9 +11,9 @@ from whet.errors import RecipeError, WorkerDied, first_line
 
 
 class Http:
-    """JSON requests to one server. Each has a connection of its own, because servers close idle ones at any time.
+    """JSON requests to one server. Each request opens a new connection, because servers may close idle ones.
 
-    `timeout` is in seconds; `what` is the name that errors begin with.
+    `timeout` is in seconds; `what` is the start of error messages.
     """
 
     def __init__(self, url: str, timeout: float, api_key: str = "", *, what: str = "generator") -> None:
@@ -21,7 +21,7 @@ class Http:
         try:
             parts = urlsplit(url)
             valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        except ValueError:  # an address or a port that is not one
+        except ValueError:  # an invalid address or port
             valid = False
         if not valid:
             raise RecipeError(f"{self.field}: expected http://host:port, got {url!r}")
@@ -96,7 +96,7 @@ class Http:
         except httpx2.TimeoutException as error:
             raise WorkerDied(f"{self.what}: no answer from {self.url} within {self.timeout:g} s") from error
         except (httpx2.TransportError, OSError) as error:
-            raise WorkerDied(f"{self.what}: nothing answers at {self.url} ({first_line(error)})") from error
+            raise WorkerDied(f"{self.what}: no server responds at {self.url} ({first_line(error)})") from error
         return response.status_code, response.content
 
 

@@ -1,8 +1,9 @@
-"""Tables of adapters: a name, an entry point or "file.py:Name" finds an adapter, which is imported when it is first used.
+"""Tables of adapters. An adapter is found by name, by entry point or by "file.py:Name", and imported on first use.
 
-An adapter is a module with `Options` (a frozen dataclass), `make(options, context)` and, if it refuses anything,
-`check(options, context)`; or a class, whose keyword-only parameters are its options. A user's adapter is named by its file
-("mine.py:Thing"), by its module ("package.module:Thing"), or by an entry point of the group "whet.<seam>".
+An adapter is a module with `Options` (a frozen dataclass), `make(options, context)` and optionally
+`check(options, context)`, which raises an error for invalid options. An adapter can also be a class, whose keyword-only
+parameters are its options. A user's adapter is named by its file ("mine.py:Thing"), by its module
+("package.module:Thing"), or by an entry point of the group "whet.<table>".
 """
 
 import copy
@@ -23,7 +24,7 @@ from whet.errors import RecipeError, RewardError, WhetError
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """One adapter: its options as a frozen dataclass, what it refuses (`check` raises), and how it is made."""
+    """One adapter. `options` is a frozen dataclass, `make` builds the adapter, and `check` raises for invalid options."""
 
     name: str
     options: type
@@ -32,7 +33,7 @@ class Adapter:
 
 
 class Registry:
-    """The adapters of one kind, by name. `built_in` maps a name to its module; `protocol` has the methods that a class needs.
+    """The adapters of one table, by name. `built_in` maps names to modules; `protocol` has the methods that a class needs.
 
     >>> Registry("trackers", {"console": "whet.trackers.console"}, object).names()
     ['console']
@@ -42,11 +43,14 @@ class Registry:
         self.seam, self.built_in, self.protocol, self.others = seam, built_in, protocol, tuple(others)
 
     def names(self) -> list[str]:
-        """The built-in names and those of installed entry points."""
+        """Return the built-in names and the names of installed entry points."""
         return sorted({*self.built_in, *(one.name for one in self._entry_points())})
 
     def find(self, name: str, where: str = "") -> Adapter:
-        """The adapter of this name. Raises RecipeError with the known names, or with the place of what is wrong in a user's file."""
+        """Return the adapter with this name.
+
+        Raises RecipeError for an unknown name, with the known names, and for an error in a user's file, with its line.
+        """
         if name in self.built_in:
             return self._of_module(name, importlib.import_module(self.built_in[name]))
         for entry in self._entry_points():
@@ -99,7 +103,7 @@ class Registry:
         return True
 
     def _has_methods(self, name: str, found: type) -> None:
-        """Raises RecipeError where the class lacks a method of the protocol, or has one with other parameters."""
+        """Raise RecipeError if the class has no method of the protocol, or a method with other parameters."""
         for method, wanted in inspect.getmembers(self.protocol, inspect.isfunction):
             if method.startswith("_"):
                 continue
@@ -120,7 +124,7 @@ class Registry:
 
 
 def options_of(function: Callable[..., Any]) -> type:
-    """A frozen dataclass of a callable's keyword-only parameters, with their types and defaults.
+    """Return a frozen dataclass of a callable's keyword-only parameters, with their types and defaults.
 
     >>> def tracker(*, path: str = "log", every: int = 1): ...
     >>> options_of(tracker)(every=2)
@@ -139,7 +143,7 @@ def options_of(function: Callable[..., Any]) -> type:
         elif one.default is one.empty and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD):
             raise RecipeError(
                 f"{place_of(function)}: the parameter {one.name!r} of {function.__name__} cannot be set from a recipe; "
-                "options are keyword-only, make it one (after *)"
+                "options must be keyword-only, so put it after *"
             )
     return dataclasses.make_dataclass("Options", sorted(fields, key=len), frozen=True)
 
@@ -148,7 +152,9 @@ def load_object(spec: str) -> Any:
     """Load the object named by "file.py:name" or "package.module:name". Raises RecipeError if it cannot be found."""
     if spec.startswith("python:"):
         if spec not in OBJECTS:
-            raise RecipeError(f"{spec}: this run was given a Python function; give the same one again, from Python")
+            raise RecipeError(
+                f"{spec}: this run was given a Python function; start it from Python with the same function"
+            )
         return OBJECTS[spec]
     place, _, name = spec.rpartition(":")
     if not place:
@@ -195,13 +201,13 @@ def forget_modules() -> None:
 
 
 OBJECTS: dict[str, Any] = {}
-"""Functions that were given as Python objects in this process, by the reference that stands for them in a recipe."""
+"""Functions that were given as Python objects in this process, by their reference in a recipe."""
 
 
 def register(function: Callable[..., Any]) -> str:
     """Return the reference of a callable: "python:module:name#hash".
 
-    The hash covers its source, and the plain values that it holds: defaults, closure, the attributes of an instance.
+    The hash covers its source and its plain values: defaults, closure, and the attributes of an instance.
     """
     name = getattr(function, "__qualname__", type(function).__name__)
     mark = hashlib.sha256(repr(_content(function)).encode()).hexdigest()[:12]
@@ -211,7 +217,7 @@ def register(function: Callable[..., Any]) -> str:
 
 
 def _content(value: Any, depth: int = 4) -> Any:
-    """Return what a value is made of, as plain values that are equal in another process. No address is in it."""
+    """Return the content of a value as plain values, which are equal in another process (no memory addresses)."""
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
         return value
     if depth == 0:
@@ -252,7 +258,7 @@ def _code(code: Any) -> list[Any]:
 def _is_filled(cell: Any) -> bool:
     try:
         return cell.cell_contents is not None
-    except ValueError:  # a cell of a name that is not bound yet
+    except ValueError:  # the cell of a name that is not bound yet
         return False
 
 
@@ -308,4 +314,4 @@ def _values(options: Any) -> dict[str, Any]:
 
 
 def _no_check(options: Any, context: Any) -> None:
-    """Nothing is refused."""
+    """Do nothing: all options are valid."""

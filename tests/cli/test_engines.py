@@ -28,7 +28,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no server": ({"generator": "server"}, "generator.urls: where are the servers"),
     "a server that is not there": (
         {"generator": "server", "generator.urls": ["http://127.0.0.1:1"]},
-        r"generator.urls: .*nothing answers at http://127.0.0.1:1 .*start one with whet serve",
+        r"generator.urls: .*no server responds at http://127.0.0.1:1 .*start one with whet serve",
     ),
     "servers without": ({"generator.urls": ["http://127.0.0.1:1"]}, "generator.urls: it is for engine server"),
     "count": ({"generator.count": 2}, "generator.count: it is for engine vllm, and this one is local"),
@@ -44,8 +44,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"learner": "zero2", "learner.precision": "bf16", "rollout.sync_reference.every": 2},
         "learner.precision: DeepSpeed would keep the averaged reference in half precision",
     ),
-    "half": ({"learner": "local", "learner.precision": "bf16"}, "learner.precision: local has no such thing"),
-    "offload on replicas": ({"learner": "ddp", "learner.offload": True}, "learner.offload: ddp has no such thing"),
+    "half": ({"learner": "local", "learner.precision": "bf16"}, "learner.precision: local does not support it"),
+    "offload on replicas": ({"learner": "ddp", "learner.offload": True}, "learner.offload: ddp does not support it"),
     "trunk": (
         {"learner": "zero2", "trunk": "shared", "model.lora.rank": 2},
         "trunk: DeepSpeed trains one role per model",
@@ -66,7 +66,7 @@ def test_one_process_cannot_be_two(given: dict[str, Any]) -> None:
     from whet.runs.recipe import OnlineRecipe
 
     recipe = config.resolve(OnlineRecipe, "ppo", None, [("learner", "local")])
-    with pytest.raises(RecipeError, match="local is one process, and there are 2"):
+    with pytest.raises(RecipeError, match="local runs in one process, but there are 2"):
         learners.backend_of(recipe, 2)
     assert learners.backend_of(config.resolve(OnlineRecipe, "ppo", None, []), 2) == "fsdp"
     with pytest.raises(RecipeError, match=r"--cluster auto --cluster\.engines 1"):

@@ -61,7 +61,7 @@ def test_prompts_of_ppo_are_others_than_those_of_sft_and_the_ranking(story: Path
 def test_a_folder_that_is_no_demo_is_not_touched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine").write_text("precious")
     assert main(["demo", "--out", str(tmp_path)]) == 2
-    assert "is no earlier demo" in capsys.readouterr().err
+    assert "is not an earlier demo" in capsys.readouterr().err
     assert (tmp_path / "mine").read_text() == "precious"
 
 

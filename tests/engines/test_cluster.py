@@ -213,7 +213,7 @@ def test_an_engine_elsewhere_gives_what_one_here_gives(generator: ActorGenerator
 
 def test_a_push_that_cannot_be_read_is_refused_by_name(generator: ActorGenerator, tmp_path: Path) -> None:
     (tmp_path / "weights.safetensors").write_bytes(b"torn")
-    with pytest.raises(RunStopped, match=r"the push of version 7 cannot be read .*SafetensorError"):
+    with pytest.raises(RunStopped, match=r"the weight update of version 7 cannot be read .*SafetensorError"):
         generator.load_weights(Weights(7, tmp_path))
     with pytest.raises(ModelError, match=r"gone: no \*.safetensors files in it"):
         generator.load_weights(Weights(7, tmp_path / "gone"))
@@ -236,8 +236,8 @@ def test_an_impossible_placement_fails_in_time_and_says_what_there_is(machines: 
         place(Wanted(3, 2, 1, cpus=2, min_learners=2, placement_timeout=1))
     assert time.monotonic() - began < 5
     words = str(told.value)
-    assert "no place for 3 learners (at least 2), 2 engines and 1 reward workers with 2 CPU each within 1 s" in words
-    assert "2 machines are there" in words
+    assert "cannot place 3 learners (at least 2), 2 engines and 1 reward workers with 2 CPU each within 1 s" in words
+    assert "the cluster has 2 machines" in words
     assert "4 CPU and 0 GPU" in words
     with pytest.raises(RecipeError, match="with 1 CPU and 1 GPU each"):
         place(Wanted(1, gpus=1, placement_timeout=0.5))

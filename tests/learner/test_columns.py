@@ -123,7 +123,7 @@ def test_on_a_trunk_the_exact_kl_is_to_the_base_without_adapters() -> None:
 
 
 def test_without_a_reference_there_is_no_exact_kl() -> None:
-    with pytest.raises(ValueError, match="needs the reference beside the policy"):
+    with pytest.raises(ValueError, match="needs a reference model"):
         learner({"policy": h.policy()}).measure(Batch.of(h.rows()), frozenset({"old_exact_kl"}))
 
 

@@ -336,7 +336,7 @@ def test_a_frozen_role_that_changed_is_refused(make: Any, tmp_path: Path, what: 
             weight[3, 4] += 1e-6
         else:
             weight[[3, 4]] = weight[[4, 3]]
-    with pytest.raises(CheckpointError, match="frozen weights of the reference are not those"):
+    with pytest.raises(CheckpointError, match="frozen weights of the reference differ from those"):
         again.load(tmp_path)
 
 
@@ -350,7 +350,7 @@ def test_the_base_under_an_adapter_that_changed_is_refused(make: Any, tmp_path: 
 
 def test_another_model_is_refused(make: Any, tmp_path: Path) -> None:
     make().save(tmp_path)
-    with pytest.raises(CheckpointError, match="parameters are others"):
+    with pytest.raises(CheckpointError, match="parameters of the policy differ"):
         make({"policy": h.policy("llama")}).load(tmp_path)
 
 

@@ -115,8 +115,8 @@ MASKED = Truncated("mask")
         ("version 0, the learner is at 1", {"generator": Deaf}),
         ("canary", {"generator": Stale}),
         ("generator and learner disagree", {"generator": Off}),
-        ("rewards holds a NaN", {"reward": NotANumber()}),
-        ("not a single token", {"method": method_of("ppo", truncated=MASKED), "sampling": Sampling(2), "end_ids": ()}),
+        ("rewards contains a NaN", {"reward": NotANumber()}),
+        ("no token of this batch is trained", {"method": method_of("ppo", truncated=MASKED), "sampling": Sampling(2), "end_ids": ()}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
@@ -134,7 +134,7 @@ def test_a_policy_that_moved_since_it_was_measured_stops_the_run(tmp_path: Path)
 
 def test_a_reference_that_is_not_the_policy_at_the_start_stops_the_run(tmp_path: Path) -> None:
     roles = separate() | {"reference": h.policy(name="reference", seed=1, dtype=torch.float32)}
-    with pytest.raises(RunStopped, match="began with equal weights"):
+    with pytest.raises(RunStopped, match="should have equal weights"):
         go(tmp_path, method_of("ppo"), roles, equal_start=True)
 
 

@@ -212,13 +212,13 @@ def test_an_engine_is_filled_with_blocks() -> None:
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        ({"engine": "local", "workers": 2}, "learner.backend: local is one process, and there are 2"),
+        ({"engine": "local", "workers": 2}, "learner.backend: local runs in one process, but there are 2"),
         ({"engine": "fdsp"}, "learner.backend: one of local, ddp, fsdp, zero1, zero2, zero3; got 'fdsp'"),
         (
             {"engine": "ddp", "workers": 2, "offload": True},
-            "learner.offload: ddp has no such thing; take fsdp or zero2",
+            "learner.offload: ddp does not support it; use fsdp or zero2",
         ),
-        ({"low_precision": True}, "learner.precision: local has no such thing; take fsdp or zero2"),
+        ({"low_precision": True}, "learner.precision: local does not support it; use fsdp or zero2"),
         ({"engine": "zero3", "workers": 0}, "learner.workers: at least 1; got 0"),
         ({"max_tokens_per_micro_batch": 0}, "learner.max_tokens_per_micro_batch: at least 1; got 0"),
     ],
@@ -229,7 +229,7 @@ def test_what_cannot_be_laid_out_is_told(options: dict, what: str) -> None:
 
 
 def test_muon_in_shares_is_told() -> None:
-    with pytest.raises(RecipeError, match=r"optim.kind: muon needs whole matrices, and zero2 shards them"):
+    with pytest.raises(RecipeError, match=r"optim.kind: muon needs whole matrices, but zero2 shards them"):
         trained(SMALL, Layout("zero2", 4), muon=True)
 
 

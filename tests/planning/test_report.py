@@ -195,11 +195,11 @@ def test_what_was_changed_to_fit_is_said() -> None:
         ({}, {"gpus": 0}, {}, "--gpus: above 0; got 0"),
         ({}, {"gpu_memory": -1.0}, {}, "--gpu-memory: above 0; got -1.0"),
         ({}, {}, {"learners": 3}, "--learners: between 1 and the 1 GPUs; got 3"),
-        ({}, {"gpu_memory": 0.1}, {}, r"--gpu-memory: local on all 1 GPUs needs 0.\d GiB on each, .* take more or larger GPUs"),
+        ({}, {"gpu_memory": 0.1}, {}, r"--gpu-memory: local on all 1 GPUs needs 0.\d GiB on each, .* use more or larger GPUs"),
         ({}, {"gpu_memory": 2.0}, {}, "--gpu-memory: an engine's weights"),
         ({"mean_answer": 50}, {}, {}, "--mean-answer: between 1 and the longest answer, 40 tokens .* got 50"),
         ({"prompts": 0}, {}, {}, "prompts: at least 1; got 0"),
-        ({"engine_memory": 1.2}, {}, {}, "generator.gpu_memory_utilization: a share above 0 and at most 1; got 1.2"),
+        ({"engine_memory": 1.2}, {}, {}, "generator.gpu_memory_utilization: must be above 0 and at most 1; got 1.2"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_told(run: dict, hardware: dict, choice: dict, what: str) -> None:

@@ -264,7 +264,7 @@ def test_a_window_knows_what_is_out() -> None:
     window.hand_out(0)
     window.complete(0, 1.0)
     for draw in (0, 2):
-        with pytest.raises(ValueError, match=f"draw {draw} is not out"):
+        with pytest.raises(ValueError, match=f"draw {draw} is not pending"):
             window.complete(draw, 2.0)
     with pytest.raises(ValueError, match="the engines are idle"):
         Engines(1, 1, 1.0).run(float("inf"))

@@ -135,7 +135,7 @@ def test_experts_that_a_token_skips_do_not_work() -> None:
 @pytest.mark.parametrize(
     ("config", "what"),
     [
-        ({"model_type": "t5"}, "its config.json says model_type 't5'"),
+        ({"model_type": "t5"}, "config.json has model_type 't5'"),
         ({"model_type": "llama"}, "its config.json needs hidden_size"),
         ({"model_type": "gpt2", "n_embd": 0}, "needs n_embd, a whole number of at least 1; got 0"),
     ],

@@ -119,7 +119,7 @@ WRONG = [
     ([1.0, None, 2.0, 3.0], "answer 1 got None, expected a number"),
     (["good", 1.0, 2.0, 3.0], "answer 0 got 'good', expected a number"),
     ([True, 1.0, 2.0, 3.0], "answer 0 got True, expected a number"),
-    ([[1.0, 2.0, 3.0], 1.0, [1.0, 2.0], [1.0, 2.0]], "answer 1 got 1.0, others a list"),
+    ([[1.0, 2.0, 3.0], 1.0, [1.0, 2.0], [1.0, 2.0]], "answer 1 got 1.0, other answers a list"),
     ([[1.0, 2.0], [1.0], [1.0, 2.0], [1.0, 2.0]], "answer 0 has 3 tokens, 2 scores came back"),
     ([[1.0, 2.0, math.nan], [1.0], [1.0, 2.0], [1.0, 2.0]], "answer 0 got nan, expected a finite number"),
     ([[(3, 1.0)], [(0, 1.0)], [(0, 1.0)], [(0, 1.0)]], "answer 0 has 3 tokens, a segment ends at 3"),

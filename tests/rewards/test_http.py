@@ -67,7 +67,7 @@ def test_a_server_that_fails_is_asked_again_a_bounded_number_of_times(serve: Cal
 
 
 def test_nothing_at_the_address_is_an_error_of_the_reward() -> None:
-    with pytest.raises(RewardError, match=r"reward http://127.0.0.1:9/: nothing answers .*tried 1 time$"):
+    with pytest.raises(RewardError, match=r"reward http://127.0.0.1:9/: no server responds .*tried 1 time$"):
         HttpReward("http://127.0.0.1:9/", Options(retries=0)).score(groups(1))
 
 

@@ -95,7 +95,7 @@ class Engine:
             raise
         except Exception as error:  # for example an incomplete file or a removed folder
             raise RunStopped(
-                f"the push of version {version} cannot be read ({type(error).__name__}: {error}); "
+                f"the weight update of version {version} cannot be read ({type(error).__name__}: {error}); "
                 "was it replaced by a newer one, or damaged?"
             ) from error
         return self.own.version

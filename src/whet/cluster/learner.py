@@ -1,4 +1,4 @@
-"""A learner whose workers are actors: every call goes to all of them, and what the first one returns is what is returned."""
+"""A learner whose workers are Ray actors. Each call is made in all workers, and the result of the first one is returned."""
 
 import os
 import shutil
@@ -24,19 +24,19 @@ from whet.learner.base import UpdateResult, Work
 from whet.learner.local import LocalLearner
 
 PORTS = 3
-"""Ports that are tried: between its choice and its use another program may take one."""
+"""Number of ports to try. Another program may take a port after it was chosen and before it is used."""
 
 Make = Callable[[Workers], LocalLearner]
-"""Builds a learner in one of the workers; it travels there, so it must be picklable."""
+"""Build a learner in one of the workers. The function is sent there, so it must be picklable."""
 
 
 class MoreLearners(WorkerDied):
-    """Nothing died: machines have come back, and the world can be built larger from the checkpoint just saved."""
+    """No worker died, but more learners can be placed now. The run continues with them from the checkpoint just saved."""
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """Published weights: a folder of safetensors (or of an adapter) on one node, and its files for other nodes."""
+    """Published weights: a folder with safetensors files (or an adapter) on one node, and its files for other nodes."""
 
     folder: Path
     node: str
@@ -45,17 +45,17 @@ class Pushed:
     _lock: Any = field(default_factory=threading.Lock, repr=False)
 
     def whole(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight by its name, for a generator in the driver's own process."""
+        """Yield every weight with its name, for a generator in the driver's own process."""
         import ray
 
-        if self.folder.is_dir():  # its random part makes the path this very folder, on whatever node
+        if self.folder.is_dir():  # the path has a random part, so this is the published folder
             yield from whole(Weights(0, self.folder))
             return
         with unpacked(ray.get(self.files())) as folder:
             yield from whole(Weights(0, folder))
 
     def files(self) -> Any:
-        """A reference to the folder's files in the object store; they are read once, however many nodes want them."""
+        """Return a reference to the folder's files in the object store. The files are read once for all nodes."""
         with self._lock:
             if not self._cache:
                 self._cache.append(self.keeper.start("files", (self.folder,)))
@@ -63,15 +63,15 @@ class Pushed:
 
 
 class ClusterLearner:
-    """The learner that `make` builds, on as many workers as `placement` has learners.
+    """The learner that `make` builds in each worker. The number of workers is the number of learners in `placement`.
 
-    attempt   what is written into shared memory has it in its path
-    push      what `publish` hands out: all weights, the adapter alone, or nothing, where the workers themselves answer
-    answers   builds, in each worker, the generator that answers from its learner (see `Inside`)
-    limit     seconds that a call may take
+    attempt   id of the attempt; it is part of every path in shared memory
+    push      what `publish` returns: all weights, only the adapter, or nothing if the workers generate themselves
+    answers   builds, in each worker, a generator that uses the worker's learner (see `Inside`)
+    limit     longest duration of a call in seconds
 
-    Calls raise what the workers raise, as itself; WorkerDied when a worker died or fell silent, all others being killed
-    then; MoreLearners where more workers can be placed, at the first call after a save.
+    Calls raise the errors of the workers unchanged. They raise WorkerDied if a worker died or did not answer; all other
+    workers are killed then. The first call after a save raises MoreLearners if more workers can be placed.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class ClusterLearner:
         return self._all("call", "evaluate", list(work))
 
     def publish(self) -> Weights:
-        """The policy's weights in a folder of shared memory: see `Pushed`. None where the workers answer themselves."""
+        """Write the policy's weights to a folder in shared memory (see `Pushed`). Write nothing if the workers generate."""
         if self.push == "nothing":
             return Weights(self.version, None)
         self._number += 1
@@ -139,7 +139,7 @@ class ClusterLearner:
         self._all("call", "rescale", role, scale, shift)
 
     def save(self, folder: Path) -> None:
-        """See `Learner.save`. Every worker must see the folder. Afterwards it is seen whether the world may grow."""
+        """See `Learner.save`. Every worker must see the folder. Afterwards, check whether more workers can be placed."""
         self._all("call", "save", folder.absolute())
         self._grows = self.placement.grows()
 
@@ -148,8 +148,8 @@ class ClusterLearner:
         self._all("call", "load", folder.absolute())
 
     def export(self, role: str, folder: Path, tokenizer: Any = None, *, merge: bool = True) -> None:
-        """See `Learner.export`. A worker of a lost attempt that lives on cannot write into it: each attempt writes beside it,
-        and the driver gives the name."""
+        """See `Learner.export`. The workers write to a temporary folder of this attempt, and the driver renames it. So a
+        worker that still runs after its attempt was lost cannot change the exported folder."""
         folder = folder.absolute()
         aside = folder.with_name(f".{folder.name}-{self._attempt}")
         self._all("export", role, aside, tokenizer, merge)
@@ -159,11 +159,11 @@ class ClusterLearner:
             shutil.rmtree(old, ignore_errors=True)
 
     def ask(self, method: str, *given: Any) -> Any:
-        """What the first worker's generator gives; all of them take part."""
+        """Call a method of the generators in all workers, and return the result of the first one."""
         return self._all("answer", method, *given)
 
     def close(self) -> None:
-        """End all workers, and remove what they published. May be called again."""
+        """End all workers and remove the published weights. May be called more than once."""
         for one in self.remotes[:1]:
             with suppress(WhetError):
                 one.ask("close", limit=5.0)
@@ -171,7 +171,7 @@ class ClusterLearner:
 
     def _all(self, method: str, *given: Any) -> Any:
         if self._grows:
-            raise MoreLearners("cluster: there is a place for a larger world")
+            raise MoreLearners("cluster: more learner workers can be placed now")
         told = in_step(self.remotes, method, given, self.limit)
         versions = [version for version, _ in told]
         if len(set(versions)) > 1:
@@ -191,7 +191,10 @@ class ClusterLearner:
         self.remotes.sort(key=lambda one: int(one.name.split()[1]))
 
     def _join(self, *, last: bool) -> bool:
-        """All workers find one another; False where the port was taken, and all of them are ended."""
+        """Connect all workers to one process group. If the port is in use, end all workers and return False.
+
+        With `last`, raise the error instead.
+        """
         first = self.remotes[0].where
         near = len({one.where.process.host for one in self.remotes}) == 1
         address = "127.0.0.1" if near else first.address
@@ -213,7 +216,7 @@ class ClusterLearner:
 
 
 class Inside:
-    """The generator in each of a learner's workers as one Generator: weights do not leave the processes."""
+    """The generators in the learner's workers as one Generator. The weights stay in these processes."""
 
     def __init__(self, learner: ClusterLearner) -> None:
         self.learner = learner
@@ -224,7 +227,7 @@ class Inside:
         yield from self.learner.ask("generate", list(requests))
 
     def load_weights(self, weights: Weights) -> None:
-        """Every worker takes its learner's weights of now. Raises RunStopped where these are of another version."""
+        """Load the current weights of the learner in every worker. Raises RunStopped if they have another version."""
         self.version = self.learner.ask("load_weights", weights.version)
 
     def logprobs(self, ids: Sequence[Tensor]) -> list[Tensor]:
@@ -232,7 +235,7 @@ class Inside:
         return self.learner.ask("logprobs", list(ids))
 
     def all_logprobs(self, ids: Sequence[Tensor]) -> list[list[Tensor]]:
-        """The scores of every worker's engines."""
+        """Return the log-probs of every engine of every worker."""
         return self.learner.ask("all_logprobs", list(ids))
 
     def sleep(self) -> None:
@@ -240,24 +243,24 @@ class Inside:
         self.learner.ask("sleep")
 
     def close(self) -> None:
-        """The workers' generators end."""
+        """End the generators of the workers."""
         with suppress(WorkerDied):
             self.learner.ask("close")
 
 
 class Member:
-    """One of the learner's workers, in its own process. What it answers has its version before it."""
+    """The worker side of `ClusterLearner`: one worker in its own process. Its calls return (version, result)."""
 
     learner: LocalLearner
     own: Generator | None = None
     post: WeightWriter | None = None
 
     def port(self, address: str) -> int:
-        """A free port at this address."""
+        """Return a free port at this address."""
         return free_port(address)
 
     def join(self, rank: int, size: int, address: str, port: int, own: str, timeout: float) -> None:
-        """Become worker `rank`; `own` is this machine's address, "" where all are on one machine."""
+        """Join the process group as `rank`. `own` is the address of this machine, or "" if all workers are on one machine."""
         interface = _interface(own) if own else "lo"
         if interface:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
@@ -266,17 +269,17 @@ class Member:
         self.workers = join(rank, size, address, port, timeout=timeout)
 
     def build(self, make: Make, answers: Any, push: str, attempt: str) -> tuple[int, bool]:
-        """Load the models. Says `Learner.low_precision`."""
+        """Build the learner. The result is `Learner.low_precision`."""
         self.learner, self.push, self.attempt = make(self.workers), push, attempt
         self.own = answers(self.learner) if answers is not None else None
         return self._told(self.learner.low_precision)
 
     def call(self, method: str, *given: Any) -> tuple[int, Any]:
-        """A call of the learner."""
+        """Call a method of the learner."""
         return self._told(getattr(self.learner, method)(*given))
 
     def measure(self, batch: Batch, columns: frozenset[str]) -> tuple[int, Any]:
-        """The new columns alone: the driver has the batch."""
+        """See `Learner.measure`. Return only the new columns, because the driver has the batch."""
         seen = self.learner.measure(batch, columns)
         return self._told({name: seen[name] for name in columns})
 
@@ -286,18 +289,18 @@ class Member:
         return self._told(None)
 
     def publish(self, number: int) -> tuple[int, Path | None]:
-        """All gather the policy in step, and the first one writes it."""
+        """Gather the policy's weights in a collective step; the first worker writes them."""
         if self.post is None:
             adapter = self.push == "adapter"
             self.post = WeightWriter(self.workers, self.attempt, adapter=adapter, everywhere=False)
         return self._told(self.post(self.learner.roles["policy"], number))
 
     def files(self, folder: Path) -> dict[str, bytes]:
-        """What lies in a published folder."""
+        """Return the files of a published folder: name -> content."""
         return contents(folder)
 
     def answer(self, method: str, *given: Any) -> tuple[int, Any]:
-        """A call of the generator that answers from this learner."""
+        """Call a method of the generator that uses this learner."""
         own = self.own
         assert own is not None
         if method == "about":
@@ -313,7 +316,7 @@ class Member:
         return self._told(found if found is None else list(found))
 
     def close(self) -> None:
-        """Remove what was published."""
+        """Remove the published weights."""
         if self.post is not None:
             self.post.close()
 
@@ -322,7 +325,7 @@ class Member:
 
 
 def _interface(address: str) -> str:
-    """The network interface that has this address; "" where that cannot be found out, and gloo chooses itself."""
+    """Return the network interface with this address, or "" if it cannot be found. gloo then chooses an interface itself."""
     import struct
 
     try:

@@ -142,17 +142,17 @@ def place(wanted: Wanted, *, shrinks: bool = True) -> Placement:
         group = _group(one.bundles(one.learners), one.strategy)
         if group.wait(wanted.placement_timeout if one is wanted else min(SOON, wanted.placement_timeout)):
             if one is not wanted:
-                print(f"whet: no place for {_asked(wanted)}; going on with {_asked(one)}", file=sys.stderr)
+                print(f"whet: cannot place {_asked(wanted)}; continuing with {_asked(one)}", file=sys.stderr)
             return Placement(one, wanted, group)
         _remove(group)
     raise RecipeError(
-        f"cluster: no place for {_asked(wanted, shrinks)} within {wanted.placement_timeout:g} s; {_there()}"
+        f"cluster: cannot place {_asked(wanted, shrinks)} within {wanted.placement_timeout:g} s; {_there()}"
     )
 
 
 def _asked(wanted: Wanted, shrinks: bool = False) -> str:
     fewest = f" (at least {wanted.min_learners})" if shrinks and wanted.min_learners < wanted.learners else ""
-    where = " on the learners' places" if wanted.colocate else ""
+    where = " with the learners" if wanted.colocate else ""
     each = f"{wanted.cpus:g} CPU" + (f" and {wanted.gpus:g} GPU" if wanted.gpus else "")
     return (
         f"{wanted.learners} learners{fewest}, {wanted.engines} engines{where} and {wanted.rewards} reward workers "
@@ -167,7 +167,7 @@ def _there() -> str:
     free = ray.available_resources()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     every = ", ".join(f"{one.get('CPU', 0):g} CPU and {one.get('GPU', 0):g} GPU" for one in nodes)
-    return f"{len(nodes)} machines are there ({every}), {free.get('CPU', 0):g} CPU and {free.get('GPU', 0):g} GPU free"
+    return f"the cluster has {len(nodes)} machines ({every}), {free.get('CPU', 0):g} CPU and {free.get('GPU', 0):g} GPU free"
 
 
 def _group(bundles: Sequence[dict[str, float]], strategy: str) -> Any:

@@ -68,7 +68,7 @@ class Body:
     """The actor in a worker process. It holds one object and calls its methods."""
 
     def prepare(self, paths: Sequence[str], folder: str, gpu: bool) -> Where:
-        """Add the driver's import paths and enter its folder, so that its functions are found. Return where this process runs."""
+        """Add the driver's import paths and change to its folder, so that its functions are found. Return its `Where`."""
         import ray
 
         if not gpu:  # Ray shows all GPUs of the machine to an actor that asked for none

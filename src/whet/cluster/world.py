@@ -97,7 +97,7 @@ class Attempt:
                 with suppress(Exception):
                     thing.close()
         for one in ended(self.remotes()):
-            print(f"whet: {one.name} (process {one.where.process.pid}) does not end", file=sys.stderr)
+            print(f"whet: {one.name} (process {one.where.process.pid}) could not be ended", file=sys.stderr)
         with suppress(Exception):
             self.placement.remove()
         folders.remove(self.attempt)

@@ -1,4 +1,4 @@
-"""Batching: the order of elements over epochs and sources, mini-batches, and micro-batches within a token budget."""
+"""Batching: order over epochs and sources, mini-batches, micro-batches in a token budget that counts padding."""
 
 from collections.abc import Sequence
 

@@ -1,6 +1,7 @@
-"""Columns: all per-token and per-answer values, with shape, unit, and the step ("hop") and role that produce them.
+"""Columns: all per-token and per-answer values, with shape, unit, and the stage and role that produce them.
 
-The learner, the Parquet rollouts and the viewer use this list. To add a statistic, add one line here and one reader.
+The learner and the rollout files use this list. To add a measured column, add a line here and its reader (with its name in
+`BARE`) in `models/readers.py`; any other column, a line here and the stage that produces it.
 Shapes: B rows, T positions from the first response token.
 """
 
@@ -14,7 +15,7 @@ class Column:
     name: str
     shape: str
     unit: str
-    hop: str
+    stage: str
     meaning: str
     role: str | None = None
     reads: str | None = None

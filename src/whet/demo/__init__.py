@@ -1,1 +1,1 @@
-"""The demo: the whole recipe on a little world, through the verbs that every user calls."""
+"""The demo: all training stages on a small synthetic data set, run with the public commands."""

@@ -1,11 +1,11 @@
-"""The gold judge that stands in for the person: the gold score, noisy rankings, aspects and controlled edits.
+"""The gold judge, which simulates a human annotator: gold scores, noisy rankings, aspects and controlled edits.
 
-Gold is a sum over what the answer's sentences say (`PRICES`, at most 3.0 with two asked facts); it reads the card from
-the prompt's own text. The person who ranks sees gold through noise: the ranking is drawn from a Plackett-Luce model,
+The gold score is a sum over the sentences of the answer (`PRICES`, at most 3.0 with two asked facts). The judge reads the
+card from the text of the prompt. Rankings are gold scores with noise: a ranking is drawn from a Plackett-Luce model,
 P(best first) = softmax(gold / temperature), then the second best among the rest, and so on (Plackett 1975).
 
-Nothing here is known to the models that are trained: they see rankings only. The judge is exact on the desk's own
-sentences and calls every other text broken; it says nothing about style beyond that.
+The trained models see only the rankings, not the gold scores. The judge is exact on the sentences of the market desk and
+counts all other text as broken. It does not judge style.
 """
 
 import math
@@ -38,10 +38,10 @@ PRICES: Mapping[str, float] = {
     "filler": -0.5,
     "broken": -0.7,
 }
-"""What one finding of each kind is worth."""
+"""Score of one finding of each kind."""
 
 TEMPERATURE = 0.5
-"""Noise of the ranking: two answers that differ by 0.5 in gold are ranked rightly in 73 % of the cases."""
+"""Noise of the ranking. Two answers whose gold scores differ by 0.5 are ranked correctly with probability 73 %."""
 
 EDITED_SHARE = 0.35
 """Share of the rankings in which one answer is an edited copy of another one."""
@@ -50,10 +50,10 @@ EDITS: tuple[str, ...] = (
     "rude", "filler", "no_greeting", "no_goodbye", "swap", "repeat", "extra", "omission", "invented", "denied",
     "wrong_value", "cut",
 )  # fmt: skip
-"""The controlled edits; each makes an answer worse in one known way."""
+"""The controlled edits. Each makes an answer worse in one known way."""
 
 RANKED_EDITS: tuple[str, ...] = ("repeat", "extra", "wrong_value", "invented", "denied", "omission")
-"""The edits mixed into rankings: flaws that samples of one model seldom show one at a time."""
+"""The edits used in rankings: flaws that rarely occur alone in samples of one model."""
 
 _UPPER = {value.upper(): value for values in VALUES.values() for value in values}
 _LABELS = {attribute.upper(): attribute for attribute in ATTRIBUTES}
@@ -66,22 +66,22 @@ _ASKED = re.compile(rf"\b({'|'.join(ATTRIBUTES)})\b")
 
 @dataclass(frozen=True)
 class Findings:
-    """What the judge finds in one answer: counts, except where said."""
+    """The findings of the judge in one answer. Numbers are counts."""
 
     settled: int
-    """Asked facts stated as the card has them, or honestly said to be missing, and never contradicted."""
+    """Asked facts stated as on the card, or correctly said to be missing, and never contradicted."""
     omitted: int
-    """Asked facts of which the answer does not speak."""
+    """Asked facts that the answer does not mention."""
     wrong: int
-    """Statements with another value than the card's."""
+    """Statements whose value differs from the card."""
     invented: int
-    """Statements of facts that the card does not give."""
+    """Statements of facts that are not on the card."""
     denied: int
-    """Sentences that call a fact missing which the card gives."""
+    """Sentences that say a fact is missing although the card has it."""
     honest: int
-    """Sentences that rightly say the card lacks an asked fact."""
+    """Sentences that correctly say that an asked fact is missing."""
     repeated: int
-    """Sentences that say once more what was said, whatever the words."""
+    """Sentences that repeat the content of an earlier sentence, in any words."""
     unasked: int
     """True sentences about facts that nobody asked for."""
     greeting: bool
@@ -91,7 +91,7 @@ class Findings:
     rude: int
     filler: int
     broken: int
-    """Pieces of text that are no sentence of the desk."""
+    """Pieces of text that are not sentences of the market desk."""
 
     @property
     def false(self) -> int:
@@ -100,7 +100,7 @@ class Findings:
 
 
 def read_prompt(prompt: str) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Return the card's facts (attribute to value, as answers spell it) and the asked attributes, from the text."""
+    """Return the facts of the card (attribute -> value, as spelled in answers) and the asked attributes."""
     facts = {_LABELS[label]: _UPPER[value] for label, value in _CARD_LINE.findall(prompt)}
     asked = tuple(dict.fromkeys(_ASKED.findall(prompt)))
     if not facts or not asked:
@@ -109,12 +109,12 @@ def read_prompt(prompt: str) -> tuple[dict[str, str], tuple[str, ...]]:
 
 
 def split_sentences(completion: str) -> list[str]:
-    """Return the answer cut behind every sentence's end; the pieces' text is kept as it is."""
+    """Split the answer after each sentence. The text of the pieces is unchanged."""
     return [piece for piece in re.split(r"(?<=[.!?])\s+", completion.strip()) if piece]
 
 
 def find(prompt: str, completion: str) -> Findings:
-    """Return everything that gold counts in one answer."""
+    """Return all findings in one answer that the gold score counts."""
     facts, asked = read_prompt(prompt)
     said = [SENTENCES.get(text) for text in split_sentences(completion)]
     known = [sentence for sentence in said if sentence is not None]
@@ -146,21 +146,21 @@ def find(prompt: str, completion: str) -> Findings:
 
 
 def gold_score(prompt: str, completion: str) -> float:
-    """Return the gold score of one answer: the prices of all that was found in it, added up."""
+    """Return the gold score of one answer: the sum of the prices of all findings."""
     findings = find(prompt, completion)
     return float(sum(price * getattr(findings, name) for name, price in PRICES.items()))
 
 
 def gold(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
-    """Return the gold score of each answer: a reward function in the field's form; other columns are not read."""
+    """Return the gold score of each answer. The signature is that of reward functions; other columns are not used."""
     return [gold_score(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
 
 
 def aspects(prompt: str, completion: str) -> dict[str, float | None]:
-    """Return the answer's aspects, each between 0 and 1, None where an aspect does not apply to this prompt.
+    """Return the aspects of the answer, each between 0 and 1, or None if an aspect does not apply to this prompt.
 
-    `settled` is a share of the asked facts; the others say whether (1.0) or not (0.0). `honest`, `invented` and
-    `silent` apply where the card lacks an asked fact, and say what the answer did about it.
+    `settled` is a share of the asked facts; the other aspects are 1.0 (true) or 0.0 (false). `honest`, `invented` and
+    `silent` apply if an asked fact is not on the card, and say how the answer handles it.
     """
     facts, asked = read_prompt(prompt)
     findings = find(prompt, completion)
@@ -189,7 +189,7 @@ def annotate(prompt: str, completions: Sequence[str], seed: int, temperature: fl
     """Return the noisy rank of each answer (1 is best), the same for the same seed, prompt and answers.
 
     Adding Gumbel noise to gold / temperature and sorting draws from the Plackett-Luce model (Yellott 1977).
-    Equal texts get ranks of their own too: a person who must order them flips a coin.
+    Equal texts also get different ranks, in random order.
     """
     stream = random.Random(f"ranks {seed} {prompt}")
     scores = gold([prompt] * len(completions), completions)
@@ -199,7 +199,7 @@ def annotate(prompt: str, completions: Sequence[str], seed: int, temperature: fl
 
 
 def _gumbel(stream: random.Random) -> float:
-    """Return a draw from the standard Gumbel distribution: minus the logarithm of an exponential one."""
+    """Return a draw from the standard Gumbel distribution: minus the logarithm of an exponential variable."""
     return -math.log(max(stream.expovariate(1.0), 1e-300))
 
 
@@ -207,12 +207,12 @@ def _gumbel(stream: random.Random) -> float:
 
 
 def edited(prompt: str, completion: str, kind: str, seed: int) -> str | None:
-    """Return the answer with one flaw of `kind` (a name in `EDITS`) put in, or None where it has no room for it.
+    """Return the answer with one flaw of `kind` (a name in `EDITS`), or None if this edit cannot be applied to it.
 
-    Where it is not None its gold is lower than the answer's.
+    The gold score of the edited answer is lower than that of the answer.
     """
     if kind not in EDITS:
-        raise ValueError(f"unknown edit {kind!r}; there are {', '.join(EDITS)}")
+        raise ValueError(f"unknown edit {kind!r}; known are {', '.join(EDITS)}")
     texts = split_sentences(completion)
     if not texts or any(text not in SENTENCES for text in texts):
         return None
@@ -222,7 +222,7 @@ def edited(prompt: str, completion: str, kind: str, seed: int) -> str | None:
 
 
 def with_edit(prompt: str, completions: Sequence[str], seed: int, share: float = EDITED_SHARE) -> list[str]:
-    """Return the answers to be ranked: in `share` of the prompts one of them gives way to an edited copy of another."""
+    """Return the answers to rank. For a random `share` of prompts, one answer is replaced by an edited copy of another."""
     answers = list(completions)
     stream = random.Random(f"with edit {seed} {prompt}")
     if len(answers) < 2 or stream.random() >= share:
@@ -240,7 +240,7 @@ Editor = Callable[[random.Random, Texts, Facts, Sequence[str]], Texts | None]
 
 
 def _add(pool: Sequence[str]) -> Editor:
-    """Return an editor that puts one sentence of `pool` inside the answer."""
+    """Return an editor that inserts one sentence of `pool` into the answer."""
 
     def editor(stream: random.Random, texts: Texts, facts: Facts, asked: Sequence[str]) -> Texts | None:
         place = _inside(stream, texts)
@@ -250,32 +250,32 @@ def _add(pool: Sequence[str]) -> Editor:
 
 
 def _inside(stream: random.Random, texts: Texts) -> int:
-    """Return a random place that keeps a greeting first and a goodbye last."""
+    """Return a random position that keeps a greeting first and a goodbye last."""
     first = int(SENTENCES[texts[0]].kind == "greeting")
     last = len(texts) - int(SENTENCES[texts[-1]].kind == "goodbye")
     return stream.randint(first, max(first, last))
 
 
 def _no_greeting(stream: random.Random, texts: Texts, facts: Facts, asked: Sequence[str]) -> Texts | None:
-    """Take the greeting away."""
+    """Remove the greeting."""
     kinds = _kinds(texts)
     return texts[1:] if kinds[0] == "greeting" and len(kinds) > 1 and "greeting" not in kinds[1:] else None
 
 
 def _no_goodbye(stream: random.Random, texts: Texts, facts: Facts, asked: Sequence[str]) -> Texts | None:
-    """Take the goodbye away."""
+    """Remove the goodbye."""
     kinds = _kinds(texts)
     return texts[:-1] if kinds[-1] == "goodbye" and len(kinds) > 1 and "goodbye" not in kinds[:-1] else None
 
 
 def _swap(stream: random.Random, texts: Texts, facts: Facts, asked: Sequence[str]) -> Texts | None:
-    """Let the greeting and the goodbye change places."""
+    """Swap the greeting and the goodbye."""
     kinds = _kinds(texts)
     return [texts[-1], *texts[1:-1], texts[0]] if (kinds[0], kinds[-1]) == ("greeting", "goodbye") else None
 
 
 def _repeat(stream: random.Random, texts: Texts, facts: Facts, asked: Sequence[str]) -> Texts | None:
-    """Say one statement once more, at once or later."""
+    """Repeat one statement, directly after it or later."""
     claims = [index for index, text in enumerate(texts) if SENTENCES[text].attribute]
     if not claims:
         return None
@@ -296,13 +296,13 @@ def _extra(stream: random.Random, texts: Texts, facts: Facts, asked: Sequence[st
 
 
 def _omission(stream: random.Random, texts: Texts, facts: Facts, asked: Sequence[str]) -> Texts | None:
-    """Leave an asked fact out that was settled in one sentence."""
+    """Remove an asked fact that was settled in one sentence."""
     chosen = _settled(stream, texts, facts, asked)
     return None if chosen is None or len(texts) == 1 else [*texts[:chosen], *texts[chosen + 1 :]]
 
 
 def _wrong_value(stream: random.Random, texts: Texts, facts: Facts, asked: Sequence[str]) -> Texts | None:
-    """Change the value of an asked fact that was stated rightly; the words around it stay."""
+    """Change the value of an asked fact that was stated correctly, and keep the other words."""
     chosen = _settled(stream, texts, facts, asked, kind="fact")
     if chosen is None:
         return None
@@ -312,7 +312,7 @@ def _wrong_value(stream: random.Random, texts: Texts, facts: Facts, asked: Seque
 
 
 def _invented(stream: random.Random, texts: Texts, facts: Facts, asked: Sequence[str]) -> Texts | None:
-    """Put a made-up value where the answer says honestly that the card gives none."""
+    """Replace a correct statement that a fact is missing by an invented value."""
     chosen = _settled(stream, texts, facts, asked, kind="silence")
     if chosen is None:
         return None
@@ -321,7 +321,7 @@ def _invented(stream: random.Random, texts: Texts, facts: Facts, asked: Sequence
 
 
 def _denied(stream: random.Random, texts: Texts, facts: Facts, asked: Sequence[str]) -> Texts | None:
-    """Say of an asked fact that was stated rightly that the card does not give it."""
+    """Replace a correctly stated asked fact by a statement that it is missing."""
     chosen = _settled(stream, texts, facts, asked, kind="fact")
     if chosen is None:
         return None
@@ -329,7 +329,7 @@ def _denied(stream: random.Random, texts: Texts, facts: Facts, asked: Sequence[s
 
 
 def _cut(stream: random.Random, texts: Texts, facts: Facts, asked: Sequence[str]) -> Texts | None:
-    """Break off before the last word of a goodbye."""
+    """Cut off the last word of a goodbye."""
     if _kinds(texts)[-1] != "goodbye" or _kinds(texts).count("goodbye") > 1:
         return None
     words = texts[-1].split(" ")
@@ -339,7 +339,7 @@ def _cut(stream: random.Random, texts: Texts, facts: Facts, asked: Sequence[str]
 def _settled(
     stream: random.Random, texts: Texts, facts: Facts, asked: Sequence[str], kind: str | None = None
 ) -> int | None:
-    """Return the index of a sentence that alone settles an asked fact (of this `kind`, where given), or None."""
+    """Return the index of a sentence (of this `kind`, if given) that alone settles an asked fact, or None."""
     said = [SENTENCES[text] for text in texts]
     spoken = [sentence.attribute for sentence in said]
     chosen = [

@@ -1,7 +1,7 @@
-"""The demo's story: base, SFT, K answers, ranking, reward model, PPO-ptx, evaluation under gold, report.
+"""The stages of the demo: base, SFT, K answers, ranking, reward model, PPO-ptx, evaluation with gold scores, report.
 
-Every phase is a verb of the command line with a recipe of `recipes/`; the world adds its data and its judge. Side runs
-go on a second core meanwhile: the over-optimization of a small reward model, and PPO without ptx.
+Each stage is a command of whet with a recipe from `recipes/`, on the data and the judge of the demo world. Side runs use a
+second core at the same time: over-optimization of a small reward model, and PPO without ptx.
 """
 
 import itertools
@@ -26,17 +26,17 @@ RECIPES = Path(__file__).parent / "recipes"
 GOLD = "whet.demo.judge:gold"
 ANNOTATOR = "whet.demo.run:annotator"
 ANSWER = 56
-"""longest answer, in tokens"""
+"""maximum length of an answer in tokens"""
 SMALL = 400
-"""rankings behind the reward model that is over-optimized"""
+"""number of rankings for the reward model that is over-optimized"""
 QUICK_SIZES = world.Sizes(320, 40, 320, 40, 64, 32, 64, 32)
-"""rows of the world in the quick form, which only shows that everything runs"""
+"""rows of the world for `quick`, which only tests that everything runs"""
 
 
 def demo(options: Mapping[str, Any]) -> int:
-    """Runs the whole story into `out` for one seed, prints the table, writes summary.json and report.html.
+    """Run all stages into `out` for one seed, print the table, and write summary.json and report.html.
 
-    `quick` is a short form on a small world: it shows that everything runs, and nothing else.
+    `quick` is a short run on a small world. It only tests that everything runs.
     """
     known = {"seed": 0, "out": "runs/demo", "quick": False}
     for name in options:
@@ -44,7 +44,7 @@ def demo(options: Mapping[str, Any]) -> int:
             raise config.unknown(name, list(known))
     seed, out = options.get("seed", 0), Path(options.get("out", "runs/demo"))
     if not isinstance(seed, int) or seed < 0:
-        raise RecipeError(f"seed: expected a number from 0 up, got {seed!r}")
+        raise RecipeError(f"seed: expected an integer of at least 0, got {seed!r}")
     if out.exists():
         _set_aside(out)
     began = time.perf_counter()
@@ -62,22 +62,22 @@ def demo(options: Mapping[str, Any]) -> int:
 
 
 def _set_aside(out: Path) -> None:
-    """An earlier demo's folder is renamed, so that nothing of it is lost; any other folder is not touched."""
+    """Rename the folder of an earlier demo, so that it is kept. Raise RecipeError for any other folder."""
     if not (out / "world").is_dir():
-        raise RecipeError(f"out: {out} already exists and is no earlier demo; name another folder with --out")
+        raise RecipeError(f"out: {out} already exists and is not an earlier demo; choose another folder with --out")
     number = next(n for n in itertools.count(1) if not out.with_name(f"{out.name}.{n}").exists())
     out.rename(out.with_name(f"{out.name}.{number}"))
     print(f"the earlier demo is now in {out.with_name(f'{out.name}.{number}')}", file=sys.stderr)
 
 
 class Story:
-    """The phases, each leaving its folder or file under `out`."""
+    """The stages. Each writes its folder or file to `out`."""
 
     def __init__(self, out: Path, seed: int, *, quick: bool = False) -> None:
         self.out, self.seed, self.quick, self.world = out, seed, quick, out / "world"
 
     def prepare(self) -> None:
-        """The world's files, the base model, and the SFT model."""
+        """Write the files of the world, and train the base model and the SFT model."""
         self.say("the market desk: texts, demonstrations, prompts")
         world.write_world(self.world, self.seed, QUICK_SIZES if self.quick else world.Sizes())
         self.say("base: pre-training on the desk's raw text")
@@ -87,7 +87,7 @@ class Story:
         self.verb("sft", "sft", model=self.model("base"), data=self.at("demonstrations.jsonl"), **evaluation)
 
     def rank(self) -> None:
-        """K = 4 answers a prompt from the SFT model, and their noisy rankings; in some, one answer is an edited one."""
+        """Sample K = 4 answers per prompt from SFT and rank them with noise. In some rankings one answer is edited."""
         self.say("four answers a prompt, ranked by the noisy person")
         for name in ("prompts_rank", "prompts_rank_heldout"):
             sampled = self.out / f"{name}_answers.jsonl"
@@ -108,12 +108,12 @@ class Story:
         )
 
     def over_optimize(self, side: "Side") -> None:
-        """On the side: a reward model from few rankings, and PPO that follows it with nothing to hold it back."""
+        """Start side runs: a reward model from few rankings, and PPO against it without a KL penalty."""
         side.add("reward", "small_reward", model=self.model("sft"), data=str(self.out / "small_ranked.jsonl"))
         side.add("ppo", "over_optimized", **self.against("small_reward"))
 
     def reinforce(self, side: "Side") -> None:
-        """The reward model, and PPO-ptx from the SFT model, its critic from the reward model, on prompts of its own."""
+        """Train the reward model, and PPO-ptx from the SFT model, with a critic from the reward model, on separate prompts."""
         self.say("reward: the reward model, K-way")
         self.verb("reward", "reward", model=self.model("sft"), data=str(self.out / "ranked.jsonl"))
         side.add("ppo", "ppo_without_ptx", **self.against("reward"))
@@ -121,7 +121,7 @@ class Story:
         self.verb("instructgpt", "ppo", **self.against("reward"), ptx=self.at("raw.jsonl"))
 
     def evaluate(self, side: "Side") -> dict[str, Any]:
-        """Everything the report tells, measured on held-out prompts and texts."""
+        """Return all numbers of the report, measured on held-out prompts and texts."""
         self.say("evaluation under gold")
         heldout = {"noisy": "heldout_ranked", "noise_free": "heldout_gold"}
         accuracy = {
@@ -139,17 +139,17 @@ class Story:
         }  # fmt: skip
 
     def compared(self, name: str) -> dict[str, float]:
-        """A model against SFT: gold, reward model, KL and win rates; the answers stay in `answers_NAME.jsonl`."""
+        """Compare a model with SFT: gold, reward model, KL and win rates. Write the answers to `answers_NAME.jsonl`."""
         return whet.evaluate(model=self.model(name), against=self.model("sft"), judge=[GOLD, self.model("reward")], seed=self.seed,
             data=self.at("prompts_eval.jsonl"), max_new_tokens=ANSWER, threads=1, answers=str(self.out / f"answers_{name}.jsonl"),
         )  # fmt: skip
 
     def raw_loss(self, name: str) -> float:
-        """Loss on held-out raw text, nats per token."""
+        """Return the loss on held-out raw text in nats per token."""
         return whet.evaluate(model=self.model(name), data=self.at("raw_heldout.jsonl"), threads=1)["nll"]
 
     def edits(self) -> dict[str, tuple[float, int]]:
-        """For each controlled edit: (share of edited SFT answers that the reward model rates worse, how many)."""
+        """Return, for each controlled edit, (share of edited SFT answers that the reward model rates worse, their number)."""
         rows, kinds = [], []
         for row in read(self.out / "prompts_rank_heldout_answers.jsonl"):
             for kind in judge.EDITS:
@@ -167,36 +167,36 @@ class Story:
         return out
 
     def against(self, reward: str) -> dict[str, str]:
-        """What every reinforcement run is given."""
+        """Return the fields of every reinforcement learning run."""
         return {"model": self.model("sft"), "reward": self.model(reward), "data": self.at("prompts_ppo.jsonl")}
 
     def verb(self, verb: str, name: str, **fields: Any) -> None:
-        """A verb with the demo's recipe of this name, into the run folder of this name."""
+        """Run a command with the demo's recipe of this name, into the run folder of this name."""
         given = fields | self.shortened(verb)
         whet.train(verb, str(RECIPES / f"{name}.yaml"), seed=self.seed, out=str(self.out / name), quiet=False, **given)
 
     def shortened(self, verb: str) -> dict[str, Any]:
-        """What the quick form changes in a recipe."""
+        """Return the fields that `quick` changes in a recipe."""
         if not self.quick:
             return {}
         online = {"rollout.num_steps": 3, "rollout.prompts_per_step": 16, "rollout.mini_batch_size": 8}
         return online if verb in ("ppo", "instructgpt") else {"train.num_steps": 10}
 
     def at(self, name: str) -> str:
-        """A file of the world."""
+        """Return the path of a file of the world."""
         return str(self.world / name)
 
     def model(self, name: str) -> str:
-        """The model that a run left."""
+        """Return the path of the model that a run saved."""
         return str(self.out / name / "model")
 
     def say(self, text: str) -> None:
-        """A line on what comes now."""
+        """Print the name of the next stage."""
         print(f"\n== {text}", file=sys.stderr, flush=True)
 
 
 class Side:
-    """Side runs, one after the other in processes of their own, so that a second core is used."""
+    """Side runs, one after another, each in its own process, so that a second core is used."""
 
     def __init__(self, story: Story) -> None:
         self.story = story
@@ -204,7 +204,7 @@ class Side:
         self.worker = ThreadPoolExecutor(max_workers=1)
 
     def add(self, verb: str, name: str, **fields: str) -> None:
-        """One more run, once those before it have ended; its output goes to `side.log`."""
+        """Add a run, which starts when the earlier ones have ended. Its output is written to `side.log`."""
         words = [sys.executable, "-m", "whet", verb, str(RECIPES / f"{name}.yaml"), "--quiet"]
         own = {"seed": self.story.seed, "out": self.story.out / name, **self.story.shortened(verb)}
         for key, value in {**fields, **own}.items():
@@ -212,7 +212,7 @@ class Side:
         self.runs.append(self.worker.submit(self._run, words))
 
     def wait(self) -> None:
-        """Until all have ended. Raises WhetError when one failed."""
+        """Wait until all runs have ended. Raises WhetError if one failed."""
         for one in self.runs:
             if one.result():
                 raise WhetError(f"a side run failed; see {self.story.out / 'side.log'}")
@@ -229,12 +229,12 @@ class Side:
 
 
 def annotator(prompt: str, responses: Sequence[str], seed: int = 0, **columns: Any) -> list[int]:
-    """The noisy person: ranks of the answers to one prompt, in the form that `whet rank` asks for."""
+    """The noisy annotator: return the ranks of the answers to one prompt, in the form that `whet rank` requires."""
     return judge.annotate(prompt, responses, seed)
 
 
 def ceiling(rows: Sequence[Mapping[str, Any]], seed: int) -> float:
-    """The share of noisy pairs that gold itself orders right: no reward model can expect more."""
+    """Return the share of noisy pairs that the gold score orders correctly: the expected maximum of a reward model."""
     from whet.loops.evaluate import rank_agreement
 
     scores = [judge.gold([row["prompt"]] * len(row["responses"]), row["responses"]) for row in rows]
@@ -242,5 +242,5 @@ def ceiling(rows: Sequence[Mapping[str, Any]], seed: int) -> float:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file."""
+    """Return the rows of a JSONL file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,4 +1,4 @@
-"""What the demo tells: the table on the terminal, summary.json, and the report with plots and samples."""
+"""The results of the demo: the table on the terminal, summary.json, and the report with plots and samples."""
 
 import math
 import sys
@@ -14,7 +14,7 @@ from whet.view.plots import Plot, smoothed
 from whet.view.report import Figures, Prose, Section, Table, Talk, page
 
 WINDOW = 5
-"""rollouts over which the proxy and gold curves are smoothed"""
+"""number of rollouts over which the proxy and gold curves are smoothed"""
 
 SHOWN = (
     "settled",
@@ -33,7 +33,7 @@ SHOWN = (
 
 
 def tell(out: Path, numbers: Mapping[str, Any]) -> None:
-    """Prints the table and writes summary.json and report.html into `out`."""
+    """Print the table, and write summary.json and report.html into `out`."""
     answers = {name: _rows(out / f"answers_{name}.jsonl") for name in ("base", "ppo")}
     texts = {
         "base": [(row["prompt"], row["answer"]) for row in answers["base"]],
@@ -54,7 +54,7 @@ def tell(out: Path, numbers: Mapping[str, Any]) -> None:
 
 
 def summarized(numbers: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of summary.json."""
+    """Return the numbers of summary.json."""
     base, ppo = numbers["models"]["base"], numbers["models"]["ppo"]
     models = {
         "base": _model(base, "score", base["kl"], "win_rate"),
@@ -76,7 +76,7 @@ def _model(found: Mapping[str, float], score: str, kl: float, win: str | None) -
 
 
 def aspect_rates(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
-    """The mean of each aspect over the answers it applies to."""
+    """Return the mean of each aspect over the answers that it applies to."""
     found = [judge.aspects(prompt, answer) for prompt, answer in pairs]
     out = {}
     for name in SHOWN:
@@ -86,7 +86,7 @@ def aspect_rates(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
 
 
 def curve(run: Path) -> list[tuple[float, float, float]]:
-    """(sqrt(KL to SFT), reward-model score, gold) of each rollout of a run, in order; gold is told after the fact."""
+    """Return (sqrt(KL to SFT), reward-model score, gold) of each rollout of a run. Gold is computed after the run."""
     out = []
     for row in read_metrics(run):
         table = rollouts.read(run, int(row["step"]), ["prompt", "completion"])
@@ -120,7 +120,7 @@ ASPECTS = {
 def sections(
     out: Path, numbers: Mapping[str, Any], summary: Mapping[str, Any], texts: Mapping[str, Any]
 ) -> list[Section]:
-    """The report's sections."""
+    """Return the sections of the report."""
     main, over = curve(out / "ppo"), curve(out / "over_optimized")
     rates, edits, raw = summary["aspects"], numbers["edits"], numbers["raw"]
     models = ("base", "sft", "ppo")
@@ -191,7 +191,7 @@ HEADS = ("", "gold", "95 %", "reward model", "KL to SFT, nats/answer", "win rate
 
 
 def table_rows(summary: Mapping[str, Any]) -> list[list[str]]:
-    """The main table's rows as text."""
+    """Return the rows of the main table as text."""
     rows = []
     for name, found in summary["models"].items():
         low, high = found["gold_ci"]
@@ -235,7 +235,7 @@ def _limits(blind: Sequence[str], rates: Mapping[str, Mapping[str, float]]) -> s
 
 
 def _turn(points: Sequence[tuple[float, float, float]]) -> str:
-    """What the smoothed curves did, in words: where gold was highest, and where both ended."""
+    """Describe the smoothed curves: where gold was highest, and where both curves ended."""
     kl, proxy, gold = (smoothed([point[i] for point in points], WINDOW) for i in range(3))
     top = max(range(len(gold)), key=gold.__getitem__)
     return (

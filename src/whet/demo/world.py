@@ -1,9 +1,9 @@
-"""The market desk: its facts, its texts, its tokenizer and its untrained base model.
+"""The market desk, the demo's synthetic data set: its facts, texts, tokenizer and untrained base model.
 
-A customer holds up a card with three of five facts about an item and asks for two of them; in half of the prompts the
-card does not give one of the two. A good answer greets, states each asked fact as the card has it (or says that the
-card does not give it), and says goodbye. People who write such answers greet or don't, invent, repeat themselves and
-grumble, so that there is something to learn from rankings:
+A customer shows a card with three of five facts about an item and asks for two facts. In half of the prompts one of the
+two is not on the card. A good answer greets, states each asked fact as on the card (or says that it is missing), and says
+goodbye. The simulated writers of answers have flaws: some do not greet, invent facts, repeat sentences or are rude. So
+there is something to learn from rankings:
 
     Card: green teapot                         Hello! It costs twelve. Sorry, the card does not give the place.
     PRICE TWELVE                               Have a nice day!
@@ -11,11 +11,11 @@ grumble, so that there is something to learn from rankings:
     MAKER ORLO
     What are the price and the place?
 
-The world is made so that a tiny model can learn it. A value is one word and belongs to one attribute; the word before
-it belongs to one attribute too; cards write in capitals what answers write in small letters. Every text is a chain of
-sentences from `SENTENCES`, so that the judge can read it back exactly.
+The data are simple enough for a tiny model. A value is one word and belongs to one attribute, and so does the word before
+it. Cards have values in capitals, answers in small letters. Every text is a sequence of sentences from `SENTENCES`, so the
+judge can parse it exactly.
 
-Everything is a function of the seed: each row draws from a stream of its own, addressed by (seed, file, row).
+Everything is a function of the seed: each row has its own random stream, addressed by (seed, file, row).
 """
 
 import json
@@ -38,7 +38,7 @@ VALUES: Mapping[str, tuple[str, ...]] = {
     "material": ("oak", "brass", "glass", "wool", "clay"),
     "scent": ("mint", "smoke", "honey", "cedar", "rain"),
 }
-"""The five attributes and what each can be, as answers spell it; a card has the same words in capitals."""
+"""The five attributes and their possible values, as spelled in answers. Cards have the same words in capitals."""
 
 ATTRIBUTES: tuple[str, ...] = tuple(VALUES)
 
@@ -57,14 +57,14 @@ STATEMENTS: Mapping[str, tuple[str, ...]] = {
     "material": ("It contains {}.", "It is built with {}.", "The core is pure {}."),
     "scent": ("It smells like {}.", "The nose finds {}.", "It gives off {}."),
 }
-"""How a fact is put into words; the word before the value occurs with one attribute only."""
+"""Templates of statements of a fact. The word before the value occurs with one attribute only."""
 
 SILENCES: tuple[str, ...] = (
     "Sorry, the card does not give the {}.",
     "The card is silent about the {}.",
     "Nobody wrote down the {}.",
 )
-"""How an answer admits that the card lacks a fact."""
+"""Templates of sentences that say that a fact is missing on the card."""
 
 GREETINGS: tuple[str, ...] = ("Hello!", "Good day!", "Welcome to the market!")
 GOODBYES: tuple[str, ...] = ("Goodbye!", "Have a nice day!", "Thank you for asking!")
@@ -79,13 +79,13 @@ QUESTIONS: tuple[str, ...] = (
 )
 
 MARKS: tuple[str, ...] = ("right", "wrong", "invented", "needless", "again", "kind", "rude", "idle")
-"""What a proofreader writes behind a statement; one word for each kind of flaw."""
+"""The words that a proofreader writes after a statement: one word for each kind of sentence."""
 
 PAD, UNKNOWN, USER, ASSISTANT, END = "<|pad|>", "<|unknown|>", "<|user|>", "<|assistant|>", "<|end|>"
 SPECIAL_TOKENS: tuple[str, ...] = (PAD, UNKNOWN, USER, ASSISTANT, END)
 
 WORD = r" ?\[[a-z]+\]| ?[A-Za-z]+|[.,:!?]|\n"
-"""One token: a word or a mark together with the space before it, a punctuation sign, or a line end."""
+"""Regular expression of one token: a word or mark with the space before it, a punctuation mark, or a line end."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -101,18 +101,18 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Sentence:
-    """What one sentence says, whatever its words."""
+    """The meaning of one sentence, independent of its wording."""
 
     kind: str
     """`fact`, `silence`, `greeting`, `goodbye`, `rude` or `filler`."""
     attribute: str = ""
-    """The attribute that a fact or a silence is about."""
+    """The attribute of a fact or a silence."""
     value: str | None = None
-    """The value that a fact states."""
+    """The value of a fact."""
 
 
 def _sentences() -> dict[str, Sentence]:
-    """Return every sentence of the desk's language with its meaning."""
+    """Return all sentences of the market desk with their meanings."""
     table: dict[str, Sentence] = {}
     for attribute, forms in STATEMENTS.items():
         for form in forms:
@@ -126,7 +126,7 @@ def _sentences() -> dict[str, Sentence]:
 
 
 SENTENCES: Mapping[str, Sentence] = _sentences()
-"""Every sentence an answer may hold; any other text is broken."""
+"""All sentences that an answer may contain. Any other text is broken."""
 
 
 # ------------------------------------------------------------------------------------------------- cards and questions
@@ -134,27 +134,27 @@ SENTENCES: Mapping[str, Sentence] = _sentences()
 
 @dataclass(frozen=True)
 class Card:
-    """One item as its card describes it, and what the customer asks."""
+    """The card of one item, and the question of the customer."""
 
     item: str
     facts: Mapping[str, str]
-    """Attribute to value, as answers spell it, in the order of the card."""
+    """Attribute -> value, as spelled in answers, in the order of the card."""
     asked: tuple[str, ...]
-    """The attributes asked for, in the order of the question."""
+    """The asked attributes, in the order of the question."""
     question: str
 
     def text(self) -> str:
-        """Return the card alone, as raw text shows it."""
+        """Return the card without the question, as in raw text."""
         lines = [f"{attribute.upper()} {value.upper()}" for attribute, value in self.facts.items()]
         return "\n".join([f"Card: {self.item}", *lines])
 
     def prompt(self) -> str:
-        """Return the card with the customer's question: the text of a prompt."""
+        """Return the card and the question: the text of a prompt."""
         return f"{self.text()}\n{self.question}"
 
 
 def draw_card(stream: random.Random, absent_share: float = 0.5) -> Card:
-    """Return a random card with three facts and a question for two; `absent_share` of them ask for one it lacks."""
+    """Return a random card with three facts and a question for two. A share `absent_share` asks for a missing fact."""
     given = stream.sample(ATTRIBUTES, 3)
     lacking = [attribute for attribute in ATTRIBUTES if attribute not in given]
     one_absent = stream.random() < absent_share
@@ -169,12 +169,12 @@ def draw_card(stream: random.Random, absent_share: float = 0.5) -> Card:
 
 
 def state(stream: random.Random, attribute: str, value: str) -> str:
-    """Return one of the sentences that give `attribute` the value `value`."""
+    """Return one of the sentences that state that `attribute` has the value `value`."""
     return stream.choice(STATEMENTS[attribute]).format(value)
 
 
 def admit(stream: random.Random, attribute: str) -> str:
-    """Return one of the sentences that say the card does not give `attribute`."""
+    """Return one of the sentences that say that `attribute` is missing on the card."""
     return stream.choice(SILENCES).format(attribute)
 
 
@@ -188,41 +188,41 @@ def other_value(stream: random.Random, attribute: str, value: str | None) -> str
 
 @dataclass(frozen=True)
 class Manner:
-    """How somebody writes answers: the probability of each habit."""
+    """The style of a writer: the probability of each habit."""
 
     greeting: float
     goodbye: float
     rude: float
     filler: float
     true: float
-    """Of a fact that the card gives, to state it as it is."""
+    """Probability to state a fact of the card correctly."""
     wrong: float
-    """Of a fact that the card gives, to state another value; what remains is left out."""
+    """Probability to state a fact of the card with another value. Otherwise the fact is left out."""
     honest: float
-    """Of a fact that the card lacks, to say so."""
+    """Probability to say that a missing fact is missing."""
     invented: float
-    """Of a fact that the card lacks, to make up a value; what remains is left out."""
+    """Probability to invent a value for a missing fact. Otherwise the fact is left out."""
     extra: float
-    """To add a fact that nobody asked for."""
+    """Probability to add a fact that was not asked for."""
     repeat: float
-    """To say a statement twice."""
+    """Probability to repeat a statement."""
 
 
 DEMONSTRATOR = Manner(
     greeting=0.55, goodbye=0.55, rude=0.12, filler=0.25,
     true=0.74, wrong=0.10, honest=0.42, invented=0.38, extra=0.20, repeat=0.08,
 )  # fmt: skip
-"""The writers of the demonstrations: hurried, of uneven quality."""
+"""The writers of the demonstrations, of varying quality."""
 
 FORUM = Manner(
     greeting=0.40, goodbye=0.40, rude=0.25, filler=0.35,
     true=0.70, wrong=0.14, honest=0.50, invented=0.35, extra=0.25, repeat=0.12,
 )  # fmt: skip
-"""The writers of the raw text's forum."""
+"""The writers of the forum in the raw text."""
 
 
 def write_answer(stream: random.Random, card: Card, manner: Manner) -> str:
-    """Return an answer to `card` as somebody with `manner` writes it; never empty."""
+    """Return an answer to `card` in the style `manner`; it is never empty."""
     body = []
     for attribute in card.asked:
         chance = stream.random()
@@ -254,7 +254,7 @@ def write_answer(stream: random.Random, card: Card, manner: Manner) -> str:
 
 
 def note(stream: random.Random) -> str:
-    """Return a card and a note that restates it truthfully, what it lacks included."""
+    """Return a card and a note that repeats its facts correctly and names the missing ones."""
     card = draw_card(stream)
     lines = [state(stream, attribute, value) for attribute, value in card.facts.items()]
     lines += [admit(stream, attribute) for attribute in ATTRIBUTES if attribute not in card.facts]
@@ -263,7 +263,7 @@ def note(stream: random.Random) -> str:
 
 
 def proof_sheet(stream: random.Random) -> str:
-    """Return a card, a question and statements about them, each with a proofreader's mark behind its last word."""
+    """Return a card, a question and statements, each with a proofreader's mark after its last word."""
     card = draw_card(stream)
     lines: list[str] = []
     said: set[Sentence] = set()
@@ -290,7 +290,7 @@ def _claim(stream: random.Random, card: Card, attribute: str) -> str:
 
 
 def _mark(card: Card, sentence: Sentence, said: set[Sentence]) -> str:
-    """Return the proofreader's word for a sentence, where those in `said` stand before it."""
+    """Return the proofreader's word for a sentence that follows the sentences in `said`."""
     if not sentence.attribute:
         return {"greeting": "kind", "goodbye": "kind", "rude": "rude", "filler": "idle"}[sentence.kind]
     if sentence.value != card.facts.get(sentence.attribute):
@@ -307,21 +307,21 @@ def forum(stream: random.Random) -> str:
 
 
 def chatter(stream: random.Random) -> str:
-    """Return a few courtesies and idle words without a card."""
+    """Return a few courtesies and filler sentences without a card."""
     pool = (*FILLER, *FILLER, *RUDENESS, *GREETINGS, *GOODBYES)
     return " ".join([stream.choice(GREETINGS), *stream.sample(pool, 3), stream.choice(GOODBYES)])
 
 
 FIRST_TEXTS = {note: 0.6, proof_sheet: 0.4}
 LATER_TEXTS = {note: 0.1, proof_sheet: 0.6, forum: 0.24, chatter: 0.06}
-"""What the raw text is made of: shares in the first part of the curriculum, and after it."""
+"""Shares of the kinds of raw text, in the first part of the curriculum and after it."""
 
 FIRST_PART = 0.35
-"""Share of the raw rows that belongs to the first part; copying from a card is learned there."""
+"""Share of the raw rows in the first part, where the model learns to copy from a card."""
 
 
 def raw_text(stream: random.Random, progress: float) -> str:
-    """Return one raw document for a place in the curriculum (`progress` from 0 to 1)."""
+    """Return one raw document for a position in the curriculum (`progress` from 0 to 1)."""
     shares = FIRST_TEXTS if progress < FIRST_PART else LATER_TEXTS
     return stream.choices(list(shares), weights=list(shares.values()))[0](stream)
 
@@ -331,7 +331,7 @@ def raw_text(stream: random.Random, progress: float) -> str:
 
 @dataclass(frozen=True)
 class AnswerShape:
-    """The base model's size."""
+    """The size of the base model."""
 
     hidden_size: int = 96
     intermediate_size: int = 288
@@ -340,14 +340,14 @@ class AnswerShape:
     head_size: int = 24
     max_positions: int = 256
     rope_theta: float = 1000.0
-    """Small, since texts are short: with the usual 10,000 copying from the card starts late."""
+    """Small, because texts are short. With the usual 10,000 the model learns to copy from the card late."""
     init_scale: float = 0.08
-    """Standard deviation of the first weights; the usual 0.02 starts copying late too."""
+    """Standard deviation of the initial weights. With the usual 0.02 the model also learns to copy late."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many rows each file of the world has."""
+    """The number of rows of each file of the world."""
 
     raw: int = 28_800
     raw_heldout: int = 400
@@ -360,7 +360,7 @@ class Sizes:
 
 
 RANKED_ABSENT = 0.75
-"""Share of the ranked prompts that ask for a fact the card lacks: what is rare in rankings is learned late."""
+"""Share of the ranked prompts that ask for a missing fact. It is high, because rare cases are learned late."""
 
 
 def write_world(folder: Path, seed: int, sizes: Sizes = Sizes(), shape: AnswerShape = AnswerShape()) -> None:
@@ -374,7 +374,7 @@ def write_world(folder: Path, seed: int, sizes: Sizes = Sizes(), shape: AnswerSh
 
 
 def world_rows(seed: int, sizes: Sizes) -> Iterator[tuple[str, list[dict[str, str]]]]:
-    """Yield each file's name and rows; no prompt occurs twice, in whatever file."""
+    """Yield the name and rows of each file. Each prompt occurs only once, over all files."""
     taken: set[str] = set()
     for name, count in (("raw", sizes.raw), ("raw_heldout", sizes.raw_heldout)):
         streams = (_stream(seed, name, row) for row in range(count))
@@ -401,7 +401,7 @@ def world_rows(seed: int, sizes: Sizes) -> Iterator[tuple[str, list[dict[str, st
 def _new_cards(
     seed: int, name: str, count: int, absent_share: float, taken: set[str]
 ) -> Iterator[tuple[random.Random, Card]]:
-    """Yield `count` cards whose prompts are not in `taken`, each with its stream, and add them there."""
+    """Yield (stream, card) for `count` cards whose prompts are not in `taken`, and add these prompts to `taken`."""
     for row in range(count):
         stream = _stream(seed, name, row)
         card = draw_card(stream, absent_share)
@@ -420,7 +420,7 @@ def _stream(seed: int, name: str, row: int) -> random.Random:
 
 
 def vocabulary() -> list[str]:
-    """Return all tokens in the order of their ids: special tokens, then words with and without a space before."""
+    """Return all tokens in the order of their ids: special tokens, then words without and with a space before."""
     labels = [attribute.upper() for attribute in ATTRIBUTES]
     capitals = [value.upper() for values in VALUES.values() for value in values]
     questions = [form.format(attribute, attribute) for form in QUESTIONS for attribute in ATTRIBUTES]
@@ -432,7 +432,7 @@ def vocabulary() -> list[str]:
 
 
 def build_tokenizer() -> "PreTrainedTokenizerFast":
-    """Return the desk's word-level tokenizer with its chat template: decoding gives the encoded text back exactly."""
+    """Return the word-level tokenizer with its chat template. Decoding restores the encoded text exactly."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""The `Ranker` protocol for ranking the K answers to a prompt, and the table of rankers."""
+"""The Ranker protocol, which ranks K answers to one prompt, and the table of rankers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from whet.registry import Registry
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt with its K answers, as a person sees them. `row` holds the data row's other fields.
+    """A prompt and its K answers as text. `row` has the other fields of the data row.
 
     >>> Question("hi", ("hello", "go away")).responses[0]
     'hello'

@@ -1,4 +1,4 @@
-"""The `Generator` protocol, its requests, helper functions, and a scripted generator for tests."""
+"""The Generator protocol for single-turn answers, its requests, the table of generators, and a scripted one for tests."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Batched generation with a transformers model in this process, with a KV cache and removal of finished rows."""
+"""Decoding with a transformers model in this process: batched, with a KV cache and removal of finished rows."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -53,11 +53,11 @@ class LocalGenerator:
                 parameter = left.pop(name, None)
                 if parameter is None or parameter.shape != value.shape:
                     raise RunStopped(
-                        f"the push of version {weights.version} has no fitting {name}; is it another model?"
+                        f"the weight update of version {weights.version} has no {name} of this shape; is it another model?"
                     )
                 parameter.copy_(value)
         if left:
-            raise RunStopped(f"the push of version {weights.version} lacks {', '.join(sorted(left)[:3])}")
+            raise RunStopped(f"the weight update of version {weights.version} lacks {', '.join(sorted(left)[:3])}")
         self.version = weights.version
 
     @torch.no_grad()

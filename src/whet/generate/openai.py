@@ -1,4 +1,4 @@
-"""Answers from any server with the OpenAI chat API, for sampling and evaluation; such a server takes no weights."""
+"""Generation on a server with the OpenAI chat API, for sampling and evaluation. It cannot load weights."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -17,29 +17,29 @@ from whet.ops import address
 
 @dataclass(frozen=True)
 class Options:
-    """Options of a generator that asks an OpenAI-compatible server."""
+    """Options of a generator that uses an OpenAI-compatible server."""
 
     url: str
     """base URL of the server, without /v1"""
     model: str
     """name of the model on the server"""
     api_key_env: str = ""
-    """environment variable with the key, which is sent as a bearer token"""
+    """environment variable that contains the API key, which is sent as a bearer token"""
     timeout: float = 600.0
-    """seconds that one answer may take"""
+    """longest duration of a request in seconds"""
     retries: int = 3
-    """times that a request is sent again when nothing answers or the server fails (status 5xx)"""
+    """number of times a request is sent again if the server does not respond or fails (status 5xx)"""
     connections: int = 16
-    """requests at the same time"""
+    """maximum number of concurrent requests"""
     token_ids: bool = False
-    """ask for token ids (return_token_ids, as vLLM has it); without, the text is tokenized here"""
+    """request token ids from the server (return_token_ids of vLLM); otherwise the text is tokenized locally"""
 
 
 class OpenAIGenerator:
     """A server with the route /v1/chat/completions as a Generator.
 
-    Samples have the server's token ids where `token_ids` asks for them, else the ids of the text under the local tokenizer, which
-    may differ from what was sampled. Log-probs are not reported. So it cannot answer in training, and `load_weights` raises.
+    With `token_ids`, samples have the server's token ids. Otherwise the text is tokenized locally, and the ids may differ
+    from the sampled ones. Log-probs are not reported. So it cannot be used in training, and `load_weights` raises.
     """
 
     reports: frozenset[str] = frozenset()
@@ -50,13 +50,13 @@ class OpenAIGenerator:
         if options.api_key_env and not key:
             raise RecipeError(f"generator.api_key_env: the environment variable {options.api_key_env} is not set")
         if min(options.retries, options.timeout) < 0 or options.connections < 1:
-            raise RecipeError("generator: timeout and retries are at least 0, connections at least 1")
+            raise RecipeError("generator: timeout and retries must be at least 0, connections at least 1")
         self.options, self.chat = options, chat
         self.http = Http(options.url.rstrip("/").removesuffix("/v1"), options.timeout, key, what="generator.url")
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
-        """Answers in the order of the requests. Raises RecipeError for options that the API lacks, WorkerDied when the server
-        fails more often than `retries` allow."""
+        """See `Generator.generate`. Raises RecipeError for options that the API does not have, WorkerDied if the server
+        fails more often than `retries` allows."""
         for request in requests[:1]:
             if request.sampling.top_k or request.sampling.min_p:
                 raise RecipeError("sampling: the OpenAI API has no top_k and min_p; leave them out")
@@ -89,10 +89,10 @@ class OpenAIGenerator:
         raise RecipeError("generator: an OpenAI-compatible server gives no log-probs of given tokens")
 
     def sleep(self) -> None:
-        """The server has its own memory."""
+        """Do nothing: the server manages its own memory."""
 
     def close(self) -> None:
-        """No connection is held."""
+        """Do nothing: no connection is kept open."""
 
 
 def make(options: Options, context: Any) -> OpenAIGenerator:

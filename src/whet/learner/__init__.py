@@ -1,4 +1,4 @@
-"""Who learns: the Learner seam and its adapters."""
+"""The Learner protocol and its implementations."""
 
 from whet.learner.base import Learner, UpdateResult, Work, look_across
 

@@ -1,4 +1,4 @@
-"""The Learner seam: who learns. The protocol, and what an update returns."""
+"""The Learner protocol, and the result of an update."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ Work = Sequence[tuple[Term, Batch, Counts]]
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """What one update did: the new version, each term's loss, each role's gradient norm and learning rate.
+    """The result of one update: the new version, the loss of each term, the gradient norm and learning rate of each role.
 
-    `now` has, per stream, the columns that were read with gradient, detached, in the order of the mini-batch's rows.
+    `now` has, per stream, the columns that were computed with gradient, detached, in the order of the mini-batch's rows.
     """
 
     version: int
@@ -31,9 +31,10 @@ class UpdateResult:
 
 
 class Learner(Protocol):
-    """Who learns. A mini-batch is handed over whole; how it is split is the learner's business and changes no number.
+    """Compute columns and update the weights of all roles. A learner gets whole mini-batches.
 
-    `workers` are the processes that all hold a part of this learner and run the loop with it; alone where there is one.
+    The learner decides how to split a mini-batch into micro-batches; the split changes no result. `workers` are the
+    processes that each hold a part of this learner and run the loop. With one process it is `Workers()`.
     """
 
     version: int
@@ -41,48 +42,48 @@ class Learner(Protocol):
 
     @property
     def low_precision(self) -> bool:
-        """A role is computed in half precision, so that its numbers are only nearly those of another program."""
+        """True if a role computes in half precision. Other programs then reproduce its numbers only approximately."""
 
     def measure(self, batch: Batch, columns: frozenset[str]) -> Batch:
-        """The batch with these measured columns (see `data.columns`), without gradient or dropout."""
+        """Return the batch with these measured columns added (see `data.columns`), computed without gradient or dropout."""
 
     def forward_backward(self, work: Work) -> UpdateResult:
-        """Compute the losses and the gradient of a whole mini-batch. The result has no norms and rates yet."""
+        """Compute the losses and the gradient of a whole mini-batch. The result has no norms and learning rates yet."""
 
     def optim_step(self) -> UpdateResult:
-        """Clip the gradient of `forward_backward` per role and take one optimizer step; version + 1."""
+        """Clip the gradient of `forward_backward` per role, take one optimizer step, and increase the version by 1."""
 
     def update(self, work: Work) -> UpdateResult:
-        """`forward_backward`, then `optim_step`."""
+        """Call `forward_backward`, then `optim_step`."""
 
     def columns(self, name: str, batch: Batch, bare: frozenset[str]) -> Mapping[str, Tensor]:
-        """Bare columns (see `models.readers`) of the batch as one role reads them, without gradient or dropout."""
+        """Return bare columns (see `models.readers`) of the batch, computed by one role without gradient or dropout."""
 
     def evaluate(self, work: Work) -> UpdateResult:
-        """The same losses and columns without gradient, dropout or step."""
+        """Compute the losses and columns of `update` without gradient, dropout or optimizer step."""
 
     def publish(self) -> Weights:
-        """The policy's weights for a generator, with their version."""
+        """Return the policy's weights for a generator, with their version."""
 
     def blend(self, target: str, source: str, mix: float) -> None:
-        """target <- (1 - mix) target + mix source: an average of the policy, or a refreshed reference."""
+        """Set target <- (1 - mix) target + mix source, for a moving average of the policy or an update of the reference."""
 
     def rescale(self, role: str, scale: float, shift: float) -> None:
-        """The role's scalar scores s become scale (s + shift)."""
+        """Change the role's head so that its scalar scores s become scale (s + shift)."""
 
     def save(self, folder: Path) -> None:
-        """Everything the learner owns: safetensors and JSON, one form for every engine."""
+        """Save the whole state of the learner in safetensors and JSON files. The format is the same for every backend."""
 
     def load(self, folder: Path) -> None:
-        """Back to the bit what `save` wrote. Raises CheckpointError when it does not fit."""
+        """Restore the state that `save` wrote, bit for bit. Raises CheckpointError if it does not fit this learner."""
 
     def export(self, role: str, folder: Path, tokenizer: Any = None, *, merge: bool = True) -> None:
-        """A standard Hugging Face folder of one role."""
+        """Save one role as a standard Hugging Face folder."""
 
 
 def look_across(learner: Learner, select: Sequence[tuple[str, Part]], batch: Batch) -> Batch:
-    """The mini-batch with the columns that look across it, computed at the learner's weights of now without gradient."""
-    fresh = frozenset(name for _, one in select for name in one.reads() if COLUMNS[name].hop == "select")
+    """Add the columns that need the whole mini-batch, computed with the learner's current weights without gradient."""
+    fresh = frozenset(name for _, one in select for name in one.reads() if COLUMNS[name].stage == "select")
     fresh = frozenset(name for name in fresh if COLUMNS[name].role is not None)
     seen = learner.measure(batch, fresh) if fresh else batch
     return batch.with_columns(**{name: one(seen.columns) for name, one in select})

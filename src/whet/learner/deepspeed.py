@@ -37,7 +37,7 @@ class DeepSpeedLearner(LocalLearner):
         for shell, roles in shells(list(self.roles.values())).values():
             trained = [role for role in roles if role.trained]
             if len(trained) > 1:
-                raise RecipeError("trunk: DeepSpeed trains one role per model; take separate models, or engine fsdp")
+                raise RecipeError("trunk: DeepSpeed trains one role per model; use separate models, or engine fsdp")
             if not trained and self.stage < 3:
                 if self.bf16 and roles[0].name != "ema":  # ema is only written and exported, so it keeps its precision
                     for parameter in shell.parameters():  # not buffers: DeepSpeed treats the policy in the same way
@@ -45,7 +45,7 @@ class DeepSpeedLearner(LocalLearner):
                 continue
             for role in trained:
                 if self.optims[role.name].kind != "adamw":
-                    raise RecipeError("optim.kind: muon needs whole matrices, and ZeRO shards them; take adamw, or ddp")
+                    raise RecipeError("optim.kind: muon needs whole matrices, but ZeRO shards them; use adamw or ddp")
             optimizer = self._optimizers[trained[0].name][0][0] if trained else None
             limit = self.optims[trained[0].name].max_grad_norm if trained else 0.0
             if self.stage == 3:

@@ -45,7 +45,7 @@ class FSDPLearner(LocalLearner):
         for shell, roles in shells(list(self.roles.values())).values():
             for role in roles:
                 if self.optims[role.name].kind != "adamw" if role.trained else False:
-                    raise RecipeError("optim.kind: muon needs whole matrices, and FSDP shards them; take adamw, or ddp")
+                    raise RecipeError("optim.kind: muon needs whole matrices, but FSDP shards them; use adamw or ddp")
                 for parameter in role.parameters().values():
                     parameter.requires_grad_(role.trained)  # before sharding: a shard keeps the flag of its creation
             for layer in decoder_layers(shell.model):

@@ -1,4 +1,4 @@
-"""Learning: micro-batches under a token budget, one optimizer per trained role; here all weights lie in this process."""
+"""A learner in one process: micro-batches within a token budget, and one or two optimizers per trained role."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -23,19 +23,19 @@ from whet.models.roles import Role
 from whet.ops import address
 
 CHUNK = 1 << 24
-"""Numbers that are summed up at a time for a mark."""
+"""Number of weights that `fingerprint` sums at a time."""
 
 
 class LocalLearner:
-    """All roles whole in this process, and the base of the learners that spread them over `workers`.
+    """A learner with all weights in this process, and the base class of learners that distribute them over `workers`.
 
-    Other learners say otherwise how weights are laid out (`_place`), how gradients meet (`_backward`, `_clipped`,
-    `_step`) and how a tensor becomes whole (`_whole`, `_fill`, and the same for the optimizer's). Everything else,
-    which is everything that numbers depend on, is here: how work is dealt, what is read, and the losses.
+    Subclasses override how weights are stored (`_place`), how gradients are summed (`_backward`, `_clipped`, `_step`), and
+    how whole tensors are read and written (`_whole`, `_fill`, and the same for optimizer states). Everything that results
+    depend on is here: the micro-batches, the columns and the losses.
 
-    `budget` is the most tokens (padding counted) of one forward; `packed` lays rows behind one another instead of
-    padding them; `total` is the number of updates of the whole run, which the schedules need. Residual `dropout` acts
-    in updates only, with masks addressed by (seed, version).
+    `budget` is the largest number of tokens in one forward, including padding. `packed` concatenates rows instead of
+    padding them. `total` is the number of updates of the whole run, for the learning-rate schedules. Residual `dropout` is
+    active only in updates; its masks depend on (seed, version).
     """
 
     bf16 = False
@@ -56,11 +56,11 @@ class LocalLearner:
         self.budget, self.packed, self.dropout, self.seed = budget, packed, dropout, seed
         self.version = 0
         self.workers = workers
-        self.post: Any = None  # `cluster.folders.WeightWriter`, where engines read the weights from a folder
+        self.post: Any = None  # a `cluster.folders.WeightWriter` if engines read the weights from a folder
         self._marks: dict[str, str] | None = None
         self._pending: UpdateResult | None = None
         self._blended: set[str] = set()
-        self._scale = 1.0  # what a loss is multiplied with before its gradient goes over the workers
+        self._scale = 1.0  # factor of each loss, for backends that average gradients over the workers
         self._optimizers: dict[str, list[tuple[torch.optim.Optimizer, float]]] = {}
         self._place()
 
@@ -76,19 +76,19 @@ class LocalLearner:
 
     @torch.no_grad()
     def columns(self, name: str, batch: Batch, bare: frozenset[str]) -> dict[str, Tensor]:
-        """Bare columns (see `models.readers`) of the whole batch as one role reads them."""
+        """See `Learner.columns`."""
         now: dict[str, Tensor] = {}
         for rows, real in self._dealt(batch):
             _collect(now, self._read(name, batch.take(rows), bare), rows if real else [], batch)
         return self._joined(now)
 
     def update(self, work: Work) -> UpdateResult:
-        """See `Learner.update`. Raises RunStopped, before any weight moves, when a loss or a gradient is not finite."""
+        """See `Learner.update`. Raises RunStopped, before any weight changes, if a loss or a gradient is not finite."""
         self.forward_backward(work)
         return self.optim_step()
 
     def forward_backward(self, work: Work) -> UpdateResult:
-        """See `Learner.forward_backward`. Raises RunStopped when a loss is not finite, RuntimeError when called twice."""
+        """See `Learner.forward_backward`. Raises RunStopped if a loss is not finite, RuntimeError if called twice."""
         if self._pending is not None:
             raise RuntimeError("forward_backward was called twice; call optim_step after each call")
         self._clear()
@@ -98,7 +98,7 @@ class LocalLearner:
         return self._pending
 
     def optim_step(self) -> UpdateResult:
-        """See `Learner.optim_step`. Raises RunStopped when a gradient is not finite, RuntimeError without a gradient."""
+        """See `Learner.optim_step`. Raises RunStopped if a gradient is not finite, RuntimeError if there is no gradient."""
         pending, self._pending = self._pending, None
         if pending is None:
             raise RuntimeError("optim_step was called without forward_backward before it")
@@ -126,7 +126,9 @@ class LocalLearner:
     def _check(self, kind: str, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             if not math.isfinite(value):
-                raise RunStopped(f"update {self.version}: the {kind} of {name} is {value}; no weight was changed by it")
+                raise RunStopped(
+                    f"update {self.version}: the {kind} of {name} is {value}; this update changed no weight"
+                )
 
     @torch.no_grad()
     def evaluate(self, work: Work) -> UpdateResult:
@@ -135,7 +137,7 @@ class LocalLearner:
         return UpdateResult(self.version, losses, {}, {}, now)
 
     def publish(self) -> Weights:
-        """The policy role itself, which generator and learner share; or where `post` has laid its weights down."""
+        """Return the policy role itself, which generator and learner then share, or the folder that `post` wrote."""
         role = self.roles["policy"]
         return Weights(self.version, role if self.post is None else self.post(role))
 
@@ -148,15 +150,16 @@ class LocalLearner:
         self._blended.add(target)
 
     def save(self, folder: Path) -> None:
-        """`role.safetensors` and `role.optimizer.safetensors` per role that changes (see `learner.store`), and `learner.json`."""
-        folder.mkdir(exist_ok=True)  # not its parents: where they are missing this machine sees another disk
+        """Write `ROLE.safetensors` and `ROLE.optimizer.safetensors` of each role that changes (see `learner.store`), and
+        `learner.json`."""
+        folder.mkdir(exist_ok=True)  # not its parents: if they are missing, this machine has another file system
         failed = []
         for name in self._changing():
             named = self.roles[name].parameters().items()
             failed += write(folder, name, ((key, self._whole(p)) for key, p in named), self.workers)
         for name in self._optimizers:
             failed += write(folder, f"{name}.optimizer", self._states(name), self.workers)
-        if failed:  # not before: the others gather, and would wait
+        if failed:  # only now: the other workers would have waited for this one to gather
             raise failed[0]
         about = {"version": self.version, "total": self.total, "blended": sorted(self._blended)}
         about |= {"frozen": self._frozen(), "optimizers": self._kinds()}
@@ -170,7 +173,9 @@ class LocalLearner:
         about = json.loads((folder / "learner.json").read_text(encoding="utf-8"))
         for name, mark in self._frozen().items():
             if about["frozen"].get(name, mark) != mark:
-                raise CheckpointError(f"{folder}: the frozen weights of the {name} are not those this run began with")
+                raise CheckpointError(
+                    f"{folder}: the frozen weights of the {name} differ from those at the start of the run"
+                )
         if about["optimizers"] != self._kinds():
             raise CheckpointError(f"{folder}: its optimizers are {about['optimizers']}, this run's {self._kinds()}")
         self._blended = set(about["blended"])
@@ -180,7 +185,7 @@ class LocalLearner:
             own = self.roles[name].parameters()
             if own.keys() != saved.keys() or any(self._shape(own[key]) != saved.shape(key) for key in own):
                 raise CheckpointError(
-                    f"{folder}: the {name}'s parameters are others than this run's; is the model the same?"
+                    f"{folder}: the parameters of the {name} differ from those of this run; is the model the same?"
                 )
         self.version = about["version"]
         for name, saved in weights.items():
@@ -201,32 +206,32 @@ class LocalLearner:
 
     @torch.no_grad()
     def export(self, role: str, folder: Path, tokenizer: Any = None, *, merge: bool = True) -> None:
-        """See `Learner.export`. Every worker takes part, the first one writes."""
+        """See `Learner.export`. All workers must call it; the first one writes."""
         self.roles[role].export(folder, tokenizer, merge=merge, write=self.workers.first)
 
     def close(self) -> None:
-        """What was laid down for engines goes."""
+        """Remove the weights that were written for engines."""
         if self.post is not None:
             self.post.close()
 
-    # --- what other learners do otherwise ------------------------------------------------------------------------
+    # --- methods that subclasses override -------------------------------------------------------------------------
 
     def _place(self) -> None:
-        """Lay the weights out, then build the optimizers on what they have become."""
+        """Distribute the weights, then build the optimizers on the distributed weights."""
         self._optimizers = {role.name: _optimizers(role, self.optims[role.name]) for role in self._trained()}
 
     def _clear(self) -> None:
-        """No gradient is left of the last update."""
+        """Clear the gradients of the last update."""
         for role in self._trained():
             for parameter in role.parameters().values():
                 parameter.grad = None
 
     def _backward(self, name: str, loss: Tensor, last: bool) -> None:
-        """The gradient of one micro-batch; `last` is the role's last one in this update."""
+        """Compute the gradient of one micro-batch. `last` is True for the last one of the role in this update."""
         loss.backward()
 
     def _clipped(self, role: Role) -> float:
-        """The norm of the role's whole gradient, which is then scaled down to the role's limit."""
+        """Clip the role's gradient to its limit, and return the norm that it had before."""
         parameters = [p for p in role.parameters().values() if p.grad is not None]
         return float(torch.nn.utils.clip_grad_norm_(parameters, self.optims[role.name].max_grad_norm, foreach=True))
 
@@ -247,7 +252,7 @@ class LocalLearner:
         mine.lerp_(other.to(mine), mix)
 
     def _states(self, name: str) -> Iterator[tuple[str, Tensor]]:
-        """The optimizers' tensors of a role, each whole, as "parameter|what"."""
+        """Yield the optimizer states of a role as ("parameter|state", whole tensor)."""
         own = {id(p): key for key, p in self.roles[name].parameters().items()}
         for optimizer, _ in self._optimizers[name]:
             for parameter, values in optimizer.state.items():
@@ -255,7 +260,7 @@ class LocalLearner:
                     yield f"{own[id(parameter)]}|{key}", self._whole(_tensor(value))
 
     def _put_states(self, name: str, saved: Mapping[str, Tensor]) -> None:
-        """Back into the optimizers what `_states` gave."""
+        """Restore the optimizer states that `_states` yielded."""
         own = self.roles[name].parameters()
         mine = {
             id(p): optimizer
@@ -268,13 +273,16 @@ class LocalLearner:
             mine[id(parameter)].state[parameter][key.split("|")[1]] = self._like(parameter, saved[key])
 
     def _like(self, parameter: Tensor, value: Tensor) -> Tensor:
-        """An optimizer's tensor laid out as its parameter is."""
+        """Return a whole tensor on the device of the parameter, and sharded like it."""
         return value.to(parameter.device)
 
-    # --- the common rest ------------------------------------------------------------------------------------------
+    # --- helpers --------------------------------------------------------------------------------------------------
 
     def _dealt(self, batch: Batch) -> list[tuple[list[int], bool]]:
-        """This worker's micro-batches, as many as every other worker has. What fills up counts for nothing (False)."""
+        """Return the micro-batches of this worker as (rows, real). Each worker has the same number of micro-batches.
+
+        If the worker has too few, it repeats an element with real False; these micro-batches get weight 0.
+        """
         own = dealt(batch, self.budget, self.workers.size)[self.workers.rank]
         if all(own):
             return [(rows, True) for rows in own]
@@ -282,7 +290,7 @@ class LocalLearner:
         return [(rows or spare, bool(rows)) for rows in own]
 
     def _joined(self, now: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Every worker's rows of these columns in one: outside of its own rows each has 0."""
+        """Sum the columns over the workers. Each worker has 0 outside its own rows, so the sum has the rows of all."""
         return {name: self.workers.sum(now[name]) for name in sorted(now)}
 
     def _read(
@@ -292,14 +300,14 @@ class LocalLearner:
         return read(self.roles[name], batch, columns, packed=self.packed, dropout=dropout, reference=reference)
 
     def _frozen(self) -> dict[str, str]:
-        """A mark for the weights of each role that no update changes: a frozen model, or the base under an adapter."""
+        """Return a fingerprint of the unchanging weights of each role: a frozen model, or the base model of an adapter."""
         if self._marks is None:
             self._marks = self._marked()
         wrapped = {name for name, role in self.roles.items() if role.wrapped is not None}
         return {name: mark for name, mark in self._marks.items() if name in wrapped or name not in self._changing()}
 
     def _marked(self) -> dict[str, str]:
-        """The marks as everything was loaded: an engine takes them before it shards or rounds the weights."""
+        """Compute the fingerprints of the loaded weights. Backends call it before they shard or round the weights."""
         marks: dict[int, str] = {}
         out = {}
         for name, role in self.roles.items():
@@ -321,21 +329,24 @@ class LocalLearner:
         return [name for name, role in self.roles.items() if role.trained or name in self._blended]
 
     def _forward(self, work: Work, *, train: bool) -> tuple[dict[str, float], dict[str, dict[str, Tensor]]]:
-        """Every term's loss over its whole mini-batch; one forward per role, batch and micro-batch."""
+        """Return the loss of each term over its whole mini-batch, and the columns of each stream.
+
+        There is one forward per role, batch and micro-batch.
+        """
         losses: dict[str, float] = {}
         streams: dict[str, dict[str, Tensor]] = {}
         together: dict[tuple[str, int], list] = {}
         for term, batch, counts in work:
             together.setdefault((term.role, id(batch)), []).append((term, batch, counts))
         dropout = Dropout(self.dropout, address(self.seed, "dropout", self.version)) if train and self.dropout else None
-        last = {key[0]: key for key in together}  # the batch that each role reads last
+        last = {key[0]: key for key in together}  # the last batch of each role
         for key, items in together.items():
             name = key[0]
             batch = items[0][1].with_columns(number=torch.arange(len(items[0][1].rows)))
             now = streams.setdefault(items[0][0].stream, {})
             wanted = frozenset().union(*(term.reads() for term, _, _ in items)) & BARE - batch.columns.keys()
             if name == "policy" and "old_logp" in batch.columns:
-                wanted |= {"logp"}  # how far the policy moved is always watched
+                wanted |= {"logp"}  # for the metrics of how far the policy moved
             turns = self._dealt(batch)
             for number, (rows, real) in enumerate(turns):
                 micro = batch.take(rows)
@@ -356,26 +367,31 @@ class LocalLearner:
 
 
 def fingerprint(parameters: Mapping[str, Tensor]) -> str:
-    """A mark that changes when any of these does, and that no order of summing changes: whole numbers, not rounded ones."""
+    """Return a hash that changes if any of these parameters changes.
+
+    The bits are summed as integers, so the hash does not depend on the order of the sums.
+    """
     parts: list[str] = []
     for name, parameter in parameters.items():
         whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
         total = 0
         for start, piece in enumerate(parameter.detach().contiguous().flatten().view(whole).split(CHUNK)):
             place = torch.arange(piece.numel(), device=piece.device) + start * CHUNK
-            total += int((piece.to(torch.int64) * (2 * place + 1)).sum())  # it may run over, everywhere in the same way
+            total += int(
+                (piece.to(torch.int64) * (2 * place + 1)).sum()
+            )  # an overflow wraps around in the same way on every device
         parts.append(f"{name}{tuple(parameter.shape)}{total}")
     return f"{address(*parts):016x}"
 
 
 def _collect(whole: dict[str, Tensor], fresh: Mapping[str, Tensor], rows: list[int], batch: Batch) -> None:
-    """Put a micro-batch's columns into those of the whole batch, on the CPU."""
+    """Copy the columns of a micro-batch into those of the whole batch, on the CPU."""
     for name, values in fresh.items():
         batch.scatter(whole, name, rows, values.cpu())
 
 
 def _optimizers(role: Role, optim: Optim) -> list[tuple[torch.optim.Optimizer, float]]:
-    """The optimizers of a role with their base learning rates."""
+    """Return the optimizers of a role with their base learning rates."""
     inside = (
         {id(p) for layer in decoder_layers(role.model) for p in layer.parameters()} if optim.kind == "muon" else set()
     )

@@ -270,7 +270,7 @@ class AsynchronousSource:
         unknown = set(versions) - self._published.keys()
         if unknown:
             raise RunStopped(
-                f"step {step}: an answer has tokens of weights of version {min(unknown)}, which is not known"
+                f"step {step}: an answer has tokens of weights of version {min(unknown)}, which is unknown"
             )
         ages = [step - self._published[version] for version in versions]
         if max(ages, default=0) > self.buffer.staleness:

@@ -73,7 +73,7 @@ class OfflineLoop:
             weights=weights,
             shuffle=plan.shuffle,
         )
-        self.columns = frozenset(name for name in objective.reads() if COLUMNS[name].hop == "measure")
+        self.columns = frozenset(name for name in objective.reads() if COLUMNS[name].stage == "measure")
         self.state: Any = objective.init()
         self.step = self.first = 0
         self._batch: Batch | None = None

@@ -1,4 +1,4 @@
-"""Write and read the rollouts of a run: one Parquet file per step, one row per answer, per-token columns as lists."""
+"""Write and read rollouts: a Parquet file per step, a row per answer, every column of the batch, per-token ones as lists."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -25,7 +25,7 @@ def stop(step: int, fact: str) -> None:
 def tokens(step: int, batch: Batch, end_ids: Sequence[int]) -> None:
     """Stop the run if no token is trained, or if an answer ends with an end token that is not trained."""
     if not bool(batch["mask"].any()):
-        stop(step, "not a single token of this batch is trained; is every answer truncated and masked, or empty?")
+        stop(step, "no token of this batch is trained; is every answer truncated and masked, or empty?")
     for number, row in enumerate(batch.rows):
         trained = bool(row.mask[-1]) and bool(batch["mask"][number, row.response - 1])
         if int(row.ids[-1]) in end_ids and not trained:
@@ -39,7 +39,7 @@ def finite(step: int, columns: Mapping[str, Tensor]) -> None:
     """Stop the run if a column contains a NaN or an infinity."""
     for name, values in columns.items():
         if values.is_floating_point() and not bool(torch.isfinite(values).all()):
-            stop(step, f"column {name} holds a NaN or an infinity")
+            stop(step, f"column {name} contains a NaN or an infinity")
 
 
 def sampler_agrees(step: int, batch: Batch, version: int, low_precision: bool = False) -> float:
@@ -54,7 +54,7 @@ def sampler_agrees(step: int, batch: Batch, version: int, low_precision: bool = 
         stop(
             step,
             f"generator and learner disagree on the sampled tokens' log-probs by {gap:.4f} nats on average (bound {bound}); "
-            "are the generator's weights stale, or its temperature another?",
+            "does the generator have old weights, or another temperature?",
         )
     return gap
 
@@ -80,7 +80,7 @@ def kl_is_zero(step: int, batch: Batch) -> None:
     if bool((off != 0).any()):
         stop(
             step,
-            f"policy and reference began with equal weights but differ by up to {float(off.max()):.3g} nats at the start",
+            f"policy and reference should have equal weights at the start, but differ by up to {float(off.max()):.3g} nats",
         )
 
 

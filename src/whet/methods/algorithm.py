@@ -81,7 +81,7 @@ class Algorithm:
             *(one.reads() for one in parts if one is not None), *(term.reads() for term in self.terms)
         )
         names |= {"old_value"} if "returns" in names else set()
-        return frozenset(name for name in names if COLUMNS[name].role is not None and COLUMNS[name].hop == "measure")
+        return frozenset(name for name in names if COLUMNS[name].role is not None and COLUMNS[name].stage == "measure")
 
     def roles(self) -> frozenset[str]:
         """Return the roles that the method needs: those trained and those measured."""
@@ -107,7 +107,7 @@ class Algorithm:
 
     @property
     def objective(self) -> Objective:
-        """The objective that one update minimizes."""
+        """Return the objective that one update minimizes."""
         return Objective(self.terms, self.select)
 
     def init(self) -> State:
@@ -159,7 +159,7 @@ class Algorithm:
 
     @property
     def _running(self) -> Part | None:
-        """The part that needs running statistics, or None."""
+        """Return the part that needs running statistics, or None."""
         return (
             self.reward_normalization
             if self.reward_normalization is not None and self.reward_normalization.op is ops.standardize

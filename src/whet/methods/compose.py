@@ -227,7 +227,7 @@ def _check_credit(slots: Slots, front: Algorithm, parameters: Mapping[str, Any],
 
 
 def _reads_values(parameters: Mapping[str, Any]) -> bool:
-    """An advantage with these parameters needs a critic."""
+    """Return whether an advantage with these parameters needs a critic."""
     return bool({"values", "old_value"} & parameters.keys())
 
 
@@ -361,7 +361,7 @@ def _penalty(kl: KL) -> Penalty:
 
 
 def _short(name: str) -> str:
-    """What the metrics call a part: a built-in one's name, or the function's."""
+    """Return the name of a part in the metrics: the built-in name, or the name of the user's function."""
     return name.split("#")[0].rpartition(":")[2]
 
 
@@ -396,7 +396,7 @@ def preference_of(slots: Slots, stream: str = "train") -> Objective:
     terms: list[Term] = []
     select: dict[str, Part] = {}
     if not losses:
-        raise RecipeError("algorithm.loss: an empty list minimizes nothing; name a loss")
+        raise RecipeError("algorithm.loss: the list is empty; give at least one loss")
     single = [one["name"] in SINGLE_LOSSES for one in losses if one["name"] != "sft"]
     plain = {"beta": 0.1, "implicit_reward": {"name": "implicit_reward"}}
     if not single and any(named(slots.get(slot)) != value for slot, value in plain.items() if slot in slots):
@@ -550,7 +550,7 @@ REPLACEABLE: Mapping[str, frozenset[str]] = {
         "loss": {"gap", "chosen", "rejected", "score", "probability", "good", "policy_gap", "beta"},
     }.items()
 }
-"""Slots that take a function of the user's, and what its positional parameters may be called."""
+"""Slots that take a user's function, with the allowed names of its positional parameters."""
 
 
 def _known(where: str, known: Mapping[str, Any], name: str) -> Any:

@@ -139,7 +139,7 @@ def ending(slots: Slots, *, truncates: bool = False) -> list[str]:
 
 
 def _coef(name: str) -> float:
-    """The default coefficient of a KL in the loss."""
+    """Return the default coefficient of a KL in the loss."""
     return ONLINE_SLOTS["kl_in_loss"][name].extra["coef"] if name in ONLINE_SLOTS["kl_in_loss"] else 1.0
 
 

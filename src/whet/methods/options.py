@@ -1,4 +1,4 @@
-"""Options of recipes: frozen dataclasses without torch, each field with its unit and range."""
+"""Options of sampling, optimizer and learning-rate schedule, KL and value loss: frozen dataclasses without torch."""
 
 import math
 from dataclasses import dataclass

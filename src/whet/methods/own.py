@@ -21,7 +21,7 @@ def op_of(choice: Choice) -> Callable[..., Any]:
 def own_choice(slot: str, name: str, columns: frozenset[str] | None) -> Choice:
     """Return the choice for a user's function, named as "file.py:function" or given as an object.
 
-    Raises RecipeError where the slot takes no function, or where a positional parameter is not one of `columns`.
+    Raises RecipeError if the slot takes no function, or if a positional parameter is not one of `columns`.
     """
     if columns is None:
         raise RecipeError(f"algorithm.{slot}: this slot takes the built-in parts only; got {name}")

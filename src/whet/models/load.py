@@ -37,7 +37,7 @@ class ModelSource:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise ModelError(
-                f"model.device: {self.device!r} is no device of this machine ({first_line(error)})"
+                f"model.device: this machine has no device {self.device!r} ({first_line(error)})"
             ) from error
         return device
 
@@ -55,19 +55,19 @@ def load_tokenizer(source: ModelSource, *, pad_token: str | None = None) -> Any:
     _check_folder(source.path)
     path = source.path if _has_tokenizer(source.path) else _adapter_base(source.path)[0]
     if not _has_tokenizer(path):  # transformers would silently make an empty tokenizer
-        raise ModelError(f"{source.path}: no tokenizer here; save it beside the model (tokenizer.save_pretrained)")
+        raise ModelError(f"{source.path}: the folder has no tokenizer; save it there (tokenizer.save_pretrained)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=source.trust_remote_code)
     except Exception as error:  # transformers raises many error types for a folder without a tokenizer
-        raise ModelError(f"{source.path}: no tokenizer can be loaded from here ({first_line(error)})") from error
+        raise ModelError(f"{source.path}: the tokenizer cannot be loaded ({first_line(error)})") from error
     if pad_token is not None:
         if pad_token not in tokenizer.get_vocab():
             raise ModelError(f"--model.pad-token {pad_token!r}: the tokenizer of {source.path} has no such token")
         tokenizer.pad_token = pad_token
     if tokenizer.pad_token_id is None:
         raise ModelError(
-            f"{source.path}: the tokenizer has no pad token, which the saved model needs to be batched by other tools; "
-            "name one of its tokens with --model.pad-token (for a reward model not the end token)"
+            f"{source.path}: the tokenizer has no pad token, which other tools need to batch inputs of the saved model; "
+            "choose one of its tokens with --model.pad-token (for a reward model not the end token)"
         )
     return tokenizer
 
@@ -153,7 +153,7 @@ def _configuration(path: str, trust_remote_code: bool = False) -> Any:
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many error types for a folder without a model
-        raise ModelError(f"{path}: no model configuration can be read from here ({first_line(error)})") from error
+        raise ModelError(f"{path}: the model configuration cannot be read ({first_line(error)})") from error
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -207,19 +207,19 @@ def _loaded(load: Callable[..., Any], source: ModelSource, path: str, **options:
     except ModelError:
         raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for an invalid model
-        raise ModelError(f"{source.path}: no such model can be loaded from here ({first_line(error)})") from error
+        raise ModelError(f"{source.path}: the model cannot be loaded ({first_line(error)})") from error
     # a scalar head may be new; transformers would silently initialize other missing weights at random
     lost = [key for key in about["missing_keys"] if not key.startswith(("score.", "classifier."))]
     if lost or about["mismatched_keys"]:
         wrong = ", ".join([*map(str, sorted(lost)), *map(str, about["mismatched_keys"])][:3])
-        raise ModelError(f"{source.path}: weights of the model are missing or of another shape ({wrong}, ...)")
+        raise ModelError(f"{source.path}: weights of the model are missing or have another shape ({wrong}, ...)")
     return model if source.quantize == "4bit" else model.to(device)
 
 
 def _four_bit(device: torch.device) -> Any:
     if device.type != "cuda":
         raise ModelError(
-            "model.quantize: a 4-bit base needs a GPU, and there is none here; leave it at none (LoRA works on CPU)"
+            "model.quantize: a 4-bit base needs a GPU, and this machine has none; set it to none (LoRA works on CPU)"
         )
     try:
         import bitsandbytes  # noqa: F401

@@ -83,7 +83,7 @@ def add_from_folder(wrapped: Any, name: str, folder: str) -> nn.Linear:
         target = key.replace(".lora_A.", f".lora_A.{name}.").replace(".lora_B.", f".lora_B.{name}.")
         if target not in own or own[target].shape != value.shape:
             raise ModelError(
-                f"{folder}: its adapter does not fit the trunk (no place for {key}); it was trained on another base"
+                f"{folder}: its adapter does not fit the trunk, which has no {key} of this shape; it was trained on another base"
             )
         own[target].data.copy_(value)
         placed += 1

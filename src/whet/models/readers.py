@@ -1,4 +1,4 @@
-"""Readers: compute the columns of a batch with the model of one role.
+"""Readers: compute the columns of a batch with the model of one role, rows padded or packed.
 
 Token t of a response is predicted from the hidden state one position before it. Log-prob, entropy and value are computed
 from that state; scores are computed at the token itself. The head runs only on response positions, not on prompts.
@@ -46,7 +46,7 @@ def read(
     other = None
     if "exact_kl" in names:
         if reference is None:
-            raise ValueError("the exact KL needs the reference beside the policy, and there is none")
+            raise ValueError("the exact KL needs a reference model, but there is none")
         other = _other(reference, batch, packed)
     return through(role, _read_off, role, batch, names, packed, dropout, other)
 

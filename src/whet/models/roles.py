@@ -126,9 +126,7 @@ class Role:
         finally:
             self.model.set_attn_implementation(before)
         if not found:
-            raise ModelError(
-                f"the model of the {self.name} gives no attention weights, so no reward can be placed by them"
-            )
+            raise ModelError(f"the model of the {self.name} returns no attention weights, so they cannot place rewards")
         return found[-1]
 
     def whole(self) -> Iterator[tuple[str, Tensor]]:
@@ -151,7 +149,9 @@ class Role:
                 continue
             value = self.gather(parameter)
             if not value.is_floating_point():
-                raise ModelError(f"{name}: the base is quantized; only its adapter can be handed on")
+                raise ModelError(
+                    f"{name}: the base is quantized, so it cannot be merged; only the adapter can be exported"
+                )
             module = self.model.get_submodule(name.rpartition(".")[0].removesuffix(".base_layer"))
             if self.adapter and name.endswith(".base_layer.weight") and self.adapter in module.lora_A:
                 a, b = (self.gather(getattr(module, half)[self.adapter].weight) for half in ("lora_A", "lora_B"))
@@ -218,5 +218,5 @@ def readout_of(folder: str) -> Mapping[str, Any]:
     file = Path(folder) / READOUT_FILE
     given = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if given.get("readout", "last") not in ("last", "mean", "sum"):
-        raise ModelError(f"{file}: readout {given['readout']!r} is none of last, mean, sum")
+        raise ModelError(f"{file}: unknown readout {given['readout']!r}; use last, mean or sum")
     return {"readout": given.get("readout", "last"), "shift": float(given.get("shift", 0.0))}

@@ -51,10 +51,12 @@ class Layout:
             if getattr(self, name) < 1:
                 raise RecipeError(f"learner.{name}: at least 1; got {getattr(self, name)}")
         if self.engine == "local" and self.workers > 1:
-            raise RecipeError(f"learner.backend: local is one process, and there are {self.workers}; take fsdp")
+            raise RecipeError(
+                f"learner.backend: local runs in one process, but there are {self.workers} workers; use fsdp"
+            )
         for name, asked in (("precision", self.low_precision), ("offload", self.offload)):
             if asked and self.engine in ("local", "ddp"):
-                raise RecipeError(f"learner.{name}: {self.engine} has no such thing; take fsdp or zero2")
+                raise RecipeError(f"learner.{name}: {self.engine} does not support it; use fsdp or zero2")
 
     @property
     def shards(self) -> bool:
@@ -117,7 +119,7 @@ def trained(
     they are sharded.
     """
     if muon and layout.engine not in ("local", "ddp"):
-        raise RecipeError(f"optim.kind: muon needs whole matrices, and {layout.engine} shards them; take adamw, or ddp")
+        raise RecipeError(f"optim.kind: muon needs whole matrices, but {layout.engine} shards them; use adamw or ddp")
     base = shape.parameters(head)
     count = adapters or base
     share = count / layout.workers
@@ -283,7 +285,7 @@ def serving(
     if sequences < 1:
         raise RecipeError(
             f"--gpu-memory: an engine's weights ({weights / GIB:.1f} GiB on each of {tensor_parallel} GPUs) leave no room for an "
-            f"answer of {context} tokens in {share:g} of {memory / GIB:g} GiB; use more GPUs an engine (--tensor-parallel), or larger ones"
+            f"answer of {context} tokens in {share:g} of {memory / GIB:g} GiB; use more GPUs per engine (--tensor-parallel), or larger GPUs"
         )
     return Serving(weights, cache, blocks * BLOCK, sequences)
 

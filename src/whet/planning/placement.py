@@ -79,7 +79,7 @@ class PlannedRun:
     def __post_init__(self) -> None:
         if not 0 < self.engine_memory <= 1:
             raise RecipeError(
-                f"generator.gpu_memory_utilization: a share above 0 and at most 1; got {self.engine_memory}"
+                f"generator.gpu_memory_utilization: must be above 0 and at most 1; got {self.engine_memory}"
             )
         for name in (
             "prompts",
@@ -481,9 +481,9 @@ def _refuse(run: PlannedRun, hardware: Hardware, engine: memory.Engine | None) -
     least = needed(parts(run, smallest))
     if least > hardware.usable:
         raise RecipeError(
-            f"--gpu-memory: {kind} on all {workers} GPUs needs {least / GIB:.1f} GiB on each, with checkpointing and offload where "
-            f"there is any and one row of {run.longest} tokens at a time; {hardware.usable / GIB:.1f} of {hardware.gpu_memory:g} GiB "
-            "can be used; take more or larger GPUs, adapters (--model.lora.rank 16), or shorter rows"
+            f"--gpu-memory: {kind} on all {workers} GPUs needs {least / GIB:.1f} GiB on each, with checkpointing and offload if "
+            f"supported, for one row of {run.longest} tokens at a time; {hardware.usable / GIB:.1f} of {hardware.gpu_memory:g} GiB "
+            "can be used; use more or larger GPUs, adapters (--model.lora.rank 16), or shorter rows"
         )
     memory.serving(
         run.policy,
@@ -494,8 +494,8 @@ def _refuse(run: PlannedRun, hardware: Hardware, engine: memory.Engine | None) -
         bytes_each=run.engine_bytes,
     )
     raise RecipeError(
-        f"--gpus: a learner and an engine do not fit on {hardware.gpus} GPUs of {hardware.gpu_memory:g} GiB, neither beside "
-        "each other nor in turns; take more or larger GPUs, or adapters (--model.lora.rank 16)"
+        f"--gpus: a learner and an engine do not fit on {hardware.gpus} GPUs of {hardware.gpu_memory:g} GiB, neither on "
+        "separate GPUs nor on shared ones; use more or larger GPUs, or adapters (--model.lora.rank 16)"
     )
 
 

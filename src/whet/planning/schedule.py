@@ -68,7 +68,7 @@ class Window:
     def complete(self, draw: int, time: float) -> None:
         """Mark the group of a draw as complete. Raises ValueError if it was not started, was taken, or is complete already."""
         if draw not in self.open or self.open[draw].ended is not None:
-            raise ValueError(f"draw {draw} is not out")
+            raise ValueError(f"draw {draw} is not pending")
         self.open[draw].ended = time
         self._complete += 1
 
@@ -100,7 +100,7 @@ class Ended:
 class _Engine:
     """One engine. `work` is the number of tokens that a slot which was always active would have decoded so far.
 
-    An answer that starts at work w ends at work w plus its length, whatever the speed is meanwhile. `ends` is the time at
+    An answer that starts at work w ends at work w plus its length, independent of the speed in between. `ends` is the time at
     which the next answer ends.
     """
 
@@ -179,7 +179,7 @@ class Engines:
     def run(self, to: float) -> list[Ended]:
         """Advance the clock to this time and return the answers that end until then, in order. Raises ValueError for infinity."""
         if math.isinf(to):
-            raise ValueError("the engines are idle, and would be for ever")
+            raise ValueError("the engines are idle, so this would never end")
         ended: list[Ended] = []
         while (now := self.next_end()) <= to:
             number = heapq.heappop(self._ends)[1]

@@ -91,7 +91,7 @@ class Shape:
         kind = str(config.get("model_type", ""))
         if kind not in KINDS:
             raise RecipeError(
-                f"model.path: the plan knows the shapes of {', '.join(KINDS)}; its config.json says model_type {kind!r}"
+                f"model.path: the plan supports the model types {', '.join(KINDS)}; config.json has model_type {kind!r}"
             )
         return _gpt2(config) if kind == "gpt2" else _rotary(kind, {**KINDS[kind], **_said(config)})
 

@@ -1,4 +1,4 @@
-"""Who scores: the Reward seam and its adapters."""
+"""The Reward protocol and its implementations."""
 
 from whet.rewards.base import REWARDS, Reward, Scores, Weighted, score_all
 

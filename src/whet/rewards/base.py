@@ -1,4 +1,4 @@
-"""The Reward seam: who scores. The protocol, and several rewards side by side."""
+"""The Reward protocol, and functions that run several rewards and check their results."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +16,9 @@ from whet.registry import Registry
 class Scores:
     """The scores of one reward for all answers, in the order of the groups' samples.
 
-    `answer` (B,) is one score an answer; `token` has, where the reward is dense, one (|ids|,) tensor an answer that
-    sums to it, and `ends` where its steps end: (|ids|,) bool, every token where None.
+    `answer` (B,) has one score per answer. A dense reward also has `token`, one tensor (|ids|,) per answer, whose sum is
+    the score of the answer, and `ends`, one bool tensor (|ids|,) per answer that is True where a step ends. If `ends` is
+    None, a step ends at every token.
     """
 
     answer: Tensor
@@ -26,10 +27,10 @@ class Scores:
 
 
 class Reward(Protocol):
-    """A reward: scores the answers of groups."""
+    """A reward, which scores the answers of groups."""
 
     def score(self, groups: Sequence[Group]) -> Scores:
-        """A score for every answer. Raises RewardError rather than return a wrong count, a wrong type or NaN."""
+        """Return a score for every answer. Raises RewardError for a wrong number of scores, a wrong type, or NaN."""
 
 
 REWARDS = Registry("rewards", {"http": "whet.rewards.http", "openai": "whet.rewards.openai"}, Reward)
@@ -46,10 +47,10 @@ class Weighted:
 
 
 def score_all(rewards: Sequence[Weighted], groups: Sequence[Group]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """(name -> (B,) unweighted scores, (B, T) weighted sum of the dense ones, (B, T) True where a step ends).
+    """Return (name -> (B,) unweighted scores, (B, T) weighted sum of the dense scores, (B, T) True where a step ends).
 
-    The dense tensor is 0 where no reward is dense; T is the longest answer's length. A reward that scores whole answers
-    has one step, which ends with the answer.
+    T is the length of the longest answer. The second tensor is 0 if no reward is dense. A reward that scores whole answers
+    has one step per answer, which ends at the last trained token.
     """
     answers = [sample for group in groups for sample in group.samples]
     named: dict[str, Tensor] = {}
@@ -95,8 +96,8 @@ def joined(parts: Sequence[Scores | None]) -> Scores:
 def checked(values: object, answers: Sequence[Sample], name: str) -> Scores:
     """Convert the value that a user's function returned to Scores.
 
-    Accepted: one number an answer; or for each answer a list with one number per token, or a list of (last token of
-    the segment, number). Raises RewardError for anything else, with what was got.
+    Accepted values are one number per answer, or for each answer a list with one number per token, or for each answer a
+    list of (last token of the segment, number). Raises RewardError with the value for anything else.
     """
     if isinstance(values, (Tensor,)) or hasattr(values, "tolist"):
         values = values.tolist()
@@ -138,7 +139,9 @@ def checked_scores(scores: Scores, answers: Sequence[Sample], name: str) -> Scor
 def _dense(value: object, sample: Sample, name: str, place: int, segments: bool) -> Tensor:
     out = torch.zeros(len(sample.ids))
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise RewardError(f"reward {name}: answer {place} got {value!r}, others a list; score all per token or none")
+        raise RewardError(
+            f"reward {name}: answer {place} got {value!r}, other answers a list; score all per token or none"
+        )
     if segments:
         for one in value:
             if not isinstance(one, Sequence) or isinstance(one, str) or len(one) != 2 or type(one[0]) is not int:
@@ -166,10 +169,10 @@ def _number(value: object, name: str, place: int) -> float:
 
 
 def columns_of(groups: Sequence[Group]) -> tuple[list, list[str], Mapping[str, list]]:
-    """(prompts, completions, further columns) as reward functions take them, one entry per answer.
+    """Return (prompts, completions, other columns) in the form that reward functions take, one entry per answer.
 
-    A single-turn prompt is its text, any other its list of messages. The columns are the prompt row's other fields,
-    and `completion_ids`.
+    A single-turn prompt is given as its text, other prompts as lists of messages. The other columns are the remaining
+    fields of the prompt row, and `completion_ids`.
     """
     prompts, completions, ids = [], [], []
     rows = []
@@ -182,7 +185,9 @@ def columns_of(groups: Sequence[Group]) -> tuple[list, list[str], Mapping[str, l
             rows.append(group.prompt.row)
     names = set().union(*(row.keys() for row in rows)) - {"prompt"} if rows else set()
     for name in sorted(names & {"prompts", "completions", "completion_ids"}):
-        raise RewardError(f"the prompt rows have a column {name!r}, which reward functions get from whet; rename it")
+        raise RewardError(
+            f"the prompt rows have a column {name!r}, but reward functions get that column from whet; rename it"
+        )
     return (
         prompts,
         completions,

@@ -11,10 +11,10 @@ from whet.rewards.base import Reward, Scores, checked, checked_scores, columns_o
 
 
 class FunctionReward:
-    """A user's function as a Reward. Columns: the prompt row's other fields and `completion_ids`."""
+    """A user's function as a Reward. It also gets the other fields of the prompt row, and `completion_ids`."""
 
     per_group = True
-    """Groups may be dealt over the workers; every group is scored by one of them."""
+    """Groups may be split over the workers; each group is scored by one worker."""
 
     def __init__(self, function: Callable[..., Any], name: str | None = None) -> None:
         self.function = function

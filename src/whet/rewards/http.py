@@ -1,4 +1,4 @@
-"""Rewards from a server: POST of prompts and completions in batches, the form of remote reward models."""
+"""Rewards from a server, which gets prompts and completions in batches by HTTP POST."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,32 +16,33 @@ class Options:
     """Options of a reward over HTTP."""
 
     timeout: float = 60.0
-    """seconds that one request may take"""
+    """longest duration of a request in seconds"""
     retries: int = 3
-    """times that a request is sent again when nothing answers or the server fails (status 5xx)"""
+    """number of times a request is sent again if the server does not respond or fails (status 5xx)"""
     batch_size: int = 64
     """answers per request"""
     connections: int = 4
-    """requests at the same time"""
+    """maximum number of concurrent requests"""
     api_key_env: str = ""
-    """environment variable with a key that is sent as a bearer token"""
+    """environment variable that contains the API key, which is sent as a bearer token"""
 
 
 class HttpReward:
-    """A reward that a server computes. The request is JSON with `prompts`, `completions`, `query` (prompt and completion joined)
-    and the columns of the prompt rows; the answer is a list of numbers, or an object with it under `rewards` or `scores`.
+    """A reward that a server computes.
 
-    Each answer is sent once, whatever the number of workers. Raises RewardError when the server fails more often than
-    `retries` allow, refuses a request, or sends something other than one number per answer.
+    The request is JSON with `prompts`, `completions`, `query` (prompt and completion joined) and the columns of the prompt
+    rows. The response is a list of numbers, or an object with this list under `rewards` or `scores`. Each answer is sent
+    once, for any number of workers. Raises RewardError if the server fails more often than `retries` allows, refuses a
+    request, or does not return one number per answer.
     """
 
     per_group = True
-    """Groups may be dealt over the workers; every group is scored by one of them."""
+    """Groups may be split over the workers; each group is scored by one worker."""
 
     def __init__(self, url: str, options: Options = Options(), api_key: str = "") -> None:
         if min(options.retries, options.timeout) < 0 or min(options.batch_size, options.connections) < 1:
             raise RecipeError(
-                f"reward {url}: timeout and retries are at least 0, batch_size and connections at least 1"
+                f"reward {url}: timeout and retries must be at least 0, batch_size and connections at least 1"
             )
         self.url, self.options = url, options
         self.http = Http(url, options.timeout, api_key, what=f"reward {url}")

@@ -11,7 +11,7 @@ from whet.models.roles import Role
 from whet.rewards.base import Scores
 
 Reading = Callable[[Batch, frozenset[str]], Mapping[str, torch.Tensor]]
-"""Bare columns of a batch as a reward model gives them: where a learner holds the model, `learner.columns` of its role."""
+"""Function that returns bare columns of a batch, such as `learner.columns` for a reward model that the learner holds."""
 
 
 def reading(role: Role, budget: int) -> Reading:
@@ -29,11 +29,11 @@ def reading(role: Role, budget: int) -> Reading:
 
 
 class ModelReward:
-    """A reward model as a Reward: a role in this process, or the reading of one that lies elsewhere.
+    """A reward model as a Reward: a role in this process, or a function that runs the model elsewhere.
 
-    With `chat=None` it has the policy's tokenizer and reads the very ids that were sampled. With a chat format of its
-    own, the texts are rendered and tokenized for it. `dense=True` gives its score at every token instead; with `ends`, which
-    says of a token id whether a step ends with it, only there and at the end of the answer.
+    With `chat=None` the model has the policy's tokenizer and gets the sampled token ids unchanged. Otherwise the texts are
+    rendered and tokenized again with `chat`. `dense=True` returns the score at every token. With `ends`, it returns scores
+    only where a step ends and at the end of the answer; `ends(id)` is True if a step ends with this token id.
     """
 
     def __init__(

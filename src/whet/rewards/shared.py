@@ -1,4 +1,4 @@
-"""Scores from all workers together: each scores its share of the groups."""
+"""Data-parallel scoring: each worker scores its share of the groups, and all workers get all scores."""
 
 from collections.abc import Sequence
 
@@ -8,12 +8,12 @@ from whet.rewards.base import Reward, Scores, joined, shares
 
 
 class SharedReward:
-    """A reward in each worker as one: a group is scored once, and all workers get all scores."""
+    """The rewards of all workers as one. Each group is scored by one worker, and all workers get all scores."""
 
     def __init__(self, own: Reward, workers: Workers) -> None:
         self.own, self.workers = own, workers
 
     def score(self, groups: Sequence[Group]) -> Scores:
-        """See `Reward.score`. What one worker's reward raises is raised on all."""
+        """See `Reward.score`. If the reward of one worker raises, all workers raise."""
         mine = shares(groups, self.workers.size)[self.workers.rank]
         return joined(self.workers.together(lambda: self.own.score(mine) if mine else None))

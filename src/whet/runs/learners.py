@@ -24,18 +24,20 @@ def backend_of(recipe: fields.OfflineRecipe | fields.OnlineRecipe, workers: int)
     alone = workers == 1 and not ((learning.precision == "bf16") or learning.offload)
     engine = ("local" if alone else "ddp" if muon else "fsdp") if learning.backend == "auto" else learning.backend
     if muon and engine not in ("local", "ddp"):
-        raise RecipeError(f"optim.kind: muon needs whole matrices, and {engine} shards them; take adamw, or ddp")
+        raise RecipeError(f"optim.kind: muon needs whole matrices, but {engine} shards them; use adamw or ddp")
     averaged = isinstance(recipe, fields.OnlineRecipe) and recipe.rollout.ema is not None and engine == "zero3"
     refreshed = getattr(getattr(recipe, "rollout", recipe), "sync_reference", fields.SyncReference()).every
     if (learning.precision == "bf16") and engine.startswith("zero") and (refreshed or averaged):
-        raise RecipeError("learner.precision: DeepSpeed would keep the averaged reference in half precision; take fsdp")
+        raise RecipeError("learner.precision: DeepSpeed would keep the averaged reference in half precision; use fsdp")
     if engine == "local" and workers > 1:
-        raise RecipeError(f"learner.backend: local is one process, and there are {workers}; take ddp, fsdp or zero2")
+        raise RecipeError(
+            f"learner.backend: local runs in one process, but there are {workers} workers; use ddp, fsdp or zero2"
+        )
     if engine in ("local", "ddp") and ((learning.precision == "bf16") or learning.offload):
         what = "precision" if (learning.precision == "bf16") else "offload"
-        raise RecipeError(f"learner.{what}: {engine} has no such thing; take fsdp or zero2, or model.dtype")
+        raise RecipeError(f"learner.{what}: {engine} does not support it; use fsdp or zero2, or model.dtype")
     if engine.startswith("zero") and isinstance(recipe, fields.OnlineRecipe) and recipe.trunk == "shared":
-        raise RecipeError("trunk: DeepSpeed trains one role per model; take separate models, or learner.backend fsdp")
+        raise RecipeError("trunk: DeepSpeed trains one role per model; use separate models, or learner.backend fsdp")
     if engine.startswith("zero") and find_spec("deepspeed") is None:
         raise RecipeError('learner.backend: deepspeed is not installed; pip install "whet[deepspeed]"')
     return engine

@@ -1,4 +1,4 @@
-"""The fields of every recipe: frozen records, light to import, each field with its meaning, unit and range."""
+"""The fields of the recipe of every command: frozen records, light to import, each field with its meaning, unit and range."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Who is told how a run goes: the Tracker protocol and its adapters."""
+"""The Tracker protocol and its implementations."""
 
 from whet.trackers.base import TRACKERS, RunInfo, Tracker
 

@@ -11,39 +11,41 @@ from whet.trackers.base import RunInfo
 
 @dataclass(frozen=True)
 class Options:
-    """Options of accelerate's trackers; environment variables of the tracker itself set the rest."""
+    """Options of accelerate's trackers. Other settings are environment variables of the tracker itself."""
 
     project: str | None = None
-    """name of the project; default: the run folder's name"""
+    """name of the project; default: the name of the run folder"""
 
 
 class AccelerateTracker:
-    """One of accelerate's trackers, by its name there."""
+    """A tracker of accelerate; `name` is its name in accelerate."""
 
     def __init__(self, name: str, options: Options) -> None:
         self.name, self.options = name, options
         self._accelerator: Any = None
 
     def start(self, run: RunInfo) -> None:
-        """See `Tracker.start`. Raises RecipeError when accelerate or the tracker's package is not installed."""
+        """See `Tracker.start`. Raises RecipeError if accelerate or the package of the tracker is not installed."""
         from accelerate import Accelerator
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a tracker that is not installed is an error here, not a warning
+            warnings.simplefilter("ignore")  # if the tracker is not installed, an error is raised below
             try:
                 self._accelerator = Accelerator(log_with=[self.name], project_dir=str(run.folder), cpu=True)
             except ValueError as error:
                 raise RecipeError(f"trackers: {error}") from error
         self._accelerator.init_trackers(self.options.project or run.name)
         if not self._accelerator.trackers:
-            raise RecipeError(f"trackers: {self.name} is not installed; pip install it, or leave it out")
+            raise RecipeError(
+                f"trackers: {self.name} is not installed; install it with pip, or remove it from the recipe"
+            )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """See `Tracker.log`."""
         self._accelerator.log(dict(metrics), step=step)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """See `Tracker.samples`. Accelerate has no common form for texts, so they are not sent."""
+        """See `Tracker.samples`. Samples are not logged, because accelerate has no common method for text."""
 
     def end(self) -> None:
         """See `Tracker.end`."""
@@ -51,11 +53,11 @@ class AccelerateTracker:
 
 
 def check(options: Options, context: Any) -> None:
-    """Refuses trackers where accelerate is not installed."""
+    """Raise RecipeError if accelerate is not installed."""
     from importlib.util import find_spec
 
     if find_spec("accelerate") is None:
-        raise RecipeError("trackers: they need accelerate; install whet[trackers]")
+        raise RecipeError("trackers: accelerate is not installed; install whet[trackers]")
 
 
 def make(options: Options, context: Any) -> AccelerateTracker:

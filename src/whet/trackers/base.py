@@ -18,19 +18,19 @@ class RunInfo:
 
 
 class Tracker(Protocol):
-    """Receives the metrics and samples of a run. Only the first worker calls it."""
+    """Log the metrics and samples of a run. Only the first worker calls a tracker."""
 
     def start(self, run: RunInfo) -> None:
-        """The run begins, or goes on after a checkpoint."""
+        """Start logging, at the start of a run or when it continues from a checkpoint."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """The metrics of one step. A resumed run may log a step again."""
+        """Log the metrics of one step. A resumed run may log a step again."""
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Some answers of a rollout: dicts with prompt, completion and score."""
+        """Log some answers of a rollout: dicts with prompt, completion and score."""
 
     def end(self) -> None:
-        """The run ended; what was buffered is written."""
+        """End logging, and write buffered data."""
 
 
 _ACCELERATE = "whet.trackers.accelerate"
@@ -45,4 +45,4 @@ TRACKERS = Registry(
     },
     Tracker,
 )
-"""Every tracker by name."""
+"""All trackers by name."""

@@ -1,4 +1,4 @@
-"""Prints the metrics of each step as one line."""
+"""Print the metrics of each step as one line."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,13 +13,13 @@ class Options:
     """Options of the console tracker."""
 
     every: int = 1
-    """steps between two lines"""
+    """number of steps between two lines"""
     num_samples: int = 0
-    """answers of a rollout that are printed"""
+    """number of answers per rollout to print"""
 
 
 class ConsoleTracker:
-    """Metrics and samples on standard error."""
+    """Print metrics and samples to standard error."""
 
     def __init__(self, options: Options) -> None:
         self.options = options

@@ -1,1 +1,1 @@
-"""Plots and HTML reports made from run folders, which are only read."""
+"""Building blocks of HTML reports: plots and a page template. Callers supply the data."""
