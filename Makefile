@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test engines engines-long lint format bench mutants proof soak gpu clean help
+.PHONY: demo test engines engines-long lint format bench mutants proof soak gpu bench-push clean help
 
 help:
 	@echo "make demo [SEED=1] [OUT=runs/demo]   the whole recipe on a little world, with a report"
@@ -20,6 +20,7 @@ help:
 	@echo "make soak                            a run on a local Ray cluster whose workers are killed twenty times"
 	@echo "make gpu                             engines, NCCL, bf16 and a short learning run on a machine with GPUs"
 	@echo "make bench                           throughput of the loops on a fixed workload"
+	@echo "make bench-push                      seconds of a weight update of a vLLM engine, at two sizes"
 
 # The environment is made anew when the requirements change.
 .venv/ready: pyproject.toml constraints.txt
@@ -75,6 +76,9 @@ format: .venv/ready
 
 bench: .venv/ready
 	.venv/bin/python -m benchmarks.throughput
+
+bench-push: .venv-engines/ready
+	$(QUIET) .venv-engines/bin/python -m benchmarks.pushes
 
 mutants: .venv/ready
 	.venv/bin/python -m proof.mutants

@@ -25,6 +25,7 @@ SHORT = {
 """The modules that are run with `python -m`, with the words that make the command short."""
 ELSEWHERE = {
     "proof.soak": "tests/engines/test_cluster.py",
+    "benchmarks.pushes": "tests/engines/test_vllm.py",
     "pytest": "make test",
     "pip": "make test",
     "venv": "make test",

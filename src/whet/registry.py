@@ -291,14 +291,18 @@ def called(
     given: Sequence[Any] = (),
     named: Mapping[str, Any] = {},
     raises: type[WhetError] = RewardError,
+    own: Any = None,
 ) -> Any:
-    """Call a user's function. If it raises, raise an error of the class `raises` with `label` and the line of the file."""
+    """Call a function. If it raises, raise an error of the class `raises` with `label` and the line of the user's file.
+
+    `own` is the user's function if `function` only calls it.
+    """
     try:
         return function(*given, **named)
     except WhetError:
         raise
     except Exception as error:
-        function = getattr(function, "func", function)  # functools.partial
+        function = own or getattr(function, "func", function)  # functools.partial
         code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
         where = f"{code.co_filename}:{code.co_firstlineno}" if code else "?"
         trace = error.__traceback__

@@ -4,6 +4,7 @@ These start real engines; they are skipped where vLLM is not installed.
 """
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -19,14 +20,20 @@ import torch
 from generate.contract import Contract
 from models import helpers as h
 
+from benchmarks import pushes
 from engines import helpers as e
+from whet.cluster.folders import WeightWriter, contents, unpacked
 from whet.data import Weights
+from whet.distributed import Workers
 from whet.errors import ModelError, RecipeError, RunStopped, WorkerDied
 from whet.generate.vllm import push as vllm_push
 from whet.generate.vllm.engine import VLLMGenerator
 from whet.methods.options import LoRA, Sampling
 from whet.models.lora import attach
 from whet.models.roles import Role
+from whet.planning import traffic
+from whet.planning.memory import Layout
+from whet.planning.shape import Shape
 
 pytest.importorskip("vllm")
 pytestmark = [
@@ -35,6 +42,7 @@ pytestmark = [
 ]
 BOUND = 1e-4
 SEEDS = (0, 1)
+ONE = Layout(engine="local", workers=1)
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +182,63 @@ def test_after_a_half_failed_push_nothing_is_generated_until_a_whole_one(
         generator.logprobs([torch.tensor([2, 3])])
     generator.load_weights(Weights(5, role))
     assert e.plain(list(generator.generate(e.asked()))) == fresh["qwen3"]
+
+
+def test_files_in_shared_memory_are_loaded_without_a_copy(generator: Any, fresh: dict, monkeypatch: Any) -> None:
+    writer = WeightWriter(Workers(), secrets.token_hex(8), adapter=False, everywhere=True)
+    folder = writer(e.role("qwen3", 1))
+    sent: list[tuple[str, int]] = []
+    update = generator.update_weights
+
+    def counted(info: dict[str, Any]) -> None:
+        file = generator._folder / info["file"]
+        sent.append((info["file"], file.stat().st_nlink))
+        update(info)
+
+    monkeypatch.setattr(vllm_push, "save_file", None)
+    monkeypatch.setattr(generator, "update_weights", counted)
+    generator.load_weights(Weights(1, folder))
+    assert [links for _, links in sent] == [2]  # a second name of the file that the learner wrote
+    assert e.plain(list(generator.generate(e.asked()))) == fresh["qwen3"]
+    assert not list(generator._folder.iterdir())
+    said = traffic.push(Shape.of(e.role("qwen3", 1).model.config.to_dict()), ONE, traffic.Network(), engines=1)
+    written = sum(one.stat().st_size for one in folder.iterdir())
+    assert written == pytest.approx(said.received, rel=0.03)  # and a header
+    writer.close()
+
+
+def test_the_bytes_of_a_push_from_memory_are_those_of_the_plan(generator: Any, monkeypatch: Any) -> None:
+    generator.inlet.transport.chunk = 1 << 16
+    sizes: list[int] = []
+    update = generator.update_weights
+
+    def counted(info: dict[str, Any]) -> None:
+        files = list(generator._folder.iterdir())
+        assert [file.name for file in files] == [info["file"]]  # one chunk is held at a time
+        sizes.append(files[0].stat().st_size)
+        update(info)
+
+    monkeypatch.setattr(generator, "update_weights", counted)
+    generator.load_weights(Weights(1, e.role("qwen3", 1)))
+    said = traffic.push(Shape.of(generator.role.model.config.to_dict()), ONE, traffic.Network(), engines=1, direct=True)
+    assert len(sizes) > 1
+    assert sum(sizes) == pytest.approx(said.received, rel=0.05)
+
+
+def test_files_of_another_model_change_nothing(generator: Any, folders: dict) -> None:
+    before = e.plain(list(generator.generate(e.asked())))
+    with (
+        unpacked(contents(folders["llama", 0])) as folder,
+        pytest.raises(ModelError, match="tensors of the engine's model are missing"),
+    ):
+        generator.load_weights(Weights(1, folder))
+    assert e.plain(list(generator.generate(e.asked()))) == before
+
+
+def test_the_benchmark_of_pushes_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pushes, "SIZES", {"tiny": (64, 1)})
+    seconds = pushes.timed("tiny", 1)
+    assert {way: len(each) for way, each in seconds.items()} == {"twice": 1, "memory": 1, "files": 1}
 
 
 def test_a_corrupt_file_is_not_loaded(generator: Any, fresh: dict, monkeypatch: pytest.MonkeyPatch) -> None:

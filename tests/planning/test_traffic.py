@@ -1,5 +1,6 @@
 """Bytes that travel, worked by hand for a shape of 1352 parameters on four workers."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -76,6 +77,10 @@ def test_pushes() -> None:
     files = sent(layout=layout("ddp"), engines=4)
     assert files.seconds == pytest.approx(2 * 13.52)  # written and read; all on one node
     assert files.held == 3 * 2 * P
+    assert sent(layout=Layout(), engines=1, direct=True).held == 2 * P
+    assert (
+        traffic.push(replace(SMALL, vocabulary=10**7), Layout(), network, engines=1, direct=True).held == traffic.CHUNK
+    )
     far = sent(layout=layout("ddp"), engines=8, tensor_parallel=2)
     assert far.seconds == pytest.approx(2 * 13.52 + 2 * 27.04)  # 4 + 16 GPUs are three nodes
     assert sent(layout=layout("ddp"), engines=4, shared=True).seconds == files.seconds

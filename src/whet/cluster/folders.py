@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from whet.data import Weights
+from whet.data import HasWeights, Weights
 from whet.data.files import shared_memory
 from whet.distributed import Workers, host
 from whet.generate.base import whole
@@ -81,9 +81,9 @@ class PushFolders:
 class WeightWriter:
     """Write a learner's complete weights to shared memory before any engine loads them.
 
-    Gathering the weights is collective. Engines load them one at a time, and a restarted engine loads them again. So all
-    workers write them in one collective step, and the engines only read files. Rank 0 writes; with `everywhere` the first
-    worker of each machine writes.
+    It is needed if several workers gather the weights together, if several engines read the same files, or if an engine that
+    is restarted must load weights that the learner has changed since. Rank 0 writes; with `everywhere` the first worker of
+    each machine writes.
     """
 
     def __init__(self, workers: Workers, attempt: str, *, adapter: bool, everywhere: bool) -> None:
@@ -117,13 +117,13 @@ class WeightWriter:
             self.shelf.close()
 
 
-def contents(handle: Any) -> dict[str, bytes]:
+def contents(handle: HasWeights | Path) -> dict[str, bytes]:
     """Return file name -> content of a weight update. A handle that is not a folder is first written to one."""
-    if isinstance(handle, (str, Path)):
-        return {path.name: path.read_bytes() for path in sorted(Path(handle).iterdir()) if path.is_file()}
+    if isinstance(handle, Path):
+        return {path.name: path.read_bytes() for path in sorted(handle.iterdir()) if path.is_file()}
     with tempfile.TemporaryDirectory(dir=shared_memory()) as folder:
         _written(Path(folder), "weights", whole(Weights(0, handle)))
-        return contents(folder)
+        return contents(Path(folder))
 
 
 @contextmanager

@@ -49,13 +49,15 @@ class ActorGenerator:
 
         Raises RunStopped if they cannot be read.
         """
-        handle, files = weights.handle, None
+        handle, folder, files = weights.handle, None, None
         if isinstance(handle, Pushed):
             near = handle.node == self.remote.where.node
-            handle, files = (handle.folder, None) if near else (None, handle.files())
-        elif not isinstance(handle, (str, Path)):
-            handle, files = None, contents(handle)
-        self.version = self.remote.ask("load_weights", weights.version, handle, extra=files)
+            folder, files = (handle.folder, None) if near else (None, handle.files())
+        elif isinstance(handle, Path):
+            folder = handle
+        elif handle is not None:
+            files = contents(handle)
+        self.version = self.remote.ask("load_weights", weights.version, folder, extra=files)
 
     def logprobs(self, ids: Sequence[Tensor]) -> list[Tensor]:
         """See `Generator.logprobs`."""

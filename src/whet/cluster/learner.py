@@ -253,7 +253,7 @@ class Member:
 
     learner: LocalLearner
     own: Generator | None = None
-    post: WeightWriter | None = None
+    writer: WeightWriter | None = None
 
     def port(self, address: str) -> int:
         """Return a free port at this address."""
@@ -290,10 +290,10 @@ class Member:
 
     def publish(self, number: int) -> tuple[int, Path | None]:
         """Gather the policy's weights in a collective step; the first worker writes them."""
-        if self.post is None:
+        if self.writer is None:
             adapter = self.push == "adapter"
-            self.post = WeightWriter(self.workers, self.attempt, adapter=adapter, everywhere=False)
-        return self._told(self.post(self.learner.roles["policy"], number))
+            self.writer = WeightWriter(self.workers, self.attempt, adapter=adapter, everywhere=False)
+        return self._told(self.writer(self.learner.roles["policy"], number))
 
     def files(self, folder: Path) -> dict[str, bytes]:
         """Return the files of a published folder: name -> content."""
@@ -317,8 +317,8 @@ class Member:
 
     def close(self) -> None:
         """Remove the published weights."""
-        if self.post is not None:
-            self.post.close()
+        if self.writer is not None:
+            self.writer.close()
 
     def _told(self, what: Any) -> tuple[int, Any]:
         return self.learner.version, what if self.workers.first else None

@@ -1,8 +1,9 @@
 """Frozen dataclasses passed between components, with their shapes and examples."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -133,12 +134,23 @@ class Group:
         ]
 
 
+class HasWeights(Protocol):
+    """An object with all weights of a model, such as the policy role."""
+
+    def whole(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every weight with its Hugging Face name."""
+
+
 @dataclass(frozen=True)
 class Weights:
-    """Weights passed from a learner to a generator: a version, and a handle (within one process, the policy role)."""
+    """Weights passed from a learner to a generator.
+
+    `handle` is an object with the weights (within one process the policy role, which changes with the next update), a
+    folder of safetensors files or of an adapter, or None if the generator has access to the learner.
+    """
 
     version: int
-    handle: Any
+    handle: HasWeights | Path | None
 
 
 @dataclass(frozen=True, eq=False)

@@ -104,18 +104,24 @@ def whole(weights: Weights) -> Iterator[tuple[str, Tensor]]:
 
     Raises ModelError if the folder has no such files.
     """
-    if not isinstance(weights.handle, (str, Path)):
+    assert weights.handle is not None
+    if not isinstance(weights.handle, Path):
         yield from weights.handle.whole()
         return
     from safetensors import safe_open
 
-    files = sorted(Path(weights.handle).glob("*.safetensors"))
-    if not files:
-        raise ModelError(f"{weights.handle}: no *.safetensors files in it")
-    for file in files:
+    for file in weight_files(weights.handle):
         with safe_open(str(file), framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118
                 yield name, opened.get_tensor(name)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a folder, sorted. Raises ModelError if it has none."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{folder}: no *.safetensors files in it")
+    return files
 
 
 def require_vllm() -> None:
@@ -164,7 +170,7 @@ class CheckedGenerator:
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
         """See `Generator.generate`."""
-        samples = self._call(lambda: list(self.own.generate(requests)))
+        samples = self._call(lambda: list(self.own.generate(requests)), self.own.generate)
         wrong = next((one for one in samples if not isinstance(one, Sample)), None)
         if wrong is not None:
             raise RecipeError(f"{self.name}: generate must yield whet.Sample objects, got {type(wrong).__name__}")
@@ -178,22 +184,22 @@ class CheckedGenerator:
 
     def load_weights(self, weights: Weights) -> None:
         """See `Generator.load_weights`."""
-        self._call(lambda: self.own.load_weights(weights))
+        self._call(lambda: self.own.load_weights(weights), self.own.load_weights)
 
     def logprobs(self, ids: Sequence[Tensor]) -> list[Tensor]:
         """See `Generator.logprobs`."""
-        return self._call(lambda: self.own.logprobs(ids))
+        return self._call(lambda: self.own.logprobs(ids), self.own.logprobs)
 
     def sleep(self) -> None:
         """See `Generator.sleep`."""
-        self._call(self.own.sleep)
+        self._call(self.own.sleep, self.own.sleep)
 
     def close(self) -> None:
         """See `Generator.close`."""
-        self._call(self.own.close)
+        self._call(self.own.close, self.own.close)
 
-    def _call(self, function: Callable[[], Any]) -> Any:
-        return called(function, self.name, raises=RecipeError)
+    def _call(self, function: Callable[[], Any], own: Any) -> Any:
+        return called(function, self.name, raises=RecipeError, own=own)
 
 
 class ScriptedGenerator:

@@ -45,6 +45,7 @@ class LocalGenerator:
         Raises RunStopped if the published weights are not those of the whole model.
         """
         if not self.copy:
+            assert isinstance(weights.handle, Role)
             self.role, self.version = weights.handle, weights.version
             return
         left = dict(self.role.model.named_parameters())

@@ -10,6 +10,7 @@ from torch import Tensor
 from whet.data import COLUMNS, Batch, Weights
 from whet.distributed import Workers
 from whet.methods import Part, Term
+from whet.models.roles import Role
 from whet.ops import Counts
 
 Work = Sequence[tuple[Term, Batch, Counts]]
@@ -81,8 +82,20 @@ class Learner(Protocol):
         """Save one role as a standard Hugging Face folder."""
 
 
+class WeightsWriter(Protocol):
+    """Write the published weights of a learner to a folder, from which engines load them."""
+
+    def __call__(self, role: Role) -> Path:
+        """Write the weights of a role and return their folder. All workers must call it together."""
+
+    def close(self) -> None:
+        """Remove the written folders."""
+
+
 def look_across(learner: Learner, select: Sequence[tuple[str, Part]], batch: Batch) -> Batch:
     """Add the columns that need the whole mini-batch, computed with the learner's current weights without gradient."""
+    if not select:
+        return batch
     fresh = frozenset(name for _, one in select for name in one.reads() if COLUMNS[name].stage == "select")
     fresh = frozenset(name for name in fresh if COLUMNS[name].role is not None)
     seen = learner.measure(batch, fresh) if fresh else batch

@@ -13,7 +13,7 @@ from whet.data import Batch, Weights, dealt, measured
 from whet.data.files import write_json
 from whet.distributed import Workers
 from whet.errors import CheckpointError, RunStopped
-from whet.learner.base import UpdateResult, Work
+from whet.learner.base import UpdateResult, WeightsWriter, Work
 from whet.learner.store import Stored, write
 from whet.methods.options import Optim
 from whet.models.dropout import Dropout
@@ -56,7 +56,8 @@ class LocalLearner:
         self.budget, self.packed, self.dropout, self.seed = budget, packed, dropout, seed
         self.version = 0
         self.workers = workers
-        self.post: Any = None  # a `cluster.folders.WeightWriter` if engines read the weights from a folder
+        self.writer: WeightsWriter | None = None
+        """Writes the weights that are published to a folder; None if generators read them from the policy role."""
         self._marks: dict[str, str] | None = None
         self._pending: UpdateResult | None = None
         self._blended: set[str] = set()
@@ -137,9 +138,9 @@ class LocalLearner:
         return UpdateResult(self.version, losses, {}, {}, now)
 
     def publish(self) -> Weights:
-        """Return the policy role itself, which generator and learner then share, or the folder that `post` wrote."""
+        """Return the policy role itself, which generator and learner then share, or the folder that `writer` wrote."""
         role = self.roles["policy"]
-        return Weights(self.version, role if self.post is None else self.post(role))
+        return Weights(self.version, role if self.writer is None else self.writer(role))
 
     @torch.no_grad()
     def blend(self, target: str, source: str, mix: float) -> None:
@@ -211,8 +212,8 @@ class LocalLearner:
 
     def close(self) -> None:
         """Remove the weights that were written for engines."""
-        if self.post is not None:
-            self.post.close()
+        if self.writer is not None:
+            self.writer.close()
 
     # --- methods that subclasses override -------------------------------------------------------------------------
 

@@ -163,6 +163,8 @@ class OnlineLoop:
         self.step = self.first = 0
         self.state: Any = algorithm.init()
         self._running = False
+        self._batch: Batch | None = None
+        self._turns: list[list[list[int]]] | None = None
         self._stack = ExitStack()
         self._progress: Progress | None = None
         self._keeper: checkpoint.Keeper | None = None
@@ -210,9 +212,9 @@ class OnlineLoop:
         self._numbers: dict[str, float] = {}
         self._updates: list[dict[str, float]] = []
         self._now = self.algorithm.at(self.state)
-        self._batch: Batch | None = None
+        self._batch = None
         self._whole: Batch | None = None
-        self._turns: list[list[list[int]]] | None = None
+        self._turns = None
         self._mini: MiniBatch | None = None
         self._canary, self._before = torch.zeros(0, dtype=torch.long), torch.zeros(0)
         self._stopped = self._unpublished = False
@@ -467,7 +469,7 @@ def train(*given: Any, **options: Any) -> None:
 
 def run_steps(loop: OnlineLoop) -> None:
     """Run every stage of every step of an online loop."""
-    for step in loop.steps():
+    for _ in loop.steps():
         groups = loop.generate()
         scores = loop.score(groups)
         batch = loop.measure(groups, scores)
@@ -476,7 +478,6 @@ def run_steps(loop: OnlineLoop) -> None:
             loop.forward_backward(mini)
             loop.optim_step()
         loop.publish()
-        step.log(loop.metrics())
 
 
 def _work(terms: Sequence[Term], streams: Mapping[str, Batch]) -> list[tuple[Term, Batch, Any]]:

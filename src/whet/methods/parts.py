@@ -35,18 +35,23 @@ class Part:
     def __call__(self, columns: Mapping[str, Any]) -> Tensor:
         """Apply the op to the columns. Options that are controllers must first be resolved with `at`.
 
-        Raises RecipeError with file and line if a user's function fails.
+        Raises RecipeError with file and line if a user's function fails or returns a single number.
         """
         given = {
             name: source(columns) if isinstance(source, Part) else columns[source]
             for name, source in self.columns.items()
         }
         try:
-            return self.op(**given, **self.options)
+            out = self.op(**given, **self.options)
         except Exception as error:
-            if isinstance(error, WhetError) or not self.own:
+            own = next((one for one in self.walk() if one.own), None)
+            if isinstance(error, WhetError) or own is None:
                 raise
-            raise RecipeError(f"{self} failed with {told(error)}") from error
+            after = "" if own is self else f" when {self} used its result"
+            raise RecipeError(f"{own} failed with {told(error)}{after}") from error
+        if self.own and isinstance(out, Tensor) and out.ndim == 0:
+            raise RecipeError(f"{self}: expected a tensor with one value per token or answer, got a single number")
+        return out
 
     def filled(self, columns: Mapping[str, Any], shape: tuple[int, ...]) -> Tensor:
         """Apply the op. Raises RecipeError if the result of a user's function has another shape."""

@@ -402,6 +402,7 @@ def placed(
         run.policy, fits, hardware.network, engines=engines, tensor_parallel=tensor_parallel, shared=shared,
         adapters=run.adapters if run.push_adapter else 0, bytes_each=run.held_bytes if run.lora_rank else 4,
         route=run.route if fits.workers == 1 else "files",
+        direct=fits.workers == engines == 1 and not (run.beside or run.push_adapter),
     )  # fmt: skip
     return GpuPlacement(
         fits, engines, tensor_parallel, shared, serving, times(run, fits, hardware, pushed.seconds), pushed

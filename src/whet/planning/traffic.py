@@ -107,6 +107,8 @@ def update(layout: Layout, count: int, *, held: int = 4) -> Traffic:
     return Traffic(0.0)
 
 
+CHUNK = 256 << 20
+"""Bytes of the weights that are sent at a time (`generate.vllm.push.CHUNK`)."""
 Route = Literal["files", "broadcast", "handles"]
 """How new weights are sent to engines: files in memory, an NCCL broadcast, or handles of memory on the same GPU (IPC)."""
 
@@ -118,7 +120,8 @@ class WeightPush:
     received    bytes that each engine GPU receives
     gathered    bytes that each learner GPU receives before, when the shards are gathered
     everywhere  bytes that all engine GPUs together receive
-    held        bytes of files in the memory of each node with engines: the last two updates, and the one being written
+    held        bytes of files in the memory of each node with engines: the last two updates, and the one being written; or
+                a chunk, if the only engine reads the weights from the memory of the only learner process
     seconds     duration
     """
 
@@ -140,13 +143,15 @@ def push(
     adapters: int = 0,
     shared: bool = False,
     route: Route = "files",
+    direct: bool = False,
 ) -> WeightPush:
     """Estimate one weight update of E engines: P weights of `bytes_each` bytes, or only the float32 LoRA `adapters`.
 
     The learner gathers its shards first. Then every GPU of every engine receives all weights and keeps its part. With the
     route "files" one worker writes files into its node's memory, they are copied to the other nodes with engines one
     after another, and all engines read them in parallel. A pipelined "broadcast" takes the time of one copy for any E.
-    With `shared` the engines are on the learner's GPUs and nodes. The route "handles" needs no copy.
+    With `shared` the engines are on the learner's GPUs and nodes. The route "handles" needs no copy. With `direct`, one
+    learner process sends files to one engine chunk by chunk and removes each after it was read.
     """  # fmt: skip
     size = 4.0 * adapters if adapters else float(bytes_each * shape.parameters())
     gathered = ring_share(size, layout.workers) if layout.shards else 0.0
@@ -162,7 +167,7 @@ def push(
     first = 0 if shared else layout.workers // network.per_node  # nodes with learner GPUs only
     others = nodes - max(first, 1)
     seconds += 2 * size / network.host + others * size / network.between
-    return WeightPush(size, gathered, size * receivers, 3 * size, seconds)
+    return WeightPush(size, gathered, size * receivers, min(size, CHUNK) if direct else 3 * size, seconds)
 
 
 def columns(layout: Layout, *, rows: int, tokens: int, count: int) -> float:

@@ -113,9 +113,21 @@ def generator_of(recipe: fields.OnlineRecipe, chat: Chat, learner: LocalLearner,
         if recipe.generator.name == "server" and workers.size > 1:
             makes = makes[workers.rank : workers.rank + 1]  # only one worker may send weights to a server
         own = Fleet(makes, RestartBudget(recipe.cluster.restarts))
-        attempt = workers.broadcast(secrets.token_hex(8))
-        learner.post = WeightWriter(workers, attempt, adapter=recipe.generator.push == "adapter", everywhere=True)
+        if writes_files(recipe, workers.size):
+            attempt = workers.broadcast(secrets.token_hex(8))
+            learner.writer = WeightWriter(workers, attempt, adapter=recipe.generator.push == "adapter", everywhere=True)
     return SharedGenerator(own, workers, unit) if workers.size > 1 else own
+
+
+def writes_files(recipe: fields.OnlineRecipe, workers: int) -> bool:
+    """Return True if published weights are written to files before engines load them.
+
+    A single learner process that waits for the answers needs no files: each engine reads the weights from its memory. With
+    shared memory and several engines, files written once are cheaper.
+    """
+    wanted = recipe.generator
+    several = wanted.count > 1 and wanted.transfer in ("auto", "shared")
+    return workers > 1 or wanted.max_staleness > 0 or wanted.push == "adapter" or several
 
 
 def gpus_of(recipe: fields.OnlineRecipe) -> list[tuple[int, ...]]:

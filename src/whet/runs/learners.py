@@ -10,6 +10,7 @@ from whet.errors import RecipeError
 from whet.learner.local import LocalLearner
 from whet.methods import Algorithm, Objective
 from whet.methods.options import Optim
+from whet.models import load
 from whet.models.roles import Role
 from whet.rewards import Weighted
 from whet.rewards.shared import SharedReward
@@ -77,10 +78,10 @@ def learner_of(
 
 
 def offline_learner(
-    verb: str, recipe: fields.OfflineRecipe, objective: Objective, total: int, workers: Workers = Workers()
+    recipe: fields.OfflineRecipe, objective: Objective, total: int, tokenizer: Any, workers: Workers = Workers()
 ) -> LocalLearner:
     """Load the models of an offline run and build its learner. `total` is the number of updates of the run."""
-    tokenizer, _ = models.tokenizer_and_chat(recipe.model)
+    load.quiet()
     if isinstance(recipe, fields.RewardModelRecipe):
         role = models.scorer_role(
             "reward", recipe.model, tokenizer, trained=True, seed=recipe.seed, path=recipe.model.path,
@@ -95,10 +96,16 @@ def offline_learner(
 
 
 def online_learner(
-    recipe: fields.OnlineRecipe, algorithm: Algorithm, total: int, workers: Workers = Workers(), *, scores: bool = True
+    recipe: fields.OnlineRecipe,
+    algorithm: Algorithm,
+    total: int,
+    tokenizer: Any,
+    workers: Workers = Workers(),
+    *,
+    scores: bool = True,
 ) -> LocalLearner:
     """Load the models of an online run, with its reward models if `scores` is True, and build its learner."""
-    tokenizer, _ = models.tokenizer_and_chat(recipe.model)
+    load.quiet()
     cast = models.cast(recipe, algorithm, tokenizer)
     roles = dict(cast.roles)
     if scores:

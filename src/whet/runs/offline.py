@@ -38,7 +38,7 @@ class OfflineJob:
     @property
     def make(self) -> Callable[..., Learner]:
         """A function that builds the learner of a worker: `make(workers)`."""
-        return partial(learners.offline_learner, self.method, self.recipe, self.objective, self.plan.steps)
+        return partial(learners.offline_learner, self.recipe, self.objective, self.plan.steps, self.tokenizer)
 
     def loop(self, learner: Learner, where: Path, options: folder.Options, stop: Stop) -> offline.OfflineLoop:
         """Open the run folder and return the training loop."""

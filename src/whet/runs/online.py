@@ -43,7 +43,9 @@ class OnlineJob:
     def make(self) -> Callable[..., Learner]:
         """A function that builds the learner of a worker: `make(workers)`."""
         scores = not self.recipe.cluster.rewards
-        return partial(learners.online_learner, self.recipe, self.algorithm, self.updates, scores=scores)
+        return partial(
+            learners.online_learner, self.recipe, self.algorithm, self.updates, self.tokenizer, scores=scores
+        )
 
     def loop(
         self,

@@ -104,6 +104,8 @@ class EngineGenerator(ABC):
     def wake(self) -> None:
         """Allocate the GPU memory again. Do nothing if the engine is awake."""
         if self._asleep:
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()  # the engine needs the memory that this process has cached on the same GPU
             self._pause(False)
             self._asleep = False
 
@@ -417,8 +419,8 @@ class Adapters:
         self.current, self.torn = new, ""
 
     def _adapter_folder(self, handle: Any) -> Path:
-        if isinstance(handle, (str, Path)):
-            folder = Path(handle)
+        if isinstance(handle, Path):
+            folder = handle
         else:
             folder = self.folder / "adapter"
             shutil.rmtree(folder, ignore_errors=True)

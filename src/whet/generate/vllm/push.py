@@ -1,5 +1,7 @@
 """Weight updates of a running vLLM engine: checked by name and shape, sent in chunks, and verified."""
 
+import os
+import secrets
 import socket
 import tempfile
 import threading
@@ -10,12 +12,13 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from whet.data import Weights
 from whet.errors import ModelError, RecipeError, RunStopped, WhetError, WorkerDied, first_line
-from whet.generate.base import whole
+from whet.generate.base import weight_files, whole
 from whet.generate.vllm.worker import gloo_group
 
 Transfer = Literal["auto", "shared", "gloo", "nccl", "ipc"]
@@ -133,9 +136,15 @@ class Inlet:
         Raises ModelError if names or shapes are not those of the engine's model, WorkerDied if the engine could not load
         them. If an error is found before the first chunk is full, the engine is not changed.
         """
-        push = Route(self.control, weights.version)
+        push, transport, handle = Route(self.control, weights.version), self.transport, weights.handle
         try:
-            self.transport.carry(push, checked(whole(weights), self.about))
+            if isinstance(handle, Path) and isinstance(transport, Shared) and transport.sees(handle):
+                files = weight_files(handle)
+                for _ in checked(_headers(files), self.about):
+                    pass
+                transport.link(push, files, self.about)
+            else:
+                transport.carry(push, checked(whole(weights), self.about))
         except BaseException as error:
             if push.started:
                 self.torn = f"the push of weights {weights.version} failed half-way ({first_line(error)}); push whole weights first"
@@ -143,6 +152,14 @@ class Inlet:
                 raise
             raise WorkerDied(f"generator: weights {weights.version} did not go in: {first_line(error)}") from error
         self.torn = ""
+
+
+def _headers(files: Sequence[Path]) -> Iterator[Named]:
+    """Yield an empty tensor with the name and shape of each tensor in the files. Only the file headers are read."""
+    for file in files:
+        with safe_open(str(file), framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                yield name, torch.empty(opened.get_slice(name).get_shape(), device="meta")
 
 
 def checked(pairs: Iterable[Named], about: About) -> Iterator[Named]:
@@ -220,7 +237,8 @@ class _Chunked(Transport):
 class Shared(_Chunked):
     """Send each chunk as a safetensors file in `folder`, which is removed after the workers have read it.
 
-    Raises RecipeError if the folder is not on this machine.
+    Files that are already in shared memory are not copied: they get a second name in `folder`. Raises RecipeError if the
+    folder is not on this machine.
     """
 
     backend = "whet_shared"
@@ -231,12 +249,33 @@ class Shared(_Chunked):
             raise RecipeError(f"generator.transfer: the engine's weight folder {folder!r} is not on this machine")
         self.folder = Path(folder)
 
+    def sees(self, folder: Path) -> bool:
+        """Return True if the files of a folder can have a second name in `self.folder`: both are on one file system."""
+        return folder.is_dir() and folder.stat().st_dev == self.folder.stat().st_dev
+
+    def link(self, push: Route, files: Sequence[Path], about: About) -> None:
+        """Send files of checked weights without a copy. Raises any error of either side."""
+        push.start_weight_update()
+        for file in files:
+            name = self.folder / f"{secrets.token_hex(8)}.safetensors"
+            os.link(file, name)
+            try:
+                push.update_weights({"file": name.name, "ignored": sorted(about.ignored)})
+            finally:
+                name.unlink()
+        push.finish_weight_update()
+
     def send(self, push: Route, chunk: Sequence[Named]) -> None:
         """Send one chunk."""
         with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".safetensors") as file:
-            # copied, because safetensors does not save tensors that share memory
-            save_file({name: tensor.to("cpu", copy=True).contiguous() for name, tensor in chunk}, file.name)
+            save_file({name: _alone(tensor) for name, tensor in chunk}, file.name)
             push.update_weights({"file": Path(file.name).name})
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """Return the tensor on the CPU. A view of a larger storage is copied, because safetensors does not save shared memory."""
+    own = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor.to("cpu", copy=tensor.device.type == "cpu" and not own).contiguous()
 
 
 class Gloo(_Chunked):

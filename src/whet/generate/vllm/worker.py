@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -133,9 +133,10 @@ class SharedInit(WeightTransferInitInfo):
 
 @dataclass
 class SharedUpdate(WeightTransferUpdateInfo):
-    """One chunk: the name of a safetensors file in the worker's folder."""
+    """One chunk: the name of a safetensors file in the worker's folder, and the names in it that are not loaded."""
 
     file: str
+    ignored: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -192,7 +193,8 @@ class SharedEngine(_Reloading):
         if file.parent != folder:
             raise ValueError(f"{update_info.file!r} is not a file of the weight folder")
         with safe_open(str(file), "pt") as tensors:
-            self.model.load_weights((name, tensors.get_tensor(name)) for name in tensors.keys())  # noqa: SIM118
+            names = [name for name in tensors.keys() if name not in update_info.ignored]  # noqa: SIM118
+            self.model.load_weights((name, tensors.get_tensor(name)) for name in names)
 
     def shutdown(self) -> None:
         """Do nothing."""
