@@ -24,23 +24,38 @@ from whet.errors import RecipeError, RewardError, WhetError
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """One adapter. `options` is a frozen dataclass, `make` builds the adapter, and `check` raises for invalid options."""
+    """One adapter. `options` is a frozen dataclass, `make` builds the adapter, and `check` raises for invalid options.
+
+    `home` is its module or class, in which a table may look for further functions.
+    """
 
     name: str
     options: type
     make: Callable[[Any, Any], Any]
     check: Callable[[Any, Any], None]
+    home: Any = None
 
 
 class Registry:
     """The adapters of one table, by name. `built_in` maps names to modules; `protocol` has the methods that a class needs.
 
+    `others` are names that are not adapters. `given` are parameters of a class that are not options: whet passes them later,
+    and `make` returns the class with its options only.
+
     >>> Registry("trackers", {"console": "whet.trackers.console"}, object).names()
     ['console']
     """
 
-    def __init__(self, seam: str, built_in: Mapping[str, str], protocol: type, others: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        seam: str,
+        built_in: Mapping[str, str],
+        protocol: type,
+        others: Sequence[str] = (),
+        given: Sequence[str] = (),
+    ) -> None:
         self.seam, self.built_in, self.protocol, self.others = seam, built_in, protocol, tuple(others)
+        self.given = tuple(given)
 
     def names(self) -> list[str]:
         """Return the built-in names and the names of installed entry points."""
@@ -77,14 +92,21 @@ class Registry:
         if inspect.ismodule(found):
             return self._of_module(name, found)
         if not inspect.isclass(found) and self._is_instance(found):
-            return Adapter(name, options_of(lambda: None), lambda options, _: found, _no_check)
+            return Adapter(name, options_of(lambda: None), lambda options, _: found, _no_check, type(found))
         if not callable(found):
             raise RecipeError(
                 f"{self.seam}: {name} is a {type(found).__name__}; give a class or a function that makes one"
             )
         if inspect.isclass(found):
             self._has_methods(name, found)
-        return Adapter(name, options_of(found), lambda options, _: found(**_values(options)), _no_check)
+        static = isinstance(inspect.getattr_static(found, "check", None), (staticmethod, classmethod))
+        check = found.check if static else _no_check  # type: ignore[attr-defined]
+
+        def make(options: Any, context: Any) -> Any:
+            values = _values(options)
+            return functools.partial(found, **values) if self.given else found(**values)
+
+        return Adapter(name, options_of(found, self.given), make, check, found)
 
     def _of_module(self, name: str, module: Any) -> Adapter:
         missing = [part for part in ("Options", "make") if not hasattr(module, part)]
@@ -92,7 +114,7 @@ class Registry:
             raise RecipeError(
                 f"{self.seam}: {module.__name__} has no {missing[0]}; an adapter's module has Options and make"
             )
-        return Adapter(name, module.Options, module.make, getattr(module, "check", _no_check))
+        return Adapter(name, module.Options, module.make, getattr(module, "check", _no_check), module)
 
     def _is_instance(self, found: Any) -> bool:
         """Return True if an object has a method of the protocol, so that it is used as it is."""
@@ -104,6 +126,7 @@ class Registry:
 
     def _has_methods(self, name: str, found: type) -> None:
         """Raise RecipeError if the class has no method of the protocol, or a method with other parameters."""
+        missing = []
         for method, wanted in inspect.getmembers(self.protocol, inspect.isfunction):
             if method.startswith("_"):
                 continue
@@ -111,7 +134,8 @@ class Registry:
             own = getattr(found, method, None)
             form = f"{method}({', '.join(one.name for one in parameters)})"
             if not callable(own):
-                raise RecipeError(f"{self.seam}: {place_of(found)}: class {found.__name__} has no method {form}")
+                missing.append(form)
+                continue
             required = [
                 None for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD and one.default is one.empty
             ]
@@ -121,10 +145,15 @@ class Registry:
                 raise RecipeError(
                     f"{self.seam}: {place_of(own)}: {found.__name__}.{method} must take {form} ({error})"
                 ) from error
+        if missing:
+            raise RecipeError(
+                f"{self.seam}: {place_of(found)}: class {found.__name__} has no method {' and no method '.join(missing)}"
+            )
 
 
-def options_of(function: Callable[..., Any]) -> type:
-    """Return a frozen dataclass of a callable's keyword-only parameters, with their types and defaults.
+def options_of(function: Callable[..., Any], given: Sequence[str] = ()) -> type:
+    """Return a frozen dataclass of a callable's keyword-only parameters, with their types and defaults. Parameters in `given`
+    are left out.
 
     >>> def tracker(*, path: str = "log", every: int = 1): ...
     >>> options_of(tracker)(every=2)
@@ -136,6 +165,8 @@ def options_of(function: Callable[..., Any]) -> type:
     except (NameError, TypeError):
         types = {}
     for one in inspect.signature(function).parameters.values():
+        if one.name in given:
+            continue
         if one.kind is one.KEYWORD_ONLY:
             kind = types.get(one.name, Any)
             default = dataclasses.field(default_factory=functools.partial(copy.deepcopy, one.default))

@@ -7,6 +7,7 @@ import pytest
 import tiny
 
 import whet
+from whet.data import PLAIN
 from whet.distributed import Workers
 from whet.errors import RecipeError
 
@@ -30,22 +31,37 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"generator": "server", "generator.urls": ["http://127.0.0.1:1"]},
         r"generator.urls: .*no server responds at http://127.0.0.1:1 .*start one with whet serve",
     ),
-    "servers without": ({"generator.urls": ["http://127.0.0.1:1"]}, "generator.urls: it is for engine server"),
-    "count": ({"generator.count": 2}, "generator.count: it is for engine vllm, and this one is local"),
+    "servers without": (
+        {"generator.urls": ["http://127.0.0.1:1"]},
+        "generator.urls: local does not have it, only server",
+    ),
+    "count": ({"generator.count": 2}, "generator.count: local does not have it, only vllm"),
     "adapter": ({"generator": "vllm", "generator.push": "adapter"}, "there is no adapter without model.lora"),
     "segment": ({"generator.segment_tokens": 8}, "generator.segment_tokens: answers are waited for"),
-    "one machine's model": ({"generator.tensor_parallel": 2}, "generator.tensor_parallel: it is for engine vllm"),
-    "a server's time": ({"generator": "vllm", "generator.timeout": 5}, "generator.timeout: it is for engine server"),
+    "one machine's model": (
+        {"generator.tensor_parallel": 2},
+        "generator.tensor_parallel: local does not have it, only vllm",
+    ),
+    "a server's time": (
+        {"generator": "vllm", "generator.timeout": 5},
+        "generator.timeout: vllm does not have it, only server, openai",
+    ),
     "a copy of 4 bits": (
         {"model.quantize": "4bit", "model.lora.rank": 2, "generator.max_staleness": 1},
-        "model.quantize: a 4-bit base cannot be handed to a generator of its own",
+        "model.quantize: a 4-bit base cannot be copied to another generator",
     ),
     "bf16 beside an updated reference": (
         {"learner": "zero2", "learner.precision": "bf16", "rollout.sync_reference.every": 2},
         "learner.precision: DeepSpeed would keep the averaged reference in half precision",
     ),
-    "half": ({"learner": "local", "learner.precision": "bf16"}, "learner.precision: local does not support it"),
-    "offload on replicas": ({"learner": "ddp", "learner.offload": True}, "learner.offload: ddp does not support it"),
+    "half": (
+        {"learner": "local", "learner.precision": "bf16"},
+        "learner.precision: local does not have it, only fsdp, zero1, zero2, zero3",
+    ),
+    "offload on replicas": (
+        {"learner": "ddp", "learner.offload": True},
+        "learner.offload: ddp does not have it, only fsdp, zero1",
+    ),
     "trunk": (
         {"learner": "zero2", "trunk": "shared", "model.lora.rank": 2},
         "trunk: DeepSpeed trains one role per model",
@@ -70,7 +86,9 @@ def test_one_process_cannot_be_two(given: dict[str, Any]) -> None:
         learners.backend_of(recipe, 2)
     assert learners.backend_of(config.resolve(OnlineRecipe, "ppo", None, []), 2) == "fsdp"
     with pytest.raises(RecipeError, match=r"--cluster auto --cluster\.engines 1"):
-        generators.check_generator(config.resolve(OnlineRecipe, "ppo", None, [("generator.max_staleness", 1)]), 2)
+        generators.check_generator(
+            config.resolve(OnlineRecipe, "ppo", None, [("generator.max_staleness", 1)]), PLAIN, 2
+        )
 
 
 MISSING = {
@@ -84,7 +102,7 @@ MISSING = {
 def test_a_missing_extra_is_one_line_with_the_install_command(
     name: str, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for place in ("whet.generate.base", "whet.runs.learners"):
+    for place in ("whet.generate.base", "whet.learner.deepspeed"):
         monkeypatch.setattr(f"{place}.find_spec", lambda *_: None)
     changes, said = MISSING[name]
     with pytest.raises(RecipeError, match=said) as raised:
@@ -104,18 +122,17 @@ def test_the_correction_that_is_advised_exists(given: dict[str, Any], capsys: py
 
 
 def test_engines_take_the_gpus_that_learners_leave() -> None:
-    from whet.runs.generators import dealt_gpus
-    from whet.runs.recipe import Generation
+    from whet.generate.vllm.adapter import Options, dealt_gpus
 
-    both = [dealt_gpus(6, [0, 1], place, Generation(count=2)) for place in (0, 1)]
+    both = [dealt_gpus(6, [0, 1], place, Options(count=2)) for place in (0, 1)]
     assert both == [[(2,), (3,)], [(4,), (5,)]]
-    assert dealt_gpus(4, [2], 0, Generation(tensor_parallel=3)) == [(0, 1, 3)]
-    assert dealt_gpus(5, [0, 1], 1, Generation(count=2)) == [(1,), (1,)]
-    assert dealt_gpus(6, [0, 1], 1, Generation(sleep=True)) == [(1,)]
+    assert dealt_gpus(4, [2], 0, Options(tensor_parallel=3)) == [(0, 1, 3)]
+    assert dealt_gpus(5, [0, 1], 1, Options(count=2)) == [(1,), (1,)]
+    assert dealt_gpus(6, [0, 1], 1, Options(sleep=True)) == [(1,)]
     with pytest.raises(
         RecipeError, match="1 engines of 2 GPUs for each of 2 learners do not fit beside them on 5 GPUs"
     ):
-        dealt_gpus(5, [0, 1], 0, Generation(tensor_parallel=2))
+        dealt_gpus(5, [0, 1], 0, Options(tensor_parallel=2))
 
 
 def test_one_worker_alone_does_nothing_together() -> None:

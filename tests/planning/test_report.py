@@ -89,8 +89,8 @@ def test_the_flags_of_a_placement_are_a_recipes() -> None:
         recipe = config.resolve(OnlineRecipe, "ppo", None, parsed(one.flags.split())[1])
         assert recipe.learner.backend == one.layout.engine
         assert (recipe.cluster.learners, recipe.cluster.engines) == (one.layout.workers, one.engines)
-        assert recipe.cluster.colocate == recipe.generator.sleep == one.shared
-        assert recipe.generator.tensor_parallel == one.tensor_parallel
+        assert recipe.cluster.colocate == recipe.generator.options.get("sleep", False) == one.shared
+        assert recipe.generator.options.get("tensor_parallel", 1) == one.tensor_parallel
         assert recipe.train.max_tokens_per_micro_batch == one.layout.max_tokens_per_micro_batch
     ahead = placement.candidates(replace(RUN, beside=True, tensor_parallel=2), Hardware(6, 10.0))
     assert {(one.shared, one.tensor_parallel) for one in ahead} == {(False, 2)}

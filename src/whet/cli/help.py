@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 def field_docs(module: str) -> dict[str, dict[str, tuple[str, str]]]:
     """Return class name -> field -> (default, meaning) for a module. The meaning is the string below each field."""
     out: dict[str, dict[str, tuple[str, str]]] = {}
-    for node in ast.parse((ROOT / module).read_text(encoding="utf-8")).body:
+    for node in ast.parse(_source(module)).body:
         if not isinstance(node, ast.ClassDef):
             continue
         own = out.setdefault(node.name, {})
@@ -67,6 +67,39 @@ def recipe_lines(kind: type, defaults: Any, prefix: str = "") -> list[str]:
             shown = "" if value in ("", None, [], ()) else f" [{_written(value)}]"
             lines.append(_line(prefix + name, own.get(name, ("", ""))[1], annotation, shown))
     return lines
+
+
+TABLES = {"generator": "generate/base.py", "learner": "learner/base.py"}
+"""The files with the tables of adapters that have a section in a recipe. They are parsed, not imported."""
+
+
+@cache
+def adapters(section_: str) -> dict[str, str]:
+    """Return the built-in adapters of a section: name -> file."""
+    calls = [node for node in ast.walk(ast.parse(_source(TABLES[section_]))) if isinstance(node, ast.Call)]
+    table = next(node for node in calls if ast.unparse(node.func) == "Registry").args[1]
+    found = ast.literal_eval(table)
+    return {name: module.removeprefix("whet.").replace(".", "/") + ".py" for name, module in found.items()}
+
+
+def adapter_lines(section_: str, name: str) -> list[str]:
+    """Return one line per option of an adapter."""
+    file = adapters(section_)[name]
+    docs = field_docs(TABLES[section_]) | field_docs(file)
+    aliases = {
+        ast.unparse(node.targets[0]): ast.unparse(node.value)
+        for node in ast.parse(_source(file)).body
+        if isinstance(node, ast.Assign)
+    }
+    lines = []
+    for option, (default, meaning) in docs[aliases.get("Options", "Options")].items():
+        shown = default.strip("'") if default not in ("''", "()") else ""
+        lines.append(_line(f"{section_}.{option}", meaning, None, f" [{shown}]" if shown else ""))
+    return lines or ["  none"]
+
+
+def _source(file: str) -> str:
+    return (ROOT / file).read_text(encoding="utf-8")
 
 
 def _written(value: Any) -> str:

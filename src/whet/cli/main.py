@@ -1,7 +1,7 @@
 """The command line: parse verbs and overrides, run the verb, and print an error as one message."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from whet.errors import RecipeError, UserError, WhetError
@@ -133,7 +133,7 @@ def _command(words: list[str]) -> int:
         return 0
     recipe, overrides, flags = parsed(words[1:])
     if flags & {"help", "help-all"}:
-        print(_verb_help(verb, everything="help-all" in flags))
+        print(_verb_help(verb, _grouped(overrides), everything="help-all" in flags))
         return 0
     if verb == "train":
         verb = _named_method("train", recipe)
@@ -225,7 +225,23 @@ def _overview() -> str:
     )
 
 
-def _verb_help(verb: str, *, everything: bool = False) -> str:
+def _adapter_help(verb: str, given: Mapping[str, Any]) -> list[str]:
+    """Return the options of the generator and the learner that are named beside --help, or how to list them."""
+    from whet.cli import help
+
+    lines = []
+    sections = ["generator"] if verb in {**ONLINE, "sample": "", "eval": ""} else []
+    for section in [*sections, *(["learner"] if verb in {**ONLINE, **OFFLINE} else [])]:
+        name = given.get(section, given.get(f"{section}.{'backend' if section == 'learner' else 'name'}"))
+        known = help.adapters(section)
+        if name in known:
+            lines += ["", f"options of {section} {name} [default]:", *help.adapter_lines(section, name)]
+        else:
+            lines += ["", f"options of a {section}: whet {verb} --{section} {' | '.join(known)} --help-all"]
+    return lines
+
+
+def _verb_help(verb: str, given: Mapping[str, Any] = {}, *, everything: bool = False) -> str:
     from whet.cli import help
     from whet.runs import config
     from whet.runs.recipe import PlanOptions, kind_of
@@ -259,7 +275,9 @@ def _verb_help(verb: str, *, everything: bool = False) -> str:
     if slots:
         lines += ["", "the method's slots [default]:", *help.method_lines(verb, slots)]
     flags = "flags: --resume (continue a run), --quiet, --debug (show tracebacks)"
-    if not everything and verb in {**OFFLINE, **ONLINE}:
+    if everything or verb not in {**OFFLINE, **ONLINE}:
+        lines += _adapter_help(verb, given)
+    else:
         lines = [*lines[:4], *help.main_lines(lines)]
         flags += ", --help-all (every option)"
     return "\n".join([*lines, "", flags])

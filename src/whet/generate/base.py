@@ -9,9 +9,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from whet.data import Prompt, Sample, Weights
+from whet.data import Chat, Prompt, Sample, Weights
 from whet.errors import ModelError, RecipeError
 from whet.methods.options import Sampling
+from whet.models.roles import Role
 from whet.ops import address, addressed_uniform
 from whet.registry import Registry, called
 
@@ -149,8 +150,92 @@ def draw(probabilities: Tensor, requests: Sequence[Request], position: int) -> T
     return torch.minimum(token, last)
 
 
-GENERATORS = Registry("generators", {"openai": "whet.generate.openai"}, Generator, others=["local"])
-"""Generators that answer for sampling and evaluation, made from options and a conversation format."""
+@dataclass(frozen=True)
+class Training:
+    """The facts of a training run that a generator's options are checked against.
+
+    workers         learner processes, each with a generator
+    engines         generators in processes of their own on a Ray cluster; None without a cluster
+    colocate        these share the learners' GPUs
+    max_staleness   above 0, answers are generated while the learner trains
+    sharded         no learner process has all weights
+    """
+
+    workers: int = 1
+    engines: int | None = None
+    colocate: bool = False
+    max_staleness: int = 0
+    sharded: bool = False
+
+    @property
+    def copies(self) -> bool:
+        """Whether the generator needs its own copy of the weights."""
+        return self.sharded or self.max_staleness > 0 or bool(self.engines)
+
+
+@dataclass(frozen=True)
+class GeneratorContext:
+    """What a generator's options are checked against and a generator is built from.
+
+    chat            conversation format of the model's tokenizer
+    model           the model's folder or hub name
+    dtype, device   dtype and device of the model, such as "float32" and "cpu"
+    longest         longest sequence, in tokens
+    max_num_seqs    answers generated together
+    sampling        how tokens are drawn
+    quantized       the base of the model has 4-bit weights
+    lora_rank       rank of the adapters of the model; None without adapters
+    role            loads a frozen copy of the model
+    policy          the learner's role, if the learner is in this process
+    training        facts of the training run; None for sampling and evaluation
+    number, gpus    number of the engine among those of this process, and its GPUs, if they were chosen already
+    """
+
+    chat: Chat
+    model: str
+    dtype: str
+    device: torch.device
+    sampling: Sampling
+    longest: int = 0
+    max_num_seqs: int = 256
+    quantized: bool = False
+    lora_rank: int | None = None
+    role: Callable[[], Role] | None = None
+    policy: Role | None = None
+    training: Training | None = None
+    number: int = 0
+    gpus: tuple[int, ...] | None = None
+
+    def refuse_quantized(self) -> None:
+        """Raise RecipeError for a 4-bit base, which cannot be copied to a generator."""
+        if self.quantized:
+            raise RecipeError(
+                "model.quantize: a 4-bit base cannot be copied to another generator; push the adapter only "
+                "(--generator vllm --generator.push adapter), or leave quantize at none"
+            )
+
+    def refuse_truncation(self, name: str) -> None:
+        """Raise RecipeError for training with top-p, top-k or min-p, for a generator that does not report the support."""
+        if self.training is not None and self.sampling.truncates:
+            raise RecipeError(
+                f"sampling: a {name} engine does not say which tokens could be drawn, so ratios would be wrong; leave "
+                "top_p, top_k and min_p out, or use generator.name local"
+            )
+
+
+GENERATORS = Registry(
+    "generators",
+    {
+        "local": "whet.generate.local", "vllm": "whet.generate.vllm.adapter", "server": "whet.generate.vllm.server",
+        "openai": "whet.generate.openai",
+    },
+    Generator,
+)  # fmt: skip
+"""The generators by name. They are checked against and made from a `GeneratorContext`.
+
+A module may also have `engines(options)`, the number of engines in processes of their own, which are restarted if they die,
+and `gpus(options)`, the number of GPUs of each.
+"""
 
 
 class CheckedGenerator:

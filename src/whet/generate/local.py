@@ -1,6 +1,7 @@
 """Decoding with a transformers model in this process: batched, with a KV cache and removal of finished rows."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from whet.data import Sample, Weights
 from whet.errors import RunStopped
-from whet.generate.base import Request, cut, draw, whole
+from whet.generate.base import GeneratorContext, Request, cut, draw, whole
 from whet.methods.options import Sampling
 from whet.models.roles import Role
 from whet.ops import token_logprobs
@@ -205,3 +206,27 @@ def truncated_logprobs(logits: Tensor, sampling: Sampling) -> Tensor:
         keep &= ordered >= ordered[:, :1] + torch.tensor(sampling.min_p).log()
     kept = torch.zeros_like(keep).scatter(-1, index, keep)
     return logp.masked_fill(~kept, -torch.inf).log_softmax(-1)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The generator of transformers has no options."""
+
+
+def check(options: Options, context: GeneratorContext) -> None:
+    """Raise RecipeError for a 4-bit model of which a copy would be needed."""
+    if context.training is not None and context.training.copies:
+        context.refuse_quantized()
+
+
+def make(options: Options, context: GeneratorContext) -> LocalGenerator:
+    """Build a generator on the learner's policy, or on a copy if its weights are sharded or it generates during updates."""
+    training, role = context.training, context.policy
+    copies = role is None or (training is not None and (training.sharded or training.max_staleness > 0))
+    if copies:
+        assert context.role is not None
+        role = context.role()
+    assert role is not None
+    return LocalGenerator(
+        role, context.chat.end_ids, context.chat.text, unit=context.max_num_seqs, copy=copies and training is not None
+    )

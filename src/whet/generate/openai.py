@@ -10,7 +10,7 @@ from torch import Tensor
 
 from whet.data import Chat, Sample, Weights
 from whet.errors import RecipeError
-from whet.generate.base import Request
+from whet.generate.base import GeneratorContext, Request
 from whet.http import Http
 from whet.ops import address
 
@@ -19,9 +19,9 @@ from whet.ops import address
 class Options:
     """Options of a generator that uses an OpenAI-compatible server."""
 
-    url: str
+    url: str = ""
     """base URL of the server, without /v1"""
-    model: str
+    model: str = ""
     """name of the model on the server"""
     api_key_env: str = ""
     """environment variable that contains the API key, which is sent as a bearer token"""
@@ -95,6 +95,22 @@ class OpenAIGenerator:
         """Do nothing: no connection is kept open."""
 
 
-def make(options: Options, context: Any) -> OpenAIGenerator:
-    """Build the generator; `context` is the conversation format of the recipe's tokenizer."""
-    return OpenAIGenerator(options, context)
+def check(options: Options, context: GeneratorContext) -> None:
+    """Raise RecipeError for training, and for options of sampling that the API lacks."""
+    if context.training is not None:
+        raise RecipeError(
+            "generator.name: a server with the OpenAI API takes no weights and reports no log-probs, so it cannot answer in "
+            "training; use it with whet sample and whet eval, or take local, vllm or server"
+        )
+    for name, example in (("url", "https://api.example.com"), ("model", "gpt-4o-mini")):
+        if not getattr(options, name):
+            raise RecipeError(
+                f"generator.{name}: which {'server' if name == 'url' else 'model'}? for example {example}"
+            )
+    if context.sampling.top_k or context.sampling.min_p:
+        raise RecipeError("sampling: the OpenAI API has no top_k and min_p; leave them out")
+
+
+def make(options: Options, context: GeneratorContext) -> OpenAIGenerator:
+    """Build the generator."""
+    return OpenAIGenerator(options, context.chat)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from whet.distributed import Workers
 from whet.methods import Part, Term
 from whet.models.roles import Role
 from whet.ops import Counts
+from whet.registry import Registry
 
 Work = Sequence[tuple[Term, Batch, Counts]]
 """One update: the terms of the objective, each with its mini-batch and that mini-batch's global counts."""
@@ -80,6 +81,57 @@ class Learner(Protocol):
 
     def export(self, role: str, folder: Path, tokenizer: Any = None, *, merge: bool = True) -> None:
         """Save one role as a standard Hugging Face folder."""
+
+
+@dataclass(frozen=True)
+class LearnerContext:
+    """The facts of a run that a learner's options are checked against.
+
+    name          name of the backend
+    workers       number of learner processes
+    muon          a role is trained with Muon, which needs whole matrices
+    shared_trunk  several roles are trained in one model
+    averaged      the run has a moving average of the policy
+    refreshed     the reference moves towards the policy
+    """
+
+    name: str = "local"
+    workers: int = 1
+    muon: bool = False
+    shared_trunk: bool = False
+    averaged: bool = False
+    refreshed: bool = False
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """An adapter without options."""
+
+
+@dataclass(frozen=True)
+class ShardedOptions:
+    """Options of learners that shard their weights."""
+
+    precision: Literal["float32", "bf16"] = "float32"
+    """"bf16" computes in bfloat16 with float32 weights"""
+    offload: bool = False
+    """keep what is sharded in CPU memory between uses"""
+
+    may_change = ("offload",)
+    """Options that a resumed run may change."""
+
+
+LEARNERS = Registry(
+    "learners",
+    {
+        "local": "whet.learner.local", "ddp": "whet.learner.ddp", "fsdp": "whet.learner.fsdp",
+        "zero1": "whet.learner.deepspeed", "zero2": "whet.learner.deepspeed", "zero3": "whet.learner.deepspeed",
+    },
+    Learner,
+    others=["auto"],
+    given=("roles", "optims", "total", "budget", "packed", "dropout", "seed", "workers"),
+)  # fmt: skip
+"""The learners by name. `make` returns a constructor with the parameters of `LocalLearner`."""
 
 
 class WeightsWriter(Protocol):

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from whet.errors import ModelError
+from whet.learner.base import LearnerContext, NoOptions
 from whet.learner.local import LocalLearner, fingerprint
 from whet.models.roles import Role
 
@@ -46,3 +47,11 @@ def same_weights(learner: LocalLearner) -> None:
             raise ModelError(
                 f"the workers loaded different weights for the {name}; do all machines see the same folder?"
             )
+
+
+Options = NoOptions
+
+
+def make(options: NoOptions, context: LearnerContext) -> type[LocalLearner]:
+    """Return the class of the learner."""
+    return ReplicaLearner

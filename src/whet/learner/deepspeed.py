@@ -2,12 +2,15 @@
 
 import os
 from collections.abc import Iterator, Mapping
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from whet.errors import RecipeError
+from whet.learner.base import LearnerContext, ShardedOptions
 from whet.learner.ddp import same_weights
 from whet.learner.local import LocalLearner
 from whet.models.roles import Role
@@ -213,3 +216,25 @@ def _register_heads(deepspeed: Any, shell: Any, roles: list[Role]) -> None:
         for head in heads:
             for parameter in head.parameters() if head is not None else ():
                 deepspeed.zero.register_external_parameter(shell, parameter)
+
+
+Options = ShardedOptions
+
+
+def check(options: ShardedOptions, context: LearnerContext) -> None:
+    """Raise RecipeError for what DeepSpeed does not support, or if it is not installed."""
+    if context.muon:
+        raise RecipeError(f"optim.kind: muon needs whole matrices, but {context.name} shards them; use adamw or ddp")
+    if options.precision == "bf16" and (context.refreshed or (context.averaged and context.name == "zero3")):
+        raise RecipeError("learner.precision: DeepSpeed would keep the averaged reference in half precision; use fsdp")
+    if context.shared_trunk:
+        raise RecipeError("trunk: DeepSpeed trains one role per model; use separate models, or learner.backend fsdp")
+    if find_spec("deepspeed") is None:
+        raise RecipeError('learner.backend: deepspeed is not installed; pip install "whet[deepspeed]"')
+
+
+def make(options: ShardedOptions, context: LearnerContext) -> Any:
+    """Return the class of the learner with its options."""
+    return partial(
+        DeepSpeedLearner, stage=int(context.name[-1]), bf16=options.precision == "bf16", offload=options.offload
+    )

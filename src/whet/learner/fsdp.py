@@ -1,11 +1,13 @@
 """Training with torch's FSDP2: weights, gradients and moments of every role are sharded over the workers."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from whet.errors import RecipeError
+from whet.learner.base import LearnerContext, ShardedOptions
 from whet.learner.ddp import same_weights
 from whet.learner.local import LocalLearner
 from whet.models.load import decoder_layers
@@ -85,3 +87,17 @@ class FSDPLearner(LocalLearner):
         # every worker has read the whole tensor, so no communication is needed
         mesh, placements = parameter.device_mesh, parameter.placements
         return distribute_tensor(value.to(mesh.device_type), mesh, placements, src_data_rank=None).to(parameter.device)
+
+
+Options = ShardedOptions
+
+
+def check(options: ShardedOptions, context: LearnerContext) -> None:
+    """Raise RecipeError for an optimizer that needs whole matrices."""
+    if context.muon:
+        raise RecipeError("optim.kind: muon needs whole matrices, but fsdp shards them; use adamw or ddp")
+
+
+def make(options: ShardedOptions, context: LearnerContext) -> Any:
+    """Return the class of the learner with its options."""
+    return partial(FSDPLearner, bf16=options.precision == "bf16", offload=options.offload)

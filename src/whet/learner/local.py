@@ -12,8 +12,8 @@ from torch import Tensor
 from whet.data import Batch, Weights, dealt, measured
 from whet.data.files import write_json
 from whet.distributed import Workers
-from whet.errors import CheckpointError, RunStopped
-from whet.learner.base import UpdateResult, WeightsWriter, Work
+from whet.errors import CheckpointError, RecipeError, RunStopped
+from whet.learner.base import LearnerContext, NoOptions, UpdateResult, WeightsWriter, Work
 from whet.learner.store import Stored, write
 from whet.methods.options import Optim
 from whet.models.dropout import Dropout
@@ -355,7 +355,8 @@ class LocalLearner:
                     fresh = self._read(name, micro, wanted, dropout)
                     device = next(iter(fresh.values())).device if fresh else self.roles[name].device
                     columns = {one: value.to(device) for one, value in micro.columns.items()} | fresh
-                    shares = [(term.label, term.share(columns, counts)) for term, _, counts in items]
+                    masked: dict[str, dict[str, Tensor]] = {}  # once for all terms
+                    shares = [(term.label, term.share(columns, counts, masked)) for term, _, counts in items]
                     if train:
                         whole = torch.stack([share for _, share in shares]).sum()
                         whole = whole if real and self._scale == 1 else whole * (self._scale if real else 0.0)
@@ -420,3 +421,19 @@ def _optimizers(role: Role, optim: Optim) -> list[tuple[torch.optim.Optimizer, f
 
 def _tensor(value: Any) -> Tensor:
     return value.detach().contiguous() if isinstance(value, Tensor) else torch.tensor(value)
+
+
+Options = NoOptions
+
+
+def check(options: NoOptions, context: LearnerContext) -> None:
+    """Raise RecipeError for several processes."""
+    if context.workers > 1:
+        raise RecipeError(
+            f"learner.backend: local runs in one process, but there are {context.workers} workers; use ddp, fsdp or zero2"
+        )
+
+
+def make(options: NoOptions, context: LearnerContext) -> type[LocalLearner]:
+    """Return the class of the learner."""
+    return LocalLearner

@@ -136,17 +136,22 @@ class Term:
         """Return the columns of the loss, and the mask."""
         return self.loss.reads() | {self.mask}
 
-    def share(self, columns: Mapping[str, Tensor], counts: Any) -> Tensor:
+    def share(
+        self, columns: Mapping[str, Tensor], counts: Any, masked: dict[str, dict[str, Tensor]] | None = None
+    ) -> Tensor:
         """Compute weight x reduction(loss), a scalar: the part of this batch in the mini-batch with these counts.
 
-        Raises RecipeError if a user's loss has another shape than the mask or no gradient.
+        `masked` keeps the masked columns for further terms on the same columns, by the name of their mask. Raises RecipeError if a user's loss has another shape than the mask or no gradient.
         """
         assert isinstance(self.weight, (int, float)), "controllers are resolved before a term is used"
-        mask = columns[self.mask]
-        kept = {name: _where(mask, column) for name, column in columns.items()}
-        loss = self.loss(kept)
-        if any(one.own for one in self.loss.walk()):
-            self._check_own(loss, kept)
+        mask, own = columns[self.mask], any(one.own for one in self.loss.walk())
+        if masked is None or own:  # a user's function could change its columns in place
+            masked = {}
+        if self.mask not in masked:
+            masked[self.mask] = {name: _where(mask, column) for name, column in columns.items()}
+        loss = self.loss(masked[self.mask])
+        if own:
+            self._check_own(loss, masked[self.mask])
         return self.weight * self.reduction(loss, mask, counts, **self.options)
 
     def _check_own(self, loss: object, columns: Mapping[str, Tensor]) -> None:

@@ -1,12 +1,17 @@
 """Find the adapter for a recipe value `{name: ..., option: ...}`, and check its options."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from whet.errors import RecipeError
+from whet.generate import GENERATORS
+from whet.learner.base import LEARNERS, ShardedOptions
 from whet.registry import Adapter, Registry
 from whet.runs import config
+
+COMMON = ("max_staleness", "segment_tokens")
+"""Fields of the section `generator` that are not options of the generator."""
 
 
 @dataclass(frozen=True)
@@ -25,17 +30,50 @@ class Chosen:
         return self.adapter.make(self.options, context)
 
 
-def chosen(registry: Registry, spec: Any, where: str) -> Chosen:
-    """Return the adapter for `spec`, a name or a mapping with name and options. Raises RecipeError for a wrong option."""
+def chosen(registry: Registry, spec: Any, where: str, called: str = "name", others: Sequence[str] = ()) -> Chosen:
+    """Return the adapter for `spec`, a name or a mapping with name and options. Raises RecipeError for a wrong option.
+
+    `where` is the section of the recipe, `called` its field with the name, and `others` are further fields of the section.
+    """
     given = {"name": spec} if isinstance(spec, str) else dict(spec) if isinstance(spec, Mapping) else {}
     name = given.pop("name", None)
     if not isinstance(name, str):
         raise RecipeError(f"{where}: expected a name or a mapping with a name, got {spec!r}")
-    adapter = registry.find(name, where)
+    adapter = registry.find(name, where if isinstance(spec, str) else f"{where}.{called}")
     known = list(config.fields_of(adapter.options))
     for option in given:
         if option not in known:
-            if not known:
+            those = [one for one in registry.built_in if option in config.fields_of(registry.find(one).options)]
+            if those:
+                raise RecipeError(f"{where}.{option}: {name} does not have it, only {', '.join(those)}; leave it out")
+            if not known and not others:
                 raise RecipeError(f"{where}.{option}: {name} has no options; leave it out")
-            raise config.unknown(f"{where}.{option}", [f"{where}.{one}" for one in known])
+            raise config.unknown(f"{where}.{option}", [f"{where}.{one}" for one in (*known, *others)])
     return Chosen(adapter, config.converted(given, adapter.options, where))
+
+
+def completed(recipe: Any) -> Any:
+    """Return a training recipe with every option of its generator and learner filled in. Raises RecipeError for a wrong name
+    or option. The learner "auto" keeps the options that are given."""
+    learner = recipe.learner
+    if learner.backend != "auto":
+        own = chosen(LEARNERS, {**learner.options, "name": learner.backend}, "learner", "backend")
+        recipe = replace(recipe, learner=replace(learner, options=asdict(own.options)))
+    elif learner.options:
+        own = chosen(LEARNERS, {**learner.options, "name": "fsdp"}, "learner", "backend")
+        recipe = replace(recipe, learner=replace(learner, options=asdict(own.options)))
+    if hasattr(recipe, "generator"):
+        generator = recipe.generator
+        own = chosen(GENERATORS, {**generator.options, "name": generator.name}, "generator", others=COMMON)
+        recipe = replace(recipe, generator=replace(generator, options=asdict(own.options)))
+    return recipe
+
+
+def may_change(recipe: Any) -> dict[str, Collection[str]]:
+    """Return the options of the generator and the learner that a resumed run may change, by section of the recipe."""
+    plain = [name for name, value in recipe.learner.options.items() if value == getattr(ShardedOptions(), name, None)]
+    out: dict[str, Collection[str]] = {"learner": {*ShardedOptions.may_change, *plain}}
+    if hasattr(recipe, "generator"):
+        home = GENERATORS.find(recipe.generator.name, "generator.name").options
+        out["generator"] = getattr(home, "may_change", ())
+    return out

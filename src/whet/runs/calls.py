@@ -87,6 +87,10 @@ def _resolved(verb: str, recipe: str | Path | None, sources: Sources, fields: Ma
     plain = [(name, sources.plain(name, value)) for name, value in fields.items()]
     resolved = config.resolve(kind_of(verb), verb, recipe, plain)
     sources.write()
+    if hasattr(resolved, "learner"):
+        from whet.runs.adapters import completed
+
+        resolved = completed(resolved)
     return resolved
 
 

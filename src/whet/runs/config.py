@@ -16,7 +16,7 @@ from whet.errors import RecipeError
 from whet.methods import catalogue
 from whet.methods.choices import changed
 from whet.runs.foreign import FOREIGN
-from whet.runs.recipe import MAIN_FIELD
+from whet.runs.recipe import MAIN_FIELD, OPEN
 
 SHIPPED = Path(__file__).parent / "recipes"
 
@@ -255,7 +255,8 @@ def _nested(kind: type, name: str, value: Any) -> dict[str, Any]:
         found = (
             one
             for one in SHORT.get(head, ())
-            if one in every or ("algorithm" in known and one.startswith("algorithm."))
+            if one in every
+            or (one.partition(".")[0] in known and (one.startswith("algorithm.") or _is_open(known, one)))
         )
         head = next(found, head)
     keys = f"{head}{dot}{rest}".split(".")
@@ -267,6 +268,11 @@ def _nested(kind: type, name: str, value: Any) -> dict[str, Any]:
     return tree
 
 
+def _is_open(known: Mapping[str, Any], name: str) -> bool:
+    """Return True if a dotted name is in a section of an adapter, whose options are not fields of the recipe."""
+    return section(known[name.partition(".")[0]]) in OPEN
+
+
 def _expand(kind: type, tree: Any, where: str) -> Any:
     """Return the tree with a bare value of a section moved to its main field. Raises RecipeError for an unknown key."""
     if not isinstance(tree, Mapping):
@@ -274,9 +280,12 @@ def _expand(kind: type, tree: Any, where: str) -> Any:
             return tree
         tree = {MAIN_FIELD[kind]: tree}
     known = fields_of(kind)
-    out = {}
+    out: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{where}.{key}".strip(".")
+        if kind in OPEN and (key not in known or key == "options"):
+            out.setdefault("options", {}).update(value if key == "options" else {key: value})
+            continue
         if key not in known:
             raise unknown(name, [f"{where}.{other}".strip(".") for other in known])
         inner = section(known[key])

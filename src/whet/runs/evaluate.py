@@ -48,7 +48,7 @@ def _win_rates(recipe: fields.EvalRecipe) -> dict[str, float]:
             f"against: {recipe.against} has another tokenizer than {recipe.model.path}; compare models of one family"
         )
     other = models.causal_role("reference", recipe.model, tokenizer, trained=False, seed=0, path=recipe.against)
-    with closing(sample.generator_of(recipe, tokenizer, chat)) as generator:
+    with closing(sample.generator_of(recipe, tokenizer, chat, prompts)) as generator:
         ours = evaluate.answers(generator, prompts, recipe.sampling, seed=recipe.seed)
     rival_generator = LocalGenerator(other, other_chat.end_ids, other_chat.text, unit=recipe.max_num_seqs)
     theirs = evaluate.answers(rival_generator, prompts, recipe.sampling, seed=address(recipe.seed, "against"))

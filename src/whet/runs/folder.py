@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,7 +84,8 @@ def checked(recipe: Any, verb: str, options: Options) -> Path:
         if not saved.is_file():
             raise RecipeError(f"--resume: there is no run in {folder}")
         text = config.to_yaml(recipe, verb)
-        changed = _changed(_kept(config.read_yaml(saved)), _kept(config.yaml_tree(text)))
+        free = adapters.may_change(recipe)
+        changed = _changed(_kept(config.read_yaml(saved), free), _kept(config.yaml_tree(text), free))
         if changed:
             raise RecipeError(
                 f"--resume: the recipe of {folder} differs in {', '.join(changed)}; a resumed run goes on unchanged"
@@ -156,16 +157,16 @@ def opened(folder: Path, recipe: Any, options: Options, verb: str, workers: Work
     return run
 
 
-def _kept(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields that must not change on resume: all except cluster, backend, engine and memory settings."""
-    elsewhere = {
-        "learner": ("backend", "offload"),
-        "generator": ("count", "urls", "transfer", "gpu_memory_utilization", "kv_cache_mib"),
-    }
+def _kept(recipe: Mapping[str, Any], free: Mapping[str, Collection[str]]) -> dict[str, Any]:
+    """Return the fields that must not change on resume: all except the cluster, the backend of the learner, and the options
+    of adapters in `free`, which say where and how fast they run."""
     out = {name: value for name, value in recipe.items() if name != "cluster"}
-    for section, names in elsewhere.items():
+    for section, names in free.items():
         if isinstance(out.get(section), Mapping):
-            out[section] = {name: value for name, value in out[section].items() if name not in names}
+            options = {name: one for name, one in (out[section].get("options") or {}).items() if name not in names}
+            out[section] = {**out[section], "options": options}
+    if isinstance(out.get("learner"), Mapping):
+        out["learner"] = {name: value for name, value in out["learner"].items() if name != "backend"}
     return out
 
 

@@ -1,12 +1,11 @@
 """Build the learner of a recipe on its backend."""
 
 from collections.abc import Callable
-from functools import partial
-from importlib.util import find_spec
+from dataclasses import replace
 from typing import Any
 
 from whet.distributed import Workers
-from whet.errors import RecipeError
+from whet.learner.base import LEARNERS, LearnerContext, ShardedOptions
 from whet.learner.local import LocalLearner
 from whet.methods import Algorithm, Objective
 from whet.methods.options import Optim
@@ -16,32 +15,34 @@ from whet.rewards import Weighted
 from whet.rewards.shared import SharedReward
 from whet.runs import models, rewards
 from whet.runs import recipe as fields
+from whet.runs.adapters import Chosen, chosen
+
+
+def chosen_of(recipe: fields.OfflineRecipe | fields.OnlineRecipe, workers: int) -> tuple[str, Chosen, LearnerContext]:
+    """Return the name of the learner's backend, the backend with its options, and its context.
+    Raises RecipeError if it does not support the recipe or the number of workers."""
+    learning = recipe.learner
+    muon = "muon" in (recipe.optim.kind, critic_optim(recipe).kind)
+    plain = all(value == getattr(ShardedOptions(), name, None) for name, value in learning.options.items())
+    name = learning.backend
+    if name == "auto":
+        name = "local" if workers == 1 and plain else "ddp" if muon else "fsdp"
+        options = {} if plain and name in ("local", "ddp") else learning.options
+    else:
+        options = learning.options
+    found = chosen(LEARNERS, {**options, "name": name}, "learner", "backend")
+    refreshed = getattr(getattr(recipe, "rollout", recipe), "sync_reference", fields.SyncReference()).every > 0
+    context = LearnerContext(name, workers, muon, refreshed=refreshed)
+    if isinstance(recipe, fields.OnlineRecipe):
+        shared, averaged = recipe.trunk == "shared", recipe.rollout.ema is not None
+        context = replace(context, shared_trunk=shared, averaged=averaged)
+    found.check(context)
+    return name, found, context
 
 
 def backend_of(recipe: fields.OfflineRecipe | fields.OnlineRecipe, workers: int) -> str:
-    """Return the learner's backend. Raises RecipeError if it does not support the recipe or the number of workers."""
-    learning = recipe.learner
-    muon = "muon" in (recipe.optim.kind, critic_optim(recipe).kind)
-    alone = workers == 1 and not ((learning.precision == "bf16") or learning.offload)
-    engine = ("local" if alone else "ddp" if muon else "fsdp") if learning.backend == "auto" else learning.backend
-    if muon and engine not in ("local", "ddp"):
-        raise RecipeError(f"optim.kind: muon needs whole matrices, but {engine} shards them; use adamw or ddp")
-    averaged = isinstance(recipe, fields.OnlineRecipe) and recipe.rollout.ema is not None and engine == "zero3"
-    refreshed = getattr(getattr(recipe, "rollout", recipe), "sync_reference", fields.SyncReference()).every
-    if (learning.precision == "bf16") and engine.startswith("zero") and (refreshed or averaged):
-        raise RecipeError("learner.precision: DeepSpeed would keep the averaged reference in half precision; use fsdp")
-    if engine == "local" and workers > 1:
-        raise RecipeError(
-            f"learner.backend: local runs in one process, but there are {workers} workers; use ddp, fsdp or zero2"
-        )
-    if engine in ("local", "ddp") and ((learning.precision == "bf16") or learning.offload):
-        what = "precision" if (learning.precision == "bf16") else "offload"
-        raise RecipeError(f"learner.{what}: {engine} does not support it; use fsdp or zero2, or model.dtype")
-    if engine.startswith("zero") and isinstance(recipe, fields.OnlineRecipe) and recipe.trunk == "shared":
-        raise RecipeError("trunk: DeepSpeed trains one role per model; use separate models, or learner.backend fsdp")
-    if engine.startswith("zero") and find_spec("deepspeed") is None:
-        raise RecipeError('learner.backend: deepspeed is not installed; pip install "whet[deepspeed]"')
-    return engine
+    """Return the name of the learner's backend. Raises RecipeError as `chosen_of`."""
+    return chosen_of(recipe, workers)[0]
 
 
 def critic_optim(recipe: fields.OfflineRecipe | fields.OnlineRecipe) -> Optim:
@@ -57,19 +58,8 @@ def learner_of(
     workers: Workers,
 ) -> LocalLearner:
     """Build a learner of these roles on the backend of the recipe. `total` is the number of updates of the run."""
-    engine, learning = backend_of(recipe, workers.size), recipe.learner
-    options: dict[str, Any] = {"bf16": (learning.precision == "bf16"), "offload": learning.offload}
-    kind: Callable[..., LocalLearner] = LocalLearner
-    if engine == "ddp":
-        from whet.learner.ddp import ReplicaLearner as kind
-    elif engine == "fsdp":
-        from whet.learner.fsdp import FSDPLearner
-
-        kind = partial(FSDPLearner, **options)
-    elif engine.startswith("zero"):
-        from whet.learner.deepspeed import DeepSpeedLearner
-
-        kind = partial(DeepSpeedLearner, stage=int(engine[-1]), **options)
+    _, found, context = chosen_of(recipe, workers.size)
+    kind: Callable[..., LocalLearner] = found.make(context)
     dropout = recipe.train.dropout if isinstance(recipe.train, fields.Train) else 0.0
     return kind(
         roles, optims, total=total, budget=recipe.train.max_tokens_per_micro_batch, packed=recipe.train.packing, dropout=dropout,

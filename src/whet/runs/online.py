@@ -89,7 +89,7 @@ def prepare(method: str, recipe: fields.OnlineRecipe) -> OnlineJob:
     reader = data.reader_of(recipe.model, recipe.data, chat, room=recipe.sampling.max_new_tokens)
     prompts = data.with_all_columns(data.rows_of(recipe.data, reader.prompts))
     data.check_columns(prompts)
-    generators.check_generator(recipe, int(os.environ["WORLD_SIZE"]) if launched() else 1)
+    generators.check_generator(recipe, chat, int(os.environ["WORLD_SIZE"]) if launched() else 1)
     rewards.check_rewards(recipe, tokenizer, prompts)
     ptx = (
         data.reader_of(recipe.model, fields.Rows(), chat).demonstrations(read_rows(recipe.ptx.data))
@@ -119,12 +119,13 @@ def _plan_of(
     positions = load.positions(models.source_of(recipe.model))
     canary = min(160, positions - 1)
     longest = min(positions, max(canary + 1, max(len(one.ids) for one in prompts) + recipe.sampling.max_new_tokens))
+    dtype = getattr(generators.chosen_of(recipe).options, "dtype", "auto")
     plan = online.OnlinePlan(
         steps=steps_of(rollout, len(prompts)), prompts=rollout.prompts_per_step, mini_batch_size=mini_batch_size,
         epochs=rollout.ppo_epochs, seed=recipe.seed, ptx_batch=recipe.ptx.batch_size, target_kl=rollout.target_kl,
         ema=rollout.ema, equal_start=recipe.reference in (None, recipe.model.path), end_ids=chat.end_ids, canary=canary,
-        low_precision=generator.dtype in ("bfloat16", "float16"), save_every=recipe.train.save_every,
-        keep=recipe.train.keep, refresh=rollout.sync_reference.every, refresh_mix=rollout.sync_reference.mix,
+        low_precision=dtype in ("bfloat16", "float16"), save_every=recipe.train.save_every, keep=recipe.train.keep,
+        refresh=rollout.sync_reference.every, refresh_mix=rollout.sync_reference.mix,
         max_staleness=generator.max_staleness, segment=generator.segment_tokens, slots=rollout.max_num_seqs,
         critic_warmup=recipe.critic.warmup_steps,
     )  # fmt: skip

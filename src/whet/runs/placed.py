@@ -11,7 +11,6 @@ from whet.cluster.ray import require, there
 from whet.distributed import launched
 from whet.errors import RecipeError
 from whet.generate import Generator
-from whet.generate.local import LocalGenerator
 from whet.learner.local import LocalLearner
 from whet.registry import OBJECTS
 from whet.rewards import Weighted
@@ -44,14 +43,6 @@ def check_cluster(recipe: fields.OfflineRecipe | fields.OnlineRecipe) -> None:
             raise RecipeError(
                 "generator.max_staleness: the learner's workers answer and learn in turns; set cluster.engines"
             )
-        if recipe.generator.name == "server" and len(recipe.generator.urls) != wanted.engines:
-            raise RecipeError(
-                f"cluster.engines: one for each of the {len(recipe.generator.urls)} servers; got {wanted.engines}"
-            )
-        if wanted.colocate and recipe.generator.tensor_parallel > 1:
-            raise RecipeError("cluster.colocate: an engine over several GPUs needs them for itself; leave it out")
-        if recipe.generator.count > 1:
-            raise RecipeError("generator.count: on a cluster it is cluster.engines")
         if wanted.colocate and not wanted.engines:
             raise RecipeError(
                 "cluster.colocate: there are no engines of their own; set cluster.engines, or leave it out"
@@ -81,7 +72,8 @@ def on_cluster(
             wanted = replace(wanted, gpus=1.0)
             if isinstance(recipe, fields.OnlineRecipe):
                 models = any(rewards.is_model(one.source) for one in recipe.reward)
-                size = 0 if recipe.generator.name == "server" else recipe.generator.tensor_parallel
+                found = generators.chosen_of(recipe)
+                size = getattr(found.adapter.home, "gpus", lambda _: 1)(found.options)
                 wanted = replace(wanted, engine_gpus=float(size), reward_gpus=float(models))
         survive(attempt, wanted, restarts=own.restarts, resume=resume, limit=own.timeout, quiet=quiet)
 
@@ -95,11 +87,8 @@ def answers_inside(recipe: fields.OnlineRecipe, longest: int, learner: LocalLear
 def engine_alone(recipe: fields.OnlineRecipe, longest: int, number: int) -> Generator:
     """Build engine `number` in a separate process."""
     _, chat = models.tokenizer_and_chat(recipe.model)
-    if recipe.generator.name != "local":
-        makes = generators.engines_of(recipe, chat, longest, [()])  # Ray has chosen its GPUs
-        return makes[number % len(makes)]()
-    role = generators.sampler_role(recipe)
-    return LocalGenerator(role, chat.end_ids, chat.text, unit=recipe.rollout.max_num_seqs, copy=True)
+    context = generators.context_of(recipe, chat, longest=longest, gpus=())  # Ray has chosen its GPUs
+    return generators.engine_of(recipe, context, number)
 
 
 def scorers_of(recipe: fields.OnlineRecipe) -> Callable[[], list[Weighted]]:

@@ -8,7 +8,7 @@ from typing import Any
 from whet.errors import ModelError, RecipeError
 from whet.methods import compose
 from whet.planning import Hardware, Network, PlannedRun, Shape, parse_engine, report
-from whet.runs import checks, config, rewards
+from whet.runs import checks, config, generators, rewards
 from whet.runs import recipe as fields
 from whet.runs.slots import checked
 
@@ -44,7 +44,8 @@ def _common(recipe: fields.OfflineRecipe | fields.OnlineRecipe, options: fields.
     return {
         "policy": shape_of(recipe.model.path), "prompt_tokens": options.prompt_tokens, "mean_answer": options.mean_answer,
         "max_tokens_per_micro_batch": recipe.train.max_tokens_per_micro_batch, "checkpointing": recipe.model.gradient_checkpointing,
-        "low_precision": recipe.learner.precision == "bf16", "offload": recipe.learner.offload, "held_bytes": held,
+        "low_precision": recipe.learner.options.get("precision") == "bf16",
+        "offload": bool(recipe.learner.options.get("offload")), "held_bytes": held,
         "lora_rank": lora.rank if lora else 0, "lora_targets": lora.targets if lora else "all-linear",
         "muon": recipe.optim.kind == "muon",
     }  # fmt: skip
@@ -61,7 +62,8 @@ def _online(verb: str, recipe: fields.OnlineRecipe, options: fields.PlanOptions)
     on_base = own and recipe.model.lora is not None
     start = recipe.critic.path or (models[0] if models else recipe.model.path)
     elements = recipe.rollout.prompts_per_step * (1 if algorithm.pairs else algorithm.collect.num_generations)
-    dtype = recipe.generator.dtype
+    engines = generators.chosen_of(recipe).options
+    dtype, parallel = getattr(engines, "dtype", "auto"), getattr(engines, "tensor_parallel", 1)
     engine = common["held_bytes"] if dtype == "auto" else 4 if dtype == "float32" else 2
     return PlannedRun(
         **common,
@@ -77,11 +79,11 @@ def _online(verb: str, recipe: fields.OnlineRecipe, options: fields.PlanOptions)
         epochs=recipe.rollout.ppo_epochs,
         one_trunk=recipe.trunk == "shared",
         engine_bytes=engine,
-        engine_memory=recipe.generator.gpu_memory_utilization,
-        push_adapter=recipe.generator.push == "adapter",
+        engine_memory=getattr(engines, "gpu_memory_utilization", 0.5),
+        push_adapter=generators.push_of(recipe) == "adapter",
         beside=recipe.generator.max_staleness > 0,
-        tensor_parallel=recipe.generator.tensor_parallel if recipe.generator.tensor_parallel > 1 else 0,
-        route={"nccl": "broadcast", "ipc": "handles"}.get(recipe.generator.transfer, "files"),  # type: ignore[arg-type]
+        tensor_parallel=parallel if parallel > 1 else 0,
+        route={"nccl": "broadcast", "ipc": "handles"}.get(getattr(engines, "transfer", "auto"), "files"),  # type: ignore[arg-type]
     )
 
 

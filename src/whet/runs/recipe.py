@@ -138,46 +138,24 @@ class SyncReference:
 class Learning:
     """How the learner's weights lie over its workers."""
 
-    backend: Literal["auto", "local", "ddp", "fsdp", "zero1", "zero2", "zero3"] = "auto"
-    """who learns: one process, replicas, torch's FSDP2, DeepSpeed's ZeRO; "auto" is local alone and fsdp on several workers"""
-    precision: Literal["float32", "bf16"] = "float32"
-    """"bf16" computes in bfloat16 over float32 weights (fsdp and zero)"""
-    offload: bool = False
-    """keep what is sharded in CPU memory between uses (fsdp and zero)"""
+    backend: str = "auto"
+    """local (one process), ddp, fsdp, zero1, zero2, zero3 (DeepSpeed), or "mine.py:Learner"; auto: local alone, fsdp on several"""
+    options: dict[str, Any] = field(default_factory=dict)
+    """options of the backend; also written without `options`, as learner.precision"""
 
 
 @dataclass(frozen=True)
 class Generation:
     """Who answers."""
 
-    name: Literal["local", "vllm", "server", "openai"] = "local"
-    """transformers in the learner's processes, vLLM engines that whet starts, or running vLLM servers (openai: sample and eval only)"""
-    count: Count = 1
-    """vLLM engines of each learner's process that share its load (under a cluster: cluster.engines)"""
-    urls: tuple[str, ...] = ()
-    """where the servers are, such as "http://127.0.0.1:8000" """
-    tensor_parallel: Count = 1
-    """GPUs that one vLLM engine is split over"""
-    host: str = "127.0.0.1"
-    """this machine's address as the servers reach it, where they take weights by gloo or nccl"""
-    timeout: Positive = 600.0
-    """seconds that a server may take for one answer before it counts as dead"""
-    push: Literal["weights", "adapter"] = "weights"
-    """what travels after an update: all weights, or with model.lora the adapter alone"""
-    transfer: Literal["auto", "shared", "gloo", "nccl", "ipc"] = "auto"
-    """how it travels to vLLM; "auto" is shared memory; ipc is for an engine on the learner's own GPU"""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """the engine's precision; "auto" is model.dtype's, which is float32 unless the recipe says otherwise (or adapters on a GPU)"""
-    gpu_memory_utilization: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.5
-    """share of a GPU's memory that an engine takes"""
-    kv_cache_mib: Count = 512
-    """size of the KV cache of an engine on CPU, in MiB"""
-    sleep: bool = False
-    """engines give their GPU's memory to the learner while it learns"""
+    name: str = "local"
+    """who answers: local (transformers), vllm (engines that whet starts), server (running vLLM servers), or "mine.py:Generator" """
     max_staleness: NotNegativeInt = 0
     """rollouts that an answer may be older than the weights it trains; 0 waits for every answer, more generates ahead"""
     segment_tokens: Count = 64
     """with max_staleness: tokens after which an unfinished answer goes on under the newest weights"""
+    options: dict[str, Any] = field(default_factory=dict)
+    """options of the generator; also written without `options`, as generator.count"""
 
 
 @dataclass(frozen=True)
@@ -419,7 +397,7 @@ class EvalRecipe:
     data: Rows = Rows()
     """prompts (win rate), rankings or pairs (accuracy of a reward model), text or conversations (loss)"""
     generator: str | dict[str, Any] = "local"
-    """who answers for the model of a win rate: local; {name: openai, url: ..., model: ...}; or "mine.py:Generator" """
+    """who answers for the model of a win rate: local, vllm, {name: openai, url: ..., model: ...}, or "mine.py:Generator" """
     sampling: Sampling = Sampling()
     max_num_seqs: Count = 256
     """answers that are generated together"""
@@ -491,6 +469,9 @@ def kind_of(verb: str) -> type:
     }  # fmt: skip
     return others.get(verb, PreferenceRecipe if verb in PREFERENCE else OnlineRecipe)
 
+
+OPEN = (Learning, Generation)
+"""Sections of an adapter: each field that they do not have is an option of the adapter."""
 
 MAIN_FIELD: Mapping[type, str] = {
     Frozen: "path",

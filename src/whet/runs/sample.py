@@ -1,8 +1,10 @@
 """whet.sample: generate K answers to each prompt of a file."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,10 @@ import torch
 from whet.data import Chat, Prompt
 from whet.data.files import write_jsonl
 from whet.errors import RecipeError
-from whet.generate import GENERATORS, Generator
-from whet.generate.base import CheckedGenerator
-from whet.generate.local import LocalGenerator
+from whet.generate import Generator
 from whet.loops import evaluate
 from whet.methods.options import Sampling
-from whet.runs import adapters, data, models, rewards
+from whet.runs import data, generators, models, rewards
 from whet.runs import recipe as fields
 
 
@@ -39,7 +39,7 @@ def run_sample(recipe: fields.SampleRecipe) -> Path:
     ]
     questions = prompts_of(recipe.model, recipe.data, chat, recipe.sampling)
     rewards.check_columns([one for _, one in scorers], questions)
-    generator = generator_of(recipe, tokenizer, chat)
+    generator = generator_of(recipe, tokenizer, chat, questions)
     with closing(generator):
         groups = evaluate.answers(generator, questions, recipe.sampling, count=recipe.num_generations, seed=recipe.seed)
     rows: list[dict[str, Any]] = [
@@ -71,13 +71,15 @@ def prompts_of(model: fields.Frozen, rows: fields.Rows, chat: Chat, sampling: Sa
     return data.rows_of(rows, reader.prompts)
 
 
-def generator_of(recipe: fields.SampleRecipe | fields.EvalRecipe, tokenizer: Any, chat: Chat) -> Generator:
-    """Build the generator of a recipe: the model in this process, or a generator of the registry."""
-    if recipe.generator in ("local", {"name": "local"}):
-        role = models.causal_role("policy", recipe.model, tokenizer, trained=False, seed=0)
-        return LocalGenerator(role, chat.end_ids, chat.text, unit=recipe.max_num_seqs)
-    made = adapters.chosen(GENERATORS, recipe.generator, "generator").make(chat)
-    return made if type(made).__module__.startswith("whet.") else CheckedGenerator(made)
+def generator_of(
+    recipe: fields.SampleRecipe | fields.EvalRecipe, tokenizer: Any, chat: Chat, prompts: Sequence[Prompt]
+) -> Generator:
+    """Build the generator of a recipe for these prompts."""
+    role = partial(models.causal_role, "policy", recipe.model, tokenizer, trained=False, seed=0)
+    longest = max(len(one.ids) for one in prompts) + recipe.sampling.max_new_tokens
+    context = replace(generators.context_of(recipe, chat), role=role, longest=longest)
+    generators.chosen_of(recipe).check(context)
+    return generators.engine_of(recipe, context)
 
 
 def threads(count: int) -> None:

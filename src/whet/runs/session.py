@@ -18,7 +18,7 @@ from whet.loops.interrupt import graceful
 from whet.loops.online import MiniBatch, OnlineLoop, StepLog
 from whet.methods import catalogue
 from whet.registry import forget_modules
-from whet.runs import config, folder, generators, learners, offline, online, placed, sample
+from whet.runs import adapters, config, folder, generators, learners, offline, online, placed, sample
 from whet.runs import recipe as fields
 from whet.runs.recipe import kind_of
 from whet.runs.sources import Sources
@@ -66,7 +66,8 @@ class Session:
         self.sources = Sources(out / "inputs", tokenizer)
         plain = {name: self.sources.plain(name, value) for name, value in options.items()}
         self.method, self.quiet = method, quiet
-        self.recipe: Any = config.resolve(kind_of(method), method, recipe, list(plain.items()), given)
+        resolved = config.resolve(kind_of(method), method, recipe, list(plain.items()), given)
+        self.recipe: Any = adapters.completed(resolved)
         sample.threads(self.recipe.threads)
         placed.check_cluster(self.recipe)
         folder.trackers(self.recipe.trackers, None)

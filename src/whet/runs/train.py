@@ -7,7 +7,7 @@ from typing import Any
 
 from whet.cluster import Attempt
 from whet.loops.interrupt import graceful
-from whet.runs import folder, learners, online, placed
+from whet.runs import folder, generators, learners, online, placed
 from whet.runs.session import Resume, Session, run_loop
 
 
@@ -41,7 +41,7 @@ def _on_cluster(session: Session) -> Path:
         options = replace(session.options, resume=resume)
         if isinstance(job, online.OnlineJob):
             inside = None if recipe.cluster.engines else partial(placed.answers_inside, recipe, job.longest)
-            learner = place.learner(job.make, push=recipe.generator.push, answers=inside)  # type: ignore[arg-type]
+            learner = place.learner(job.make, push=generators.push_of(recipe), answers=inside)  # type: ignore[arg-type]
             engines = [
                 partial(placed.engine_alone, recipe, job.longest, number) for number in range(recipe.cluster.engines)
             ]

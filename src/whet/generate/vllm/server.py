@@ -11,13 +11,14 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from whet.data import Weights
 from whet.distributed import free_port
 from whet.errors import ModelError, RecipeError, RunStopped, WorkerDied
-from whet.generate.base import require_vllm
+from whet.generate.base import GeneratorContext, Training, require_vllm
 from whet.generate.vllm import push as vllm_push
 from whet.generate.vllm.engine import (
     CLOSE,
@@ -32,6 +33,7 @@ from whet.generate.vllm.engine import (
 )
 from whet.generate.vllm.push import About, Inlet
 from whet.http import Http
+from whet.methods.options import Positive
 
 UNSET = "default"
 """vLLM's version of weights that were never updated."""
@@ -288,3 +290,65 @@ def _end(process: "subprocess.Popen[bytes]", folder: Path) -> None:
     process.wait()
     end(processes, 0.0)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the clients of running vLLM servers."""
+
+    urls: tuple[str, ...] = ()
+    """addresses of the servers, such as "http://127.0.0.1:8000" """
+    host: str = "127.0.0.1"
+    """this machine's address as the servers reach it, if they take weights by gloo or nccl"""
+    timeout: Positive = 600.0
+    """seconds that a server may take for one answer"""
+
+    may_change = ("urls",)
+    """Options that a resumed run may change."""
+
+
+def check(options: Options, context: GeneratorContext) -> None:
+    """Raise RecipeError without servers, for a wrong number of them, or if one does not answer."""
+    context.refuse_truncation("server")
+    context.refuse_quantized()
+    if not options.urls:
+        raise RecipeError(
+            'generator.urls: where are the servers? for example --generator.urls "[http://127.0.0.1:8000]"'
+        )
+    training = context.training or Training()
+    if training.engines is not None:
+        if len(options.urls) != training.engines:
+            raise RecipeError(
+                f"cluster.engines: one for each of the {len(options.urls)} servers; got {training.engines}"
+            )
+        return
+    if training.workers not in (1, len(options.urls)):
+        raise RecipeError(
+            f"generator.urls: each of the {training.workers} workers needs a server of its own; got {len(options.urls)}"
+        )
+    for url in options.urls:
+        try:
+            Http(url, 10.0).raw("GET", "/health")
+        except WorkerDied as error:
+            raise RecipeError(
+                f"generator.urls: {str(error).removeprefix('generator: ')}; start one with whet serve --model DIR, or correct "
+                "the address"
+            ) from error
+
+
+def engines(options: Options) -> int:
+    """Return the number of servers."""
+    return len(options.urls)
+
+
+def gpus(options: Options) -> int:
+    """Return 0: servers have their own GPUs."""
+    return 0
+
+
+def make(options: Options, context: GeneratorContext) -> ServerGenerator:
+    """Connect to server `context.number`. The API key is read from the environment variable VLLM_API_KEY, as in vLLM."""
+    return ServerGenerator(
+        options.urls[context.number % len(options.urls)], context.chat.end_ids, context.chat.text, host=options.host,
+        timeout=options.timeout, api_key=os.environ.get("VLLM_API_KEY", ""),
+    )  # fmt: skip
