@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -165,12 +164,6 @@ def join(
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
     return Workers(rank, size, dist.new_group(backend="gloo", timeout=patience) if size > 1 else None)
-
-
-def host() -> str:
-    """Return an id of this machine, or of this container on it, which changes when the machine is restarted."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return f"{socket.gethostname()} {boot.read_text().strip() if boot.is_file() else ''}"
 
 
 def free_port(address: str = "127.0.0.1") -> int:

@@ -27,13 +27,13 @@ from whet.cluster.generator import ActorGenerator
 from whet.cluster.learner import ClusterLearner, MoreLearners
 from whet.cluster.placement import place
 from whet.cluster.survive import death
-from whet.cluster.worker import Process
 from whet.data import Weights
 from whet.data.files import shared_memory
 from whet.distributed import Workers
 from whet.errors import CheckpointError, ModelError, RecipeError, RestartsExhausted, RewardError, RunStopped, WorkerDied
 from whet.generate.local import LocalGenerator
 from whet.loops import checkpoint
+from whet.processes import Process
 
 HERE = Wanted(learners=1)
 TOLERANCE = 1e-5
@@ -112,12 +112,12 @@ def test_a_death_is_found_behind_what_it_caused() -> None:
 def test_a_process_is_not_taken_for_another_with_its_id() -> None:
     with subprocess.Popen(["sleep", "60"]) as child:
         one = Process.of(child.pid)
-        assert one.lives
+        assert one.alive
         replace(one, began="1").kill()
         replace(one, host="elsewhere").kill()
         assert child.poll() is None
         one.kill()
-    assert not one.lives
+    assert not one.alive
 
 
 def test_a_shelf_keeps_two_pushes_and_is_swept_only_when_its_owner_is_gone(tmp_path: Path) -> None:
@@ -323,9 +323,9 @@ def test_a_worker_that_dies_is_named_and_the_others_are_killed(falling: Any, who
     with pytest.raises(WorkerDied, match="learner 0 of 2"):
         own.publish()
     until = time.monotonic() + 5
-    while any(one.lives for one in pids) and time.monotonic() < until:
+    while any(one.alive for one in pids) and time.monotonic() < until:
         time.sleep(0.05)
-    assert not any(one.lives for one in pids)
+    assert not any(one.alive for one in pids)
 
 
 def test_a_worker_that_hangs_is_given_up(machines: Machines) -> None:
@@ -334,7 +334,7 @@ def test_a_worker_that_hangs_is_given_up(machines: Machines) -> None:
         pids = [one.where.process for one in own.remotes]
         with pytest.raises(WorkerDied, match="learner 0 of 2, learner 1 of 2 did not answer within 3 s"):
             own.blend("stop", "1", 0.0)
-    assert not any(one.lives for one in pids)  # the stopped one hears no request to end
+    assert not any(one.alive for one in pids)  # the stopped one hears no request to end
 
 
 def test_a_learner_that_cannot_be_built_says_why(machines: Machines) -> None:
@@ -480,7 +480,7 @@ def test_an_orphan_that_lives_on_touches_nothing(machines: Machines, tmp_path: P
         with pytest.raises((CheckpointError, WorkerDied), match="learner 0 of 1 died"):
             checkpoint.save(kept, 1, own, {"step": 1})
     orphan = Process.of(int((kept / "orphan").read_text()))
-    assert orphan.lives
+    assert orphan.alive
     assert not old.exists()
 
     with Attempt(HERE) as world:

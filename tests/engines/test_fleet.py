@@ -220,7 +220,7 @@ def test_a_later_engine_that_cannot_start_is_tried_again_after_growing_pauses(mo
     fleet.load_weights(Weights(1, policy(5)))
     deaths.append("generate")
     assert plain(list(fleet.generate(requests()))) == expected(5)
-    assert (fleet.lives.deaths, pauses) == (3, [0.0, 0.0, 0.5, 1.0])
+    assert (fleet.budget.deaths, pauses) == (3, [0.0, 0.0, 0.5, 1.0])
 
     with pytest.raises(ModelError, match="GPU is full"):
         Fleet([lambda: (_ for _ in ()).throw(ModelError("GPU is full"))], RestartBudget(3))
@@ -234,7 +234,7 @@ def test_where_another_engine_would_not_help_none_is_made() -> None:
     fleet = Fleet([lambda: Alone([])], RestartBudget(3))
     with pytest.raises(AttemptFailed):
         list(fleet.generate(requests()))
-    assert (len(Mortal.made), fleet.lives.deaths) == (1, 0)
+    assert (len(Mortal.made), fleet.budget.deaths) == (1, 0)
 
 
 def test_what_is_no_death_is_raised_as_itself_and_costs_no_restart() -> None:
@@ -288,7 +288,7 @@ def test_lanes_are_generators_that_restart_themselves() -> None:
     fleet.lanes[1].load_weights(Weights(2, policy(6)))
     assert plain(list(fleet.lanes[1].generate(requests()))) == expected(6)
     assert [lane.version for lane in fleet.lanes] == [1, 2]
-    assert fleet.lives.deaths == 2
+    assert fleet.budget.deaths == 2
 
 
 def test_closing_ends_every_engine_and_may_be_repeated() -> None:

@@ -76,7 +76,7 @@ def test_two_workers_hold_what_the_plan_says(engine: str, found: list[dict[str, 
     if engine.startswith("zero"):
         pytest.importorskip("deepspeed")
     shape = Shape.of(tiny.config("qwen3").to_dict())
-    said = memory.trained(shape, memory.Layout(engine=engine, workers=2))  # type: ignore[arg-type]
+    said = memory.trained(shape, memory.Layout(backend=engine, workers=2))  # type: ignore[arg-type]
     for one in (every[engine] for every in found):
         assert one["weights"] == pytest.approx(said.weights, rel=0.02)  # a few odd sizes are padded
         masters = one.get("masters", 0)

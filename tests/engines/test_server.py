@@ -51,7 +51,7 @@ def connected(server: Server) -> ServerGenerator:
 def generator(connected: ServerGenerator) -> ServerGenerator:
     """The same server, back at its first weights."""
     connected.inlet.transport.chunk = vllm_push.CHUNK
-    if connected.version or connected.inlet.torn:
+    if connected.version or connected.inlet.incomplete:
         connected.load_weights(Weights(0, connected.role))
     return connected
 

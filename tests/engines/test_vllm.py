@@ -42,7 +42,7 @@ pytestmark = [
 ]
 BOUND = 1e-4
 SEEDS = (0, 1)
-ONE = Layout(engine="local", workers=1)
+ONE = Layout(backend="local", workers=1)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def tied(folders: dict, fresh: dict) -> Iterator[VLLMGenerator]:
 def generator(tied: VLLMGenerator) -> VLLMGenerator:
     """The same engine, back at its first weights."""
     tied.inlet.transport.chunk = vllm_push.CHUNK
-    if tied.version or tied.inlet.torn:
+    if tied.version or tied.inlet.incomplete:
         tied.load_weights(Weights(0, tied.role))
     return tied
 
@@ -256,7 +256,7 @@ def test_files_outside_its_folder_are_refused(generator: Any, folders: dict) -> 
     generator.start_weight_update()
     with pytest.raises(ValueError, match="not a file of the weight folder"):
         generator.update_weights({"file": str(folders["qwen3", 1] / "model.safetensors")})
-    generator.call("whet_forget")
+    generator.call("whet_discard_update")
     generator.start_weight_update()
     with pytest.raises(ValueError, match="not a file of the weight folder"):
         generator.update_weights({"file": "../model.safetensors"})

@@ -38,7 +38,7 @@ def test_every_second_rollout_the_reference_moves_towards_the_policy(tmp_path: P
     method = method_of(name)
     roles = cast(method, torch.float64)
     start = {key: value.detach().clone() for key, value in roles["reference"].parameters().items()}
-    own = go(tmp_path, method, roles, steps=5, refresh=2, refresh_mix=mix)
+    own = go(tmp_path, method, roles, steps=5, sync_every=2, sync_mix=mix)
     second, fourth = own.trail[1]["policy"], own.trail[3]["policy"]
     close(own.roles["reference"], mixed(mixed(start, second, mix), fourth, mix))
 
@@ -48,7 +48,7 @@ def test_a_refreshed_reference_is_nearer(tmp_path: Path, mix: float, share: floa
     """Once the reference is the policy the KL is exactly 0; half-way there it is smaller than without."""
     measured = []
     for refresh in (0, 2):
-        go(tmp_path / str(refresh), method_of("grpo"), steps=3, refresh=refresh, refresh_mix=mix)
+        go(tmp_path / str(refresh), method_of("grpo"), steps=3, sync_every=refresh, sync_mix=mix)
         measured.append([line["kl"] for line in read_metrics(tmp_path / str(refresh))])
     without, refreshed = measured
     assert without[:2] == refreshed[:2]
@@ -71,7 +71,7 @@ def preferred(
 
 
 def test_the_reference_of_pairs_moves_every_second_update(tmp_path: Path) -> None:
-    own = preferred(tmp_path, preference("dpo"), refresh=2, refresh_mix=0.6)
+    own = preferred(tmp_path, preference("dpo"), sync_every=2, sync_mix=0.6)
     start = {key: p.detach() for key, p in h.policy(name="reference", seed=1).parameters().items()}
     close(own.roles["reference"], mixed(mixed(start, own.trail[1]["policy"], 0.6), own.trail[3]["policy"], 0.6))
 

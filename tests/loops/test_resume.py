@@ -113,7 +113,7 @@ def rl(folder: Path, *, dies: int = 0, resume: bool = False, name: str = "instru
     several = {"mini_batch_size": 3, "epochs": 2} if method.has_ratio() else {"mini_batch_size": 6}
     plan = online.OnlinePlan(
         3, 3, seed=4, ptx_batch=2 * (name == "instructgpt"), ema=0.8, save_every=1, canary=20, equal_start=True,
-        refresh=2, refresh_mix=0.4, **several,
+        sync_every=2, sync_mix=0.4, **several,
     )  # fmt: skip
     generator = LocalGenerator(own.roles["policy"], (1, 5, 9), str)
     rewards, run = [Weighted("table", table)], opened(folder, resume)
@@ -181,7 +181,7 @@ def test_a_killed_online_run_resumes_to_the_bit(tmp_path: Path, whole: Any, dies
     assert moved  # it was part of it
 
 
-@pytest.mark.parametrize("plan", [{}, {"refresh": 2, "refresh_mix": 0.5}, {"precompute": True}], ids=str)
+@pytest.mark.parametrize("plan", [{}, {"sync_every": 2, "sync_mix": 0.5}, {"precompute": True}], ids=str)
 @pytest.mark.parametrize("dies", [1, 3, 6])
 def test_a_killed_run_on_pairs_resumes_to_the_bit(tmp_path: Path, whole: Any, dies: int, plan: dict[str, Any]) -> None:
     folder, expected = whole(dpo, **plan)

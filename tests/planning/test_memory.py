@@ -212,14 +212,14 @@ def test_an_engine_is_filled_with_blocks() -> None:
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        ({"engine": "local", "workers": 2}, "learner.backend: local runs in one process, but there are 2"),
-        ({"engine": "fdsp"}, "learner.backend: one of local, ddp, fsdp, zero1, zero2, zero3; got 'fdsp'"),
+        ({"backend": "local", "workers": 2}, "learner.backend: local runs in one process, but there are 2"),
+        ({"backend": "fdsp"}, "learner.backend: one of local, ddp, fsdp, zero1, zero2, zero3; got 'fdsp'"),
         (
-            {"engine": "ddp", "workers": 2, "offload": True},
+            {"backend": "ddp", "workers": 2, "offload": True},
             "learner.offload: ddp does not support it; use fsdp or zero2",
         ),
         ({"low_precision": True}, "learner.precision: local does not support it; use fsdp or zero2"),
-        ({"engine": "zero3", "workers": 0}, "learner.workers: at least 1; got 0"),
+        ({"backend": "zero3", "workers": 0}, "learner.workers: at least 1; got 0"),
         ({"max_tokens_per_micro_batch": 0}, "learner.max_tokens_per_micro_batch: at least 1; got 0"),
     ],
 )

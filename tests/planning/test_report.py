@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from whet.errors import RecipeError
-from whet.planning import Hardware, Layout, Network, PlannedRun, Shape, parse_engine, placement, report
+from whet.planning import Hardware, Layout, Network, PlannedRun, Shape, parse_backend, placement, report
 from whet.planning.memory import GIB
 
 from . import page
@@ -76,8 +76,8 @@ def test_a_placement_uses_no_more_gpus_than_there_are() -> None:
     for one in found:
         beside = 0 if one.shared else one.layout.workers
         assert beside + one.engines * one.tensor_parallel <= 6
-    chosen = placement.candidates(RUN, hardware, engine="zero2", learners=2)
-    assert {(one.layout.engine, one.layout.workers) for one in chosen} == {("zero2", 2)}
+    chosen = placement.candidates(RUN, hardware, backend="zero2", learners=2)
+    assert {(one.layout.backend, one.layout.workers) for one in chosen} == {("zero2", 2)}
 
 
 def test_the_flags_of_a_placement_are_a_recipes() -> None:
@@ -87,7 +87,7 @@ def test_the_flags_of_a_placement_are_a_recipes() -> None:
 
     for one in placement.candidates(RUN, Hardware(6, 10.0)):
         recipe = config.resolve(OnlineRecipe, "ppo", None, parsed(one.flags.split())[1])
-        assert recipe.learner.backend == one.layout.engine
+        assert recipe.learner.backend == one.layout.backend
         assert (recipe.cluster.learners, recipe.cluster.engines) == (one.layout.workers, one.engines)
         assert recipe.cluster.colocate == recipe.generator.options.get("sleep", False) == one.shared
         assert recipe.generator.options.get("tensor_parallel", 1) == one.tensor_parallel
@@ -208,6 +208,6 @@ def test_what_cannot_be_is_told(run: dict, hardware: dict, choice: dict, what: s
 
 
 def test_an_unknown_engine_is_told() -> None:
-    assert parse_engine("zero2") == "zero2"
-    with pytest.raises(RecipeError, match=r"--engine: one of local, ddp, .* got 'fdsp'"):
-        parse_engine("fdsp")
+    assert parse_backend("zero2") == "zero2"
+    with pytest.raises(RecipeError, match=r"learner.backend: one of local, ddp, .* got 'fdsp'"):
+        parse_backend("fdsp")

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from whet.data import HasWeights, Weights
 from whet.data.files import shared_memory
-from whet.distributed import Workers, host
+from whet.distributed import Workers
 from whet.generate.base import whole
 from whet.learner.store import write
+from whet.processes import host
 
 PREFIX = "whet-push-"
 LOCK = "lock"
@@ -91,18 +92,18 @@ class WeightWriter:
         self.folder = shared_memory() / f"{PREFIX}{attempt}-learner"
         machines = workers.gather(host())
         writes = machines.index(machines[workers.rank]) == workers.rank if everywhere else workers.first
-        self.shelf = PushFolders(attempt, "learner") if writes else None
+        self.folders = PushFolders(attempt, "learner") if writes else None
 
     def __call__(self, role: Any, number: int | None = None) -> Path:
         """Write the role's current weights, or only its adapter, and return their folder."""
         self.number = self.number + 1 if number is None else number
-        aside = self.shelf.begin(self.number) if self.shelf else Path(os.devnull)
+        aside = self.folders.begin(self.number) if self.folders else Path(os.devnull)
         if self.adapter:
-            role.export(aside, None, merge=False, write=self.shelf is not None)
-            if self.shelf:
-                self.shelf.end(self.number)
-        elif self.shelf:
-            self.shelf.put(self.number, ((name, value.detach()) for name, value in role.whole()))
+            role.export(aside, None, merge=False, write=self.folders is not None)
+            if self.folders:
+                self.folders.end(self.number)
+        elif self.folders:
+            self.folders.put(self.number, ((name, value.detach()) for name, value in role.whole()))
         else:
             for _ in role.whole():  # gathering is collective
                 pass
@@ -113,8 +114,8 @@ class WeightWriter:
 
     def close(self) -> None:
         """Remove the written folders."""
-        if self.shelf:
-            self.shelf.close()
+        if self.folders:
+            self.folders.close()
 
 
 def contents(handle: HasWeights | Path) -> dict[str, bytes]:
@@ -129,14 +130,14 @@ def contents(handle: HasWeights | Path) -> dict[str, bytes]:
 @contextmanager
 def unpacked(files: Mapping[str, bytes]) -> Iterator[Path]:
     """Write these files to a temporary folder and yield it. The folder is removed when the context exits."""
-    shelf = PushFolders(secrets.token_hex(8), "files")
+    folders = PushFolders(secrets.token_hex(8), "files")
     try:
-        aside = shelf.begin(0)
+        aside = folders.begin(0)
         for name, content in files.items():
             (aside / name).write_bytes(content)
-        yield shelf.end(0)
+        yield folders.end(0)
     finally:
-        shelf.close()
+        folders.close()
 
 
 def remove(attempt: str) -> None:

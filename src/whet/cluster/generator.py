@@ -10,10 +10,11 @@ from torch import Tensor
 
 from whet.cluster.folders import contents, unpacked
 from whet.cluster.learner import Pushed
-from whet.cluster.worker import Process, Remote
+from whet.cluster.worker import Remote
 from whet.data import Sample, Weights
 from whet.errors import RunStopped, WhetError
 from whet.generate.base import Generator, Request
+from whet.processes import Process
 
 
 class ActorGenerator:

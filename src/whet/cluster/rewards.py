@@ -17,11 +17,11 @@ Make = Callable[[], Sequence[Weighted]]
 class Pool:
     """Reward workers that each hold all rewards. A worker that died is started again.
 
-    Raises RestartsExhausted when the restart budget `lives` is used up.
+    Raises RestartsExhausted when the restart budget `budget` is used up.
     """
 
-    def __init__(self, make: Make, options: Sequence[dict[str, Any]], lives: RestartBudget, *, limit: float) -> None:
-        self.make, self.options, self.lives, self.limit = make, options, lives, limit
+    def __init__(self, make: Make, options: Sequence[dict[str, Any]], budget: RestartBudget, *, limit: float) -> None:
+        self.make, self.options, self.budget, self.limit = make, options, budget, limit
         self.remotes: list[Remote | None] = [None] * len(options)
 
     def ask(self, method: str, given: Sequence[Sequence[Any] | None]) -> list[Any]:
@@ -55,7 +55,7 @@ class Pool:
         one, self.remotes[number] = self.remotes[number], None
         if one is not None:
             one.end()
-        self.lives.spend(error)
+        self.budget.spend(error)
 
 
 class ClusterReward:

@@ -31,10 +31,10 @@ def survive(
     Raises RestartsExhausted from the last cause if workers died more than `restarts` times over all attempts; engines and
     reward workers that are restarted within an attempt are counted too. Any other error of the attempt is raised at once.
     """
-    lives, shrinks = RestartBudget(restarts), False
+    budget, shrinks = RestartBudget(restarts), False
     while True:
         try:
-            with Attempt(wanted, lives, limit=limit, shrinks=shrinks) as world:
+            with Attempt(wanted, budget, limit=limit, shrinks=shrinks) as world:
                 return attempt(world, resume)
         except Exception as error:
             cause = death(error)
@@ -43,7 +43,7 @@ def survive(
             if isinstance(cause, RestartsExhausted):
                 raise cause from error
             if not isinstance(cause, MoreLearners):
-                lives.spend(cause)
+                budget.spend(cause)
             if not quiet:
                 print(f"whet: {cause}; resuming from the last checkpoint", file=sys.stderr)
         resume = shrinks = True

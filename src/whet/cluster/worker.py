@@ -1,17 +1,15 @@
 """Worker processes on Ray: remote method calls, with errors and the end of a process reported to the caller."""
 
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
-from whet.distributed import host
 from whet.errors import AttemptFailed, WhetError, WorkerDied, first_line
+from whet.processes import Process
 
 T = TypeVar("T")
 
@@ -19,40 +17,6 @@ START = 60.0
 """Seconds for a process to start after it was placed."""
 GRACE = 20.0
 """Seconds for the other workers to answer after one worker failed in the same call."""
-
-
-@dataclass(frozen=True)
-class Process:
-    """A process, identified by machine, process id and start time. A process id alone can be reused by a later process."""
-
-    host: str
-    pid: int
-    began: str
-
-    @classmethod
-    def of(cls, pid: int) -> "Process":
-        """Return the process that has this id on this machine now."""
-        return cls(host(), pid, _began(pid))
-
-    @property
-    def lives(self) -> bool:
-        """True if the process runs on this machine. A zombie process counts as ended."""
-        return self.host == host() and bool(self.began) and _began(self.pid) == self.began
-
-    def kill(self) -> None:
-        """Kill the process if it is on this machine. This also ends an orphan process that Ray no longer knows."""
-        if self.lives:
-            with suppress(ProcessLookupError, PermissionError):
-                os.kill(self.pid, signal.SIGKILL)
-
-
-def _began(pid: int) -> str:
-    """Return the start time of the process in the kernel's own unit, or "" if it does not run."""
-    try:
-        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if state in "ZX" else rest[18]
 
 
 @dataclass(frozen=True)
@@ -168,11 +132,11 @@ class Remote:
         self.kill()
         for seconds in (1.0, 5.0):
             until = time.monotonic() + seconds
-            while any(process.lives for process in self.processes) and time.monotonic() < until:
+            while any(process.alive for process in self.processes) and time.monotonic() < until:
                 time.sleep(0.02)
             for process in self.processes:
                 process.kill()
-        return not any(process.lives for process in self.processes)
+        return not any(process.alive for process in self.processes)
 
 
 def ended(workers: Sequence[Remote]) -> list[Remote]:

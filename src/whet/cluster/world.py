@@ -25,16 +25,16 @@ class Attempt:
     """All workers of one attempt at a run. A context manager: on exit all workers are ended, including orphan processes
     on this machine.
 
-    Each attempt has a random id, which is part of the path of everything it writes into shared memory. `lives` is the
+    Each attempt has a random id, which is part of the path of everything it writes into shared memory. `budget` is the
     restart budget of engines and reward workers (None: no restarts); `limit` is the longest duration of a call to a worker
     in seconds. With `shrinks` the attempt uses fewer workers if not all can be placed. Raises RecipeError if the workers
     cannot be placed.
     """
 
     def __init__(
-        self, wanted: Wanted, lives: RestartBudget | None = None, *, limit: float = 1800.0, shrinks: bool = False
+        self, wanted: Wanted, budget: RestartBudget | None = None, *, limit: float = 1800.0, shrinks: bool = False
     ) -> None:
-        self.lives, self.limit = lives or RestartBudget(0), limit
+        self.budget, self.limit = budget or RestartBudget(0), limit
         self.attempt = secrets.token_hex(8)
         self.placement: Placement = place(wanted, shrinks=shrinks)
         self.wanted = self.placement.wanted
@@ -72,7 +72,7 @@ class Attempt:
             assert self._learner is not None
             return Inside(self._learner)
         own = [makes[number % len(makes)] for number in range(self.wanted.engines)]
-        self._fleet = Fleet([partial(self._engine, make, number) for number, make in enumerate(own)], self.lives)
+        self._fleet = Fleet([partial(self._engine, make, number) for number, make in enumerate(own)], self.budget)
         return self._fleet
 
     def rewards(self, make: MakeRewards) -> list[Weighted]:
@@ -80,7 +80,7 @@ class Attempt:
         if not self.wanted.rewards:
             return list(make())
         options = [self.placement.reward(number) for number in range(self.wanted.rewards)]
-        self._pool = Pool(make, options, self.lives, limit=self.limit)
+        self._pool = Pool(make, options, self.budget, limit=self.limit)
         return weighted(self._pool)
 
     def remotes(self) -> list[Remote]:

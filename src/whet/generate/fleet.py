@@ -24,11 +24,11 @@ class Lane:
     """One engine with restarts. If it died, it is built again, gets the last loaded weights, and the call is repeated.
 
     If the engine cannot be started the first time, the error is raised at once. Raises RestartsExhausted when the restart
-    budget `lives` is used up, and AttemptFailed if a new engine would not help.
+    budget `budget` is used up, and AttemptFailed if a new engine would not help.
     """
 
-    def __init__(self, make: Callable[[], Generator], lives: RestartBudget) -> None:
-        self._make, self._lives, self._first = make, lives, True
+    def __init__(self, make: Callable[[], Generator], budget: RestartBudget) -> None:
+        self._make, self._budget, self._first = make, budget, True
         self._weights: Weights | None = None
         self.own: Generator | None = None
         self.own = self._lasting(lambda own: own)
@@ -96,11 +96,11 @@ class Lane:
                 self.own = None
                 if self._first:
                     raise
-                self._lives.spend(error)
+                self._budget.spend(error)
 
 
 class Fleet:
-    """Several engines as one `Generator`. Each engine is built by one of `makes`; all share the restart budget `lives`.
+    """Several engines as one `Generator`. Each engine is built by one of `makes`; all share the restart budget `budget`.
 
     All requests of one draw go to one engine, which reads their common prompt once. Draws with the most tokens are
     assigned first, each to the engine with the fewest tokens so far. The assignment depends only on the requests. So the
@@ -109,12 +109,12 @@ class Fleet:
     Raises RestartsExhausted when the restart budget is used up. Other errors of an engine are raised as they are.
     """
 
-    def __init__(self, makes: Sequence[Callable[[], Generator]], lives: RestartBudget) -> None:
-        self.lives = lives
+    def __init__(self, makes: Sequence[Callable[[], Generator]], budget: RestartBudget) -> None:
+        self.budget = budget
         self._threads = ThreadPoolExecutor(len(makes), "whet-fleet")
         self.lanes: list[Lane] = []
         """Each engine as a generator with restarts."""
-        made, errors = self._every(makes, lambda make: Lane(make, self.lives))
+        made, errors = self._every(makes, lambda make: Lane(make, self.budget))
         self.lanes = [lane for lane in made if lane is not None]
         if errors:
             self.close()

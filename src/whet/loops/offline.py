@@ -26,8 +26,8 @@ class OfflinePlan:
     """The size and schedule of a run: total updates, elements per update, save and evaluation intervals in updates.
 
     With `save_every` 0, there are no periodic saves; with `eval_every` 0, no evaluation. `end_ids` are the token ids
-    that end an answer; if a row ends with one, that token must be trained. Every `refresh` updates, the reference moves by
-    the fraction `refresh_mix` towards the policy (TR-DPO). `precompute` measures the reference once, before training.
+    that end an answer; if a row ends with one, that token must be trained. Every `sync_every` updates, the reference moves by
+    the fraction `sync_mix` towards the policy (TR-DPO). `precompute` measures the reference once, before training.
     """
 
     steps: int
@@ -38,8 +38,8 @@ class OfflinePlan:
     eval_every: int = 0
     keep: int = 2
     end_ids: tuple[int, ...] = ()
-    refresh: int = 0
-    refresh_mix: float = 1.0
+    sync_every: int = 0
+    sync_mix: float = 1.0
     precompute: bool = False
 
 
@@ -141,8 +141,8 @@ class OfflineLoop:
         if self.state:
             seen = {**self._batch.columns, **update.now["train"]}
             self.state = self.objective.next(self.state, {"reward": mean_reward(self._now.terms, seen)})
-        if plan.refresh and (self.step + 1) % plan.refresh == 0:
-            self.learner.blend("reference", "policy", plan.refresh_mix)
+        if plan.sync_every and (self.step + 1) % plan.sync_every == 0:
+            self.learner.blend("reference", "policy", plan.sync_mix)
         self._numbers = {"loss": sum(update.losses.values()), **update.losses}
         self._numbers |= {f"grad_norm/{role}": norm for role, norm in update.grad_norm.items()}
         self._numbers |= {f"lr/{role}": rate for role, rate in update.lr.items()}

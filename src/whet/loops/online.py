@@ -51,7 +51,7 @@ class OnlinePlan:
     end_ids              token ids that end an answer
     canary               tokens of the sequence that generator and learner both score after each publish
     low_precision        whether the generator computes in half precision
-    refresh, refresh_mix every `refresh` steps, the reference moves by the fraction `refresh_mix` towards the policy
+    sync_every, sync_mix  every `sync_every` steps, the reference moves by the fraction `sync_mix` towards the policy
     max_staleness        largest age in steps of the weights behind a token; above 0, answers are generated ahead
     segment, slots       with max_staleness: tokens per segment of an answer, and concurrent answers per lane
     critic_warmup        number of first steps in which only the critic is trained
@@ -71,8 +71,8 @@ class OnlinePlan:
     low_precision: bool = False
     save_every: int = 0
     keep: int = 2
-    refresh: int = 0
-    refresh_mix: float = 1.0
+    sync_every: int = 0
+    sync_mix: float = 1.0
     max_staleness: int = 0
     segment: int = 64
     slots: int = 256
@@ -404,8 +404,8 @@ class OnlineLoop:
         plan, learner = self.plan, self.learner
         if plan.ema is not None:
             learner.blend("ema", "policy", 1 - plan.ema)
-        if plan.refresh and (self.step + 1) % plan.refresh == 0:
-            learner.blend("reference", "policy", plan.refresh_mix)
+        if plan.sync_every and (self.step + 1) % plan.sync_every == 0:
+            learner.blend("reference", "policy", plan.sync_mix)
         self.generator.load_weights(learner.publish())
         self._unpublished = False
         if len(self._canary):

@@ -141,7 +141,8 @@ class Term:
     ) -> Tensor:
         """Compute weight x reduction(loss), a scalar: the part of this batch in the mini-batch with these counts.
 
-        `masked` keeps the masked columns for further terms on the same columns, by the name of their mask. Raises RecipeError if a user's loss has another shape than the mask or no gradient.
+        `masked` keeps the masked columns for further terms on the same columns, by the name of their mask. Raises RecipeError
+        if a user's loss has another shape than the mask or no gradient.
         """
         assert isinstance(self.weight, (int, float)), "controllers are resolved before a term is used"
         mask, own = columns[self.mask], any(one.own for one in self.loss.walk())

@@ -2,7 +2,7 @@
 
 from whet.planning.memory import Activations, Bytes, Layout, Serving, activations, frozen, serving, trained
 from whet.planning.placement import GpuPlacement, Hardware, PlannedRun
-from whet.planning.report import parse_engine, report
+from whet.planning.report import parse_backend, report
 from whet.planning.schedule import Engines, Outcome, Schedule, Window, drawn_from, lognormal, simulate
 from whet.planning.shape import Shape
 from whet.planning.traffic import Network, Traffic, WeightPush
@@ -27,7 +27,7 @@ __all__ = [
     "drawn_from",
     "frozen",
     "lognormal",
-    "parse_engine",
+    "parse_backend",
     "report",
     "serving",
     "simulate",

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from whet.errors import RecipeError
 from whet.planning.shape import Shape
 
-Engine = Literal["local", "ddp", "fsdp", "zero1", "zero2", "zero3"]
+Backend = Literal["local", "ddp", "fsdp", "zero1", "zero2", "zero3"]
 """What is sharded over the workers: nothing, one process (local); nothing, replicas (ddp); everything (fsdp, zero3); the optimizer
 (zero1); the optimizer and the gradients (zero2)."""
 
@@ -29,9 +29,9 @@ BLOCK = 16
 
 @dataclass(frozen=True)
 class Layout:
-    """The distribution of the learner over its workers. Raises RecipeError for options that the engine does not support."""
+    """The distribution of the learner over its workers. Raises RecipeError for options that the backend does not support."""
 
-    engine: Engine = "local"
+    backend: Backend = "local"
     """what is sharded"""
     workers: int = 1
     """W: number of GPUs of the learner"""
@@ -45,23 +45,23 @@ class Layout:
     """tokens of one forward, including padding"""
 
     def __post_init__(self) -> None:
-        if self.engine not in get_args(Engine):
-            raise RecipeError(f"learner.backend: one of {', '.join(get_args(Engine))}; got {self.engine!r}")
+        if self.backend not in get_args(Backend):
+            raise RecipeError(f"learner.backend: one of {', '.join(get_args(Backend))}; got {self.backend!r}")
         for name in ("workers", "max_tokens_per_micro_batch"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"learner.{name}: at least 1; got {getattr(self, name)}")
-        if self.engine == "local" and self.workers > 1:
+        if self.backend == "local" and self.workers > 1:
             raise RecipeError(
                 f"learner.backend: local runs in one process, but there are {self.workers} workers; use fsdp"
             )
         for name, asked in (("precision", self.low_precision), ("offload", self.offload)):
-            if asked and self.engine in ("local", "ddp"):
-                raise RecipeError(f"learner.{name}: {self.engine} does not support it; use fsdp or zero2")
+            if asked and self.backend in ("local", "ddp"):
+                raise RecipeError(f"learner.{name}: {self.backend} does not support it; use fsdp or zero2")
 
     @property
     def shards(self) -> bool:
         """True if weights are sharded."""
-        return self.engine in ("fsdp", "zero3")
+        return self.backend in ("fsdp", "zero3")
 
     def computes_in(self, held: int) -> int:
         """Return c, the bytes per number in the computation, for weights stored with `held` bytes per number."""
@@ -118,8 +118,8 @@ def trained(
     `muon` has one moment instead of two for the matrices inside the layers. It needs whole matrices; raises RecipeError if
     they are sharded.
     """
-    if muon and layout.engine not in ("local", "ddp"):
-        raise RecipeError(f"optim.kind: muon needs whole matrices, but {layout.engine} shards them; use adamw or ddp")
+    if muon and layout.backend not in ("local", "ddp"):
+        raise RecipeError(f"optim.kind: muon needs whole matrices, but {layout.backend} shards them; use adamw or ddp")
     base = shape.parameters(head)
     count = adapters or base
     share = count / layout.workers
@@ -127,20 +127,20 @@ def trained(
     plain = 4 * count + base_bytes * base * bool(adapters)
     c = layout.computes_in(base_bytes if adapters else 4)
     extra = working(shape, layout, count, head=head, held=base_bytes if adapters else 4)
-    if layout.engine in ("local", "ddp"):
+    if layout.backend in ("local", "ddp"):
         return Bytes(plain, 4 * count, moments * layout.workers, extra)
-    if layout.engine == "fsdp":
+    if layout.backend == "fsdp":
         states = (plain / layout.workers, 4 * share, moments)
         return Bytes(0, 0, 0, extra, sum(states)) if layout.offload else Bytes(*states, extra)
-    gradients = c * count if layout.engine == "zero1" else c * share
+    gradients = c * count if layout.backend == "zero1" else c * share
     whole = c * (base + count * bool(adapters))
-    weights = whole / layout.workers if layout.engine == "zero3" else whole
+    weights = whole / layout.workers if layout.backend == "zero3" else whole
     optimizer = moments + 4 * share
     if not layout.offload:
         return Bytes(weights, gradients, optimizer, extra)
-    if layout.engine == "zero1":
+    if layout.backend == "zero1":
         return Bytes(weights, gradients, 0.0, extra, optimizer)
-    if layout.engine == "zero2":
+    if layout.backend == "zero2":
         return Bytes(weights, 0.0, 0.0, extra, optimizer + 4 * share)
     return Bytes(0.0, 0.0, 0.0, extra, optimizer + 4 * share + weights)
 
@@ -171,18 +171,18 @@ def working(shape: Shape, layout: Layout, count: int, *, head: str = "language",
     - zero3: the same, and up to `LIVE` gathered parameters.
     """
     c, trains = layout.computes_in(held), count / shape.parameters(head)
-    if layout.engine == "local":
+    if layout.backend == "local":
         return 0.0
-    if layout.engine == "ddp":
+    if layout.backend == "ddp":
         largest = shape.vocabulary * shape.hidden if trains == 1 else 0
         return 4.0 * min(count, REPLICA_BUCKET + largest)
-    if layout.engine == "fsdp":
+    if layout.backend == "fsdp":
         root, layer = shape.end_parameters(head), shape.layer_parameters()
         ends = c * root * (1 + trains)
         beside = max(2 * c * layer + (c + 4) * layer * trains, 4 * root * trains)
         return ends + beside
     step = 0.0 if layout.offload else 4 * count / layout.workers
-    live = c * min(shape.parameters(head), LIVE) if layout.engine == "zero3" else 0
+    live = c * min(shape.parameters(head), LIVE) if layout.backend == "zero3" else 0
     return c * min(count, BUCKET) + step + live
 
 

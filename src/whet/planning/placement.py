@@ -208,7 +208,7 @@ class GpuPlacement:
     @property
     def name(self) -> str:
         """Description of the placement for the report."""
-        learner = f"learner {self.layout.engine} on {_counted(self.layout.workers, 'GPU')}"
+        learner = f"learner {self.layout.backend} on {_counted(self.layout.workers, 'GPU')}"
         if not self.engines:
             return learner
         each = f" of {self.tensor_parallel} GPUs" if self.tensor_parallel > 1 else ""
@@ -220,7 +220,7 @@ class GpuPlacement:
         """The command line options for this placement."""
         layout, engines = self.layout, self.engines
         words = {
-            f"--learner {layout.engine}": True,
+            f"--learner {layout.backend}": True,
             f"--train.max-tokens-per-micro-batch {layout.max_tokens_per_micro_batch}": True,
             "--model.gradient-checkpointing": layout.checkpointing,
             "--learner.precision bf16": layout.low_precision,
@@ -244,7 +244,7 @@ def parts(run: PlannedRun, layout: Layout) -> list[StepPhase]:
         size = memory.trained(shape, layout, head=head, adapters=adapters, base_bytes=held, muon=run.muon)
         if run.one_trunk and name == "critic":  # the base is already counted
             alone = memory.trained(shape, Layout(), adapters=adapters)
-            over = layout.workers if layout.engine != "ddp" else 1
+            over = layout.workers if layout.backend != "ddp" else 1
             size = Bytes(4 * adapters / over, alone.gradients / over, alone.optimizer / over)
         read = memory.activations(
             shape, layout.max_tokens_per_micro_batch, bytes_each=layout.computes_in(held), checkpointing=layout.checkpointing,
@@ -290,11 +290,11 @@ def fitting(run: PlannedRun, layout: Layout, usable: float) -> Layout | None:
     return None
 
 
-def layouts(run: PlannedRun, engine: memory.Engine, workers: int) -> Iterator[Layout]:
-    """Yield the layouts of an engine to try, from the recipe's own to the slowest with the least memory."""
-    low_precision = run.low_precision and engine not in ("local", "ddp")
+def layouts(run: PlannedRun, backend: memory.Backend, workers: int) -> Iterator[Layout]:
+    """Yield the layouts of a backend to try, from the recipe's own to the slowest with the least memory."""
+    low_precision = run.low_precision and backend not in ("local", "ddp")
     first = Layout(
-        engine,
+        backend,
         workers,
         low_precision,
         run.offload,
@@ -304,12 +304,12 @@ def layouts(run: PlannedRun, engine: memory.Engine, workers: int) -> Iterator[La
     yield first
     if not run.checkpointing:
         yield replace(first, checkpointing=True)
-    if not run.offload and engine not in ("local", "ddp"):
+    if not run.offload and backend not in ("local", "ddp"):
         yield replace(first, checkpointing=True, offload=True)
 
 
-def natural(run: PlannedRun, workers: int) -> memory.Engine:
-    """Return the default engine: local for one worker, ddp for muon, which needs whole matrices, otherwise fsdp."""
+def natural(run: PlannedRun, workers: int) -> memory.Backend:
+    """Return the default backend: local for one worker, ddp for muon, which needs whole matrices, otherwise fsdp."""
     if workers == 1 and not (run.low_precision or run.offload):
         return "local"
     return "ddp" if run.muon else "fsdp"
@@ -445,7 +445,7 @@ def estimate(run: PlannedRun, hardware: Hardware, placement: GpuPlacement) -> fl
 
 
 def candidates(
-    run: PlannedRun, hardware: Hardware, *, engine: memory.Engine | None = None, learners: int | None = None
+    run: PlannedRun, hardware: Hardware, *, backend: memory.Backend | None = None, learners: int | None = None
 ) -> list[GpuPlacement]:
     """Return the placements that fit, the fastest first.
 
@@ -457,7 +457,7 @@ def candidates(
     counts = [learners] if learners else sorted({*_halves(hardware.gpus), *range(node, hardware.gpus + 1, node)})
     found = []
     for workers in counts if run.online else [learners or hardware.gpus]:
-        kind = engine or natural(run, workers)
+        kind = backend or natural(run, workers)
         if kind == "local" and workers > 1:
             continue
         for shared in (False,) if run.beside or run.tensor_parallel > 1 else (False, True):
@@ -470,13 +470,13 @@ def candidates(
             first = next((one for one in options if one is not None), None)
             found += [first] if first is not None else []
     if not found:
-        _refuse(run, hardware, engine)
+        _refuse(run, hardware, backend)
     return sorted(found, key=lambda one: estimate(run, hardware, one))
 
 
-def _refuse(run: PlannedRun, hardware: Hardware, engine: memory.Engine | None) -> None:
+def _refuse(run: PlannedRun, hardware: Hardware, backend: memory.Backend | None) -> None:
     """Raise RecipeError with the reason why no placement fits."""
-    kind = engine or natural(run, hardware.gpus)
+    kind = backend or natural(run, hardware.gpus)
     workers = 1 if kind == "local" else hardware.gpus
     smallest = [replace(one, max_tokens_per_micro_batch=run.longest) for one in layouts(run, kind, workers)][-1]
     least = needed(parts(run, smallest))

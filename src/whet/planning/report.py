@@ -8,7 +8,7 @@ from whet.planning import memory, placement, traffic
 from whet.planning.memory import GIB, Bytes, Layout
 from whet.planning.placement import GpuPlacement, Hardware, PlannedRun
 
-ENGINES: tuple[memory.Engine, ...] = ("ddp", "zero1", "zero2", "zero3", "fsdp")
+BACKENDS: tuple[memory.Backend, ...] = ("ddp", "zero1", "zero2", "zero3", "fsdp")
 
 
 def report(
@@ -16,24 +16,24 @@ def report(
     hardware: Hardware,
     *,
     title: str = "plan",
-    engine: memory.Engine | None = None,
+    backend: memory.Backend | None = None,
     learners: int | None = None,
 ) -> str:
     """Return the text for a run on this hardware.
 
-    `engine` and `learners` restrict the choice of placements. Of those that fit, the fastest is reported. Raises
+    `backend` and `learners` restrict the choice of placements. Of those that fit, the fastest is reported. Raises
     RecipeError if none fits; the message says how much memory is missing.
     """
-    found = placement.candidates(run, hardware, engine=engine, learners=learners)
+    found = placement.candidates(run, hardware, backend=backend, learners=learners)
     best = found[0]
     sections = [
         ("parameters", _parameters(run)),
         ("suggested", _suggested(run, hardware, found)),
         (
-            f"memory of a learner's GPU, GiB ({best.layout.engine} on {best.layout.workers})",
+            f"memory of a learner's GPU, GiB ({best.layout.backend} on {best.layout.workers})",
             _memory(run, hardware, best),
         ),
-        ("the same GPUs under other engines, GiB a GPU", _others(run, hardware, best)),
+        ("the same GPUs under other backends, GiB a GPU", _others(run, hardware, best)),
         ("memory of an engine's GPU, GiB", _serving(run, hardware, best)),
         ("bytes, received by each GPU", _bytes(run, hardware, best)),
         ("where a step's time goes", _time(run, hardware, best)),
@@ -88,7 +88,7 @@ def _suggested(run: PlannedRun, hardware: Hardware, found: Sequence[GpuPlacement
     if layout.offload and not run.offload:
         lines.append("learner.offload true: without it not one row fits (its traffic to the host is not in the times)")
     if not (run.low_precision or run.muon) and run.held_bytes == 4:
-        faster = placement.times(run, replace(layout, engine=_sharded(layout), low_precision=True), hardware, 0.0)
+        faster = placement.times(run, replace(layout, backend=_sharded(layout), low_precision=True), hardware, 0.0)
         lines.append(
             f"--learner {_sharded(layout)} --learner.precision bf16 would compute in bfloat16: measure and update {_seconds(faster.learn)} "
             f"instead of {_seconds(best.times.learn)}"
@@ -100,8 +100,8 @@ def _suggested(run: PlannedRun, hardware: Hardware, found: Sequence[GpuPlacement
     return lines
 
 
-def _sharded(layout: Layout) -> memory.Engine:
-    return layout.engine if layout.engine not in ("local", "ddp") else "fsdp"
+def _sharded(layout: Layout) -> memory.Backend:
+    return layout.backend if layout.backend not in ("local", "ddp") else "fsdp"
 
 
 def _lowered(run: PlannedRun, layout: Layout) -> str:
@@ -140,13 +140,13 @@ def _others(run: PlannedRun, hardware: Hardware, best: GpuPlacement) -> list[str
     if best.layout.workers == 1:
         return []
     rows = []
-    for engine in ENGINES if not run.muon else ("ddp",):
-        low_precision = run.low_precision and engine != "ddp"
-        layout = replace(best.layout, engine=engine, low_precision=low_precision, offload=False)
+    for backend in BACKENDS if not run.muon else ("ddp",):
+        low_precision = run.low_precision and backend != "ddp"
+        layout = replace(best.layout, backend=backend, low_precision=low_precision, offload=False)
         total = placement.needed(placement.parts(run, layout))
-        rows.append([engine, _gib(total), _verdict(total, hardware.usable)])
+        rows.append([backend, _gib(total), _verdict(total, hardware.usable)])
     width = max(len(row[1]) for row in rows)
-    return [f"{engine:<6} {total:>{width}}  {verdict}" for engine, total, verdict in rows]
+    return [f"{backend:<6} {total:>{width}}  {verdict}" for backend, total, verdict in rows]
 
 
 def _serving(run: PlannedRun, hardware: Hardware, best: GpuPlacement) -> list[str]:
@@ -273,8 +273,8 @@ def _seconds(seconds: float) -> str:
     return "0 s"
 
 
-def parse_engine(name: str) -> memory.Engine:
-    """Return the engine with this name. Raises RecipeError for an unknown name."""
-    if name not in ("local", *ENGINES):
-        raise RecipeError(f"--engine: one of local, {', '.join(ENGINES)}; got {name!r}")
+def parse_backend(name: str) -> memory.Backend:
+    """Return the backend with this name. Raises RecipeError for an unknown name."""
+    if name not in ("local", *BACKENDS):
+        raise RecipeError(f"learner.backend: one of local, {', '.join(BACKENDS)}; got {name!r}")
     return name  # type: ignore[return-value]

@@ -80,11 +80,11 @@ def micro_batch(shape: Shape, layout: Layout, count: int, *, head: str = "langua
     """
     c, w = layout.computes_in(held), layout.workers
     whole = shape.parameters(head)
-    if layout.engine == "fsdp":
+    if layout.backend == "fsdp":
         return Traffic(ring_share(2 * c * whole, w), ring_share(4 * count, w))
-    if layout.engine == "zero3":
+    if layout.backend == "zero3":
         return Traffic(ring_share(2 * c * whole, w), ring_share(c * count, w))
-    return Traffic(0.0, ring_share(c * count, w) if layout.engine == "zero2" else 0.0)
+    return Traffic(0.0, ring_share(c * count, w) if layout.backend == "zero2" else 0.0)
 
 
 def forward(shape: Shape, layout: Layout, *, head: str = "language", held: int = 4) -> Traffic:
@@ -100,10 +100,10 @@ def update(layout: Layout, count: int, *, held: int = 4) -> Traffic:
     weights. zero2 gathers the new weights. fsdp and zero3 communicate nothing in the step.
     """
     c, w = layout.computes_in(held), layout.workers
-    if layout.engine == "ddp":
+    if layout.backend == "ddp":
         return Traffic(0.0, 2 * ring_share(4 * count, w))
-    if layout.engine in ("zero1", "zero2"):
-        return Traffic(ring_share(c * count, w), ring_share(c * count, w) if layout.engine == "zero1" else 0.0)
+    if layout.backend in ("zero1", "zero2"):
+        return Traffic(ring_share(c * count, w), ring_share(c * count, w) if layout.backend == "zero1" else 0.0)
     return Traffic(0.0)
 
 

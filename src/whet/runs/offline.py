@@ -88,8 +88,8 @@ def prepare(method: str, recipe: fields.OfflineRecipe) -> OfflineJob:
     refresh = getattr(recipe, "sync_reference", fields.SyncReference())
     plan = offline.OfflinePlan(
         steps, recipe.train.batch_size, recipe.seed, recipe.data.shuffle, recipe.train.save_every,
-        recipe.train.eval_every or (steps if evaluation else 0), recipe.train.keep, refresh=refresh.every,
-        refresh_mix=refresh.mix, precompute=getattr(recipe, "precompute", False),
+        recipe.train.eval_every or (steps if evaluation else 0), recipe.train.keep, sync_every=refresh.every,
+        sync_mix=refresh.mix, precompute=getattr(recipe, "precompute", False),
     )  # fmt: skip
     return OfflineJob(method, recipe, objective, plan, tokenizer, sources, weights, evaluation)
 

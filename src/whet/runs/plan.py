@@ -7,7 +7,7 @@ from typing import Any
 
 from whet.errors import ModelError, RecipeError
 from whet.methods import compose
-from whet.planning import Hardware, Network, PlannedRun, Shape, parse_engine, report
+from whet.planning import Hardware, Network, PlannedRun, Shape, parse_backend, report
 from whet.runs import checks, config, generators, rewards
 from whet.runs import recipe as fields
 from whet.runs.slots import checked
@@ -22,8 +22,8 @@ def plan(verb: str, recipe: Any, options: fields.PlanOptions) -> str:
     else:
         raise RecipeError(f"plan: {verb} trains nothing; plan a training verb, such as ppo or dpo")
     hardware = Hardware(options.gpus, options.gpu_memory, Network(options.inside, options.between, options.per_node))
-    engine = None if recipe.learner.backend == "auto" else parse_engine(recipe.learner.backend)
-    return report(run, hardware, title=verb, engine=engine, learners=options.learners)
+    backend = None if recipe.learner.backend == "auto" else parse_backend(recipe.learner.backend)
+    return report(run, hardware, title=verb, backend=backend, learners=options.learners)
 
 
 def shape_of(path: str) -> Shape:

@@ -4,7 +4,6 @@ import os
 import shutil
 import tempfile
 import threading
-import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from whet.generate.vllm import push as vllm_push
 from whet.generate.vllm.push import About, Inlet, Transfer
 from whet.generate.vllm.worker import EXTENSION, FOLDER, OWNER
 from whet.ops import address
+from whet.processes import Process, descendants, end
 
 QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 """Environment variables to set before vLLM is imported, unless the user has set them."""
@@ -60,7 +60,7 @@ class EngineGenerator(ABC):
 
     @property
     @abstractmethod
-    def _torn(self) -> str:
+    def _incomplete(self) -> str:
         """Why the weights may not be used before the next weight update; "" if they may."""
 
     @abstractmethod
@@ -114,8 +114,8 @@ class EngineGenerator(ABC):
         """Put the engine to sleep if `asleep`, else wake it."""
 
     def _usable(self) -> None:
-        if self._unfit or self._torn:
-            raise WorkerDied(f"generator: {self._unfit or self._torn}")
+        if self._unfit or self._incomplete:
+            raise WorkerDied(f"generator: {self._unfit or self._incomplete}")
         self.wake()
 
     def _fits(self, given: Sequence[int], room: int) -> None:
@@ -249,7 +249,7 @@ class VLLMGenerator(EngineGenerator):
 
     def processes(self) -> list[int]:
         """Return the ids of the engine's child processes that are alive; none with `separate=False`."""
-        return [process.pid for process in self._processes if alive(process)]
+        return [process.pid for process in self._processes if process.alive]
 
     def close(self) -> None:
         """End the engine and all its processes, and remove its folder. May be called more than once."""
@@ -300,8 +300,8 @@ class VLLMGenerator(EngineGenerator):
         return self._do(lambda llm: llm.collective_rpc(method))
 
     @property
-    def _torn(self) -> str:
-        return self.inlet.torn
+    def _incomplete(self) -> str:
+        return self.inlet.incomplete
 
     def _pause(self, asleep: bool) -> None:
         self._do(lambda llm: llm.sleep(level=1) if asleep else llm.wake_up())
@@ -370,12 +370,12 @@ class VLLMGenerator(EngineGenerator):
                 return work(self._llm)
             future = _in_thread(lambda: work(self._llm))
             while not wait([future], WATCH).done:
-                if not all(map(alive, self._processes)) and not wait([future], 5 * WATCH).done:
+                if not all(one.alive for one in self._processes) and not wait([future], 5 * WATCH).done:
                     raise EngineDeadError()
             return future.result()
         except Exception as error:
             # if a worker process died, the call may raise any error
-            if not isinstance(error, EngineDeadError) and all(map(alive, self._processes)):
+            if not isinstance(error, EngineDeadError) and all(one.alive for one in self._processes):
                 raise
             self._unfit = "the vLLM engine died"
             raise WorkerDied("generator: the vLLM engine died") from error
@@ -384,13 +384,13 @@ class VLLMGenerator(EngineGenerator):
 class Adapters:
     """Load adapters into an engine that has one slot for them. `current` is the loaded adapter, which every request names.
 
-    `do` makes a call to vLLM. `torn` says why no request may be made after an adapter failed to load; "" otherwise.
+    `do` makes a call to vLLM. `incomplete` says why no request may be made after an adapter failed to load; "" otherwise.
     """
 
     def __init__(self, do: Callable[[Callable[[Any], Any]], Any], folder: Path) -> None:
         self.do, self.folder = do, folder
         self.current: Any = None
-        self.torn = ""
+        self.incomplete = ""
         self._number = 0
 
     def push(self, weights: Weights) -> None:
@@ -404,7 +404,7 @@ class Adapters:
         folder = self._adapter_folder(weights.handle)
         self._number += 1
         new = LoRARequest(f"whet-{self._number}", self._number, str(folder))
-        self.torn = f"the adapter of weights {weights.version} did not go in; push another one first"
+        self.incomplete = f"the adapter of weights {weights.version} did not go in; push another one first"
         try:
             said = self.do(lambda llm: _swap(llm, new, str(weights.version)))
         except WorkerDied:
@@ -416,7 +416,7 @@ class Adapters:
                 f"generator: adapter {self._number} of weights {weights.version} was pushed, "
                 f"but the engine says adapters, version and whether its cache is clear are {said}"
             )
-        self.current, self.torn = new, ""
+        self.current, self.incomplete = new, ""
 
     def _adapter_folder(self, handle: Any) -> Path:
         if isinstance(handle, Path):
@@ -501,7 +501,7 @@ def _start(given: dict[str, Any], separate: bool) -> Any:
             os.environ[name] = before
 
 
-def _processes(llm: Any) -> list[Any]:
+def _processes(llm: Any) -> list[Process]:
     started = llm.llm_engine.engine_core.resources.engine_manager.processes
     return [process for one in started for process in descendants(one.pid)]
 
@@ -518,42 +518,6 @@ def _in_thread(work: Callable[[], Any]) -> "Future[Any]":
 
     threading.Thread(target=run, daemon=True, name="whet-vllm").start()
     return future
-
-
-def descendants(pid: int) -> list[Any]:
-    """Return this process and all its descendants as psutil processes; none if it has ended."""
-    import psutil
-
-    try:
-        root = psutil.Process(pid)
-        return [root, *root.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
-def alive(process: Any) -> bool:
-    """Return True if the process runs. A zombie process counts as ended."""
-    import psutil
-
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def end(processes: Sequence[Any], seconds: float) -> None:
-    """Wait `seconds` for the processes to end, then kill the others and wait until they have ended (at most 5 s)."""
-    import psutil
-
-    for grace, last in ((seconds, False), (5.0, True)):
-        until = time.monotonic() + grace
-        while any(map(alive, processes)) and time.monotonic() < until:
-            time.sleep(0.02)
-        for process in () if last else filter(alive, processes):
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                pass
 
 
 def _leave_groups() -> None:

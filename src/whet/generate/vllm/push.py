@@ -97,7 +97,7 @@ class Route:
     def start_weight_update(self) -> None:
         """Discard an unfinished earlier weight update, then begin."""
         self.started = True
-        self.control.call("whet_forget")
+        self.control.call("whet_discard_update")
         self.control.start_weight_update()
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -110,7 +110,7 @@ class Route:
         Raises WorkerDied if the cache cannot be reset, RunStopped if the engine reports a different version.
         """
         self.control.finish_weight_update(weight_version or self.version)
-        self.control.call("whet_mend")
+        self.control.call("whet_update_head")
         if not self.control.reset_prefix_cache():
             raise WorkerDied("generator: the prefix cache could not be reset after a push: requests are still running")
         said = self.control.weight_version()
@@ -119,7 +119,7 @@ class Route:
 
 
 class Inlet:
-    """Load whole weight updates into one engine. If one fails after it started, `torn` says so until one succeeds.
+    """Load whole weight updates into one engine. If one fails after it started, `incomplete` says so until one succeeds.
 
     Raises ModelError if the engine's model has no safetensors files.
     """
@@ -128,7 +128,7 @@ class Inlet:
         if not about.shapes:
             raise ModelError("generator: the engine's model folder has no safetensors files, so no push can be checked")
         self.control, self.transport, self.about = control, transport, about
-        self.torn = ""
+        self.incomplete = ""
 
     def push(self, weights: Weights) -> None:
         """Load all weights into the engine.
@@ -147,11 +147,11 @@ class Inlet:
                 transport.carry(push, checked(whole(weights), self.about))
         except BaseException as error:
             if push.started:
-                self.torn = f"the push of weights {weights.version} failed half-way ({first_line(error)}); push whole weights first"
+                self.incomplete = f"the push of weights {weights.version} failed half-way ({first_line(error)}); push whole weights first"
             if isinstance(error, WhetError) or not isinstance(error, Exception):
                 raise
             raise WorkerDied(f"generator: weights {weights.version} did not go in: {first_line(error)}") from error
-        self.torn = ""
+        self.incomplete = ""
 
 
 def _headers(files: Sequence[Path]) -> Iterator[Named]:

@@ -25,15 +25,13 @@ from whet.generate.vllm.engine import (
     QUIET,
     Answer,
     EngineGenerator,
-    alive,
-    descendants,
-    end,
     engine_arguments,
     shared_memory,
 )
 from whet.generate.vllm.push import About, Inlet
 from whet.http import Http
 from whet.methods.options import Positive
+from whet.processes import descendants, end
 
 UNSET = "default"
 """vLLM's version of weights that were never updated."""
@@ -85,7 +83,9 @@ class ServerGenerator(EngineGenerator):
         self.inlet = Inlet(self, vllm_push.transport(about, host), about)
         self._label = self.weight_version()
         if self._label != UNSET:
-            self.inlet.torn = f"the server has weights {self._label!r} of an earlier run; push whole weights first"
+            self.inlet.incomplete = (
+                f"the server has weights {self._label!r} of an earlier run; push whole weights first"
+            )
 
     def load_weights(self, weights: Weights) -> None:
         """Load the weights of a role or of a folder, then drop the cache of the old weights.
@@ -133,8 +133,8 @@ class ServerGenerator(EngineGenerator):
         return self.http.ask("POST", "/collective_rpc", {"method": method})["results"]
 
     @property
-    def _torn(self) -> str:
-        return self.inlet.torn
+    def _incomplete(self) -> str:
+        return self.inlet.incomplete
 
     def _pause(self, asleep: bool) -> None:
         self.http.ask("POST", "/sleep?level=1" if asleep else "/wake_up")
@@ -231,7 +231,7 @@ class Server:
 
     def processes(self) -> list[int]:
         """Return the ids of the server's processes that are alive, its main process first."""
-        return [process.pid for process in descendants(self.process.pid) if alive(process)]
+        return [process.pid for process in descendants(self.process.pid) if process.alive]
 
     def close(self) -> None:
         """End the server and all its processes, and remove its folder. May be called more than once."""

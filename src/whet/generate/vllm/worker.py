@@ -5,11 +5,7 @@ vLLM, but then its classes cannot be used.
 """
 
 import json
-import os
-import signal
 import threading
-import time
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +15,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
+
+from whet.processes import watch
 
 try:
     from vllm.distributed.weight_transfer.base import (
@@ -57,7 +55,7 @@ class Extension:
         worker: Any = self
         owner = worker.vllm_config.additional_config.get(OWNER)
         if owner is not None and not any(one.name == "whet-owner" for one in threading.enumerate()):
-            threading.Thread(target=_watch, args=(owner,), daemon=True, name="whet-owner").start()
+            threading.Thread(target=watch, args=(owner,), daemon=True, name="whet-owner").start()
         names = _shapes(_model_folder(worker.model_config))
         tied = getattr(worker.model_config.hf_text_config, "tie_word_embeddings", False)
         ignored = [
@@ -74,7 +72,7 @@ class Extension:
             "workers": worker.parallel_config.world_size,
         }
 
-    def whet_forget(self) -> None:
+    def whet_discard_update(self) -> None:
         """Discard the state of an unfinished weight update.
 
         Otherwise vLLM counts its tensors as part of the next update, and finishes layers before all their tensors arrived.
@@ -90,7 +88,7 @@ class Extension:
                     _place_kernel_tensors(layer, info)
                 info.reset()
 
-    def whet_mend(self) -> None:
+    def whet_update_head(self) -> None:
         """Update a tied head to the new weights of the embedding. vLLM's reload skips it, and on a CPU it keeps a packed copy
         of the old weights."""
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
@@ -100,30 +98,6 @@ class Extension:
             # processing a quantized head twice would be wrong, so only unquantized heads are processed
             if isinstance(module, ParallelLMHead) and isinstance(module.quant_method, UnquantizedEmbeddingMethod):
                 module.quant_method.process_weights_after_loading(module)
-
-
-def _watch(owner: int) -> None:
-    """Wait until the owner process has ended, then kill this process and those between it and the owner.
-
-    vLLM's processes would otherwise keep running and hold their memory.
-    """
-    import psutil
-
-    between = []
-    try:
-        whose = psutil.Process(owner)
-        for one in psutil.Process().parents():
-            if one == whose:
-                break
-            between.append(one)
-        while whose.is_running() and whose.status() != psutil.STATUS_ZOMBIE:
-            time.sleep(1.0)
-    except psutil.NoSuchProcess:
-        pass
-    for one in between:
-        with suppress(psutil.NoSuchProcess):
-            one.kill()
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @dataclass
