@@ -276,8 +276,12 @@ MUTANTS: list[Mutant] = [
             'WHOLE = part(ops.masked_mean, x="token_reward", dim=1)',
         ),
         ('"sequence_sum": part(ops.per_sequence, mean=False)', '"sequence_sum": part(ops.per_sequence, mean=True)'),
-        ('"rejected": part(ops.nth, x=score, n=1)', '"rejected": part(ops.nth, x=score, n=0)'),
         ("gae_lambda=value.gae_lambda, **given\n", "gae_lambda=1.0 - value.gae_lambda, **given\n"),
+    ),
+    *_of(
+        "methods/pairs.py",
+        "methods",
+        ('"rejected": part(ops.nth, x=score, n=1)', '"rejected": part(ops.nth, x=score, n=0)'),
     ),
     *_of(
         "methods/parts.py",

@@ -23,10 +23,10 @@ from engines import helpers as e
 from whet.data import Weights
 from whet.errors import ModelError, RecipeError, RunStopped, WorkerDied
 from whet.generate.vllm import push as vllm_push
-from whet.generate.vllm.engine import alive, descendants
 from whet.generate.vllm.server import Server, ServerGenerator, flags
 from whet.http import Http
 from whet.methods.options import Sampling
+from whet.processes import descendants
 
 pytest.importorskip("vllm")
 BOUND = 1e-4
@@ -166,7 +166,7 @@ def test_a_killed_engine_is_noticed_and_the_server_ends(generator: Any, server: 
     assert time.monotonic() - start < 20
     server.close()
     server.close()
-    assert not any(map(alive, running))
+    assert not any(one.alive for one in running)
     assert not server.folder.exists()
     with pytest.raises(WorkerDied, match=r"no server responds|push whole weights first"):
         generator.logprobs([torch.tensor([2, 3])])
@@ -186,7 +186,7 @@ def test_the_verb_starts_one_and_ends_it_with_itself(tmp_path: Path) -> None:
         assert len(started) > 2
         run.terminate()
         assert run.wait(60) == 0
-    assert not any(map(alive, started))
+    assert not any(one.alive for one in started)
 
 
 @pytest.mark.long

@@ -27,6 +27,7 @@ from whet.data import Weights
 from whet.distributed import Workers
 from whet.errors import ModelError, RecipeError, RunStopped, WorkerDied
 from whet.generate.vllm import push as vllm_push
+from whet.generate.vllm import transports
 from whet.generate.vllm.engine import VLLMGenerator
 from whet.methods.options import LoRA, Sampling
 from whet.models.lora import attach
@@ -195,7 +196,7 @@ def test_files_in_shared_memory_are_loaded_without_a_copy(generator: Any, fresh:
         sent.append((info["file"], file.stat().st_nlink))
         update(info)
 
-    monkeypatch.setattr(vllm_push, "save_file", None)
+    monkeypatch.setattr(transports, "save_file", None)
     monkeypatch.setattr(generator, "update_weights", counted)
     generator.load_weights(Weights(1, folder))
     assert [links for _, links in sent] == [2]  # a second name of the file that the learner wrote
@@ -243,7 +244,7 @@ def test_the_benchmark_of_pushes_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_corrupt_file_is_not_loaded(generator: Any, fresh: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(vllm_push, "save_file", lambda tensors, path: Path(path).write_bytes(b"\x10" + b"\0" * 99))
+        patch.setattr(transports, "save_file", lambda tensors, path: Path(path).write_bytes(b"\x10" + b"\0" * 99))
         with pytest.raises(WorkerDied, match="weights 4 did not go in"):
             generator.load_weights(Weights(4, e.role("qwen3", 1)))
     with pytest.raises(WorkerDied, match="half-way"):

@@ -3,7 +3,8 @@
 from whet.data.batching import dealt, micro_batches, minibatches, order, pad_ids, take_elements
 from whet.data.chat import PLAIN, Chat, chat_format
 from whet.data.columns import COLUMNS, Column, measured
-from whet.data.rows import Located, Reader, numbers, ranks_of, read_rows
+from whet.data.read import Located, read_rows
+from whet.data.rows import Reader, numbers, ranks_of
 from whet.data.types import (
     Batch,
     Element,

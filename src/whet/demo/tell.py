@@ -122,45 +122,16 @@ def sections(
 ) -> list[Section]:
     """Return the sections of the report."""
     main, over = curve(out / "ppo"), curve(out / "over_optimized")
-    rates, edits, raw = summary["aspects"], numbers["edits"], numbers["raw"]
-    models = ("base", "sft", "ppo")
-    aspect_rows = [[ASPECTS[name], *(f"{rates[model][name]:.2f}" for model in models)] for name in SHOWN]
-    edit_rows = [
-        [kind.replace("_", " "), f"{share:.2f}", str(count), "yes" if kind in judge.RANKED_EDITS else "no"]
-        for kind, (share, count) in edits.items()
-    ]
+    rates, raw = summary["aspects"], numbers["raw"]
     raw_rows = [
         [name.replace("_", " "), f"{value:.4f}", f"{100 * (value / raw['sft'] - 1):+.1f} %"]
         for name, value in raw.items()
     ]
-    blind = [kind.replace("_", " ") for kind, (share, _) in edits.items() if share < 0.65]
+    blind = [kind.replace("_", " ") for kind, (share, _) in numbers["edits"].items() if share < 0.65]
     return [
         Section("Result", [Prose(GOLD_WORDS), Table(HEADS, table_rows(summary)), Prose(_result(summary))]),
-        Section(
-            "What the answers do",
-            [
-                Prose(
-                    "Rates per aspect on the held-out prompts, told by the judge. Admitting, inventing and passing over in silence are "
-                    "rates among the prompts that ask for a fact the card lacks, about half of them. Words in brackets, as [wrong], are "
-                    "proofreader's marks that the base model learned from its raw text."
-                ),
-                Table(("", *models), aspect_rows),
-            ],
-        ),
-        Section(
-            "The reward model",
-            [
-                Prose(
-                    f"It orders {summary['reward_model_accuracy']:.1%} of held-out pairs as the judge does without noise, and "
-                    f"{numbers['accuracy']['noisy']:.1%} as the noisy person does; the judge itself reaches "
-                    f"{numbers['ceiling']:.1%} there, so no model can expect more. "
-                    "Pair accuracy hides what was not learned, so held-out answers are edited in one known way each. Where the last "
-                    f"column says yes, edits of that kind also stand among the ranked answers ({judge.EDITED_SHARE:.0%} of the "
-                    "rankings hold one), since samples of one model seldom show such a flaw alone."
-                ),
-                Table(("edit", "share rated worse", "answers", "among the rankings"), edit_rows),
-            ],
-        ),
+        _answers(rates),
+        _reward_model(summary, numbers),
         Section(
             "Proxy and gold",
             [
@@ -185,6 +156,45 @@ def sections(
         Section("What these models cannot do", [Prose(_limits(blind, rates))]),
         Section("Before and after", [Prose("The first held-out prompts, not chosen."), *_talks(texts)]),
     ]
+
+
+def _answers(rates: Mapping[str, Any]) -> Section:
+    """Return the section with the rates of each aspect, per model."""
+    models = ("base", "sft", "ppo")
+    aspect_rows = [[ASPECTS[name], *(f"{rates[model][name]:.2f}" for model in models)] for name in SHOWN]
+    return Section(
+        "What the answers do",
+        [
+            Prose(
+                "Rates per aspect on the held-out prompts, told by the judge. Admitting, inventing and passing over in silence are "
+                "rates among the prompts that ask for a fact the card lacks, about half of them. Words in brackets, as [wrong], are "
+                "proofreader's marks that the base model learned from its raw text."
+            ),
+            Table(("", *models), aspect_rows),
+        ],
+    )
+
+
+def _reward_model(summary: Mapping[str, Any], numbers: Mapping[str, Any]) -> Section:
+    """Return the section about the reward model: its accuracy, and how it rates known edits."""
+    edit_rows = [
+        [kind.replace("_", " "), f"{share:.2f}", str(count), "yes" if kind in judge.RANKED_EDITS else "no"]
+        for kind, (share, count) in numbers["edits"].items()
+    ]
+    return Section(
+        "The reward model",
+        [
+            Prose(
+                f"It orders {summary['reward_model_accuracy']:.1%} of held-out pairs as the judge does without noise, and "
+                f"{numbers['accuracy']['noisy']:.1%} as the noisy person does; the judge itself reaches "
+                f"{numbers['ceiling']:.1%} there, so no model can expect more. "
+                "Pair accuracy hides what was not learned, so held-out answers are edited in one known way each. Where the last "
+                f"column says yes, edits of that kind also stand among the ranked answers ({judge.EDITED_SHARE:.0%} of the "
+                "rankings hold one), since samples of one model seldom show such a flaw alone."
+            ),
+            Table(("edit", "share rated worse", "answers", "among the rankings"), edit_rows),
+        ],
+    )
 
 
 HEADS = ("", "gold", "95 %", "reward model", "KL to SFT, nats/answer", "win rate vs SFT", "95 %")

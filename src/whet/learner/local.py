@@ -14,16 +14,13 @@ from whet.data.files import write_json
 from whet.distributed import Workers
 from whet.errors import CheckpointError, RecipeError, RunStopped
 from whet.learner.base import LearnerContext, NoOptions, UpdateResult, WeightsWriter, Work
+from whet.learner.state import as_tensor, fingerprint, optimizers_of
 from whet.learner.store import Stored, write
 from whet.methods.options import Optim
 from whet.models.dropout import Dropout
-from whet.models.load import decoder_layers
 from whet.models.readers import BARE, read
 from whet.models.roles import Role
 from whet.ops import address
-
-CHUNK = 1 << 24
-"""Number of weights that `fingerprint` sums at a time."""
 
 
 class LocalLearner:
@@ -219,7 +216,7 @@ class LocalLearner:
 
     def _place(self) -> None:
         """Distribute the weights, then build the optimizers on the distributed weights."""
-        self._optimizers = {role.name: _optimizers(role, self.optims[role.name]) for role in self._trained()}
+        self._optimizers = {role.name: optimizers_of(role, self.optims[role.name]) for role in self._trained()}
 
     def _clear(self) -> None:
         """Clear the gradients of the last update."""
@@ -258,7 +255,7 @@ class LocalLearner:
         for optimizer, _ in self._optimizers[name]:
             for parameter, values in optimizer.state.items():
                 for key, value in values.items():
-                    yield f"{own[id(parameter)]}|{key}", self._whole(_tensor(value))
+                    yield f"{own[id(parameter)]}|{key}", self._whole(as_tensor(value))
 
     def _put_states(self, name: str, saved: Mapping[str, Tensor]) -> None:
         """Restore the optimizer states that `_states` yielded."""
@@ -368,59 +365,10 @@ class LocalLearner:
         return dict(zip(losses, totals, strict=True)), {name: self._joined(now) for name, now in streams.items()}
 
 
-def fingerprint(parameters: Mapping[str, Tensor]) -> str:
-    """Return a hash that changes if any of these parameters changes.
-
-    The bits are summed as integers, so the hash does not depend on the order of the sums.
-    """
-    parts: list[str] = []
-    for name, parameter in parameters.items():
-        whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
-        total = 0
-        for start, piece in enumerate(parameter.detach().contiguous().flatten().view(whole).split(CHUNK)):
-            place = torch.arange(piece.numel(), device=piece.device) + start * CHUNK
-            total += int(
-                (piece.to(torch.int64) * (2 * place + 1)).sum()
-            )  # an overflow wraps around in the same way on every device
-        parts.append(f"{name}{tuple(parameter.shape)}{total}")
-    return f"{address(*parts):016x}"
-
-
 def _collect(whole: dict[str, Tensor], fresh: Mapping[str, Tensor], rows: list[int], batch: Batch) -> None:
     """Copy the columns of a micro-batch into those of the whole batch, on the CPU."""
     for name, values in fresh.items():
         batch.scatter(whole, name, rows, values.cpu())
-
-
-def _optimizers(role: Role, optim: Optim) -> list[tuple[torch.optim.Optimizer, float]]:
-    """Return the optimizers of a role with their base learning rates."""
-    inside = (
-        {id(p) for layer in decoder_layers(role.model) for p in layer.parameters()} if optim.kind == "muon" else set()
-    )
-    rest: dict[bool, list] = {True: [], False: []}
-    matrices = []
-    for parameter in role.parameters().values():
-        if id(parameter) in inside and parameter.ndim == 2:
-            matrices.append(parameter)
-        else:
-            rest[parameter.ndim > 1].append(parameter)
-    groups = [
-        {"params": parameters, "weight_decay": optim.weight_decay if matrix else 0.0}
-        for matrix, parameters in rest.items()
-        if parameters
-    ]
-    out: list[tuple[torch.optim.Optimizer, float]] = []
-    if groups:
-        adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
-        out.append((adamw, optim.lr))
-    if matrices:
-        muon = torch.optim.Muon(matrices, lr=optim.muon_lr, weight_decay=optim.weight_decay)
-        out.append((muon, optim.muon_lr))
-    return out
-
-
-def _tensor(value: Any) -> Tensor:
-    return value.detach().contiguous() if isinstance(value, Tensor) else torch.tensor(value)
 
 
 Options = NoOptions

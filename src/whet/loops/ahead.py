@@ -18,8 +18,11 @@ from whet.distributed import run_parallel
 from whet.errors import RunStopped
 from whet.generate import Generator, Request
 from whet.generate.base import all_logprobs
-from whet.loops.source import PromptQueue
+from whet.generate.fleet import Fleet
+from whet.loops.source import GroupSource, PromptQueue, SynchronousSource
 from whet.loops.staleness import chosen, lead
+from whet.loops.steps import OnlinePlan
+from whet.methods import Algorithm
 from whet.methods.options import Sampling
 
 
@@ -325,3 +328,24 @@ class AsynchronousSource:
     def close(self) -> None:
         """Stop the lanes after their current segments."""
         self.driver.close()
+
+
+def source_of(
+    algorithm: Algorithm,
+    generator: Generator,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    plan: OnlinePlan,
+    driver: Driver | None,
+) -> GroupSource:
+    """Return the source of the groups: synchronous, or asynchronous with `max_staleness` or a driver."""
+    most = plan.prompts * plan.steps * (1 + algorithm.collect.dynamic_sampling)
+    queue, answers = PromptQueue(prompts, most, plan.seed), algorithm.collect.num_generations
+    if not plan.max_staleness and driver is None:
+        return SynchronousSource(generator, queue, answers, sampling, plan.seed)
+    lanes: Sequence[Generator] = generator.lanes if isinstance(generator, Fleet) else [generator]
+    buffer = Buffer(
+        queue, answers, sampling, plan.seed, steps=plan.steps, prompts=plan.prompts, staleness=plan.max_staleness,
+        lanes=len(lanes),
+    )  # fmt: skip
+    return AsynchronousSource(lanes, buffer, driver or Threads(), slots=plan.slots, segment=plan.segment)

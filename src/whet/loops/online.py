@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,10 +11,9 @@ from torch import Tensor
 
 from whet.data import Batch, Element, Group, Prompt, minibatches, take_elements
 from whet.generate import Generator
-from whet.generate.fleet import Fleet
 from whet.learner import Learner, UpdateResult, look_across
 from whet.loops import checkpoint, selfcheck
-from whet.loops.ahead import AsynchronousSource, Buffer, Driver, Threads
+from whet.loops.ahead import AsynchronousSource, Driver, source_of
 from whet.loops.experience import (
     PtxStream,
     RolloutScores,
@@ -31,7 +30,8 @@ from whet.loops.experience import (
 from whet.loops.interrupt import Stop
 from whet.loops.progress import Progress
 from whet.loops.record import RunFolder, mean_of
-from whet.loops.source import GroupSource, PromptQueue, SynchronousSource, answered
+from whet.loops.source import answered
+from whet.loops.steps import MiniBatch, OnlinePlan, StepLog
 from whet.methods import Algorithm, Term, advantages, clipping, diagnostics, paired, shaped, spread
 from whet.methods.options import Sampling
 from whet.methods.own import own_loss
@@ -39,82 +39,6 @@ from whet.methods.parts import mean_reward, name_of
 from whet.models.readers import BARE
 from whet.ops import address
 from whet.rewards import Weighted
-
-
-@dataclass(frozen=True)
-class OnlinePlan:
-    """The size and schedule of a run: total steps, prompts per step, elements per mini-batch, epochs per rollout, and saves.
-
-    target_kl            stop the updates of a rollout when KL(old || new) of a mini-batch exceeds it, in nats per token
-    ema                  decay of an exponential moving average of the policy
-    equal_start          policy and reference start with equal weights; this is checked in the first step
-    end_ids              token ids that end an answer
-    canary               tokens of the sequence that generator and learner both score after each publish
-    low_precision        whether the generator computes in half precision
-    sync_every, sync_mix  every `sync_every` steps, the reference moves by the fraction `sync_mix` towards the policy
-    max_staleness        largest age in steps of the weights behind a token; above 0, answers are generated ahead
-    segment, slots       with max_staleness: tokens per segment of an answer, and concurrent answers per lane
-    critic_warmup        number of first steps in which only the critic is trained
-    """
-
-    steps: int
-    prompts: int
-    mini_batch_size: int
-    epochs: int = 1
-    seed: int = 0
-    ptx_batch: int = 0
-    target_kl: float | None = None
-    ema: float | None = None
-    equal_start: bool = False
-    end_ids: tuple[int, ...] = ()
-    canary: int = 160
-    low_precision: bool = False
-    save_every: int = 0
-    keep: int = 2
-    sync_every: int = 0
-    sync_mix: float = 1.0
-    max_staleness: int = 0
-    segment: int = 64
-    slots: int = 256
-    critic_warmup: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class MiniBatch:
-    """One mini-batch of a rollout. `batch` has its rows and columns; `index` lists its elements in the rollout."""
-
-    batch: Batch
-    index: tuple[int, ...]
-    epoch: int
-    number: int
-    streams: Mapping[str, Batch] = field(default_factory=dict)
-
-
-RESERVED = ("step", "seconds", "seconds/generate")
-"""Metrics that the loop writes in each line of metrics.jsonl."""
-
-
-class StepLog:
-    """One step of a loop: its number, counted from 0, and the metrics logged for it."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.metrics: dict[str, float] = {}
-
-    def log(self, metrics: Mapping[str, float]) -> None:
-        """Add metrics to the line of this step in metrics.jsonl. The line is written when the step ends.
-
-        Raises ValueError for a name that every line has ("step", "seconds"), TypeError for a value that is not a number.
-        """
-        for name, value in metrics.items():
-            number: Any = value
-            if getattr(value, "ndim", None) == 0:  # a tensor or an array
-                number = number.item()
-            if name in RESERVED:
-                raise ValueError(f"log: each line has {name!r} already; choose another name")
-            if isinstance(number, bool) or not isinstance(number, (int, float)):
-                raise TypeError(f"log: {name} must be a number, got {type(value).__name__}")
-            self.metrics[name] = number
 
 
 class OnlineLoop:
@@ -157,7 +81,7 @@ class OnlineLoop:
             title,
             quiet,
         )
-        self.source = _source(algorithm, generator, prompts, sampling, plan, driver)
+        self.source = source_of(algorithm, generator, prompts, sampling, plan, driver)
         self.generator = self.source if isinstance(self.source, AsynchronousSource) else generator
         self.stream = PtxStream(ptx, plan.ptx_batch, plan.seed)
         self.step = self.first = 0
@@ -482,24 +406,3 @@ def run_steps(loop: OnlineLoop) -> None:
 
 def _work(terms: Sequence[Term], streams: Mapping[str, Batch]) -> list[tuple[Term, Batch, Any]]:
     return [(term, streams[term.stream], streams[term.stream].counts(term.mask)) for term in terms]
-
-
-def _source(
-    algorithm: Algorithm,
-    generator: Generator,
-    prompts: Sequence[Prompt],
-    sampling: Sampling,
-    plan: OnlinePlan,
-    driver: Driver | None,
-) -> GroupSource:
-    """Return the source of the groups: synchronous, or asynchronous with `max_staleness` or a driver."""
-    most = plan.prompts * plan.steps * (1 + algorithm.collect.dynamic_sampling)
-    queue, answers = PromptQueue(prompts, most, plan.seed), algorithm.collect.num_generations
-    if not plan.max_staleness and driver is None:
-        return SynchronousSource(generator, queue, answers, sampling, plan.seed)
-    lanes: Sequence[Generator] = generator.lanes if isinstance(generator, Fleet) else [generator]
-    buffer = Buffer(
-        queue, answers, sampling, plan.seed, steps=plan.steps, prompts=plan.prompts, staleness=plan.max_staleness,
-        lanes=len(lanes),
-    )  # fmt: skip
-    return AsynchronousSource(lanes, buffer, driver or Threads(), slots=plan.slots, segment=plan.segment)

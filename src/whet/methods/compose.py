@@ -1,41 +1,39 @@
 """Build methods from slots (names and options, as in the catalogue and recipes), and reject contradictory slots."""
 
-import dataclasses
-import difflib
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor
 
 from whet import ops
-from whet.data.columns import COLUMNS
 from whet.errors import RecipeError
 from whet.methods import catalogue
 from whet.methods.algorithm import Algorithm, Collect, Penalty
 from whet.methods.choices import (
-    HIDDEN,
     ONLINE_SLOTS,
     OPTIONAL,
-    OPTIONS,
-    PAIR_LOSSES,
     PLAIN_SLOTS,
-    PREFERENCE_SLOTS,
-    REWARD_SLOTS,
-    SINGLE_LOSSES,
-    Choice,
     changed,
-    named,
 )
 from whet.methods.options import KL, Entropy, Truncated, Value
-from whet.methods.own import op_of, own_choice
+from whet.methods.own import op_of
+from whet.methods.pairs import preference_of, reward_of
 from whet.methods.parts import Objective, Part, Term, part
-from whet.ops import AdaptiveEntropy, AdaptiveKL, Controller, FixedKL, HalvingKL, RunningMean
-
-Slots = Mapping[str, Any]
+from whet.methods.pick import (
+    Slots,
+    choice_options,
+    chosen,
+    found,
+    given_options,
+    known_in,
+    record,
+    short_name,
+    with_length,
+)
+from whet.ops import AdaptiveEntropy, AdaptiveKL, Controller, FixedKL, HalvingKL
 
 ESTIMATORS = {
     "k1": part(ops.k1, logp="old_full_logp"),
@@ -81,9 +79,9 @@ def reward(name: str, **changes: Any) -> Objective:
 
 def _changed(table: Mapping[str, catalogue.Method], name: str, changes: Slots) -> Slots:
     """Return the slots of a method with changes. Raises RecipeError for an unknown method or slot."""
-    slots = _known("method", table, name).slots
+    slots = known_in("method", table, name).slots
     for slot, value in changes.items():
-        _known(f"method {name}", slots, slot)
+        known_in(f"method {name}", slots, slot)
         if value is None and slot not in OPTIONAL and slot not in PLAIN_SLOTS:
             raise RecipeError(f"algorithm.{slot}: it cannot be left out")
     return changed(slots, changes)
@@ -122,7 +120,7 @@ def _front(slots: Slots, truncated: Truncated, weights: Sequence[float], longest
     if slots.get("reward_clip"):
         shape.append(chosen("reward_clip", slots["reward_clip"]))
     if slots.get("overlong"):
-        penalty = chosen("overlong", _with_length("overlong", slots["overlong"], "limit", longest))
+        penalty = chosen("overlong", with_length("overlong", slots["overlong"], "limit", longest))
         if penalty.options["buffer"] > penalty.options["limit"]:
             raise RecipeError(
                 f"algorithm.overlong.buffer: it lies within the limit of {penalty.options['limit']} tokens; "
@@ -235,7 +233,14 @@ def _terms(slots: Slots, value: Value | None, cost: KL | None, longest: int | No
     """Return the terms of the objective: policy loss, critic loss, KL in the loss, entropy and ptx."""
     reduce, options = reduction(slots["reduction"], longest)
     terms = [
-        Term("policy", "rollout", policy_loss(slots), reduce, options=options, name=_short(slots["surrogate"]["name"]))
+        Term(
+            "policy",
+            "rollout",
+            policy_loss(slots),
+            reduce,
+            options=options,
+            name=short_name(slots["surrogate"]["name"]),
+        )
     ]
     if value is not None:
         terms.append(
@@ -360,237 +365,12 @@ def _penalty(kl: KL) -> Penalty:
     return Penalty(ESTIMATORS[kl.estimator], CHARGES[kl.where], controller(kl))
 
 
-def _short(name: str) -> str:
-    """Return the name of a part in the metrics: the built-in name, or the name of the user's function."""
-    return name.split("#")[0].rpartition(":")[2]
-
-
 def reduction(spec: Slots, longest: int | None) -> tuple[Any, dict[str, Any]]:
     """Return (the reduction op, its options) of a slot."""
     choice = found("reduction", ONLINE_SLOTS["reduction"], spec["name"])
     if "length" in choice_options(choice):
-        spec = _with_length("reduction", spec, "length", longest)
+        spec = with_length("reduction", spec, "length", longest)
     return op_of(choice), given_options("reduction", choice, spec)
-
-
-def preference_of(slots: Slots, stream: str = "train") -> Objective:
-    """Build the objective from its slots: a weighted sum of losses on scored answers, and the SFT loss."""
-    losses = [named(one) for one in (slots["loss"] if isinstance(slots["loss"], list) else [slots["loss"]])]
-    beta = slots.get("beta")
-    # sampled answers may come from a truncated distribution; the log-ratio to the reference uses the full distributions
-    now, before = ("logp", "now_logp") if stream == "train" else ("full_logp", "now_full_logp")
-    score = _answer_score(slots["implicit_reward"], beta, now)
-    columns = {
-        "gap": part(ops.gap, score=score),
-        "chosen": part(ops.nth, x=score, n=0),
-        "rejected": part(ops.nth, x=score, n=1),
-        "score": part(ops.nth, x=score, n=0),
-        "probability": part(ops.nth, x="probability", n=0),
-        "good": part(ops.nth, x="good", n=0),
-        "kl_baseline": part(ops.nth, x="kl_baseline", n=0),
-        "policy_gap": part(ops.gap, score=part(ops.policy_score, logp=now, beta=beta or 1.0)),
-        "matched": part(ops.nth, x="matched", n=0),
-        "rival": part(ops.nth, x="rival", n=0),
-        "rival_of_rejected": part(ops.nth, x="rival", n=1),
-    }
-    terms: list[Term] = []
-    select: dict[str, Part] = {}
-    if not losses:
-        raise RecipeError("algorithm.loss: the list is empty; give at least one loss")
-    single = [one["name"] in SINGLE_LOSSES for one in losses if one["name"] != "sft"]
-    plain = {"beta": 0.1, "implicit_reward": {"name": "implicit_reward"}}
-    if not single and any(named(slots.get(slot)) != value for slot, value in plain.items() if slot in slots):
-        raise RecipeError("algorithm.loss: the sft loss reads neither beta nor implicit_reward; leave them out")
-    if any(single) and not all(single):
-        raise RecipeError(
-            "algorithm.loss: losses on single answers and losses on pairs need different rows; use one kind"
-        )
-    for spec in losses:
-        spec = dict(spec)
-        weight = spec.pop("weight", 1.0)
-        choice = found("loss", PAIR_LOSSES | SINGLE_LOSSES, spec["name"])
-        if spec["name"] == "sft":
-            given_options("loss", choice, spec)
-            terms.append(_sft(stream, weight, now))
-            continue
-        parameters = inspect.signature(op_of(choice)).parameters
-        _check_score(spec["name"], slots["implicit_reward"], parameters)
-        given: dict[str, Any] = {name: columns[name] for name in parameters if name in columns}
-        if "delta" in parameters:
-            given["delta"] = RunningMean()
-        if "beta" in parameters:
-            given["beta"] = beta
-        loss = chosen("loss", spec, **given)
-        terms.append(Term("policy", stream, loss, ops.element_mean, weight, name=_short(spec["name"])))
-        select |= _across(parameters, slots["implicit_reward"], beta, before)
-    if slots.get("sft_weight", 0) > 0:
-        terms.append(_sft(stream, slots["sft_weight"], now))
-    return Objective(tuple(terms), tuple(select.items()))
-
-
-def _sft(stream: str, weight: float, logp: str) -> Term:
-    return Term("policy", stream, part(ops.nll, logp=logp), ops.token_mean, weight, mask="chosen_mask", name="sft")
-
-
-def _answer_score(spec: Slots, beta: float | None, logp: str) -> Part:
-    if (spec["name"] == "log_odds") != (beta is None):
-        raise RecipeError(
-            "algorithm.beta: the implicit_reward log_odds has no beta (in orpo the weight of the loss is its strength); every other "
-            "implicit_reward needs one"
-        )
-    return chosen("implicit_reward", spec, logp=logp, **({} if beta is None else {"beta": beta}))
-
-
-def _across(parameters: Mapping[str, Any], score: Slots, beta: float | None, logp: str) -> dict[str, Part]:
-    """Return the mini-batch statistics that a loss needs, by column; `logp` is the policy's log-prob before the update."""
-    now = part(ops.policy_score, logp=logp, beta=beta or 1.0)
-    out = {}
-    if "matched" in parameters:
-        reference = part(ops.policy_score, logp="ref_logp", beta=beta or 1.0)
-        out["matched"] = part(ops.sorted_partner, score=now, other=reference)
-    if "rival" in parameters:
-        implicit = chosen("implicit_reward", score, logp=logp, beta=beta)
-        out["rival"] = part(ops.sorted_rival, score=implicit)
-    if "kl_baseline" in parameters:
-        ratio = part(ops.implicit_reward, logp=logp, beta=1.0, mean=score.get("mean", False))
-        out["kl_baseline"] = part(ops.kl_baseline, log_ratio=ratio)
-    return out
-
-
-def _check_score(loss: str, score: Slots, parameters: Mapping[str, Any]) -> None:
-    """Raise RecipeError for an implicit reward that the loss cannot use.
-
-    Losses on the reward of each answer, not only on the gap, need the implicit reward with the reverse_kl divergence.
-    """
-    if "beta" in parameters and score["name"] == "log_odds":
-        raise RecipeError(f"algorithm.loss: {loss} is scaled by beta, and log_odds has no beta")
-    plain = score["name"] == "implicit_reward" and score.get("divergence", "reverse_kl") == "reverse_kl"
-    if parameters.keys() & {"chosen", "rejected", "score", "policy_gap"} and not plain:
-        raise RecipeError(
-            f"algorithm.implicit_reward: the loss {loss} reads each answer's own reward, so it needs implicit_reward with the reverse_kl "
-            f"divergence; got {score['name']} {score.get('divergence', '')}".rstrip()
-        )
-    if "policy_gap" in parameters and score.get("mean"):
-        raise RecipeError(f"algorithm.implicit_reward.mean: the loss {loss} sorts sums of log-probs; leave it out")
-    if score.get("divergence") != "alpha" and "alpha" in score and score["alpha"] != 0.5:
-        raise RecipeError(
-            f"algorithm.implicit_reward.alpha: only the alpha divergence has an alpha; got {score['alpha']}, leave it out"
-        )
-
-
-def reward_of(slots: Slots) -> Objective:
-    """Build the objective of a reward model from its slots."""
-    spec = slots["loss"]
-    choice = found("loss", REWARD_SLOTS["loss"], spec["name"])
-    columns = {
-        name: part(ops.nth, x=x, n=n)
-        for name, x, n in (
-            ("chosen", "score", 0),
-            ("rejected", "score", 1),
-            ("margin", "margin", 0),
-            ("probability", "probability", 0),
-        )
-    }
-    parameters = inspect.signature(op_of(choice)).parameters
-    given = {name: columns[name] for name in parameters if name in columns}
-    loss = _made("loss", REWARD_SLOTS["loss"], spec, given)
-    if "token_score" in parameters:
-        return Objective((Term("reward", "train", loss, ops.token_mean, mask="segment_end", name=spec["name"]),))
-    terms = [Term("reward", "train", loss, ops.element_mean, name=spec["name"])]
-    if slots.get("centering", 0) > 0:
-        centering = part(ops.centering, chosen=columns["chosen"], rejected=columns["rejected"])
-        terms.append(Term("reward", "train", centering, ops.element_mean, slots["centering"], name="centering"))
-    return Objective(tuple(terms))
-
-
-def chosen(slot: str, spec: Slots, **given: Any) -> Part:
-    """Build the part of a slot from its choice, the options of `spec`, and the columns and options that the method sets."""
-    return _made(slot, {**PREFERENCE_SLOTS, **ONLINE_SLOTS}[slot], spec, given)
-
-
-def _made(slot: str, known: Mapping[str, Choice], spec: Slots, given: Mapping[str, Any]) -> Part:
-    choice = found(slot, known, spec["name"])
-    options = {key: value for key, value in given_options(slot, choice, spec).items() if key not in choice.extra}
-    return part(op_of(choice), **{**choice.reads, **given, **options})
-
-
-def given_options(slot: str, choice: Choice, spec: Slots) -> dict[str, Any]:
-    """Return the options of a spec. Raises RecipeError for an option that the part does not have."""
-    own = choice_options(choice)
-    for key in spec:
-        if key != "name" and key not in own:
-            raise RecipeError(
-                f"algorithm.{slot}.{key}: {spec['name']} has no such option; known are {', '.join(own) or 'none'}"
-            )
-    return {key: value for key, value in spec.items() if key != "name"}
-
-
-def found(slot: str, known: Mapping[str, Choice], name: str) -> Choice:
-    """Return the choice with this name. Raises RecipeError, with the closest name, if there is none."""
-    if ":" in name:
-        return own_choice(slot, name, REPLACEABLE.get(slot))
-    return _known(f"algorithm.{slot}", known, name)
-
-
-REPLACEABLE: Mapping[str, frozenset[str]] = {
-    slot: frozenset(COLUMNS) | {"dim"} | more
-    for slot, more in {
-        "normalize": {"rewards"},
-        "combine": {"rewards"},
-        "reward_normalization": {"score"},
-        "reward_clip": {"score"},
-        "overlong": {"score"},
-        "reward_placement": {"score"},
-        "advantage": {"score", "final_value"},
-        "normalize_advantage": {"advantage"},
-        "importance_correction": set[str](),
-        "ratio": set[str](),
-        "surrogate": {"ratio"},
-        "kl_in_loss": set[str](),
-        "loss": {"gap", "chosen", "rejected", "score", "probability", "good", "policy_gap", "beta"},
-    }.items()
-}
-"""Slots that take a user's function, with the allowed names of its positional parameters."""
-
-
-def _known(where: str, known: Mapping[str, Any], name: str) -> Any:
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-        raise RecipeError(f"{where}: unknown {name!r}; {hint}")
-    return known[name]
-
-
-def choice_options(choice: Choice) -> dict[str, Any]:
-    """Return the options of a choice that recipes can set, with their defaults (`inspect.Parameter.empty` if none)."""
-    own = {
-        name: one.default
-        for name, one in inspect.signature(op_of(choice)).parameters.items()
-        if one.kind is inspect.Parameter.KEYWORD_ONLY and name not in HIDDEN + choice.hidden
-    }
-    return own | dict(choice.extra)
-
-
-def record(kind: type, value: Any) -> Any:
-    """Return a record of this kind; `value` may be a mapping of its fields. Raises RecipeError for an invalid field or value."""
-    if isinstance(value, kind):
-        return value
-    if not isinstance(value, Mapping):
-        raise RecipeError(f"algorithm: expected the fields of {kind.__name__}, got {value!r}")
-    for name in value:
-        _known(f"algorithm, {kind.__name__}", {one.name: one for one in dataclasses.fields(kind)}, name)
-    try:
-        return msgspec.convert(dict(value), kind)
-    except msgspec.ValidationError as error:
-        raise RecipeError(f"algorithm, {kind.__name__}: {error}") from error
-
-
-def _with_length(slot: str, spec: Slots, option: str, longest: int | None) -> dict[str, Any]:
-    """Return the spec with its length set to the limit of answers if it is null."""
-    value = spec.get(option) or longest
-    if value is None:
-        raise RecipeError(f"algorithm.{slot}.{option}: it needs the answers' limit in tokens")
-    return {**spec, option: value}
 
 
 def _least(got: int, least: int, why: str) -> None:
@@ -603,12 +383,3 @@ def _check_truncated(truncated: Truncated) -> None:
         raise RecipeError(
             f"algorithm.truncated.amount: only the rule penalize uses it; got {truncated.amount} with {truncated.rule}"
         )
-
-
-assert set(OPTIONS) >= {
-    name
-    for table in (ONLINE_SLOTS, PREFERENCE_SLOTS, REWARD_SLOTS)
-    for known in table.values()
-    for one in known.values()
-    for name in choice_options(one)
-}, "every option has one meaning in whet.methods.choices.OPTIONS"

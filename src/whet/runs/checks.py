@@ -27,6 +27,14 @@ def check_arithmetic(recipe: fields.OnlineRecipe, algorithm: Algorithm, verb: st
             f"leave rollout.mini_batch_size out and rollout.ppo_epochs at 1 (got {mini_batch_size} of {total}, "
             f"{recipe.rollout.ppo_epochs} epochs)"
         )
+    check_reward_options(recipe, algorithm, verb)
+    check_roles(recipe, algorithm, verb)
+    _check_updates(recipe, algorithm, recipe.rollout.ppo_epochs * -(-total // mini_batch_size))
+    return mini_batch_size
+
+
+def check_reward_options(recipe: fields.OnlineRecipe, algorithm: Algorithm, verb: str) -> None:
+    """Raise RecipeError for options of rewards that the method cannot use."""
     whole = algorithm.advantage is None or algorithm.advantage.op is ops.broadcast
     if any(one.dense for one in recipe.reward) and whole:
         raise RecipeError(
@@ -44,6 +52,10 @@ def check_arithmetic(recipe: fields.OnlineRecipe, algorithm: Algorithm, verb: st
         raise RecipeError(
             "algorithm.combine: it needs several rewards, and there is one; give several, or use weighted_sum"
         )
+
+
+def check_roles(recipe: fields.OnlineRecipe, algorithm: Algorithm, verb: str) -> None:
+    """Raise RecipeError for options of roles that the method does not have, and for sampling without randomness."""
     if recipe.rollout.ema is not None and recipe.model.lora is not None:
         raise RecipeError("rollout.ema: an average of the policy needs all weights trained; leave model.lora out")
     if recipe.sampling.temperature == 0:
@@ -51,13 +63,25 @@ def check_arithmetic(recipe: fields.OnlineRecipe, algorithm: Algorithm, verb: st
             "sampling.temperature: greedy answers to one prompt are all equal, so nothing can be learned; use a temperature "
             "above 0"
         )
-    roles, updates = algorithm.roles(), recipe.rollout.ppo_epochs * -(-total // mini_batch_size)
+    roles = algorithm.roles()
     for name, given, needed in (
         ("reference", recipe.reference is not None, "reference"),
         ("critic", recipe.critic != fields.Critic(), "critic"),
     ):
         if given and needed not in roles:
             raise RecipeError(f"{name}: {verb} as it is set has no {needed}; leave it out")
+    if recipe.rollout.sync_reference.mix != 1.0 and not recipe.rollout.sync_reference.every:
+        raise RecipeError(
+            "rollout.sync_reference.mix: the reference is never updated; set rollout.sync_reference.every"
+        )
+    if recipe.rollout.sync_reference.every and (recipe.model.lora is not None or "reference" not in algorithm.roles()):
+        raise RecipeError(
+            "rollout.sync_reference: it needs a reference that is a model of its own: a method with a KL, and no adapters"
+        )
+
+
+def _check_updates(recipe: fields.OnlineRecipe, algorithm: Algorithm, updates: int) -> None:
+    """Raise RecipeError for options that need several updates per rollout, if there is one."""
     if updates == 1 and any(one.op is ops.kl_on for term in algorithm.terms for one in term.loss.walk()):
         raise RecipeError(
             "algorithm.select: kl_cov needs several updates per rollout, and there is one; set more "
@@ -68,15 +92,6 @@ def check_arithmetic(recipe: fields.OnlineRecipe, algorithm: Algorithm, verb: st
             "rollout.target_kl: it ends the updates of a rollout early, and there is one update; set more "
             "(rollout.mini_batch_size, rollout.ppo_epochs) or leave it out"
         )
-    if recipe.rollout.sync_reference.mix != 1.0 and not recipe.rollout.sync_reference.every:
-        raise RecipeError(
-            "rollout.sync_reference.mix: the reference is never updated; set rollout.sync_reference.every"
-        )
-    if recipe.rollout.sync_reference.every and (recipe.model.lora is not None or "reference" not in algorithm.roles()):
-        raise RecipeError(
-            "rollout.sync_reference: it needs a reference that is a model of its own: a method with a KL, and no adapters"
-        )
-    return mini_batch_size
 
 
 def check_ptx(recipe: fields.OnlineRecipe, algorithm: Algorithm, verb: str) -> None:

@@ -1,6 +1,5 @@
 """Generation with a vLLM engine that this process starts, inside itself or in child processes."""
 
-import os
 import shutil
 import tempfile
 import threading
@@ -16,16 +15,15 @@ from torch import Tensor
 
 from whet.data import Sample, Weights
 from whet.data.files import shared_memory
-from whet.errors import ModelError, RecipeError, RunStopped, WorkerDied, first_line
+from whet.errors import RecipeError, RunStopped, WorkerDied, first_line
 from whet.generate.base import Request, require_vllm
-from whet.generate.vllm import push as vllm_push
+from whet.generate.vllm import transports
+from whet.generate.vllm.lora import RANKS, Adapters
 from whet.generate.vllm.push import About, Inlet, Transfer
-from whet.generate.vllm.worker import EXTENSION, FOLDER, OWNER
+from whet.generate.vllm.start import engine_arguments, leave_groups, processes_of, refuse_inside_ranks, start
+from whet.generate.vllm.worker import OWNER
 from whet.ops import address
-from whet.processes import Process, descendants, end
-
-QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-"""Environment variables to set before vLLM is imported, unless the user has set them."""
+from whet.processes import end
 
 CLOSE = 15.0
 """Seconds for an engine to end by itself before it is killed."""
@@ -33,8 +31,6 @@ CLOSE = 15.0
 WATCH = 0.2
 """Seconds between two checks of whether the engine's processes are alive."""
 
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The values of `max_lora_rank` that vLLM supports."""
 
 Answer = tuple[tuple[int, ...], tuple[float, ...]]
 """The new token ids and the log-prob with which each was drawn."""
@@ -201,7 +197,7 @@ class VLLMGenerator(EngineGenerator):
     ) -> None:
         super().__init__(end_ids, text, max_model_len)
         require_vllm()
-        _refuse_inside_ranks(separate)
+        refuse_inside_ranks(separate)
         if transfer == "ipc" and not separate:
             raise RecipeError("generator.transfer: a process cannot open its own CUDA handles; take shared")
         self._folder = Path(tempfile.mkdtemp(prefix="whet-", dir=shared_memory()))
@@ -220,8 +216,8 @@ class VLLMGenerator(EngineGenerator):
             del arguments["weight_transfer_config"]
         if not separate:
             del arguments["additional_config"][OWNER]
-        self._llm: Any = _start(arguments | {"skip_tokenizer_init": True}, separate)
-        self._processes = _processes(self._llm) if separate else []
+        self._llm: Any = start(arguments | {"skip_tokenizer_init": True}, separate)
+        self._processes = processes_of(self._llm) if separate else []
         self.inlet: Inlet | Adapters = Adapters(self._do, self._folder)
         try:
             self._llm.update_weight_version("0")
@@ -229,7 +225,7 @@ class VLLMGenerator(EngineGenerator):
             self.vocabulary = about.vocabulary
             if not lora:
                 self.inlet = Inlet(
-                    self, vllm_push.transport(about, gpu=gpus[0] if gpus and transfer == "ipc" else 0), about
+                    self, transports.transport(about, gpu=gpus[0] if gpus and transfer == "ipc" else 0), about
                 )
         except BaseException:
             self.close()
@@ -266,7 +262,7 @@ class VLLMGenerator(EngineGenerator):
         finally:
             end(self._processes, 1.0)
             if self._owns_group:
-                _leave_groups()
+                leave_groups()
             self._remove()
 
     # The methods that a weight update calls (`push.Control`).
@@ -381,131 +377,6 @@ class VLLMGenerator(EngineGenerator):
             raise WorkerDied("generator: the vLLM engine died") from error
 
 
-class Adapters:
-    """Load adapters into an engine that has one slot for them. `current` is the loaded adapter, which every request names.
-
-    `do` makes a call to vLLM. `incomplete` says why no request may be made after an adapter failed to load; "" otherwise.
-    """
-
-    def __init__(self, do: Callable[[Callable[[Any], Any]], Any], folder: Path) -> None:
-        self.do, self.folder = do, folder
-        self.current: Any = None
-        self.incomplete = ""
-        self._number = 0
-
-    def push(self, weights: Weights) -> None:
-        """Remove the old adapter and load the new one under a new id, because vLLM keeps the old adapter of an id in use.
-
-        Raises ModelError for a folder without an adapter, WorkerDied if the engine died or could not load the adapter,
-        RunStopped if the engine reports a different version or adapter afterwards.
-        """
-        from vllm.lora.request import LoRARequest
-
-        folder = self._adapter_folder(weights.handle)
-        self._number += 1
-        new = LoRARequest(f"whet-{self._number}", self._number, str(folder))
-        self.incomplete = f"the adapter of weights {weights.version} did not go in; push another one first"
-        try:
-            said = self.do(lambda llm: _swap(llm, new, str(weights.version)))
-        except WorkerDied:
-            raise
-        except Exception as error:
-            raise WorkerDied(f"generator: weights {weights.version} did not go in: {first_line(error)}") from error
-        if said != ({self._number}, str(weights.version), True):
-            raise RunStopped(
-                f"generator: adapter {self._number} of weights {weights.version} was pushed, "
-                f"but the engine says adapters, version and whether its cache is clear are {said}"
-            )
-        self.current, self.incomplete = new, ""
-
-    def _adapter_folder(self, handle: Any) -> Path:
-        if isinstance(handle, Path):
-            folder = handle
-        else:
-            folder = self.folder / "adapter"
-            shutil.rmtree(folder, ignore_errors=True)
-            handle.export(folder, None, merge=False)
-        if not (folder / "adapter_config.json").is_file():
-            raise ModelError(f"{folder}: no adapter_config.json in it, and this generator takes adapters (lora)")
-        return folder
-
-
-def _swap(llm: Any, new: Any, version: str) -> tuple[set[int], str, bool]:
-    """Replace the adapter. Return the adapter ids of the engine, its version, and whether its prefix cache was reset."""
-    engine = llm.llm_engine
-    for old in engine.list_loras():
-        engine.remove_lora(old)
-    engine.add_lora(new)
-    llm.update_weight_version(version)
-    return set(engine.list_loras()), llm.get_weight_version(), bool(llm.reset_prefix_cache())
-
-
-def engine_arguments(
-    model: str | Path,
-    folder: Path,
-    *,
-    max_model_len: int,
-    dtype: str = "float32",
-    kv_cache_mib: int = 0,
-    gpu_memory: float = 0.5,
-    max_num_seqs: int = 64,
-    tensor_parallel: int = 1,
-    seed: int = 0,
-    transfer: str = "shared",
-    gpus: Sequence[int] = (),
-    sleep: bool = False,
-) -> dict[str, Any]:
-    """Return vLLM's arguments for an engine that whet can use. The options are those of `VLLMGenerator`."""
-    on_gpu = torch.cuda.is_available()
-    arguments: dict[str, Any] = {
-        "model": str(model), "dtype": dtype, "max_model_len": max_model_len, "max_num_seqs": max_num_seqs,
-        "max_num_batched_tokens": max(max_model_len, 2048), "enable_chunked_prefill": False, "seed": seed,
-        "tensor_parallel_size": tensor_parallel, "enforce_eager": not on_gpu, "gpu_memory_utilization": gpu_memory,
-        "logprobs_mode": "processed_logprobs", "worker_extension_cls": EXTENSION, "generation_config": "vllm",
-        "enable_sleep_mode": sleep and on_gpu, "additional_config": {FOLDER: str(folder), OWNER: os.getpid()},
-        "weight_transfer_config": {"backend": vllm_push.BACKENDS[transfer]},
-    }  # fmt: skip
-    if gpus:
-        arguments["device_ids"] = list(gpus)
-    if kv_cache_mib or not on_gpu:
-        arguments["kv_cache_memory_bytes"] = (kv_cache_mib or 512) << 20
-    return arguments
-
-
-def _refuse_inside_ranks(separate: bool) -> None:
-    group = torch.distributed
-    if not separate and group.is_available() and group.is_initialized() and group.get_world_size() > 1:
-        raise RecipeError(
-            "generator.separate: false inside a process group of several ranks, where vLLM would hang; set it to true"
-        )
-
-
-def _start(given: dict[str, Any], separate: bool) -> Any:
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
-    from vllm import LLM, envs
-
-    name = "VLLM_ENABLE_V1_MULTIPROCESSING"
-    before = os.environ.get(name)
-    os.environ[name] = str(int(separate))
-    envs.disable_envs_cache()  # vLLM caches the environment when an engine starts in this process
-    try:
-        return LLM(**given)
-    except Exception as error:
-        why = " ".join(str(error).split())[:500] or type(error).__name__  # the first line may not name the cause
-        raise ModelError(f"generator: vLLM cannot start with {given['model']}: {why}") from error
-    finally:
-        if before is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = before
-
-
-def _processes(llm: Any) -> list[Process]:
-    started = llm.llm_engine.engine_core.resources.engine_manager.processes
-    return [process for one in started for process in descendants(one.pid)]
-
-
 def _in_thread(work: Callable[[], Any]) -> "Future[Any]":
     """Run `work` in a daemon thread, which does not keep this process alive."""
     future: Future[Any] = Future()
@@ -518,11 +389,3 @@ def _in_thread(work: Callable[[], Any]) -> "Future[Any]":
 
     threading.Thread(target=run, daemon=True, name="whet-vllm").start()
     return future
-
-
-def _leave_groups() -> None:
-    """Destroy the process groups that an engine created in this process, so that another engine can be started."""
-    from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
-
-    destroy_model_parallel()
-    destroy_distributed_environment()

@@ -16,19 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from whet.data import Weights
+from whet.data.files import shared_memory
 from whet.distributed import free_port
 from whet.errors import ModelError, RecipeError, RunStopped, WorkerDied
 from whet.generate.base import GeneratorContext, Training, require_vllm
-from whet.generate.vllm import push as vllm_push
-from whet.generate.vllm.engine import (
-    CLOSE,
-    QUIET,
-    Answer,
-    EngineGenerator,
-    engine_arguments,
-    shared_memory,
-)
+from whet.generate.vllm import transports
+from whet.generate.vllm.engine import CLOSE, Answer, EngineGenerator
 from whet.generate.vllm.push import About, Inlet
+from whet.generate.vllm.start import QUIET, engine_arguments
 from whet.http import Http
 from whet.methods.options import Positive
 from whet.processes import descendants, end
@@ -80,7 +75,7 @@ class ServerGenerator(EngineGenerator):
         about = About.of(self)
         _refuse(about)
         self.vocabulary = about.vocabulary
-        self.inlet = Inlet(self, vllm_push.transport(about, host), about)
+        self.inlet = Inlet(self, transports.transport(about, host), about)
         self._label = self.weight_version()
         if self._label != UNSET:
             self.inlet.incomplete = (

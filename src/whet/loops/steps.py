@@ -1,0 +1,83 @@
+"""What the stages of an online run share: the plan of the run, mini-batches, and the log of a step."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from whet.data import Batch
+
+
+@dataclass(frozen=True)
+class OnlinePlan:
+    """The size and schedule of a run: total steps, prompts per step, elements per mini-batch, epochs per rollout, and saves.
+
+    target_kl            stop the updates of a rollout when KL(old || new) of a mini-batch exceeds it, in nats per token
+    ema                  decay of an exponential moving average of the policy
+    equal_start          policy and reference start with equal weights; this is checked in the first step
+    end_ids              token ids that end an answer
+    canary               tokens of the sequence that generator and learner both score after each publish
+    low_precision        whether the generator computes in half precision
+    sync_every, sync_mix  every `sync_every` steps, the reference moves by the fraction `sync_mix` towards the policy
+    max_staleness        largest age in steps of the weights behind a token; above 0, answers are generated ahead
+    segment, slots       with max_staleness: tokens per segment of an answer, and concurrent answers per lane
+    critic_warmup        number of first steps in which only the critic is trained
+    """
+
+    steps: int
+    prompts: int
+    mini_batch_size: int
+    epochs: int = 1
+    seed: int = 0
+    ptx_batch: int = 0
+    target_kl: float | None = None
+    ema: float | None = None
+    equal_start: bool = False
+    end_ids: tuple[int, ...] = ()
+    canary: int = 160
+    low_precision: bool = False
+    save_every: int = 0
+    keep: int = 2
+    sync_every: int = 0
+    sync_mix: float = 1.0
+    max_staleness: int = 0
+    segment: int = 64
+    slots: int = 256
+    critic_warmup: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class MiniBatch:
+    """One mini-batch of a rollout. `batch` has its rows and columns; `index` lists its elements in the rollout."""
+
+    batch: Batch
+    index: tuple[int, ...]
+    epoch: int
+    number: int
+    streams: Mapping[str, Batch] = field(default_factory=dict)
+
+
+RESERVED = ("step", "seconds", "seconds/generate")
+"""Metrics that the loop writes in each line of metrics.jsonl."""
+
+
+class StepLog:
+    """One step of a loop: its number, counted from 0, and the metrics logged for it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.metrics: dict[str, float] = {}
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Add metrics to the line of this step in metrics.jsonl. The line is written when the step ends.
+
+        Raises ValueError for a name that every line has ("step", "seconds"), TypeError for a value that is not a number.
+        """
+        for name, value in metrics.items():
+            number: Any = value
+            if getattr(value, "ndim", None) == 0:  # a tensor or an array
+                number = number.item()
+            if name in RESERVED:
+                raise ValueError(f"log: each line has {name!r} already; choose another name")
+            if isinstance(number, bool) or not isinstance(number, (int, float)):
+                raise TypeError(f"log: {name} must be a number, got {type(value).__name__}")
+            self.metrics[name] = number
