@@ -60,6 +60,12 @@ def test_imports_only_go_down(path: Path) -> None:
             assert here in HEAVY[parts[0]], f"{path}: {here} may not know {parts[0]}"
 
 
+def test_test_modules_do_not_import_each_other() -> None:
+    for path in sorted(Path(__file__).parent.rglob("test_*.py")):
+        shared = [name for name in imported(path) if any(part.startswith("test_") for part in name.split("."))]
+        assert not shared, f"{path} imports {shared}; move what is shared to helpers.py"
+
+
 def test_ops_know_nothing_but_torch() -> None:
     for path in (HOUSE / "ops").glob("*.py"):
         foreign = {name.split(".")[0] for name in imported(path)} - {"torch", "whet", *sys.stdlib_module_names}

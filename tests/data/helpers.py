@@ -5,7 +5,7 @@ from typing import Any
 import tiny
 import torch
 
-from whet.data import Row
+from whet.data import Chat, Located, Reader, Row, chat_format
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 PLAIN_WORDS = ["user", "assistant", "system", "###", "Human:", "Assistant:", "\n"]
@@ -42,3 +42,20 @@ def row(length: int, *, start: int = 1, trained: str = "") -> Row:
     """A row of ids 10, 11, ...; `trained` draws its mask, "" is all of it."""
     mask = [bit == "1" for bit in trained] or [True] * (length - start)
     return Row(torch.arange(10, 10 + length), start, torch.tensor(mask))
+
+
+def chat() -> Chat:
+    return chat_format(tiny.tokenizer())
+
+
+def reader(max_tokens: int = 64, **options: str) -> Reader:
+    return Reader(chat(), max_tokens, **options)
+
+
+def at(*rows: dict) -> list[Located]:
+    return [Located(row, f"my.jsonl:{number}") for number, row in enumerate(rows, 1)]
+
+
+def drawn(rows: Any) -> list[str]:
+    tokenizer = tiny.tokenizer()
+    return [picture(row, tokenizer) for row in rows]

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import tiny
 
-from whet.data import Chat, Located, Reader, chat_format, ranks_of, read_rows
+from whet.data import ranks_of, read_rows
 from whet.errors import DataError
 
-from .helpers import picture
+from .helpers import at, drawn, reader
 
 ROWS = [{"prompt": "hello", "completion": "yes"}, {"prompt": "a b", "completion": "no"}]
 
@@ -128,23 +128,6 @@ def test_a_dataset_is_read_by_name_and_split(monkeypatch: pytest.MonkeyPatch) ->
     assert [one.where for one in read_rows("owner/set:test[:2]")] == ["owner/set:test[:2]:1", "owner/set:test[:2]:2"]
     assert [dict(one.row) for one in read_rows("owner/set")] == ROWS
     assert asked == [("owner/set", "test[:2]"), ("owner/set", "train")]
-
-
-def chat() -> Chat:
-    return chat_format(tiny.tokenizer())
-
-
-def reader(max_tokens: int = 64, **options: str) -> Reader:
-    return Reader(chat(), max_tokens, **options)
-
-
-def at(*rows: dict) -> list[Located]:
-    return [Located(row, f"my.jsonl:{number}") for number, row in enumerate(rows, 1)]
-
-
-def drawn(rows: Any) -> list[str]:
-    tokenizer = tiny.tokenizer()
-    return [picture(row, tokenizer) for row in rows]
 
 
 def test_texts_train_every_token_and_the_end() -> None:

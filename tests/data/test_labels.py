@@ -6,8 +6,7 @@ import torch
 from whet.data import Reader, Unpaired, chat_format
 from whet.errors import DataError
 
-from .helpers import lines_tokenizer, picture
-from .test_data import at, drawn, reader
+from .helpers import at, drawn, lines_tokenizer, picture, reader
 
 GOOD = {"prompt": "a", "completion": "yes", "label": True}
 OTHER = {"prompt": "b", "completion": "no", "label": False}

@@ -1,10 +1,13 @@
 """Comparing the numbers of two runs that should be equal but for rounding."""
 
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 from torch import Tensor
 
 
@@ -67,3 +70,14 @@ def gap(got: Any, expected: Any) -> tuple[float, str]:
         if not off <= worst:
             worst, place = off if off == off else float("inf"), where
     return worst, place
+
+
+TOLERANCE = 1e-5
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def rollouts(folder: Path) -> list[dict[str, list]]:
+    return [pyarrow.parquet.read_table(file).to_pydict() for file in sorted((folder / "rollouts").glob("*.parquet"))]

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from generate import test_contract as contract
 from generate.contract import END, Contract, plain, requests
 from models import helpers as h
 from torch import Tensor
@@ -296,12 +295,3 @@ def test_closing_ends_every_engine_and_may_be_repeated() -> None:
     fleet.close()
     fleet.close()
     assert [one.closed for one in Mortal.made] == [True] * 3
-
-
-def test_the_contract_covers_every_case() -> None:
-    """A new case of the contract is imported here as well, but for those that need the learner's own role."""
-    cases = {name for name in vars(contract) if name.startswith("test_")} - set(globals())
-    assert cases == {
-        "test_adopted_weights_answer_from_then_on",
-        "test_weights_that_change_in_place_are_used_at_once",
-    }

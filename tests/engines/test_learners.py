@@ -10,9 +10,8 @@ import torch
 from models import helpers as h
 
 from engines import jobs
-from engines.comparing import Failed, gap
+from engines.comparing import Failed, gap, metrics, rollouts
 from engines.jobs import CASES, OFFLINE, ONLINE, SHORT, TORCH, ZERO, cases, cases_and_runs, runs, saved_by
-from engines.test_same_numbers import metrics, rollouts
 from engines.together import together
 from whet.distributed import Workers
 from whet.learner.local import LocalLearner

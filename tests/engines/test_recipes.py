@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import tiny
 
-from engines.comparing import gap
+from engines.comparing import TOLERANCE, gap, metrics
 from engines.helpers import SHAPE
-from engines.test_same_numbers import TOLERANCE, metrics
 
 REWARD = "def score(prompts, completions, **_):\n    return [float(len(one.split()) % 5) for one in completions]\n"
 COMMON = [

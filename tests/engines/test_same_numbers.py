@@ -1,19 +1,16 @@
 """Ten steps of every kind of training through the real loops: the numbers are the same whoever learns, and on how many."""
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet
 import pytest
 
-from engines.comparing import Failed, gap
+from engines.comparing import TOLERANCE, Failed, gap, metrics, rollouts
 from engines.jobs import OFFLINE, ONLINE, runs, runs_and_stops
 from engines.together import together
 from whet.distributed import Workers
 
-TOLERANCE = 1e-5
 TOKENS = 1e-4
 """For single tokens, over which nothing averages: after 36 updates a log-prob of 6 nats is right to 3e-5."""
 METHODS = (*OFFLINE, *ONLINE)
@@ -61,14 +58,6 @@ class Ran:
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Ran:
     return Ran(tmp_path_factory.mktemp("runs"), pytestconfig.getoption("--long"))
-
-
-def metrics(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def rollouts(folder: Path) -> list[dict[str, list]]:
-    return [pyarrow.parquet.read_table(file).to_pydict() for file in sorted((folder / "rollouts").glob("*.parquet"))]
 
 
 @pytest.mark.parametrize("engine", ENGINES)

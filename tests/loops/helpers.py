@@ -12,6 +12,7 @@ import torch
 from models import helpers as h
 
 from whet import methods
+from whet.data import Unpaired
 from whet.generate import Request
 from whet.generate.local import LocalGenerator
 from whet.learner import UpdateResult, Work
@@ -135,3 +136,29 @@ def by_prompt(answers: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     for answer in answers:
         groups.setdefault(answer["draw"], []).append(answer)
     return list(groups.values())
+
+
+VOCABULARY, GOOD = 8, 3
+TINY = {
+    "vocabulary": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "dtype": torch.float32,
+}  # fmt: skip
+
+
+class Light(RunFolder):
+    """Writes no rollouts."""
+
+    def rollout(self, *given: Any) -> None:
+        pass
+
+
+def share(ids: tuple[int, ...]) -> float:
+    return sum(token == GOOD for token in ids) / 4
+
+
+def unpaired() -> list[Unpaired]:
+    """Good and bad answers of unlike lengths, each beside one of another prompt."""
+    return [
+        Unpaired(h.row(i, 2 + i % 3, 1 + i, holes=i == 4), h.row(60 + i, 2 + i % 3, 5 - i % 4), i % 3 > 0)
+        for i in range(6)
+    ]  # fmt: skip

@@ -12,8 +12,7 @@ import torch
 from models import helpers as h
 
 from loops.clock import VirtualClock
-from loops.helpers import END, PROMPTS, cast, learner_of, method_of, opened, rollout
-from loops.test_learning import TINY, Light, share
+from loops.helpers import END, PROMPTS, TINY, Light, cast, learner_of, method_of, opened, rollout, share
 from whet import planning as planned
 from whet.data import Sample
 from whet.errors import RunStopped, WorkerDied

@@ -12,8 +12,8 @@ import torch
 from models import helpers as h
 from torch import Tensor
 
-from loops.helpers import ONLINE, PROMPTS, Rough, method_of
-from whet.data import COLUMNS, Batch, Row, Stepped, Unpaired, pad_ids, take_elements
+from loops.helpers import ONLINE, PROMPTS, Rough, method_of, unpaired
+from whet.data import COLUMNS, Batch, Row, Stepped, pad_ids, take_elements
 from whet.generate.local import LocalGenerator
 from whet.learner import UpdateResult, Work
 from whet.learner.local import LocalLearner
@@ -50,14 +50,6 @@ class Scenario:
 
 def rows() -> list[Row]:
     return h.rows()
-
-
-def unpaired() -> list[Unpaired]:
-    """Good and bad answers of unlike lengths, each beside one of another prompt."""
-    return [
-        Unpaired(h.row(i, 2 + i % 3, 1 + i, holes=i == 4), h.row(60 + i, 2 + i % 3, 5 - i % 4), i % 3 > 0)
-        for i in range(6)
-    ]  # fmt: skip
 
 
 def stepped() -> list[Stepped]:

@@ -8,12 +8,12 @@ import pytest
 import torch
 from models import helpers as h
 
-from loops.helpers import ONLINE, method_of
+from loops.helpers import GOOD, ONLINE, TINY, VOCABULARY, Light, method_of, share
 from whet.data import Group, Labeled, Pair, Ranking, Row, Stepped, Unpaired
 from whet.generate.local import LocalGenerator
 from whet.learner.local import LocalLearner
 from whet.loops import evaluate, offline, online
-from whet.loops.record import RunFolder, read_metrics
+from whet.loops.record import read_metrics
 from whet.methods import catalogue, preference, reward
 from whet.methods.choices import PAIR_LOSSES, SINGLE_LOSSES
 from whet.methods.compose import SFT
@@ -21,19 +21,8 @@ from whet.methods.options import Optim, Sampling
 from whet.models.roles import Role
 from whet.rewards import Scores, Weighted
 
-VOCABULARY, GOOD, END = 8, 3, 1
-TINY = {
-    "vocabulary": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "dtype": torch.float32,
-}  # fmt: skip
+END = 1
 PROMPTS = [h.prompt(i, (2 + i, 4 + i)) for i in range(4)]
-
-
-class Light(RunFolder):
-    """Writes no rollouts."""
-
-    def rollout(self, *given: Any) -> None:
-        pass
 
 
 class Steps:
@@ -43,10 +32,6 @@ class Steps:
         samples = [sample for group in groups for sample in group.samples]
         token = tuple((torch.tensor(sample.ids) == GOOD).float() / 4 for sample in samples)
         return Scores(torch.stack([one.sum() for one in token]), token)
-
-
-def share(ids: tuple[int, ...]) -> float:
-    return sum(token == GOOD for token in ids) / 4
 
 
 REWARDS: dict[str, list[Any]] = {

@@ -9,7 +9,7 @@ import torch
 from models import helpers as h
 
 from loops import helpers as o
-from loops.test_invariance import unpaired
+from loops.helpers import unpaired
 from whet.loops import offline
 from whet.loops.record import RunFolder
 from whet.methods import catalogue, compose
