@@ -113,7 +113,7 @@ def test_a_process_is_not_taken_for_another_with_its_id() -> None:
     with subprocess.Popen(["sleep", "60"]) as child:
         one = Process.of(child.pid)
         assert one.alive
-        replace(one, began="1").kill()
+        replace(one, began=1.0).kill()
         replace(one, host="elsewhere").kill()
         assert child.poll() is None
         one.kill()

@@ -332,6 +332,14 @@ def test_other_surrogates_change_one_slot_of_ppo(name: str) -> None:
     assert replace(method.terms[0], loss=base.terms[0].loss, name=base.terms[0].name) == base.terms[0]
 
 
+def test_the_reductions_of_verl_are_taken_under_their_names() -> None:
+    for theirs, ours in (
+        ("token-mean", ops.token_mean), ("seq-mean-token-mean", ops.sequence_mean), ("seq-mean-token-sum", ops.sequence_sum),
+        ("seq-mean-token-sum-norm", ops.fixed_length),
+    ):  # fmt: skip
+        assert online("grpo", reduction=theirs, longest=8).terms[0].reduction is ours
+
+
 def test_a_changed_slot_keeps_its_other_dials_and_another_part_begins_anew() -> None:
     assert clip_bounds(make("dapo", surrogate={"clip_low": 0.1})) == (0.1, 0.28)
     assert clip_bounds(make("dapo", surrogate="clip")) == (0.2, 0.28)

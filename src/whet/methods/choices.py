@@ -481,6 +481,15 @@ HIDDEN = ("beta", "delta", "scale", "shift", "weights")
 """Options of ops that a recipe does not set on the part: the method's beta, running state, and the weights of the rewards."""
 
 
+ALIASES: Mapping[str, Mapping[str, str]] = {
+    "reduction": {
+        "token-mean": "token_mean", "seq-mean-token-mean": "sequence_mean", "seq-mean-token-sum": "sequence_sum",
+        "seq-mean-token-sum-norm": "fixed_length",
+    }
+}  # fmt: skip
+"""Names of choices in verl (`loss_agg_mode`), which are accepted too."""
+
+
 def named(value: Any) -> Any:
     """Expand a bare name: "clip" becomes {"name": "clip"}."""
     return {"name": value} if isinstance(value, str) else value
@@ -491,6 +500,8 @@ def changed(slots: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
     out = dict(slots)
     for slot, value in changes.items():
         now, value = out.get(slot), named(value) if slot in PART_SLOTS else value
+        if isinstance(value, Mapping) and value.get("name") in ALIASES.get(slot, {}):
+            value = {**value, "name": ALIASES[slot][value["name"]]}
         if isinstance(now, Mapping) and isinstance(value, Mapping):
             value = dict(value) if value.get("name", now.get("name")) != now.get("name") else {**now, **value}
         out[slot] = value

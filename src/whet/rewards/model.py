@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from whet.data import Batch, Chat, Group, Row, micro_batches
-from whet.errors import RewardError
+from whet.errors import RecipeError, RewardError
 from whet.models.readers import read
 from whet.models.roles import Role
 from whet.rewards.base import Scores
@@ -48,7 +48,9 @@ class ModelReward:
         self.read = reading(model, budget) if isinstance(model, Role) else model
         self.chat, self.dense, self.ends = chat, dense, ends
         if dense and chat is not None:
-            raise RewardError("a reward model with another tokenizer cannot score the policy's tokens one by one")
+            raise RecipeError(
+                "reward.dense: a reward model with another tokenizer cannot score the policy's tokens one by one"
+            )
 
     @torch.no_grad()
     def score(self, groups: Sequence[Group]) -> Scores:

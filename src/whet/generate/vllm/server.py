@@ -88,6 +88,8 @@ class ServerGenerator(EngineGenerator):
         Raises ModelError if they do not fit the server's model, WorkerDied if the server died or could not load them,
         RunStopped if it reports a different version afterwards.
         """
+        if self._unfit:
+            raise WorkerDied(f"generator: {self._unfit}")
         self.wake()
         self.inlet.push(weights)
         self.version, self._label = weights.version, str(weights.version)
