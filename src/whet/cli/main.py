@@ -8,8 +8,7 @@ from whet.errors import RecipeError, UserError, WhetError
 from whet.methods import catalogue
 
 OFFLINE = {
-    "pretrain": "next-token training on `text` rows",
-    "sft": "instruction tuning on prompt + completion, messages or text rows; the answers are trained",
+    **{name: one.about for name, one in catalogue.SUPERVISED.items()},
     "reward": "a reward model from rankings, pairs, absolute scores or step labels",
     **{name: one.about for name, one in catalogue.PREFERENCE.items()},
 }

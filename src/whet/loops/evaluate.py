@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from whet.data import Batch, Element, Group, Prompt
-from whet.generate import Generator, Request
+from whet.generate import Generator
 from whet.learner import Learner, look_across
+from whet.loops.source import answered
 from whet.methods import Objective
 from whet.methods.options import Sampling
 from whet.ops import Counts, address, addressed_uniform
@@ -118,15 +119,8 @@ def answers(
     first: int = 0,
 ) -> list[Group]:
     """Generate `count` answers for every prompt; prompt i has draw `first` + i."""
-    requests = [
-        Request(prompt, first + number, answer, sampling, seed)
-        for number, prompt in enumerate(prompts)
-        for answer in range(count)
-    ]
-    samples = list(generator.generate(requests))
-    return [
-        Group(prompt, tuple(samples[number * count : (number + 1) * count])) for number, prompt in enumerate(prompts)
-    ]
+    drawn = [(first + number, prompt) for number, prompt in enumerate(prompts)]
+    return answered(generator, drawn, count, sampling, seed)
 
 
 def rank_agreement(scores: Sequence[Sequence[float]], ranks: Sequence[Sequence[int]]) -> float:

@@ -337,7 +337,19 @@ REWARD: Mapping[str, Method] = {
 }
 """Reward-model methods, by the recipe's `algorithm.name`."""
 
+_SFT: Mapping[str, Any] = {"loss": {"name": "sft"}, "reduction": {"name": "token_mean"}}
+SUPERVISED: Mapping[str, Method] = {
+    "pretrain": Method("next-token training on `text` rows", "maximum likelihood", _SFT),
+    "sft": Method(
+        "instruction tuning on prompt + completion, messages or text rows; the answers are trained",
+        "Ouyang et al. 2022, section 3.5",
+        _SFT,
+    ),
+}
+"""Methods that train on texts and demonstrations."""
+
 READS: Mapping[str, str] = {
+    "pretrain": "texts", "sft": "demonstrations",
     "k_way": "rankings", "pairwise": "pairs", "log_exp": "pairs", "absolute": "labeled", "process": "steps",
 }  # fmt: skip
 """Method of `whet.data.Reader` that reads the rows of a method, if it is not `pairs`."""
@@ -350,7 +362,7 @@ def slots_of(verb: str, name: str | None = None) -> Mapping[str, Any]:
     return {**ONLINE, **ONLINE_PREFERENCE, **PREFERENCE}[verb].slots
 
 
-TRAINED: tuple[str, ...] = ("pretrain", "sft", "reward", *ONLINE, *ONLINE_PREFERENCE, *PREFERENCE)
+TRAINED: tuple[str, ...] = (*SUPERVISED, "reward", *ONLINE, *ONLINE_PREFERENCE, *PREFERENCE)
 """The methods that train a model."""
 
 

@@ -50,10 +50,6 @@ WHOLE = part(ops.masked_sum, x="token_reward", dim=1)
 """Total reward of an answer: the placed score, the per-token scores and the KL."""
 
 
-SFT = Objective((Term("policy", "train", part(ops.nll), ops.token_mean, name="nll"),))
-"""The objective of SFT and pre-training: the mean over all trained tokens of -log pi."""
-
-
 def online(name: str, *, longest: int | None = None, weights: Sequence[float] = (1.0,), **changes: Any) -> Algorithm:
     """Build an online method of the catalogue with changed slots.
 
@@ -365,6 +361,12 @@ def _penalty(kl: KL) -> Penalty:
     return Penalty(ESTIMATORS[kl.estimator], CHARGES[kl.where], controller(kl))
 
 
+def supervised_of(slots: Slots) -> Objective:
+    """Build the objective of SFT and pre-training from its slots."""
+    op, options = reduction(slots["reduction"], None)
+    return Objective((Term("policy", "train", part(ops.nll), op, options=options, name="nll"),))
+
+
 def reduction(spec: Slots, longest: int | None) -> tuple[Any, dict[str, Any]]:
     """Return (the reduction op, its options) of a slot."""
     choice = found("reduction", ONLINE_SLOTS["reduction"], spec["name"])
@@ -383,3 +385,7 @@ def _check_truncated(truncated: Truncated) -> None:
         raise RecipeError(
             f"algorithm.truncated.amount: only the rule penalize uses it; got {truncated.amount} with {truncated.rule}"
         )
+
+
+SFT = supervised_of(catalogue.SUPERVISED["sft"].slots)
+"""The objective of SFT and pre-training: the mean over all trained tokens of -log pi."""

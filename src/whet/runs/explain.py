@@ -28,13 +28,11 @@ def explanation(verb: str, recipe: Any) -> str:
 
 
 def _title(verb: str, method: Mapping[str, Any]) -> str:
-    table = {**catalogue.ONLINE, **catalogue.ONLINE_PREFERENCE, **catalogue.PREFERENCE}
+    table = {**catalogue.SUPERVISED, **catalogue.ONLINE, **catalogue.ONLINE_PREFERENCE, **catalogue.PREFERENCE}
     if verb == "reward":
         one = catalogue.REWARD[method["name"]]
         return f"reward, {method['name']}: {one.about} [{one.source}]"
-    if verb in table:
-        return f"{verb}: {table[verb].about} [{table[verb].source}]"
-    return f"{verb}: the mean over all trained tokens of -log pi"
+    return f"{verb}: {table[verb].about} [{table[verb].source}]"
 
 
 def _online(verb: str, recipe: fields.OnlineRecipe) -> list[tuple[str, list[str]]]:

@@ -1,6 +1,6 @@
 """Prepare offline runs, which train on rows of a file (pretrain, sft, reward models, preference methods)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,9 +17,6 @@ from whet.methods import Objective, compose
 from whet.runs import checks, config, data, folder, learners, models
 from whet.runs import recipe as fields
 from whet.runs.slots import checked
-
-READINGS: Mapping[str, str] = {"pretrain": "texts", "sft": "demonstrations"}
-"""Method of `whet.data.Reader` that reads the rows of the methods without slots."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ def prepare(method: str, recipe: fields.OfflineRecipe) -> OfflineJob:
             "early; name another token with --model.pad-token"
         )
     reader = data.reader_of(recipe.model, recipe.data, chat)
-    reading = READINGS.get(method) or data.reading(name, objective)
+    reading = data.reading(name, objective)
     data.check_data(recipe.data, reading)
     read: Callable[[Sequence[Any]], list] = getattr(reader, reading)
     read = data.guarded(read, objective, name) if objective is not compose.SFT else read
