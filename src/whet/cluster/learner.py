@@ -42,7 +42,7 @@ class Pushed:
     node: str
     keeper: Remote = field(repr=False)
     _cache: list[Any] = field(default_factory=list, repr=False)
-    _lock: Any = field(default_factory=threading.Lock, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def whole(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every weight with its name, for a generator in the driver's own process."""

@@ -17,7 +17,7 @@ from whet.loops.progress import Progress
 from whet.loops.record import RunFolder
 from whet.methods import Objective
 from whet.methods.own import own_loss
-from whet.methods.parts import mean_reward, name_of
+from whet.methods.parts import State, mean_reward, name_of
 from whet.models.readers import BARE
 
 
@@ -74,7 +74,7 @@ class OfflineLoop:
             shuffle=plan.shuffle,
         )
         self.columns = frozenset(name for name in objective.reads() if COLUMNS[name].stage == "measure")
-        self.state: Any = objective.init()
+        self.state: State = objective.init()
         self.step = self.first = 0
         self._batch: Batch | None = None
         self._known: dict[tuple[int, int], list[Tensor]] = {}

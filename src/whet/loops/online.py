@@ -35,7 +35,7 @@ from whet.loops.steps import MiniBatch, OnlinePlan, StepLog
 from whet.methods import Algorithm, Term, advantages, clipping, diagnostics, paired, shaped, spread
 from whet.methods.options import Sampling
 from whet.methods.own import own_loss
-from whet.methods.parts import mean_reward, name_of
+from whet.methods.parts import State, mean_reward, name_of
 from whet.models.readers import BARE
 from whet.ops import address
 from whet.rewards import Weighted
@@ -85,7 +85,7 @@ class OnlineLoop:
         self.generator = self.source if isinstance(self.source, AsynchronousSource) else generator
         self.stream = PtxStream(ptx, plan.ptx_batch, plan.seed)
         self.step = self.first = 0
-        self.state: Any = algorithm.init()
+        self.state: State = algorithm.init()
         self._running = False
         self._batch: Batch | None = None
         self._turns: list[list[list[int]]] | None = None

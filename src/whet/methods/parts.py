@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from whet.errors import RecipeError, WhetError
-from whet.ops import Controller, FixedKL, element_mean, implicit_reward
+from whet.ops import Controller, Counts, FixedKL, element_mean, implicit_reward
 from whet.registry import place_of, told
 
 
@@ -137,7 +137,7 @@ class Term:
         return self.loss.reads() | {self.mask}
 
     def share(
-        self, columns: Mapping[str, Tensor], counts: Any, masked: dict[str, dict[str, Tensor]] | None = None
+        self, columns: Mapping[str, Tensor], counts: Counts, masked: dict[str, dict[str, Tensor]] | None = None
     ) -> Tensor:
         """Compute weight x reduction(loss), a scalar: the part of this batch in the mini-batch with these counts.
 

@@ -9,6 +9,7 @@ from whet.generate import GENERATORS
 from whet.learner.base import LEARNERS, ShardedOptions
 from whet.registry import Adapter, Registry
 from whet.runs import config
+from whet.runs.recipe import OnlineRecipe, TrainingRecipe
 
 COMMON = ("max_staleness", "segment_tokens")
 """Fields of the section `generator` that are not options of the generator."""
@@ -52,7 +53,7 @@ def chosen(registry: Registry, spec: Any, where: str, called: str = "name", othe
     return Chosen(adapter, config.converted(given, adapter.options, where))
 
 
-def completed(recipe: Any) -> Any:
+def completed(recipe: TrainingRecipe) -> TrainingRecipe:
     """Return a training recipe with every option of its generator and learner filled in. Raises RecipeError for a wrong name
     or option. The learner "auto" keeps the options that are given."""
     learner = recipe.learner
@@ -62,18 +63,18 @@ def completed(recipe: Any) -> Any:
     elif learner.options:
         own = chosen(LEARNERS, {**learner.options, "name": "fsdp"}, "learner", "backend")
         recipe = replace(recipe, learner=replace(learner, options=asdict(own.options)))
-    if hasattr(recipe, "generator"):
+    if isinstance(recipe, OnlineRecipe):
         generator = recipe.generator
         own = chosen(GENERATORS, {**generator.options, "name": generator.name}, "generator", others=COMMON)
         recipe = replace(recipe, generator=replace(generator, options=asdict(own.options)))
     return recipe
 
 
-def may_change(recipe: Any) -> dict[str, Collection[str]]:
+def may_change(recipe: TrainingRecipe) -> dict[str, Collection[str]]:
     """Return the options of the generator and the learner that a resumed run may change, by section of the recipe."""
     plain = [name for name, value in recipe.learner.options.items() if value == getattr(ShardedOptions(), name, None)]
     out: dict[str, Collection[str]] = {"learner": {*ShardedOptions.may_change, *plain}}
-    if hasattr(recipe, "generator"):
+    if isinstance(recipe, OnlineRecipe):
         home = GENERATORS.find(recipe.generator.name, "generator.name").options
         out["generator"] = getattr(home, "may_change", ())
     return out

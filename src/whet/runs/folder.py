@@ -17,6 +17,7 @@ from whet.errors import RecipeError
 from whet.loops import offline
 from whet.loops.record import RunFolder
 from whet.runs import adapters, config, learners
+from whet.runs.recipe import TrainingRecipe
 from whet.runs.sources import digests
 from whet.trackers import TRACKERS, RunInfo, Tracker
 
@@ -33,7 +34,7 @@ class Options:
 
 
 @contextmanager
-def working(recipe: Any, options: Options) -> Iterator[tuple[Workers, Options]]:
+def working(recipe: TrainingRecipe, options: Options) -> Iterator[tuple[Workers, Options]]:
     """Join the process group of torchrun's workers. Yield the workers and the options; only rank 0 prints progress.
 
     Without torchrun, yield a single worker. Learner backends other than "local" need a process group, even of size 1.
@@ -58,7 +59,7 @@ def restarted(options: Options) -> Options:
     return replace(options, resume=options.resume or (first() and noted("begun")))
 
 
-def begun(recipe: Any, verb: str) -> bool:
+def begun(recipe: TrainingRecipe, verb: str) -> bool:
     """Return True if the run folder of this recipe contains a recipe and metrics or checkpoints."""
     where = Path(recipe.out or f"runs/{verb}")
     return (where / "recipe.yaml").is_file() and (
@@ -66,7 +67,7 @@ def begun(recipe: Any, verb: str) -> bool:
     )
 
 
-def checked(recipe: Any, verb: str, options: Options) -> Path:
+def checked(recipe: TrainingRecipe, verb: str, options: Options) -> Path:
     """Return the run folder without creating it. Raises RecipeError if it contains a run and `resume` is
     False, or if `resume` is True and it contains no run or one with another recipe."""
     folder = Path(recipe.out or f"runs/{verb}")
@@ -138,7 +139,7 @@ def locked(folder: Path) -> Iterator[None]:
                     one.rmdir()
 
 
-def opened(folder: Path, recipe: Any, options: Options, verb: str, workers: Workers) -> RunFolder:
+def opened(folder: Path, recipe: TrainingRecipe, options: Options, verb: str, workers: Workers) -> RunFolder:
     """Create or reopen the run folder, after all checks have passed. Only rank 0 writes to it."""
     workers.barrier()
     found = offline.checkpoint.latest(folder / "checkpoints") if options.resume and workers.first else None

@@ -65,7 +65,9 @@ def check_generator(recipe: fields.OnlineRecipe, chat: Chat, workers: int) -> No
     chosen_of(recipe).check(context_of(recipe, chat, workers))
 
 
-def engine_of(recipe: Any, context: GeneratorContext, number: int = 0) -> Generator:
+def engine_of(
+    recipe: fields.OnlineRecipe | fields.SampleRecipe | fields.EvalRecipe, context: GeneratorContext, number: int = 0
+) -> Generator:
     """Build engine `number` of the generator of a recipe."""
     made = chosen_of(recipe).make(replace(context, number=number))
     own = made if type(made).__module__.startswith("whet.") else CheckedGenerator(made)

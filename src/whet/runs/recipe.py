@@ -470,6 +470,9 @@ def kind_of(verb: str) -> type:
     return others.get(verb, PreferenceRecipe if verb in PREFERENCE else OnlineRecipe)
 
 
+TrainingRecipe = OfflineRecipe | OnlineRecipe
+"""The recipes of the methods that train."""
+
 OPEN = (Learning, Generation)
 """Sections of an adapter: each field that they do not have is an option of the adapter."""
 

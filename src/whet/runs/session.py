@@ -67,7 +67,7 @@ class Session:
         plain = {name: self.sources.plain(name, value) for name, value in options.items()}
         self.method, self.quiet = method, quiet
         resolved = config.resolve(kind_of(method), method, recipe, list(plain.items()), given)
-        self.recipe: Any = adapters.completed(resolved)
+        self.recipe: fields.TrainingRecipe = adapters.completed(resolved)
         sample.threads(self.recipe.threads)
         placed.check_cluster(self.recipe)
         folder.trackers(self.recipe.trackers, None)
@@ -205,7 +205,7 @@ class Session:
 
     # --- both ------------------------------------------------------------------------------------------------------------
 
-    def forward_backward(self, mini: Any, loss: Callable[..., Tensor] | None = None) -> UpdateResult:
+    def forward_backward(self, mini: MiniBatch | Batch, loss: Callable[..., Tensor] | None = None) -> UpdateResult:
         """Compute the gradient of the method's loss terms; all means are over the whole mini-batch. `loss` replaces the
         loss of the first term: a function whose positional parameters name columns. It returns what the reduction of that
         term averages: for a policy loss (B, T), one loss per token.
@@ -217,7 +217,7 @@ class Session:
         is no gradient, RunStopped if the gradient norm is not finite or a self-check fails."""
         return self._loop.optim_step()
 
-    def update(self, mini: Any, loss: Callable[..., Tensor] | None = None) -> UpdateResult:
+    def update(self, mini: MiniBatch | Batch, loss: Callable[..., Tensor] | None = None) -> UpdateResult:
         """Call forward_backward and optim_step. Return the result of optim_step."""
         self.forward_backward(mini, loss)
         return self.optim_step()
@@ -234,7 +234,7 @@ class Session:
         return where
 
 
-def run_loop(loop: Any) -> None:
+def run_loop(loop: OnlineLoop | offline_loop.OfflineLoop) -> None:
     """Run all remaining steps of an online or offline loop."""
     if isinstance(loop, OnlineLoop):
         online_loop.run_steps(loop)

@@ -40,16 +40,15 @@ def _on_cluster(session: Session) -> Path:
     def attempt(place: Attempt, resume: bool) -> None:
         options = replace(session.options, resume=resume)
         if isinstance(job, online.OnlineJob):
-            inside = None if recipe.cluster.engines else partial(placed.answers_inside, recipe, job.longest)
-            learner = place.learner(job.make, push=generators.push_of(recipe), answers=inside)  # type: ignore[arg-type]
-            engines = [
-                partial(placed.engine_alone, recipe, job.longest, number) for number in range(recipe.cluster.engines)
-            ]
+            own = job.recipe
+            inside = None if own.cluster.engines else partial(placed.answers_inside, own, job.longest)
+            learner = place.learner(job.make, push=generators.push_of(own), answers=inside)  # type: ignore[arg-type]
+            engines = [partial(placed.engine_alone, own, job.longest, number) for number in range(own.cluster.engines)]
             generator = place.generator(engines)
             scorers = (
-                place.rewards(placed.scorers_of(recipe))
-                if recipe.cluster.rewards
-                else learners.shared_rewards(recipe, job.tokenizer, learner)
+                place.rewards(placed.scorers_of(own))
+                if own.cluster.rewards
+                else learners.shared_rewards(own, job.tokenizer, learner)
             )
             with graceful() as stop, job.loop(learner, generator, scorers, session.folder, options, stop) as loop:
                 run_loop(loop)
