@@ -9,19 +9,19 @@ from whet.methods import catalogue
 
 OFFLINE = {
     **{name: one.about for name, one in catalogue.SUPERVISED.items()},
-    "reward": "a reward model from rankings, pairs, absolute scores or step labels",
+    "reward": "train a reward model on rankings, pairs, absolute scores or step labels",
     **{name: one.about for name, one in catalogue.PREFERENCE.items()},
 }
 ONLINE = {name: one.about for name, one in {**catalogue.ONLINE, **catalogue.ONLINE_PREFERENCE}.items()}
 OTHERS = {
-    "train": "a recipe, with the method that it names",
-    "sample": "K answers for every prompt of a file",
-    "rank": "answers become rankings, by a judge function or by their scores",
-    "eval": "win rate under a judge, a reward model's accuracy, or a held-out loss",
-    "serve": "a vLLM server on this machine, from which runs take answers (generator.name server)",
-    "explain": "a recipe's objective with its numbers, its arithmetic, and where it ends",
-    "plan": "what a training recipe needs on so many GPUs: memory, traffic, time",
-    "demo": "the whole recipe on a little world, with a report",
+    "train": "train with the method that a recipe names",
+    "sample": "generate K answers to each prompt of a file",
+    "rank": "rank answers with a judge, by their scores, or with an own ranker",
+    "eval": "win rate under a judge, accuracy of a reward model, or held-out loss",
+    "serve": "run a vLLM server on this machine, for runs with generator.name server",
+    "explain": "describe a recipe: its objective with numbers, its batch sizes, its optimum",
+    "plan": "estimate memory, traffic and time of a training recipe on several GPUs",
+    "demo": "run all training stages on a small synthetic task, and write a report",
 }
 RESERVED = {
     "recipe": "write the recipe file without an option: whet VERB RECIPE.yaml",
@@ -212,7 +212,7 @@ def _unknown_verb(verb: str) -> RecipeError:
 
 def _overview() -> str:
     lines = ["usage: whet VERB [RECIPE.yaml] [--field value ...] [--resume] [--quiet] [--debug]", ""]
-    for title, verbs in (("train on a file", OFFLINE), ("train on own answers", ONLINE), ("the rest", OTHERS)):
+    for title, verbs in (("train on data", OFFLINE), ("train on generated answers", ONLINE), ("other commands", OTHERS)):
         lines.append(f"{title}:")
         lines += [f"  {verb.replace('_', '-'):<22} {about}" for verb, about in verbs.items()]
         lines.append("")
@@ -254,9 +254,9 @@ def _verb_help(verb: str, given: Mapping[str, Any] = {}, *, everything: bool = F
         "fields [default]:",
     ]
     if verb == "demo":
-        lines.append("  --seed     which world and which random choices [0]")
-        lines.append("  --out      folder; an earlier demo there is set aside [runs/demo]")
-        return "\n".join([*lines, "  --quick    a short form, which only shows that everything runs [False]"])
+        lines.append("  --seed     seed of the synthetic data and of all random numbers [0]")
+        lines.append("  --out      folder; an earlier demo in it is renamed [runs/demo]")
+        return "\n".join([*lines, "  --quick    a short run, which only shows that everything works [False]"])
     if verb == "train":
         return "\n".join([*lines[:3], "", "takes every field of the recipe's method"])
     if verb in ("explain", "plan"):

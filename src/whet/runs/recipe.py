@@ -12,14 +12,14 @@ from whet.methods.options import Count, LoRA, NotNegativeInt, Optim, Positive, S
 
 @dataclass(frozen=True)
 class Frozen:
-    """Which model, and how it is loaded."""
+    """The model, and how it is loaded."""
 
     path: str = ""
     """Hugging Face folder or hub name"""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
-    """"auto" is float32, and bfloat16 under adapters on a GPU"""
+    """"auto" is float32, or bfloat16 with adapters on a GPU"""
     device: str = "auto"
-    """"cpu", "cuda", "cuda:1", ...; "auto" takes a GPU where there is one"""
+    """"cpu", "cuda", "cuda:1", ...; "auto" uses a GPU if there is one"""
     trust_remote_code: bool = False
     """run code that comes with the model"""
     quantize: Literal["none", "4bit"] = "none"
@@ -27,80 +27,80 @@ class Frozen:
     chat_template: str | None = None
     """"plain" (### Human / ### Assistant), "none" (prompt and completion joined), a Jinja file; default: the tokenizer's own"""
     pad_token: str | None = None
-    """a token to pad with, for tokenizers that have none"""
+    """token to pad with, if the tokenizer has none"""
 
 
 @dataclass(frozen=True)
 class Model(Frozen):
-    """Which model, and how it is loaded and trained."""
+    """The model, and how it is loaded and trained."""
 
     lora: LoRA | None = None
-    """train adapters instead of all weights"""
+    """train LoRA adapters instead of all weights"""
     export: Literal["merged", "adapter"] = "merged"
-    """what the result of a LoRA run holds"""
+    """what is saved after training with LoRA: the merged weights, or the adapter"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time"""
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """One data file and its share of the draws."""
+    """One data file and its sampling weight."""
 
     path: str
     """a .jsonl, .parquet or .csv file, or a dataset's name ("name:split")"""
     weight: Positive = 1.0
-    """relative share when several are mixed"""
+    """sampling weight, relative to the other files"""
 
 
 @dataclass(frozen=True)
 class Data:
-    """Which rows, and what is done with long ones."""
+    """The training and evaluation rows, and how long ones are handled."""
 
     train: str | list[DataSource] = ""
     """a file or dataset; a list of {path, weight} is mixed by weight"""
     eval: str | None = None
-    """held-out rows of the same form"""
+    """held-out rows in the same format"""
     max_tokens: Annotated[int, msgspec.Meta(ge=2)] | None = None
-    """longest sequence; default: what the model's positions allow"""
+    """maximum length of a sequence, in tokens; default: the number of positions of the model"""
     too_long: Literal["error", "drop", "cut"] = "error"
-    """what happens to a longer row"""
+    """how longer rows are handled"""
     turns: Literal["all", "last"] = "all"
-    """which assistant turns of a conversation are trained"""
+    """assistant turns of a conversation that are trained"""
     separator: str = "\n"
-    """what stands between the steps of `completions` rows (reward --algorithm.name process)"""
+    """separator of the steps of `completions` rows (reward --algorithm.name process)"""
     shuffle: bool = True
-    """a new order each epoch"""
+    """shuffle the rows in each epoch"""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Which rows, where nothing is trained on their texts."""
+    """Rows whose texts are not trained, such as prompts."""
 
     train: str = ""
     """a .jsonl, .parquet or .csv file, or a dataset's name ("name:split")"""
     max_tokens: Annotated[int, msgspec.Meta(ge=2)] | None = None
-    """longest prompt; default: what the model's positions allow beside an answer"""
+    """maximum length of a prompt, in tokens; default: the positions of the model minus the longest answer"""
     too_long: Literal["error", "drop"] = "error"
-    """what happens to a longer row"""
+    """how longer rows are handled"""
 
 
 @dataclass(frozen=True)
 class Loop:
-    """How the work is cut, and what is kept."""
+    """Micro-batches and checkpoints."""
 
     max_tokens_per_micro_batch: Count = 8192
-    """most tokens of one forward pass, padding counted; changes memory and speed, never a number"""
+    """largest number of tokens of a forward pass, with padding; changes memory and speed, but no result"""
     packing: bool = False
-    """lay rows behind one another instead of padding them"""
+    """concatenate rows instead of padding them"""
     save_every: NotNegativeInt = 0
-    """updates (online: rollouts) between checkpoints; one is always saved at the end, when interrupted and when a step fails"""
+    """updates (online: steps) between checkpoints; one is also saved at the end, on an interrupt, and if a step fails"""
     keep: Count = 2
-    """checkpoints that stay"""
+    """number of checkpoints that are kept"""
 
 
 @dataclass(frozen=True)
 class Train(Loop):
-    """How long, and in which portions."""
+    """Length of an offline run, batch size and evaluation."""
 
     num_epochs: Positive = 1.0
     """passes over the data"""
@@ -109,9 +109,9 @@ class Train(Loop):
     batch_size: Count = 32
     """elements (conversations, pairs, rankings) per update"""
     dropout: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
-    """residual dropout with addressed masks"""
+    """residual dropout; its masks do not depend on the micro-batches"""
     eval_every: NotNegativeInt = 0
-    """updates between evaluations on data.eval; 0: at the end"""
+    """updates between evaluations on data.eval; 0 evaluates at the end only"""
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,9 @@ class Head:
     """The scalar head of a reward model."""
 
     readout: Literal["last", "mean", "sum"] | None = None
-    """the score is read on the last token, or is the mean or sum of all answer tokens'; default: as saved, last when new"""
+    """position of the score: the last token, or the mean or sum over the tokens of the answer; default: as saved, last if new"""
     standardize: bool = False
-    """afterwards shift and scale the scores to mean 0 and deviation 1 over the training answers"""
+    """after training, scale and shift the scores to mean 0 and deviation 1 over the training answers"""
 
 
 @dataclass(frozen=True)
@@ -129,14 +129,14 @@ class SyncReference:
     """A reference that follows the policy (TR-DPO, Gorbatovski et al. 2024; iterative GRPO, Shao et al. 2024)."""
 
     every: NotNegativeInt = 0
-    """updates (online: rollouts) between refreshes; 0 is never"""
+    """updates (online: steps) between updates of the reference; 0 never updates it"""
     mix: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
     """reference <- (1 - mix) reference + mix policy; TR-DPO: 0.6"""
 
 
 @dataclass(frozen=True)
 class Learning:
-    """How the learner's weights lie over its workers."""
+    """The learner: how weights, gradients and moments are stored over its workers."""
 
     backend: str = "auto"
     """local (one process), ddp, fsdp, zero1, zero2, zero3 (DeepSpeed), or "mine.py:Learner"; auto: local alone, fsdp on several"""
@@ -146,47 +146,47 @@ class Learning:
 
 @dataclass(frozen=True)
 class Generation:
-    """Who answers."""
+    """The generator of the answers."""
 
     name: str = "local"
-    """who answers: local (transformers), vllm (engines that whet starts), server (running vLLM servers), or "mine.py:Generator" """
+    """the generator: local (transformers), vllm (engines that whet starts), server (running vLLM servers), or "mine.py:Generator" """
     max_staleness: NotNegativeInt = 0
-    """rollouts that an answer may be older than the weights it trains; 0 waits for every answer, more generates ahead"""
+    """largest age of the weights behind a trained answer, in steps; 0 waits for all answers, above 0 answers are generated ahead"""
     segment_tokens: Count = 64
-    """with max_staleness: tokens after which an unfinished answer goes on under the newest weights"""
+    """with max_staleness: tokens after which an unfinished answer continues with the newest weights"""
     options: dict[str, Any] = field(default_factory=dict)
     """options of the generator; also written without `options`, as generator.count"""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where the work is placed. Needs whet[ray]."""
+    """Processes on a Ray cluster. Needs whet[ray]."""
 
     address: str | None = None
     """"auto" connects to a running Ray cluster, or starts one here; or host:port; default: no cluster"""
     learners: Count = 1
     """workers of the learner"""
     engines: NotNegativeInt = 0
-    """generators of their own; 0: the learner's workers answer"""
+    """processes with a generator of their own; 0: the learner's workers generate"""
     rewards: NotNegativeInt = 0
-    """workers that score; 0: reward models are read by the learner's workers, functions here"""
+    """processes that compute rewards; 0: the learner's workers run reward models, and this process runs functions"""
     colocate: bool = False
     """engines share the learner's GPUs instead of having their own"""
     cpus: Positive = 1.0
-    """CPUs of each worker, which has as many threads"""
+    """CPUs and threads of each worker"""
     min_learners: Count = 1
-    """after a death: learners to go on with where a lost machine's cannot be placed again"""
+    """after a failure: smallest number of learners to continue with, if lost ones cannot be placed again"""
     restarts: NotNegativeInt = 20
-    """times that workers are started again before the run gives up"""
+    """number of restarts of workers before the run ends with an error"""
     placement_timeout: Positive = 60.0
-    """seconds to wait for a place before a smaller world is tried"""
+    """seconds to wait for resources before fewer learners are tried"""
     timeout: Positive = 1800.0
-    """seconds that one call to a worker may take before it counts as dead"""
+    """seconds after which a call to a worker counts as failed"""
 
 
 @dataclass(frozen=True)
 class OfflineRecipe:
-    """Recipe of pretrain and sft, and what reward and the preference methods share with them."""
+    """Recipe of pretrain and sft, and the common fields of reward and the preference methods."""
 
     model: Model = Model()
     data: Data = Data()
@@ -195,11 +195,11 @@ class OfflineRecipe:
     learner: Learning = Learning()
     cluster: Cluster = Cluster()
     seed: NotNegativeInt = 0
-    """every random choice is a function of it"""
+    """seed of all random numbers"""
     out: str = ""
     """run folder"""
     threads: NotNegativeInt = 0
-    """CPU threads; 0 leaves torch's own choice"""
+    """CPU threads; 0 keeps the default of torch"""
     trackers: list[Any] = field(default_factory=list)
     """console, tensorboard, wandb, trackio, mlflow, ... (needs whet[trackers]), "mine.py:Tracker", or {name: ..., options}"""
 
@@ -222,13 +222,13 @@ class PreferenceRecipe(OfflineRecipe):
     reference: str | None = None
     """the reference model; default: the model itself"""
     precompute: bool = False
-    """measure the reference once before training instead of at every update"""
+    """compute the log-probs of the reference once, before training"""
     sync_reference: SyncReference = SyncReference()
 
 
 @dataclass(frozen=True)
 class JudgeSpec:
-    """What scores answers in an evaluation."""
+    """A judge of answers in an evaluation."""
 
     source: str
     """a reward-model folder, "file.py:function", "file.py:Class" with a method score, a URL, or openai"""
@@ -238,12 +238,12 @@ class JudgeSpec:
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """What scores whole answers: a model folder, a function, a server."""
+    """A reward of whole answers: a model, a function, a server."""
 
     source: str
     """a reward-model folder, "file.py:function", "file.py:Class" with a method score, a URL, or openai"""
     weight: float = 1.0
-    """its share of the score"""
+    """its weight in the score"""
     options: dict[str, Any] = field(default_factory=dict)
     """options of a URL (timeout, retries, batch_size, connections, api_key_env), of openai (url, model, prompt, ...) or of a class"""
 
@@ -257,7 +257,7 @@ class RewardSource(RewardSpec):
     dense: bool = False
     """a reward model gives its score at every token"""
     step: str | None = None
-    """with dense: only at tokens with this text in them (such as "\\n"), which end a step, and at the answer's end"""
+    """with dense: only at tokens that contain this text (such as "\\n"), which end a step, and at the end of the answer"""
 
 
 @dataclass(frozen=True)
@@ -265,11 +265,11 @@ class Critic:
     """The critic of methods that have one."""
 
     path: str | None = None
-    """where it starts; default: the first reward model, else the model with a fresh head"""
+    """model that it starts from; default: the first reward model, else the policy's model with a new head"""
     optim: Optim | None = None
-    """its optimizer; default: the policy's"""
+    """its optimizer; default: the optimizer of the policy"""
     warmup_steps: NotNegativeInt = 0
-    """first steps in which the critic alone is trained"""
+    """first steps, in which only the critic is trained"""
 
 
 @dataclass(frozen=True)
@@ -284,7 +284,7 @@ class Ptx:
 
 @dataclass(frozen=True)
 class Rollout:
-    """How experience is gathered and used."""
+    """Rollouts: their size, and the updates on them."""
 
     num_steps: Count = 100
     """steps in total; one step is one rollout with its updates"""
@@ -297,11 +297,11 @@ class Rollout:
     ppo_epochs: Count = 1
     """passes over each rollout"""
     max_num_seqs: Count = 256
-    """answers that are generated together"""
+    """answers that are generated at the same time"""
     target_kl: Positive | None = None
-    """end a rollout's updates once a mini-batch's KL(old || new) exceeds this, in nats per token (it needs several updates)"""
+    """stop the updates of a rollout when KL(old || new) of a mini-batch exceeds this, in nats per token (needs several updates)"""
     ema: Share | None = None
-    """keep an average of the policy with this weight of the past; it is exported beside the policy"""
+    """decay of an exponential moving average of the policy, which is exported too"""
     sync_reference: SyncReference = SyncReference()
 
 
@@ -314,7 +314,7 @@ class OnlineRecipe:
     """reference model; default: the model itself"""
     critic: Critic = Critic()
     reward: list[RewardSource] = field(default_factory=list)
-    """what scores the answers; several are summed by weight"""
+    """the rewards of the answers; several are summed by weight"""
     data: Rows = Rows()
     """`prompt` rows; their other fields reach reward functions"""
     ptx: Ptx = Ptx()
@@ -330,11 +330,11 @@ class OnlineRecipe:
     trunk: Literal["separate", "shared"] = "separate"
     """"shared": one base model in memory, policy, critic and reward as adapters on it, the reference without (needs lora)"""
     seed: NotNegativeInt = 0
-    """every random choice is a function of it"""
+    """seed of all random numbers"""
     out: str = ""
     """run folder"""
     threads: NotNegativeInt = 0
-    """CPU threads; 0 leaves torch's own choice"""
+    """CPU threads; 0 keeps the default of torch"""
     trackers: list[Any] = field(default_factory=list)
     """console, tensorboard, wandb, trackio, mlflow, ... (needs whet[trackers]), "mine.py:Tracker", or {name: ..., options}"""
 
@@ -351,20 +351,20 @@ class SampleRecipe:
     num_generations: Count = 4
     """answers per prompt"""
     reward: list[RewardSpec] = field(default_factory=list)
-    """what scores the answers; several are summed by weight"""
+    """the rewards of the answers; several are summed by weight"""
     keep: Literal["all", "best"] = "all"
     """"best" writes the answer with the highest score alone, as prompt and completion: best of n as SFT data"""
     max_tokens_per_micro_batch: Count = 8192
     """most tokens of one forward pass of a reward model"""
     sampling: Sampling = Sampling()
     max_num_seqs: Count = 256
-    """answers that are generated together"""
+    """answers that are generated at the same time"""
     seed: NotNegativeInt = 0
-    """every random choice is a function of it"""
+    """seed of all random numbers"""
     out: str = ""
     """JSONL file: the rows with `responses`"""
     threads: NotNegativeInt = 0
-    """CPU threads; 0 leaves torch's own choice"""
+    """CPU threads; 0 keeps the default of torch"""
 
 
 @dataclass(frozen=True)
@@ -400,17 +400,17 @@ class EvalRecipe:
     """who answers for the model of a win rate: local, vllm, {name: openai, url: ..., model: ...}, or "mine.py:Generator" """
     sampling: Sampling = Sampling()
     max_num_seqs: Count = 256
-    """answers that are generated together"""
+    """answers that are generated at the same time"""
     answers: str | None = None
     """JSONL file for both models' answers with their scores and KL"""
     max_tokens_per_micro_batch: Count = 8192
     """most tokens of one forward pass"""
     seed: NotNegativeInt = 0
-    """every random choice is a function of it"""
+    """seed of all random numbers"""
     out: str | None = None
     """JSON file for the numbers"""
     threads: NotNegativeInt = 0
-    """CPU threads; 0 leaves torch's own choice"""
+    """CPU threads; 0 keeps the default of torch"""
 
 
 @dataclass(frozen=True)
@@ -423,7 +423,7 @@ class ServeRecipe:
     max_model_len: Annotated[int, msgspec.Meta(ge=2)] | None = None
     """longest prompt and answer together, in tokens; default: what the model's positions allow"""
     max_num_seqs: Count = 256
-    """answers that are generated together"""
+    """answers that are generated at the same time"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """the server's precision; "auto" is model.dtype's, which is float32 unless the recipe says otherwise"""
     transfer: Literal["auto", "shared", "gloo", "nccl", "ipc"] = "auto"
