@@ -113,7 +113,11 @@ def test_a_generator_for_training_is_one_file() -> None:
     assert "unit: 4" in saved  # every option is in the recipe of the run
     with pytest.raises(RecipeError, match=r"differs in generator\.options\.unit"):
         whet.train("grpo", out="own", resume=True, generator={"name": "mine.py:Generator", "ends": ends}, **GRPO)
-    with pytest.raises(RecipeError, match="sampling: the generator does not say which tokens could be drawn"):
+    again = {"generator": {"name": "mine.py:Generator", "ends": ends, "unit": 4}} | GRPO
+    (Path("own") / "recipe.yaml").write_text(saved.replace("unit: 4", "unit: 4\n    # a comment"))
+    whet.train("grpo", "own/recipe.yaml", out="again", **{"generator": "local", "reward": reward})
+    assert whet.train("grpo", out="own", resume=True, **again) == own
+    with pytest.raises(RecipeError, match=r"mine.py:Generator does not report support: top_p, top_k and min_p need"):
         whet.train("grpo", out="top", generator={"name": "mine.py:Generator", "ends": ends}, top_p=0.9, **GRPO)
 
 
@@ -178,3 +182,60 @@ def test_options_may_be_nested_or_beside_the_name() -> None:
     found = [config.resolve(OnlineRecipe, "grpo", None, form).generator for form in forms]
     assert found == [found[0]] * 4
     assert found[0].options == {"count": 2}
+
+
+BACKENDS: list[tuple[Any, Any, list[str]]] = [
+    ({"backend": "fsdp", "options": {"precision": "float32", "offload": True}}, {"backend": "ddp", "options": {}}, []),
+    (
+        {"backend": "zero2", "options": {"precision": "float32", "offload": False}},
+        {"backend": "local", "options": {}},
+        [],
+    ),
+    (
+        {"backend": "local", "options": {}},
+        {"backend": "auto", "options": {"precision": "float32", "offload": True}},
+        [],
+    ),
+    (
+        {"backend": "fsdp", "options": {"precision": "bf16", "offload": False}},
+        {"backend": "ddp", "options": {}},
+        ["learner.precision"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "changed"), BACKENDS)
+def test_a_resume_may_take_another_backend(old: Any, new: Any, changed: list[str]) -> None:
+    from whet.runs import folder
+
+    for one, other in ((old, new), (new, old)):
+        assert folder._changed(folder._kept({"learner": one}), folder._kept({"learner": other})) == changed
+
+
+def test_options_of_an_adapter_are_a_mapping() -> None:
+    for value in (None, 5):
+        with pytest.raises(RecipeError, match=r"generator.options: expected a mapping of options"):
+            whet.train("grpo", out="r", **GRPO, generator={"name": "vllm", "options": value})
+
+
+def test_what_a_generator_cannot_do_outside_training_is_refused() -> None:
+    for given, said in (
+        (
+            {"name": "server", "urls": ["http://127.0.0.1:1"]},
+            "generator.name: a server has the weights of its last run",
+        ),
+        ({"name": "vllm", "sleep": True}, "generator.sleep: it is for training"),
+        ("openai", "generator.url: which server"),
+    ):
+        with pytest.raises(RecipeError, match=said):
+            whet.sample(model="m", data=ROWS, out="a.jsonl", generator=given, max_new_tokens=4)
+
+
+def test_texts_of_options_are_not_taken_for_modules() -> None:
+    from whet.runs import inputs
+
+    assert (
+        inputs.digests({"reward": [{"options": {"prompt": "this.x: answer"}}], "a": "http://x:80", "b": "no:such"})
+        == {}
+    )
+    assert list(inputs.digests({"r": "mine.py:Ranker", "m": "m"})) == ["r: mine.py:Ranker", "m: m"]

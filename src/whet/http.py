@@ -2,6 +2,7 @@
 
 import ipaddress
 import json
+import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -98,6 +99,13 @@ class Http:
         except (httpx2.TransportError, OSError) as error:
             raise WorkerDied(f"{self.what}: no server responds at {self.url} ({first_line(error)})") from error
         return response.status_code, response.content
+
+
+def api_key(variable: str, what: str) -> str:
+    """Return the API key in an environment variable, or "" without a variable. Raises RecipeError if it is not set."""
+    if variable and not os.environ.get(variable):
+        raise RecipeError(f"{what}: the environment variable {variable} is not set")
+    return os.environ.get(variable, "") if variable else ""
 
 
 def _message(text: str) -> str:

@@ -18,8 +18,8 @@ def host() -> str:
 
 @dataclass(frozen=True)
 class Process:
-    """A process, identified by machine, process id and start time (0 if it did not run). A process id alone can be reused by a
-    later process."""
+    """A process, identified by machine, process id and start time in seconds since the boot of the machine (0 if it did not
+    run). A process id alone can be reused by a later process."""
 
     host: str
     pid: int
@@ -33,8 +33,7 @@ class Process:
     @property
     def alive(self) -> bool:
         """True if the process runs on this machine. A zombie process counts as ended."""
-        # the start time is computed from the clock, which may be adjusted
-        return self.host == host() and self.began > 0 and abs(_began(self.pid) - self.began) < 1.0
+        return self.host == host() and self.began > 0 and abs(_began(self.pid) - self.began) < 0.5
 
     def kill(self) -> None:
         """Kill the process if it is on this machine. This also ends an orphan process that Ray no longer knows."""
@@ -44,10 +43,11 @@ class Process:
 
 
 def _began(pid: int) -> float:
-    """Return the start time of a process, in seconds since the epoch, or 0 if it does not run."""
+    """Return the start time of a process, in seconds since the boot, or 0 if it does not run."""
     try:
         found = psutil.Process(pid)
-        return 0.0 if found.status() == psutil.STATUS_ZOMBIE else found.create_time()
+        # both times contain the clock's time of the boot, which changes when the clock is set
+        return 0.0 if found.status() == psutil.STATUS_ZOMBIE else found.create_time() - psutil.boot_time()
     except psutil.NoSuchProcess:
         return 0.0
 
@@ -72,15 +72,14 @@ def end(processes: Sequence[Process], seconds: float) -> None:
 
 
 def watch(owner: int) -> None:
-    """Wait until the process `owner` has ended, then kill the processes between it and this one, and this one."""
-    between: list[psutil.Process] = []
-    whose = Process.of(owner)
-    for one in psutil.Process().parents():
-        if one.pid == owner:
-            break
-        between.append(one)
+    """Wait until the process `owner` has ended, then kill the processes between it and this one, and this one.
+
+    If it is not an ancestor (it may have ended already), only this process is killed.
+    """
+    whose, parents = Process.of(owner), psutil.Process().parents()
+    place = next((number for number, one in enumerate(parents) if one.pid == owner), 0)
     while whose.alive:
         time.sleep(1.0)
-    for one in (*between, psutil.Process()):
-        with suppress(psutil.NoSuchProcess):
+    for one in (*parents[:place], psutil.Process()):
+        with suppress(psutil.Error):
             one.kill()

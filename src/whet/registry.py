@@ -35,6 +35,10 @@ class Adapter:
     check: Callable[[Any, Any], None]
     home: Any = None
 
+    def more(self, name: str) -> Any:
+        """Return a further function of an adapter's module, or None. A class has none."""
+        return getattr(self.home, name, None) if inspect.ismodule(self.home) else None
+
 
 class Registry:
     """The adapters of one table, by name. `built_in` maps names to modules; `protocol` has the methods that a class needs.

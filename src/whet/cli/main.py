@@ -212,7 +212,11 @@ def _unknown_verb(verb: str) -> RecipeError:
 
 def _overview() -> str:
     lines = ["usage: whet VERB [RECIPE.yaml] [--field value ...] [--resume] [--quiet] [--debug]", ""]
-    for title, verbs in (("train on data", OFFLINE), ("train on generated answers", ONLINE), ("other commands", OTHERS)):
+    for title, verbs in (
+        ("train on data", OFFLINE),
+        ("train on generated answers", ONLINE),
+        ("other commands", OTHERS),
+    ):
         lines.append(f"{title}:")
         lines += [f"  {verb.replace('_', '-'):<22} {about}" for verb, about in verbs.items()]
         lines.append("")

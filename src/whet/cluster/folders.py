@@ -97,8 +97,8 @@ class WeightWriter:
     def __call__(self, role: Any, number: int | None = None) -> Path:
         """Write the role's current weights, or only its adapter, and return their folder."""
         self.number = self.number + 1 if number is None else number
-        aside = self.folders.begin(self.number) if self.folders else Path(os.devnull)
         if self.adapter:
+            aside = self.folders.begin(self.number) if self.folders else Path(os.devnull)
             role.export(aside, None, merge=False, write=self.folders is not None)
             if self.folders:
                 self.folders.end(self.number)

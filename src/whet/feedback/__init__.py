@@ -1,4 +1,4 @@
-"""The Ranker protocol and its implementations: scores and judges. There is no page for people yet."""
+"""The Ranker protocol and its implementations: scores and judges. A page for people does not exist yet."""
 
 from whet.feedback.base import RANKERS, Question, Ranker
 

@@ -154,7 +154,7 @@ def draw(probabilities: Tensor, requests: Sequence[Request], position: int) -> T
 class Training:
     """The facts of a training run that a generator's options are checked against.
 
-    workers         learner processes, each with a generator
+    workers, rank   number of learner processes, each with a generator, and the number of this one
     engines         generators in processes of their own on a Ray cluster; None without a cluster
     colocate        these share the learners' GPUs
     max_staleness   above 0, answers are generated while the learner trains
@@ -162,6 +162,7 @@ class Training:
     """
 
     workers: int = 1
+    rank: int = 0
     engines: int | None = None
     colocate: bool = False
     max_staleness: int = 0
@@ -233,15 +234,16 @@ GENERATORS = Registry(
 )  # fmt: skip
 """The generators by name. They are checked against and made from a `GeneratorContext`.
 
-A module may also have `engines(options)`, the number of engines in processes of their own, which are restarted if they die,
-and `gpus(options)`, the number of GPUs of each.
+A module may also have `engines(options, context)`, the numbers of the engines that this process starts in processes of their
+own and restarts if they die, and `gpus(options)`, the number of GPUs of each.
 """
 
 
 class CheckedGenerator:
     """A user's generator as a `Generator`: name the file and line if it raises, and check the samples that it returns.
 
-    Raises RecipeError, also if it does not return one `Sample` per request in their order.
+    Raises RecipeError, also if it does not return one `Sample` per request in their order, with one log-prob per token if it
+    reports them.
     """
 
     def __init__(self, own: Generator) -> None:
@@ -259,6 +261,12 @@ class CheckedGenerator:
         wrong = next((one for one in samples if not isinstance(one, Sample)), None)
         if wrong is not None:
             raise RecipeError(f"{self.name}: generate must yield whet.Sample objects, got {type(wrong).__name__}")
+        if "sampler_logp" in self.reports:
+            short = next((one for one in samples if len(one.sampler_logp) != len(one.ids)), None)
+            if short is not None:
+                raise RecipeError(
+                    f"{self.name}: a sample has {len(short.ids)} tokens and {len(short.sampler_logp)} log-probs"
+                )
         wanted, got = ([(one.draw, one.answer) for one in each] for each in (requests, samples))
         if got != wanted:
             raise RecipeError(
@@ -274,6 +282,10 @@ class CheckedGenerator:
     def logprobs(self, ids: Sequence[Tensor]) -> list[Tensor]:
         """See `Generator.logprobs`."""
         return self._call(lambda: self.own.logprobs(ids), self.own.logprobs)
+
+    def all_logprobs(self, ids: Sequence[Tensor]) -> list[list[Tensor]]:
+        """See `Several.all_logprobs`."""
+        return self._call(lambda: all_logprobs(self.own, ids), self.own.logprobs)
 
     def sleep(self) -> None:
         """See `Generator.sleep`."""

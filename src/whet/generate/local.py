@@ -222,7 +222,7 @@ def check(options: Options, context: GeneratorContext) -> None:
 def make(options: Options, context: GeneratorContext) -> LocalGenerator:
     """Build a generator on the learner's policy, or on a copy if its weights are sharded or it generates during updates."""
     training, role = context.training, context.policy
-    copies = role is None or (training is not None and (training.sharded or training.max_staleness > 0))
+    copies = role is None or (training is not None and training.copies)
     if copies:
         assert context.role is not None
         role = context.role()

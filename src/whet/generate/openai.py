@@ -1,6 +1,5 @@
 """Generation on a server with the OpenAI chat API, for sampling and evaluation. It cannot load weights."""
 
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,7 +10,8 @@ from torch import Tensor
 from whet.data import Chat, Sample, Weights
 from whet.errors import RecipeError
 from whet.generate.base import GeneratorContext, Request
-from whet.http import Http
+from whet.http import Http, api_key
+from whet.methods.options import Count, NotNegativeInt, Positive
 from whet.ops import address
 
 
@@ -25,11 +25,11 @@ class Options:
     """name of the model on the server"""
     api_key_env: str = ""
     """environment variable that contains the API key, which is sent as a bearer token"""
-    timeout: float = 600.0
+    timeout: Positive = 600.0
     """longest duration of a request in seconds"""
-    retries: int = 3
+    retries: NotNegativeInt = 3
     """number of times a request is sent again if the server does not respond or fails (status 5xx)"""
-    connections: int = 16
+    connections: Count = 16
     """maximum number of concurrent requests"""
     token_ids: bool = False
     """request token ids from the server (return_token_ids of vLLM); otherwise the text is tokenized locally"""
@@ -46,20 +46,13 @@ class OpenAIGenerator:
     version = 0
 
     def __init__(self, options: Options, chat: Chat) -> None:
-        key = os.environ.get(options.api_key_env, "") if options.api_key_env else ""
-        if options.api_key_env and not key:
-            raise RecipeError(f"generator.api_key_env: the environment variable {options.api_key_env} is not set")
-        if min(options.retries, options.timeout) < 0 or options.connections < 1:
-            raise RecipeError("generator: timeout and retries must be at least 0, connections at least 1")
+        key = api_key(options.api_key_env, "generator.api_key_env")
         self.options, self.chat = options, chat
         self.http = Http(options.url.rstrip("/").removesuffix("/v1"), options.timeout, key, what="generator.url")
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
         """See `Generator.generate`. Raises RecipeError for options that the API does not have, WorkerDied if the server
         fails more often than `retries` allows."""
-        for request in requests[:1]:
-            if request.sampling.top_k or request.sampling.min_p:
-                raise RecipeError("sampling: the OpenAI API has no top_k and min_p; leave them out")
         with ThreadPoolExecutor(self.options.connections, "whet-openai") as pool:
             yield from pool.map(self._answer, requests)
 

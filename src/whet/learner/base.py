@@ -131,7 +131,10 @@ LEARNERS = Registry(
     others=["auto"],
     given=("roles", "optims", "total", "budget", "packed", "dropout", "seed", "workers"),
 )  # fmt: skip
-"""The learners by name. `make` returns a constructor with the parameters of `LocalLearner`."""
+"""The learners by name. `make` returns a constructor with the parameters of `LocalLearner`.
+
+A module may also have `shards(context)`, and a class the attribute `sharded`: whether no process has all weights.
+"""
 
 
 class WeightsWriter(Protocol):

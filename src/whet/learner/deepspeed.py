@@ -40,7 +40,9 @@ class DeepSpeedLearner(LocalLearner):
         for shell, roles in shells(list(self.roles.values())).values():
             trained = [role for role in roles if role.trained]
             if len(trained) > 1:
-                raise RecipeError("trunk: DeepSpeed trains one role per model; use separate models, or engine fsdp")
+                raise RecipeError(
+                    "trunk: DeepSpeed trains one role per model; use separate models, or learner.backend fsdp"
+                )
             if not trained and self.stage < 3:
                 if self.bf16 and roles[0].name != "ema":  # ema is only written and exported, so it keeps its precision
                     for parameter in shell.parameters():  # not buffers: DeepSpeed treats the policy in the same way
@@ -238,3 +240,8 @@ def make(options: ShardedOptions, context: LearnerContext) -> Any:
     return partial(
         DeepSpeedLearner, stage=int(context.name[-1]), bf16=options.precision == "bf16", offload=options.offload
     )
+
+
+def shards(context: LearnerContext) -> bool:
+    """Return True if every worker has only a shard of the weights, as at stage 3."""
+    return context.name == "zero3"

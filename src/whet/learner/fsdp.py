@@ -101,3 +101,8 @@ def check(options: ShardedOptions, context: LearnerContext) -> None:
 def make(options: ShardedOptions, context: LearnerContext) -> Any:
     """Return the class of the learner with its options."""
     return partial(FSDPLearner, bf16=options.precision == "bf16", offload=options.offload)
+
+
+def shards(context: LearnerContext) -> bool:
+    """Return True: every worker has only a shard of the weights."""
+    return True

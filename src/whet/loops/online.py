@@ -120,7 +120,8 @@ class OnlineLoop:
 
     def steps(self) -> Iterator[StepLog]:
         """Yield the steps after the last checkpoint. Requesting the next step ends the current one: its metrics and rollout
-        are written, and a checkpoint is saved if due. Raise RuntimeError if weights were updated but not published."""
+        are written, and a checkpoint is saved if due. Raise RuntimeError if weights were updated but not published, or if
+        the step made no update."""
         for step in range(self.first, self.plan.steps):
             log = StepLog(step)
             self._begin(step)

@@ -16,6 +16,7 @@ from whet.methods.choices import (
     ONLINE_SLOTS,
     OPTIONAL,
     PLAIN_SLOTS,
+    PREFERENCE_SLOTS,
     changed,
 )
 from whet.methods.options import KL, Entropy, Truncated, Value
@@ -364,7 +365,8 @@ def _penalty(kl: KL) -> Penalty:
 def supervised_of(slots: Slots) -> Objective:
     """Build the objective of SFT and pre-training from its slots."""
     op, options = reduction(slots["reduction"], None)
-    return Objective((Term("policy", "train", part(ops.nll), op, options=options, name="nll"),))
+    loss = part(op_of(found("loss", PREFERENCE_SLOTS["loss"], slots["loss"]["name"])))
+    return Objective((Term("policy", "train", loss, op, options=options, name="nll"),))
 
 
 def reduction(spec: Slots, longest: int | None) -> tuple[Any, dict[str, Any]]:

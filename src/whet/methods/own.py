@@ -35,7 +35,11 @@ def check_function(function: Any, where: str, columns: Collection[str]) -> None:
     parameter has no default. `where` names the slot or argument in the error."""
     if not callable(function):
         raise RecipeError(f"{where}: expected a function, got {type(function).__name__}")
-    for one in inspect.signature(function).parameters.values():
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError) as error:  # some functions written in C have none
+        raise RecipeError(f"{where}: {function!r} does not say its parameters; wrap it in a Python function") from error
+    for one in parameters:
         if one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD):
             raise RecipeError(f"{where}: {place_of(function)}: *{one.name} is not allowed; name each parameter")
         if one.kind is not one.KEYWORD_ONLY and one.name not in columns:

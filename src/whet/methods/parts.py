@@ -45,7 +45,7 @@ class Part:
             out = self.op(**given, **self.options)
         except Exception as error:
             own = next((one for one in self.walk() if one.own), None)
-            if isinstance(error, WhetError) or own is None:
+            if own is None or isinstance(error, (WhetError, torch.OutOfMemoryError)):
                 raise
             after = "" if own is self else f" when {self} used its result"
             raise RecipeError(f"{own} failed with {told(error)}{after}") from error
@@ -148,6 +148,7 @@ class Term:
         mask, own = columns[self.mask], any(one.own for one in self.loss.walk())
         if masked is None or own:  # a user's function could change its columns in place
             masked = {}
+            columns = {name: column.clone() for name, column in columns.items()} if own else columns
         if self.mask not in masked:
             masked[self.mask] = {name: _where(mask, column) for name, column in columns.items()}
         loss = self.loss(masked[self.mask])

@@ -7,7 +7,8 @@ from typing import Any
 
 from whet.data import Group
 from whet.errors import RecipeError, RewardError, WorkerDied
-from whet.http import Http
+from whet.http import Http, api_key
+from whet.methods.options import Count, NotNegativeInt, Positive
 from whet.rewards.base import Scores, checked, columns_of
 
 
@@ -15,13 +16,13 @@ from whet.rewards.base import Scores, checked, columns_of
 class Options:
     """Options of a reward over HTTP."""
 
-    timeout: float = 60.0
+    timeout: Positive = 60.0
     """longest duration of a request in seconds"""
-    retries: int = 3
+    retries: NotNegativeInt = 3
     """number of times a request is sent again if the server does not respond or fails (status 5xx)"""
-    batch_size: int = 64
+    batch_size: Count = 64
     """answers per request"""
-    connections: int = 4
+    connections: Count = 4
     """maximum number of concurrent requests"""
     api_key_env: str = ""
     """environment variable that contains the API key, which is sent as a bearer token"""
@@ -39,13 +40,9 @@ class HttpReward:
     per_group = True
     """Groups may be split over the workers; each group is scored by one worker."""
 
-    def __init__(self, url: str, options: Options = Options(), api_key: str = "") -> None:
-        if min(options.retries, options.timeout) < 0 or min(options.batch_size, options.connections) < 1:
-            raise RecipeError(
-                f"reward {url}: timeout and retries must be at least 0, batch_size and connections at least 1"
-            )
+    def __init__(self, url: str, options: Options = Options(), key: str = "") -> None:
         self.url, self.options = url, options
-        self.http = Http(url, options.timeout, api_key, what=f"reward {url}")
+        self.http = Http(url, options.timeout, key, what=f"reward {url}")
 
     def score(self, groups: Sequence[Group]) -> Scores:
         """See `Reward.score`. The scores are in the order of the answers."""
@@ -79,10 +76,6 @@ class HttpReward:
         return values
 
 
-def make(options: Options, context: Any) -> HttpReward:
+def make(options: Options, context: str) -> HttpReward:
     """Build the reward of the URL `context`."""
-    import os
-
-    if options.api_key_env and options.api_key_env not in os.environ:
-        raise RecipeError(f"reward {context}: the environment variable {options.api_key_env} is not set")
-    return HttpReward(str(context), options, os.environ.get(options.api_key_env, "") if options.api_key_env else "")
+    return HttpReward(context, options, api_key(options.api_key_env, f"reward {context}"))

@@ -1,6 +1,5 @@
 """Rewards from a judge model behind any server with the OpenAI chat API: it is asked for a number for each answer."""
 
-import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,15 +8,19 @@ from typing import Any
 
 from whet.data import Group
 from whet.errors import RecipeError, RewardError, WorkerDied
-from whet.http import Http
+from whet.http import Http, api_key
+from whet.methods.options import Count, NotNegativeInt, Positive
 from whet.rewards.base import Scores, checked, columns_of
 
 PROMPT = (
     "Rate how good the answer to the question is, from 0 (useless) to 10 (perfect). Reply with the number alone.\n\n"
     "Question:\n{prompt}\n\nAnswer:\n{completion}"
 )
+"""The default prompt."""
 PLACE = re.compile(r"\{prompt\}|\{completion\}")
-NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+"""The places in the prompt where the texts are put."""
+NUMBER = re.compile(r"\s*(-?(?:\d+\.?\d*|\.\d+))\s*(?:/\s*10)?\.?\s*")
+"""A reply: a number, perhaps with "/10" behind it."""
 
 
 @dataclass(frozen=True)
@@ -32,20 +35,20 @@ class Options:
     """what the model is asked; {prompt} and {completion} are replaced"""
     api_key_env: str = ""
     """environment variable with the key, which is sent as a bearer token"""
-    timeout: float = 600.0
+    timeout: Positive = 600.0
     """seconds that one request may take"""
-    retries: int = 3
+    retries: NotNegativeInt = 3
     """times that a request is sent again when nothing answers or the server fails (status 5xx)"""
-    connections: int = 16
+    connections: Count = 16
     """requests at the same time"""
-    max_tokens: int = 16
+    max_tokens: Count = 16
     """longest reply, in tokens"""
 
 
 class OpenAIJudge:
-    """A chat model as a Reward: the score of an answer is the first number in the model's reply, at temperature 0.
+    """A chat model as a Reward: the score of an answer is the number that the model replies with, at temperature 0.
 
-    Raises RewardError if a reply has no number, or the server fails more often than `retries` allow.
+    Raises RewardError if a reply is anything else than a number, or the server fails more often than `retries` allow.
     """
 
     per_group = True
@@ -54,13 +57,9 @@ class OpenAIJudge:
     def __init__(self, options: Options) -> None:
         if "{completion}" not in options.prompt:
             raise RecipeError("reward openai: the prompt must contain {completion}, which the answer replaces")
-        if min(options.retries, options.timeout) < 0 or options.connections < 1:
-            raise RecipeError("reward openai: timeout and retries are at least 0, connections at least 1")
-        key = os.environ.get(options.api_key_env, "") if options.api_key_env else ""
-        if options.api_key_env and not key:
-            raise RecipeError(f"reward openai: the environment variable {options.api_key_env} is not set")
         self.options = options
         url = options.url.rstrip("/").removesuffix("/v1")
+        key = api_key(options.api_key_env, "reward openai: api_key_env")
         self.http = Http(url, options.timeout, key, what="reward openai: url")
 
     def score(self, groups: Sequence[Group]) -> Scores:
@@ -82,10 +81,10 @@ class OpenAIJudge:
             reply = self.http.chat(body, retries=self.options.retries)["message"]["content"] or ""
         except (RecipeError, WorkerDied) as error:
             raise RewardError(str(error)) from error
-        found = NUMBER.search(reply)
+        found = NUMBER.fullmatch(reply)
         if found is None:
             raise RewardError(f"reward openai: {self.options.model} was asked for a number and replied {reply!r:.80}")
-        return float(found.group())
+        return float(found.group(1))
 
 
 def make(options: Options, context: Any) -> OpenAIJudge:

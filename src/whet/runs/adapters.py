@@ -1,18 +1,22 @@
 """Find the adapter for a recipe value `{name: ..., option: ...}`, and check its options."""
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any
 
 from whet.errors import RecipeError
 from whet.generate import GENERATORS
-from whet.learner.base import LEARNERS, ShardedOptions
+from whet.learner.base import LEARNERS
 from whet.registry import Adapter, Registry
 from whet.runs import config
 from whet.runs.recipe import OnlineRecipe, TrainingRecipe
 
 COMMON = ("max_staleness", "segment_tokens")
 """Fields of the section `generator` that are not options of the generator."""
+
+
+AUTO = "fsdp"
+"""The learner whose options the backend "auto" takes."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +61,9 @@ def completed(recipe: TrainingRecipe) -> TrainingRecipe:
     """Return a training recipe with every option of its generator and learner filled in. Raises RecipeError for a wrong name
     or option. The learner "auto" keeps the options that are given."""
     learner = recipe.learner
-    if learner.backend != "auto":
-        own = chosen(LEARNERS, {**learner.options, "name": learner.backend}, "learner", "backend")
-        recipe = replace(recipe, learner=replace(learner, options=asdict(own.options)))
-    elif learner.options:
-        own = chosen(LEARNERS, {**learner.options, "name": "fsdp"}, "learner", "backend")
+    if learner.backend != "auto" or learner.options:
+        name = AUTO if learner.backend == "auto" else learner.backend
+        own = chosen(LEARNERS, {**learner.options, "name": name}, "learner", "backend")
         recipe = replace(recipe, learner=replace(learner, options=asdict(own.options)))
     if isinstance(recipe, OnlineRecipe):
         generator = recipe.generator
@@ -70,11 +72,17 @@ def completed(recipe: TrainingRecipe) -> TrainingRecipe:
     return recipe
 
 
-def may_change(recipe: TrainingRecipe) -> dict[str, Collection[str]]:
-    """Return the options of the generator and the learner that a resumed run may change, by section of the recipe."""
-    plain = [name for name, value in recipe.learner.options.items() if value == getattr(ShardedOptions(), name, None)]
-    out: dict[str, Collection[str]] = {"learner": {*ShardedOptions.may_change, *plain}}
-    if isinstance(recipe, OnlineRecipe):
-        home = GENERATORS.find(recipe.generator.name, "generator.name").options
-        out["generator"] = getattr(home, "may_change", ())
-    return out
+def fixed_options(registry: Registry, section: Mapping[str, Any], called: str) -> dict[str, Any]:
+    """Return the options of an adapter in a saved recipe that a resumed run may not change, without those that have their
+    default value. `called` is the field of the section with the adapter's name."""
+    name = str(section.get(called, "local"))
+    kind = registry.find(AUTO if name == "auto" else name, called).options
+    free = getattr(kind, "may_change", ())
+    defaults = {
+        one.name: one.default_factory() if callable(one.default_factory) else one.default for one in fields(kind)
+    }
+    return {
+        option: value
+        for option, value in (section.get("options") or {}).items()
+        if option not in free and value != defaults.get(option, value if option not in defaults else MISSING)
+    }

@@ -88,11 +88,29 @@ def resolve(
     layers += [_expand(kind, _nested(kind, name.replace("-", "_"), value), "") for name, value in overrides]
     merged: dict[str, Any] = {}
     methods = [_method_of(layer) for layer in layers]
-    for layer in layers:
+    for layer in [*layers[: len(layers) - len(overrides)], _merged(layers[len(layers) - len(overrides) :])]:
+        for section_, named_by in ADAPTED.items():
+            own = layer.get(section_)
+            if isinstance(own, Mapping) and own.get(named_by, merged.get(section_, {}).get(named_by)) != merged.get(
+                section_, {}
+            ).get(named_by):
+                merged.get(section_, {}).pop("options", None)  # options of another adapter
         _merge(merged, {key: value for key, value in layer.items() if key != "algorithm"})
     if "algorithm" in fields_of(kind):
         merged["algorithm"] = _composed(verb, methods)
     return converted(merged, kind, "")
+
+
+ADAPTED = {"generator": "name", "learner": "backend"}
+"""Sections of adapters, and the field with the adapter's name."""
+
+
+def _merged(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the layers merged into one; later ones take precedence."""
+    out: dict[str, Any] = {}
+    for layer in layers:
+        _merge(out, layer)
+    return out
 
 
 def _method_of(layer: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -284,6 +302,8 @@ def _expand(kind: type, tree: Any, where: str) -> Any:
     for key, value in tree.items():
         name = f"{where}.{key}".strip(".")
         if kind in OPEN and (key not in known or key == "options"):
+            if key == "options" and not isinstance(value, Mapping):
+                raise RecipeError(f"{name}: expected a mapping of options, got {value!r}")
             out.setdefault("options", {}).update(value if key == "options" else {key: value})
             continue
         if key not in known:

@@ -3,26 +3,26 @@
 import json
 import os
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from whet.data.files import write_json
 from whet.distributed import Workers, first, free_port, join, launched, leave, note, noted
 from whet.errors import RecipeError
+from whet.generate import GENERATORS
+from whet.learner.base import LEARNERS
 from whet.loops import offline
 from whet.loops.record import RunFolder
-from whet.runs import adapters, config, learners
+from whet.runs import adapters, config, inputs, learners
 from whet.runs.recipe import TrainingRecipe
-from whet.runs.sources import digests
 from whet.trackers import TRACKERS, RunInfo, Tracker
 
-INPUTS = "inputs.json"
-"""The file of a run folder with the hashes of the files that the recipe names."""
+LOCK = ".lock"
+"""The file of a run folder that a session locks while it trains."""
 
 
 @dataclass(frozen=True)
@@ -85,58 +85,42 @@ def checked(recipe: TrainingRecipe, verb: str, options: Options) -> Path:
         if not saved.is_file():
             raise RecipeError(f"--resume: there is no run in {folder}")
         text = config.to_yaml(recipe, verb)
-        free = adapters.may_change(recipe)
-        changed = _changed(_kept(config.read_yaml(saved), free), _kept(config.yaml_tree(text), free))
+        changed = _changed(_kept(config.read_yaml(saved)), _kept(config.yaml_tree(text)))
         if changed:
             raise RecipeError(
                 f"--resume: the recipe of {folder} differs in {', '.join(changed)}; a resumed run goes on unchanged"
             )
-        _check_inputs(folder, config.yaml_tree(text))
     return folder
 
 
-def _check_inputs(folder: Path, tree: Mapping[str, Any]) -> None:
-    """Raise RecipeError if a file that the recipe names has changed since the run began. Without a checkpoint the run starts
-    over, so its files may change."""
-    file = folder / INPUTS
-    if not file.is_file() or not any((folder / "checkpoints").glob("step-*")):
-        return
-    now = digests(tree)
-    for name, old in json.loads(file.read_text(encoding="utf-8")).items():
-        if name in now and now[name] != old:
-            raise RecipeError(
-                f"--resume: {name}: the file has changed since the run in {folder} began, and a resumed run goes on "
-                f"unchanged; restore the file, or remove {file} to continue with the changed one"
-            )
+def check_inputs(recipe: TrainingRecipe, verb: str, options: Options) -> None:
+    """Raise RecipeError if a run is resumed with data, Python files or tokenizers that have changed since it began."""
+    if options.resume and first():
+        inputs.check(Path(recipe.out or f"runs/{verb}"), config.yaml_tree(config.to_yaml(recipe, verb)))
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run folder. Raises RecipeError if another session holds it. Only rank 0 takes the lock.
-
-    Folders that are created for the lock are removed again if nothing else was written to them.
-    """
+def locked(recipe: TrainingRecipe, verb: str, options: Options) -> Iterator[None]:
+    """Hold the lock of the run folder, which is created. Raises RecipeError if another session holds it or has used it since
+    this one was checked. Only rank 0 takes the lock."""
     if not first():
         yield
         return
-    created = [one for one in (folder, *folder.parents) if not one.exists()]
+    folder = Path(recipe.out or f"runs/{verb}")
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock", timeout=0)
     try:
-        lock.acquire()
+        with FileLock(folder / LOCK, timeout=1.0):
+            checked(recipe, verb, options)
+            yield
     except Timeout as error:
-        raise RecipeError(
-            f"out: another session is training in {folder}; wait for its end, or name another folder with --out"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
-        if created and [one.name for one in folder.iterdir()] == [".lock"]:
-            (folder / ".lock").unlink()
-            with suppress(OSError):  # not empty
-                for one in created:
-                    one.rmdir()
+        raise in_use(folder) from error
+
+
+def in_use(folder: Path) -> RecipeError:
+    """Return the error for a run folder in which another session trains."""
+    return RecipeError(
+        f"out: another session is training in {folder}; wait for its end, or name another folder with --out"
+    )
 
 
 def opened(folder: Path, recipe: TrainingRecipe, options: Options, verb: str, workers: Workers) -> RunFolder:
@@ -152,22 +136,21 @@ def opened(folder: Path, recipe: TrainingRecipe, options: Options, verb: str, wo
     run = RunFolder(folder, resume_at=step if options.resume else None, trackers=told, writes=workers.first)
     run.environment(text)
     if workers.first:
-        if found is None or not (folder / INPUTS).is_file():
-            write_json(folder / INPUTS, digests(config.yaml_tree(text)))
+        if found is None or not (folder / inputs.FILE).is_file():
+            inputs.write(folder, config.yaml_tree(text))
         note("begun")
     return run
 
 
-def _kept(recipe: Mapping[str, Any], free: Mapping[str, Collection[str]]) -> dict[str, Any]:
-    """Return the fields that must not change on resume: all except the cluster, the backend of the learner, and the options
-    of adapters in `free`, which say where and how fast they run."""
+def _kept(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that must not change on resume: all except the cluster, the backend of the learner, and the options of
+    adapters that say where and how fast they run. Options with their default value are left out."""
     out = {name: value for name, value in recipe.items() if name != "cluster"}
-    for section, names in free.items():
-        if isinstance(out.get(section), Mapping):
-            options = {name: one for name, one in (out[section].get("options") or {}).items() if name not in names}
-            out[section] = {**out[section], "options": options}
     if isinstance(out.get("learner"), Mapping):
-        out["learner"] = {name: value for name, value in out["learner"].items() if name != "backend"}
+        out["learner"] = adapters.fixed_options(LEARNERS, out["learner"], "backend")
+    if isinstance(out.get("generator"), Mapping):
+        own = out["generator"]
+        out["generator"] = {**own, "options": adapters.fixed_options(GENERATORS, own, "name")}
     return out
 
 

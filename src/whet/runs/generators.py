@@ -1,9 +1,10 @@
 """Build the generator that a recipe names, for training, sampling or evaluation."""
 
 import secrets
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Literal
 
 from whet.cluster.folders import WeightWriter
 from whet.data import Chat
@@ -29,25 +30,31 @@ def chosen_of(recipe: fields.OnlineRecipe | fields.SampleRecipe | fields.EvalRec
 
 
 def context_of(
-    recipe: fields.OnlineRecipe | fields.SampleRecipe | fields.EvalRecipe, chat: Chat, workers: int = 1, **more: Any
+    recipe: fields.OnlineRecipe | fields.SampleRecipe | fields.EvalRecipe,
+    chat: Chat,
+    *,
+    workers: int = 1,
+    rank: int = 0,
+    longest: int = 0,
+    policy: Role | None = None,
+    role: Callable[[], Role] | None = None,
+    gpus: tuple[int, ...] | None = None,
 ) -> GeneratorContext:
-    """Return the context of the generator of a recipe. `workers` is the number of learner processes."""
+    """Return the context of the generator of a recipe. See `GeneratorContext` and `Training` for the arguments."""
     source = models.source_of(recipe.model)
     lora = recipe.model.lora if isinstance(recipe.model, fields.Model) else None
-    training, unit = (
-        None,
-        recipe.rollout.max_num_seqs if isinstance(recipe, fields.OnlineRecipe) else recipe.max_num_seqs,
-    )
+    training = None
     if isinstance(recipe, fields.OnlineRecipe):
         own, cluster = recipe.generator, recipe.cluster
         training = Training(
-            workers, cluster.engines if cluster.address is not None else None, cluster.colocate, own.max_staleness,
-            sharded=learners.backend_of(recipe, max(workers, cluster.learners)) in ("fsdp", "zero3"),
+            workers, rank, cluster.engines if cluster.address is not None else None, cluster.colocate, own.max_staleness,
+            sharded=learners.is_sharded(recipe, max(workers, cluster.learners)),
         )  # fmt: skip
     return GeneratorContext(
         chat, recipe.model.path, str(source.torch_dtype()).removeprefix("torch."), source.torch_device(), recipe.sampling,
-        max_num_seqs=unit, quantized=recipe.model.quantize != "none", lora_rank=lora.rank if lora else None,
-        role=partial(sampler_role, recipe.model), training=training, **more,
+        longest=longest, quantized=recipe.model.quantize != "none", lora_rank=lora.rank if lora else None,
+        max_num_seqs=recipe.rollout.max_num_seqs if isinstance(recipe, fields.OnlineRecipe) else recipe.max_num_seqs,
+        role=role or partial(sampler_role, recipe.model), policy=policy, training=training, gpus=gpus,
     )  # fmt: skip
 
 
@@ -62,63 +69,66 @@ def check_generator(recipe: fields.OnlineRecipe, chat: Chat, workers: int) -> No
             "generator.max_staleness: torchrun's workers answer and learn in turns; give the engines places of their own "
             "with --cluster auto --cluster.engines 1"
         )
-    chosen_of(recipe).check(context_of(recipe, chat, workers))
+    chosen_of(recipe).check(context_of(recipe, chat, workers=workers))
 
 
 def engine_of(
     recipe: fields.OnlineRecipe | fields.SampleRecipe | fields.EvalRecipe, context: GeneratorContext, number: int = 0
 ) -> Generator:
-    """Build engine `number` of the generator of a recipe."""
+    """Build engine `number` of the generator of a recipe. Raises RecipeError if it reports too little for training."""
     made = chosen_of(recipe).make(replace(context, number=number))
     own = made if type(made).__module__.startswith("whet.") else CheckedGenerator(made)
-    if context.training is not None and context.sampling.truncates and "support" not in own.reports:
-        own.close()
-        raise RecipeError(
-            "sampling: the generator does not say which tokens could be drawn, so ratios would be wrong; leave top_p, top_k "
-            "and min_p out, or use generator.name local"
-        )
+    if context.training is not None:
+        for needed, why in (
+            ("sampler_logp", "training compares the log-probs of generator and learner; name them in `reports`"),
+            (
+                "support",
+                "top_p, top_k and min_p need the tokens that could be drawn; leave them out, or use generator local",
+            ),
+        ):
+            if needed not in own.reports and (needed != "support" or context.sampling.truncates):
+                own.close()
+                raise RecipeError(f"generator.name: {recipe.generator.name} does not report {needed}: {why}")  # type: ignore[union-attr]
     return own
 
 
-def engines_in(found: Chosen) -> int | None:
-    """Return the number of engines that a generator starts in processes of their own, or None if it starts none."""
-    count = getattr(found.adapter.home, "engines", None)
-    return count(found.options) if callable(count) else None
+def built(
+    recipe: fields.OnlineRecipe | fields.SampleRecipe | fields.EvalRecipe, context: GeneratorContext, restarts: int = 0
+) -> Generator:
+    """Build the generator of a recipe: one in this process, or a fleet of engines that are restarted if they die."""
+    engines = chosen_of(recipe).adapter.more("engines")
+    if engines is None:
+        return engine_of(recipe, context)
+    numbers = engines(chosen_of(recipe).options, context)
+    return Fleet([partial(engine_of, recipe, context, number) for number in numbers], RestartBudget(restarts))
 
 
 def generator_of(recipe: fields.OnlineRecipe, chat: Chat, learner: LocalLearner, longest: int) -> Generator:
     """Build the generator of a learner process. Several workers share the requests. `longest` is the longest sequence, in
     tokens."""
-    workers, found = learner.workers, chosen_of(recipe)
-    context = context_of(recipe, chat, workers.size, longest=longest, policy=learner.roles["policy"])
-    count, own = engines_in(found), None
-    if count is None:
-        own = engine_of(recipe, context)
-    else:
-        numbers = list(range(count))
-        if recipe.generator.name == "server" and workers.size > 1:
-            numbers = [workers.rank]  # only one worker may send weights to a server
-        own = Fleet(
-            [partial(engine_of, recipe, context, number) for number in numbers], RestartBudget(recipe.cluster.restarts)
-        )
-        if writes_files(recipe, found, workers):
-            attempt = workers.broadcast(secrets.token_hex(8))
-            learner.writer = WeightWriter(workers, attempt, adapter=push_of(recipe) == "adapter", everywhere=True)
+    workers = learner.workers
+    context = context_of(
+        recipe, chat, workers=workers.size, rank=workers.rank, longest=longest, policy=learner.roles["policy"]
+    )
+    own = built(recipe, context, recipe.cluster.restarts)
+    if isinstance(own, Fleet) and _writes_files(recipe, workers, len(own.lanes)):
+        attempt = workers.broadcast(secrets.token_hex(8))
+        learner.writer = WeightWriter(workers, attempt, adapter=push_of(recipe) == "adapter", everywhere=True)
     return SharedGenerator(own, workers, context.max_num_seqs) if workers.size > 1 else own
 
 
-def push_of(recipe: fields.OnlineRecipe) -> str:
+def push_of(recipe: fields.OnlineRecipe) -> Literal["weights", "adapter"]:
     """Return what is sent to the generator after an update: "weights" or "adapter"."""
-    return str(getattr(chosen_of(recipe).options, "push", "weights"))
+    return "adapter" if getattr(chosen_of(recipe).options, "push", "weights") == "adapter" else "weights"
 
 
-def writes_files(recipe: fields.OnlineRecipe, found: Chosen, workers: Workers) -> bool:
+def _writes_files(recipe: fields.OnlineRecipe, workers: Workers, engines: int) -> bool:
     """Return True if published weights are written to files before engines load them.
 
     A single learner process that waits for the answers needs no files: each engine reads the weights from its memory. With
     shared memory and several engines, files written once are cheaper.
     """
-    several = (engines_in(found) or 1) > 1 and getattr(found.options, "transfer", "shared") in ("auto", "shared")
+    several = engines > 1 and getattr(chosen_of(recipe).options, "transfer", "shared") in ("auto", "shared")
     return workers.size > 1 or recipe.generator.max_staleness > 0 or push_of(recipe) == "adapter" or several
 
 

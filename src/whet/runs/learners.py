@@ -15,18 +15,18 @@ from whet.rewards import Weighted
 from whet.rewards.shared import SharedReward
 from whet.runs import models, rewards
 from whet.runs import recipe as fields
-from whet.runs.adapters import Chosen, chosen
+from whet.runs.adapters import AUTO, Chosen, chosen
 
 
-def chosen_of(recipe: fields.OfflineRecipe | fields.OnlineRecipe, workers: int) -> tuple[str, Chosen, LearnerContext]:
-    """Return the name of the learner's backend, the backend with its options, and its context.
+def chosen_of(recipe: fields.TrainingRecipe, workers: int) -> tuple[Chosen, LearnerContext]:
+    """Return the learner's backend with its options, and its context.
     Raises RecipeError if it does not support the recipe or the number of workers."""
     learning = recipe.learner
     muon = "muon" in (recipe.optim.kind, critic_optim(recipe).kind)
     plain = all(value == getattr(ShardedOptions(), name, None) for name, value in learning.options.items())
     name = learning.backend
     if name == "auto":
-        name = "local" if workers == 1 and plain else "ddp" if muon else "fsdp"
+        name = "local" if workers == 1 and plain else "ddp" if muon else AUTO
         options = {} if plain and name in ("local", "ddp") else learning.options
     else:
         options = learning.options
@@ -37,12 +37,19 @@ def chosen_of(recipe: fields.OfflineRecipe | fields.OnlineRecipe, workers: int) 
         shared, averaged = recipe.trunk == "shared", recipe.rollout.ema is not None
         context = replace(context, shared_trunk=shared, averaged=averaged)
     found.check(context)
-    return name, found, context
+    return found, context
 
 
 def backend_of(recipe: fields.OfflineRecipe | fields.OnlineRecipe, workers: int) -> str:
     """Return the name of the learner's backend. Raises RecipeError as `chosen_of`."""
-    return chosen_of(recipe, workers)[0]
+    return chosen_of(recipe, workers)[1].name
+
+
+def is_sharded(recipe: fields.TrainingRecipe, workers: int) -> bool:
+    """Return True if no learner process has all weights of the policy."""
+    found, context = chosen_of(recipe, workers)
+    shards = found.adapter.more("shards")
+    return shards(context) if shards is not None else bool(getattr(found.adapter.home, "sharded", False))
 
 
 def critic_optim(recipe: fields.OfflineRecipe | fields.OnlineRecipe) -> Optim:
@@ -58,7 +65,7 @@ def learner_of(
     workers: Workers,
 ) -> LocalLearner:
     """Build a learner of these roles on the backend of the recipe. `total` is the number of updates of the run."""
-    _, found, context = chosen_of(recipe, workers.size)
+    found, context = chosen_of(recipe, workers.size)
     kind: Callable[..., LocalLearner] = found.make(context)
     dropout = recipe.train.dropout if isinstance(recipe.train, fields.Train) else 0.0
     return kind(

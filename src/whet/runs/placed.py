@@ -73,7 +73,8 @@ def on_cluster(
             if isinstance(recipe, fields.OnlineRecipe):
                 models = any(rewards.is_model(one.source) for one in recipe.reward)
                 found = generators.chosen_of(recipe)
-                size = getattr(found.adapter.home, "gpus", lambda _: 1)(found.options)
+                gpus = found.adapter.more("gpus")
+                size = 1 if gpus is None else gpus(found.options)
                 wanted = replace(wanted, engine_gpus=float(size), reward_gpus=float(models))
         survive(attempt, wanted, restarts=own.restarts, resume=resume, limit=own.timeout, quiet=quiet)
 

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,9 +76,9 @@ def generator_of(
     """Build the generator of a recipe for these prompts."""
     role = partial(models.causal_role, "policy", recipe.model, tokenizer, trained=False, seed=0)
     longest = max(len(one.ids) for one in prompts) + recipe.sampling.max_new_tokens
-    context = replace(generators.context_of(recipe, chat), role=role, longest=longest)
+    context = generators.context_of(recipe, chat, role=role, longest=longest)
     generators.chosen_of(recipe).check(context)
-    return generators.engine_of(recipe, context)
+    return generators.built(recipe, context)
 
 
 def threads(count: int) -> None:

@@ -74,6 +74,7 @@ class Session:
         going = folder.begun(self.recipe, method) if resume == "auto" else bool(resume)
         self.options = folder.restarted(folder.Options(going, quiet))
         self.folder = folder.checked(self.recipe, method, self.options)
+        folder.check_inputs(self.recipe, method, self.options)
         self.sources.write()
         self.job: online.OnlineJob | offline.OfflineJob
         if isinstance(self.recipe, fields.OnlineRecipe):
@@ -89,25 +90,23 @@ class Session:
         if self.recipe.cluster.address is not None:
             raise RecipeError("cluster: a session is one attempt in this process; whet.train places a run on a cluster")
         with ExitStack() as stack:
-            stack.enter_context(folder.locked(self.folder))
-            folder.checked(self.recipe, self.method, self.options)  # again, now that no other session can begin here
             workers, options = stack.enter_context(folder.working(self.recipe, self.options))
-            learner = self._learner(workers, stack)
-            stop = stack.enter_context(graceful())
-            if isinstance(self.job, online.OnlineJob):
-                job = self.job
-                scorers = learners.shared_rewards(job.recipe, job.tokenizer, learner, workers)
-                generator = generators.generator_of(job.recipe, job.chat, learner, job.longest)
-                generator = stack.enter_context(closing(generator))
-                self.loop = stack.enter_context(job.loop(learner, generator, scorers, self.folder, options, stop))
-            else:
-                self.loop = stack.enter_context(self.job.loop(learner, self.folder, options, stop))
+            loop = self._parts(workers, stack)
+            stack.enter_context(folder.locked(self.recipe, self.method, options))
+            self.loop = stack.enter_context(loop(options))
             self._stack = stack.pop_all()
         return self
 
-    def _learner(self, workers: Workers, stack: ExitStack) -> Any:
-        learner: Any = self.job.make(workers)
-        return stack.enter_context(closing(learner))
+    def _parts(self, workers: Workers, stack: ExitStack) -> Callable[[folder.Options], Any]:
+        """Load the models. Return a function that opens the run folder and builds the loop."""
+        job, stop = self.job, stack.enter_context(graceful())
+        learner: Any = job.make(workers)
+        stack.enter_context(closing(learner))
+        if isinstance(job, offline.OfflineJob):
+            return lambda options: job.loop(learner, self.folder, options, stop)
+        scorers = learners.shared_rewards(job.recipe, job.tokenizer, learner, workers)
+        generator = stack.enter_context(closing(generators.generator_of(job.recipe, job.chat, learner, job.longest)))
+        return lambda options: job.loop(learner, generator, scorers, self.folder, options, stop)
 
     def __exit__(self, *error: Any) -> None:
         loop, self.loop = self.loop, None
@@ -156,11 +155,12 @@ class Session:
 
     def steps(self) -> Iterator[StepLog]:
         """Iterate over the steps after the last checkpoint. When a step ends, write its metrics and rollout,
-        and its checkpoint if due. Raises RuntimeError if weights were updated but not published."""
+        and its checkpoint if due. Raises RuntimeError if weights were updated but not published, or if the step made no
+        update: a step cannot be skipped."""
         yield from self._online("steps").steps()
 
     def generate(self) -> list[Group]:
-        """Generate the groups of this step: each prompt with its answers and their token ids.
+        """Generate the groups of this step: each prompt with its answers and their token ids. Call it once per step.
         Raises WorkerDied if engines died more often than they may be restarted."""
         return self._online("generate").generate()
 

@@ -1,20 +1,18 @@
-"""Replace Python objects (functions, loaded models, rows) by paths and names that a recipe can contain; hash named files.
+"""Replace Python objects (functions, loaded models, rows) by paths and names that a recipe can contain.
 
 A function is registered as "python:module:name#hash of its source", and the recipe contains this name. To resume the run,
 pass the same function again. Models and rows are written to the folder `inputs` of the run; the recipe has their paths.
 """
 
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from whet.data.files import sha256
 from whet.errors import DataError, ModelError
 from whet.registry import register
 
@@ -97,51 +95,6 @@ class Sources:
 
         self._writes.append(lambda: _put(path, save))
         return str(path)
-
-
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-"""Endings of weight files. They are not hashed: checkpoints contain the trained weights and fingerprints of the others."""
-
-
-def digests(tree: Mapping[str, Any]) -> dict[str, str]:
-    """Return "field: path" -> hash for each file and model folder that a recipe names: data, users' Python files, configurations
-    and tokenizers. Hub names, URLs, and what a Python file imports are not covered."""
-    found = {}
-    for field_, value in _strings({key: one for key, one in tree.items() if key not in ("out", "cluster", "trackers")}):
-        files = _files_of(value)
-        if files:
-            sums = [f"{one.name} {sha256(one)}" for one in files]
-            found[f"{field_}: {value}"] = hashlib.sha256("\n".join(sums).encode()).hexdigest()
-    return found
-
-
-def _strings(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the dotted name and the text of each string in nested dicts and lists."""
-    if isinstance(value, str):
-        yield name, value
-    elif isinstance(value, (Mapping, list)):
-        for key, one in value.items() if isinstance(value, Mapping) else enumerate(value):
-            yield from _strings(one, f"{name}.{key}".strip("."))
-
-
-def _files_of(value: str) -> list[Path]:
-    """Return the files that a recipe value names: a file, the file of "place:name", or the small files of a model folder."""
-    place, _, _ = value.rpartition(":")
-    path = Path(place if place else value)
-    if place and path.suffix != ".py" and not place.startswith(("http", "python")):
-        try:
-            found = importlib.util.find_spec(place)
-        except (ImportError, ValueError, AttributeError):
-            found = None
-        path = Path(found.origin) if found is not None and found.origin else Path(value)
-    try:
-        if path.is_file():
-            return [path] if path.suffix and path.suffix not in WEIGHTS else []
-        if any((path / one).is_file() for one in ("config.json", "adapter_config.json")):
-            return sorted(one for one in path.iterdir() if one.is_file() and one.suffix not in WEIGHTS)
-    except OSError:  # a text that is too long for a path
-        pass
-    return []
 
 
 def _are_files(value: Sequence[Any]) -> bool:

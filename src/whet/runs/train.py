@@ -61,6 +61,6 @@ def _on_cluster(session: Session) -> Path:
                 rows.run.close()
                 job.finish(rows, session.folder)
 
-    with folder.locked(session.folder):
+    with folder.locked(session.recipe, session.method, session.options):
         placed.on_cluster(recipe, attempt, session.options.resume, session.options.quiet)
     return session.folder

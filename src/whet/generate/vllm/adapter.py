@@ -11,6 +11,7 @@ import torch
 from whet.distributed import launched
 from whet.errors import RecipeError
 from whet.generate.base import Generator, GeneratorContext, require_vllm
+from whet.generate.vllm.push import Transfer
 from whet.methods.options import Count
 
 
@@ -24,7 +25,7 @@ class Options:
     """GPUs of one engine"""
     push: Literal["weights", "adapter"] = "weights"
     """what is sent after an update: all weights, or with model.lora only the adapter"""
-    transfer: Literal["auto", "shared", "gloo", "nccl", "ipc"] = "auto"
+    transfer: Transfer = "auto"
     """how it is sent; "auto" is shared memory; ipc is for an engine on the learner's own GPU"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """precision of the engine; "auto" is that of the model"""
@@ -47,6 +48,9 @@ def check(options: Options, context: GeneratorContext) -> None:
     if options.push == "adapter" and context.lora_rank is None:
         raise RecipeError("generator.push: there is no adapter without model.lora; leave it at weights")
     training = context.training
+    for name in ("push", "sleep"):
+        if training is None and getattr(options, name) != getattr(Options(), name):
+            raise RecipeError(f"generator.{name}: it is for training; leave it out")
     if training is not None:
         cluster = training.engines is not None
         if options.transfer in ("ipc", "nccl") and (training.workers > 1 or cluster):
@@ -66,9 +70,9 @@ def check(options: Options, context: GeneratorContext) -> None:
         placed(options, context.device)
 
 
-def engines(options: Options) -> int:
-    """Return the number of engines of each learner process."""
-    return options.count
+def engines(options: Options, context: GeneratorContext) -> list[int]:
+    """Return the numbers of the engines that this process starts."""
+    return list(range(options.count))
 
 
 def gpus(options: Options) -> int:

@@ -19,7 +19,7 @@ from whet.data import Weights
 from whet.data.files import shared_memory
 from whet.distributed import free_port
 from whet.errors import ModelError, RecipeError, RunStopped, WorkerDied
-from whet.generate.base import GeneratorContext, Training, require_vllm
+from whet.generate.base import GeneratorContext, require_vllm
 from whet.generate.vllm import transports
 from whet.generate.vllm.engine import CLOSE, Answer, EngineGenerator
 from whet.generate.vllm.push import About, Inlet
@@ -312,7 +312,12 @@ def check(options: Options, context: GeneratorContext) -> None:
         raise RecipeError(
             'generator.urls: where are the servers? for example --generator.urls "[http://127.0.0.1:8000]"'
         )
-    training = context.training or Training()
+    if context.training is None:
+        raise RecipeError(
+            "generator.name: a server has the weights of its last run, which may not be those of the model; use vllm, or openai "
+            "with the URL of the server"
+        )
+    training = context.training
     if training.engines is not None:
         if len(options.urls) != training.engines:
             raise RecipeError(
@@ -333,9 +338,11 @@ def check(options: Options, context: GeneratorContext) -> None:
             ) from error
 
 
-def engines(options: Options) -> int:
-    """Return the number of servers."""
-    return len(options.urls)
+def engines(options: Options, context: GeneratorContext) -> list[int]:
+    """Return the numbers of the servers of this process: with several learner processes one, because only one may send weights
+    to a server."""
+    several = context.training is not None and context.training.workers > 1
+    return [context.training.rank] if several and context.training is not None else list(range(len(options.urls)))
 
 
 def gpus(options: Options) -> int:

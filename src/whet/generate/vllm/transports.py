@@ -63,14 +63,17 @@ class Shared(_Chunked):
 
     def link(self, push: Route, files: Sequence[Path], about: About) -> None:
         """Send files of checked weights without a copy. Raises any error of either side."""
-        push.start_weight_update()
-        for file in files:
-            name = self.folder / f"{secrets.token_hex(8)}.safetensors"
-            os.link(file, name)
-            try:
+        names: list[Path] = []
+        try:
+            for file in files:  # before the engine is changed, because a file system may refuse links
+                names.append(self.folder / f"{secrets.token_hex(8)}.safetensors")
+                os.link(file, names[-1])
+            push.start_weight_update()
+            for name in names:
                 push.update_weights({"file": name.name, "ignored": sorted(about.ignored)})
-            finally:
-                name.unlink()
+        finally:
+            for name in names:
+                name.unlink(missing_ok=True)
         push.finish_weight_update()
 
     def send(self, push: Route, chunk: Sequence[Named]) -> None:
