@@ -184,6 +184,44 @@ def test_a_session_that_cannot_start_leaves_no_folder() -> None:
 # --- own parts, rewards and arguments --------------------------------------------------------------------------------
 
 
+RANGED = """
+from typing import Annotated
+
+import msgspec
+
+Width = Annotated[float, msgspec.Meta(gt=0, le=1)]
+
+
+def clipped(ratio, advantage, *, width: Width = 0.2):
+    return -ratio * advantage * width
+
+
+class Engine:
+    reports = frozenset()
+    version = 0
+
+    def __init__(self, *, width: Width = 0.2): pass
+    def load_weights(self, weights): pass
+    def generate(self, requests): pass
+    def logprobs(self, ids): pass
+    def sleep(self): pass
+    def close(self): pass
+"""
+
+
+def test_ranges_of_own_options_are_kept() -> None:
+    Path("ranged.py").write_text(RANGED)
+    for changes, said in (
+        (
+            {"surrogate": {"name": "ranged.py:clipped", "width": 2.0}},
+            r"algorithm.surrogate.width: expected `float` <= 1",
+        ),
+        ({"generator": {"name": "ranged.py:Engine", "width": 0}}, r"generator.width: expected `float` > 0.0"),
+    ):
+        with pytest.raises(RecipeError, match=said):
+            grpo(**changes)
+
+
 OWN: dict[str, tuple[dict[str, Any], str]] = {
     "a surrogate that raises": (
         {"surrogate": "own.py:raising"}, r"raising \(.*own.py:1\) failed with ZeroDivisionError.*own.py:2"

@@ -165,7 +165,7 @@ def options_of(function: Callable[..., Any], given: Sequence[str] = ()) -> type:
     """
     fields: list[Any] = []
     try:
-        types = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
+        types = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function, include_extras=True)
     except (NameError, TypeError):
         types = {}
     for one in inspect.signature(function).parameters.values():

@@ -233,3 +233,16 @@ def test_the_short_help_shows_few_options_whose_short_names_are_taken(
         value = {"data": "x", "model": "x", "out": "x", "reward": "f.py:f", "learner": "fsdp", "generator": "vllm",
                  "chat_template": "plain", "trackers": ["console"]}.get(name, 1)  # fmt: skip
         config.resolve(kind_of(verb), verb, None, [(name, value)])  # an unknown name would be refused
+
+
+def test_the_options_of_an_own_part_are_in_the_help(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "own.py").write_text(
+        "from typing import Annotated\nimport msgspec\n"
+        "def f(ratio, advantage, *, width: Annotated[float, msgspec.Meta(gt=0, le=2)] = 0.2, on: bool = True):\n    pass\n"
+    )
+    assert main(["grpo", "--surrogate", f"{tmp_path}/own.py:f", "--help-all"]) == 0
+    told = capsys.readouterr().out
+    assert "--algorithm.surrogate.width             float > 0 <= 2 [0.2]" in told
+    assert "--algorithm.surrogate.on                bool [True]" in told
+    assert main(["grpo", "--generator", "vllm", "--help-all"]) == 0
+    assert "--generator.tensor-parallel             GPUs of one engine [1]" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import inspect
 import json
 from collections.abc import Mapping
 from functools import cache
@@ -137,7 +138,10 @@ def method_lines(verb: str, slots: Mapping[str, Any]) -> list[str]:
                 f"  --{('algorithm.' + slot).replace('_', '-'):<36}  {' | '.join(table[slot])} [{'null' if shown is None else shown}]"
             )
             for spec in value if isinstance(value, list) else [value] if value else []:
-                lines += _option_lines(slot, spec, table[slot][spec["name"]])
+                if ":" in spec["name"]:
+                    lines += _own_lines(slot, spec)
+                else:
+                    lines += _option_lines(slot, spec, table[slot][spec["name"]])
     return lines
 
 
@@ -153,6 +157,37 @@ def _option_lines(slot: str, spec: Mapping[str, Any], choice: Choice) -> list[st
         _line(f"algorithm.{slot}.{name}", OPTIONS[name][1], OPTIONS[name][0], f" [{spec.get(name, told)}]")
         for name, told in own.items()
     ]
+
+
+def _own_lines(slot: str, spec: Mapping[str, Any]) -> list[str]:
+    """Return one line per option of a user's function, with its type and default. The file is imported."""
+    from whet.registry import load_object
+
+    function = load_object(spec["name"])
+    options = [one for one in inspect.signature(function).parameters.values() if one.kind is one.KEYWORD_ONLY]
+    return [
+        _line(
+            f"algorithm.{slot}.{one.name}",
+            _type_name(one.annotation),
+            None,
+            f" [{spec.get(one.name, one.default)}]",
+        )
+        for one in options
+    ]
+
+
+def _type_name(annotation: Any) -> str:
+    """Return an annotation as text, with its range: "float > 0"; "" without an annotation."""
+    if annotation is inspect.Parameter.empty:
+        return ""
+    meta = [one for one in getattr(annotation, "__metadata__", ()) if hasattr(one, "gt")]
+    ranges = [
+        f"{sign} {getattr(one, name)}"
+        for one in meta
+        for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+        if getattr(one, name) is not None
+    ]
+    return " ".join([inspect.formatannotation(annotation.__origin__ if meta else annotation), *ranges])
 
 
 MAIN = (

@@ -272,7 +272,10 @@ def _verb_help(verb: str, given: Mapping[str, Any] = {}, *, everything: bool = F
             own = ["options [default]:", *help.recipe_lines(PlanOptions, PlanOptions(0)), ""]
         return "\n".join([*lines[:3], "", *own, "takes every field of the verb it is about"])
     kind = kind_of(verb)
-    defaults = config.resolve(kind, verb, None, [])
+    try:  # with the parts and adapters that are named beside --help
+        defaults = config.resolve(kind, verb, None, list(given.items()))
+    except RecipeError:
+        defaults = config.resolve(kind, verb, None, [])
     lines += help.recipe_lines(kind, defaults)
     slots = getattr(defaults, "algorithm", None)
     if slots:

@@ -60,7 +60,7 @@ def own_loss(function: Any, columns: Collection[str]) -> Part:
 def option_type(function: Callable[..., Any], option: str) -> Any:
     """Return the annotated type of a keyword-only parameter; Any without one."""
     try:
-        return typing.get_type_hints(function).get(option, Any)
+        return typing.get_type_hints(function, include_extras=True).get(option, Any)
     except NameError:
         return Any
 
