@@ -2,6 +2,7 @@ import inspect
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
