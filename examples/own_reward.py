@@ -6,7 +6,7 @@ import whet
 
 
 def polite(prompts, completions, **columns):
-    """One number per answer; None is not needed here, since the rule applies to every answer."""
+    """One number per answer."""
     return [float("please" in completion) for completion in completions]
 
 

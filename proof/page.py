@@ -31,8 +31,8 @@ HEAD = """# Methods
 
 Made by `python -m proof.page` from the catalogue (`src/whet/methods/catalogue.py`), the choices of every slot
 (`src/whet/methods/choices.py`) and the table of `make proof`; a test keeps it fresh. A method is a row of names and numbers:
-what stands in which slot. Every slot of every method can be changed in the recipe (`method: {surrogate: {name: clip,
-high: 0.28}}`) or on the command line (`--surrogate.clip-high 0.28`, `--advantage leave_one_out`), and `whet explain METHOD
+what stands in which slot. Every slot of every method can be changed in the recipe (`algorithm: {surrogate: {name: clip,
+clip_high: 0.28}}`) or on the command line (`--surrogate.clip-high 0.28`, `--advantage leave_one_out`), and `whet explain METHOD
 [RECIPE.yaml]` prints the whole objective with the numbers filled in.
 
 pi now, pi_old when the rollout was taken, pi_ref the reference, pi_sampler what the generator reported; rho the ratio
@@ -59,7 +59,7 @@ All counts are global: over all micro-batches, so no split changes a number (`te
 - `token_weight` with a cap that is not reached = `token_mask` inside its bounds = pi_old / pi_sampler; all
   corrections are 1 where both agree.
 
-Attention weights (`place: attention`): the policy's own last layer, at the sample's tokens, when the rollout was
+Attention weights (`reward_placement: attention`): the policy's own last layer, at the sample's tokens, when the rollout was
 taken; the query is the answer's last trained token, the keys are its trained tokens; heads are joined by their mean
 (or the largest head at each token), then the weights are divided by their sum, so they sum to 1. They carry no
 gradient (`tests/learner/test_columns.py`).

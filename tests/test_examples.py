@@ -96,7 +96,7 @@ def test_a_session_from_objects_writes_the_run_folder_of_paths(place: Path) -> N
 def test_a_resume_asks_for_the_same_objects(place: Path) -> None:
     given = {"model": "m", "data": ROWS, "out": "runs/r", **ONLINE}
     whet.train("grpo", **given)
-    with pytest.raises(whet.RecipeError, match=r"differs in reward; a resumed run goes on unchanged"):
+    with pytest.raises(whet.RecipeError, match=r"differs in reward; a resumed run needs the recipe"):
         whet.train("grpo", resume=True, **(given | {"reward": lambda prompts, completions, **_: [1.0] * len(prompts)}))
     with pytest.raises(whet.RecipeError, match=r"differs in data.train"):
         whet.train("grpo", resume=True, **(given | {"data": ROWS[:1] * 2}))

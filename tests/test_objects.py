@@ -84,7 +84,7 @@ def test_options_of_a_reward_reach_it_in_sample(tmp_path: Path) -> None:
     spec = {"source": f"{tmp_path}/scaled.py:Scaled", "options": {"k": 7.0}}
     out = whet.sample(**call, reward=[spec], out=str(tmp_path / "a.jsonl"))
     assert '"scores": [7.0' in out.read_text()
-    with pytest.raises(RecipeError, match=r"reward.0.options: a function has none"):
+    with pytest.raises(RecipeError, match=r"reward.0.k: a function has no options"):
         whet.sample(
             **call, reward=[{"source": constant(1.0), "options": {"k": 7}}], out=str(tmp_path / "b.jsonl")
         )  # fmt: skip
@@ -139,7 +139,7 @@ WORDS: dict[str, tuple[list[str], str]] = {
     "an unknown method": (["train", "foo.yaml"], "foo.yaml: method: unknown verb 'foo'"),
     "an unknown generator": (
         ["sample", "--generator", "opena", "--out", "o.jsonl", "--model", "m", "--data", "d.jsonl", "--max-new-tokens", "4"],
-        "generator: unknown name 'opena'; known are local, openai",
+        "generator.name: unknown name 'opena'; known are local, openai",
     ),
 }  # fmt: skip
 

@@ -408,3 +408,118 @@ def test_a_generator_object_that_fails_is_told(name: str) -> None:
     result, said = GENERATED[name]
     with pytest.raises(UserError, match=said):
         whet.sample(model="m", data=ROWS, out="a.jsonl", generator=Generator(result), max_new_tokens=4)
+
+
+# --- what a newcomer tries -------------------------------------------------------------------------------------------
+
+
+def test_the_recipe_of_a_run_has_every_default() -> None:
+    import yaml
+
+    whet.train("grpo", **ONLINE, reward=reward, lr=1e-3)
+    saved = yaml.safe_load(Path("runs/r/recipe.yaml").read_text())
+    assert saved["sampling"] == {"max_new_tokens": 6, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    assert saved["optim"]["betas"] == [0.9, 0.95]
+    with pytest.raises(RecipeError, match=r"differs in sampling.max_new_tokens; a resumed run needs"):
+        whet.train("grpo", resume=True, **(ONLINE | {"max_new_tokens": 7}), reward=reward, lr=1e-3)
+    saved.pop("sampling"), saved["rollout"].pop("ema")
+    saved["sampling"] = {"max_new_tokens": 6}
+    Path("runs/r/recipe.yaml").write_text(yaml.safe_dump(saved))  # as earlier versions wrote it
+    whet.train("grpo", resume=True, **ONLINE, reward=reward, lr=1e-3)
+
+
+def test_own_scores_may_be_given_by_name() -> None:
+    with grpo() as session:
+        next(session.steps())
+        groups = session.generate()
+        count = sum(len(group.samples) for group in groups)
+        with pytest.raises(ValueError, match=r"measure: expected the scores of \['reward'\], got those of \['other'\]"):
+            session.measure(groups, {"other": torch.zeros(count)})
+        with pytest.raises(ValueError, match=rf"scores reward: expected a tensor of shape \({count},\)"):
+            session.measure(groups, {"reward": torch.zeros(count, 2)})
+        batch = session.measure(groups, {"reward": torch.arange(count)})
+        assert batch["rewards"][:, 0].tolist() == [0.0, 1.0, 2.0, 3.0]
+        assert int(batch["segment_end"].sum()) == count
+
+
+def test_an_own_loss_may_name_what_the_methods_loss_computes() -> None:
+    def clip(ratio: torch.Tensor, advantage: torch.Tensor) -> torch.Tensor:
+        return -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+
+    def sigmoid(gap: torch.Tensor) -> torch.Tensor:
+        return -torch.nn.functional.logsigmoid(gap)
+
+    with grpo() as session:
+        next(session.steps())
+        mini = next(session.minibatches(session.rollout()))
+        own = session.forward_backward(mini, clip).losses
+        session.optim_step()
+        assert own["policy/rollout/clip"] == pytest.approx(0.0, abs=1.0)
+    pairs = [{"prompt": "a", "chosen": "yes", "rejected": "no"}]
+    with whet.Session("dpo", model="m", data=pairs, out="runs/d", num_steps=1) as one:
+        for batch in one.batches():
+            assert one.update(batch, sigmoid).losses["policy/train/sigmoid"] == pytest.approx(0.6931, abs=1e-3)
+            with pytest.raises(RecipeError, match="the parameter 'value' is not a column here"):
+                one.forward_backward(batch, lambda value: value)
+
+
+def test_a_generator_that_gives_no_log_probs_of_given_tokens_is_told_in_training() -> None:
+    class Silent(Generator):
+        reports = frozenset({"sampler_logp"})
+
+    with pytest.raises(RecipeError, match=r"generator Silent: logprobs must return one tensor \(S - 1,\) per sequence"):
+        whet.train("grpo", **ONLINE, reward=reward, generator=Silent(lambda requests: []))
+
+
+FLAGS: dict[str, tuple[list[str], str]] = {
+    "verl's sections": (["grpo", "--actor_rollout_ref.rollout.n", "8"], "here it is num_generations"),
+    "TRL's use_peft": (["grpo", "--use-peft"], "here it is lora.rank for adapters"),
+    "a typing mistake in a reward": (
+        ["grpo", "--reward", "{source: a.py:f, wieght: 2}"], "unknown field 'reward.wieght'; did you mean 'reward.weight'"
+    ),
+    "a reward without a source": (["grpo", "--reward", "{weight: 2}"], "reward.0.source: this field is required"),
+    "capitals": (["GRPO"], "did you mean 'grpo'?"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_options_of_other_frameworks_and_mistakes_are_hinted(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from whet.cli.main import main
+
+    words, said = FLAGS[name]
+    assert main(words) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_options_of_adapters_stand_beside_their_name_on_the_command_line() -> None:
+    from whet.cli.main import main
+
+    Path("own.py").write_text(
+        "class Longest:\n    def __init__(self, *, reverse: bool = False):\n        self.reverse = reverse\n"
+        "    def rank(self, questions):\n        order = [1, 2] if self.reverse else [2, 1]\n"
+        "        return [order for _ in questions]\n"
+    )
+    tiny.write_jsonl(Path("rows.jsonl"), [{"prompt": "q", "responses": ["a", "a b"]}])
+    words = [
+        "rank",
+        "--data",
+        "rows.jsonl",
+        "--ranker",
+        "own.py:Longest",
+        "--ranker.reverse",
+        "true",
+        "--out",
+        "b.jsonl",
+    ]
+    assert main(words) == 0
+    assert json.loads(Path("b.jsonl").read_text())["ranks"] == [1, 2]
+
+
+def test_not_valid_yaml_is_one_line_with_its_place(capsys: pytest.CaptureFixture[str]) -> None:
+    from whet.cli.main import main
+
+    Path("bad.yaml").write_text("method: grpo\nmodel: {path: m\nout: r\n")
+    assert main(["grpo", "bad.yaml"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "bad.yaml:3: not valid YAML" in told

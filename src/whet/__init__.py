@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from whet.data import Batch, Group, Prompt, Sample
     from whet.loops.experience import RolloutScores
     from whet.loops.online import MiniBatch, StepLog
+    from whet.rewards import Scores
     from whet.runs.calls import evaluate, explain, plan, rank, sample, serve
     from whet.runs.session import Session
     from whet.runs.train import train
@@ -33,12 +34,13 @@ _HOMES = {
     "whet.data": ("Batch", "Group", "Prompt", "Sample"),
     "whet.loops.experience": ("RolloutScores",),
     "whet.loops.online": ("MiniBatch", "StepLog"),
+    "whet.rewards": ("Scores",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Batch", "CheckpointError", "DataError", "Group", "MiniBatch", "ModelError", "Prompt", "RecipeError", "RewardError",
-    "RolloutScores", "RunStopped", "Sample", "Session", "StepLog", "UserError", "WhetError", "evaluate", "explain", "plan",
+    "RolloutScores", "RunStopped", "Sample", "Scores", "Session", "StepLog", "UserError", "WhetError", "evaluate", "explain", "plan",
     "rank", "sample", "serve", "train",
 ]  # fmt: skip
 

@@ -58,14 +58,18 @@ class Http:
         status, answer = self.raw(method, path, body)
         text = answer.decode("utf-8", "replace")
         if status >= 500 or status == 429:
-            raise WorkerDied(f"{self.what}: the server at {self.url} failed on {path} ({status}): {_message(text)}")
+            raise WorkerDied(
+                f"{self.what}: the server at {self.url} failed on {path or method} ({status}): {_message(text)}"
+            )
         if status == 404:
             advice = "; start it as whet does, with VLLM_SERVER_DEV_MODE=1 and whet's worker extension"
             raise RecipeError(
                 f"{self.field}: the server at {self.url} has no {path or 'such page'}{advice if self.what == 'generator' else ''}"
             )
         if status >= 400:
-            raise RecipeError(f"{self.field}: the server at {self.url} refused {path} ({status}): {_message(text)}")
+            raise RecipeError(
+                f"{self.field}: the server at {self.url} refused {path or method} ({status}): {_message(text)}"
+            )
         try:
             return json.loads(text) if text else None
         except ValueError as error:

@@ -249,7 +249,7 @@ DIALS = [
     (
         "grpo",
         {"num_genrations": 2},
-        "unknown field 'algorithm.num_genrations'; did you mean 'algorithm.num_generations'?",
+        "unknown field 'num_genrations'; did you mean 'algorithm.num_generations'?",
     ),
     ("grpo", {"surrogate": {"clip_low": 0}}, "algorithm.surrogate.clip_low: expected `float` > 0.0; got 0"),
     (
@@ -323,11 +323,11 @@ DIALS = [
         {"implicit_reward": {"divergence": "kl"}},
         "algorithm.implicit_reward.divergence: invalid enum value 'kl'; known are reverse_kl, forward_kl, js, alpha; got 'kl'",
     ),
-    ("dpo", {"rollout": 3}, "unknown field 'algorithm.rollout'; "),
-    ("online_dpo", {"kl_in_reward": {"coef": 0.1}}, "unknown field 'algorithm.kl_in_reward'; "),
-    ("online_dpo", {"advantage": "gae"}, "unknown field 'algorithm.advantage'; "),
-    ("orpo", {"beta": 0.1}, "unknown field 'algorithm.beta'; "),
-    ("kto", {"sft_weight": 0.1}, "unknown field 'algorithm.sft_weight'; "),
+    ("dpo", {"rollout": 3}, "unknown field 'rollout'; "),
+    ("online_dpo", {"kl_in_reward": {"coef": 0.1}}, "unknown field 'kl_in_reward'; "),
+    ("online_dpo", {"advantage": "gae"}, "unknown field 'advantage'; "),
+    ("orpo", {"beta": 0.1}, "unknown field 'beta'; "),
+    ("kto", {"sft_weight": 0.1}, "unknown field 'sft_weight'; "),
 ]
 
 

@@ -1,4 +1,5 @@
 import inspect
+import re
 import resource
 import subprocess
 import sys
@@ -128,7 +129,8 @@ def shown(lines: list[str]) -> dict[str, str]:
     for line in lines:
         if line.startswith("  --"):
             name, _, told = line.strip().partition(" ")
-            out[name] = told.rpartition(" [")[2][:-1] if told.endswith("]") else ""
+            off = re.search(r"\[off; (.*) if [\w.]+ is set\]$", told)
+            out[name] = off[1] if off else told.rpartition(" [")[2][:-1] if told.endswith("]") else ""
     return out
 
 

@@ -181,7 +181,7 @@ ONLINE: list[tuple[str, dict[str, Any], str, str]] = [
     ("reinforce", {"select": "kl_cov"}, "algorithm.select", "kl_cov needs several updates per rollout"),
     ("remax", {"normalize": "group_normalized", "num_generations": 2}, "algorithm.normalize", "leave normalize out"),
     # lengths
-    ("dapo", {"longest": 16}, "algorithm.overlong.buffer", "within the limit of 16 tokens; got 32"),
+    ("dapo", {"longest": 16}, "algorithm.overlong.buffer", "at most the limit of 16 tokens; got 32"),
     ("dapo", {"longest": None}, "algorithm.overlong.limit", "needs the answers' limit"),
     ("dr_grpo", {"longest": None}, "algorithm.reduction.length", "needs the answers' limit"),
     # pairs of own answers

@@ -113,7 +113,7 @@ def test_a_run_takes_a_url_with_options_and_a_key(
     name = server.url.split("/")[2].replace(":", "_")
     assert f"reward/{name}" in json.loads((run / "metrics.jsonl").read_text())
     for options, said in (
-        ({"retry": 1}, "unknown field 'reward.0.options.retry'; did you mean"),
+        ({"retry": 1}, "unknown field 'reward.0.retry'; did you mean"),
         ({"timeout": "long"}, "timeout"),
     ):
         with pytest.raises(RecipeError, match=said):

@@ -55,17 +55,23 @@ def _plain(value: ast.expr | None) -> str:
     return "null" if value.value is None else str(value.value)
 
 
-def recipe_lines(kind: type, defaults: Any, prefix: str = "") -> list[str]:
-    """Return one line per field of a recipe: its name (nested with dots), meaning, choices, and default for the verb."""
+def recipe_lines(kind: type, defaults: Any, prefix: str = "", off: str = "") -> list[str]:
+    """Return one line per field of a recipe: its name (nested with dots), meaning, choices, and default for the verb. `off` is
+    the name of the section if it is off by default; its defaults then apply if it is set."""
     docs = field_docs("runs/recipe.py") | field_docs("methods/options.py")
     own = {name: told for one in reversed(kind.__mro__) for name, told in docs.get(one.__name__, {}).items()}
     lines = []
     for name, annotation in fields_of(kind).items():
         inner, value = section(annotation), getattr(defaults, name, None)
         if inner is not None and dataclasses.is_dataclass(inner):
-            lines += recipe_lines(inner, inner() if value is None else value, f"{prefix}{name}.")
+            unset = off or (f"{prefix}{name}" if value is None else "")
+            lines += recipe_lines(inner, inner() if value is None else value, f"{prefix}{name}.", unset)
         elif name != "algorithm":
-            shown = "" if value in ("", None, [], ()) else f" [{_written(value)}]"
+            shown = (
+                ""
+                if value in ("", None, [], (), {})
+                else f" [{f'off; {_written(value)} if {off} is set' if off else _written(value)}]"
+            )
             lines.append(_line(prefix + name, own.get(name, ("", ""))[1], annotation, shown))
     return lines
 
@@ -131,7 +137,7 @@ def method_lines(verb: str, slots: Mapping[str, Any]) -> list[str]:
             else:
                 lines.append(_line(f"algorithm.{slot}", meaning, kind, " [null]" if value is None else ""))
                 defaults = inner() if value is None else inner(**value)
-                lines += recipe_lines(inner, defaults, f"algorithm.{slot}.")
+                lines += recipe_lines(inner, defaults, f"algorithm.{slot}.", slot if value is None else "")
         elif slot in table:
             shown = [one["name"] for one in value] if isinstance(value, list) else value and value["name"]
             lines.append(

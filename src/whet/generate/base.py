@@ -281,11 +281,24 @@ class CheckedGenerator:
 
     def logprobs(self, ids: Sequence[Tensor]) -> list[Tensor]:
         """See `Generator.logprobs`."""
-        return self._call(lambda: self.own.logprobs(ids), self.own.logprobs)
+        return self._checked(self._call(lambda: self.own.logprobs(ids), self.own.logprobs), ids)
 
     def all_logprobs(self, ids: Sequence[Tensor]) -> list[list[Tensor]]:
         """See `Several.all_logprobs`."""
-        return self._call(lambda: all_logprobs(self.own, ids), self.own.logprobs)
+        found = self._call(lambda: all_logprobs(self.own, ids), self.own.logprobs)
+        return [self._checked(each, ids) for each in found]
+
+    def _checked(self, found: Any, ids: Sequence[Tensor]) -> list[Tensor]:
+        """Raise RecipeError unless these are log-probs (S - 1,) of each sequence."""
+        right = isinstance(found, (list, tuple)) and len(found) == len(ids)
+        if not right or any(
+            tuple(getattr(one, "shape", ())) != (len(own) - 1,) for one, own in zip(found, ids, strict=True)
+        ):
+            raise RecipeError(
+                f"{self.name}: logprobs must return one tensor (S - 1,) per sequence, because training checks with them that the "
+                f"generator has the new weights; got {found!r:.80}"
+            )
+        return list(found)
 
     def sleep(self) -> None:
         """See `Generator.sleep`."""

@@ -1,6 +1,6 @@
 """Conversion of groups to a batch: the scores of all rewards, the columns that a method reads, and metrics of a rollout."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from whet.learner import Learner, UpdateResult
 from whet.methods.options import Sampling
 from whet.ops import address, masked_mean, masked_sum
 from whet.rewards import Weighted, score_all
+from whet.rewards.base import ends_of
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,20 @@ class RolloutScores:
     token: Tensor
     segment_end: Tensor
     baseline: Tensor | None = None
+
+    @staticmethod
+    def of(groups: Sequence[Group], named: Mapping[str, Tensor]) -> "RolloutScores":
+        """Return the scores of whole answers, given by the name of each reward. Raises ValueError for a wrong shape."""
+        answers = [sample for group in groups for sample in group.samples]
+        for name, values in named.items():
+            if not isinstance(values, Tensor) or tuple(values.shape) != (len(answers),):
+                raise ValueError(f"scores {name}: expected a tensor of shape ({len(answers)},), got {values!r:.80}")
+        longest = max(len(sample.ids) for sample in answers)
+        return RolloutScores(
+            {name: values.float() for name, values in named.items()},
+            torch.zeros(len(answers), longest),
+            ends_of(answers),
+        )
 
     def take(self, rows: Sequence[int], length: int) -> "RolloutScores":
         """Return the scores of these answers, with per-token scores of this length."""

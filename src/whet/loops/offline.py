@@ -18,7 +18,7 @@ from whet.loops.record import RunFolder
 from whet.methods import Objective
 from whet.methods.own import own_loss
 from whet.methods.parts import State, mean_reward, name_of
-from whet.models.readers import BARE
+from whet.models.readers import BY_ROLE
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class OfflineLoop:
             raise TypeError(f"forward_backward: expected a batch of batches(), got {type(batch).__name__}")
         terms = self._now.terms
         if loss is not None:
-            own = own_loss(loss, {*batch.columns, *BARE})
+            own = own_loss(loss, {*batch.columns, *BY_ROLE[terms[0].role]}, terms[0].loss)
             terms = (replace(terms[0], loss=own, name=name_of(loss)), *terms[1:])
         return self.learner.forward_backward([(term, batch, batch.counts(term.mask)) for term in terms])
 

@@ -36,7 +36,7 @@ from whet.methods import Algorithm, Term, advantages, clipping, diagnostics, pai
 from whet.methods.options import Sampling
 from whet.methods.own import own_loss
 from whet.methods.parts import State, mean_reward, name_of
-from whet.models.readers import BARE
+from whet.models.readers import BY_ROLE
 from whet.ops import address
 from whet.rewards import Weighted
 
@@ -213,11 +213,16 @@ class OnlineLoop:
         index = [number for number, group in enumerate(groups) for _ in group.samples]
         return replace(scores, baseline=score[index])
 
-    def measure(self, groups: Sequence[Group], scores: RolloutScores) -> Batch:
+    def measure(self, groups: Sequence[Group], scores: RolloutScores | Mapping[str, Tensor]) -> Batch:
         """Return the batch with the measured columns that the method reads. Split it into mini-batches first, and measure
-        those of the first epoch one by one."""
+        those of the first epoch one by one. `scores` may also be the scores (B,) of each reward by its name."""
         self._needs("measure")
         _check_groups("measure", groups)
+        if isinstance(scores, Mapping):
+            names = [one.name for one in self.rewards]
+            if sorted(scores) != sorted(names):
+                raise ValueError(f"measure: expected the scores of {names}, got those of {list(scores)}")
+            scores = RolloutScores.of(groups, {name: scores[name] for name in names})
         batch, plan, learner = batch_of(groups, scores, self.sampling), self.plan, self.learner
         self._groups = groups
         self.state = self.algorithm.observe(self.state, batch)
@@ -287,7 +292,7 @@ class OnlineLoop:
             raise TypeError(f"forward_backward: expected a mini-batch of minibatches(batch), got {type(mini).__name__}")
         streams, terms = {"rollout": mini.batch, **mini.streams}, self._now.terms
         if loss is not None:
-            own = own_loss(loss, {*mini.batch.columns, *BARE})
+            own = own_loss(loss, {*mini.batch.columns, *BY_ROLE[terms[0].role]}, terms[0].loss)
             terms = (replace(terms[0], loss=own, name=name_of(loss)), *terms[1:])
         if self.step < self.plan.critic_warmup:
             terms = tuple(term for term in terms if term.role == "critic")

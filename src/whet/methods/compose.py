@@ -120,7 +120,7 @@ def _front(slots: Slots, truncated: Truncated, weights: Sequence[float], longest
         penalty = chosen("overlong", with_length("overlong", slots["overlong"], "limit", longest))
         if penalty.options["buffer"] > penalty.options["limit"]:
             raise RecipeError(
-                f"algorithm.overlong.buffer: it lies within the limit of {penalty.options['limit']} tokens; "
+                f"algorithm.overlong.buffer: at most the limit of {penalty.options['limit']} tokens; "
                 f"got {penalty.options['buffer']}"
             )
         shape.append(penalty)

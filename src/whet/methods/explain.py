@@ -268,7 +268,7 @@ def _truncated(given: Any) -> list[str]:
 
 
 def _step(about: str, told: str, source: str) -> str:
-    return f"  {about:<18}{told}" + (f"   [{source}]" if source else "")
+    return f"  {about:<18} {told}" if len(about) > 17 else f"  {about:<18}{told}" + (f"   [{source}]" if source else "")
 
 
 def in_words(value: Any) -> str:

@@ -51,10 +51,22 @@ def check_function(function: Any, where: str, columns: Collection[str]) -> None:
             raise RecipeError(f"{where}: {place_of(function)}: the option {one.name!r} has no default; give it one")
 
 
-def own_loss(function: Any, columns: Collection[str]) -> Part:
-    """Return the part for a loss function that is given to `forward_backward`. Raises RecipeError if it cannot be used."""
-    check_function(function, "loss", columns)
-    return part(function)
+COMPUTED = ("ratio", "gap", "policy_gap", "chosen", "rejected", "score")
+"""What a loss may take besides columns, if the loss that it replaces computes it."""
+
+
+def own_loss(function: Any, columns: Collection[str], replaced: Part) -> Part:
+    """Return the part for a loss function that is given to `forward_backward`. Besides columns, its parameters may name what
+    the `replaced` loss computes from them: ratio, gap, chosen, rejected. Raises RecipeError if it cannot be used."""
+    inner = {
+        name: source
+        for one in replaced.walk()
+        for name, source in one.columns.items()
+        if name in COMPUTED and isinstance(source, Part)
+    }
+    check_function(function, "loss", {*columns, *inner})
+    taken = inspect.signature(function).parameters
+    return part(function, **{name: source for name, source in inner.items() if name in taken})
 
 
 def option_type(function: Callable[..., Any], option: str) -> Any:

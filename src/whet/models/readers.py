@@ -24,6 +24,8 @@ ATTENTION: dict[str, Callable[[Tensor], Tensor]] = {
     "attention_max": lambda weights: weights.amax(1),
 }
 SCALAR = frozenset({"value", "final_value", "score", "token_score"})
+BY_ROLE = {"policy": LANGUAGE | ATTENTION.keys(), "reward": SCALAR, "critic": SCALAR}
+"""Columns that the model of a trained role can compute."""
 BARE = LANGUAGE | ATTENTION.keys() | SCALAR
 """Columns that can be computed: from the head of a causal LM, from its attention, or from a scalar head."""
 

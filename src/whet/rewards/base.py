@@ -63,8 +63,15 @@ def score_all(rewards: Sequence[Weighted], groups: Sequence[Group]) -> tuple[dic
             total = total + one.weight * pad(scores.token, longest)
             step |= pad(scores.ends or [torch.ones(len(token), dtype=torch.bool) for token in scores.token], longest)
         else:
-            step[torch.arange(len(answers)), torch.tensor([_last_trained(sample) for sample in answers])] = True
+            step |= ends_of(answers)
     return named, total, step
+
+
+def ends_of(answers: Sequence[Sample]) -> Tensor:
+    """Return (B, T) bool, True on the last token of each answer that the policy wrote."""
+    out = torch.zeros(len(answers), max(len(sample.ids) for sample in answers), dtype=torch.bool)
+    out[torch.arange(len(answers)), torch.tensor([_last_trained(sample) for sample in answers])] = True
+    return out
 
 
 def _last_trained(sample: Sample) -> int:

@@ -16,7 +16,7 @@ from whet.errors import RecipeError
 from whet.methods import catalogue
 from whet.methods.choices import changed
 from whet.runs.foreign import FOREIGN
-from whet.runs.recipe import MAIN_FIELD, OPEN
+from whet.runs.recipe import MAIN_FIELD, OPEN, REWARDS
 
 SHIPPED = Path(__file__).parent / "recipes"
 
@@ -143,7 +143,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not valid YAML: {error}") from error
+        line = getattr(getattr(error, "problem_mark", None), "line", None)
+        where = path if line is None else f"{path}:{line + 1}"
+        raise RecipeError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -159,11 +161,23 @@ def yaml_tree(text: str) -> dict[str, Any]:
 
 
 def to_yaml(record: Any, verb: str | None = None) -> str:
-    """Return a resolved recipe as YAML, with `verb` as its `method` if given."""
+    """Return a resolved recipe as YAML, with all defaults, and `verb` as its `method` if given."""
     import yaml
 
-    tree = ({} if verb is None else {"method": verb}) | msgspec.to_builtins(record)
+    # asdict, because msgspec leaves out fields that were not set when the record was converted
+    tree = ({} if verb is None else {"method": verb}) | msgspec.to_builtins(dataclasses.asdict(record))
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def completed(tree: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """Return a saved recipe with the defaults of the fields that it does not have, as nested dicts. A recipe that does not fit
+    this version of whet is returned as it is."""
+    method = tree.get("method")
+    try:
+        record = converted({key: value for key, value in tree.items() if key != "method"}, kind, "")
+    except RecipeError:
+        return dict(tree)
+    return yaml_tree(to_yaml(record, method))
 
 
 def converted(tree: Mapping[str, Any], kind: Any, where: str) -> Any:
@@ -174,6 +188,11 @@ def converted(tree: Mapping[str, Any], kind: Any, where: str) -> Any:
         return found
     except msgspec.ValidationError as error:
         what, _, path = str(error).partition(" - at `$")
+        if found_ := re.match(r"Object missing required field `(\w+)`", what):
+            inside = re.sub(r"\[(\d+)\]", r".\1", path.rstrip("`").replace("[...]", "")).strip(".")
+            raise RecipeError(
+                f"{'.'.join(filter(None, (where, inside, found_[1])))}: this field is required; give it"
+            ) from error
         name = (where + path.rstrip("`").replace("[...]", "")).strip(".")
         got: Any = tree
         for key, place in re.findall(r"([^.\[\]]+)|\[(\d+)\]", path.rstrip("`")):
@@ -210,25 +229,28 @@ def _choices_at(kind: Any, path: str) -> tuple[str, ...]:
     return choices(annotation)
 
 
-def unknown(name: str, known: Sequence[str]) -> RecipeError:
-    """Return the error for an unknown field, with the closest known field."""
-    foreign = FOREIGN.get(name.rpartition(".")[2])
+def unknown(name: str, known: Sequence[str], *, every: bool = True) -> RecipeError:
+    """Return the error for an unknown field, with the name here of an option of another framework, or the closest known field.
+    Without either, list the known fields if `every` is True."""
+    last = name.rpartition(".")[2]
+    foreign = FOREIGN.get(last)
     if foreign is not None:
         return RecipeError(f"unknown field {name!r}; here it is {foreign}")
-    near = [other for other in known if other.rpartition(".")[2] == name]
-    near = (
-        near
-        or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        or difflib.get_close_matches(name.rsplit(".", 1)[-1], list(known), n=1, cutoff=0.5)
-    )
-    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"
-    return RecipeError(f"unknown field {name!r}; {hint}")
+    near = [other for other in known if other.rpartition(".")[2] == last and other != name]
+    if not near:
+        likely = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+        lasts = {other.rpartition(".")[2]: other for other in known}
+        near = likely or [lasts[one] for one in difflib.get_close_matches(last, list(lasts), n=1, cutoff=0.75)]
+    if near:
+        return RecipeError(f"unknown field {name!r}; did you mean {near[0]!r}?")
+    rest = f"known are {', '.join(sorted(known))}" if every else "whet METHOD --help-all lists every field"
+    return RecipeError(f"unknown field {name!r}; {rest}")
 
 
 def unknown_method(name: str, known: Sequence[str] = ()) -> RecipeError:
     """Return the error for an unknown method or command, with the closest known one."""
     every = list(known) or list(catalogue.TRAINED)
-    near = difflib.get_close_matches(name, every, n=1)
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), every, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(every)}"
     return RecipeError(f"unknown verb {name!r}; {hint}")
 
@@ -264,6 +286,10 @@ def leaves(kind: type, prefix: str = "") -> list[str]:
     return out
 
 
+VERL_SECTIONS = ("actor_rollout_ref", "trainer", "custom_reward_function")
+"""Sections of verl's configuration, whose options are known by their last name."""
+
+
 def _nested(kind: type, name: str, value: Any) -> dict[str, Any]:
     """Return {"a": {"b": value}} for the name "a.b". A first key that is not a field belongs to the section `algorithm`."""
     known = fields_of(kind)
@@ -277,6 +303,8 @@ def _nested(kind: type, name: str, value: Any) -> dict[str, Any]:
             or (one.partition(".")[0] in known and (one.startswith("algorithm.") or _is_open(known, one)))
         )
         head = next(found, head)
+    if head in VERL_SECTIONS and head not in known:
+        raise unknown(name, leaves(kind), every=False)
     keys = f"{head}{dot}{rest}".split(".")
     if keys[0] not in known and "algorithm" in known:
         keys = ["algorithm", *keys]
@@ -301,6 +329,10 @@ def _expand(kind: type, tree: Any, where: str) -> Any:
     out: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{where}.{key}".strip(".")
+        if kind in REWARDS and key not in known:
+            near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.7)
+            if near and near[0] not in tree:  # rather a mistake than an option
+                raise unknown(name, [f"{where}.{near[0]}".strip(".")])
         if kind in OPEN and (key not in known or key == "options"):
             if key == "options" and not isinstance(value, Mapping):
                 raise RecipeError(f"{name}: expected a mapping of options, got {value!r}")

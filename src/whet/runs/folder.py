@@ -85,10 +85,13 @@ def checked(recipe: TrainingRecipe, verb: str, options: Options) -> Path:
         if not saved.is_file():
             raise RecipeError(f"--resume: there is no run in {folder}")
         text = config.to_yaml(recipe, verb)
-        changed = _changed(_kept(config.read_yaml(saved)), _kept(config.yaml_tree(text)))
+        changed = _changed(
+            _kept(config.completed(config.read_yaml(saved), type(recipe))), _kept(config.yaml_tree(text))
+        )
         if changed:
             raise RecipeError(
-                f"--resume: the recipe of {folder} differs in {', '.join(changed)}; a resumed run goes on unchanged"
+                f"--resume: the recipe of {folder} differs in {', '.join(changed)}; a resumed run needs the recipe with which it began: "
+                "give the same options, or name another folder with --out"
             )
     return folder
 
@@ -136,8 +139,7 @@ def opened(folder: Path, recipe: TrainingRecipe, options: Options, verb: str, wo
     run = RunFolder(folder, resume_at=step if options.resume else None, trackers=told, writes=workers.first)
     run.environment(text)
     if workers.first:
-        if found is None or not (folder / inputs.FILE).is_file():
-            inputs.write(folder, config.yaml_tree(text))
+        inputs.write(folder, config.yaml_tree(text), resumed=found is not None)
         note("begun")
     return run
 

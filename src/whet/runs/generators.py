@@ -24,9 +24,8 @@ from whet.runs.adapters import COMMON, Chosen, chosen
 def chosen_of(recipe: fields.OnlineRecipe | fields.SampleRecipe | fields.EvalRecipe) -> Chosen:
     """Return the generator of a recipe with its options. Raises RecipeError for a wrong name or option."""
     wanted = recipe.generator
-    if isinstance(wanted, fields.Generation):
-        return chosen(GENERATORS, {**wanted.options, "name": wanted.name}, "generator", others=COMMON)
-    return chosen(GENERATORS, wanted, "generator")
+    others = COMMON if isinstance(wanted, fields.Generation) else ()
+    return chosen(GENERATORS, {**wanted.options, "name": wanted.name}, "generator", others=others)
 
 
 def context_of(
@@ -88,7 +87,7 @@ def engine_of(
         ):
             if needed not in own.reports and (needed != "support" or context.sampling.truncates):
                 own.close()
-                raise RecipeError(f"generator.name: {recipe.generator.name} does not report {needed}: {why}")  # type: ignore[union-attr]
+                raise RecipeError(f"generator.name: {recipe.generator.name} does not report {needed}: {why}")
     return own
 
 

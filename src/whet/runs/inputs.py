@@ -64,9 +64,11 @@ def _files_of(value: str) -> list[Path]:
     return []
 
 
-def write(folder: Path, tree: Mapping[str, Any]) -> None:
-    """Write the hashes of the files that a recipe names to the run folder."""
-    write_json(folder / FILE, digests(tree))
+def write(folder: Path, tree: Mapping[str, Any], *, resumed: bool) -> None:
+    """Write the hashes of the files that a recipe names to the run folder. A resumed run adds those that are missing."""
+    file = folder / FILE
+    old = json.loads(file.read_text(encoding="utf-8")) if resumed and file.is_file() else {}
+    write_json(file, digests(tree) | old)
 
 
 def check(folder: Path, tree: Mapping[str, Any]) -> None:
@@ -79,6 +81,6 @@ def check(folder: Path, tree: Mapping[str, Any]) -> None:
     for name, old in json.loads(file.read_text(encoding="utf-8")).items():
         if name in now and now[name] != old:
             raise RecipeError(
-                f"--resume: {name}: the file has changed since the run in {folder} began, and a resumed run goes on "
-                f"unchanged; restore the file, or remove {file} to continue with the changed one"
+                f"--resume: {name}: the file has changed since the run in {folder} began; restore it, or remove its "
+                f"entry from {file} to continue with the changed file"
             )

@@ -21,7 +21,7 @@ def run_rank(recipe: fields.RankRecipe) -> Path:
     for name in ("judge_form", "judge_options"):
         if recipe.judge is None and getattr(recipe, name) != getattr(fields.RankRecipe(), name):
             raise RecipeError(f"{name}: there is no judge; give --judge FILE.py:FUNCTION, or leave it out")
-    if recipe.judge is not None and recipe.ranker is not None:
+    if recipe.judge is not None and recipe.ranker.name is not None:
         raise RecipeError("ranker: the judge ranks; leave one of judge and ranker out")
     if not recipe.data.train:
         raise RecipeError("data.train: which answers? give --data with one file of `responses` rows")
@@ -41,7 +41,7 @@ def run_rank(recipe: fields.RankRecipe) -> Path:
         )
         for one in rows
     ]
-    ranks = called(ranker.rank, f"ranker {recipe.ranker or type(ranker).__name__}", (questions,))
+    ranks = called(ranker.rank, f"ranker {recipe.ranker.name or type(ranker).__name__}", (questions,))
     if not isinstance(ranks, list) or len(ranks) != len(questions):
         raise RewardError(f"ranker: expected a list of ranks for each of {len(questions)} questions, got {ranks!r:.80}")
     for place, (own, question) in enumerate(zip(ranks, questions, strict=True)):
@@ -52,11 +52,11 @@ def run_rank(recipe: fields.RankRecipe) -> Path:
 
 def _ranker_of(recipe: fields.RankRecipe, rows: list[Any]) -> Any:
     """Build the ranker of a recipe."""
-    spec: Any = recipe.ranker or "scores"
+    spec: dict[str, Any] = {**recipe.ranker.options, "name": recipe.ranker.name or "scores"}
     if recipe.judge is not None:
         source, options = recipe.judge, recipe.judge_options
         if rewards.is_model(source):
-            raise RecipeError(f"judge: {source} is no function; give FILE.py:FUNCTION, a URL, or openai")
+            raise RecipeError(f"judge: {source} is not a function; give FILE.py:FUNCTION, a URL, or openai")
         if rewards.kind_of(source) != "object" or options or rewards.has_score(source):
             if recipe.judge_form != "score":
                 raise RecipeError("judge_form: only a function can rank by itself; leave it out")

@@ -159,6 +159,26 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class Answering:
+    """The generator of answers outside training."""
+
+    name: str = "local"
+    """local (transformers), vllm, openai (a server with the OpenAI API), or "mine.py:Generator" """
+    options: dict[str, Any] = field(default_factory=dict)
+    """options of the generator; also written without `options`, as generator.url"""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The ranker of answers."""
+
+    name: str | None = None
+    """scores, judge, or "mine.py:Ranker"; default: judge if one is given, else scores"""
+    options: dict[str, Any] = field(default_factory=dict)
+    """options of the ranker; also written without `options`"""
+
+
+@dataclass(frozen=True)
 class Cluster:
     """Processes on a Ray cluster. Needs whet[ray]."""
 
@@ -245,7 +265,7 @@ class RewardSpec:
     weight: float = 1.0
     """its weight in the score"""
     options: dict[str, Any] = field(default_factory=dict)
-    """options of a URL (timeout, retries, batch_size, connections, api_key_env), of openai (url, model, prompt, ...) or of a class"""
+    """options of a URL (timeout, retries, batch_size, ...), of openai (url, model, ...) or of a class; also written beside `source`"""
 
 
 @dataclass(frozen=True)
@@ -346,8 +366,7 @@ class SampleRecipe:
     model: Frozen = Frozen()
     data: Rows = Rows()
     """`prompt` rows"""
-    generator: str | dict[str, Any] = "local"
-    """who answers: local; {name: openai, url: ..., model: ...}; or "mine.py:Generator" """
+    generator: Answering = Answering()
     num_generations: Count = 4
     """answers per prompt"""
     reward: list[RewardSpec] = field(default_factory=list)
@@ -379,8 +398,7 @@ class RankRecipe:
     """options of a URL, of openai or of a class, as for a reward"""
     judge_form: Literal["score", "rank"] = "score"
     """"rank": the function is f(prompt, responses, **columns) -> ranks"""
-    ranker: str | dict[str, Any] | None = None
-    """who ranks: scores, judge, or "mine.py:Ranker"; default: judge if one is given, else scores"""
+    ranker: Ranking = Ranking()
     out: str = ""
     """JSONL file: the rows with `ranks`"""
 
@@ -396,8 +414,7 @@ class EvalRecipe:
     """what scores the answers of a win rate: a function, a reward-model folder, {source: openai, options: ...}; or several"""
     data: Rows = Rows()
     """prompts (win rate), rankings or pairs (accuracy of a reward model), text or conversations (loss)"""
-    generator: str | dict[str, Any] = "local"
-    """who answers for the model of a win rate: local, vllm, {name: openai, url: ..., model: ...}, or "mine.py:Generator" """
+    generator: Answering = Answering()
     sampling: Sampling = Sampling()
     max_num_seqs: Count = 256
     """answers that are generated at the same time"""
@@ -473,7 +490,10 @@ def kind_of(verb: str) -> type:
 TrainingRecipe = OfflineRecipe | OnlineRecipe
 """The recipes of the methods that train."""
 
-OPEN = (Learning, Generation)
+REWARDS = (RewardSpec, RewardSource, JudgeSpec)
+"""Sections of one reward or judge."""
+
+OPEN = (Learning, Generation, Answering, Ranking, *REWARDS)
 """Sections of an adapter: each field that they do not have is an option of the adapter."""
 
 MAIN_FIELD: Mapping[type, str] = {
@@ -489,6 +509,8 @@ MAIN_FIELD: Mapping[type, str] = {
     Ptx: "data",
     Learning: "backend",
     Generation: "name",
+    Answering: "name",
+    Ranking: "name",
     Cluster: "address",
 }
 """What a bare value given for a whole section means: `--model DIR` is `--model.path DIR`."""

@@ -46,18 +46,17 @@ def made(source: str, options: Mapping[str, Any], where: str) -> Reward:
         if not inspect.isclass(found) and not has_score(source):
             if not callable(found):
                 raise RecipeError(f"{source}: it is a {type(found).__name__}, not a function")
-            if options:
-                raise RecipeError(f"{where}.options: a function has none; leave it out")
+            _refuse_options(options, where, "a function")
             return FunctionReward(found, name_of(source))
-    chosen = adapters.chosen(REWARDS, {**options, "name": "http" if kind == "http" else source}, f"{where}.options")
+    chosen = adapters.chosen(REWARDS, {**options, "name": "http" if kind == "http" else source}, where)
     made = chosen.make(source)
     return made if kind == "http" else ObjectReward(made, name_of(source))
 
 
-def _refuse_options(options: Mapping[str, Any], where: str) -> None:
-    """Raise RecipeError for options of a reward model, which has none."""
-    if options:
-        raise RecipeError(f"{where}.options: a reward model has none; leave it out")
+def _refuse_options(options: Mapping[str, Any], where: str, what: str = "a reward model") -> None:
+    """Raise RecipeError for options of a function or a reward model, which have none."""
+    for option in options:
+        raise RecipeError(f"{where}.{option}: {what} has no options; leave it out")
 
 
 def has_score(source: str) -> bool:

@@ -1,6 +1,7 @@
 """whet.sample: generate K answers to each prompt of a file."""
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from functools import partial
@@ -53,15 +54,24 @@ def run_sample(recipe: fields.SampleRecipe) -> Path:
         each = [weight * one.reward.score(groups).answer.double() for weight, one in scorers]
         for row, scores in zip(rows, torch.stack(each).sum(0).reshape(len(rows), -1).tolist(), strict=True):
             row["scores"] = scores
-    write_jsonl(out, [_best(row) for row in rows] if recipe.keep == "best" else rows)
+    if recipe.keep == "best":
+        best = [one for row in rows if (one := _best(row)) is not None]
+        if len(best) < len(rows):
+            print(f"whet: {len(rows) - len(best)} prompts have only empty answers and are left out", file=sys.stderr)
+        rows = best
+    write_jsonl(out, rows)
     return out
 
 
-def _best(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Make a demonstration of the best answer of a row: prefer complete answers to truncated ones, then higher scores."""
-    order = sorted(range(len(row["scores"])), key=lambda n: (row["finish"][n] == "length", -row["scores"][n]))
+def _best(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Make a demonstration of the best answer of a row: prefer complete answers to truncated ones, then higher scores. Return
+    None if all answers are empty, because a demonstration has an answer."""
+    filled = [number for number, text in enumerate(row["responses"]) if text.strip()]
+    if not filled:
+        return None
+    best = min(filled, key=lambda n: (row["finish"][n] == "length", -row["scores"][n]))
     kept = {key: value for key, value in row.items() if key not in ("responses", "finish", "scores")}
-    return kept | {"completion": row["responses"][order[0]], "score": row["scores"][order[0]]}
+    return kept | {"completion": row["responses"][best], "score": row["scores"][best]}
 
 
 def prompts_of(model: fields.Frozen, rows: fields.Rows, chat: Chat, sampling: Sampling) -> list[Prompt]:

@@ -169,9 +169,10 @@ class Session:
         Raises RewardError if a reward fails."""
         return self._online("score").score(groups)
 
-    def measure(self, groups: Sequence[Group], scores: RolloutScores) -> Batch:
+    def measure(self, groups: Sequence[Group], scores: RolloutScores | Mapping[str, Tensor]) -> Batch:
         """Compute the columns that the method reads (old_logp, ref_logp, old_value, ...), (B, T) each, without gradient.
-        T is the length of the longest answer, in tokens; B counts answers, or both answers of each pair."""
+        T is the length of the longest answer, in tokens; B counts answers, or both answers of each pair. `scores` are those of
+        `score`, or own scores: a tensor (B,) for each reward by its name."""
         return self._online("measure").measure(groups, scores)
 
     def advantages(self, batch: Batch) -> Batch:
@@ -207,8 +208,9 @@ class Session:
 
     def forward_backward(self, mini: MiniBatch | Batch, loss: Callable[..., Tensor] | None = None) -> UpdateResult:
         """Compute the gradient of the method's loss terms; all means are over the whole mini-batch. `loss` replaces the
-        loss of the first term: a function whose positional parameters name columns. It returns what the reduction of that
-        term averages: for a policy loss (B, T), one loss per token.
+        loss of the first term: a function whose positional parameters name columns (logp, old_logp, ref_logp, advantage,
+        mask, ...) or what the method's loss computes (ratio; for pairs gap, chosen, rejected). It returns what the reduction
+        of that term averages: for a policy loss (B, T), one loss per token; for pairs (E,), one per pair.
         Raises RuntimeError if called twice without optim_step, RunStopped if a loss is not finite."""
         return self._loop.forward_backward(mini, loss)
 

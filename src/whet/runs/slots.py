@@ -1,6 +1,5 @@
 """Check the slots of a recipe's method: names, types and ranges. Errors suggest the closest known name."""
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -67,14 +66,11 @@ def _unknown_slot(
     """Return the error for an unknown slot. Suggest a part, an option of a part, or a field of the recipe."""
     for other, value in known.items():
         if slot in table.get(other, {}):
-            return RecipeError(f"unknown field 'algorithm.{slot}'; it is a part: --{other.replace('_', '-')} {slot}")
+            return RecipeError(f"unknown field {slot!r}; it is a part: --{other.replace('_', '-')} {slot}")
         specs = [named(one) for one in (value if isinstance(value, list) else [value]) if other in table and one]
         if any(slot in choice_options(table[other][spec["name"]]) for spec in specs):
-            return RecipeError(f"unknown field 'algorithm.{slot}'; did you mean 'algorithm.{other}.{slot}'?")
-    near = difflib.get_close_matches(slot, [*known, *others], n=1)
-    if near and near[0] in others:
-        return config.unknown(slot, others)
-    return config.unknown(f"algorithm.{slot}", [f"algorithm.{one}" for one in known])
+            return RecipeError(f"unknown field {slot!r}; did you mean 'algorithm.{other}.{slot}'?")
+    return config.unknown(slot, [*(f"algorithm.{one}" for one in known), *others], every=False)
 
 
 def _checked_plain(slot: str, value: Any) -> Any:
