@@ -340,7 +340,7 @@ CALLS: dict[str, tuple[Callable[[], Any], type, str]] = {
     ),
     "no rows": (lambda: grpo(data=[]), DataError, "data: the list is empty"),
     "a weight that is no number": (
-        lambda: grpo(reward=[{"source": reward, "weight": float("nan")}]), RecipeError, "reward.0.weight: expected a number, got nan"
+        lambda: grpo(reward=[{"source": reward, "weight": float("nan")}]), RecipeError, "reward.0.weight: expected a finite number, got nan"
     ),
     "a weight without end": (
         lambda: grpo(reward=[{"source": reward, "weight": float("inf")}]), RecipeError, "reward.0.weight: expected a finite"
@@ -523,3 +523,175 @@ def test_not_valid_yaml_is_one_line_with_its_place(capsys: pytest.CaptureFixture
     told = capsys.readouterr().err
     assert told.count("\n") == 1
     assert "bad.yaml:3: not valid YAML" in told
+
+
+# --- what a breaker tried --------------------------------------------------------------------------------------------
+
+
+class Weighted:
+    """A reward that holds a tensor, an array, slots or nested values."""
+
+    __slots__ = ("held",)
+
+    def __init__(self, held: Any) -> None:
+        self.held = held
+
+    def score(self, groups: Any) -> list[float]:
+        return [0.0 for group in groups for _ in group.samples]
+
+
+HELD: dict[str, Callable[[float], Any]] = {
+    "a tensor": lambda value: torch.tensor([value, 2.0]),
+    "an array": lambda value: __import__("numpy").array([value]),
+    "a module": lambda value: _filled(torch.nn.Linear(1, 1), value),
+    "deep values": lambda value: {"a": {"b": {"c": {"d": {"e": value}}}}},
+    "a cycle": lambda value: _cycle(value),
+}
+
+
+def _filled(module: torch.nn.Module, value: float) -> torch.nn.Module:
+    for parameter in module.parameters():
+        parameter.data.fill_(value)
+    return module
+
+
+def _cycle(value: float) -> list[Any]:
+    out: list[Any] = [value]
+    out.append(out)
+    return out
+
+
+@pytest.mark.parametrize("form", HELD)
+def test_a_reference_covers_tensors_arrays_slots_and_depth(form: str) -> None:
+    from whet.registry import register
+
+    make = HELD[form]
+    assert register(Weighted(make(1.0))) == register(Weighted(make(1.0)))
+    assert register(Weighted(make(1.0))) != register(Weighted(make(3.0)))
+
+
+def test_a_loop_that_was_left_inside_a_step_is_not_begun_again() -> None:
+    with grpo(num_steps=3) as session:
+        for _ in session.steps():
+            break
+        with pytest.raises(RuntimeError, match="steps: step 0 was left before its end"):
+            session.run()
+    pairs = [{"prompt": "a", "chosen": "yes", "rejected": "no"}]
+    with whet.Session("dpo", model="m", data=pairs, out="runs/d", num_steps=2) as one:
+        for _ in one.batches():
+            break
+        with pytest.raises(RuntimeError, match="batches: step 0 was left before its end"):
+            one.run()
+
+
+def test_stages_are_called_once_per_step_and_with_batches_of_the_step() -> None:
+    with grpo(select="clip_cov", mini_batch_size=2) as session:
+        steps = session.steps()
+        next(steps)
+        groups = session.generate()
+        scores = session.score(groups)
+        with pytest.raises(ValueError, match="measure: the scores are of 4 answers, the groups have 2"):
+            session.measure(groups[:1], scores)
+        batch = session.measure(groups, scores)
+        with pytest.raises(RuntimeError, match="measure: it was called in this step already"):
+            session.measure(groups, scores)
+        batch = session.advantages(batch)
+        with pytest.raises(RuntimeError, match="needs the update of a mini-batch before the next one is requested"):
+            list(session.minibatches(batch))
+        kept = None
+        for mini in session.minibatches(batch):
+            kept = mini
+            session.update(mini)
+        session.publish()
+        with pytest.raises(RuntimeError, match="publish: it was called in this step already"):
+            session.publish()
+        next(steps)
+        session.rollout()
+        with pytest.raises(ValueError, match="the mini-batch is of step 0, and this is step 1"):
+            session.forward_backward(kept)  # type: ignore[arg-type]
+
+
+def test_logged_metrics_do_not_steer_the_method() -> None:
+    def run(out: str, **logged: float) -> list[dict[str, float]]:
+        given = {"kl_in_reward": {"coef": 0.1, "controller": "adaptive", "target": 1.0}, "out": out}
+        with grpo(kl_in_loss=None, **given) as session:
+            for step in session.steps():
+                for mini in session.minibatches(session.rollout()):
+                    session.update(mini)
+                session.publish()
+                step.log(logged)
+        return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+
+    plain, steered = run("runs/a"), run("runs/b", kl=50.0, entropy=9.0)
+    assert [line["state/penalty"] for line in plain] == [line["state/penalty"] for line in steered]
+    assert steered[0]["kl"] == 50.0
+
+
+def test_own_parts_that_change_their_columns_in_place_change_no_others() -> None:
+    Path("own.py").write_text(
+        "def doubled(rewards, *, weights=(1.0, 1.0)):\n    rewards *= 2\n    return rewards.sum(1)\n"
+        "def summed(rewards):\n    return (2 * rewards).sum(1)\n"
+    )
+    two = [{"source": reward, "name": "a"}, {"source": reward, "name": "b"}]
+    lines = []
+    for number, name in enumerate(("doubled", "summed")):
+        given = {"combine": f"own.py:{name}", "reward_normalization": "running", "advantage": "group_center"}
+        run = whet.train("grpo", **(ONLINE | {"out": f"runs/{number}"} | given), reward=two)
+        lines.append([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()])
+    for one, other in zip(*lines, strict=True):
+        assert {**one, "seconds": 0, "seconds/generate": 0} == {**other, "seconds": 0, "seconds/generate": 0}
+
+
+IGNORED: dict[str, tuple[dict[str, Any], str]] = {
+    "a learner's name": ({"learner": {"name": "zero3"}}, "unknown field 'learner.name'"),
+    "a reward's option name": (
+        {"reward": [{"source": "http://127.0.0.1:1", "options": {"name": "x"}}]}, "unknown field 'reward.0.name'"
+    ),
+    "an infinite rate": ({"lr": float("inf")}, "optim.lr: expected a finite number, got inf"),
+    "an infinite temperature": ({"temperature": float("inf")}, "sampling.temperature: expected a finite number"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IGNORED)
+def test_nothing_is_taken_and_ignored(name: str) -> None:
+    changes, said = IGNORED[name]
+    with pytest.raises(RecipeError, match=said):
+        grpo(**changes)
+
+
+class Tracker:
+    def __init__(self, fails: str) -> None:
+        self.fails, self.called = fails, []  # type: ignore[var-annotated]
+
+    def _call(self, name: str) -> None:
+        self.called.append(name)
+        if name == self.fails:
+            raise OSError("no network")
+
+    def start(self, run: Any) -> None:
+        self._call("start")
+
+    def log(self, step: int, metrics: Any) -> None:
+        self._call("log")
+
+    def samples(self, step: int, rows: Any) -> None:
+        self._call("samples")
+
+    def end(self) -> None:
+        self._call("end")
+
+
+def test_a_tracker_that_fails_does_not_end_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    failing, other = Tracker("log"), Tracker("")
+    run = whet.train("grpo", **ONLINE, reward=reward, trackers=[failing, other])
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
+    assert failing.called.count("log") == 1
+    assert other.called == ["start", "samples", "log", "samples", "log", "end"]
+    assert "tracker Tracker is not used any more: OSError: no network" in capsys.readouterr().err
+
+
+def test_trackers_end_when_a_run_fails() -> None:
+    tracker = Tracker("")
+    with pytest.raises(RewardError):
+        whet.train("grpo", **ONLINE, reward=Reward(lambda count: 1 / 0), trackers=[tracker])
+    assert tracker.called[-1] == "end"

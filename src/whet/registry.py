@@ -107,7 +107,7 @@ class Registry:
         check = found.check if static else _no_check  # type: ignore[attr-defined]
 
         def make(options: Any, context: Any) -> Any:
-            values = _values(options)
+            values = _objects(_values(options))
             return functools.partial(found, **values) if self.given else found(**values)
 
         return Adapter(name, options_of(found, self.given), make, check, found)
@@ -251,30 +251,42 @@ def register(function: Callable[..., Any]) -> str:
     return reference
 
 
-def _content(value: Any, depth: int = 4) -> Any:
-    """Return the content of a value as plain values, which are equal in another process (no memory addresses)."""
+def _content(value: Any, seen: tuple[int, ...] = ()) -> Any:
+    """Return what a value is made of, as plain values that are equal in another process. No address is in it."""
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
         return value
-    if depth == 0:
+    if id(value) in seen:  # a cycle
         return type(value).__qualname__
+    seen = (*seen, id(value))
+    if hasattr(value, "detach") and hasattr(value, "dtype"):  # a tensor; numpy has no bfloat16
+        array = value.detach().cpu()
+        return [str(value.dtype), tuple(value.shape), (array.float() if array.is_floating_point() else array).tolist()]
+    if hasattr(value, "tobytes") and hasattr(value, "dtype"):  # an array
+        return [str(value.dtype), tuple(value.shape), value.tobytes()]
     if isinstance(value, (list, tuple)):
-        return [type(value).__qualname__, *(_content(one, depth - 1) for one in value)]
+        return [type(value).__qualname__, *(_content(one, seen) for one in value)]
     if isinstance(value, (set, frozenset)):
-        return [type(value).__qualname__, *sorted(repr(_content(one, depth - 1)) for one in value)]
+        return [type(value).__qualname__, *sorted(repr(_content(one, seen)) for one in value)]
     if isinstance(value, Mapping):
-        return [(_content(key, depth - 1), _content(one, depth - 1)) for key, one in value.items()]
+        return [(_content(key, seen), _content(one, seen)) for key, one in value.items()]
     if isinstance(value, functools.partial):
-        return [_content(one, depth - 1) for one in (value.func, value.args, value.keywords)]
+        return [_content(one, seen) for one in (value.func, value.args, value.keywords)]
     if inspect.ismethod(value):
-        return [value.__func__.__qualname__, _content(value.__self__, depth - 1)]
+        return [value.__func__.__qualname__, _content(value.__self__, seen)]
     if inspect.isfunction(value):
         cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
-        held = [_content(one, depth - 1) for one in (value.__defaults__, value.__kwdefaults__, cells)]
+        held = [_content(one, seen) for one in (value.__defaults__, value.__kwdefaults__, cells)]
         return [value.__qualname__, _source(value), _code(value.__code__), *held]
     if inspect.isclass(value) or inspect.isbuiltin(value) or inspect.ismodule(value):
         return [getattr(value, "__qualname__", value.__name__), _source(value)]
-    held = vars(value) if hasattr(value, "__dict__") else {}
-    return [type(value).__qualname__, _source(type(value)), _content(held, depth - 1)]
+    own = dict(vars(value)) if hasattr(value, "__dict__") else {}
+    slots = [name for kind in type(value).__mro__ for name in _names(getattr(kind, "__slots__", ()))]
+    own |= {name: getattr(value, name) for name in slots if hasattr(value, name) and name != "__dict__"}
+    return [type(value).__qualname__, _source(type(value)), _content(own, seen)]
+
+
+def _names(slots: str | Sequence[str]) -> Sequence[str]:
+    return [slots] if isinstance(slots, str) else list(slots)
 
 
 def _source(thing: Any) -> str:
@@ -350,6 +362,15 @@ def called(
 
 def _values(options: Any) -> dict[str, Any]:
     return {one.name: getattr(options, one.name) for one in dataclasses.fields(options)}
+
+
+def _objects(value: Any) -> Any:
+    """Return a value with the Python objects in place of their references."""
+    if isinstance(value, str) and value.startswith("python:"):
+        return load_object(value)
+    if isinstance(value, dict):
+        return {key: _objects(one) for key, one in value.items()}
+    return [_objects(one) for one in value] if isinstance(value, list) else value
 
 
 def _no_check(options: Any, context: Any) -> None:

@@ -261,6 +261,8 @@ class CheckedGenerator:
         wrong = next((one for one in samples if not isinstance(one, Sample)), None)
         if wrong is not None:
             raise RecipeError(f"{self.name}: generate must yield whet.Sample objects, got {type(wrong).__name__}")
+        for request, one in zip(requests, samples, strict=False):
+            self._check_sample(one, request)
         if "sampler_logp" in self.reports:
             short = next((one for one in samples if len(one.sampler_logp) != len(one.ids)), None)
             if short is not None:
@@ -274,6 +276,22 @@ class CheckedGenerator:
                 f"{wanted[:3]} ...; got {len(got)} of {len(wanted)}: {got[:3]} ..."
             )
         yield from samples
+
+    def _check_sample(self, one: Sample, request: Request) -> None:
+        """Raise RecipeError for a sample that no loop can use."""
+        said = None
+        if not isinstance(one.ids, tuple) or not all(type(token) is int for token in one.ids):
+            said = f"ids must be a tuple of int, got {one.ids!r:.60}"
+        elif not one.ids and "sampler_logp" in self.reports:
+            said = "an answer has no tokens"
+        elif len(one.ids) > request.room:
+            said = f"an answer has {len(one.ids)} tokens, the request allows {request.room}"
+        elif one.finish not in ("stop", "length", "paused"):
+            said = f"finish must be stop, length or paused, got {one.finish!r}"
+        elif one.versions is None and one.version != self.version:
+            said = f"a sample has version {one.version}, but the loaded weights have version {self.version}"
+        if said is not None:
+            raise RecipeError(f"{self.name}: {said}")
 
     def load_weights(self, weights: Weights) -> None:
         """See `Generator.load_weights`."""

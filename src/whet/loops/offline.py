@@ -75,7 +75,7 @@ class OfflineLoop:
         )
         self.columns = frozenset(name for name in objective.reads() if COLUMNS[name].stage == "measure")
         self.state: State = objective.init()
-        self.step = self.first = 0
+        self.step = self.first = self._next = 0
         self._batch: Batch | None = None
         self._known: dict[tuple[int, int], list[Tensor]] = {}
         self._numbers: dict[str, float] = {}
@@ -90,6 +90,7 @@ class OfflineLoop:
         found = checkpoint.resumed(self.run.checkpoints, learner) if self.resume else None
         loop: dict[str, Any] = found or {"step": 0, "state": self.state}
         self.first, self.state = loop["step"], loop["state"]
+        self._next = self.first
         keeper = checkpoint.Keeper(
             self.run.checkpoints, learner, every=plan.save_every, total=plan.steps, keep=plan.keep, first=self.first,
             stop=self.stop,
@@ -105,7 +106,11 @@ class OfflineLoop:
         """Yield one batch per step, with the columns that the objective reads. Requesting the next batch ends the step: its
         metrics are written, and a checkpoint is saved if due. Raise RuntimeError if a batch was not trained on."""
         plan = self.plan
-        for step in range(self.first, plan.steps):
+        if self._batch is not None:
+            raise RuntimeError(
+                f"batches: step {self.step} was left before its end; leave the session and resume the run"
+            )
+        for step in range(self._next, plan.steps):
             self.step, began = step, time.perf_counter()
             self._now, self._numbers = self.objective.at(self.state), {}
             taken = self.order[step * plan.batch : (step + 1) * plan.batch]
@@ -119,6 +124,7 @@ class OfflineLoop:
             self._batch = look_across(self.learner, self.objective.select, batch)
             yield self._batch
             self._end(began)
+            self._next = step + 1
 
     def forward_backward(self, batch: Batch, loss: Callable[..., Tensor] | None = None) -> UpdateResult:
         """Compute the gradient of the objective on a batch; all counts are global. `loss` replaces the loss of the first

@@ -84,7 +84,7 @@ class OnlineLoop:
         self.source = source_of(algorithm, generator, prompts, sampling, plan, driver)
         self.generator = self.source if isinstance(self.source, AsynchronousSource) else generator
         self.stream = PtxStream(ptx, plan.ptx_batch, plan.seed)
-        self.step = self.first = 0
+        self.step = self.first = self._next = 0
         self.state: State = algorithm.init()
         self._running = False
         self._batch: Batch | None = None
@@ -98,6 +98,7 @@ class OnlineLoop:
         found = checkpoint.resumed(self.run.checkpoints, learner) if self.resume else None
         loop: dict[str, Any] = found or {"step": 0, "state": self.state, "drawn": 0}
         self.first, self.state = loop["step"], loop["state"]
+        self._next = self.first
         self.source.restore(loop, self.first)
         self.generator.load_weights(learner.publish())
         canary = torch.tensor([token for prompt in self.prompts for token in prompt.ids][: plan.canary])
@@ -122,11 +123,14 @@ class OnlineLoop:
         """Yield the steps after the last checkpoint. Requesting the next step ends the current one: its metrics and rollout
         are written, and a checkpoint is saved if due. Raise RuntimeError if weights were updated but not published, or if
         the step made no update."""
-        for step in range(self.first, self.plan.steps):
+        if self._running:
+            raise RuntimeError(f"steps: step {self.step} was left before its end; leave the session and resume the run")
+        for step in range(self._next, self.plan.steps):
             log = StepLog(step)
             self._begin(step)
             yield log
             self._end(log)
+            self._next = step + 1
 
     def _begin(self, step: int) -> None:
         self._running = True
@@ -142,7 +146,7 @@ class OnlineLoop:
         self._turns = None
         self._mini: MiniBatch | None = None
         self._canary, self._before = torch.zeros(0, dtype=torch.long), torch.zeros(0)
-        self._stopped = self._unpublished = False
+        self._stopped = self._unpublished = self._published = False
 
     def _needs(self, stage: str, before: str = "", done: bool = True) -> None:
         """Raise RuntimeError outside a step, or if the stage `before` was not called in this step."""
@@ -201,7 +205,9 @@ class OnlineLoop:
         """Return the scores of every reward, with the greedy baselines if the method uses them (ReMax)."""
         self._needs("score")
         _check_groups("score", groups)
-        scores = scores_of(self.rewards, groups) if self._scores is None else self._scores
+        scores = self._scores
+        if scores is None or list(map(id, groups)) != list(map(id, self._groups)):
+            scores = scores_of(self.rewards, groups)
         if not self.algorithm.collect.greedy:
             return scores
         greedy = replace(self.sampling, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0)
@@ -218,11 +224,16 @@ class OnlineLoop:
         those of the first epoch one by one. `scores` may also be the scores (B,) of each reward by its name."""
         self._needs("measure")
         _check_groups("measure", groups)
+        if self._turns is not None:
+            raise RuntimeError("measure: it was called in this step already; call it once per step")
         if isinstance(scores, Mapping):
             names = [one.name for one in self.rewards]
             if sorted(scores) != sorted(names):
                 raise ValueError(f"measure: expected the scores of {names}, got those of {list(scores)}")
             scores = RolloutScores.of(groups, {name: scores[name] for name in names})
+        count = sum(len(group.samples) for group in groups)
+        if len(scores.token) != count:
+            raise ValueError(f"measure: the scores are of {len(scores.token)} answers, the groups have {count}")
         batch, plan, learner = batch_of(groups, scores, self.sampling), self.plan, self.learner
         self._groups = groups
         self.state = self.algorithm.observe(self.state, batch)
@@ -279,7 +290,12 @@ class OnlineLoop:
                 mini = mini.with_columns(address=mini["address"] ^ key)
                 mini = look_across(self.learner, self._now.select, mini)
                 streams = self.stream.batch(self.step, epoch * len(turn) + number, len(turn) * len(turns))
-                yield MiniBatch(mini, tuple(index), epoch, number, streams)
+                made = len(self._updates)
+                yield MiniBatch(mini, tuple(index), epoch, number, self.step, streams)
+                if len(self._updates) == made and (self._now.select or self.plan.target_kl is not None):
+                    raise RuntimeError(
+                        "minibatches: this method needs the update of a mini-batch before the next one is requested"
+                    )
 
     def forward_backward(self, mini: MiniBatch, loss: Callable[..., Tensor] | None = None) -> UpdateResult:
         """Compute the gradient of the method's terms on a mini-batch; all counts are global.
@@ -290,14 +306,17 @@ class OnlineLoop:
         self._needs("forward_backward", "advantages", self._batch is not None)
         if not isinstance(mini, MiniBatch):
             raise TypeError(f"forward_backward: expected a mini-batch of minibatches(batch), got {type(mini).__name__}")
+        if mini.step != self.step:
+            raise ValueError(f"forward_backward: the mini-batch is of step {mini.step}, and this is step {self.step}")
         streams, terms = {"rollout": mini.batch, **mini.streams}, self._now.terms
         if loss is not None:
             own = own_loss(loss, {*mini.batch.columns, *BY_ROLE[terms[0].role]}, terms[0].loss)
             terms = (replace(terms[0], loss=own, name=name_of(loss)), *terms[1:])
         if self.step < self.plan.critic_warmup:
             terms = tuple(term for term in terms if term.role == "critic")
+        result = self.learner.forward_backward(_work(terms, streams))
         self._mini = mini
-        return self.learner.forward_backward(_work(terms, streams))
+        return result
 
     def optim_step(self) -> UpdateResult:
         """Clip the gradient and take one optimizer step.
@@ -331,13 +350,15 @@ class OnlineLoop:
     def publish(self) -> None:
         """Update the moving average and the reference, load the new weights into the generator, and check the result."""
         self._needs("publish")
+        if self._published:
+            raise RuntimeError("publish: it was called in this step already; call it once, after the last update")
         plan, learner = self.plan, self.learner
         if plan.ema is not None:
             learner.blend("ema", "policy", 1 - plan.ema)
         if plan.sync_every and (self.step + 1) % plan.sync_every == 0:
             learner.blend("reference", "policy", plan.sync_mix)
         self.generator.load_weights(learner.publish())
-        self._unpublished = False
+        self._unpublished, self._published = False, True
         if len(self._canary):
             selfcheck.published(
                 self.step, self.generator, learner.version, self._canary, self._before, scored(learner, self._canary),
@@ -360,14 +381,15 @@ class OnlineLoop:
             raise RuntimeError(
                 f"step {self.step}: no update was made; call forward_backward and optim_step for each mini-batch"
             )
-        numbers, state, done = self.metrics() | log.metrics, self.state, self.step + 1
+        own, state, done = self.metrics(), self.state, self.step + 1
+        numbers = own | log.metrics
         batch, whole = self._batch, self._whole
         if batch is not None and whole is not None:
             steered = self.algorithm.steered() and bool(batch.rows)
             moved = moved_from(self.learner, batch) if steered else 0.0
-            seen = {"kl": numbers.get("kl", 0.0), "kl_old": moved, "entropy": numbers.get("entropy", 0.0)}
+            seen = {"kl": own.get("kl", 0.0), "kl_old": moved, "entropy": own.get("entropy", 0.0)}
             if self._updates:  # a rollout without updates (no pairs) gives no information
-                seen |= {"reward": numbers.get("implicit_reward", 0.0), "sequences": len(whole.rows)}
+                seen |= {"reward": own.get("implicit_reward", 0.0), "sequences": len(whole.rows)}
                 state = self.algorithm.next(state, seen)
             trained = batch.with_columns(ratio=self._ratio) if batch.rows else batch
             names = [one.name for one in self.rewards]

@@ -3,7 +3,7 @@
 import json
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from whet.data import Batch, Group
 from whet.data.files import write_json
 from whet.loops import rollouts
+from whet.registry import told
 from whet.trackers import Tracker
 
 SHOWN = 16
@@ -60,8 +61,7 @@ class RunFolder:
         line = {"step": step} | {name: _plain(value) for name, value in numbers.items()}
         with self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        for tracker in self.trackers:
-            tracker.log(step, {name: value for name, value in line.items() if name != "step"})
+        self._tell(lambda tracker: tracker.log(step, {name: value for name, value in line.items() if name != "step"}))
 
     def rollout(self, step: int, groups: Sequence[Group], batch: Batch, names: Sequence[str]) -> None:
         """Write `rollouts/step-00000042.parquet` (see `loops.rollouts`), and send some of its answers to the trackers."""
@@ -75,13 +75,21 @@ class RunFolder:
                 {"prompt": prompt, "completion": text, "score": score}
                 for (prompt, text), score in zip(samples[:SHOWN], scores, strict=False)
             ]
-            for tracker in self.trackers:
-                tracker.samples(step, rows)
+            self._tell(lambda tracker: tracker.samples(step, rows))
 
     def close(self) -> None:
-        """End the trackers; they write their buffered data."""
+        """End the trackers; they write their buffered data. May be called more than once."""
+        self._tell(lambda tracker: tracker.end())
+        self.trackers = ()
+
+    def _tell(self, call: Callable[[Tracker], None]) -> None:
+        """Call each tracker. One that raises is reported and not called again: the run does not depend on it."""
         for tracker in self.trackers:
-            tracker.end()
+            try:
+                call(tracker)
+            except Exception as error:
+                print(f"whet: tracker {type(tracker).__name__} is not used any more: {told(error)}", file=sys.stderr)
+                self.trackers = tuple(one for one in self.trackers if one is not tracker)
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

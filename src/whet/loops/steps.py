@@ -53,6 +53,7 @@ class MiniBatch:
     index: tuple[int, ...]
     epoch: int
     number: int
+    step: int = 0
     streams: Mapping[str, Batch] = field(default_factory=dict)
 
 

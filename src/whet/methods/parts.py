@@ -41,6 +41,8 @@ class Part:
             name: source(columns) if isinstance(source, Part) else columns[source]
             for name, source in self.columns.items()
         }
+        if self.own:  # it may change its columns in place
+            given = {name: one.clone() if isinstance(one, Tensor) else one for name, one in given.items()}
         try:
             out = self.op(**given, **self.options)
         except Exception as error:
@@ -145,14 +147,11 @@ class Term:
         if a user's loss has another shape than the mask or no gradient.
         """
         assert isinstance(self.weight, (int, float)), "controllers are resolved before a term is used"
-        mask, own = columns[self.mask], any(one.own for one in self.loss.walk())
-        if masked is None or own:  # a user's function could change its columns in place
-            masked = {}
-            columns = {name: column.clone() for name, column in columns.items()} if own else columns
+        mask, masked = columns[self.mask], {} if masked is None else masked
         if self.mask not in masked:
             masked[self.mask] = {name: _where(mask, column) for name, column in columns.items()}
         loss = self.loss(masked[self.mask])
-        if own:
+        if any(one.own for one in self.loss.walk()):
             self._check_own(loss, masked[self.mask])
         return self.weight * self.reduction(loss, mask, counts, **self.options)
 

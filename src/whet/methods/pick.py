@@ -34,7 +34,10 @@ def part_of(slot: str, known: Mapping[str, Choice], spec: Slots, given: Mapping[
     """Build a part of a slot with these choices. `given` are columns and options that the method sets."""
     choice = found(slot, known, spec["name"])
     options = {key: value for key, value in given_options(slot, choice, spec).items() if key not in choice.extra}
-    return part(op_of(choice), **{**choice.reads, **given, **options})
+    op = op_of(choice)
+    if callable(choice.op):  # a user's function takes what it names
+        given = {name: one for name, one in given.items() if name in inspect.signature(op).parameters}
+    return part(op, **{**choice.reads, **given, **options})
 
 
 def given_options(slot: str, choice: Choice, spec: Slots) -> dict[str, Any]:

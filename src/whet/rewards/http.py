@@ -47,6 +47,10 @@ class HttpReward:
     def score(self, groups: Sequence[Group]) -> Scores:
         """See `Reward.score`. The scores are in the order of the answers."""
         prompts, completions, columns = columns_of(groups)
+        if "query" in columns:
+            raise RewardError(
+                f"reward {self.url}: the prompt rows have a column 'query', which the request has too; rename it"
+            )
         size = self.options.batch_size
         bodies = []
         for start in range(0, len(completions), size):

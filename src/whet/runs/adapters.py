@@ -57,17 +57,24 @@ def chosen(registry: Registry, spec: Any, where: str, called: str = "name", othe
     return Chosen(adapter, config.converted(given, adapter.options, where))
 
 
+def named(name: str, options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the specification of an adapter. Raises RecipeError if an option has the name of the field `name`."""
+    if "name" in options:
+        raise RecipeError(f"unknown field '{where}.name'; the adapter is {name!r} already, and no option has this name")
+    return {**options, "name": name}
+
+
 def completed(recipe: TrainingRecipe) -> TrainingRecipe:
     """Return a training recipe with every option of its generator and learner filled in. Raises RecipeError for a wrong name
     or option. The learner "auto" keeps the options that are given."""
     learner = recipe.learner
     if learner.backend != "auto" or learner.options:
         name = AUTO if learner.backend == "auto" else learner.backend
-        own = chosen(LEARNERS, {**learner.options, "name": name}, "learner", "backend")
+        own = chosen(LEARNERS, named(name, learner.options, "learner"), "learner", "backend")
         recipe = replace(recipe, learner=replace(learner, options=asdict(own.options)))
     if isinstance(recipe, OnlineRecipe):
         generator = recipe.generator
-        own = chosen(GENERATORS, {**generator.options, "name": generator.name}, "generator", others=COMMON)
+        own = chosen(GENERATORS, named(generator.name, generator.options, "generator"), "generator", others=COMMON)
         recipe = replace(recipe, generator=replace(generator, options=asdict(own.options)))
     return recipe
 

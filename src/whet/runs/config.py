@@ -209,9 +209,9 @@ def converted(tree: Mapping[str, Any], kind: Any, where: str) -> Any:
 
 
 def _check_numbers(value: Any, name: str) -> None:
-    """Raise RecipeError for a number that is NaN in nested dicts and lists."""
-    if isinstance(value, float) and math.isnan(value):
-        raise RecipeError(f"{name}: expected a number, got nan")
+    """Raise RecipeError for a number that is not finite in nested dicts and lists. An infinite `max_grad_norm` is no clipping."""
+    if isinstance(value, float) and not math.isfinite(value) and not name.endswith("max_grad_norm"):
+        raise RecipeError(f"{name}: expected a finite number, got {value}")
     if isinstance(value, (dict, list, tuple)):
         for key, one in value.items() if isinstance(value, dict) else enumerate(value):
             _check_numbers(one, f"{name}.{key}".strip("."))

@@ -18,14 +18,14 @@ from whet.learner.local import LocalLearner
 from whet.models.roles import Role
 from whet.runs import learners, models
 from whet.runs import recipe as fields
-from whet.runs.adapters import COMMON, Chosen, chosen
+from whet.runs.adapters import COMMON, Chosen, chosen, named
 
 
 def chosen_of(recipe: fields.OnlineRecipe | fields.SampleRecipe | fields.EvalRecipe) -> Chosen:
     """Return the generator of a recipe with its options. Raises RecipeError for a wrong name or option."""
     wanted = recipe.generator
     others = COMMON if isinstance(wanted, fields.Generation) else ()
-    return chosen(GENERATORS, {**wanted.options, "name": wanted.name}, "generator", others=others)
+    return chosen(GENERATORS, named(wanted.name, wanted.options, "generator"), "generator", others=others)
 
 
 def context_of(

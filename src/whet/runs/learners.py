@@ -15,7 +15,7 @@ from whet.rewards import Weighted
 from whet.rewards.shared import SharedReward
 from whet.runs import models, rewards
 from whet.runs import recipe as fields
-from whet.runs.adapters import AUTO, Chosen, chosen
+from whet.runs.adapters import AUTO, Chosen, chosen, named
 
 
 def chosen_of(recipe: fields.TrainingRecipe, workers: int) -> tuple[Chosen, LearnerContext]:
@@ -30,7 +30,7 @@ def chosen_of(recipe: fields.TrainingRecipe, workers: int) -> tuple[Chosen, Lear
         options = {} if plain and name in ("local", "ddp") else learning.options
     else:
         options = learning.options
-    found = chosen(LEARNERS, {**options, "name": name}, "learner", "backend")
+    found = chosen(LEARNERS, named(name, options, "learner"), "learner", "backend")
     refreshed = getattr(getattr(recipe, "rollout", recipe), "sync_reference", fields.SyncReference()).every > 0
     context = LearnerContext(name, workers, muon, refreshed=refreshed)
     if isinstance(recipe, fields.OnlineRecipe):

@@ -48,7 +48,7 @@ def made(source: str, options: Mapping[str, Any], where: str) -> Reward:
                 raise RecipeError(f"{source}: it is a {type(found).__name__}, not a function")
             _refuse_options(options, where, "a function")
             return FunctionReward(found, name_of(source))
-    chosen = adapters.chosen(REWARDS, {**options, "name": "http" if kind == "http" else source}, where)
+    chosen = adapters.chosen(REWARDS, adapters.named("http" if kind == "http" else source, options, where), where)
     made = chosen.make(source)
     return made if kind == "http" else ObjectReward(made, name_of(source))
 

@@ -113,7 +113,7 @@ class Session:
         try:
             self._stack.__exit__(*error)
         finally:
-            if loop is not None and error[0] is None:
+            if loop is not None:
                 loop.run.close()
 
     def run(self) -> Path:
