@@ -239,3 +239,23 @@ def test_texts_of_options_are_not_taken_for_modules() -> None:
         == {}
     )
     assert list(inputs.digests({"r": "mine.py:Ranker", "m": "m"})) == ["r: mine.py:Ranker", "m: m"]
+
+
+def test_the_page_of_adapters_runs(place: Path) -> None:
+    import re
+
+    page = (Path(__file__).parent.parent / "docs" / "adapters.md").read_text()
+    code = re.search(r"```python\n(.*?)```", page, re.DOTALL)
+    assert code
+    (place / "doc.py").write_text(code[1])
+    given = GRPO | {"reward": {"source": "doc.py:Longest", "scale": 2.0}, "trackers": ["doc.py:Lines"]}
+    run = whet.train("grpo", out="r", **given)
+    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["score"] == 2 * line["length"]
+    assert Path("log.txt").read_text().splitlines()[0] == f"1 {line['score']}"
+    out = whet.rank(data=[{"responses": ["a b", "a", "a"]}], ranker="doc.py:Shortest", out="ranked.jsonl")
+    assert json.loads(out.read_text())["ranks"] == [3, 1, 1]
+    answers = whet.sample(
+        model="m", data=ROWS, out="a.jsonl", generator={"name": "doc.py:Echo", "words": 1}, max_new_tokens=4
+    )
+    assert json.loads(answers.read_text().splitlines()[0])["responses"][0] == "a"

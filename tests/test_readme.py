@@ -48,7 +48,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "rules.py").write_text(function.group(1) + polite)
     recipe = re.search(r"```yaml\n(.*?)```", README, re.DOTALL)
     assert recipe
-    (folder / "mine.yaml").write_text(recipe.group(1))
+    (folder / "instruct.yaml").write_text(recipe.group(1))
     return folder
 
 
@@ -75,11 +75,11 @@ def test_the_readmes_commands_run_and_their_folders_load(place: Path, monkeypatc
     first = json.loads((place / "ranked.jsonl").read_text().splitlines()[0])
     assert first.keys() == {"prompt", "answer", "responses", "finish", "ranks"}
 
-    assert main(["instructgpt", "mine.yaml", *SHORT["instructgpt"], "--quiet"]) == 0
+    assert main(["instructgpt", "instruct.yaml", *SHORT["instructgpt"], "--quiet"]) == 0
     rewards = [
         key
         for key in json.loads((place / "runs/mine/metrics.jsonl").read_text().splitlines()[0])
         if key.startswith("reward/")
     ]
     assert rewards == ["reward/reward", "reward/polite"]
-    assert main(["train", "mine.yaml", *SHORT["instructgpt"], "--quiet", "--resume"]) == 0
+    assert main(["train", "instruct.yaml", *SHORT["instructgpt"], "--quiet", "--resume"]) == 0

@@ -122,10 +122,15 @@ def moved_from(learner: Learner, batch: Batch) -> float:
 
 
 def rollout_numbers(batch: Batch, names: Sequence[str]) -> dict[str, float]:
-    """Return metrics of the answers: mean and deviation of the score, each reward, length in tokens, truncated share."""
+    """Return metrics of the answers: mean and deviation of the score, each reward, length in tokens, truncated share, and for
+    groups the share whose answers all have the same score (`zero_spread`), from which a group method learns nothing."""
     lengths = torch.tensor([float(row.mask.sum()) for row in batch.rows])
     out = {"score": float(batch["score"].mean()), "score_std": float(batch["score"].std(correction=0))}
     out |= {"length": float(lengths.mean()), "truncated": float(batch["truncated"].float().mean())}
+    group, score = batch["group"], batch["score"]
+    if len(group.unique()) < len(group):
+        each = [score[group == number] for number in group.unique()]
+        out["zero_spread"] = sum(bool((one == one[0]).all()) for one in each) / len(each)
     return out | {f"reward/{name}": float(batch["rewards"][:, number].mean()) for number, name in enumerate(names)}
 
 
