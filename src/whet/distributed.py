@@ -3,6 +3,7 @@
 import os
 import pickle
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -115,6 +116,7 @@ class RestartBudget:
                     f"cluster.restarts: workers died {self.deaths} times and may be started again {self.restarts} times; "
                     f"the last one: {error}"
                 ) from error
+            print(f"whet: {error}; starting again, {self.deaths} of {self.restarts}", file=sys.stderr)
 
 
 def run_parallel(works: Sequence[Callable[[], T]]) -> list[T]:

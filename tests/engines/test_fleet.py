@@ -13,7 +13,7 @@ from torch import Tensor
 
 from whet.data import Sample, Weights
 from whet.distributed import RestartBudget
-from whet.errors import AttemptFailed, ModelError, RunStopped, WorkerDied
+from whet.errors import AttemptFailed, ModelError, RestartsExhausted, RunStopped, WorkerDied
 from whet.generate import Request
 from whet.generate.fleet import Fleet, deal
 from whet.generate.local import LocalGenerator
@@ -295,3 +295,19 @@ def test_closing_ends_every_engine_and_may_be_repeated() -> None:
     fleet.close()
     fleet.close()
     assert [one.closed for one in Mortal.made] == [True] * 3
+
+
+def test_an_engine_that_never_answers_is_given_up_before_the_budget_is_spent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Unfit(Mortal):
+        def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
+            raise WorkerDied("unsupported attention")
+
+    monkeypatch.setattr("whet.generate.fleet.time.sleep", lambda seconds: None)
+    fleet = Fleet([lambda: Unfit([])], RestartBudget(100))
+    with pytest.raises(
+        RestartsExhausted, match="died 5 times and never answered; the last time: unsupported attention"
+    ):
+        list(fleet.generate(requests()))
+    assert "whet: unsupported attention; starting again, 1 of 100" in capsys.readouterr().err

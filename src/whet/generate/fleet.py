@@ -10,12 +10,14 @@ from torch import Tensor
 
 from whet.data import Sample, Weights
 from whet.distributed import RestartBudget
-from whet.errors import AttemptFailed, ModelError, WhetError, WorkerDied
+from whet.errors import AttemptFailed, ModelError, RestartsExhausted, WhetError, WorkerDied
 from whet.generate.base import Generator, Request
 
 T = TypeVar("T")
 
 
+NEVER = 5
+"""Deaths of an engine that has never answered, after which the run ends: a further start would not help."""
 PAUSE, LONGEST = 0.5, 30.0
 """Seconds before another try to start an engine: the first pause, which doubles each time, and the longest pause."""
 
@@ -29,6 +31,7 @@ class Lane:
 
     def __init__(self, make: Callable[[], Generator], budget: RestartBudget) -> None:
         self._make, self._budget, self._first = make, budget, True
+        self._failures: int | None = 0  # deaths before the first answer; None after it
         self._weights: Weights | None = None
         self.own: Generator | None = None
         self.own = self._lasting(lambda own: own)
@@ -41,7 +44,9 @@ class Lane:
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
         """See `Generator.generate`."""
-        yield from self._lasting(lambda own: list(own.generate(requests)))
+        samples = self._lasting(lambda own: list(own.generate(requests)))
+        self._failures = None
+        yield from samples
 
     def load_weights(self, weights: Weights) -> None:
         """See `Generator.load_weights`. Weights that failed to load are not loaded again after a restart."""
@@ -50,7 +55,9 @@ class Lane:
 
     def logprobs(self, ids: Sequence[Tensor]) -> list[Tensor]:
         """See `Generator.logprobs`."""
-        return self._lasting(lambda own: own.logprobs(ids))
+        found = self._lasting(lambda own: own.logprobs(ids))
+        self._failures = None
+        return found
 
     def sleep(self) -> None:
         """See `Generator.sleep`."""
@@ -97,6 +104,12 @@ class Lane:
                 if self._first:
                     raise
                 self._budget.spend(error)
+                if self._failures is not None:
+                    self._failures += 1
+                    if self._failures >= NEVER:
+                        raise RestartsExhausted(
+                            f"generator: an engine died {NEVER} times and never answered; the last time: {error}"
+                        ) from error
 
 
 class Fleet:
