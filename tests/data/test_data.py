@@ -337,7 +337,7 @@ BAD = [
     ("pairs", {"chosen": "b", "rejected": "c"}, "field 'prompt' is missing; without it"),
     ("pairs", {"chosen": TWO_TALKS[0], "rejected": [MESSAGE | {"content": "b"}, *TWO_TALKS[1][1:]]}, "chosen and rejected must share"),
     ("pairs", {"chosen": [MESSAGE] * 2, "rejected": [MESSAGE] * 2}, "field 'chosen' must end with an assistant message"),
-    ("pairs", PAIRS[0] | {"probability": 1.5}, "field 'probability' must lie in [0, 1], got 1.5"),
+    ("pairs", PAIRS[0] | {"probability": 1.5}, "field 'probability' must be in [0, 1], got 1.5"),
     ("pairs", PAIRS[0] | {"margin": "wide"}, "field 'margin' must be a finite number, got 'wide'"),
     ("rankings", ANSWERS, "field 'scores' is missing (the row has prompt, responses)"),
     ("rankings", ANSWERS | {"ranks": [1, 2]}, "field 'ranks' must have one number per answer: 3 answers, got 2"),

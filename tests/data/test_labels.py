@@ -151,8 +151,8 @@ BAD = [
     ({"labels": [1, 0]}, "field 'labels' must have one number per answer: 3 answers, got 2"),
     ({"labels": [1, 0, "good"]}, "field 'labels' must be a finite number, got 'good'"),
     ({"labels": [1, 0, None]}, "field 'labels' must be a finite number, got None"),
-    ({"labels": [1, 0, 1.5]}, "field 'labels' must lie in [0, 1], got [1.0, 0.0, 1.5]"),
-    ({"labels": [-0.5, 0, 1]}, "field 'labels' must lie in [0, 1], got [-0.5, 0.0, 1.0]"),
+    ({"labels": [1, 0, 1.5]}, "field 'labels' must be in [0, 1], got [1.0, 0.0, 1.5]"),
+    ({"labels": [-0.5, 0, 1]}, "field 'labels' must be in [0, 1], got [-0.5, 0.0, 1.0]"),
     ({"labels": True}, "field 'labels' must have one number per answer: 3 answers, got True"),
 ]
 

@@ -104,14 +104,14 @@ def _answer(located: Located, name: str) -> str:
 class Reader:
     """Convert located rows to records for one tokenizer.
 
-    `max_tokens` is the maximum length of a sequence, and `mend` the advice in the error about longer ones. `too_long` is
+    `max_tokens` is the maximum length of a sequence, and `advice` the advice in the error about longer ones. `too_long` is
     the treatment of longer sequences: "error", "drop" (skip the row) or "cut" (remove the end). `turns` is "all" or
     "last"; `separator` is the text between steps.
     """
 
     chat: Chat
     max_tokens: int
-    mend: str = "raise --data.max-tokens"
+    advice: str = "raise --data.max-tokens"
     too_long: str = "error"
     turns: str = "all"
     separator: str = "\n"
@@ -185,7 +185,7 @@ class Reader:
                 continue
             probability = _number(located, "probability", located.row.get("probability", 1.0))
             if not 0 <= probability <= 1:
-                raise DataError(f"{located.where}: field 'probability' must lie in [0, 1], got {probability}")
+                raise DataError(f"{located.where}: field 'probability' must be in [0, 1], got {probability}")
             out.append(
                 Pair(sides[0], sides[1], probability, _number(located, "margin", located.row.get("margin", 0.0)))
             )
@@ -275,7 +275,7 @@ class Reader:
             )
             labels = numbers(Located({**located.row, "labels": labels}, located.where), "labels", len(steps))
             if not all(0 <= label <= 1 for label in labels):
-                raise DataError(f"{located.where}: field 'labels' must lie in [0, 1], got {labels}")
+                raise DataError(f"{located.where}: field 'labels' must be in [0, 1], got {labels}")
             full = [*_messages(located, "prompt"), {"role": "assistant", "content": self.separator.join(steps)}]
             row = self._located(located, lambda full=full: self.chat.row(full, turns="last"))
             ends = torch.tensor([self.chat.ends_step(token, self.separator) for token in row.ids[row.start :].tolist()])
@@ -343,13 +343,13 @@ class Reader:
 
     def _long(self, located: Located, what: str, length: int) -> DataError:
         return DataError(
-            f"{located.where}: {what} has {length} tokens, the limit is {self.max_tokens}; {self.mend}, "
+            f"{located.where}: {what} has {length} tokens, the limit is {self.max_tokens}; {self.advice}, "
             "or leave such rows out with --data.too-long drop"
         )
 
     def _some(self, records: list, why: str = "") -> list:
         if not records:
-            why = why or f"all are longer than {self.max_tokens} tokens; {self.mend}"
+            why = why or f"all are longer than {self.max_tokens} tokens; {self.advice}"
             raise DataError(f"no row is left: {why}")
         return records
 

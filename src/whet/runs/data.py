@@ -23,11 +23,11 @@ def reader_of(model: fields.Frozen, data: fields.Data | fields.Rows, chat: Chat,
             f"sampling.max_new_tokens: the model has {limit} positions for prompt and answer; got {room}, lower it with "
             "--max-new-tokens"
         )
-    mend = "raise --data.max-tokens" if longest < limit - room else "the model has no more positions"
+    advice = "raise --data.max-tokens" if longest < limit - room else "the model has no more positions"
     if room:
-        mend = "lower --max-new-tokens" if mend.startswith("the") else mend
+        advice = "lower --max-new-tokens" if advice.startswith("the") else advice
     return Reader(
-        chat, longest, mend, data.too_long, *((data.turns, data.separator) if isinstance(data, fields.Data) else ())
+        chat, longest, advice, data.too_long, *((data.turns, data.separator) if isinstance(data, fields.Data) else ())
     )
 
 
