@@ -83,3 +83,66 @@ def test_each_of_torchruns_workers_has_an_engine_with_the_learners_log_probs(pla
     assert len(rows) == 3
     assert max(row["sampler_gap"] for row in rows) < 1e-4
     assert min(row["grad_norm/policy"] for row in rows) > 0
+
+
+OBJECTS = '''
+import sys
+import whet
+from whet.generate.local import LocalGenerator
+from whet.data import chat_format
+from whet.models.load import ModelSource, load_tokenizer
+
+
+def make_reward(scale):
+    return lambda prompts, completions, **_: [scale * (len(one.split()) % 5) for one in completions]
+
+
+class Engine:
+    """An own generator in a process of its own: it loads the pushed weights into a copy of the model."""
+
+    reports = frozenset({"sampler_logp"})
+    version = 0
+
+    def __init__(self, *, unit: int):
+        from whet.models.load import load_causal_lm
+        from whet.models.roles import Role
+
+        source = ModelSource("model", "float32", "cpu")
+        tokenizer = load_tokenizer(source)
+        chat = chat_format(tokenizer)
+        role = Role("sampler", load_causal_lm(source, tokenizer), False)
+        self.own = LocalGenerator(role, chat.end_ids, chat.text, unit=unit, copy=True)
+
+    def generate(self, requests):
+        yield from self.own.generate(requests)
+
+    def load_weights(self, weights):
+        self.own.load_weights(weights)
+        self.version = weights.version
+
+    def logprobs(self, ids):
+        return self.own.logprobs(ids)
+
+    def sleep(self): pass
+    def close(self): pass
+
+
+if __name__ == "__main__":
+    cluster = {"address": "auto", "engines": 1, "rewards": 1} if sys.argv[1] == "cluster" else {}
+    whet.train(
+        "grpo", model="model", data="prompts.jsonl", reward=make_reward(1.0), generator={"name": Engine, "unit": 4}, cluster=cluster,
+        num_generations=2, num_steps=2, prompts_per_step=4, mini_batch_size=4, max_new_tokens=8, lr=1e-3, out=sys.argv[1],
+    )
+'''
+
+
+def test_python_objects_go_along_to_the_workers_of_a_cluster(place: Path) -> None:
+    pytest.importorskip("ray")
+    (place / "objects.py").write_text(OBJECTS)
+    for out in ("one", "cluster"):
+        done = subprocess.run(
+            [sys.executable, "objects.py", out], cwd=place, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    worst, where = gap(metrics(place / "cluster"), metrics(place / "one"))
+    assert worst <= TOLERANCE, f"{where}: {worst:.3g}"

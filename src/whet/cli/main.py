@@ -1,4 +1,4 @@
-"""The command line: parse verbs and overrides, run the verb, and print an error as one message."""
+"""The command line: the table of commands, parsing of options, and errors as one message."""
 
 import sys
 from collections.abc import Mapping, Sequence

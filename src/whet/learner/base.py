@@ -1,4 +1,4 @@
-"""The Learner protocol, and the result of an update."""
+"""The Learner protocol, the table of learners, and the result of an update."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Conversion of groups to a batch: the scores of all rewards, the columns that a method reads, and metrics of a rollout."""
+"""Conversion of groups to a batch: columns from samples and rewards, measured columns, and metrics of a rollout."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Sources of the groups of a rollout: the order of the prompts, and generation on demand."""
+"""The order of the prompts, and one request per answer. A source of multi-turn answers would start here."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

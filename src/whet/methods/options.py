@@ -1,4 +1,4 @@
-"""Options of sampling, optimizer and learning-rate schedule, KL and value loss: frozen dataclasses without torch."""
+"""Options of sampling, optimizer, KL and value loss, and the formula of the learning-rate schedule: dataclasses without torch."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The Reward protocol, and functions that run several rewards and check their results."""
+"""The Reward protocol, the table of rewards, and functions that run several rewards and check their results."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -26,7 +26,7 @@ def digests(tree: Mapping[str, Any]) -> dict[str, str]:
     configurations and tokenizers. Hub names, URLs, files without a suffix, and what a Python file imports are not
     covered."""
     found = {}
-    for field_, value in _strings({key: one for key, one in tree.items() if key not in ("out", "cluster", "trackers")}):
+    for field_, value in strings({key: one for key, one in tree.items() if key not in ("out", "cluster", "trackers")}):
         files = _files_of(value)
         if files:
             sums = [f"{one.name} {sha256(one)}" for one in files]
@@ -34,13 +34,13 @@ def digests(tree: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _strings(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+def strings(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
     """Yield the dotted name and the text of each string in nested dicts and lists."""
     if isinstance(value, str):
         yield name, value
     elif isinstance(value, (Mapping, list)):
         for key, one in value.items() if isinstance(value, Mapping) else enumerate(value):
-            yield from _strings(one, f"{name}.{key}".strip("."))
+            yield from strings(one, f"{name}.{key}".strip("."))
 
 
 def _files_of(value: str) -> list[Path]:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from whet.cluster import Attempt, Wanted, connected, survive
 from whet.cluster.ray import require, there
@@ -15,8 +15,10 @@ from whet.learner.local import LocalLearner
 from whet.registry import OBJECTS
 from whet.rewards import Weighted
 from whet.rewards.model import reading
-from whet.runs import generators, learners, models, rewards
+from whet.runs import config, generators, inputs, learners, models, rewards
 from whet.runs import recipe as fields
+
+T = TypeVar("T")
 
 
 def check_cluster(recipe: fields.OfflineRecipe | fields.OnlineRecipe) -> None:
@@ -92,14 +94,19 @@ def engine_alone(recipe: fields.OnlineRecipe, longest: int, number: int) -> Gene
     return generators.engine_of(recipe, context, number)
 
 
-def scorers_of(recipe: fields.OnlineRecipe) -> Callable[[], list[Weighted]]:
-    """Return a function that builds all rewards in a reward worker. It carries the functions given as Python objects."""
-    return partial(rewards_alone, recipe, dict(OBJECTS))
+def carrying(recipe: fields.TrainingRecipe, make: Callable[..., T]) -> Callable[..., T]:
+    """Return `make` for another process, with the Python objects that the recipe names."""
+    tree = config.yaml_tree(config.to_yaml(recipe))
+    return partial(_made, {name: OBJECTS[name] for _, name in inputs.strings(tree) if name in OBJECTS}, make)
 
 
-def rewards_alone(recipe: fields.OnlineRecipe, objects: Mapping[str, Any] = {}) -> list[Weighted]:
-    """Build all rewards of the recipe, including reward models, in a separate process."""
+def _made(objects: Mapping[str, Any], make: Callable[..., T], *given: Any) -> T:
     OBJECTS.update(objects)
+    return make(*given)
+
+
+def rewards_alone(recipe: fields.OnlineRecipe) -> list[Weighted]:
+    """Build all rewards of the recipe, including reward models, in a separate process."""
     tokenizer, _ = models.tokenizer_and_chat(recipe.model)
     roles = rewards.reward_roles(recipe, tokenizer)
     readers = {name: reading(role, recipe.train.max_tokens_per_micro_batch) for name, role in roles.items()}

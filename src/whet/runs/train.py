@@ -40,13 +40,15 @@ def _on_cluster(session: Session) -> Path:
     def attempt(place: Attempt, resume: bool) -> None:
         options = replace(session.options, resume=resume)
         if isinstance(job, online.OnlineJob):
-            own = job.recipe
-            inside = None if own.cluster.engines else partial(placed.answers_inside, own, job.longest)
-            learner = place.learner(job.make, push=generators.push_of(own), answers=inside)  # type: ignore[arg-type]
-            engines = [partial(placed.engine_alone, own, job.longest, number) for number in range(own.cluster.engines)]
+            own, send = job.recipe, partial(placed.carrying, job.recipe)
+            inside = None if own.cluster.engines else send(partial(placed.answers_inside, own, job.longest))
+            learner = place.learner(send(job.make), push=generators.push_of(own), answers=inside)  # type: ignore[arg-type]
+            engines = [
+                send(partial(placed.engine_alone, own, job.longest, number)) for number in range(own.cluster.engines)
+            ]
             generator = place.generator(engines)
             scorers = (
-                place.rewards(placed.scorers_of(own))
+                place.rewards(send(partial(placed.rewards_alone, own)))
                 if own.cluster.rewards
                 else learners.shared_rewards(own, job.tokenizer, learner)
             )
@@ -55,7 +57,7 @@ def _on_cluster(session: Session) -> Path:
                 loop.run.close()
                 job.finish(loop, session.folder)
         else:
-            learner = place.learner(job.make)  # type: ignore[arg-type]
+            learner = place.learner(placed.carrying(recipe, job.make))  # type: ignore[arg-type]
             with graceful() as stop, job.loop(learner, session.folder, options, stop) as rows:
                 run_loop(rows)
                 rows.run.close()
