@@ -20,7 +20,8 @@ def formula(choice: Choice, spec: Slots, **more: Any) -> str:
     """
     values = {**choice_options(choice), **{key: value for key, value in spec.items() if key != "name"}, **more}
     names = [name for _, name, _, _ in Formatter().parse(choice.formula) if name]
-    return choice.formula.format(**{name: _shown(values.get(name)) for name in names})
+    text = choice.formula.format(**{name: _shown(values.get(name)) for name in names})
+    return text.replace(",  clamped to null", "")
 
 
 def online_lines(slots: Slots, *, longest: int | None = None, weights: Sequence[float] = (1.0,)) -> list[str]:
@@ -284,4 +285,6 @@ def in_words(value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "yes", False: "no"}[value]
     return f"{value:g}" if isinstance(value, float) else str(value)
