@@ -29,7 +29,7 @@ def engines() -> str:
         one, still = trained(SEVEN, layout), frozen(SEVEN, layout)
         numbers = (one.weights, one.gradients, one.optimizer, one.states, one.working, still.states)
         rows.append([engine, *(f"{number / GIB:.1f}" for number in numbers)])
-    head = ["32 workers, GiB", "weights", "gradients", "optimizer", "stays", "unfolded", "a frozen role"]
+    head = ["32 workers, GiB", "weights", "gradients", "optimizer", "resident", "gathered", "a frozen role"]
     return "\n".join(table(head, rows))
 
 

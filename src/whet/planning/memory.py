@@ -153,11 +153,11 @@ def frozen(shape: Shape, layout: Layout, *, head: str = "language", bytes_each: 
     whole = bytes_each * shape.parameters(head)
     if not layout.shards:
         return Bytes(whole)
-    unfolded = layout.computes_in(bytes_each) * (shape.end_parameters(head) + 2 * shape.layer_parameters())
+    gathered = layout.computes_in(bytes_each) * (shape.end_parameters(head) + 2 * shape.layer_parameters())
     share = whole / layout.workers
     if layout.offload:
-        return Bytes(0, 0, 0, unfolded, share)
-    return Bytes(share, 0, 0, unfolded)
+        return Bytes(0, 0, 0, gathered, share)
+    return Bytes(share, 0, 0, gathered)
 
 
 def working(shape: Shape, layout: Layout, count: int, *, head: str = "language", held: int = 4) -> float:

@@ -60,7 +60,7 @@ class GpuPlacement:
         if not self.engines:
             return learner
         each = f" of {self.tensor_parallel} GPUs" if self.tensor_parallel > 1 else ""
-        where = "on the same GPUs, in turns" if self.shared else "beside it"
+        where = "on the same GPUs, alternating" if self.shared else "beside it"
         return f"{learner}, {_counted(self.engines, 'engine')}{each} {where}"
 
     @property
@@ -234,11 +234,11 @@ def placed(
     engines = (hardware.gpus - (0 if shared else fits.workers)) // tensor_parallel
     if engines < 1:
         return None
-    stays = sum(one.bytes.states for one in parts(run, fits)) if shared else 0.0
+    resident = sum(one.bytes.states for one in parts(run, fits)) if shared else 0.0
     try:
         serving = memory.serving(
             run.policy,
-            hardware.gpu_memory * GIB - stays,
+            hardware.gpu_memory * GIB - resident,
             context=run.longest,
             tensor_parallel=tensor_parallel,
             share=run.engine_memory,

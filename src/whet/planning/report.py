@@ -115,12 +115,12 @@ def _lowered(run: PlannedRun, layout: Layout) -> str:
 def _memory(run: PlannedRun, hardware: Hardware, best: GpuPlacement) -> list[str]:
     parts = placement.parts(run, best.layout)
     rows = [_row(one.name, one.bytes, one.activations.peak if one.activations else 0.0) for one in parts]
-    head = ["role", "weights", "gradients", "optimizer", "stays", "unfolded", "activations", "on the host"]
+    head = ["role", "weights", "gradients", "optimizer", "resident", "gathered", "activations", "on the host"]
     states = sum(one.bytes.states for one in parts)
     total = placement.needed(parts)
     return [
         *table(head, rows),
-        f"stays {_gib(states)} + the largest role's unfolded and activations {_gib(total - states)} = {_gib(total)} GiB: "
+        f"resident {_gib(states)} + the largest role's gathered weights and activations {_gib(total - states)} = {_gib(total)} GiB: "
         + _verdict(total, hardware.usable),
     ]
 
@@ -160,7 +160,7 @@ def _serving(run: PlannedRun, hardware: Hardware, best: GpuPlacement) -> list[st
         f"{serving.sequences} answers of {run.longest} tokens at once; {placement.slots(run, best)} are used",
     ]
     if best.shared:
-        lines.append("beside what stays of the learner; they sleep while it learns (generator.sleep)")
+        lines.append("beside the resident memory of the learner; they sleep while it trains (generator.sleep)")
     return lines
 
 
@@ -168,7 +168,7 @@ def _bytes(run: PlannedRun, hardware: Hardware, best: GpuPlacement) -> list[str]
     measured, updated = best.times.received
     speed = hardware.network.ring(best.layout.workers)
     lines = [
-        f"{name}: weights unfolded {_gib(one.gathered)}{_reduced(one)} GiB a step, "
+        f"{name}: weights gathered {_gib(one.gathered)}{_reduced(one)} GiB a step, "
         f"{_seconds(one.total / speed)} at {speed / 1e9:g} GB/s"
         for name, one in (("measure", measured), ("update", updated))
         if one.total
@@ -202,14 +202,14 @@ def _time(run: PlannedRun, hardware: Hardware, best: GpuPlacement) -> list[str]:
         rows.append(("generate", sum(one.collected - one.began for one in outcome.steps) / len(outcome.steps), ""))
     both = zip(("measure", "update"), (times.measure, times.update), times.computed, times.sent, strict=True)
     for name, total, computed, sent in both:
-        note = f"computation {_seconds(computed)}, communication {_seconds(sent)}: the longer counts"
+        note = f"computation {_seconds(computed)}, communication {_seconds(sent)}: the longer time counts"
         rows.append((name, total, note if sent else ""))
     if best.engines:
         rows.append(("push", times.push, "engines pause"))
     whole = sum(took for _, took, _ in rows)
     return [
         *(f"{name:<9} {_seconds(took):>9}  {took / whole:4.0%}  {note}".rstrip() for name, took, note in rows),
-        f"{'in turns':<9} {_seconds(whole):>9}",
+        f"{'serial':<9} {_seconds(whole):>9}",
     ]
 
 
