@@ -1,6 +1,10 @@
 """Processes of this and other machines: their identity, whether they run, and their end. With psutil."""
 
+import hashlib
+import os
+import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -69,6 +73,19 @@ def end(processes: Sequence[Process], seconds: float) -> None:
             time.sleep(0.02)
         for one in () if last else processes:
             one.kill()
+
+
+def owned_folder(root: Path) -> Path:
+    """Create a folder of this process in `root`. Folders of processes that have ended without removing them are removed."""
+    machine = hashlib.sha256(host().encode()).hexdigest()[
+        :8
+    ]  # processes of other machines and containers are not known here
+    for old in root.glob(f"whet-engine-{machine}-*"):
+        pid, began = old.name.split("-")[3:5]
+        if not Process(host(), int(pid), float(began)).alive:
+            shutil.rmtree(old, ignore_errors=True)
+    own = Process.of(os.getpid())
+    return Path(tempfile.mkdtemp(prefix=f"whet-engine-{machine}-{own.pid}-{own.began:.2f}-", dir=root))
 
 
 def watch(owner: int) -> None:

@@ -1,7 +1,6 @@
 """Generation with a vLLM engine that this process starts, inside itself or in child processes."""
 
 import shutil
-import tempfile
 import threading
 import weakref
 from abc import ABC, abstractmethod
@@ -23,7 +22,7 @@ from whet.generate.vllm.push import About, Inlet, Transfer
 from whet.generate.vllm.start import engine_arguments, leave_groups, processes_of, refuse_inside_ranks, start
 from whet.generate.vllm.worker import OWNER
 from whet.ops import address
-from whet.processes import end
+from whet.processes import end, owned_folder
 
 CLOSE = 15.0
 """Seconds for an engine to end by itself before it is killed."""
@@ -200,7 +199,7 @@ class VLLMGenerator(EngineGenerator):
         refuse_inside_ranks(separate)
         if transfer == "ipc" and not separate:
             raise RecipeError("generator.transfer: a process cannot open its own CUDA handles; take shared")
-        self._folder = Path(tempfile.mkdtemp(prefix="whet-", dir=shared_memory()))
+        self._folder = owned_folder(shared_memory())
         self._remove = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._can_sleep = sleep
         self._owns_group = not separate and not torch.distributed.is_initialized()

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ from whet.generate.vllm.push import About, Inlet
 from whet.generate.vllm.start import QUIET, engine_arguments
 from whet.http import Http
 from whet.methods.options import Positive
-from whet.processes import descendants, end
+from whet.processes import descendants, end, owned_folder
 
 UNSET = "default"
 """vLLM's version of weights that were never updated."""
@@ -193,7 +192,7 @@ class Server:
 
     def __init__(self, model: str | Path, *, port: int = 0, start_timeout: float = 600.0, **options: Any) -> None:
         require_vllm()
-        self.folder = Path(tempfile.mkdtemp(prefix="whet-", dir=shared_memory()))
+        self.folder = owned_folder(shared_memory())
         arguments = engine_arguments(model, self.folder, **options)
         port = port or free_port()
         self.url = f"http://127.0.0.1:{port}"
