@@ -466,3 +466,22 @@ def test_a_resolved_recipe_written_as_yaml_resolves_to_itself(tmp_path: Path) ->
 def test_a_second_word_that_is_no_option_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"unexpected word 'b\.yaml'; options are written --name value"):
         parsed(["a.yaml", "b.yaml"])
+
+
+PARTS: dict[str, tuple[list[tuple[str, Any]], str, dict[str, Any]]] = {
+    "a part and its option": ([("surrogate", "dual_clip"), ("surrogate.bound", 4.0)], "surrogate", {"name": "dual_clip", "bound": 4.0}),
+    "an option in two parts": (
+        [("advantage", "gae_adaptive"), ("advantage.gamma", 0.9)], "advantage", {"name": "gae_adaptive", "gamma": 0.9}
+    ),
+    "options of the default": (
+        [("surrogate.clip_low", 0.1), ("surrogate.clip_high", 0.3)], "surrogate", {"name": "clip", "clip_low": 0.1, "clip_high": 0.3}
+    ),
+    "an option before another part": ([("surrogate.clip_low", 0.1), ("surrogate", "reinforce")], "surrogate", {"name": "reinforce"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_and_its_options_are_given_as_several_options(name: str) -> None:
+    overrides, slot, expected = PARTS[name]
+    found = config.resolve(OnlineRecipe, "grpo", None, overrides).algorithm[slot]
+    assert {key: found.get(key) for key in expected} == expected

@@ -88,14 +88,11 @@ def resolve(
     layers += [_expand(kind, _nested(kind, name.replace("-", "_"), value), "") for name, value in overrides]
     merged: dict[str, Any] = {}
     methods = [_method_of(layer) for layer in layers]
-    for layer in [*layers[: len(layers) - len(overrides)], _merged(layers[len(layers) - len(overrides) :])]:
-        for section_, named_by in ADAPTED.items():
-            own = layer.get(section_)
-            if isinstance(own, Mapping) and own.get(named_by, merged.get(section_, {}).get(named_by)) != merged.get(
-                section_, {}
-            ).get(named_by):
-                merged.get(section_, {}).pop("options", None)  # options of another adapter
-        _merge(merged, {key: value for key, value in layer.items() if key != "algorithm"})
+    plain = [{key: value for key, value in layer.items() if key != "algorithm"} for layer in layers]
+    recipes = len(plain) - len(overrides)
+    for layer in [*plain[:recipes], _merged(plain[recipes:])]:
+        _drop_options(merged, layer)
+        _merge(merged, layer)
     if "algorithm" in fields_of(kind):
         merged["algorithm"] = _composed(verb, methods)
     return converted(merged, kind, "")
@@ -103,6 +100,18 @@ def resolve(
 
 ADAPTED = {"generator": "name", "learner": "backend"}
 """Sections of adapters, and the field with the adapter's name."""
+
+
+def _drop_options(merged: Mapping[str, Any], layer: Mapping[str, Any]) -> None:
+    """Remove the options of an adapter from the merged layers if the next layer names another adapter."""
+    for name, named_by in ADAPTED.items():
+        old, new = merged.get(name), layer.get(name)
+        if (
+            isinstance(old, dict)
+            and isinstance(new, Mapping)
+            and new.get(named_by, old.get(named_by)) != old.get(named_by)
+        ):
+            old.pop("options", None)
 
 
 def _merged(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -361,8 +370,11 @@ def _expand(kind: type, tree: Any, where: str) -> Any:
 
 
 def _merge(tree: dict[str, Any], other: Mapping[str, Any]) -> None:
+    """Merge `other` into `tree`; it takes precedence. No mapping of `other` becomes part of `tree`."""
     for key, value in other.items():
-        if isinstance(value, Mapping) and isinstance(tree.get(key), dict):
+        if isinstance(value, Mapping):
+            if not isinstance(tree.get(key), dict):
+                tree[key] = {}
             _merge(tree[key], value)
         else:
             tree[key] = value
