@@ -92,13 +92,6 @@ class Workers:
         """Return this process's share of the objects: every size-th one, starting at the rank."""
         return things[self.rank :: self.size]
 
-    def unshard(self, shares: Sequence[Sequence[T]]) -> list[T]:
-        """Return the objects in their original order, from the shares of all processes. The inverse of `shard`."""
-        out: list[Any] = [None] * sum(map(len, shares))
-        for rank, share in enumerate(shares):
-            out[rank :: self.size] = share
-        return out
-
 
 class RestartBudget:
     """The number of times that workers of a run, of any kind, may be restarted."""

@@ -1,7 +1,7 @@
 """Find the adapter for a recipe value `{name: ..., option: ...}`, and check its options."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from whet.errors import RecipeError
@@ -88,8 +88,9 @@ def fixed_options(registry: Registry, section: Mapping[str, Any], called: str) -
     defaults = {
         one.name: one.default_factory() if callable(one.default_factory) else one.default for one in fields(kind)
     }
+    options = section.get("options") or {}
     return {
-        option: value
-        for option, value in (section.get("options") or {}).items()
-        if option not in free and value != defaults.get(option, value if option not in defaults else MISSING)
+        name: value
+        for name, value in options.items()
+        if name not in free and (name not in defaults or value != defaults[name])
     }

@@ -116,14 +116,9 @@ def locked(recipe: TrainingRecipe, verb: str, options: Options) -> Iterator[None
             checked(recipe, verb, options)
             yield
     except Timeout as error:
-        raise in_use(folder) from error
-
-
-def in_use(folder: Path) -> RecipeError:
-    """Return the error for a run folder in which another session trains."""
-    return RecipeError(
-        f"out: another session is training in {folder}; wait for its end, or name another folder with --out"
-    )
+        raise RecipeError(
+            f"out: another session is training in {folder}; wait for its end, or name another folder with --out"
+        ) from error
 
 
 def opened(folder: Path, recipe: TrainingRecipe, options: Options, verb: str, workers: Workers) -> RunFolder:
