@@ -90,7 +90,8 @@ def test_the_answers_and_their_end_tokens_are_trained_and_nothing_else(
     name: str, messages: list, turns: str, expected: str
 ) -> None:
     chat = chat_of(name)
-    assert picture(chat.row(messages, turns=turns), chat.tokenizer) == expected
+    (row,) = chat.rows(messages, turns=turns)
+    assert picture(row, chat.tokenizer) == expected
 
 
 @pytest.mark.parametrize(
@@ -104,14 +105,15 @@ def test_the_answers_and_their_end_tokens_are_trained_and_nothing_else(
 )
 def test_the_prompts_ids_are_those_the_row_begins_with(name: str, messages: list) -> None:
     chat = chat_of(name)
-    prompt, row = chat.prompt_ids(messages[:-1]), chat.row(messages, turns="last")
+    prompt, row = chat.prompt_ids(messages[:-1]), chat.row(messages)
     assert row.ids[: row.start].tolist() == prompt
     answer = row.ids[row.start :].tolist()
-    assert answer == chat.answer_ids(messages[-1]["content"])
+    assert answer == chat.answer_ids(messages[:-1], messages[-1]["content"])
     assert chat.text(answer) == messages[-1]["content"]
 
 
-def test_the_prompts_ids_do_not_depend_on_the_answer_even_where_the_tokenizer_would_merge_across_the_border() -> None:
+def test_a_token_across_the_border_of_prompt_and_answer_belongs_to_the_answer() -> None:
+    """The ids are those of the rendered text; two texts tokenized apart would give others."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -122,7 +124,7 @@ def test_the_prompts_ids_do_not_depend_on_the_answer_even_where_the_tokenizer_wo
         "{{ messages[0]['content'] }}\n{{ messages[1]['content'] if messages[1] }}{{ '<eos>' if messages[1] }}"
     )
     row = chat_format(tokenizer).row(talk("a", "y"))
-    assert (row.ids.tolist(), row.start) == ([0, 1, 2, 4], 2)
+    assert (row.ids.tolist(), row.start) == ([0, 3, 4], 1)
 
 
 @pytest.mark.parametrize(("name", "ends"), [("tiny", ["<end>", "<eos>"]), ("chatml", ["<|im_end|>", "<eos>"]),
@@ -130,18 +132,20 @@ def test_the_prompts_ids_do_not_depend_on_the_answer_even_where_the_tokenizer_wo
 def test_an_answer_ends_with_the_templates_own_end_token_or_eos(name: str, ends: list[str]) -> None:
     chat = chat_of(name)
     assert chat.tokenizer.convert_ids_to_tokens(list(chat.end_ids)) == ends
-    assert chat.tokenizer.convert_ids_to_tokens(chat.answer_ids("yes no")) == ["yes", "no", ends[0]]
+    assert chat.tokenizer.convert_ids_to_tokens(chat.answer_ids(ONE[:1], "yes no")) == ["yes", "no", ends[0]]
 
 
-def test_a_template_that_rewrites_earlier_turns_can_train_the_last_one_only() -> None:
+def test_where_a_template_rewrites_earlier_turns_each_turn_is_a_row_of_its_own() -> None:
+    """The context of a turn is what the model saw when it wrote this turn."""
     chat = chat_format(lines_tokenizer(FORGETFUL))
     messages = talk("hello", "maybe yes", "a", "two no")
-    with pytest.raises(DataError, match=r"writes earlier turns differently.*--data\.turns last"):
-        chat.row(messages)
-    assert picture(chat.row(messages, turns="last"), chat.tokenizer) == (
+    last = (
         "<|im_start|> user ⏎ hello <|im_end|> <|im_start|> assistant ⏎ yes <|im_end|> "
         "<|im_start|> user ⏎ a <|im_end|> <|im_start|> assistant ⏎ [two] [no] [<|im_end|>]"
     )
+    first = "<|im_start|> user ⏎ hello <|im_end|> <|im_start|> assistant ⏎ [maybe] [yes] [<|im_end|>]"
+    assert [picture(row, chat.tokenizer) for row in chat.rows(messages)] == [first, last]
+    assert [picture(row, chat.tokenizer) for row in chat.rows(messages, turns="last")] == [last]
 
 
 @pytest.mark.parametrize("template", ["none", "plain"])
@@ -172,7 +176,7 @@ REFUSALS = [
 @pytest.mark.parametrize(("name", "messages", "what"), REFUSALS)
 def test_a_conversation_that_cannot_be_trained_on_is_refused(name: str, messages: list, what: str) -> None:
     with pytest.raises(DataError, match=what):
-        chat_of(name).row(messages)
+        chat_of(name).rows(messages)
 
 
 def test_what_a_template_refuses_is_told_in_its_own_words() -> None:

@@ -329,7 +329,6 @@ BAD = [
     ("prompts", {"prompt": [{"role": "user", "content": " "}]}, "field 'prompt', message 0: the content is empty"),
     ("demonstrations", {"prompt": "a"}, "field 'completion' is missing (the row has prompt)"),
     ("demonstrations", {"prompt": "a", "completion": None}, "field 'completion' is missing (the row has prompt)"),
-    ("demonstrations", {"prompt": "a", "completion": ""}, "field 'completion' is empty"),
     ("demonstrations", {"prompt": "a", "completion": 1}, "field 'completion' must be a string, got int"),
     ("demonstrations", {"prompt": "a", "completion": [MESSAGE]}, "field 'completion' must be one assistant message"),
     ("demonstrations", {"messages": [MESSAGE]}, "a conversation needs an assistant message"),

@@ -1,9 +1,13 @@
 """Conversion of messages to token ids, with a mask of the trained tokens.
 
-The tokenizer's chat template renders the text, which is split at the start and end of assistant turns *before* it is
-tokenized. The ids of a prompt are therefore the same with an answer after it (training) and without (sampling).
+The tokenizer's chat template renders a conversation whole, and the text is tokenized once. The offsets of the tokens say
+who wrote them. A token with characters of a prompt and of its answer belongs to the answer. Only where there is no template,
+such a token is split, because the prompt is a text of its own.
 """
 
+import functools
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,33 +32,78 @@ PLAIN = (
 RAW = "none"
 """Name of the format without a template: prompt and completion are joined unchanged."""
 
-JOINED = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+JOINED = (
+    "{% for message in messages %}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
 """Chat template saved in the tokenizer for this format, so that a saved model is used with the format of its training."""
+
+BOS = "{{ bos_token }}"
+"""Start of the two templates above for a tokenizer that adds a bos token to plain text."""
+
+EXTRAS = ("tools", "documents", "chat_template_kwargs")
+"""Fields of a row that are passed to the chat template. The last one is an object of further arguments."""
+
+UNUSED = ("tool_calls", "reasoning_content", "thinking")
+"""Fields of a message that are content: a template that does not use them is refused."""
+
+MARK = "answer"
+"""Text of the answer with which a template is examined."""
+
+Messages = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A tokenizer with its conversation format. Each of `end_ids` ends an answer; training data uses the first."""
+    """A tokenizer with its conversation format.
+
+    Each of `end_ids` ends an answer; training data uses the first. `closing_ids` is what the template writes after an
+    answer: its end token, if it has one, and what follows it (often a line break). `leading` is what it writes between the
+    generation prompt and the text of an answer (often nothing, or a space). `spaced` is True if "▁" at the start of
+    an answer's first token stands for a space in the text. With `skip_special_tokens`, `text` leaves special tokens out.
+    """
 
     tokenizer: Any
     raw: bool
     end_ids: tuple[int, ...]
+    closing_ids: tuple[int, ...] = ()
+    leading: str = ""
+    spaced: bool = False
+    skip_special_tokens: bool = False
 
-    def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Return the ids that a generator continues: the messages and, with a template, the start of the assistant's turn."""
-        if self.raw:
-            return self._ids("".join(message["content"] for message in messages), start=True)
-        return self._ids(self._render(messages, opened=True))
+    def prompt_ids(self, messages: Messages, extras: Mapping[str, Any] | None = None) -> list[int]:
+        """Return the ids that a generator continues: the messages and, with a template, the start of the assistant's turn.
 
-    def answer_ids(self, text: str) -> list[int]:
-        """Return the ids of an answer, including its end token."""
-        return [*self._ids(text), self.end_ids[0]]
+        `extras` has the fields `tools`, `documents` and `chat_template_kwargs` of the row, if it has any.
+        """
+        return self._encode(self._render(messages, extras, opened=True))[0]
 
-    def row(self, messages: Sequence[Mapping[str, str]], *, turns: str = "all") -> Row:
-        """Convert a conversation to a row; only the assistant turns and their end tokens are trained.
+    def answer_ids(
+        self, messages: Messages, text: str, extras: Mapping[str, Any] | None = None, *, ended: bool = True
+    ) -> list[int]:
+        """Return the ids of an answer to these messages, including its end token if it ended."""
+        row = self.row([*messages, {"role": "assistant", "content": text}], ended=ended, extras=extras)
+        return row.ids[row.start :].tolist()
 
-        `turns="last"` trains only the last turn. Raises DataError if there is no assistant turn after a user message, or
-        if the template changes earlier turns when later ones follow (then only the last turn can be trained).
+    def text_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of plain texts, each with an end token, and with a bos token if the tokenizer adds one."""
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        start = [bos] if _adds_bos(self.tokenizer) else []
+        out = []
+        for ids in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]:
+            ids = [*start, *(ids[1:] if start == ids[:1] else ids)]
+            out.append(ids if ids[-1:] == [eos] else [*ids, eos])
+        return out
+
+    def rows(
+        self, messages: Messages, *, turns: str = "all", ended: bool = True, extras: Mapping[str, Any] | None = None
+    ) -> list[Row]:
+        """Convert a conversation to rows; only the assistant turns and their end tokens are trained.
+
+        `turns="last"` trains only the last turn. All turns are one row, except if the template writes a turn differently
+        once other turns follow, or without an end token: then each turn is a row of its own, with the context that it had
+        when it was generated. With `ended` False the last answer was cut off. Raises DataError if there is no assistant turn
+        after a user message.
         """
         answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         if not answers or answers[0] == 0:
@@ -63,88 +112,296 @@ class Chat:
             answers = answers[-1:]
         if self.raw and len(answers) > 1:
             raise DataError('several assistant turns need a chat template; "none" joins one prompt and one answer')
-        ids: list[int] = []
-        trained: list[bool] = []
-        done = ""
-        for number in answers:
-            if self.raw:
-                prompt, answer = self.prompt_ids(messages[:number]), self.answer_ids(messages[number]["content"])
-                ids, trained = prompt + answer, [False] * len(prompt) + [True] * len(answer)
-                break
-            opened = self._render(messages[:number], opened=True)
-            closed = self._render(messages[: number + 1], opened=False)
-            if not opened.startswith(done) or not closed.startswith(opened):
-                raise DataError(
-                    "the chat template writes earlier turns differently once later ones follow, so they cannot all be "
-                    "trained in one row; train the last turn only with --data.turns last"
+        messages = [self._bare(one) if one["role"] == "assistant" else one for one in messages]
+        if len(answers) > 1:
+            whole, spans = self._render(messages[: answers[-1] + 1], extras), []
+            for number in answers:
+                opened, closed = (
+                    self._render(messages[:number], extras, opened=True),
+                    self._render(messages[: number + 1], extras),
                 )
-            between, answer = self._ids(opened[len(done) :]), self._ids(closed[len(opened) :])
-            end = next((place for place, token in enumerate(answer) if token in self.end_ids), None)
-            if end is None:
-                answer, end = [*answer, self.end_ids[0]], len(answer)
-            ids += between + answer
-            trained += [False] * len(between) + [place <= end for place in range(len(answer))]
-            done = closed
-        last = max(place for place, on in enumerate(trained) if on) + 1
-        start = trained.index(True)
-        return Row(torch.tensor(ids[:last]), start, torch.tensor(trained[start:last]))
+                if not whole.startswith(closed) or not closed.startswith(opened):
+                    break
+                spans.append((len(opened), len(closed)))
+            if len(spans) == len(answers):
+                row = self._row(whole, spans, ended=ended)
+                if row is not None:
+                    return [row]
+        return [
+            self.row(messages[: number + 1], ended=ended or number < answers[-1], extras=extras) for number in answers
+        ]
+
+    def row(
+        self,
+        messages: Messages,
+        *,
+        ended: bool = True,
+        closing: bool = False,
+        extras: Mapping[str, Any] | None = None,
+    ) -> Row:
+        """Convert a prompt and its answer, the last message, to a row in which only the answer is trained.
+
+        With `ended` False the answer was cut off, and gets no end token. `closing` keeps what the template writes after the
+        end token, and adds no end token of its own: the ids are those of the template's text, as a reward model reads it.
+        Raises DataError if the generation prompt opens the answer (with "<think>") and the text does not continue it.
+        """
+        *prompt, answer = messages
+        answer = self._bare(answer)
+        opened, text = self._render(prompt, extras, opened=True), self._render([*prompt, answer], extras)
+        if not text.startswith(opened):
+            text = opened + self._continued(prompt, answer, opened, extras)
+        row = self._row(text, [(len(opened), len(text))], ended=ended, closing=closing)
+        assert row is not None
+        return row
+
+    def sampled_row(
+        self, prompt_ids: Sequence[int], ids: Sequence[int], *, closing: bool = False, trained: Sequence[bool] = ()
+    ) -> Row:
+        """Return a row of these prompt ids and sampled ids. `trained` has one bool per sampled id, all True without it.
+
+        With `closing`, the end token of an answer that ended is replaced by what the template writes after an answer.
+        """
+        mask = list(trained) or [True] * len(ids)
+        ids = list(ids)
+        if closing and ids and ids[-1] in self.end_ids and (len(ids) > 1 or self.closing_ids):
+            own = next((place + 1 for place, one in enumerate(self.closing_ids) if one in self.end_ids), 0)
+            mask = mask[:-1] + [place < own for place in range(len(self.closing_ids))]
+            ids = [*ids[:-1], *self.closing_ids]
+        return Row(torch.tensor([*prompt_ids, *ids]), len(prompt_ids), torch.tensor(mask, dtype=torch.bool))
 
     def ends_step(self, token: int, separator: str) -> bool:
         """Return whether a step ends with this token: its text contains the separator."""
         return separator in self.tokenizer.decode([token])
 
     def text(self, ids: Sequence[int]) -> str:
-        """Decode an answer, without its end token and other special tokens."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        """Decode an answer, without its closing end token. No clean-up; other special tokens are kept by default."""
+        ids = list(ids[:-1]) if ids and ids[-1] in self.end_ids else list(ids)
+        out = self.tokenizer.decode(
+            ids, skip_special_tokens=self.skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+        if self.spaced and ids and not out.startswith(" ") and _token(self.tokenizer, ids[0]).startswith("▁"):
+            return f" {out}"
+        return out
 
-    def _render(self, messages: Sequence[Mapping[str, str]], *, opened: bool) -> str:
+    def is_text_of(self, ids: Sequence[int], text: str) -> bool:
+        """Return whether this is the text of these ids, with or without special tokens."""
+        kept = self.text(ids)
+        return text == kept or text == self.tokenizer.decode(
+            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    def unused(self, fields: Sequence[str]) -> list[str]:
+        """Return the fields of messages that the chat template does not mention."""
+        source = _source(self.tokenizer)
+        return [name for name in fields if re.search(rf"\b{re.escape(name)}\b", source) is None]
+
+    def check(self, messages: Messages, extras: Mapping[str, Any] | None = None) -> None:
+        """Raise DataError for content that the chat template does not write: tools, documents, arguments, tool calls,
+        thoughts, and messages of a role that it leaves out."""
+        given = dict(extras or {})
+        names = [name for name in EXTRAS[:2] if name in given] + list(given.get(EXTRAS[2], {}))
+        source = _source(self.tokenizer)
+        for name in names:
+            if name not in _variables(source):
+                raise DataError(
+                    f"the chat template does not use {name!r}, so it would be dropped; remove it from the row"
+                )
+        fields = {name: None for one in messages for name in one if name in UNUSED}
+        for name in self.unused(list(fields)):
+            raise DataError(
+                f"the chat template does not use the field {name!r} of messages, so it would be dropped; write it into the "
+                "content, or give a template that uses it with --chat-template"
+            )
+        text = self._render(messages, extras)
+        for number, one in enumerate(messages):
+            content = str(one.get("content") or "").strip()
+            if one["role"] == "assistant" or content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text:
+                continue
+            raise DataError(
+                f"the chat template leaves out message {number} ({one['role']}), so it would be dropped; remove it, or give "
+                "a template that writes it with --chat-template"
+            )
+
+    def _bare(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the message without what the template adds to its content: an end token, and the text before it."""
+        content = message.get("content")
+        if self.leading and isinstance(content, str):
+            content = content.removeprefix(self.leading)
+            message = {**message, "content": content}
+        for end in self.end_ids if isinstance(content, str) else ():
+            token = _token(self.tokenizer, end)
+            if str(content).rstrip().endswith(token):
+                return {**message, "content": str(content).rstrip().removesuffix(token)}
+        return message
+
+    def _continued(
+        self, prompt: Messages, answer: Mapping[str, Any], opened: str, extras: Mapping[str, Any] | None
+    ) -> str:
+        """Return the text after a generation prompt that opens the answer: its content without the opening, and the end."""
+        probe = self._render([*prompt, {"role": "assistant", "content": MARK}], extras)
+        before, _, ending = probe.rpartition(MARK)
+        if not opened.startswith(before):
+            raise DataError(
+                "the chat template writes an answer differently than it begins one, so it cannot be trained"
+            )
+        opening, content = opened[len(before) :], str(answer.get("content") or "")
+        tag = re.search(r"[<\[](\|?)([\w ]+)(\|?)[>\]]\s*$", opening)
+        if content.lstrip().startswith(opening.strip()):
+            rest = content.lstrip().removeprefix(opening.strip())
+            return (rest.removeprefix("\n") if opening.endswith("\n") else rest) + ending
+        close = opening[tag.start()] + tag[1] + "/" + tag[2] + tag[3] + opening[tag.end(3)] if tag else None
+        if close is not None and close in content:
+            return content + ending
+        wanted = f" and ends it with {close!r}" if close else ""
+        raise DataError(
+            f"the generation prompt of the chat template opens each answer with {opening!r}, but this answer does not go on "
+            f"from there; write an answer that begins with it{wanted}, or give the sampled token ids"
+        )
+
+    def _row(
+        self, text: str, spans: Sequence[tuple[int, int]], *, ended: bool = True, closing: bool = False
+    ) -> Row | None:
+        """Tokenize a text in which the characters of these spans are answers with their end. Return None if an answer
+        other than the last has no end token."""
+        ids, places = self._encode(text, [place for span in spans for place in span])
+        if self.raw:
+            ids, places = self._joined(text, spans[0][0], ids, places)
+        trained = [False] * len(ids)
+        stop = 0
+        for number, (first, last) in enumerate(zip(places[::2], places[1::2], strict=True)):
+            found = [place for place in range(first, last) if ids[place] in self.end_ids]
+            stop = found[-1 if closing else 0] if found else last
+            final = number == len(spans) - 1
+            if stop < last:
+                stop += ended or not final or stop == first
+            elif not final:
+                return None
+            else:  # the template has no end token
+                stop = last - _blank(self.tokenizer, ids[first:last])
+                if stop == first or (ended and not closing):
+                    ids, trained, stop = [*ids[:stop], self.end_ids[0]], [*trained[:stop], True], stop + 1
+            trained[first:stop] = [True] * (stop - first)
+        length = len(ids) if closing and ended else stop
+        start = trained.index(True)
+        return Row(torch.tensor(ids[:length]), start, torch.tensor(trained[start:length]))
+
+    def _joined(self, text: str, border: int, ids: list[int], places: list[int]) -> tuple[list[int], list[int]]:
+        """Return the ids without a token across the border of prompt and completion, so that the prompt has the ids with which
+        it is continued. The completion is tokenized behind a special token, where it is not taken for the start of a text."""
+        head = self._encode(text[:border])[0]
+        if ids[: places[0]] == head:
+            return ids, places
+        tail = self._encode(_token(self.tokenizer, self.end_ids[0]) + text[border:])[0][1:]
+        if tail and _token(self.tokenizer, tail[0]).startswith("▁") and not text[border].isspace():
+            return ids, places
+        return head + tail, [len(head), len(head) + len(tail)]
+
+    def _render(self, messages: Messages, extras: Mapping[str, Any] | None = None, *, opened: bool = False) -> str:
+        given = dict(extras or {})
         try:
             return self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=opened
-            )
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=opened,
+                **given.pop(EXTRAS[2], {}), **given,
+            )  # fmt: skip
         except Exception as error:  # a template may raise any error (raise_exception of Jinja)
             raise DataError(f"the chat template refuses these messages: {error}") from error
 
-    def _ids(self, text: str, *, start: bool = False) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=start)["input_ids"]
+    def _encode(self, text: str, places: Sequence[int] = ()) -> tuple[list[int], list[int]]:
+        """Return the ids of a text, and for each place in it (characters) the index of the first token that ends after it.
+
+        A second bos token at the start is removed.
+        """
+        if self.tokenizer.is_fast:
+            found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            ids, ends = list(found["input_ids"]), [end for _, end in found["offset_mapping"]]
+            at = [next((index for index, end in enumerate(ends) if end > place), len(ids)) for place in places]
+        else:  # no offsets: the tokens that the text up to the place shares with the whole text
+            ids, at = self.tokenizer(text, add_special_tokens=False)["input_ids"], []
+            for place in places:
+                own = self.tokenizer(text[:place], add_special_tokens=False)["input_ids"]
+                at.append(next((n for n, (a, b) in enumerate(zip(own, ids, strict=False)) if a != b), len(own)))
+        if self.tokenizer.bos_token_id is not None and ids[:2] == [self.tokenizer.bos_token_id] * 2:
+            return ids[1:], [max(0, index - 1) for index in at]
+        return ids, at
 
 
-def chat_format(tokenizer: Any, template: str | None = None) -> Chat:
+def extras_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a row that are passed to the chat template."""
+    return {name: row[name] for name in EXTRAS if row.get(name)}
+
+
+def _blank(tokenizer: Any, ids: Sequence[int]) -> int:
+    """Return the number of tokens at the end that are only white space."""
+    return next((n for n, one in enumerate(reversed(ids)) if tokenizer.decode([one]).strip()), len(ids))
+
+
+def _token(tokenizer: Any, token_id: int) -> str:
+    return str(tokenizer.convert_ids_to_tokens(token_id))
+
+
+def _source(tokenizer: Any) -> str:
+    """Return the source of the chat template, or of all of them if there are several."""
+    template = tokenizer.chat_template
+    return "\n".join(template.values()) if isinstance(template, Mapping) else str(template)
+
+
+@functools.lru_cache(maxsize=8)
+def _variables(source: str) -> frozenset[str]:
+    """Return the names that a template takes from outside."""
+    import jinja2
+    import jinja2.meta
+
+    plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", source)
+    parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", "jinja2.ext.do"]).parse(plain)
+    return frozenset(jinja2.meta.find_undeclared_variables(parsed))
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    """Return whether the tokenizer puts a bos token before plain text."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer(MARK)["input_ids"][:1] == [bos]
+
+
+def chat_format(tokenizer: Any, template: str | None = None, *, skip_special_tokens: bool = False) -> Chat:
     """Return the conversation format of a tokenizer.
 
     `template`: None uses the tokenizer's template, "plain" sets `### Human / ### Assistant`, "none" joins prompt and
     completion without a template. Other values are a Jinja file or the template itself. Raises ModelError if the
-    tokenizer has no template and none is given.
+    tokenizer has no template and none is given, or if the template does not write the assistant's message.
     """
     name = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{name}: the tokenizer has no end-of-sequence token, so no answer could ever end")
-    if template == RAW or (template is None and tokenizer.chat_template == JOINED):
-        tokenizer.chat_template = JOINED
-        return Chat(tokenizer, True, (tokenizer.eos_token_id,))
+    raw = template == RAW or (template is None and tokenizer.chat_template in (JOINED, BOS + JOINED))
+    if raw or template == "plain":
+        template = (BOS if _adds_bos(tokenizer) else "") + (JOINED if raw else PLAIN)
+    elif template is not None and "{" not in template:
+        path = Path(template)
+        if not path.is_file():
+            raise ModelError(f'chat template {template!r}: expected "plain", "none" or an existing Jinja file')
+        template = path.read_text(encoding="utf-8")
     if template is not None:
-        if template == "plain":
-            template = PLAIN
-        elif "{" not in template:
-            path = Path(template)
-            if not path.is_file():
-                raise ModelError(f'chat template {template!r}: expected "plain", "none" or an existing Jinja file')
-            template = path.read_text(encoding="utf-8")
         tokenizer.chat_template = template
     if not tokenizer.chat_template:
         raise ModelError(
             f"{name}: the tokenizer has no chat template; give one with --chat-template plain (### Human / ### Assistant), "
             'a Jinja file, or "none" to join prompt and completion as they are'
         )
-    mark = "answer"
-    probe = Chat(tokenizer, False, (tokenizer.eos_token_id,))
-    question = {"role": "user", "content": "question"}
-    closed = probe._render([question, {"role": "assistant", "content": mark}], opened=False)
-    if mark not in closed:
+    probe = Chat(tokenizer, raw, (tokenizer.eos_token_id,))
+    closed = probe._render([{"role": "user", "content": "question"}, {"role": "assistant", "content": MARK}])
+    if MARK not in closed:
         raise ModelError(
             f"{name}: the chat template does not write the assistant's message; give another with --chat-template"
         )
-    tail = probe._ids(closed[closed.rindex(mark) + len(mark) :])
+    place = closed.rindex(MARK)
+    opened = probe._render([{"role": "user", "content": "question"}], opened=True)
+    leading = closed[len(opened) : place] if closed.startswith(opened) else ""
+    ids, (first, after) = probe._encode(closed, [place, place + len(MARK)])
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    ends = [token for token in tail[:1] if token in special]
-    return Chat(tokenizer, False, tuple(dict.fromkeys([*ends, tokenizer.eos_token_id])))
+    behind = ids[after:]
+    white = next((n for n, one in enumerate(behind) if tokenizer.decode([one]).strip()), len(behind))
+    ends = [one for one in behind[white : white + 1] if one in special]
+    return Chat(
+        tokenizer, raw, tuple(dict.fromkeys([*ends, tokenizer.eos_token_id])), tuple(behind), leading,
+        not _token(tokenizer, ids[first]).startswith("▁"), skip_special_tokens,
+    )  # fmt: skip

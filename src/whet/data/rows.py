@@ -6,13 +6,14 @@ model is loaded.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from whet.data.chat import Chat
+from whet.data.chat import Chat, extras_of
 from whet.data.read import Located
 from whet.data.types import Labeled, Pair, Prompt, Ranking, Row, Stepped, Unpaired
 from whet.errors import DataError
@@ -54,50 +55,85 @@ def numbers(located: Located, name: str, count: int) -> list[float]:
     return [_number(located, name, value) for value in values]
 
 
-def _messages(located: Located, name: str) -> list[dict[str, str]]:
-    """Return the field as a list of messages; a string is one user message."""
+def _messages(located: Located, name: str) -> list[dict[str, Any]]:
+    """Return the field as a list of messages; a string is one user message.
+
+    Content parts of type text are joined. A message with tool calls may have no content, and an answer or the result of a
+    tool may be empty.
+    """
     value = _field(located, name)
     if isinstance(value, str):
         return [{"role": "user", "content": _text(located, name)}]
     if not isinstance(value, list) or not value:
         raise DataError(f"{located.where}: field {name!r} must be a string or a list of messages, got {value!r:.80}")
-    for number, message in enumerate(value):
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or "role" not in message:
-            raise DataError(
-                f"{located.where}: field {name!r}, message {number}: expected "
-                f'{{"role": ..., "content": "..."}}, got {message!r:.80}'
-            )
-        if message["role"] not in ("system", "user", "assistant", "tool"):
-            raise DataError(
-                f"{located.where}: field {name!r}, message {number}: role {message['role']!r} is none of "
-                "system, user, assistant, tool"
-            )
-        if not message["content"].strip():
-            raise DataError(f"{located.where}: field {name!r}, message {number}: the content is empty")
-    return value
+    return [_message(located, name, number, message) for number, message in enumerate(value)]
 
 
-def _ended(located: Located, count: int) -> list[bool]:
-    """Return which answers are complete: the field `finish` of sampled rows is "length" for answers that were cut off."""
+def _message(located: Located, name: str, number: int, message: Any) -> dict[str, Any]:
+    where = f"{located.where}: field {name!r}, message {number}"
+    content = message.get("content") if isinstance(message, dict) else None
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        for part in content:
+            if part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise DataError(f"{where}: a content part must be of type text, got {part!r:.80}")
+        content = "".join(part["text"] for part in content)
+    elif content is None and isinstance(message, dict) and message.get("tool_calls"):
+        content = ""
+    if not isinstance(message, dict) or not isinstance(content, str) or "role" not in message:
+        raise DataError(f'{where}: expected {{"role": ..., "content": "..."}}, got {message!r:.80}')
+    if message["role"] not in ("system", "developer", "user", "assistant", "tool"):
+        raise DataError(f"{where}: role {message['role']!r} is none of system, developer, user, assistant, tool")
+    if not content.strip() and message["role"] not in ("assistant", "tool"):
+        raise DataError(f"{where}: the content is empty")
+    return {**message, "content": content}
+
+
+def _finish(located: Located, count: int) -> list[bool]:
+    """Return which answers are complete: the field `finish` is "length" for an answer that was cut off at its limit. It has
+    one entry per answer, or is a string if there is only one answer."""
     finish = located.row.get("finish")
     if finish is None:
         return [True] * count
-    if not isinstance(finish, list) or len(finish) != count:
-        raise DataError(f"{located.where}: field 'finish' must have one entry per answer ({count}), got {finish!r:.80}")
+    finish = [finish] if count == 1 and isinstance(finish, str) else finish
+    if not isinstance(finish, list) or len(finish) != count or not set(finish) <= {"stop", "length"}:
+        raise DataError(
+            f'{located.where}: field \'finish\' must have "stop" or "length" for each answer ({count}), got {finish!r:.80}'
+        )
     return [one != "length" for one in finish]
 
 
-def _answer(located: Located, name: str) -> str:
-    """Return the field as one answer: a string, or a list with one assistant message."""
+def _answer(located: Located, name: str) -> dict[str, Any]:
+    """Return the field as one answer: a string (it may be empty), or a list with one assistant message."""
     value = _field(located, name)
-    if isinstance(value, list):
-        messages = _messages(located, name)
-        if len(messages) != 1 or messages[0]["role"] != "assistant":
-            raise DataError(
-                f"{located.where}: field {name!r} must be one assistant message, got {len(messages)} messages"
-            )
-        return messages[0]["content"]
-    return _text(located, name)
+    if isinstance(value, str):
+        return {"role": "assistant", "content": value}
+    if not isinstance(value, list):
+        raise DataError(f"{located.where}: field {name!r} must be a string, got {type(value).__name__}")
+    messages = _messages(located, name)
+    if len(messages) != 1 or messages[0]["role"] != "assistant":
+        raise DataError(f"{located.where}: field {name!r} must be one assistant message, got {len(messages)} messages")
+    return messages[0]
+
+
+def _table(located: Located, name: str, count: int) -> list[list[float]] | None:
+    """Return the field of a `responses` row as a K x K table of numbers, or None if the row does not have it."""
+    value = located.row.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, list) or len(value) != count or any(not isinstance(one, list) for one in value):
+        raise DataError(
+            f"{located.where}: field {name!r} must be a table of {count} x {count} numbers, one row per answer, got {value!r:.80}"
+        )
+    return [numbers(Located({name: one}, located.where), name, count) for one in value]
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """An answer of a row: its message, whether it ended, and the token ids that were sampled, if the row has them."""
+
+    message: Mapping[str, Any]
+    ended: bool = True
+    ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +142,12 @@ class Reader:
 
     `max_tokens` is the maximum length of a sequence, and `advice` the advice in the error about longer ones. `too_long` is
     the treatment of longer sequences: "error", "drop" (skip the row) or "cut" (remove the end). `turns` is "all" or
-    "last"; `separator` is the text between steps.
+    "last"; `separator` is the text between steps. With `closing`, answers keep what the chat template writes after their
+    end token, as a reward model reads them.
+
+    An answer is text. If its row also has the token ids that were sampled (`response_ids`, `completion_ids`, `chosen_ids`,
+    `rejected_ids`) and its `prompt_ids`, if any, are those of this tokenizer and template, these ids are taken. An answer
+    that was cut off (`finish`: "length") gets no end token.
     """
 
     chat: Chat
@@ -115,26 +156,27 @@ class Reader:
     too_long: str = "error"
     turns: str = "all"
     separator: str = "\n"
+    closing: bool = False
 
     def texts(self, rows: Sequence[Located]) -> list[Row]:
         """Read `text` rows: all tokens are trained, including the end token, and longer texts are cut into pieces.
 
         Each piece starts with the last token of the previous piece, so each token is predicted once.
         """
-        tokenizer, out = self.chat.tokenizer, []
-        for ids in tokenizer([_text(located, "text") for located in rows])["input_ids"]:
-            ids = ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
+        out = []
+        for ids in self.chat.text_ids([_text(located, "text") for located in rows]):
             for start in range(0, len(ids) - 1, self.max_tokens - 1):
                 piece = ids[start : start + self.max_tokens]
                 out.append(Row(torch.tensor(piece), 1, torch.ones(len(piece) - 1, dtype=torch.bool)))
         return self._some(out, "no text has two tokens")
 
     def prompts(self, rows: Sequence[Located]) -> list[Prompt]:
-        """Read `prompt` rows (a string or messages). The other fields are passed to reward functions as columns."""
+        """Read `prompt` rows (a string or messages). The other fields are passed to reward functions as columns; `tools`,
+        `documents` and `chat_template_kwargs` also reach the chat template."""
         out = []
         for number, located in enumerate(rows):
-            messages = _messages(located, "prompt")
-            ids = self._located(located, lambda messages=messages: self.chat.prompt_ids(messages))
+            messages = self._checked(located, _messages(located, "prompt"))
+            ids = self._located(located, self.chat.prompt_ids, messages, extras_of(located.row))
             if len(ids) > self.max_tokens:
                 if self.too_long == "drop":
                     continue
@@ -152,32 +194,32 @@ class Reader:
                 out.extend(self.texts([located]))
                 continue
             if located.row.get("messages") is not None:
-                messages = _messages(located, "messages")
+                messages, (ended,) = self._checked(located, _messages(located, "messages")), _finish(located, 1)
+                extras = extras_of(located.row)
+                made = self._located(
+                    located, partial(self.chat.rows, messages, turns=self.turns, ended=ended, extras=extras)
+                )
             else:
-                messages = [
-                    *_messages(located, "prompt"),
-                    {"role": "assistant", "content": _answer(located, "completion")},
-                ]
-            row = self._located(located, lambda messages=messages: self.chat.row(messages, turns=self.turns))
-            out.extend(self._fit(located, row, "the conversation"))
+                prompt = self._checked(located, _messages(located, "prompt"))
+                made = [self._made(located, prompt, self._one(located))]
+            out.extend(kept for row in made for kept in self._fit(located, row, "the conversation"))
         return self._some(out)
 
     def pairs(self, rows: Sequence[Located]) -> list[Pair]:
-        """Read `prompt`, `chosen`, `rejected` rows, or all untied pairs of rankings. `probability` and `margin` are optional.
+        """Read `prompt`, `chosen`, `rejected` rows, or all untied pairs of rankings.
 
-        Without `prompt`, chosen and rejected are whole conversations that differ only in their last message.
+        `probability` (of the first answer being better) and `margin` are optional. `responses` rows have them as K x K
+        tables, in which row i, column j is about answer i against answer j; with a table of probabilities each pair counts,
+        and no `ranks` are needed. Without `prompt`, chosen and rejected are whole conversations that differ only in
+        their last message.
         """
         out: list[Pair] = []
         tied = False
         for located in rows:
             if "responses" in located.row:
-                for ranking in self._rankings([located]):
-                    tied = tied or len(set(ranking.ranks)) == 1
-                    order = sorted(range(len(ranking.rows)), key=lambda index: ranking.ranks[index])
-                    for i, better in enumerate(order):
-                        for worse in order[i + 1 :]:
-                            if ranking.ranks[better] < ranking.ranks[worse]:
-                                out.append(Pair(ranking.rows[better], ranking.rows[worse]))
+                found, untied = self._pairs_of(located)
+                out.extend(found)
+                tied = tied or not untied
                 continue
             messages, answers = self._two(located)
             sides = [self._answer_row(located, messages, answer) for answer in answers]
@@ -191,32 +233,57 @@ class Reader:
             )
         return self._some(out, "every ranking has ties alone, and no pair comes from those" if tied else "")
 
+    def _pairs_of(self, located: Located) -> tuple[list[Pair], bool]:
+        """Return the pairs of a `responses` row, and whether any two answers are untied."""
+        messages, answers = self._answers(located)
+        count = len(answers)
+        probability, margin = _table(located, "probability", count), _table(located, "margin", count)
+        if probability is None:
+            ranks = self._ranks(located, count)
+        else:
+            for i in range(count):
+                for j in range(i):
+                    there, back = probability[i][j], probability[j][i]
+                    if not (0 <= there <= 1 and abs(there + back - 1) <= 1e-6):
+                        raise DataError(
+                            f"{located.where}: field 'probability' must have numbers in [0, 1], and [{i}][{j}] and [{j}][{i}] "
+                            f"must sum to 1, got {there} and {back}"
+                        )
+            ranks = list(range(count))  # each pair counts, the first answer as the chosen one
+        order = sorted(range(count), key=lambda index: ranks[index])
+        picked = [(i, j) for at, i in enumerate(order) for j in order[at + 1 :] if ranks[i] < ranks[j]]
+        rows = [self._answer_row(located, messages, answer) for answer in answers]
+        pairs = []
+        for i, j in picked:
+            chosen, rejected = rows[i], rows[j]
+            if chosen is not None and rejected is not None:
+                likely = 1.0 if probability is None else probability[i][j]
+                pairs.append(Pair(chosen, rejected, likely, 0.0 if margin is None else margin[i][j]))
+        return pairs, bool(picked)
+
     def rankings(self, rows: Sequence[Located]) -> list[Ranking]:
         """Read `prompt`, `responses` and `ranks` (1 is best) or `scores` (higher is better) rows, or chosen / rejected pairs."""
-        return self._some(self._rankings(rows))
-
-    def _rankings(self, rows: Sequence[Located]) -> list[Ranking]:
         out = []
         for located in rows:
             if "chosen" in located.row:
-                messages, responses = self._two(located)
+                messages, answers = self._two(located)
                 ranks = [1, 2]
             else:
-                messages = _messages(located, "prompt")
-                responses, ranks = self._ranked(located)
-            ended = _ended(located, len(responses))
-            sides = [self._answer_row(located, messages, *one) for one in zip(responses, ended, strict=True)]
+                messages, answers = self._answers(located)
+                ranks = self._ranks(located, len(answers))
+            sides = [self._answer_row(located, messages, one) for one in answers]
             whole = tuple(side for side in sides if side is not None)
             if len(whole) == len(sides):
                 out.append(Ranking(whole, tuple(ranks)))
-        return out
+        return self._some(out)
 
     def labeled(self, rows: Sequence[Located]) -> list[Labeled]:
         """Read `prompt`, `completion`, `score` rows."""
         out = []
         for located in rows:
             score = _number(located, "score", _field(located, "score"))
-            row = self._answer_row(located, _messages(located, "prompt"), _answer(located, "completion"))
+            messages = self._checked(located, _messages(located, "prompt"))
+            row = self._answer_row(located, messages, self._one(located))
             if row is not None:
                 out.append(Labeled(row, score))
         return self._some(out)
@@ -227,7 +294,7 @@ class Reader:
         Each answer is combined with a mismatched answer, that of the nearest earlier row with another prompt (at the start
         of the file: of the last rows). KTO estimates its KL from the mismatched answers.
         """
-        told: list[tuple[Located, list, str, bool]] = []
+        told: list[tuple[Located, list, _Answer, bool]] = []
         for located in rows:
             if "chosen" in located.row:
                 messages, answers = self._two(located)
@@ -238,7 +305,8 @@ class Reader:
                 good = good.lower() == "true"
             if not isinstance(good, bool) and good not in (0, 1):
                 raise DataError(f"{located.where}: field 'label' must be true or false, got {good!r}")
-            told.append((located, _messages(located, "prompt"), _answer(located, "completion"), bool(good)))
+            messages = self._checked(located, _messages(located, "prompt"))
+            told.append((located, messages, self._one(located), bool(good)))
         out = []
         for number, (located, messages, answer, good) in enumerate(told):
             others = (told[(number - back) % len(told)] for back in range(1, len(told)))
@@ -247,7 +315,7 @@ class Reader:
                 raise DataError(
                     f"{located.where}: every row has the same prompt; answers of other prompts are needed too"
                 )
-            row, wrong = (self._answer_row(located, messages, text) for text in (answer, other[2]))
+            row, wrong = (self._answer_row(located, messages, one) for one in (answer, other[2]))
             if row is not None and wrong is not None:
                 out.append(Unpaired(row, wrong, good))
         return self._some(out)
@@ -276,8 +344,10 @@ class Reader:
             labels = numbers(Located({**located.row, "labels": labels}, located.where), "labels", len(steps))
             if not all(0 <= label <= 1 for label in labels):
                 raise DataError(f"{located.where}: field 'labels' must be in [0, 1], got {labels}")
-            full = [*_messages(located, "prompt"), {"role": "assistant", "content": self.separator.join(steps)}]
-            row = self._located(located, lambda full=full: self.chat.row(full, turns="last"))
+            prompt = self._checked(located, _messages(located, "prompt"))
+            (ended,) = _finish(located, 1)
+            answer = _Answer({"role": "assistant", "content": self.separator.join(steps)}, ended)
+            row = self._made(located, prompt, answer, closing=False)
             ends = torch.tensor([self.chat.ends_step(token, self.separator) for token in row.ids[row.start :].tolist()])
             ends[-1] = True
             if int(ends.sum()) != len(steps):
@@ -292,22 +362,30 @@ class Reader:
                     out.append(Stepped(kept, values[: kept.response], ends[: kept.response]))
         return self._some(out)
 
-    def _two(self, located: Located) -> tuple[list[dict[str, str]], list[str]]:
+    def _two(self, located: Located) -> tuple[list[dict[str, Any]], list[_Answer]]:
+        """Return the prompt and the two answers of a pair."""
         if located.row.get("prompt") is not None:
-            return _messages(located, "prompt"), [_answer(located, "chosen"), _answer(located, "rejected")]
-        if isinstance(_field(located, "chosen"), str):
-            raise DataError(
-                f"{located.where}: field 'prompt' is missing; without it chosen and rejected must be lists of messages"
-            )
-        chosen, rejected = _messages(located, "chosen"), _messages(located, "rejected")
-        if chosen[:-1] != rejected[:-1] or len(chosen) < 2:
-            raise DataError(f"{located.where}: chosen and rejected must share every message but the last")
-        for name, messages in (("chosen", chosen), ("rejected", rejected)):
-            if messages[-1]["role"] != "assistant":
-                raise DataError(f"{located.where}: field {name!r} must end with an assistant message")
-        return chosen[:-1], [chosen[-1]["content"], rejected[-1]["content"]]
+            messages = _messages(located, "prompt")
+            answers = [_answer(located, "chosen"), _answer(located, "rejected")]
+        else:
+            if isinstance(_field(located, "chosen"), str):
+                raise DataError(
+                    f"{located.where}: field 'prompt' is missing; without it chosen and rejected must be lists of messages"
+                )
+            chosen, rejected = _messages(located, "chosen"), _messages(located, "rejected")
+            if chosen[:-1] != rejected[:-1] or len(chosen) < 2:
+                raise DataError(f"{located.where}: chosen and rejected must share every message but the last")
+            for name, side in (("chosen", chosen), ("rejected", rejected)):
+                if side[-1]["role"] != "assistant":
+                    raise DataError(f"{located.where}: field {name!r} must end with an assistant message")
+            messages, answers = chosen[:-1], [chosen[-1], rejected[-1]]
+        self._checked(located, messages)
+        ids = [located.row.get(f"{name}_ids") for name in ("chosen", "rejected")]
+        return messages, self._with_ids(located, messages, answers, ids, ("chosen_ids", "rejected_ids"))
 
-    def _ranked(self, located: Located) -> tuple[list[str], list[int]]:
+    def _answers(self, located: Located) -> tuple[list[dict[str, Any]], list[_Answer]]:
+        """Return the prompt and the K answers of a `responses` row."""
+        messages = self._checked(located, _messages(located, "prompt"))
         responses = _field(located, "responses")
         if not isinstance(responses, list) or len(responses) < 2:
             raise DataError(
@@ -318,17 +396,74 @@ class Reader:
                 raise DataError(
                     f"{located.where}: field 'responses', answer {number}: expected a string, got {answer!r:.80}"
                 )
-        name = "ranks" if located.row.get("ranks") is not None else "scores"
-        values = numbers(located, name, len(responses))
-        return responses, ranks_of(values if name == "scores" else [-value for value in values])
+        ids = located.row.get("response_ids") or [None] * len(responses)
+        if not isinstance(ids, list) or len(ids) != len(responses):
+            raise DataError(
+                f"{located.where}: field 'response_ids' must have a list of token ids for each of {len(responses)} answers"
+            )
+        answers = [{"role": "assistant", "content": text} for text in responses]
+        names = [f"response_ids[{number}]" for number in range(len(ids))]
+        return messages, self._with_ids(located, messages, answers, ids, names)
 
-    def _answer_row(
-        self, located: Located, messages: Sequence[Mapping[str, str]], answer: str, ended: bool = True
-    ) -> Row | None:
-        full = [*messages, {"role": "assistant", "content": answer}]
-        row = self._located(located, lambda: self.chat.row(full, turns="last"))
-        row = row if ended or row.response == 1 else row.without_end()
-        fitted = self._fit(located, row, "the prompt with its answer")
+    def _one(self, located: Located) -> _Answer:
+        """Return the answer of a `completion` row."""
+        ids = [located.row.get("completion_ids")]
+        messages = _messages(located, "prompt")
+        return self._with_ids(located, messages, [_answer(located, "completion")], ids, ["completion_ids"])[0]
+
+    def _with_ids(
+        self,
+        located: Located,
+        messages: Sequence[Mapping[str, Any]],
+        answers: Sequence[Mapping[str, Any]],
+        ids: Sequence[Any],
+        names: Sequence[str],
+    ) -> list[_Answer]:
+        """Return the answers with their ends and sampled ids. Ids of another tokenizer or template are left out."""
+        ended = _finish(located, len(answers))
+        known, own = located.row.get("prompt_ids"), True
+        if known is not None and any(one is not None for one in ids):
+            own = list(known) == self._located(located, self.chat.prompt_ids, messages, extras_of(located.row))
+        out = []
+        for answer, end, given, name in zip(answers, ended, ids, names, strict=True):
+            if given is None or not own:
+                out.append(_Answer(answer, end))
+                continue
+            size = len(self.chat.tokenizer)
+            if not isinstance(given, list) or not given or not all(type(i) is int and 0 <= i < size for i in given):
+                raise DataError(
+                    f"{located.where}: field {name!r} must be a list of token ids below {size}, got {given!r:.80}"
+                )
+            if not self.chat.is_text_of(given, answer["content"]):
+                raise DataError(
+                    f"{located.where}: field {name!r} has the ids of {self.chat.text(given)!r:.80}, but the text is "
+                    f"{answer['content']!r:.80}; remove the ids if the text was edited"
+                )
+            out.append(_Answer(answer, end, tuple(given)))
+        return out
+
+    def _ranks(self, located: Located, count: int) -> list[int]:
+        name = "ranks" if located.row.get("ranks") is not None else "scores"
+        values = numbers(located, name, count)
+        return ranks_of(values if name == "scores" else [-value for value in values])
+
+    def _checked(self, located: Located, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        self._located(located, self.chat.check, messages, extras_of(located.row))
+        return messages
+
+    def _made(
+        self, located: Located, messages: Sequence[Mapping[str, Any]], answer: _Answer, *, closing: bool | None = None
+    ) -> Row:
+        """Return the row of a prompt and its answer."""
+        extras, closing = extras_of(located.row), self.closing if closing is None else closing
+        if answer.ids is not None:
+            prompt = self._located(located, self.chat.prompt_ids, messages, extras)
+            return self.chat.sampled_row(prompt, answer.ids, closing=closing)
+        full = [*messages, answer.message]
+        return self._located(located, partial(self.chat.row, full, ended=answer.ended, closing=closing, extras=extras))
+
+    def _answer_row(self, located: Located, messages: Sequence[Mapping[str, Any]], answer: _Answer) -> Row | None:
+        fitted = self._fit(located, self._made(located, messages, answer), "the prompt with its answer")
         return fitted[0] if fitted else None
 
     def _fit(self, located: Located, row: Row, what: str) -> list[Row]:
@@ -353,9 +488,9 @@ class Reader:
             raise DataError(f"no row is left: {why}")
         return records
 
-    def _located(self, located: Located, make: Any) -> Any:
+    def _located(self, located: Located, make: Callable[..., Any], *given: Any) -> Any:
         try:
-            return make()
+            return make(*given)
         except DataError as error:
             raise DataError(f"{located.where}: {error}") from error
 

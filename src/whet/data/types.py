@@ -179,10 +179,6 @@ class Row:
         """Number of tokens from the first response position on."""
         return self.mask.shape[0]
 
-    def without_end(self) -> "Row":
-        """Return the row without its last token, for an answer that was cut off before its end."""
-        return Row(self.ids[:-1], self.start, self.mask[:-1])
-
 
 @dataclass(frozen=True, eq=False)
 class Pair:

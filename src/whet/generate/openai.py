@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from whet.data import Chat, Sample, Weights
+from whet.data import Chat, Sample, Weights, extras_of
 from whet.errors import RecipeError
 from whet.generate.base import GeneratorContext, Request
 from whet.http import Http, api_key
@@ -62,13 +62,15 @@ class OpenAIGenerator:
             "model": self.options.model, "messages": list(request.prompt.messages), "max_tokens": request.room,
             "temperature": request.sampling.temperature, "top_p": request.sampling.top_p, "n": 1, "seed": seed,
         }  # fmt: skip
+        extras = extras_of(request.prompt.row)
+        body |= extras
         if self.options.token_ids:
             body["return_token_ids"] = True
         choice = self.http.chat(body, retries=self.options.retries)
         text, ended = choice["message"]["content"] or "", choice.get("finish_reason") != "length"
         ids = choice.get("token_ids")
         if ids is None:
-            ids = self.chat.answer_ids(text) if ended else self.chat.answer_ids(text)[:-1]
+            ids = self.chat.answer_ids(request.prompt.messages, text, extras, ended=ended)
         return Sample(
             request.draw, request.answer, tuple(ids), (0.0,) * len(ids), 0, "stop" if ended else "length", text
         )

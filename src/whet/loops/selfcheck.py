@@ -23,15 +23,17 @@ def stop(step: int, fact: str) -> None:
 
 
 def tokens(step: int, batch: Batch, end_ids: Sequence[int]) -> None:
-    """Stop the run if no token is trained, or if an answer ends with an end token that is not trained."""
+    """Stop the run if no token is trained, or if the end token of an answer is not trained: after the last trained token of a
+    row, there must be none."""
     if not bool(batch["mask"].any()):
         stop(step, "no token of this batch is trained; is every answer truncated and masked, or empty?")
     for number, row in enumerate(batch.rows):
-        trained = bool(row.mask[-1]) and bool(batch["mask"][number, row.response - 1])
-        if int(row.ids[-1]) in end_ids and not trained:
+        trained = (row.mask & batch["mask"][number, : row.response]).nonzero()
+        rest = row.ids[row.start + (int(trained[-1]) + 1 if len(trained) else 0) :]
+        if any(one in end_ids for one in rest.tolist()):
             stop(
                 step,
-                f"answer {number} ends with the end token but that token is not trained; the model would never learn to stop",
+                f"answer {number} has an end token that is not trained; the model would never learn to stop",
             )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from whet.errors import ModelError, first_line
+from whet.models.tokens import mend_generation_config
 from whet.ops import address
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -49,7 +50,7 @@ class ModelSource:
 
 
 def load_tokenizer(source: ModelSource, *, pad_token: str | None = None) -> Any:
-    """Load the tokenizer of a folder or name. Raises ModelError if there is none, or if it has no pad token and none is given."""
+    """Load the tokenizer of a folder or name. Raises ModelError if there is none. Without a pad token, it is the end token."""
     from transformers import AutoTokenizer
 
     _check_folder(source.path)
@@ -64,11 +65,8 @@ def load_tokenizer(source: ModelSource, *, pad_token: str | None = None) -> Any:
         if pad_token not in tokenizer.get_vocab():
             raise ModelError(f"--model.pad-token {pad_token!r}: the tokenizer of {source.path} has no such token")
         tokenizer.pad_token = pad_token
-    if tokenizer.pad_token_id is None:
-        raise ModelError(
-            f"{source.path}: the tokenizer has no pad token, which other tools need to batch inputs of the saved model; "
-            "choose one of its tokens with --model.pad-token (for a reward model not the end token)"
-        )
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token = tokenizer.eos_token  # other tools need one to batch inputs of the saved model
     return tokenizer
 
 
@@ -87,6 +85,7 @@ def load_causal_lm(source: ModelSource, tokenizer: Any = None) -> Any:
 
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     _check_vocabulary(source, model, tokenizer)
+    mend_generation_config(model, source.path)
     return _quiet(model)
 
 

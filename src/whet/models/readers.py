@@ -158,9 +158,12 @@ def _columns(
         each, once = (0.0, role.shift) if role.readout == "sum" else (role.shift, 0.0)
         if "value" in names:
             out["value"] = spread(_scalar(role, flat[at - 1]) + each)
-        if "final_value" in names or ("score" in names and role.readout == "last"):
+        if "final_value" in names:
             last = where.offsets + torch.tensor([_last(one) for one in batch.rows])
-            out |= dict.fromkeys(names & {"final_value", "score"}, _scalar(role, flat[last]) + each)
+            out["final_value"] = _scalar(role, flat[last]) + each
+        if "score" in names and role.readout == "last":
+            scored = where.offsets + torch.tensor([_scored(one, role.pad_id) for one in batch.rows])
+            out["score"] = _scalar(role, flat[scored]) + each
         if "token_score" in names or ("score" in names and role.readout != "last"):
             dense = spread(_scalar(role, flat[at]) + each)
             out |= {"token_score": dense} if "token_score" in names else {}
@@ -241,6 +244,12 @@ def _scalar(role: Role, states: Tensor) -> Tensor:
 def _last(row: Row) -> int:
     """Return the position of the last trained token of a row, or of its last token if none is trained."""
     return row.start + int(row.mask.nonzero()[-1]) if bool(row.mask.any()) else row.length - 1
+
+
+def _scored(row: Row, pad_id: int | None) -> int:
+    """Return the position where the sequence classifiers of transformers read a row: its last token that is no pad token."""
+    kept = (row.ids != (-1 if pad_id is None else pad_id)).nonzero()
+    return int(kept[-1]) if len(kept) else row.length - 1
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from whet.data import chat_format
 from whet.data.files import write_json
 from whet.errors import ModelError
 from whet.models.load import scalar_head
 from whet.models.lora import save_adapter
+from whet.models.tokens import write_tokens
 
 Readout = Literal["last", "mean", "sum"]
 READOUT_FILE = "whet.json"
@@ -56,6 +58,11 @@ class Role:
     def causal(self) -> bool:
         """Whether the model has a language-model head."""
         return self.model.get_output_embeddings() is not None
+
+    @property
+    def pad_id(self) -> int | None:
+        """The pad token of a sequence classifier, which its own forward does not read a score from; None for a causal LM."""
+        return None if self.causal else self.model.config.pad_token_id
 
     @property
     def device(self) -> torch.device:
@@ -176,16 +183,9 @@ class Role:
             self.model.save_pretrained(str(folder))
         if write and tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
-            self._tell_pad_token(folder, tokenizer.pad_token_id)
+            write_tokens(folder, tokenizer, chat_format(tokenizer).end_ids, generates=self.causal)
         if write and not self.causal:
             write_json(folder / READOUT_FILE, {"readout": self.readout, "shift": self.shift})
-
-    @staticmethod
-    def _tell_pad_token(folder: Path, pad_token_id: int) -> None:
-        """Write the pad token to the saved configuration, so that other tools can batch inputs."""
-        file = folder / "config.json"
-        if file.is_file():
-            write_json(file, json.loads(file.read_text(encoding="utf-8")) | {"pad_token_id": pad_token_id})
 
     def _head_is_linear(self) -> bool:
         """Return whether the logits are exactly head(last hidden state).

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from whet.data import Batch, Chat, Group, Row, micro_batches
+from whet.data import Batch, Chat, Group, Row, extras_of, micro_batches
 from whet.errors import RecipeError, RewardError
 from whet.models.readers import read
 from whet.models.roles import Role
@@ -31,23 +31,26 @@ def reading(role: Role, budget: int) -> Reading:
 class ModelReward:
     """A reward model as a Reward: a role in this process, or a function that runs the model elsewhere.
 
-    With `chat=None` the model has the policy's tokenizer and gets the sampled token ids unchanged. Otherwise the texts are
-    rendered and tokenized again with `chat`. `dense=True` returns the score at every token. With `ends`, it returns scores
+    `chat` is the conversation format of the reward model. If it has the policy's tokenizer and template (`same`), the model
+    gets the sampled token ids, with what the template writes after an answer in place of the end token. Otherwise the texts
+    are rendered and tokenized again. A whole answer is scored at the last token of this text, where the model's own forward
+    reads it. `dense=True` returns the score at every token. With `ends`, it returns scores
     only where a step ends and at the end of the answer; `ends(id)` is True if a step ends with this token id.
     """
 
     def __init__(
         self,
         model: Role | Reading,
+        chat: Chat,
         *,
-        chat: Chat | None = None,
+        same: bool = True,
         budget: int = 16384,
         dense: bool = False,
         ends: Callable[[int], bool] | None = None,
     ) -> None:
         self.read = reading(model, budget) if isinstance(model, Role) else model
-        self.chat, self.dense, self.ends = chat, dense, ends
-        if dense and chat is not None:
+        self.chat, self.same, self.dense, self.ends = chat, same, dense, ends
+        if dense and not same:
             raise RecipeError(
                 "reward.dense: a reward model with another tokenizer cannot score the policy's tokens one by one"
             )
@@ -72,10 +75,14 @@ class ModelReward:
         return Scores(answer, tuple(token) if self.dense else None, tuple(steps) or None)
 
     def _rows(self, group: Group) -> list[Row]:
-        if self.chat is None:
-            return group.rows()
-        out = []
+        prompt, out = group.prompt, []
         for sample in group.samples:
-            row = self.chat.row([*group.prompt.messages, {"role": "assistant", "content": sample.text}], turns="last")
-            out.append(row.without_end() if sample.truncated else row)
+            if self.dense:
+                row = self.chat.sampled_row(prompt.ids, sample.ids, trained=sample.trained())
+            elif self.same:
+                row = self.chat.sampled_row(prompt.ids, sample.ids, closing=True, trained=sample.trained())
+            else:
+                messages = [*prompt.messages, {"role": "assistant", "content": sample.text}]
+                row = self.chat.row(messages, ended=not sample.truncated, closing=True, extras=extras_of(prompt.row))
+            out.append(row)
         return out

@@ -12,8 +12,11 @@ from whet.runs import models
 from whet.runs import recipe as fields
 
 
-def reader_of(model: fields.Frozen, data: fields.Data | fields.Rows, chat: Chat, *, room: int = 0) -> Reader:
-    """Build the reader of the rows. Keep `room` positions free for an answer. Raises RecipeError if lengths do not fit."""
+def reader_of(
+    model: fields.Frozen, data: fields.Data | fields.Rows, chat: Chat, *, room: int = 0, closing: bool = False
+) -> Reader:
+    """Build the reader of the rows. Keep `room` positions free for an answer. With `closing` it reads answers as a reward model
+    does. Raises RecipeError if lengths do not fit."""
     limit = load.positions(models.source_of(model))
     longest = min(data.max_tokens or limit, limit - room)
     if data.max_tokens and data.max_tokens > limit:
@@ -26,9 +29,8 @@ def reader_of(model: fields.Frozen, data: fields.Data | fields.Rows, chat: Chat,
     advice = "raise --data.max-tokens" if longest < limit - room else "the model has no more positions"
     if room:
         advice = "lower --max-new-tokens" if advice.startswith("the") else advice
-    return Reader(
-        chat, longest, advice, data.too_long, *((data.turns, data.separator) if isinstance(data, fields.Data) else ())
-    )
+    more = {"turns": data.turns, "separator": data.separator} if isinstance(data, fields.Data) else {}
+    return Reader(chat, longest, advice, data.too_long, closing=closing, **more)
 
 
 def rows_of(data: fields.Rows, read: Callable[[Sequence[Any]], list]) -> list:

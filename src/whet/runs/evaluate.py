@@ -86,8 +86,9 @@ def _win_rates(recipe: fields.EvalRecipe) -> dict[str, float]:
 
 def _held_out(recipe: fields.EvalRecipe) -> dict[str, float]:
     tokenizer, chat = models.tokenizer_and_chat(recipe.model)
-    reader = data.reader_of(recipe.model, recipe.data, chat)
-    if load.is_scorer(recipe.model.path):
+    scorer = load.is_scorer(recipe.model.path)
+    reader = data.reader_of(recipe.model, recipe.data, chat, closing=scorer)
+    if scorer:
         role = models.scorer_role("reward", recipe.model, tokenizer, trained=False, seed=0, path=recipe.model.path)
         objective, reading = compose.reward("k_way"), "rankings"
     else:

@@ -106,7 +106,7 @@ def online_learner(
     cast = models.cast(recipe, algorithm, tokenizer)
     roles = dict(cast.roles)
     if scores:
-        roles |= rewards.reward_roles(recipe, tokenizer, roles["policy"] if recipe.trunk == "shared" else None)
+        roles |= rewards.reward_roles(recipe, roles["policy"] if recipe.trunk == "shared" else None)
     return learner_of(recipe, roles, cast.optims, total, workers)
 
 

@@ -124,7 +124,11 @@ def _first_reward_model(recipe: fields.OnlineRecipe, tokenizer: Any) -> str | No
 
 def same_tokenizer(source: load.ModelSource, tokenizer: Any) -> bool:
     """Return True if the tokenizer in the folder has the same vocabulary and chat template."""
-    own = load.load_tokenizer(source)
+    return is_same(load.load_tokenizer(source), tokenizer)
+
+
+def is_same(own: Any, tokenizer: Any) -> bool:
+    """Return True if two tokenizers have the same vocabulary and chat template."""
     return own.get_vocab() == tokenizer.get_vocab() and own.chat_template == tokenizer.chat_template
 
 

@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import Tensor, no_grad
 
-from whet.data import Element
+from whet.data import Batch, Element
 from whet.errors import RecipeError
 from whet.learner import Learner
 from whet.loops import evaluate, offline
 from whet.loops.interrupt import Stop
 from whet.methods import Objective, compose
+from whet.models import tokens
 from whet.runs import checks, config, data, folder, learners, models
 from whet.runs import recipe as fields
 from whet.runs.slots import checked
@@ -60,32 +61,29 @@ def prepare(method: str, recipe: fields.OfflineRecipe) -> OfflineJob:
     checks.check_optim(recipe.optim, "optim")
     if recipe.train.eval_every and not recipe.data.eval:
         raise RecipeError("train.eval_every: there are no held-out rows; give --data.eval, or leave it out")
-    name, objective = method, compose.SFT
+    name, objective, rewards = method, compose.SFT, isinstance(recipe, fields.RewardModelRecipe)
     if isinstance(recipe, fields.RewardModelRecipe | fields.PreferenceRecipe):
         slots = checked(method, recipe.algorithm, config.leaves(type(recipe)))
-        rewards = isinstance(recipe, fields.RewardModelRecipe)
         name = recipe.algorithm["name"] if rewards else method
         objective = compose.reward_of(slots) if rewards else compose.preference_of(slots)
     if isinstance(recipe, fields.PreferenceRecipe):
         checks.check_reference(recipe, objective)
     tokenizer, chat = models.tokenizer_and_chat(recipe.model)
-    if isinstance(recipe, fields.RewardModelRecipe) and tokenizer.pad_token_id == tokenizer.eos_token_id:
-        raise RecipeError(
-            "model.pad_token: the pad token is the end token, and other tools would then read the saved reward model one token "
-            "early; name another token with --model.pad-token"
-        )
-    reader = data.reader_of(recipe.model, recipe.data, chat)
+    reader = data.reader_of(recipe.model, recipe.data, chat, closing=rewards)
     reading = data.reading(name, objective)
     data.check_data(recipe.data, reading)
     read: Callable[[Sequence[Any]], list] = getattr(reader, reading)
     read = data.guarded(read, objective, name) if objective is not compose.SFT else read
     sources, weights = data.sources_of(recipe.data, read)
     evaluation = data.evaluation_of(recipe.data, read)
+    if rewards:
+        lasts = {int(row.ids[-1]) for source in sources for row in Batch.of(source).rows}
+        tokens.set_score_pad(tokenizer, lasts | {*chat.closing_ids[-1:]}, chat.end_ids, recipe.model.path)
     steps = checks.steps_of(recipe.train, sum(map(len, sources)))
     refresh = getattr(recipe, "sync_reference", fields.SyncReference())
     plan = offline.OfflinePlan(
         steps, recipe.train.batch_size, recipe.seed, recipe.data.shuffle, recipe.train.save_every,
-        recipe.train.eval_every or (steps if evaluation else 0), recipe.train.keep, sync_every=refresh.every,
+        recipe.train.eval_every or (steps if evaluation else 0), recipe.train.keep, end_ids=chat.end_ids, sync_every=refresh.every,
         sync_mix=refresh.mix, precompute=getattr(recipe, "precompute", False),
     )  # fmt: skip
     return OfflineJob(method, recipe, objective, plan, tokenizer, sources, weights, evaluation)

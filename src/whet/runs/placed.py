@@ -108,6 +108,6 @@ def _made(objects: Mapping[str, Any], make: Callable[..., T], *given: Any) -> T:
 def rewards_alone(recipe: fields.OnlineRecipe) -> list[Weighted]:
     """Build all rewards of the recipe, including reward models, in a separate process."""
     tokenizer, _ = models.tokenizer_and_chat(recipe.model)
-    roles = rewards.reward_roles(recipe, tokenizer)
+    roles = rewards.reward_roles(recipe)
     readers = {name: reading(role, recipe.train.max_tokens_per_micro_batch) for name, role in roles.items()}
     return rewards.rewards_of(recipe, tokenizer, lambda name, *given: readers[name](*given))

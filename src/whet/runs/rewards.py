@@ -64,7 +64,7 @@ def has_score(source: str) -> bool:
     return kind_of(source) == "object" and hasattr(load_object(source), "score")
 
 
-def reward_roles(recipe: fields.OnlineRecipe, tokenizer: Any, trunk: Role | None = None) -> dict[str, Role]:
+def reward_roles(recipe: fields.OnlineRecipe, trunk: Role | None = None) -> dict[str, Role]:
     """Load the reward models of a recipe as frozen roles. `reward{i}` is the role of reward i; functions have none.
 
     With a shared `trunk`, reward models that are saved as adapters are added to it.
@@ -80,7 +80,7 @@ def reward_roles(recipe: fields.OnlineRecipe, tokenizer: Any, trunk: Role | None
                 name, trunk.model, False, wrapped=trunk.wrapped, adapter=name, head=head, **readout_of(one.source)
             )
         else:
-            out[name] = reward_role(one.source, recipe.model, tokenizer, name)[0]
+            out[name] = reward_role(one.source, recipe.model, name)
     return out
 
 
@@ -95,9 +95,9 @@ def rewards_of(recipe: fields.OnlineRecipe, tokenizer: Any, read: Callable[..., 
         if is_model(one.source):
             _refuse_options(one.options, f"reward.{number}")
             on_trunk = recipe.trunk == "shared" and lora.is_adapter(one.source)
-            chat = None if on_trunk else own_chat(one.source, recipe.model, tokenizer)
+            chat, same = (chat_format(tokenizer), True) if on_trunk else own_chat(one.source, recipe.model, tokenizer)
             ends = step_ends(tokenizer, one.step)
-            own = ModelReward(partial(read, f"reward{number}"), chat=chat, dense=one.dense, ends=ends)
+            own = ModelReward(partial(read, f"reward{number}"), chat, same=same, dense=one.dense, ends=ends)
         else:
             own = made(one.source, one.options, f"reward.{number}")
         out.append(Weighted(one.name or name_of(one.source), own, one.weight))
@@ -128,12 +128,11 @@ def _check_scorer(path: str) -> None:
         raise ModelError(f"{path}: no reward model and no judge, it has no scalar head; train one with whet reward")
 
 
-def own_chat(path: str, model: fields.Frozen, tokenizer: Any) -> Chat | None:
-    """Return the chat format of a reward model's tokenizer if it differs from the policy's tokenizer, else None."""
-    source = models.source_of(model, path)
-    if models.same_tokenizer(source, tokenizer):
-        return None
-    return chat_format(load.load_tokenizer(source))
+def own_chat(path: str, model: fields.Frozen, tokenizer: Any) -> tuple[Chat, bool]:
+    """Return the chat format of a reward model, and whether its tokenizer and template are those of the policy."""
+    own = load.load_tokenizer(models.source_of(model, path))
+    same = models.is_same(own, tokenizer)
+    return chat_format(tokenizer if same else own), same
 
 
 def judges(recipe: fields.EvalRecipe, tokenizer: Any, prompts: Sequence[Prompt]) -> list[Weighted]:
@@ -177,8 +176,8 @@ def reward(
     if not is_model(source):
         return Weighted(name, made(source, options, where))
     _refuse_options(options, where)
-    role, chat = reward_role(source, model, tokenizer, name)
-    return Weighted(name, ModelReward(role, chat=chat, budget=budget))
+    chat, same = own_chat(source, model, tokenizer)
+    return Weighted(name, ModelReward(reward_role(source, model, name), chat, same=same, budget=budget))
 
 
 def name_of(source: str) -> str:
@@ -194,11 +193,8 @@ def name_of(source: str) -> str:
     return path.parent.name if path.name == "model" and path.parent.name else path.name
 
 
-def reward_role(path: str, model: fields.Frozen, tokenizer: Any, name: str) -> tuple[Role, Chat | None]:
-    """Load a frozen reward model. Return its role and its chat format, or None if its tokenizer is the policy's.
-    Raises ModelError if the folder contains no reward model."""
-    source = models.source_of(model, path)
+def reward_role(path: str, model: fields.Frozen, name: str) -> Role:
+    """Load a frozen reward model as a role. Raises ModelError if the folder contains no reward model."""
     _check_scorer(path)
-    own = load.load_tokenizer(source)
-    role = models.scorer_role(name, replace(model, quantize="none"), own, trained=False, seed=0, path=path)
-    return role, None if models.same_tokenizer(source, tokenizer) else chat_format(own)
+    own = load.load_tokenizer(models.source_of(model, path))
+    return models.scorer_role(name, replace(model, quantize="none"), own, trained=False, seed=0, path=path)

@@ -1,0 +1,91 @@
+"""Special tokens of models: the pad token, the tokens that end a turn, and the generation configuration of a saved model."""
+
+import json
+import sys
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from whet.data.files import write_json
+from whet.errors import ModelError, first_line
+
+
+def set_score_pad(tokenizer: Any, last_ids: Collection[int], end_ids: Sequence[int], name: str) -> None:
+    """Give the tokenizer of a reward model a pad token that no scored text ends with.
+
+    The sequence classifiers of transformers read the score at the last token that is not the pad token, and ignore the
+    mask. If the pad token is one of `last_ids`, a special token with "pad" or "unk" in its name replaces it. Raises
+    ModelError with the candidates if there is none.
+    """
+    if tokenizer.pad_token_id not in last_ids:
+        return
+    special = {
+        **tokenizer.added_tokens_decoder,
+        **dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)),
+    }
+    free = {
+        number: str(token) for number, token in sorted(special.items())
+        if number not in last_ids and number not in end_ids and number != tokenizer.bos_token_id
+    }  # fmt: skip
+    for part in ("pad", "unk"):
+        for token in free.values():
+            if part in token.lower():
+                print(f"whet: {name}: the reward model gets the pad token {token!r}", file=sys.stderr)
+                tokenizer.pad_token = token
+                return
+    some = ", ".join(repr(token) for token in list(free.values())[:5])
+    raise ModelError(
+        f"{name}: scored texts end with the pad token {tokenizer.pad_token!r}, so other tools would read the saved reward model "
+        f"one token early; choose another with --model.pad-token"
+        + (f" (the tokenizer has {some})" if some else "; the tokenizer has no other special token, add one")
+    )
+
+
+def mend_generation_config(model: Any, name: str) -> None:
+    """Make the generation configuration of a model valid, since transformers does not save an invalid one.
+
+    A temperature, top_p or the like with do_sample false means sampling, so do_sample becomes true. Raises ModelError for
+    another fault.
+    """
+    found = getattr(model, "generation_config", None)
+    if found is None:
+        return
+    try:
+        found.validate(strict=True)
+        return
+    except ValueError as error:
+        sampled, found.do_sample = found.do_sample, True
+        try:
+            found.validate(strict=True)
+        except ValueError:
+            found.do_sample = sampled
+            raise ModelError(
+                f"{name}: the generation configuration is invalid and could not be saved ({first_line(error)}); correct "
+                "generation_config.json"
+            ) from error
+    print(
+        f"whet: {name}: generation_config.json has sampling options with do_sample false; the trained model gets do_sample true",
+        file=sys.stderr,
+    )
+
+
+def write_tokens(folder: Path, tokenizer: Any, end_ids: Sequence[int], *, generates: bool) -> None:
+    """Write the pad token and the tokens that end a turn to the configuration files of a saved model.
+
+    A model that generates ends with each of `end_ids` and with the tokens that it ended with before.
+    """
+    ends = list(end_ids)
+    for name in ("generation_config.json", "config.json"):
+        file = folder / name
+        if not file.is_file():
+            continue
+        about = json.loads(file.read_text(encoding="utf-8"))
+        for part in (about, about.get("text_config")) if generates else ():
+            if part is None:
+                continue
+            known = part.get("eos_token_id")
+            known = known if isinstance(known, list) else [] if known is None else [known]
+            ends += [one for one in known if one not in ends]
+            part["eos_token_id"] = ends[0] if len(ends) == 1 else list(ends)
+        about["pad_token_id"] = tokenizer.pad_token_id
+        write_json(file, about)
