@@ -90,7 +90,7 @@ CONTENTS: dict[str, tuple[str, bytes, list[str]]] = {
         b'{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n',
         ["rows.jsonl:2: ", "'completion'", "missing"],
     ),
-    "an empty field": ("sft", b'{"prompt": "a", "completion": ""}\n', ["rows.jsonl:1: ", "'completion'", "empty"]),
+    "an empty field": ("sft", b'{"prompt": "", "completion": "a"}\n', ["rows.jsonl:1: ", "'completion'", "empty"]),
     "a null field": ("sft", b'{"prompt": null, "completion": "b"}\n', ["rows.jsonl:1: ", "'prompt'", "missing"]),
     "a number for a text": (
         "sft",

@@ -12,6 +12,7 @@ from whet.data import (
     Ranking,
     Stepped,
     Unpaired,
+    epoch_batches,
     micro_batches,
     minibatches,
     order,
@@ -227,3 +228,28 @@ def test_joined_batches_number_their_groups_and_elements_on_from_the_first_whate
     pairs = Batch.of([Pair(row(3), row(4)), Pair(row(2), row(2))])
     assert Batch.joined([pairs, pairs])["element"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert Batch.joined([pairs, pairs])["index"].tolist() == [0, 1] * 4
+
+
+@pytest.mark.parametrize(
+    ("elements", "size", "lengths"), [(9, 8, [8, 1]), (5, 8, [5]), (8, 4, [4, 4]), (7, 3, [3, 3, 1])]
+)
+def test_an_epoch_is_one_pass_and_its_last_batch_is_smaller(elements: int, size: int, lengths: list[int]) -> None:
+    batches = epoch_batches([elements - 2, 2], 2 * len(lengths), size, seed=5)
+    assert [len(batch) for batch in batches] == 2 * lengths
+    passes = [list(chain(*batches[start : start + len(lengths)])) for start in (0, len(lengths))]
+    everything = [(0, index) for index in range(elements - 2)] + [(1, 0), (1, 1)]
+    assert [sorted(one) for one in passes] == [everything] * 2
+    assert passes[0] != passes[1]
+    assert epoch_batches([elements - 2, 2], 1, size, seed=5) == batches[:1]
+
+
+def test_drop_last_leaves_out_the_smaller_batch_alone() -> None:
+    kept, dropped = (epoch_batches([9], 4, 4, 5, drop_last=drop) for drop in (False, True))
+    assert [len(batch) for batch in dropped] == [4, 4, 4, 4]
+    assert dropped[:2] == kept[:2]
+    assert dropped[2] == kept[3]
+    assert [len(batch) for batch in epoch_batches([3], 2, 8, 5, drop_last=True)] == [3, 3]
+
+
+def test_sources_mixed_by_weight_have_full_batches() -> None:
+    assert [len(batch) for batch in epoch_batches([3, 4], 3, 4, 5, weights=(1.0, 2.0))] == [4, 4, 4]

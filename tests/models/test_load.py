@@ -124,10 +124,9 @@ def test_a_scorer_whose_vocabulary_does_not_fit_is_refused(tmp_path: Path) -> No
         load.load_scorer(source(tmp_path), tiny.tokenizer())
 
 
-def test_a_tokenizer_without_pad_token_is_refused_unless_one_is_named(tmp_path: Path) -> None:
+def test_a_tokenizer_without_pad_token_pads_with_the_end_token_unless_another_is_named(tmp_path: Path) -> None:
     tiny.tokenizer(pad=False).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="no pad token"):
-        load.load_tokenizer(source(tmp_path))
+    assert load.load_tokenizer(source(tmp_path)).pad_token == "<eos>"
     assert load.load_tokenizer(source(tmp_path), pad_token="<unk>").pad_token == "<unk>"
     with pytest.raises(ModelError, match="no such token"):
         load.load_tokenizer(source(tmp_path), pad_token="<nope>")

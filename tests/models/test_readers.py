@@ -93,7 +93,7 @@ def test_values_and_scores_are_the_classifier_on_each_prefix(kind: str, layout: 
         trained = row.start + row.mask.nonzero()[:, 0]
         close(got["value"][number][: row.response][row.mask], each[trained - 1], 1e-10)
         close(got["token_score"][number][: row.response][row.mask], each[trained], 1e-10)
-        close(got["score"][number], each[trained[-1]], 1e-10)
+        close(got["score"][number], role.model(row.ids[None]).logits[0, 0], 1e-10)
         close(got["final_value"][number], each[trained[-1]], 1e-10)
         for name in ("value", "token_score"):
             assert not got[name][number][: row.response][~row.mask].any()
@@ -107,8 +107,22 @@ def test_a_score_is_read_out_and_shifted(readout: Any, shift: float, layout: str
     got = laid_out(role, batch, frozenset({"score"}), layout)["score"]
     for number, row in enumerate(batch.rows):
         own = scores_by_hand(role.model, row)[row.start :][row.mask]
-        raw = {"mean": own.mean(), "sum": own.sum(), "last": own[-1]}[readout]
+        raw = {"mean": own.mean(), "sum": own.sum(), "last": role.model(row.ids[None]).logits[0, 0]}[readout]
         close(got[number], raw + shift, 1e-10)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_score_is_read_where_the_classifiers_own_forward_reads_it(layout: str) -> None:
+    """At the last token, whether it is trained or not; a pad token at the end is passed over."""
+    role = h.scorer(seed=2)
+    role.model.config.pad_token_id = 7
+    rows = [[3, 8, 4, 9, 6], [3, 8, 4, 9, 7], [3, 8, 4, 7, 7]]
+    batch = Batch.of([Row(torch.tensor(ids), 2, torch.tensor([True, True, False])) for ids in rows])
+    got = laid_out(role, batch, frozenset({"score"}), layout)["score"]
+    want = torch.stack([role.model(torch.tensor([ids])).logits[0, 0] for ids in rows])
+    close(got, want, 1e-10)
+    padded = torch.tensor([[3, 8, 4, 9, 6, 7, 7]])  # transformers ignores the mask
+    close(role.model(padded).logits[0, 0], want[0], 1e-10)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -16,6 +16,8 @@ from whet.rewards.model import ModelReward
 
 OTHER = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} <eos> {% endfor %}"
 
+CHAT = chat_format(tiny.tokenizer())
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -32,8 +34,8 @@ def test_an_answer_that_was_cut_off_is_read_without_an_end_token(folder: Path) -
 
     whole = groups(chat_format(tiny.tokenizer()))[0]
     cut = replace(whole, samples=(replace(whole.samples[0], ids=whole.samples[0].ids[:-1], finish="length"),))
-    same = ModelReward(role(folder)).score([cut]).answer
-    other = ModelReward(role(folder), chat=chat_format(tiny.tokenizer())).score([cut]).answer
+    same = ModelReward(role(folder), CHAT).score([cut]).answer
+    other = ModelReward(role(folder), CHAT, same=False).score([cut]).answer
     assert same.tolist() == pytest.approx(
         by_transformers(folder, [list(cut.prompt.ids + cut.samples[0].ids)]), abs=1e-5
     )
@@ -46,7 +48,7 @@ def groups(chat: Any) -> list[Group]:
         [("hello good", ["yes no", "a b c d"]), ("one", ["two three four", ""])]
     ):
         messages = ({"role": "user", "content": question},)
-        ids = [chat.answer_ids(answer) for answer in answers]
+        ids = [chat.answer_ids(messages, answer) for answer in answers]
         samples = [
             Sample(number, k, tuple(own), (0.0,) * len(own), 0, "stop", chat.text(own)) for k, own in enumerate(ids)
         ]
@@ -64,7 +66,7 @@ def by_transformers(folder: Path, rows: list[list[int]]) -> list[float]:
 def test_a_reward_model_of_the_policys_tokenizer_reads_the_sampled_ids(folder: Path) -> None:
     chat = chat_format(tiny.tokenizer())
     given = groups(chat)
-    got = ModelReward(role(folder)).score(given).answer
+    got = ModelReward(role(folder), CHAT).score(given).answer
     rows = [list(group.prompt.ids + sample.ids) for group in given for sample in group.samples]
     assert got.tolist() == pytest.approx(by_transformers(folder, rows), abs=1e-5)
 
@@ -79,7 +81,7 @@ def test_a_published_reward_model_reads_the_text_through_its_own_tokenizer(folde
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     own = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
     own.chat_template = OTHER
-    got = ModelReward(role(folder), chat=chat_format(own)).score(groups(chat_format(tiny.tokenizer()))).answer
+    got = ModelReward(role(folder), chat_format(own), same=False).score(groups(chat_format(tiny.tokenizer()))).answer
     texts = ["user hello good <eos> assistant yes no <eos>", "user hello good <eos> assistant a b c d <eos>"]
     texts += ["user one <eos> assistant two three four <eos>", "user one <eos> assistant <eos>"]
     rows = [[words.index(word) for word in text.split()] for text in texts]
@@ -89,15 +91,15 @@ def test_a_published_reward_model_reads_the_text_through_its_own_tokenizer(folde
 def test_the_shift_acts_on_the_score(folder: Path) -> None:
     given = groups(chat_format(tiny.tokenizer()))
     plain, moved = (
-        ModelReward(role(folder)).score(given).answer,
-        ModelReward(role(folder, shift=-1.0)).score(given).answer,
+        ModelReward(role(folder), CHAT).score(given).answer,
+        ModelReward(role(folder, shift=-1.0), CHAT).score(given).answer,
     )
     assert moved.tolist() == pytest.approx((plain - 1).tolist(), abs=1e-6)
 
 
 def test_a_dense_reward_model_scores_every_token_and_sums_to_the_answer(folder: Path) -> None:
     given = groups(chat_format(tiny.tokenizer()))
-    scores = ModelReward(role(folder), dense=True).score(given)
+    scores = ModelReward(role(folder), CHAT, dense=True).score(given)
     assert scores.token is not None
     assert [len(one) for one in scores.token] == [3, 5, 4, 1]
     rows = [list(group.prompt.ids + sample.ids) for group in given for sample in group.samples]
@@ -110,7 +112,7 @@ def test_a_dense_reward_model_scores_every_token_and_sums_to_the_answer(folder: 
 
 def test_several_rewards_are_told_apart_and_only_dense_ones_keep_their_places(folder: Path) -> None:
     given = groups(chat_format(tiny.tokenizer()))
-    helpful = Weighted("helpful", ModelReward(role(folder), dense=True), 0.5)
+    helpful = Weighted("helpful", ModelReward(role(folder), CHAT, dense=True), 0.5)
     polite = Weighted("polite", FunctionReward(lambda prompts, completions, **_: [1.0, 2.0, 3.0, 4.0]), 2.0)
     named, dense, step = score_all([helpful, polite], given)
     assert list(named) == ["helpful", "polite"]
@@ -123,8 +125,8 @@ def test_several_rewards_are_told_apart_and_only_dense_ones_keep_their_places(fo
 def test_a_dense_reward_model_with_steps_scores_their_last_tokens_and_the_answers_end_alone(folder: Path) -> None:
     given, word = groups(chat_format(tiny.tokenizer())), tiny.tokenizer().convert_tokens_to_ids
     ends = {word("b"), word("three")}
-    every = ModelReward(role(folder), dense=True).score(given)
-    scores = ModelReward(role(folder), dense=True, ends=ends.__contains__).score(given)
+    every = ModelReward(role(folder), CHAT, dense=True).score(given)
+    scores = ModelReward(role(folder), CHAT, dense=True, ends=ends.__contains__).score(given)
     assert every.token is not None
     assert scores.token is not None
     assert scores.ends is not None
@@ -139,7 +141,7 @@ def test_a_dense_reward_model_with_steps_scores_their_last_tokens_and_the_answer
         assert got.tolist() == pytest.approx((whole * torch.tensor(step)).tolist(), abs=1e-6)
         assert answer == pytest.approx(float(got.sum()), abs=1e-6)
     _, dense, step = score_all(
-        [Weighted("steps", ModelReward(role(folder), dense=True, ends=ends.__contains__))], given
+        [Weighted("steps", ModelReward(role(folder), CHAT, dense=True, ends=ends.__contains__))], given
     )
     assert step.int().tolist() == [[*one, *[0] * (5 - len(one))] for one in steps]
     assert not dense[~step].any()

@@ -1,6 +1,6 @@
 """Data records passed between components, and the conversion of text to tensors."""
 
-from whet.data.batching import dealt, micro_batches, minibatches, order, pad_ids, take_elements
+from whet.data.batching import dealt, epoch_batches, micro_batches, minibatches, order, pad_ids, take_elements
 from whet.data.chat import PLAIN, Chat, chat_format, extras_of
 from whet.data.columns import COLUMNS, Column, measured
 from whet.data.read import Located, read_rows
@@ -47,6 +47,7 @@ __all__ = [
     "Weights",
     "chat_format",
     "dealt",
+    "epoch_batches",
     "extras_of",
     "measured",
     "micro_batches",

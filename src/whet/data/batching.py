@@ -40,6 +40,39 @@ def order(
     return out
 
 
+def per_epoch(elements: int, size: int, drop_last: bool = False) -> int:
+    """Return the number of batches of one pass over the elements; the last one may be smaller, or is left out.
+
+    >>> per_epoch(9, 8), per_epoch(9, 8, drop_last=True)
+    (2, 1)
+    """
+    return max(1, elements // size) if drop_last else -(-elements // size)
+
+
+def epoch_batches(
+    sizes: Sequence[int],
+    count: int,
+    size: int,
+    seed: int,
+    *,
+    weights: Sequence[float] | None = None,
+    shuffle: bool = True,
+    drop_last: bool = False,
+) -> list[list[tuple[int, int]]]:
+    """Return the elements of the first `count` batches of a run as (source, index in the source), see `order`.
+
+    Without weights, a batch never spans two epochs: the last batch of an epoch is smaller, or left out with `drop_last`.
+    """
+    total = sum(sizes)
+    each = per_epoch(total, size, drop_last)
+    if weights is not None or total % size == 0:
+        flat = order(sizes, count * size, seed, weights=weights, shuffle=shuffle)
+        return [flat[start : start + size] for start in range(0, count * size, size)]
+    flat = order(sizes, -(-count // each) * total, seed, shuffle=shuffle)
+    starts = [epoch * total + batch * size for epoch in range(-(-count // each)) for batch in range(each)]
+    return [flat[start : min(start + size, (start // total + 1) * total)] for start in starts[:count]]
+
+
 def minibatches(elements: int, size: int, key: int) -> list[list[int]]:
     """Split `elements` elements, in random order, into mini-batches of `size` (the last may be smaller)."""
     turn = permutation(key, elements).tolist()

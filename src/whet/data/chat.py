@@ -159,11 +159,11 @@ class Chat:
     ) -> Row:
         """Return a row of these prompt ids and sampled ids. `trained` has one bool per sampled id, all True without it.
 
-        With `closing`, the end token of an answer that ended is replaced by what the template writes after an answer.
+        With `closing`, the end token of the template is replaced by all that the template writes after an answer.
         """
         mask = list(trained) or [True] * len(ids)
         ids = list(ids)
-        if closing and ids and ids[-1] in self.end_ids and (len(ids) > 1 or self.closing_ids):
+        if closing and ids and ids[-1] == self.end_ids[0] and (len(ids) > 1 or self.closing_ids):
             own = next((place + 1 for place, one in enumerate(self.closing_ids) if one in self.end_ids), 0)
             mask = mask[:-1] + [place < own for place in range(len(self.closing_ids))]
             ids = [*ids[:-1], *self.closing_ids]

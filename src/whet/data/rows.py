@@ -460,6 +460,8 @@ class Reader:
             prompt = self._located(located, self.chat.prompt_ids, messages, extras)
             return self.chat.sampled_row(prompt, answer.ids, closing=closing)
         full = [*messages, answer.message]
+        if answer.message.keys() - {"role", "content"}:
+            self._checked(located, full)
         return self._located(located, partial(self.chat.row, full, ended=answer.ended, closing=closing, extras=extras))
 
     def _answer_row(self, located: Located, messages: Sequence[Mapping[str, Any]], answer: _Answer) -> Row | None:

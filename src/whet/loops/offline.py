@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from whet.data import COLUMNS, Batch, Element, order, pad
+from whet.data import COLUMNS, Batch, Element, epoch_batches, pad
 from whet.learner import Learner, UpdateResult, look_across
 from whet.loops import checkpoint, selfcheck
 from whet.loops.evaluate import held_out
@@ -25,9 +25,10 @@ from whet.models.readers import BY_ROLE
 class OfflinePlan:
     """The size and schedule of a run: total updates, elements per update, save and evaluation intervals in updates.
 
-    With `save_every` 0, there are no periodic saves; with `eval_every` 0, no evaluation. `end_ids` are the token ids
-    that end an answer; if a row ends with one, that token must be trained. Every `sync_every` updates, the reference moves by
-    the fraction `sync_mix` towards the policy (TR-DPO). `precompute` measures the reference once, before training.
+    The last batch of an epoch is smaller, or left out with `drop_last`. With `save_every` 0, there are no periodic saves;
+    with `eval_every` 0, no evaluation. `end_ids` are the token ids that end an answer; the end token of a row must be
+    trained. Every `sync_every` updates, the reference moves by the fraction `sync_mix` towards the policy (TR-DPO).
+    `precompute` measures the reference once, before training.
     """
 
     steps: int
@@ -41,6 +42,7 @@ class OfflinePlan:
     sync_every: int = 0
     sync_mix: float = 1.0
     precompute: bool = False
+    drop_last: bool = False
 
 
 class OfflineLoop:
@@ -66,13 +68,10 @@ class OfflineLoop:
     ) -> None:
         self.objective, self.learner, self.sources, self.plan, self.run = objective, learner, sources, plan, run
         self.evaluation, self.resume, self.stop, self.title, self.quiet = evaluation, resume, stop, title, quiet
-        self.order = order(
-            [len(source) for source in sources],
-            plan.steps * plan.batch,
-            plan.seed,
-            weights=weights,
-            shuffle=plan.shuffle,
-        )
+        self.order = epoch_batches(
+            [len(source) for source in sources], plan.steps, plan.batch, plan.seed, weights=weights, shuffle=plan.shuffle,
+            drop_last=plan.drop_last,
+        )  # fmt: skip
         self.columns = frozenset(name for name in objective.reads() if COLUMNS[name].stage == "measure")
         self.state: State = objective.init()
         self.step = self.first = self._next = 0
@@ -113,7 +112,7 @@ class OfflineLoop:
         for step in range(self._next, plan.steps):
             self.step, began = step, time.perf_counter()
             self._now, self._numbers = self.objective.at(self.state), {}
-            taken = self.order[step * plan.batch : (step + 1) * plan.batch]
+            taken = self.order[step]
             batch = Batch.of([self.sources[source][index] for source, index in taken])
             selfcheck.tokens(step, batch, plan.end_ids)
             if self._known:

@@ -166,7 +166,7 @@ class OnlineLoop:
         if self._groups:
             raise RuntimeError("generate: this step has its answers already; call it once per step")
         if not rounds:
-            self._groups = self.source.groups(self.step, plan.prompts)
+            self._groups = self.source.groups(self.step, plan.prompts_in(self.step))
             self._numbers |= self._ages(self.source.staleness(self.step, self._groups))
         else:
             self._groups, self._scores = self._sampled_dynamically(rounds)

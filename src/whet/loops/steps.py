@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from whet.data import Batch
+from whet.data.batching import per_epoch
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class OnlinePlan:
     sync_every, sync_mix  every `sync_every` steps, the reference moves by the fraction `sync_mix` towards the policy
     max_staleness        largest age in steps of the weights behind a token; above 0, answers are generated ahead
     segment, slots       with max_staleness: tokens per segment of an answer, and concurrent answers per lane
+    per_pass             prompts of one pass, whose last step is smaller; None: each step has `prompts`, across passes
     critic_warmup        number of first steps in which only the critic is trained
     """
 
@@ -43,6 +45,18 @@ class OnlinePlan:
     segment: int = 64
     slots: int = 256
     critic_warmup: int = 0
+    per_pass: int | None = None
+
+    def prompts_in(self, step: int) -> int:
+        """Return the number of prompts of a step.
+
+        >>> [OnlinePlan(4, 4, 4, per_pass=6).prompts_in(step) for step in range(4)]
+        [4, 2, 4, 2]
+        """
+        if self.per_pass is None:
+            return self.prompts
+        place = step % per_epoch(self.per_pass, self.prompts)
+        return min(self.prompts, self.per_pass - place * self.prompts)
 
 
 @dataclass(frozen=True, eq=False)

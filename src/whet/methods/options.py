@@ -27,6 +27,8 @@ class Sampling:
     """keep this many of the most probable tokens; 0 is off"""
     min_p: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
     """keep tokens with at least this share of the largest probability; 0 is off"""
+    skip_special_tokens: bool = False
+    """leave special tokens out of the text of answers; without it only the closing end token is left out"""
 
     @property
     def truncates(self) -> bool:

@@ -32,7 +32,7 @@ class ModelReward:
     """A reward model as a Reward: a role in this process, or a function that runs the model elsewhere.
 
     `chat` is the conversation format of the reward model. If it has the policy's tokenizer and template (`same`), the model
-    gets the sampled token ids, with what the template writes after an answer in place of the end token. Otherwise the texts
+    gets the sampled token ids, with what the template writes after its end token. Otherwise the texts
     are rendered and tokenized again. A whole answer is scored at the last token of this text, where the model's own forward
     reads it. `dense=True` returns the score at every token. With `ends`, it returns scores
     only where a step ends and at the end of the answer; `ends(id)` is True if a step ends with this token id.

@@ -3,6 +3,7 @@
 import math
 
 from whet import ops
+from whet.data.batching import per_epoch
 from whet.errors import RecipeError
 from whet.methods import Algorithm, Objective
 from whet.methods.options import Optim
@@ -162,4 +163,6 @@ def _about_correction(recipe: fields.OnlineRecipe, algorithm: Algorithm) -> list
 
 def steps_of(train: fields.Train, elements: int) -> int:
     """Return the number of updates of an offline run."""
-    return train.num_steps or max(1, math.ceil(train.num_epochs * elements / train.batch_size))
+    return train.num_steps or max(
+        1, math.ceil(train.num_epochs * per_epoch(elements, train.batch_size, train.drop_last))
+    )

@@ -27,7 +27,10 @@ SHORT: Mapping[str, tuple[str, ...]] = {
     **{name: (f"rollout.{name}", f"train.{name}") for name in ("num_steps", "num_epochs")},
     **{name: (f"train.{name}",) for name in ("batch_size", "save_every", "eval_every", "packing")},
     "max_tokens_per_micro_batch": ("train.max_tokens_per_micro_batch",),
-    **{name: (f"sampling.{name}",) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "min_p")},
+    **{
+        name: (f"sampling.{name}",)
+        for name in ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "skip_special_tokens")
+    },
     **{name: (f"model.{name}",) for name in ("chat_template", "gradient_checkpointing", "lora", "pad_token", "dtype")},
     "precision": ("learner.precision",),
     "gae_lambda": ("algorithm.advantage.gae_lambda",),

@@ -39,10 +39,10 @@ def _win_rates(recipe: fields.EvalRecipe) -> dict[str, float]:
     """Generate one answer per prompt with both models and score them with each judge. Return the win rates, the mean scores
     with 95% intervals, and the KL of the model to the other one in nats per answer, if it can be computed."""
     assert recipe.against is not None
-    tokenizer, chat = models.tokenizer_and_chat(recipe.model)
+    tokenizer, chat = models.tokenizer_and_chat(recipe.model, recipe.sampling)
     prompts = sample.prompts_of(recipe.model, recipe.data, chat, recipe.sampling)
     judges = rewards.judges(recipe, tokenizer, prompts)
-    other_tokenizer, other_chat = models.tokenizer_and_chat(replace(recipe.model, path=recipe.against))
+    other_tokenizer, other_chat = models.tokenizer_and_chat(replace(recipe.model, path=recipe.against), recipe.sampling)
     if other_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise RecipeError(
             f"against: {recipe.against} has another tokenizer than {recipe.model.path}; compare models of one family"
@@ -66,6 +66,9 @@ def _win_rates(recipe: fields.EvalRecipe) -> dict[str, float]:
             "prompt": group.prompt.row.get("prompt"),
             "answer": group.samples[0].text,
             "against": rival.samples[0].text,
+            "prompt_ids": list(group.prompt.ids),
+            "answer_ids": list(group.samples[0].ids),
+            "against_ids": list(rival.samples[0].ids),
             "kl": kl,
         }
         for group, rival, kl in zip(ours, theirs, divergence, strict=True)
@@ -85,7 +88,7 @@ def _win_rates(recipe: fields.EvalRecipe) -> dict[str, float]:
 
 
 def _held_out(recipe: fields.EvalRecipe) -> dict[str, float]:
-    tokenizer, chat = models.tokenizer_and_chat(recipe.model)
+    tokenizer, chat = models.tokenizer_and_chat(recipe.model, recipe.sampling)
     scorer = load.is_scorer(recipe.model.path)
     reader = data.reader_of(recipe.model, recipe.data, chat, closing=scorer)
     if scorer:

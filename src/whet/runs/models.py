@@ -10,7 +10,7 @@ from torch import nn
 from whet.data import Chat, chat_format
 from whet.errors import ModelError, RecipeError
 from whet.methods import Algorithm
-from whet.methods.options import Optim
+from whet.methods.options import Optim, Sampling
 from whet.models import load, lora
 from whet.models.roles import Role, readout_of
 from whet.runs import recipe as fields
@@ -30,11 +30,12 @@ def source_of(model: fields.Frozen, path: str | None = None) -> load.ModelSource
     return load.ModelSource(name, dtype, model.device, model.trust_remote_code, model.quantize)
 
 
-def tokenizer_and_chat(model: fields.Frozen) -> tuple[Any, Chat]:
-    """Load the tokenizer of a model. Return it with its chat format."""
+def tokenizer_and_chat(model: fields.Frozen, sampling: Sampling | None = None) -> tuple[Any, Chat]:
+    """Load the tokenizer of a model. Return it with its chat format, which decodes answers as `sampling` says."""
     load.quiet()
     tokenizer = load.load_tokenizer(source_of(model), pad_token=model.pad_token)
-    return tokenizer, chat_format(tokenizer, model.chat_template)
+    skip = sampling is not None and sampling.skip_special_tokens
+    return tokenizer, chat_format(tokenizer, model.chat_template, skip_special_tokens=skip)
 
 
 def causal_role(

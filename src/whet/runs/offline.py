@@ -1,5 +1,6 @@
 """Prepare offline runs, which train on rows of a file (pretrain, sft, reward models, preference methods)."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,6 +10,8 @@ from typing import Any
 from torch import Tensor, no_grad
 
 from whet.data import Batch, Element
+from whet.data.batching import per_epoch
+from whet.distributed import first
 from whet.errors import RecipeError
 from whet.learner import Learner
 from whet.loops import evaluate, offline
@@ -41,10 +44,27 @@ class OfflineJob:
     def loop(self, learner: Learner, where: Path, options: folder.Options, stop: Stop) -> offline.OfflineLoop:
         """Open the run folder and return the training loop."""
         run = folder.opened(where, self.recipe, options, self.method, learner.workers)
+        if not options.quiet and first():
+            print(f"whet: {self.method}: {self.length()}", file=sys.stderr)
         return offline.OfflineLoop(
             self.objective, learner, self.sources, self.plan, run, weights=self.weights, evaluation=self.evaluation,
             resume=options.resume, stop=stop, title=self.method, quiet=options.quiet,
         )  # fmt: skip
+
+    def length(self) -> str:
+        """Return the length of the run in words: elements, updates and epochs."""
+        total, size, steps = sum(map(len, self.sources)), self.plan.batch, self.plan.steps
+        if self.weights is not None:
+            return f"{total} elements mixed by weight, {steps} updates of {size}"
+        each = per_epoch(total, size, self.plan.drop_last)
+        last = (
+            ""
+            if total % size == 0
+            else ", the last is left out"
+            if self.plan.drop_last
+            else f", the last of {total % size}"
+        )
+        return f"{total} elements, {steps} updates of {size} ({each} in an epoch{last}): {steps / each:.4g} epochs"
 
     def finish(self, loop: offline.OfflineLoop, where: Path) -> None:
         """Write the trained model to `where / "model"`. With `head.standardize`, standardize its rewards first."""
@@ -84,7 +104,7 @@ def prepare(method: str, recipe: fields.OfflineRecipe) -> OfflineJob:
     plan = offline.OfflinePlan(
         steps, recipe.train.batch_size, recipe.seed, recipe.data.shuffle, recipe.train.save_every,
         recipe.train.eval_every or (steps if evaluation else 0), recipe.train.keep, end_ids=chat.end_ids, sync_every=refresh.every,
-        sync_mix=refresh.mix, precompute=getattr(recipe, "precompute", False),
+        sync_mix=refresh.mix, precompute=getattr(recipe, "precompute", False), drop_last=recipe.train.drop_last,
     )  # fmt: skip
     return OfflineJob(method, recipe, objective, plan, tokenizer, sources, weights, evaluation)
 

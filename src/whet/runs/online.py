@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from whet.data import Chat, Element, Prompt, read_rows
+from whet.data.batching import per_epoch
 from whet.distributed import first, launched
 from whet.errors import RecipeError
 from whet.generate import Generator
@@ -85,7 +86,7 @@ def prepare(method: str, recipe: fields.OnlineRecipe) -> OnlineJob:
         )
     mini_batch_size = checks.check_arithmetic(recipe, algorithm, method)
     checks.check_ptx(recipe, algorithm, method)
-    tokenizer, chat = models.tokenizer_and_chat(recipe.model)
+    tokenizer, chat = models.tokenizer_and_chat(recipe.model, recipe.sampling)
     reader = data.reader_of(recipe.model, recipe.data, chat, room=recipe.sampling.max_new_tokens)
     prompts = data.with_all_columns(data.rows_of(recipe.data, reader.prompts))
     data.check_columns(prompts)
@@ -98,9 +99,9 @@ def prepare(method: str, recipe: fields.OnlineRecipe) -> OnlineJob:
     )
     for caution in checks.cautions(recipe, algorithm) if first() else ():
         print(f"whet: {caution}", file=sys.stderr)
-    plan, longest = _plan_of(recipe, mini_batch_size, chat, prompts)
-    rows = recipe.rollout.prompts_per_step * (1 if algorithm.pairs else algorithm.collect.num_generations)
-    updates = plan.steps * plan.epochs * -(-rows // mini_batch_size)
+    plan, longest = _plan_of(recipe, mini_batch_size, chat, prompts, refilled=bool(algorithm.collect.dynamic_sampling))
+    each = 1 if algorithm.pairs else algorithm.collect.num_generations
+    updates = plan.epochs * sum(-(-plan.prompts_in(step) * each // mini_batch_size) for step in range(plan.steps))
     return OnlineJob(method, recipe, algorithm, plan, tokenizer, chat, prompts, longest, updates, ptx)
 
 
@@ -108,13 +109,14 @@ def steps_of(rollout: fields.Rollout, prompts: int) -> int:
     """Return the steps of an online run: `num_steps`, or the steps of `num_epochs` passes over the prompts."""
     if rollout.num_epochs is None:
         return rollout.num_steps
-    return max(1, math.ceil(rollout.num_epochs * prompts / rollout.prompts_per_step))
+    return max(1, math.ceil(rollout.num_epochs * per_epoch(prompts, rollout.prompts_per_step)))
 
 
 def _plan_of(
-    recipe: fields.OnlineRecipe, mini_batch_size: int, chat: Chat, prompts: Sequence[Prompt]
+    recipe: fields.OnlineRecipe, mini_batch_size: int, chat: Chat, prompts: Sequence[Prompt], refilled: bool
 ) -> tuple[online.OnlinePlan, int]:
-    """Return the plan of the loop and the longest sequence of a generator, in tokens: prompt and answer, or the canary."""
+    """Return the plan of the loop and the longest sequence of a generator, in tokens: prompt and answer, or the canary.
+    `refilled`: dynamic sampling draws further prompts, so a step cannot end with a pass."""
     rollout, generator = recipe.rollout, recipe.generator
     positions = load.positions(models.source_of(recipe.model))
     canary = min(160, positions - 1)
@@ -128,5 +130,6 @@ def _plan_of(
         sync_every=rollout.sync_reference.every, sync_mix=rollout.sync_reference.mix,
         max_staleness=generator.max_staleness, segment=generator.segment_tokens, slots=rollout.max_num_seqs,
         critic_warmup=recipe.critic.warmup_steps,
+        per_pass=len(prompts) if rollout.num_epochs is not None and not refilled else None,
     )  # fmt: skip
     return plan, longest

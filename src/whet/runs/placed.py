@@ -83,13 +83,13 @@ def on_cluster(
 
 def answers_inside(recipe: fields.OnlineRecipe, longest: int, learner: LocalLearner) -> Generator:
     """Build the generator in the process of a learner worker."""
-    _, chat = models.tokenizer_and_chat(recipe.model)
+    _, chat = models.tokenizer_and_chat(recipe.model, recipe.sampling)
     return generators.generator_of(recipe, chat, learner, longest)
 
 
 def engine_alone(recipe: fields.OnlineRecipe, longest: int, number: int) -> Generator:
     """Build engine `number` in a separate process."""
-    _, chat = models.tokenizer_and_chat(recipe.model)
+    _, chat = models.tokenizer_and_chat(recipe.model, recipe.sampling)
     context = generators.context_of(recipe, chat, longest=longest, gpus=())  # Ray has chosen its GPUs
     return generators.engine_of(recipe, context, number)
 
@@ -107,7 +107,7 @@ def _made(objects: Mapping[str, Any], make: Callable[..., T], *given: Any) -> T:
 
 def rewards_alone(recipe: fields.OnlineRecipe) -> list[Weighted]:
     """Build all rewards of the recipe, including reward models, in a separate process."""
-    tokenizer, _ = models.tokenizer_and_chat(recipe.model)
+    tokenizer, _ = models.tokenizer_and_chat(recipe.model, recipe.sampling)
     roles = rewards.reward_roles(recipe)
     readers = {name: reading(role, recipe.train.max_tokens_per_micro_batch) for name, role in roles.items()}
     return rewards.rewards_of(recipe, tokenizer, lambda name, *given: readers[name](*given))

@@ -107,7 +107,9 @@ class Train(Loop):
     num_steps: Count | None = None
     """updates in total; overrides num_epochs"""
     batch_size: Count = 32
-    """elements (conversations, pairs, rankings) per update"""
+    """elements (conversations, pairs, rankings) per update; the last batch of an epoch is smaller"""
+    drop_last: bool = False
+    """leave out the last batch of an epoch if it is smaller"""
     dropout: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
     """residual dropout; its masks do not depend on the micro-batches"""
     eval_every: NotNegativeInt = 0

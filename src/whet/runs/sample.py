@@ -1,7 +1,6 @@
 """whet.sample: generate K answers to each prompt of a file."""
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from functools import partial
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from whet.data import Chat, Prompt
+from whet.data import Chat, Group, Prompt
 from whet.data.files import write_jsonl
 from whet.errors import RecipeError
 from whet.generate import Generator
@@ -21,13 +20,15 @@ from whet.runs import recipe as fields
 
 
 def run_sample(recipe: fields.SampleRecipe) -> Path:
-    """Generate K answers to each prompt of a file. Write rows with `responses`, `finish` and, with rewards, `scores`; with
-    keep="best", only the best answer as `completion` and its `score`. Return the path of the written file."""
+    """Generate K answers to each prompt of a file. Return the path of the written file.
+
+    The rows have `responses`, their `finish`, the token ids (`prompt_ids`, `response_ids`) and, with rewards, `scores`; with
+    keep="best" only the best answer (`completion`, `completion_ids`) with its `finish` and `score`."""
     threads(recipe.threads)
     out = out_file(recipe.out, "sample")
     if recipe.keep == "best" and not recipe.reward:
         raise RecipeError("keep: which answer is the best? give --reward with a reward-model folder or a function")
-    tokenizer, chat = models.tokenizer_and_chat(recipe.model)
+    tokenizer, chat = models.tokenizer_and_chat(recipe.model, recipe.sampling)
     scorers = [
         (
             one.weight,
@@ -42,36 +43,35 @@ def run_sample(recipe: fields.SampleRecipe) -> Path:
     generator = generator_of(recipe, tokenizer, chat, questions)
     with closing(generator):
         groups = evaluate.answers(generator, questions, recipe.sampling, count=recipe.num_generations, seed=recipe.seed)
-    rows: list[dict[str, Any]] = [
-        {
-            **group.prompt.row,
-            "responses": [sample.text for sample in group.samples],
-            "finish": [sample.finish for sample in group.samples],
-        }
-        for group in groups
-    ]
+    rows = [_row(group, chat) for group in groups]
     if scorers:
         each = [weight * one.reward.score(groups).answer.double() for weight, one in scorers]
         for row, scores in zip(rows, torch.stack(each).sum(0).reshape(len(rows), -1).tolist(), strict=True):
             row["scores"] = scores
     if recipe.keep == "best":
-        best = [one for row in rows if (one := _best(row)) is not None]
-        if len(best) < len(rows):
-            print(f"whet: {len(rows) - len(best)} prompts have only empty answers and are left out", file=sys.stderr)
-        rows = best
+        rows = [_best(row) for row in rows]
     write_jsonl(out, rows)
     return out
 
 
-def _best(row: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Make a demonstration of the best answer of a row: prefer complete answers to truncated ones, then higher scores. Return
-    None if all answers are empty, because a demonstration has an answer."""
-    filled = [number for number, text in enumerate(row["responses"]) if text.strip()]
-    if not filled:
-        return None
-    best = min(filled, key=lambda n: (row["finish"][n] == "length", -row["scores"][n]))
-    kept = {key: value for key, value in row.items() if key not in ("responses", "finish", "scores")}
-    return kept | {"completion": row["responses"][best], "score": row["scores"][best]}
+def _row(group: Group, chat: Chat) -> dict[str, Any]:
+    """Return the row of a prompt and its answers. Token ids of another text than the answer's are left out."""
+    row: dict[str, Any] = {
+        **group.prompt.row,
+        "responses": [sample.text for sample in group.samples],
+        "finish": [sample.finish for sample in group.samples],
+    }
+    if all(chat.is_text_of(sample.ids, sample.text) for sample in group.samples):
+        row |= {"prompt_ids": list(group.prompt.ids), "response_ids": [list(sample.ids) for sample in group.samples]}
+    return row
+
+
+def _best(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Make a demonstration of the best answer of a row: prefer complete answers to truncated ones, then higher scores."""
+    best = min(range(len(row["responses"])), key=lambda n: (row["finish"][n] == "length", -row["scores"][n]))
+    kept = {key: value for key, value in row.items() if key not in ("responses", "finish", "scores", "response_ids")}
+    kept |= {"completion": row["responses"][best], "finish": row["finish"][best], "score": row["scores"][best]}
+    return kept | ({"completion_ids": row["response_ids"][best]} if "response_ids" in row else {})
 
 
 def prompts_of(model: fields.Frozen, rows: fields.Rows, chat: Chat, sampling: Sampling) -> list[Prompt]:
