@@ -447,7 +447,7 @@ class Reader:
         values = numbers(located, name, count)
         return ranks_of(values if name == "scores" else [-value for value in values])
 
-    def _checked(self, located: Located, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _checked(self, located: Located, messages: list[Any]) -> list[Any]:
         self._located(located, self.chat.check, messages, extras_of(located.row))
         return messages
 
