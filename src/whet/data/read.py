@@ -179,7 +179,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict]]:
             for row in _rows_of(batch, path, number):
                 number += 1
                 yield f"{path}:{number}", row
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: column names that are not UTF-8
         after = f" after row {number}" if number else ""
         raise DataError(
             f"{path}: not a readable Parquet file{after} ({first_line(error)}); it is damaged or incomplete, write it again"

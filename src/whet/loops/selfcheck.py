@@ -51,16 +51,16 @@ class FlatScores:
 
     def __init__(self, names: Sequence[str], steps: int) -> None:
         self.names, self.last = names, min(FIRST, steps)
-        self._seen: list[Batch] = []
+        self._seen: list[tuple[Tensor, Tensor]] = []
 
     def caution(self, step: int, batch: Batch) -> str | None:
         """Return what to print after this step (from 1) with these answers, or None. Reads `rewards` and `group`."""
         if step > self.last:
             return None
-        self._seen.append(batch)
+        self._seen.append((batch["rewards"], batch["group"]))
         if len(self._seen) < self.last:  # also a run that was resumed in between
             return None
-        groups = [one["rewards"][one["group"] == number] for one in self._seen for number in one["group"].unique()]
+        groups = [rewards[group == number] for rewards, group in self._seen for number in group.unique()]
         if all(len(one) == 1 for one in groups):
             groups = [torch.cat(groups)]
         compared = [one for one in groups if len(one) > 1]
