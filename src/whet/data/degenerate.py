@@ -81,18 +81,22 @@ def _ties_of(rows: Sequence[Located]) -> Iterator[str]:
 
 def _one_value(records: Sequence[Any]) -> Iterator[str]:
     """Name the label or the score if all answers have the same one."""
-    values: dict[str, list[Any]] = {"label": [], "score": [], "labels of steps": []}
+    values: dict[str, list[Any]] = {
+        "answers have the label": [],
+        "answers have the score": [],
+        "steps have the label": [],
+    }
     for one in records:
         if isinstance(one, Unpaired):
-            values["label"].append(one.good)
+            values["answers have the label"].append(one.good)
         elif isinstance(one, Labeled):
-            values["score"].append(one.score)
+            values["answers have the score"].append(one.score)
         elif isinstance(one, Stepped):
-            values["labels of steps"] += one.labels[one.ends].tolist()
-    for name, found in values.items():
+            values["steps have the label"] += one.labels[one.ends].tolist()
+    for what, found in values.items():
         if constant(found):
             shown = str(found[0]).lower() if isinstance(found[0], bool) else f"{found[0]:g}"
-            yield f"{len(found)} of {len(found)} answers have the {name} {shown}, so nothing tells good from bad"
+            yield f"{len(found)} of {len(found)} {what} {shown}, so nothing tells good from bad"
 
 
 def _answers(record: Any) -> tuple[Row, ...]:
