@@ -201,13 +201,6 @@ def test_two_columns_of_one_name_in_parquet_are_refused(tmp_path: Path) -> None:
     refused(path, [": two columns have the name 'x'"])
 
 
-def test_the_folders_of_a_path_are_no_columns(tmp_path: Path) -> None:
-    folder = tmp_path / "lang=en"
-    folder.mkdir()
-    (one,) = read_rows(str(parquet(folder / "rows.parquet", x=["a"])))
-    assert one.row == {"x": "a"}
-
-
 TIME = datetime.datetime(2026, 11, 2, 13, 5, 6, 70, tzinfo=datetime.UTC)
 FORMS: list[tuple[Any, Any]] = [
     (TIME, "2026-11-02T13:05:06.000070+00:00"),
