@@ -1,9 +1,14 @@
 """Whatever is wrong with what was given is told in one message, before anything is written."""
 
+import datetime
+import decimal
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import tiny
 
@@ -114,6 +119,32 @@ CONTENTS: dict[str, tuple[str, bytes, list[str]]] = {
         ["rows.jsonl:2: ", "JSON", "column"],
     ),
     "a byte-order mark": ("sft", b'\xef\xbb\xbf{"prompt": "a"}\n', ["rows.jsonl:1: ", "BOM"]),
+    "half of a surrogate pair": (
+        "sft",
+        b'{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": "\\ud800"}\n',
+        ["rows.jsonl:2: ", "'completion'", "surrogate"],
+    ),
+    "a number beyond every float": (
+        "reward",
+        b'{"prompt": "a", "responses": ["b", "c"], "scores": [1, 1e400]}\n',
+        ["rows.jsonl:1: ", "'scores'", "inf", "finite"],
+    ),
+    "lists without end": ("sft", b'{"prompt": ' + b"[" * 50_000, ["rows.jsonl:1: ", "nested too deeply"]),
+    "a name that stands twice": (
+        "sft",
+        b'{"prompt": "a", "completion": "b", "prompt": "c"}\n',
+        ["rows.jsonl:1: ", "'prompt'", "twice"],
+    ),
+    "pairs of equal answers": (
+        "dpo",
+        b'{"prompt": "a", "chosen": "b", "rejected": "b"}\n{"prompt": "b", "chosen": "c", "rejected": "c"}\n',
+        ["rows.jsonl: ", "2 of 2 pairs have chosen equal to rejected"],
+    ),
+    "rankings of ties": (
+        "reward",
+        b'{"prompt": "a", "responses": ["b", "c"], "scores": [1, 1]}\n',
+        ["rows.jsonl: ", "1 of 1 rankings have ties alone"],
+    ),
     "duplicate ids": (
         "sft",
         b'{"id": 1, "prompt": "a", "completion": "b"}\n{"id": 1, "prompt": "c", "completion": "b"}\n',
@@ -521,6 +552,75 @@ def test_resuming_with_another_recipe_names_what_differs(home: Path, tmp_path: P
     assert whet(capsys, "sft", *words).status == 0
     other = [*words, "--lr", "0.5", "--seed", "3", "--resume"]
     said_no(home, tmp_path, capsys, "sft", other, ["--resume", "optim.lr", "seed", "the recipe with which it began"])
+
+
+def sampled(home: Path, data: Path, out: Path, *words: str) -> list[str]:
+    return ["--model", f"{home}/m", "--data", str(data), "--out", str(out), "--max-new-tokens", "4", *words]
+
+
+def test_dates_and_decimals_of_parquet_are_written_beside_the_answers(home: Path, tmp_path: Path, capsys: Any) -> None:
+    day, cost = datetime.datetime(2026, 11, 2, 13, 5), decimal.Decimal("12.50")
+    table = pyarrow.table({"prompt": ["a"], "day": [day], "cost": [cost]})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    assert whet(capsys, "sample", *sampled(home, tmp_path / "rows.parquet", tmp_path / "out.jsonl")).status == 0
+    row = json.loads((tmp_path / "out.jsonl").read_text())
+    assert (row["day"], row["cost"], len(row["responses"])) == ("2026-11-02T13:05:00", "12.50", 4)
+
+
+@pytest.mark.parametrize("kind", ["short", "nan"])
+def test_answers_are_kept_if_their_reward_fails(kind: str, home: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "reward.py").write_text(
+        "def judge(completions, **columns):\n    return "
+        + {"short": "[1.0]", "nan": "[float('nan')] * len(completions)"}[kind]
+    )
+    out = tmp_path / "out.jsonl"
+    words = sampled(home, home / "prompts.jsonl", out, "--num-generations", "3")
+    said = whet(capsys, "sample", *words, "--reward", f"{tmp_path}/reward.py:judge")
+    assert said.status == 1
+    assert f"kept without scores in {tmp_path}/out.unscored.jsonl" in said.error
+    assert not out.exists()
+    assert whet(capsys, "sample", *words).status == 0
+    assert (tmp_path / "out.unscored.jsonl").read_text() == out.read_text()
+    given = ["--model", f"{home}/m", "--data", f"{home}/prompts.jsonl", "--max-new-tokens", "4"]
+    given += ["--against", f"{home}/m", "--judge", f"{tmp_path}/reward.py:judge", "--answers", f"{tmp_path}/eval.jsonl"]
+    assert whet(capsys, "eval", *given).status == 1
+    kept = [json.loads(line) for line in (tmp_path / "eval.unscored.jsonl").read_text().splitlines()]
+    assert [sorted(one) for one in kept] == [["against", "answer", "kl", "prompt"]] * 2
+
+
+def test_degenerate_data_is_said_and_trained_on(home: Path, tmp_path: Path, capsys: Any) -> None:
+    rows = [{"prompt": prompt, "completion": "yes", "label": True} for prompt in "abc"]
+    tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    words = run_words(home, tmp_path, *sft("--train.num-steps", "1", data=str(tmp_path / "rows.jsonl")))
+    said = whet(capsys, "kto", *words, "--data.eval", f"{tmp_path}/rows.jsonl")
+    assert said.status == 0
+    line = f"whet: {tmp_path}/rows.jsonl: 3 of 3 answers have the label true, so nothing tells good from bad\n"
+    assert said.error == line * 2  # the rows of the training, and those of the evaluation
+
+
+def test_equal_scores_are_said_by_every_verb_that_scores(home: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "flat.py").write_text("def judge(completions, **columns):\n    return [1.0] * len(completions)\n")
+    flat = f"{tmp_path}/flat.py:judge"
+    out = tmp_path / "answers.jsonl"
+    said = whet(capsys, "sample", *sampled(home, home / "prompts.jsonl", out, "--reward", flat))
+    assert said.error == "whet: reward: all 8 scores are equal (1)\n"
+    said = whet(capsys, "rank", "--data", out, "--out", tmp_path / "ranks.jsonl")
+    assert said.error == "whet: 2 of 2 rankings have ties alone\n"
+    given = [
+        "--model",
+        f"{home}/m",
+        "--against",
+        f"{home}/m",
+        "--data",
+        f"{home}/prompts.jsonl",
+        "--max-new-tokens",
+        "4",
+    ]
+    said = whet(capsys, "eval", *given, "--judge", flat)
+    assert "whet: judge judge: all 4 scores are equal (1)\n" in said.error
+    words = run_words(home, tmp_path, *online())
+    words[words.index("--reward") + 1] = flat
+    assert "whet: reward judge: in the first 1 steps the scores of the" in whet(capsys, "grpo", *words).error
 
 
 FAILING = {

@@ -75,7 +75,7 @@ FILES = [
     ("bad.jsonl", b'{"id": 7}\n{"id": 8}\n{"id": "7"}\n', ":3: id '7' was already used at"),
     ("bad.csv", b"prompt,completion\na,b\nc\n", ":3: the row has another number of fields than the header"),
     ("bad.csv", b"prompt,completion\na,b,c\n", ":2: the row has another number of fields than the header"),
-    ("bad.csv", b"prompt,completion\na,\xff\n", ": not valid UTF-8 at byte"),
+    ("bad.csv", b"prompt,completion\na,\xff\n", ":2: not valid UTF-8 at byte 2 of the line, got b'\\xff'"),
     ("bad.parquet", b"PAR? no", ": not a readable Parquet file"),
     ("bad.txt", b"hello", ": expected a .jsonl, .parquet or .csv file or the name of a dataset"),
 ]

@@ -3,10 +3,14 @@
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+SPECIAL = re.compile("[\x85\u2028\u2029\ud800-\udfff]")
+"""Characters that are written as escapes: the line separators of Unicode, and halves of surrogate pairs."""
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -16,7 +20,18 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write a JSONL file, one row per line."""
-    _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    _write(path, "".join(json_line(row) for row in rows))
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    """Return a row as one line of JSON in UTF-8, with its line feed.
+
+    The work of hours is not lost for one value: what JSON cannot hold is written as its text, and a half of a surrogate
+    pair as its escape. The line separators of Unicode are escapes too, since many programs split lines at them.
+    """
+    line = json.dumps(row, ensure_ascii=False, default=str)
+    line = line if line.isascii() else SPECIAL.sub(lambda found: f"\\u{ord(found[0]):04x}", line)
+    return line + "\n"
 
 
 def _write(path: Path, text: str) -> None:

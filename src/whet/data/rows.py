@@ -5,7 +5,6 @@ or `scores`, `score`. An invalid row raises DataError with its file and line, th
 model is loaded.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,9 @@ from whet.data.chat import Chat, extras_of
 from whet.data.read import Located
 from whet.data.types import Labeled, Pair, Prompt, Ranking, Row, Stepped, Unpaired
 from whet.errors import DataError
+
+LARGEST = torch.finfo(torch.float32).max
+"""Largest number of a field: losses are computed in float32."""
 
 
 def _text(located: Located, name: str) -> str:
@@ -41,8 +43,9 @@ def _number(located: Located, name: str, value: Any) -> float:
             value = float(value)
         except ValueError:
             pass
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise DataError(f"{located.where}: field {name!r} must be a finite number, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:  # also NaN
+        large = f"; the largest is {LARGEST:.2g}" if isinstance(value, (int, float)) else ""
+        raise DataError(f"{located.where}: field {name!r} must be a finite number, got {value!r:.40}{large}")
     return float(value)
 
 

@@ -23,7 +23,7 @@ class ScoreRanker:
 
     def rank(self, questions: Sequence[Question]) -> list[list[int]]:
         """See `Ranker.rank`."""
-        return [ranks_of(question.row[self.field]) for question in questions]
+        return [ranks_of([float(score) for score in question.row[self.field]]) for question in questions]
 
 
 def check(options: Options, rows: Sequence[Located]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from whet.data import Chat, Sample, Weights, extras_of
+from whet.data.values import valid_text
 from whet.errors import RecipeError
 from whet.generate.base import GeneratorContext, Request
 from whet.http import Http, api_key
@@ -67,7 +68,7 @@ class OpenAIGenerator:
         if self.options.token_ids:
             body["return_token_ids"] = True
         choice = self.http.chat(body, retries=self.options.retries)
-        text, ended = choice["message"]["content"] or "", choice.get("finish_reason") != "length"
+        text, ended = valid_text(choice["message"]["content"] or ""), choice.get("finish_reason") != "length"
         ids = choice.get("token_ids")
         if ids is None:
             ids = self.chat.answer_ids(request.prompt.messages, text, extras, ended=ended)

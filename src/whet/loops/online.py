@@ -83,6 +83,7 @@ class OnlineLoop:
         )
         self.source = source_of(algorithm, generator, prompts, sampling, plan, driver)
         self.generator = self.source if isinstance(self.source, AsynchronousSource) else generator
+        self.flat = selfcheck.FlatScores([one.name for one in rewards], plan.steps)
         self.stream = PtxStream(ptx, plan.ptx_batch, plan.seed)
         self.step = self.first = self._next = 0
         self.state: State = algorithm.init()
@@ -394,6 +395,7 @@ class OnlineLoop:
             trained = batch.with_columns(ratio=self._ratio) if batch.rows else batch
             names = [one.name for one in self.rewards]
             self.run.rollout(done, self._groups, whole if self._now.pairs else trained, names)
+            self.run.caution(self.flat.caution(done, whole))
         self.state = state
         seconds = {"seconds": time.perf_counter() - self._began, "seconds/generate": self._sampled - self._began}
         self.run.metrics(done, **numbers, **seconds)

@@ -77,6 +77,11 @@ class RunFolder:
             ]
             self._tell(lambda tracker: tracker.samples(step, rows))
 
+    def caution(self, text: str | None) -> None:
+        """Print a caution on the terminal, if there is one."""
+        if text is not None and self.writes:
+            print(f"whet: {text}", file=sys.stderr)
+
     def close(self) -> None:
         """End the trackers; they write their buffered data. May be called more than once."""
         self._tell(lambda tracker: tracker.end())

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from whet.data import COLUMNS, Batch, Group
+from whet.data.values import valid_text
 from whet.errors import DataError
 
 SCHEMA = 1
@@ -30,7 +31,7 @@ def write(folder: Path, step: int, groups: Sequence[Group], batch: Batch, names:
     table: dict[str, list[Any]] = {
         "prompt_id": [prompt.id for prompt, _ in samples],
         "prompt": [prompt.text for prompt, _ in samples],
-        "completion": [sample.text for _, sample in samples],
+        "completion": [valid_text(sample.text) for _, sample in samples],
         "prompt_ids": [list(prompt.ids) for prompt, _ in samples],
         "completion_ids": [list(sample.ids) for _, sample in samples],
         "draw": [sample.draw for _, sample in samples],

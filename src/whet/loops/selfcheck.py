@@ -1,4 +1,4 @@
-"""Checks of a run during training. A failed check raises RunStopped with a message that explains the cause."""
+"""Checks of a run during training. A failed check raises RunStopped with a message that explains the cause; a caution is returned."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from whet.data import Batch
+from whet.data.degenerate import constant
 from whet.errors import RunStopped
 from whet.generate import Generator
 from whet.generate.base import all_logprobs
@@ -13,6 +14,8 @@ from whet.ops import masked_sum
 
 GAP = {torch.float64: 1e-6, torch.float32: 2e-3}
 """Largest mean |sampler_logp - old_logp| in nats, by the precision of the log-probs."""
+FIRST = 3
+"""Number of steps after which a reward that gave one score alone is named."""
 HALF = 0.1
 """The same bound for weights in half precision."""
 
@@ -42,6 +45,39 @@ def finite(step: int, columns: Mapping[str, Tensor]) -> None:
     for name, values in columns.items():
         if values.is_floating_point() and not bool(torch.isfinite(values).all()):
             stop(step, f"column {name} contains a NaN or an infinity")
+
+
+class FlatScores:
+    """Notice a reward that gives all answers to a prompt the same score in the first steps of a run, or, with one answer per
+    prompt, all answers. These are the first `FIRST` steps, or the `steps` of a shorter run."""
+
+    def __init__(self, names: Sequence[str], steps: int) -> None:
+        self.names, self.last = names, min(FIRST, steps)
+        self._seen: list[tuple[Tensor, Tensor]] = []
+
+    def caution(self, step: int, batch: Batch) -> str | None:
+        """Return what to print after this step (from 1) with these answers, or None. Reads `rewards` and `group`."""
+        if step > self.last:
+            return None
+        self._seen.append((batch["rewards"], batch["group"]))
+        if len(self._seen) < self.last:  # also a run that was resumed in between
+            return None
+        groups = [rewards[group == number] for rewards, group in self._seen for number in group.unique()]
+        if all(len(one) == 1 for one in groups):
+            groups = [torch.cat(groups)]
+        compared = [one for one in groups if len(one) > 1]
+        flat = [
+            name
+            for place, name in enumerate(self.names)
+            if compared and all(constant(one[:, place].tolist()) for one in compared)
+        ]
+        if not flat:
+            return None
+        return (
+            f"reward {', '.join(flat)}: in the first {self.last} steps the scores of the {sum(map(len, compared))} answers are "
+            f"equal{' for each prompt' if len(compared) > 1 else ''}, and nothing is learned from equal scores; does it read "
+            "the answers and the right columns?"
+        )
 
 
 def sampler_agrees(step: int, batch: Batch, version: int, low_precision: bool = False) -> float:

@@ -1,10 +1,12 @@
 """Read the rows of a recipe, and check that the data options fit the method."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from whet.data import Chat, Element, Prompt, Reader, read_rows
+from whet import distributed
+from whet.data import Chat, Element, Prompt, Reader, degenerate, read_rows
 from whet.errors import DataError, RecipeError
 from whet.methods import Objective, catalogue
 from whet.models import load
@@ -45,6 +47,20 @@ def sources_of(data: fields.Data, read: Callable[[Sequence[Any]], list]) -> tupl
     if isinstance(data.train, str):
         return [rows_of(fields.Rows(data.train), read)], None
     return [read(read_rows(one.path)) for one in data.train], [one.weight for one in data.train]
+
+
+def cautioned(read: Callable[[Sequence[Any]], list], chat: Chat) -> Callable[[Sequence[Any]], list]:
+    """Wrap `read` to print what is degenerate in the records, one line each, in the first of several workers. It raises
+    DataError for records from which nothing can be learned (see `whet.data.degenerate`)."""
+
+    def checked(rows: Sequence[Any]) -> list:
+        records = read(rows)
+        for caution in degenerate.cautions(rows, records, chat.end_ids):
+            if distributed.first():
+                print(f"whet: {caution}", file=sys.stderr)
+        return records
+
+    return checked
 
 
 def guarded(read: Callable[[Sequence[Any]], list], objective: Objective, name: str) -> Callable[[Sequence[Any]], list]:

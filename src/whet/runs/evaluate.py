@@ -1,10 +1,12 @@
 """whet.evaluate: compute win rates under judges, the accuracy of a reward model, or a held-out loss."""
 
-from contextlib import closing
+import sys
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from whet.data.degenerate import constant
 from whet.data.files import write_json, write_jsonl
 from whet.errors import RecipeError
 from whet.generate.local import LocalGenerator
@@ -73,8 +75,13 @@ def _win_rates(recipe: fields.EvalRecipe) -> dict[str, float]:
         }
         for group, rival, kl in zip(ours, theirs, divergence, strict=True)
     ]
-    for judge in judges:
-        mine, rivals = judge.reward.score(ours).answer.tolist(), judge.reward.score(theirs).answer.tolist()
+    scores = []
+    with sample.kept(Path(recipe.answers), rows) if recipe.answers else nullcontext():
+        for judge in judges:
+            scores.append((judge.reward.score(ours).answer.tolist(), judge.reward.score(theirs).answer.tolist()))
+    for judge, (mine, rivals) in zip(judges, scores, strict=True):
+        if constant(mine + rivals):
+            print(f"whet: judge {judge.name}: all {len(mine + rivals)} scores are equal ({mine[0]:g})", file=sys.stderr)
         win, mean, rival = evaluate.win_rate(mine, rivals), evaluate.interval(mine), evaluate.interval(rivals)
         for name, three in (("win_rate", win), ("score", mean), ("against", rival)):
             numbers |= {
@@ -97,6 +104,6 @@ def _held_out(recipe: fields.EvalRecipe) -> dict[str, float]:
     else:
         role = models.causal_role("policy", recipe.model, tokenizer, trained=False, seed=0)
         objective, reading = compose.SFT, "demonstrations"
-    elements = data.rows_of(recipe.data, getattr(reader, reading))
+    elements = data.rows_of(recipe.data, data.cautioned(getattr(reader, reading), chat))
     learner = LocalLearner({role.name: role}, {}, total=1, budget=recipe.max_tokens_per_micro_batch)
     return {key.rpartition("/")[2]: value for key, value in evaluate.held_out(learner, objective, elements).items()}

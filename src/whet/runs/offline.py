@@ -94,6 +94,7 @@ def prepare(method: str, recipe: fields.OfflineRecipe) -> OfflineJob:
     data.check_data(recipe.data, reading)
     read: Callable[[Sequence[Any]], list] = getattr(reader, reading)
     read = data.guarded(read, objective, name) if objective is not compose.SFT else read
+    read = data.cautioned(read, chat)
     sources, weights = data.sources_of(recipe.data, read)
     evaluation = data.evaluation_of(recipe.data, read)
     if rewards:

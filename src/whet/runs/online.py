@@ -88,15 +88,12 @@ def prepare(method: str, recipe: fields.OnlineRecipe) -> OnlineJob:
     checks.check_ptx(recipe, algorithm, method)
     tokenizer, chat = models.tokenizer_and_chat(recipe.model, recipe.sampling)
     reader = data.reader_of(recipe.model, recipe.data, chat, room=recipe.sampling.max_new_tokens)
-    prompts = data.with_all_columns(data.rows_of(recipe.data, reader.prompts))
+    prompts = data.with_all_columns(data.rows_of(recipe.data, data.cautioned(reader.prompts, chat)))
     data.check_columns(prompts)
     generators.check_generator(recipe, chat, int(os.environ["WORLD_SIZE"]) if launched() else 1)
     rewards.check_rewards(recipe, tokenizer, prompts)
-    ptx = (
-        data.reader_of(recipe.model, fields.Rows(), chat).demonstrations(read_rows(recipe.ptx.data))
-        if recipe.ptx.data
-        else []
-    )
+    ptx_reader = data.reader_of(recipe.model, fields.Rows(), chat)
+    ptx = data.cautioned(ptx_reader.demonstrations, chat)(read_rows(recipe.ptx.data)) if recipe.ptx.data else []
     for caution in checks.cautions(recipe, algorithm) if first() else ():
         print(f"whet: {caution}", file=sys.stderr)
     plan, longest = _plan_of(recipe, mini_batch_size, chat, prompts, refilled=bool(algorithm.collect.dynamic_sampling))

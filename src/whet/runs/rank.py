@@ -1,9 +1,11 @@
 """whet.rank: rank answers by a judge, by their scores, or with a ranker of the user's."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 from whet.data import read_rows
+from whet.data.degenerate import constant
 from whet.data.files import write_jsonl
 from whet.errors import RecipeError, RewardError, UserError
 from whet.feedback import RANKERS, Question
@@ -46,6 +48,8 @@ def run_rank(recipe: fields.RankRecipe) -> Path:
         raise RewardError(f"ranker: expected a list of ranks for each of {len(questions)} questions, got {ranks!r:.80}")
     for place, (own, question) in enumerate(zip(ranks, questions, strict=True)):
         check_ranks(own, question, place)
+    if all(map(constant, ranks)):
+        print(f"whet: {len(ranks)} of {len(ranks)} rankings have ties alone", file=sys.stderr)
     write_jsonl(out, [{**one.row, "ranks": list(own)} for one, own in zip(rows, ranks, strict=True)])
     return out
 

@@ -1,8 +1,9 @@
 """whet.sample: generate K answers to each prompt of a file."""
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from whet.data import Chat, Group, Prompt
+from whet.data.degenerate import constant
 from whet.data.files import write_jsonl
 from whet.errors import RecipeError
 from whet.generate import Generator
@@ -45,8 +47,12 @@ def run_sample(recipe: fields.SampleRecipe) -> Path:
         groups = evaluate.answers(generator, questions, recipe.sampling, count=recipe.num_generations, seed=recipe.seed)
     rows = [_row(group, chat) for group in groups]
     if scorers:
-        each = [weight * one.reward.score(groups).answer.double() for weight, one in scorers]
-        for row, scores in zip(rows, torch.stack(each).sum(0).reshape(len(rows), -1).tolist(), strict=True):
+        with kept(out, rows):
+            each = [weight * one.reward.score(groups).answer.double() for weight, one in scorers]
+        total = torch.stack(each).sum(0)
+        if constant(total.tolist()):
+            print(f"whet: reward: all {len(total)} scores are equal ({float(total[0]):g})", file=sys.stderr)
+        for row, scores in zip(rows, total.reshape(len(rows), -1).tolist(), strict=True):
             row["scores"] = scores
     if recipe.keep == "best":
         rows = [_best(row) for row in rows]
@@ -66,6 +72,18 @@ def _row(group: Group, chat: Chat) -> dict[str, Any]:
     return row
 
 
+@contextmanager
+def kept(out: Path, rows: Sequence[Mapping[str, Any]]) -> Iterator[None]:
+    """Keep generated answers if what follows fails: write the rows to NAME.unscored.jsonl beside the output file, and say so."""
+    try:
+        yield
+    except BaseException:  # Ctrl-C too: the answers may be the work of hours
+        aside = out.with_suffix(".unscored.jsonl")
+        write_jsonl(aside, rows)
+        print(f"whet: the answers were generated and are kept without scores in {aside}", file=sys.stderr)
+        raise
+
+
 def _best(row: Mapping[str, Any]) -> dict[str, Any]:
     """Make a demonstration of the best answer of a row: prefer complete answers to truncated ones, then higher scores."""
     best = min(range(len(row["responses"])), key=lambda n: (row["finish"][n] == "length", -row["scores"][n]))
@@ -77,7 +95,7 @@ def _best(row: Mapping[str, Any]) -> dict[str, Any]:
 def prompts_of(model: fields.Frozen, rows: fields.Rows, chat: Chat, sampling: Sampling) -> list[Prompt]:
     """Read the prompts of a file. Keep `max_new_tokens` positions free for an answer."""
     reader = data.reader_of(model, rows, chat, room=sampling.max_new_tokens)
-    return data.rows_of(rows, reader.prompts)
+    return data.rows_of(rows, data.cautioned(reader.prompts, chat))
 
 
 def generator_of(

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from whet.errors import DataError, ModelError
+from whet.data.files import json_line
+from whet.data.values import plain_row
+from whet.errors import DataError, ModelError, first_line
 from whet.registry import register
 
 
@@ -30,7 +32,7 @@ class Sources:
 
     def plain(self, name: str, value: Any) -> Any:
         """Return the value of field `name` with objects replaced. Raises DataError if a row is not a dict or not valid as
-        JSON, ModelError for a model object without a tokenizer."""
+        JSON (see `plain_row`), ModelError for a model object without a tokenizer."""
         if isinstance(value, Path):
             return str(value)
         if hasattr(value, "column_names") and isinstance(value, Mapping):
@@ -46,7 +48,9 @@ class Sources:
         if callable(value) or any(hasattr(value, one) for one in ("score", "generate", "rank", "log")):
             return register(value)
         if hasattr(value, "column_names") and hasattr(value, "to_list"):  # a datasets.Dataset
-            return self._rows(name, value.to_list())
+            return self._rows(name, _listed(name, value), filled=True)
+        if hasattr(value, "column_names"):
+            raise DataError(f"{name}: a {type(value).__name__} is not read; give a list of its rows")
         if isinstance(value, (list, tuple)) and name.partition(".")[0] in ("data", "ptx"):
             if not value:
                 raise DataError(f"{name}: the list is empty; give at least one row or file")
@@ -60,16 +64,13 @@ class Sources:
         for one in self._writes:
             one()
 
-    def _rows(self, name: str, rows: list[Any]) -> str:
+    def _rows(self, name: str, rows: list[Any], *, filled: bool = False) -> str:
         lines = []
         for number, row in enumerate(rows):
             if not isinstance(row, Mapping):
                 raise DataError(f"{name}[{number}]: a row is a dict, got {type(row).__name__}")
-            try:
-                lines.append(json.dumps(dict(row), ensure_ascii=False))
-            except (TypeError, ValueError) as error:
-                raise DataError(f"{name}[{number}]: the row cannot be written as JSON ({error})") from error
-        text = "".join(line + "\n" for line in lines)
+            lines.append(json_line(plain_row(row, f"{name}[{number}]", filled=filled)))
+        text = "".join(lines)
         path = self.folder / f"{name.replace('.', '-')}-{_digest(text.encode())}.jsonl"
         self._writes.append(lambda: _put(path, lambda aside: aside.write_text(text, encoding="utf-8")))
         return str(path)
@@ -100,6 +101,16 @@ class Sources:
 def _are_files(value: Sequence[Any]) -> bool:
     """Return True if each entry is a path or a mapping with a path, as in a mix of several files."""
     return all(isinstance(one, (str, Path)) or (isinstance(one, Mapping) and "path" in one) for one in value)
+
+
+def _listed(name: str, data: Any) -> list[Any]:
+    """Return the rows of a `datasets.Dataset`. Raises DataError if one has text that is not UTF-8, or a date after 9999."""
+    try:
+        return data.to_list()
+    except Exception as error:  # pyarrow raises ValueError, OverflowError and others
+        raise DataError(
+            f"{name}: a row cannot be read as Python objects ({first_line(error)}); mend it, or remove its column"
+        ) from error
 
 
 def _put(path: Path, write: Callable[[Path], Any]) -> None:
