@@ -106,6 +106,10 @@ class ClusterLearner:
         """See `Learner.columns`."""
         return self._all("call", "columns", name, batch, bare)
 
+    def rehearse(self, batch: Batch, columns: Mapping[str, frozenset[str]]) -> None:
+        """See `Learner.rehearse`."""
+        self._all("rehearse", batch, columns)
+
     def update(self, work: Work) -> UpdateResult:
         """See `Learner.update`."""
         return self._all("call", "update", list(work))

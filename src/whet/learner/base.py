@@ -49,6 +49,12 @@ class Learner(Protocol):
     def measure(self, batch: Batch, columns: frozenset[str]) -> Batch:
         """Return the batch with these measured columns added (see `data.columns`), computed without gradient or dropout."""
 
+    def rehearse(self, batch: Batch, columns: Mapping[str, frozenset[str]]) -> None:
+        """Compute and discard the gradient of the largest micro-batch, so that a lack of memory shows before long work.
+
+        `columns` has the bare columns of each trained role. Raises RunStopped with what to lower.
+        """
+
     def forward_backward(self, work: Work) -> UpdateResult:
         """Compute the losses and the gradient of a whole mini-batch. The result has no norms and learning rates yet."""
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,35 @@ class LocalLearner:
             self._step(role)
         self.version += 1
         return UpdateResult(self.version, pending.losses, norms, rates, pending.now)
+
+    def rehearse(self, batch: Batch, columns: Mapping[str, frozenset[str]]) -> None:
+        """See `Learner.rehearse`."""
+        turns = self._dealt(batch)
+        rows = max(
+            (rows for rows, _ in turns), key=lambda rows: len(rows) * max(batch.rows[row].length for row in rows)
+        )
+        micro = batch.take(rows)
+        for name, bare in columns.items():
+            with self._memory(micro):
+                made = self._read(name, micro, bare)
+                self._backward(name, torch.stack([value.sum().float() for value in made.values()]).sum() * 0.0, True)
+        self._clear()
+
+    @contextmanager
+    def _memory(self, micro: Batch) -> Iterator[None]:
+        """Raise RunStopped with what to lower if this micro-batch does not fit into memory."""
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+            told = str(error).lower()
+            if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in told:
+                raise
+            longest = max(row.length for row in micro.rows)
+            raise RunStopped(
+                f"update {self.version}: out of memory in a micro-batch of {len(micro.rows)} rows of up to {longest} tokens; lower "
+                f"--train.max-tokens-per-micro-batch (now {self.budget}; an element is never split) or the length of the rows "
+                "(--data.max-tokens, --max-new-tokens), or use --model.gradient-checkpointing true"
+            ) from error
 
     @property
     def low_precision(self) -> bool:
@@ -348,7 +377,7 @@ class LocalLearner:
             turns = self._dealt(batch)
             for number, (rows, real) in enumerate(turns):
                 micro = batch.take(rows)
-                with dropout or nullcontext():
+                with self._memory(micro), dropout or nullcontext():
                     fresh = self._read(name, micro, wanted, dropout)
                     device = next(iter(fresh.values())).device if fresh else self.roles[name].device
                     columns = {one: value.to(device) for one, value in micro.columns.items()} | fresh

@@ -15,6 +15,7 @@ from whet.loops.evaluate import held_out
 from whet.loops.interrupt import Stop
 from whet.loops.progress import Progress
 from whet.loops.record import RunFolder
+from whet.loops.steps import longest, trained_columns
 from whet.methods import Objective
 from whet.methods.own import own_loss
 from whet.methods.parts import State, mean_reward, name_of
@@ -90,6 +91,9 @@ class OfflineLoop:
         loop: dict[str, Any] = found or {"step": 0, "state": self.state}
         self.first, self.state = loop["step"], loop["state"]
         self._next = self.first
+        if self.first < plan.steps:
+            elements = [element for source in self.sources for element in source]
+            learner.rehearse(longest(elements, plan.batch), trained_columns(self.objective.terms))
         keeper = checkpoint.Keeper(
             self.run.checkpoints, learner, every=plan.save_every, total=plan.steps, keep=plan.keep, first=self.first,
             stop=self.stop,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from whet.data import Batch, Element, Group, Prompt, minibatches, take_elements
+from whet.data import Batch, Element, Group, Pair, Prompt, Row, minibatches, take_elements
 from whet.generate import Generator
 from whet.learner import Learner, UpdateResult, look_across
 from whet.loops import checkpoint, selfcheck
@@ -31,7 +31,7 @@ from whet.loops.interrupt import Stop
 from whet.loops.progress import Progress
 from whet.loops.record import RunFolder, mean_of
 from whet.loops.source import answered
-from whet.loops.steps import MiniBatch, OnlinePlan, StepLog
+from whet.loops.steps import MiniBatch, OnlinePlan, StepLog, longest, trained_columns
 from whet.methods import Algorithm, Term, advantages, clipping, diagnostics, paired, shaped, spread
 from whet.methods.options import Sampling
 from whet.methods.own import own_loss
@@ -108,6 +108,8 @@ class OnlineLoop:
             selfcheck.published(
                 self.first, self.generator, learner.version, canary, expected, expected, plan.low_precision
             )
+        if self.first < plan.steps:
+            learner.rehearse(self._longest(), trained_columns(self.algorithm.terms))
         keeper = checkpoint.Keeper(
             self.run.checkpoints, learner, every=plan.save_every, total=plan.steps, keep=plan.keep, first=self.first,
             stop=self.stop,
@@ -116,6 +118,14 @@ class OnlineLoop:
         self._stack.enter_context(closing(self.source))
         self._progress = self._stack.enter_context(Progress(self.title, plan.steps, done=self.first, quiet=self.quiet))
         return self
+
+    def _longest(self) -> Batch:
+        """Return a mini-batch of the longest prompt with answers of the largest length."""
+        prompt, room = max((one.ids for one in self.prompts), key=len), self.sampling.max_new_tokens
+        row = Row(torch.tensor([*prompt, *prompt[-1:] * room]), len(prompt), torch.ones(room, dtype=torch.bool))
+        if self.algorithm.pairs:
+            return longest([Pair(row, row)] * self.plan.mini_batch_size, self.plan.mini_batch_size)
+        return longest([*[row] * self.plan.mini_batch_size, *self.stream.elements], self.plan.mini_batch_size)
 
     def __exit__(self, *given: Any) -> None:
         self._stack.__exit__(*given)

@@ -1,11 +1,13 @@
 """What the stages of an online run share: the plan of the run, mini-batches, and the log of a step."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from whet.data import Batch
+from whet.data import Batch, Element
 from whet.data.batching import per_epoch
+from whet.methods.parts import Term
+from whet.models.readers import BY_ROLE
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,20 @@ class MiniBatch:
     number: int
     step: int = 0
     streams: Mapping[str, Batch] = field(default_factory=dict)
+
+
+def longest(elements: Sequence[Element], count: int) -> Batch:
+    """Return a batch of the `count` longest elements, the one that needs most memory."""
+    size = {id(one): max(row.length for row in Batch.of([one]).rows) for one in elements}
+    return Batch.of(sorted(elements, key=lambda one: -size[id(one)])[:count])
+
+
+def trained_columns(terms: Iterable[Term]) -> dict[str, frozenset[str]]:
+    """Return the bare columns that the terms read with gradient, by role."""
+    out: dict[str, frozenset[str]] = {}
+    for term in terms:
+        out[term.role] = out.get(term.role, frozenset()) | (term.reads() & BY_ROLE[term.role])
+    return {role: names for role, names in out.items() if names}
 
 
 RESERVED = ("step", "seconds", "seconds/generate")
