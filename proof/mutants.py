@@ -245,13 +245,15 @@ MUTANTS: list[Mutant] = [
     *_of(
         "ops/logprobs.py",
         "ops/test_logprobs.py",
-        ("grad = -p * (grad_logp[:, None] + grad_entropy", "grad = -p * (grad_logp[:, None] - grad_entropy"),
+        (".mul_(-grad_entropy[..., None])", ".mul_(grad_entropy[..., None])"),
+        ("(self.weighted + moved * self.total)", "self.weighted"),
+        ("logp.exp().mul_(-grad.sum(-1, keepdim=True))", "logp.exp().mul_(-grad)"),
         (
             "logits.masked_fill(~(keep | (support < 0).all(-1, keepdim=True)), -torch.inf)",
             "logits.masked_fill(~keep, -torch.inf)",
         ),
         ("local = support - start", "local = support"),
-        ("out[here] = (2 * logp).exp().sum(-1)", "out[here] = logp.exp().sum(-1)"),
+        ("scaled.square().sum(-1) / scaled.sum(-1) ** 2", "scaled.sum(-1) / scaled.sum(-1) ** 2"),
     ),
     *_of(
         "methods/algorithm.py",

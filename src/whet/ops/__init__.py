@@ -32,7 +32,7 @@ from whet.ops.kl import (
     k3_weighted,
     linear_kl,
 )
-from whet.ops.logprobs import entropy, linear_collision, linear_logprobs, token_logprobs
+from whet.ops.logprobs import entropy, linear_collision, linear_logprobs, log_softmax, token_logprobs
 from whet.ops.masked import masked_mean, masked_sum, whiten
 from whet.ops.policy import (
     cispo,
@@ -175,6 +175,7 @@ __all__ = [
     "linear_logprobs",
     "log_exp",
     "log_odds",
+    "log_softmax",
     "lower_bound",
     "masked_mean",
     "masked_sum",

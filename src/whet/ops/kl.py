@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-from whet.ops.logprobs import WORKSPACE
+from whet.ops.logprobs import WORKSPACE, log_softmax, precise
 from whet.ops.masked import masked_sum
 from whet.ops.shaping import terminal
 
@@ -62,7 +62,7 @@ def k2_sequence(logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
 
 def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     """Compute KL(p || q) = sum_v p_v (log p_v - log q_v) of two distributions given as logits: (..., V) -> (...)."""
-    logp, ref_logp = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+    logp, ref_logp = log_softmax(logits), log_softmax(ref_logits)
     gap = (logp - ref_logp).masked_fill(logp.isneginf(), 0.0)  # before the product, so that the gradient is not NaN
     return (logp.exp() * gap).sum(-1)
 
@@ -86,8 +86,7 @@ def linear_kl(
 
     def piece(states: Tensor, ref_states: Tensor, scale: Tensor) -> Tensor:
         own, other = linear(states, weight, bias), linear(ref_states, ref_weight, ref_bias)
-        precise = [logits if logits.dtype == torch.float64 else logits.float() for logits in (own, other)]
-        return exact_kl(precise[0] / scale[:, None], precise[1] / scale[:, None])
+        return exact_kl(precise(own) / scale[:, None], precise(other) / scale[:, None])
 
     chunk = max(1, workspace // weight.shape[0])
     pieces = [
