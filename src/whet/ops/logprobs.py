@@ -225,7 +225,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_logp, grad_entropy):
         hidden, weight, bias, ids, temperature, support, log_total, entropies = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
+        grad_hidden, grad_weight = torch.zeros_like(precise(hidden)), torch.zeros_like(weight)
         grad_bias = None if bias is None else torch.zeros_like(bias)
         for start in range(0, weight.shape[0], ctx.chunk):
             stop = min(start + ctx.chunk, weight.shape[0])
@@ -236,7 +236,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             grad_weight[start:stop] = grad.T @ hidden
             if grad_bias is not None:
                 grad_bias[start:stop] = grad.sum(0)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+        return grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None, None, None, None
 
 
 @torch.no_grad()
