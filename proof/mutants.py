@@ -131,7 +131,7 @@ MUTANTS: list[Mutant] = [
         "ops/masked.py",
         "ops/test_masked.py",
         ("kept = torch.where(mask, x, torch.zeros_like(x))\n    return kept.sum()", "kept = x\n    return kept.sum()"),
-        ("(centered.square().sum() / (count - ddof)).sqrt()", "(centered.square().sum() / count).sqrt()"),
+        ("/ (count - ddof).clamp(min=1)", "/ count.clamp(min=1)"),
         (
             "(centered if shift_mean else kept) / (deviation + eps)",
             "(centered if shift_mean else kept) / (deviation + eps) + masked_mean(kept, mask)",
@@ -266,6 +266,7 @@ MUTANTS: list[Mutant] = [
         ('mask = mask & ~batch["truncated"][:, None]', 'mask = mask & batch["truncated"][:, None]'),
         ('torch.where(mask, target + batch["old_value"]', 'torch.where(mask, target - batch["old_value"]'),
         ("square += step * (value - mean)", "square += step * step"),
+        ("(above & better) | (below & worse)", "(above & worse) | (below & better)"),
         (
             "best, worst = max(own, key=lambda row: score[row]), min(",
             "best, worst = min(own, key=lambda row: score[row]), max(",

@@ -1277,7 +1277,13 @@ def test_what_is_watched_of_a_mini_batch_by_hand() -> None:
     got = diagnostics(batch, clipping(make("ppo")))
     assert got["ratio_mean"] == pytest.approx(sum(ratios) / 9)
     assert got["kl_old"] == pytest.approx(sum(r - 1 - math.log(r) for r in ratios) / 9)
-    assert got["clip_fraction"] == pytest.approx(sum(not 0.8 <= r <= 1.2 for r in ratios) / 9)
+    signs = [float(batch["advantage"][i, t]) for i, n in enumerate(LENGTHS) for t in range(n)]
+    stopped = [(r > 1.2 and a > 0) or (r < 0.8 and a < 0) for r, a in zip(ratios, signs, strict=True)]
+    outside = [not 0.8 <= r <= 1.2 for r in ratios]
+    assert 0 < sum(stopped) < sum(outside)
+    assert got["clip_fraction"] == pytest.approx(sum(stopped) / 9)
+    assert got["ratio_outside"] == pytest.approx(sum(outside) / 9)
+    assert "dual_clip_fraction" not in got
     flat = [
         (float(batch["returns"][i, t]), float(batch["old_value"][i, t]))
         for i, n in enumerate(LENGTHS)
@@ -1294,6 +1300,33 @@ def test_what_is_watched_of_a_mini_batch_by_hand() -> None:
 
 def test_the_clip_fraction_is_of_the_ratio_that_is_clipped() -> None:
     batch = rollout(logp=padded([[o + d for o, d in zip(row, (0.5, -0.5, 0.0), strict=False)] for row in OLD]))
-    assert diagnostics(batch, clipping(make("grpo")))["clip_fraction"] > 0.5  # tokens leave 1 by half a nat
-    whole = diagnostics(batch, clipping(make("gspo")))["clip_fraction"]
-    assert whole == pytest.approx(1 / 9)  # the means are 0, 0, 1/2 (one token) and 0
+    batch = batch.with_columns(advantage=torch.ones_like(batch["logp"]))
+    assert diagnostics(batch, clipping(make("grpo")))["ratio_outside"] > 0.5  # tokens leave 1 by half a nat
+    whole = diagnostics(batch, clipping(make("gspo")))
+    assert whole["ratio_outside"] == pytest.approx(1 / 9)  # the means are 0, 0, 1/2 (one token) and 0
+    assert whole["clip_fraction"] == pytest.approx(1 / 9)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0, 0.0])
+@pytest.mark.parametrize("surrogate", ["clip", "dual_clip"])
+def test_the_clip_fraction_is_the_share_of_tokens_without_gradient(surrogate: str, sign: float) -> None:
+    """Counted by the gradient itself, for ratios on all sides of the bounds 0.8, 1.2 and 3."""
+    method = make("grpo", surrogate={"name": surrogate}, kl_in_loss=None)
+    shifts = ((-0.5, 0.1, 0.5), (1.5, -1.5, 0.0), (0.3, -0.3, 1.2))
+    logp = padded(
+        [
+            [o + d for o, d in zip(row, shift, strict=False)]
+            for row, shift in zip(OLD, [*shifts, shifts[0]], strict=True)
+        ]
+    )
+    batch = rollout(logp=logp)
+    batch = batch.with_columns(advantage=torch.full_like(batch["logp"], sign))
+    leaf = batch["logp"].clone().requires_grad_()
+    method.terms[0].share({**batch.columns, "logp": leaf}, batch.counts()).backward()
+    ratio, mask = (batch["logp"] - batch["old_logp"]).exp(), batch["mask"]
+    still = int(((leaf.grad == 0) & mask).sum()) if sign else 0
+    got = diagnostics(batch, clipping(method))
+    capped = int(((ratio > 3) & mask).sum()) if sign < 0 and surrogate == "dual_clip" else 0
+    assert got["clip_fraction"] + got.get("dual_clip_fraction", 0.0) == pytest.approx(still / 9)
+    assert got.get("dual_clip_fraction", 0.0) == pytest.approx(capped / 9)
+    assert (still > 0) == (sign != 0)

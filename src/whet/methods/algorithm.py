@@ -283,8 +283,12 @@ def paired(batch: Batch) -> Batch:
 def diagnostics(batch: Batch, clip: Part | None) -> dict[str, float]:
     """Compute metrics of a mini-batch after the forward pass of its update: ratio, clip fraction, KL(old || new) per token.
 
-    `batch` has logp (current) and old_logp. `clip` is the clipping part of the surrogate, or None; its ratio (of a token
-    or of the whole answer) is compared with its bounds.
+    `batch` has logp (current) and old_logp. `clip` is the clipping part of the surrogate, or None. With its ratio (of a
+    token or of the whole answer):
+    - clip_fraction: share of the tokens whose gradient the clip stops, ratio > 1 + clip_high with A > 0 or
+      ratio < 1 - clip_low with A < 0 (pg_clipfrac in verl, clip_ratio/region_mean in TRL's GRPO);
+    - ratio_outside: share of the tokens with a ratio outside the interval, whatever the advantage;
+    - dual_clip_fraction: share of the tokens with A < 0 and ratio > bound of dual_clip (pg_clipfrac_lower in verl).
     """
     mask, log_ratio = batch["mask"], batch["logp"] - batch["old_logp"]
     ratio = log_ratio.exp()
@@ -295,8 +299,12 @@ def diagnostics(batch: Batch, clip: Part | None) -> dict[str, float]:
     if clip is not None:
         own = clip.columns["ratio"]
         held = own(batch.columns) if isinstance(own, Part) else ratio
-        beyond = (held < 1 - clip.options["clip_low"]) | (held > 1 + clip.options["clip_high"])
-        out["clip_fraction"] = float(ops.masked_mean(beyond.to(ratio.dtype), mask))
+        below, above = held < 1 - clip.options["clip_low"], held > 1 + clip.options["clip_high"]
+        better, worse = batch["advantage"] > 0, batch["advantage"] < 0
+        shares = {"clip_fraction": (above & better) | (below & worse), "ratio_outside": below | above}
+        if "bound" in clip.options:
+            shares["dual_clip_fraction"] = (held > clip.options["bound"]) & worse
+        out |= {name: float(ops.masked_mean(share.to(ratio.dtype), mask)) for name, share in shares.items()}
     if "value" in batch.columns:
         out["explained_variance"] = float(ops.explained_variance(batch["old_value"], batch["returns"], mask))
     return out

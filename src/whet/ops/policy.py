@@ -8,7 +8,7 @@ finite there, with gradient 0; another one is infinite.
 import torch
 from torch import Tensor
 
-from whet.ops.masked import masked_mean, masked_sum
+from whet.ops.masked import boolean, masked_mean, masked_sum
 from whet.ops.overflow import exp, expm1, times
 
 
@@ -146,11 +146,13 @@ def weighted(loss: Tensor, weight: Tensor) -> Tensor:
 
 def kept(loss: Tensor, selected: Tensor) -> Tensor:
     """Return the loss, without gradient where `selected` is False (Clip-Cov)."""
+    selected = boolean(selected)
     return torch.where(selected, loss, loss.detach())
 
 
 def kl_on(loss: Tensor, logp: Tensor, old_logp: Tensor, selected: Tensor, *, coef: float = 1.0) -> Tensor:
     """Compute loss + coef |logp - old_logp| where `selected` is True, loss elsewhere (KL-Cov, Cui et al. 2025, equation 13)."""
+    selected = boolean(selected)
     return torch.where(selected, loss + coef * (logp - old_logp).abs(), loss)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from whet.ops.masked import masked_mean, masked_sum
+from whet.ops.masked import boolean, masked_mean, masked_sum
 from whet.ops.overflow import exp, times
 
 
@@ -176,18 +176,21 @@ def kto(
 
     w is the answer's implicit reward, z = `kl_baseline` in nats, without gradient (KTO, Ethayarajh et al. 2024, equation 7).
     """
+    good = boolean(good)
     edge = score - beta * kl_baseline.detach()
     return torch.where(good, desirable * (1 - edge.sigmoid()), undesirable * (1 - (-edge).sigmoid()))
 
 
 def bco(score: Tensor, good: Tensor, *, delta: float = 0.0) -> Tensor:
     """Compute -log sigmoid(w - delta) for good answers, -log sigmoid(delta - w) for bad ones, (E,) (BCO, Jung et al. 2024)."""
+    good = boolean(good)
     edge = score - delta
     return -functional.logsigmoid(torch.where(good, edge, -edge))
 
 
 def apo_zero_unpaired(score: Tensor, good: Tensor, *, desirable: float = 1.0, undesirable: float = 1.0) -> Tensor:
     """Compute desirable (1 - sigmoid(w)) for good answers, undesirable sigmoid(w) for bad ones, (E,) (unpaired APO-zero)."""
+    good = boolean(good)
     return torch.where(good, desirable * (1 - score.sigmoid()), undesirable * score.sigmoid())
 
 
