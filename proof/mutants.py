@@ -267,10 +267,8 @@ MUTANTS: list[Mutant] = [
         ('torch.where(mask, target + batch["old_value"]', 'torch.where(mask, target - batch["old_value"]'),
         ("square += step * (value - mean)", "square += step * step"),
         ("(above & better) | (below & worse)", "(above & worse) | (below & better)"),
-        (
-            "best, worst = max(own, key=lambda row: score[row]), min(",
-            "best, worst = min(own, key=lambda row: score[row]), max(",
-        ),
+        ("best = max(own, key=lambda row: score[row])", "best = min(own, key=lambda row: score[row])"),
+        ("score[best] > score[worst] or labels.op is not", "score[best] > score[worst] or labels.op is"),
         ("(top > bottom).any(1)[index]", "(top > bottom).all(1)[index]"),
     ),
     *_of(

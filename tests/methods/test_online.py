@@ -246,7 +246,7 @@ def test_a_method_credits_as_the_table_says(name: str) -> None:
         method.reward_normalization,
         method.importance_correction,
         method.pairs,
-    ) == (ops.terminal, None, None, False)
+    ) == (ops.terminal, None, None, None)
     assert (method.normalize is not None) is (name == "gdpo")
     assert [one.op.__name__ for one in method.shape] == {
         "dapo": ["soft_overlong"],

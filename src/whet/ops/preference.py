@@ -64,6 +64,23 @@ def gap(score: Tensor, index: Tensor) -> Tensor:
     return score[index == 0] - score[index == 1]
 
 
+def hard_label(gap: Tensor) -> Tensor:
+    """Return 1 for each gap of scores, (E,): the answer with the higher score is the better one for certain."""
+    return torch.ones_like(gap)
+
+
+def bradley_terry(gap: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Compute sigmoid(gap / temperature), (E,): the probability that the answer with the higher score is preferred.
+
+    gap is a difference of scores (Bradley and Terry 1952). A reward model trained with `pairwise` or `k_way` has temperature
+    1; for other scores it is the difference in score at which the better answer wins with probability 0.73.
+
+    >>> bradley_terry(torch.tensor([0.0, 2.0]), temperature=2.0)
+    tensor([0.5000, 0.7311])
+    """
+    return torch.sigmoid(gap / temperature)
+
+
 def sigmoid(
     gap: Tensor, probability: Tensor | float = 1.0, *, label_smoothing: float = 0.0, margin: float = 0.0
 ) -> Tensor:
