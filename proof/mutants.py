@@ -206,8 +206,8 @@ MUTANTS: list[Mutant] = [
         ("return torch.relu(1 - gap)", "return torch.relu(1 + gap)"),
         ("return (gap / beta - 0.5 / beta) ** 2", "return (gap - 0.5 / beta) ** 2"),
         (
-            "score[index == 0] - score[index == 1]\n\n\ndef sigmoid",
-            "score[index == 1] - score[index == 0]\n\n\ndef sigmoid",
+            "score[index == 0] - score[index == 1]\n\n\ndef hard_label",
+            "score[index == 1] - score[index == 0]\n\n\ndef hard_label",
         ),
         ("better.exp() * (better - keep)", "better.exp() * (better - swap)"),
         ("- 0.5 * functional.logsigmoid(-rejected)", "+ 0.5 * functional.logsigmoid(-rejected)"),

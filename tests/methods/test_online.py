@@ -11,7 +11,7 @@ from torch import Tensor
 
 from whet import ops
 from whet.data import Batch, Row
-from whet.errors import RewardError
+from whet.errors import RecipeError, RewardError
 from whet.methods import (
     Algorithm,
     advantages,
@@ -963,6 +963,42 @@ def test_groups_of_equal_scores_give_no_pair_and_of_equal_answers_the_first_coun
     assert [row.response for row in three.rows] == [2, 3]  # the first 5 and the first 2
     none = paired(advantages(online("online_dpo"), rollout((2.0, 2.0, 1.0, 1.0))))
     assert (none.rows, none.elements()) == ((), [])
+
+
+def test_a_pair_can_have_the_judges_probability() -> None:
+    method = online("online_dpo", pairs={"name": "bradley_terry", "temperature": 2.0})
+    got = paired(advantages(method, rollout((1.0, 3.0, 2.0, 2.0))), method.pairs)
+    # of scores 3 and 1: 1 / (1 + e^-1); a tie is even, with the first answer as the better one
+    assert got["probability"].tolist() == pytest.approx([1 / (1 + math.exp(-1))] * 2 + [0.5] * 2)
+    assert got["score"].tolist() == [3.0, 1.0, 2.0, 2.0]
+    assert [row.response for row in got.rows] == [2, 3, 1, 3] == [LENGTHS[i] for i in (1, 0, 2, 3)]
+    assert (got["index"].tolist(), got["element"].tolist()) == ([0, 1, 0, 1], [0, 0, 1, 1])
+    alone = paired(advantages(method, rollout((1.0, 3.0, 2.0, 2.0), group=torch.tensor([0, 1, 2, 3]))), method.pairs)
+    assert alone.rows == ()
+
+
+def test_the_judges_probability_weighs_the_loss_of_a_pair() -> None:
+    method = online("online_dpo", pairs="bradley_terry", beta=0.5)
+    batch = paired(advantages(method, rollout((1.0, 3.0, 0.5, 2.0))), method.pairs)
+    generator = torch.Generator().manual_seed(0)
+    logp = -torch.rand(batch["mask"].shape, dtype=torch.float64, generator=generator)
+    ref = -torch.rand(batch["mask"].shape, dtype=torch.float64, generator=generator)
+    columns = {**batch.columns, "full_logp": logp, "ref_logp": ref}
+    reward = [0.5 * float((logp - ref)[i][batch["mask"][i]].sum()) for i in range(4)]
+    expected = 0.0
+    for (won, lost), (high, low) in (((0, 1), (3.0, 1.0)), ((2, 3), (2.0, 0.5))):
+        p, gap = 1 / (1 + math.exp(low - high)), reward[won] - reward[lost]
+        expected += (p * math.log1p(math.exp(-gap)) + (1 - p) * math.log1p(math.exp(gap))) / 2
+    assert float(method.terms[0].share(columns, batch.counts())) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["hinge", "ipo", "discopop", [{"name": "sigmoid"}, {"name": "hinge"}]])
+def test_a_loss_that_reads_no_probability_is_refused_with_soft_labels(loss: object) -> None:
+    with pytest.raises(
+        RecipeError, match="does not read the probability of a label; use the loss sigmoid, or pairs hard"
+    ):
+        online("online_dpo", loss=loss, pairs="bradley_terry")
+    assert online("online_dpo", loss=loss).pairs is not None
 
 
 def test_a_pair_of_a_cut_off_answer_is_penalized() -> None:

@@ -462,7 +462,7 @@ LABELS: dict[str, Choice] = {
         "bradley_terry",
         "p = sigmoid((s_w - s_l) / {temperature}),  s the scores of the two answers",
         "Bradley and Terry 1952",
-        "TRL and OpenRLHF have hard labels only",
+        "hard labels only in TRL's online DPO",
     ),
 }
 """How scores label the pairs of online preference methods."""
