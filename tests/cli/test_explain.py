@@ -81,6 +81,9 @@ def test_pairs_are_counted_as_pairs() -> None:
         ),
         ({"entropy.ent_coef": 0.01, "entropy.target": 0.5}, "steered to 0.5 nats per token"),
         ({"model.lora.rank": 8}, "by adapters of rank 8"),
+        ({"model.lora.rank": 8}, "policy (LoRA): adamw, learning rate 1e-05: linear to 0"),
+        ({"model.lora.rank": 8}, "critic (LoRA): adamw, learning rate 5e-05: linear to 0"),
+        ({"optim.schedule": "constant"}, "policy: adamw, learning rate 1e-06: constant"),
     ],
 )
 def test_what_a_recipe_sets_is_told(fields: dict, what: str) -> None:

@@ -1,4 +1,7 @@
-"""Sums, means and whitening over the positions where a mask is True. A mask is bool, or 0 and 1 of any other dtype."""
+"""Sums, means and whitening over the positions where a mask is True.
+
+In all of `whet.ops` a mask is bool, or has the values 0 and 1 in any other dtype.
+"""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Exponentials that overflow: where the result does not depend on them, an infinite number counts as 0 in value and gradient."""
+"""Exponentials and products that are right, in value and gradient, where e^x is infinite: times 0 it is 0."""
 
 from typing import Any
 
