@@ -76,6 +76,18 @@ MUTANTS: list[Mutant] = [
         ("return -full_entropy\n", "return full_entropy\n"),
     ),
     *_of(
+        "ops/overflow.py",
+        "ops/test_overflow.py",
+        ("torch.where(grad == 0, torch.zeros_like(x), grad * x.exp())", "grad * x.exp()"),
+        ("torch.as_tensor(weight == 0, device=x.device)", "torch.as_tensor(x == 0, device=x.device)"),
+    ),
+    *_of(
+        "ops/policy.py",
+        "ops/test_overflow.py",
+        ("return -times(ratio, advantage)\n", "return -ratio * advantage\n"),
+        ("exp(mean + (logp - logp.detach()))", "exp(mean) * (logp - logp.detach()).exp()"),
+    ),
+    *_of(
         "ops/advantage.py",
         "ops/test_advantage.py",
         (
