@@ -96,6 +96,9 @@ def cases(problem: Problem) -> dict[str, Case]:
         "grpo, only centered": Case(
             "grpo", {"kl_in_loss": loss["k3"], "advantage": "group_center"}, "centered k3 per answer", GROUP
         ),
+        "online_dpo, labels of the judge's probability": Case(
+            "online_dpo", {"beta": problem.beta, "pairs": "bradley_terry"}, group=2
+        ),
         "gspo, k3 in the loss": Case(
             "gspo",
             {"kl_in_loss": loss["k3"], "surrogate": {"clip_low": 0.2, "clip_high": 0.2}},

@@ -13,6 +13,7 @@ from typing import Any
 
 from whet.methods import catalogue
 from whet.methods.choices import (
+    LABELS,
     ONLINE_SLOTS,
     OPTIONS,
     PAIR_LOSSES,
@@ -129,7 +130,13 @@ def choice_rows(choices: Mapping[str, Choice]) -> list[list[str]]:
 
 def peers() -> list[list[str]]:
     """Every choice whose definition peers have otherwise."""
-    tables = {**ONLINE_SLOTS, "score": SCORES, "loss": PAIR_LOSSES | SINGLE_LOSSES, "reward loss": REWARD_SLOTS["loss"]}
+    tables = {
+        **ONLINE_SLOTS,
+        "score": SCORES,
+        "pairs": LABELS,
+        "loss": PAIR_LOSSES | SINGLE_LOSSES,
+        "reward loss": REWARD_SLOTS["loss"],
+    }
     return [
         [where, f"`{name}`", one.peers] for where, known in tables.items() for name, one in known.items() if one.peers
     ]
@@ -233,7 +240,7 @@ def text() -> str:
     )
     out += ["## The parts of every slot", ""]
     for name, known in {**ONLINE_SLOTS, "implicit_reward (preference)": SCORES,
-                        "loss (pairs)": PAIR_LOSSES, "loss (single answers)": SINGLE_LOSSES,
+                        "pairs (online preference)": LABELS, "loss (pairs)": PAIR_LOSSES, "loss (single answers)": SINGLE_LOSSES,
                         "loss (reward models)": REWARD_SLOTS["loss"]}.items():  # fmt: skip
         out += [f"### {name}", "", *table(["part", "formula", "options", "source"], choice_rows(known))]
     out += ["### slots with a number or a record", ""]

@@ -1,3 +1,4 @@
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from whet.errors import RecipeError
 from whet.methods import catalogue, compose
 from whet.methods.choices import changed
 from whet.methods.options import LoRA, Optim
-from whet.runs import config
+from whet.runs import checks, config
 from whet.runs import recipe as fields
 from whet.runs import slots as method
 from whet.runs.config import resolve
@@ -100,8 +101,81 @@ def test_part_of_an_optional_section_switches_it_on() -> None:
     assert line(OfflineRecipe, "sft", "--model.lora.rank", "4").model.lora == LoRA(rank=4)
     assert line(OnlineRecipe, "ppo", "--critic.optim", "null").critic.optim is None
     assert line(OnlineRecipe, "ppo", "--critic.optim.lr", "0.5").critic.optim == Optim(
-        lr=0.5, schedule="linear", min_lr_ratio=0.1
+        lr=0.5, schedule="linear", min_lr_ratio=0.0
     )
+
+
+LITERATURE = {  # full training: (lr, schedule, warm-up, final share); each source stands in the shipped recipe
+    "pretrain": (1e-4, "cosine", 0.02, 0.1),  # Brown et al. 2020
+    "sft": (1e-5, "cosine", 0.0, 0.1),  # Ouyang et al. 2022
+    "reward": (9e-6, "cosine", 0.0, 0.1),  # Ouyang et al. 2022
+    **dict.fromkeys(catalogue.PREFERENCE, (1e-6, "linear", 0.1, 0.0)),  # Rafailov et al. 2023; Tunstall et al. 2023
+    **dict.fromkeys(("ppo", "ppo_kl", "instructgpt", "vapo"), (1e-6, "linear", 0.0, 0.0)),  # Ziegler et al. 2019
+    **dict.fromkeys(("reinforce", "rloo", "remax", "policy_gradient"), (1e-6, "linear", 0.0, 0.0)),
+    **dict.fromkeys(
+        ("grpo", "dr_grpo", "dapo", "gspo", "online_dpo"), (1e-6, "constant", 0.0, None)
+    ),  # Shao et al. 2024
+}
+
+
+@pytest.mark.parametrize("verb", LITERATURE)
+def test_the_learning_rate_and_its_schedule_are_the_literatures_for_each_verb(verb: str) -> None:
+    own = line(fields.kind_of(verb), verb).optim
+    rate, schedule, warmup, final = LITERATURE[verb]
+    assert (own.lr, own.schedule, own.warmup_ratio) == (rate, schedule, warmup)
+    assert final is None or own.min_lr_ratio == final
+
+
+@pytest.mark.parametrize("verb", LITERATURE)
+def test_lora_has_ten_times_the_learning_rate_of_full_training(verb: str, tmp_path: Path) -> None:
+    kind, rate = fields.kind_of(verb), LITERATURE[verb][0]
+    for words in (("--lora.rank", "4"), ("--lora.rank", "4", "--weight-decay", "0.5")):
+        assert line(kind, verb, *words).optim.lr == pytest.approx(10 * rate, rel=1e-12)
+    mine = yaml(tmp_path, "model: {lora: {rank: 4}}\noptim: {schedule: cosine}")
+    assert line(kind, verb, mine).optim.lr == pytest.approx(10 * rate, rel=1e-12)
+    assert line(kind, verb, mine, "--lora", "null").optim.lr == rate
+    # a rate that was given is kept, by the line or by a file
+    assert line(kind, verb, "--lora.rank", "4", "--lr", "3e-5").optim.lr == 3e-5
+    assert line(kind, verb, yaml(tmp_path, "model: {lora: {rank: 4}}\noptim: {lr: 3.0e-5}")).optim.lr == 3e-5
+
+
+def test_the_critics_default_rate_is_that_of_its_adapter() -> None:
+    def rates(*words: str) -> tuple[float, float]:
+        own = line(OnlineRecipe, "ppo", *words)
+        return own.optim.lr, own.critic.optim.lr
+
+    assert rates() == (1e-6, 5e-6)
+    assert rates("--lora.rank", "4") == (1e-5, 5e-5)
+    assert rates("--lora.rank", "4", "--lr", "1e-3") == (1e-3, 5e-5)
+    assert rates("--lora.rank", "4", "--critic.optim.lr", "1e-3") == (1e-5, 1e-3)
+    assert line(OnlineRecipe, "ppo", "--lora.rank", "4", "--critic.optim", "null").critic.optim is None
+
+
+def test_a_resolved_recipe_has_the_rates_and_is_resolved_to_itself(tmp_path: Path) -> None:
+    own = line(OnlineRecipe, "ppo", "--lora.rank", "4", "--optim.schedule", "constant")
+    text = config.to_yaml(own, "ppo")
+    assert "lr: 1.0e-05" in text
+    assert line(OnlineRecipe, "ppo", yaml(tmp_path, text)) == own
+
+
+@pytest.mark.parametrize("verb", ["sft", "dpo", "ppo", "grpo"])
+def test_a_constant_schedule_needs_no_final_rate_of_the_default(verb: str) -> None:
+    own = line(fields.kind_of(verb), verb, "--optim.schedule", "constant").optim
+    checks.check_optim(own, "optim")
+    with pytest.raises(RecipeError, match="a constant schedule does not use it"):
+        checks.check_optim(
+            line(fields.kind_of(verb), verb, "--optim.schedule", "constant", "--min-lr-ratio", "0").optim, "optim"
+        )
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_schedule_can_end_at_zero(schedule: str) -> None:
+    own = line(OfflineRecipe, "sft", "--optim.schedule", schedule, "--min-lr-ratio", "0").optim
+    assert own.factor(0, 1000) == 1.0
+    assert own.factor(999, 1000) == pytest.approx(
+        0.001 if schedule == "linear" else (math.pi * 0.001) ** 2 / 4, rel=0.01
+    )
+    assert own.factor(1000, 1000) == pytest.approx(0.0, abs=1e-15)
 
 
 SIGMOID = {"name": "sigmoid", "weight": 0.8}, {"name": "bco_pair", "weight": 0.2}

@@ -27,7 +27,7 @@ def test_every_training_verb_is_explained_with_all_numbers_filled_in(verb: str) 
     for title in ("objective, minimized:", "arithmetic:", "trained and frozen:", "trained tokens:"):
         assert f"\n{title}\n" in text
     assert "{" not in text
-    assert ("where it ends:" in text) == (verb in ONLINE)
+    assert ("where it ends:" in text) == (verb in ONLINE or verb in catalogue.PREFERENCE)
 
 
 @pytest.mark.parametrize("name", catalogue.REWARD)
@@ -81,6 +81,9 @@ def test_pairs_are_counted_as_pairs() -> None:
         ),
         ({"entropy.ent_coef": 0.01, "entropy.target": 0.5}, "steered to 0.5 nats per token"),
         ({"model.lora.rank": 8}, "by adapters of rank 8"),
+        ({"model.lora.rank": 8}, "policy (LoRA): adamw, learning rate 1e-05: linear to 0"),
+        ({"model.lora.rank": 8}, "critic (LoRA): adamw, learning rate 5e-05: linear to 0"),
+        ({"optim.schedule": "constant"}, "policy: adamw, learning rate 1e-06: constant"),
     ],
 )
 def test_what_a_recipe_sets_is_told(fields: dict, what: str) -> None:
@@ -91,7 +94,8 @@ def test_what_a_recipe_sets_is_told(fields: dict, what: str) -> None:
 def test_where_a_method_is_said_to_end_is_where_it_ends(name: str) -> None:
     """The words against the fixed points that `proof.cases` computes: pi* is promised exactly where it is reached."""
     case = CASES[name]
-    slots = changed(catalogue.ONLINE[case.method].slots, {**case.changes, "num_generations": case.group})
+    methods = {**catalogue.ONLINE, **catalogue.ONLINE_PREFERENCE}
+    slots = changed(methods[case.method].slots, {**case.changes, "num_generations": case.group})
     promised = ending(slots)[0].startswith("pi*")
     assert promised == (case.field == "regularized")
 
@@ -119,6 +123,29 @@ def test_what_moves_the_end_is_said(verb: str, fields: dict, why: str) -> None:
     told = lines(verb, **fields)
     assert any(line.startswith(why) for line in told)
     assert not any(line.startswith("pi*") for line in told)
+
+
+@pytest.mark.parametrize(
+    ("verb", "fields", "end"),
+    [
+        ("online_dpo", {}, "no policy: a judge without noise always prefers the answer with the higher score"),
+        ("online_dpo", {}, "to end at pi_ref exp(s / beta) / Z: --pairs bradley_terry"),
+        ("online_dpo", {"pairs": "bradley_terry"}, "pi*(y|x) = pi_ref(y|x) exp(s / 0.1) / Z"),
+        ("online_dpo", {"pairs": "bradley_terry", "pairs.temperature": 4.0}, "pi*(y|x) = pi_ref(y|x) exp(s / 0.4) / Z"),
+        ("online_dpo", {"pairs": "bradley_terry", "sampling.top_p": 0.9}, "moved: some tokens cannot be sampled"),
+        ("online_dpo", {"pairs": "bradley_terry", "sft_weight": 1.0}, "moved: the SFT loss has another optimum"),
+        ("online_dpo", {"loss.label_smoothing": 0.1}, "the same gap w - l = log((1 - e) / e)"),
+        ("online_dpo", {"loss": "ipo"}, "ipo: a gap of the log-ratios of 1 / (2 beta) for every pair"),
+        ("online_dpo", {"loss": "discopop"}, "discopop: no policy"),
+        ("kto", {}, "kto: no policy: an answer that is good more often than bad"),
+        ("dpo", {}, "pi*(y|x) = pi_ref(y|x) exp(r / beta) / Z, for labels that give the probability"),
+        ("dpo", {}, "pairs that are always labeled the same way (probability 1, the default of a row) have no such r"),
+        ("simpo", {}, "moved: the implicit reward has no reference"),
+        ("ipo", {}, "ipo: a gap of the log-ratios"),
+    ],
+)
+def test_where_preference_methods_end_is_said(verb: str, fields: dict, end: str) -> None:
+    assert any(line.startswith(end) for line in lines(verb, **fields))
 
 
 def test_a_group_that_is_only_centered_scales_beta_by_its_size() -> None:

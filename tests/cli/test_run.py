@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import yaml
 
 import whet
 from whet.errors import RecipeError
@@ -49,6 +50,29 @@ def test_training_returns_its_folder_with_recipe_metrics_and_a_model(home: Path,
     assert [line["step"] for line in rows(out / "metrics.jsonl")] == [1, 2, 3]
     numbers = whet.evaluate(model=f"{out}/model", data=f"{home}/sft.jsonl")
     assert set(numbers) == {"nll"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({}, "whet: policy: adamw, learning rate 1e-05: cosine to 10% of it"),
+        ({"lora": {"rank": 2}}, "whet: policy (LoRA): adamw, learning rate 0.0001: cosine to 10% of it"),
+        ({"lora": {"rank": 2}, "lr": 2e-5, "warmup_ratio": 0.25},
+         "whet: policy (LoRA): adamw, learning rate 2e-05: warm-up over 25% of the updates, then cosine to 10% of it"),
+    ],
+)  # fmt: skip
+def test_a_run_says_its_learning_rate_at_the_start_and_uses_it(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], fields: dict, told: str
+) -> None:
+    given = {"model": f"{home}/m", "data": f"{home}/sft.jsonl", "out": f"{tmp_path}/out", "train": {"num_steps": 1}}
+    out = whet.train("sft", quiet=False, **given, **fields)
+    assert capsys.readouterr().err.splitlines()[0] == told
+    rate = float(told.split("learning rate ")[1].split(":")[0])
+    assert yaml.safe_load((out / "recipe.yaml").read_text())["optim"]["lr"] == rate
+    warm = 0.25 if "warmup_ratio" in fields else 0.0
+    assert rows(out / "metrics.jsonl")[0]["lr/policy"] == pytest.approx(rate / (1 + warm))
+    whet.train("sft", **(given | {"out": f"{tmp_path}/quiet"}), **fields)
+    assert "learning rate" not in capsys.readouterr().err
 
 
 def test_a_reward_model_of_a_single_answer_has_no_deviation_to_scale_by(home: Path, tmp_path: Path) -> None:

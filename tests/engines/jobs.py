@@ -669,10 +669,24 @@ def online_run(make: Make, folder: Path, name: str, steps: int, prompts: int, mi
     online.train(method, own, source, rewards, PROMPTS, Sampling(6), plan, run, quiet=True)
 
 
+VOCABULARIES = (50_000, 152_000)
+
+
+def losses(make: Make) -> dict[str, float]:
+    """The loss of SFT over the vocabularies of real models, by the size and the micro-batch."""
+    out = {}
+    for vocabulary in VOCABULARIES:
+        for budget in (300, 8192):
+            role, rows = h.large(vocabulary)
+            step = make({"policy": role}, budget=budget).evaluate(work(Batch.of(rows)))
+            out[f"{vocabulary}/{budget}"] = sum(step.losses.values())
+    return out
+
+
 def runs(workers: Workers, engines: Sequence[str], folder: Path, few: bool = False) -> dict[str, Any]:
     """Every method on every engine; {engine: {method: None or Failed}}, and their run folders under `folder`.
 
-    With `few`, short runs whose batches have fewer rows than there are workers.
+    With `few`, short runs whose batches have fewer rows than there are workers; else also "losses" over real vocabularies.
     """
     out: dict[str, Any] = {}
     for engine in engines:
@@ -683,6 +697,8 @@ def runs(workers: Workers, engines: Sequence[str], folder: Path, few: bool = Fal
         for name in ONLINE:
             size = (2, 1, 1) if few else (10, 4, 3 if name == "ppo" else 6)
             told[name] = told_or_failed(partial(online_run, make, own / name, name, *size))
+        if not few:
+            told["losses"] = told_or_failed(partial(losses, make))
     return out
 
 

@@ -1,13 +1,15 @@
 """Ten steps of every kind of training through the real loops: the numbers are the same whoever learns, and on how many."""
 
 import importlib.util
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from models import helpers as h
 
 from engines.comparing import TOLERANCE, Failed, gap, metrics, rollouts
-from engines.jobs import OFFLINE, ONLINE, runs, runs_and_stops
+from engines.jobs import OFFLINE, ONLINE, VOCABULARIES, runs, runs_and_stops
 from engines.together import together
 from whet.distributed import Workers
 
@@ -48,11 +50,20 @@ class Ran:
 
     def of(self, engine: str, method: str) -> Path:
         """The run folder of a method on an engine with two workers, or alone."""
-        name = "one" if engine == "local" else "zero" if engine.startswith("zero") else "torch"
+        told = self.told(engine)[method]
+        assert not isinstance(told, Failed), told
+        return self.folder / self.launch(engine) / engine / method
+
+    def told(self, engine: str) -> dict[str, Any]:
+        """What the first worker told of an engine."""
+        name = self.launch(engine)
         told = self.launched(name)
-        told = told if name == "one" else told[0]
-        assert not isinstance(told[engine][method], Failed), told[engine][method]
-        return self.folder / name / engine / method
+        return (told if name == "one" else told[0])[engine]
+
+    @staticmethod
+    def launch(engine: str) -> str:
+        """The launch that an engine runs in."""
+        return "one" if engine == "local" else "zero" if engine.startswith("zero") else "torch"
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +90,28 @@ def test_two_workers_sample_the_tokens_of_one_process(ran: Ran, engine: str, met
             assert ours[name] == theirs[name]
     worst, where = gap(got, expected)
     assert worst <= TOKENS, f"{where}: {worst:.3g}"
+
+
+@cache
+def in_float64(vocabulary: int) -> float:
+    """The loss of SFT from transformers' own forward and torch's log_softmax in float64."""
+    role, rows = h.large(vocabulary, dtype=h.DOUBLE)
+    total = 0.0
+    for row in rows:
+        logp = h.full_logits(role.model, row.ids)[row.start - 1 : -1].log_softmax(-1)
+        total -= float(logp.gather(1, row.ids[row.start :, None]).sum())
+    return total / sum(int(row.mask.sum()) for row in rows)
+
+
+@pytest.mark.parametrize("engine", ["local", *ENGINES])
+def test_every_engine_gives_the_loss_of_float64_over_real_vocabularies(ran: Ran, engine: str) -> None:
+    """Of transformers' own forward, whatever the micro-batch: float32 sums over 152,000 tokens may not be biased."""
+    got = ran.told(engine)["losses"]
+    assert not isinstance(got, Failed), got
+    assert len(got) == 2 * len(VOCABULARIES)
+    for vocabulary in VOCABULARIES:
+        for budget in (300, 8192):
+            assert got[f"{vocabulary}/{budget}"] == pytest.approx(in_float64(vocabulary), rel=1e-6)
 
 
 @pytest.mark.parametrize("method", ONLINE)

@@ -323,6 +323,38 @@ def test_a_whole_loop_is_the_same_on_other_models(name: str, kind: str) -> None:
         same(base, recorded_of(trained(name, torch.float64, kind=kind, **options)), 1e-6)
 
 
+# --- real vocabularies: float32 within 1e-6 of float64, whatever the micro-batch --------------------------------------
+
+VOCABULARIES = (50_000, 152_000)
+
+
+@cache
+def in_float64(vocabulary: int) -> tuple[float, Tensor]:
+    """The loss of SFT on these rows and its gradient, from transformers' own forward and torch's log_softmax in float64."""
+    role, given = h.large(vocabulary, dtype=torch.float64)
+    total = sum(int(one.mask.sum()) for one in given)
+    loss = 0.0
+    for one in given:
+        logits = role.model(input_ids=one.ids[None], use_cache=False).logits[0, one.start - 1 : -1]
+        share = -logits.log_softmax(-1).gather(1, one.ids[one.start :, None]).sum() / total
+        share.backward()
+        loss += float(share.detach())
+    return loss, torch.cat([parameter.grad.flatten() for parameter in role.parameters().values()])
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("budget", [300, 1024, 8192])
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_the_loss_over_a_real_vocabulary_is_that_of_float64(vocabulary: int, budget: int, packed: bool) -> None:
+    role, given = h.large(vocabulary)
+    own = LocalLearner({"policy": role}, {"policy": h.FREE}, total=8, budget=budget, packed=packed)
+    batch = Batch.of(given)
+    step = own.update([(SFT.terms[0], batch, batch.counts("mask"))])
+    loss, gradient = in_float64(vocabulary)
+    assert sum(step.losses.values()) == pytest.approx(loss, rel=1e-6)
+    assert (h.gradients(own)["policy"].double() - gradient).norm() <= 3e-6 * gradient.norm()
+
+
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_the_recorded_update_is_not_trivial(name: str) -> None:
     """Rows differ in length, every term has a loss, and where a method has a ratio the policy has moved away."""

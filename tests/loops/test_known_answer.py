@@ -86,6 +86,48 @@ def test_a_method_comes_near_its_own_end(name: str, bound: float, reference: Ten
     assert left < min(bound, start / 4)
 
 
+def pairwise_end(reference: Tensor, probability: Tensor, steps: int) -> Tensor:
+    """log pi (P, Y) after `steps` on the expected loss of online DPO, by enumeration: pairs of the policy's own answers, with the
+    probability (Y, Y) that the first is preferred. reference (P, Y, T)."""
+    tables, start = Tables(PROBLEM, reference), reference.sum(-1)
+    logits = tables.logits.clone().requires_grad_()
+    optimizer = torch.optim.Adam([logits], lr=0.05)
+    for _ in range(steps):
+        own = tables.token_logp(logits).sum(-1)
+        reward, chance = PROBLEM.beta * (own - start), own.detach().exp()
+        gap = reward[:, :, None] - reward[:, None, :]
+        drawn = chance[:, :, None] * chance[:, None, :]
+        loss = -(drawn * probability * torch.nn.functional.logsigmoid(gap)).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return tables.token_logp(logits.detach()).sum(-1)
+
+
+def test_pairs_with_the_judges_probability_end_at_the_optimum_and_hard_ones_nowhere(reference: Tensor) -> None:
+    gap = PROBLEM.score[:, None] - PROBLEM.score[None, :]
+    optimum = PROBLEM.optimum(reference.sum(-1))
+    assert abs(kl(pairwise_end(reference, torch.sigmoid(gap), 1500), optimum)) < 1e-6
+    # with temperature 2 the optimum is that of twice beta
+    wide = (reference.sum(-1) + PROBLEM.score / (2 * PROBLEM.beta)).log_softmax(-1)
+    assert abs(kl(pairwise_end(reference, torch.sigmoid(gap / 2), 1500), wide)) < 1e-6
+    hard = (gap > 0).double()
+    away = [kl(pairwise_end(reference, hard, steps), optimum) for steps in (100, 400, 1500)]
+    assert 1 < away[0] < away[1] < away[2]
+
+
+def test_online_dpo_comes_near_the_optimum_with_soft_labels_and_runs_off_with_hard_ones(
+    reference: Tensor, tmp_path: Path
+) -> None:
+    case = CASES["online_dpo, labels of the judge's probability"]
+    optimum, budget = PROBLEM.optimum(reference.sum(-1)), known.Budget(rollouts=90, answers=256, lr=0.01)
+    start = kl(reference.sum(-1), optimum)
+    soft = kl(known.learned(case, PROBLEM, tmp_path / "soft", budget), optimum)
+    hard = replace(case, changes={"beta": PROBLEM.beta, "pairs": "hard"})
+    assert soft < start / 6
+    assert kl(known.learned(hard, PROBLEM, tmp_path / "hard", replace(budget, rollouts=40)), optimum) > 10 * start
+
+
 def test_dpo_on_exact_soft_labels_finds_the_optimum(reference: Tensor, tmp_path: Path) -> None:
     pairs = known.pairs(PROBLEM)
     own = known.preferred(PROBLEM, pairs, tmp_path, steps=120, batch=len(pairs), lr=0.005)

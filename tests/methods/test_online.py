@@ -11,7 +11,7 @@ from torch import Tensor
 
 from whet import ops
 from whet.data import Batch, Row
-from whet.errors import RewardError
+from whet.errors import RecipeError, RewardError
 from whet.methods import (
     Algorithm,
     advantages,
@@ -246,7 +246,7 @@ def test_a_method_credits_as_the_table_says(name: str) -> None:
         method.reward_normalization,
         method.importance_correction,
         method.pairs,
-    ) == (ops.terminal, None, None, False)
+    ) == (ops.terminal, None, None, None)
     assert (method.normalize is not None) is (name == "gdpo")
     assert [one.op.__name__ for one in method.shape] == {
         "dapo": ["soft_overlong"],
@@ -965,6 +965,42 @@ def test_groups_of_equal_scores_give_no_pair_and_of_equal_answers_the_first_coun
     assert (none.rows, none.elements()) == ((), [])
 
 
+def test_a_pair_can_have_the_judges_probability() -> None:
+    method = online("online_dpo", pairs={"name": "bradley_terry", "temperature": 2.0})
+    got = paired(advantages(method, rollout((1.0, 3.0, 2.0, 2.0))), method.pairs)
+    # of scores 3 and 1: 1 / (1 + e^-1); a tie is even, with the first answer as the better one
+    assert got["probability"].tolist() == pytest.approx([1 / (1 + math.exp(-1))] * 2 + [0.5] * 2)
+    assert got["score"].tolist() == [3.0, 1.0, 2.0, 2.0]
+    assert [row.response for row in got.rows] == [2, 3, 1, 3] == [LENGTHS[i] for i in (1, 0, 2, 3)]
+    assert (got["index"].tolist(), got["element"].tolist()) == ([0, 1, 0, 1], [0, 0, 1, 1])
+    alone = paired(advantages(method, rollout((1.0, 3.0, 2.0, 2.0), group=torch.tensor([0, 1, 2, 3]))), method.pairs)
+    assert alone.rows == ()
+
+
+def test_the_judges_probability_weighs_the_loss_of_a_pair() -> None:
+    method = online("online_dpo", pairs="bradley_terry", beta=0.5)
+    batch = paired(advantages(method, rollout((1.0, 3.0, 0.5, 2.0))), method.pairs)
+    generator = torch.Generator().manual_seed(0)
+    logp = -torch.rand(batch["mask"].shape, dtype=torch.float64, generator=generator)
+    ref = -torch.rand(batch["mask"].shape, dtype=torch.float64, generator=generator)
+    columns = {**batch.columns, "full_logp": logp, "ref_logp": ref}
+    reward = [0.5 * float((logp - ref)[i][batch["mask"][i]].sum()) for i in range(4)]
+    expected = 0.0
+    for (won, lost), (high, low) in (((0, 1), (3.0, 1.0)), ((2, 3), (2.0, 0.5))):
+        p, gap = 1 / (1 + math.exp(low - high)), reward[won] - reward[lost]
+        expected += (p * math.log1p(math.exp(-gap)) + (1 - p) * math.log1p(math.exp(gap))) / 2
+    assert float(method.terms[0].share(columns, batch.counts())) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["hinge", "ipo", "discopop", [{"name": "sigmoid"}, {"name": "hinge"}]])
+def test_a_loss_that_reads_no_probability_is_refused_with_soft_labels(loss: object) -> None:
+    with pytest.raises(
+        RecipeError, match="does not read the probability of a label; use the loss sigmoid, or pairs hard"
+    ):
+        online("online_dpo", loss=loss, pairs="bradley_terry")
+    assert online("online_dpo", loss=loss).pairs is not None
+
+
 def test_a_pair_of_a_cut_off_answer_is_penalized() -> None:
     method = online("online_dpo", truncated=Truncated("penalize", 3.0))
     got = paired(advantages(method, rollout((1.0, 3.0, 0.5, 2.0))))
@@ -1277,7 +1313,13 @@ def test_what_is_watched_of_a_mini_batch_by_hand() -> None:
     got = diagnostics(batch, clipping(make("ppo")))
     assert got["ratio_mean"] == pytest.approx(sum(ratios) / 9)
     assert got["kl_old"] == pytest.approx(sum(r - 1 - math.log(r) for r in ratios) / 9)
-    assert got["clip_fraction"] == pytest.approx(sum(not 0.8 <= r <= 1.2 for r in ratios) / 9)
+    signs = [float(batch["advantage"][i, t]) for i, n in enumerate(LENGTHS) for t in range(n)]
+    stopped = [(r > 1.2 and a > 0) or (r < 0.8 and a < 0) for r, a in zip(ratios, signs, strict=True)]
+    outside = [not 0.8 <= r <= 1.2 for r in ratios]
+    assert 0 < sum(stopped) < sum(outside)
+    assert got["clip_fraction"] == pytest.approx(sum(stopped) / 9)
+    assert got["ratio_outside"] == pytest.approx(sum(outside) / 9)
+    assert "dual_clip_fraction" not in got
     flat = [
         (float(batch["returns"][i, t]), float(batch["old_value"][i, t]))
         for i, n in enumerate(LENGTHS)
@@ -1294,6 +1336,33 @@ def test_what_is_watched_of_a_mini_batch_by_hand() -> None:
 
 def test_the_clip_fraction_is_of_the_ratio_that_is_clipped() -> None:
     batch = rollout(logp=padded([[o + d for o, d in zip(row, (0.5, -0.5, 0.0), strict=False)] for row in OLD]))
-    assert diagnostics(batch, clipping(make("grpo")))["clip_fraction"] > 0.5  # tokens leave 1 by half a nat
-    whole = diagnostics(batch, clipping(make("gspo")))["clip_fraction"]
-    assert whole == pytest.approx(1 / 9)  # the means are 0, 0, 1/2 (one token) and 0
+    batch = batch.with_columns(advantage=torch.ones_like(batch["logp"]))
+    assert diagnostics(batch, clipping(make("grpo")))["ratio_outside"] > 0.5  # tokens leave 1 by half a nat
+    whole = diagnostics(batch, clipping(make("gspo")))
+    assert whole["ratio_outside"] == pytest.approx(1 / 9)  # the means are 0, 0, 1/2 (one token) and 0
+    assert whole["clip_fraction"] == pytest.approx(1 / 9)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0, 0.0])
+@pytest.mark.parametrize("surrogate", ["clip", "dual_clip"])
+def test_the_clip_fraction_is_the_share_of_tokens_without_gradient(surrogate: str, sign: float) -> None:
+    """Counted by the gradient itself, for ratios on all sides of the bounds 0.8, 1.2 and 3."""
+    method = make("grpo", surrogate={"name": surrogate}, kl_in_loss=None)
+    shifts = ((-0.5, 0.1, 0.5), (1.5, -1.5, 0.0), (0.3, -0.3, 1.2))
+    logp = padded(
+        [
+            [o + d for o, d in zip(row, shift, strict=False)]
+            for row, shift in zip(OLD, [*shifts, shifts[0]], strict=True)
+        ]
+    )
+    batch = rollout(logp=logp)
+    batch = batch.with_columns(advantage=torch.full_like(batch["logp"], sign))
+    leaf = batch["logp"].clone().requires_grad_()
+    method.terms[0].share({**batch.columns, "logp": leaf}, batch.counts()).backward()
+    ratio, mask = (batch["logp"] - batch["old_logp"]).exp(), batch["mask"]
+    still = int(((leaf.grad == 0) & mask).sum()) if sign else 0
+    got = diagnostics(batch, clipping(method))
+    capped = int(((ratio > 3) & mask).sum()) if sign < 0 and surrogate == "dual_clip" else 0
+    assert got["clip_fraction"] + got.get("dual_clip_fraction", 0.0) == pytest.approx(still / 9)
+    assert got.get("dual_clip_fraction", 0.0) == pytest.approx(capped / 9)
+    assert (still > 0) == (sign != 0)

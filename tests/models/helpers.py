@@ -240,3 +240,21 @@ def equal_weights(one: dict, other: dict) -> None:
 def clone(roles: dict[str, Role]) -> dict[str, Role]:
     """Roles of their own with equal weights."""
     return copy.deepcopy(roles)
+
+
+def large(vocabulary: int, *, dtype: torch.dtype = torch.float32) -> tuple[Role, list[Row]]:
+    """A policy with the vocabulary of a real model and peaked logits as after training, and rows that it finds likely.
+
+    Its embeddings are long and tied to its head, so each token predicts itself; nine tokens of ten repeat the one before.
+    """
+    model = tiny.causal_lm(vocabulary=vocabulary, dtype=dtype, initializer_range=0.02)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(35)
+    noise, out = torch.Generator().manual_seed(0), []
+    for number in range(8):
+        ids = torch.randint(1, vocabulary, (100 + 17 * number % 90,), generator=noise)
+        for place in range(1, len(ids)):
+            ids[place] = ids[place - 1] if torch.rand((), generator=noise) < 0.9 else ids[place]
+        answer = 12 + 11 * number % 30
+        out.append(Row(ids, len(ids) - answer, torch.ones(answer, dtype=torch.bool)))
+    return Role("policy", model, True), out

@@ -319,3 +319,25 @@ def test_the_running_mean_keeps_nine_tenths() -> None:
     assert value == pytest.approx(0.1 * (8.1 - 3.6 + 2), rel=1e-12)
     assert RunningMean(decay=0.5).next(4.0, 0.0, 1) == 2.0
     assert RunningMean().by == "reward"
+
+
+@pytest.mark.parametrize("vocabulary", [50_000, 152_000])
+def test_the_kl_over_a_real_vocabulary_is_that_of_float64(vocabulary: int) -> None:
+    noise = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(24, 16, generator=noise), 0.6 * torch.randn(vocabulary, 16, generator=noise)
+    weight[:24] += 0.8 * hidden  # peaked, as of a trained model
+    other = hidden + 0.3 * torch.randn(24, 16, generator=noise)
+
+    def exact(hidden: Tensor) -> Tensor:
+        own, ref = hidden @ weight.double().T, other.double() @ weight.double().T
+        return (own.softmax(-1) * (own.log_softmax(-1) - ref.log_softmax(-1))).sum(-1)
+
+    def ours(hidden: Tensor) -> Tensor:
+        return linear_kl(hidden, weight, other, weight, temperature=torch.ones(24), workspace=5 * vocabulary)
+
+    expected = exact(hidden.double())
+    assert float(ours(hidden).double().mean()) == pytest.approx(float(expected.mean()), rel=1e-6)
+    direct = exact_kl(hidden @ weight.T, other @ weight.T)
+    assert float(direct.double().mean()) == pytest.approx(float(expected.mean()), rel=1e-6)
+    one, two = grad_of(ours, hidden)[0].double(), grad_of(exact, hidden.double())[0]
+    assert (one - two).norm() <= 3e-6 * two.norm()

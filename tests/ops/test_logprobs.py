@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Categorical
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from whet.ops import entropy, linear_collision, linear_logprobs, token_logprobs
+from whet.ops import entropy, linear_collision, linear_logprobs, log_softmax, token_logprobs
 
 from .helpers import close, f64, grad_of, inf
 
@@ -281,3 +282,104 @@ def test_a_collision_carries_no_gradient() -> None:
     hidden, weight, bias, _, temperature = problem()
     assert not linear_collision(hidden.requires_grad_(), weight, bias=bias, temperature=temperature).requires_grad
     assert linear_collision(hidden[:0], weight, temperature=temperature[:0]).shape == (0,)
+
+
+# --- real vocabularies: float32 within 1e-6 of float64 ----------------------------------------------------------------
+
+
+def trained(vocabulary: int, tokens: int = 48, hidden: int = 16) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(hidden, weight, bias, ids) of peaked logits, as of a trained model: most ids are far above thousands of others."""
+    noise = torch.Generator().manual_seed(0)
+    states, weight = torch.randn(tokens, hidden, generator=noise), torch.randn(vocabulary, hidden, generator=noise)
+    ids = torch.randperm(vocabulary, generator=noise)[:tokens]
+    weight = 0.6 * weight
+    weight[ids] += 0.8 * states
+    return states, weight, torch.randn(vocabulary, generator=noise), ids
+
+
+def mean_within(actual: Tensor, expected: Tensor, within: float = 1e-6) -> None:
+    assert actual.dtype == torch.float32
+    assert float(actual.double().mean()) == pytest.approx(float(expected.mean()), rel=within)
+
+
+@pytest.mark.parametrize("chunk", [997, 9000, 10**6])
+@pytest.mark.parametrize("vocabulary", [50_000, 152_000])
+def test_the_numbers_over_a_real_vocabulary_are_those_of_float64(vocabulary: int, chunk: int) -> None:
+    hidden, weight, bias, ids = trained(vocabulary)
+
+    def exact(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        logp = (hidden @ weight.T + bias).log_softmax(-1)
+        return logp.gather(-1, ids[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+    def ours(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return linear_logprobs(hidden, weight, ids, bias=bias, workspace=chunk * len(ids))
+
+    inputs = (hidden, weight, bias)
+    doubled = tuple(x.double() for x in inputs)
+    for one, other in zip(ours(*inputs), exact(*doubled), strict=True):
+        mean_within(one, other)
+
+    def together(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
+        return lambda *x: torch.stack(function(*x)) * f64([[1.0], [0.3]])
+
+    both = grad_of(together(ours), *inputs), grad_of(together(exact), *doubled)
+    for one, other in zip(*both, strict=True):
+        assert (one.double() - other).norm() <= 3e-6 * other.norm()
+
+
+@pytest.mark.parametrize("vocabulary", [50_000, 152_000])
+def test_logits_over_a_real_vocabulary_give_the_numbers_of_float64(vocabulary: int) -> None:
+    hidden, weight, bias, ids = trained(vocabulary)
+    logits = hidden @ weight.T + bias
+    for shift in (0.0, 1000.0):  # exact in float64 of the shifted logits: their own rounding is no fault of the sum
+        shifted = logits + shift
+        full = shifted.double().log_softmax(-1)
+        expected = full.gather(-1, ids[:, None])[:, 0]
+        mean_within(token_logprobs(shifted, ids), expected)
+        mean_within(log_softmax(shifted).gather(-1, ids[:, None])[:, 0], expected)
+        mean_within(entropy(shifted), -(full.exp() * full).sum(-1))
+    few = ids[:, None].expand(-1, 1000).clone()
+    few[:, 1:] = torch.arange(999) * 50
+    inside = torch.full_like(logits, -torch.inf).scatter(-1, few, 0.0) + logits
+    expected = inside.double().log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+    mean_within(token_logprobs(logits, ids, support=few), expected)
+    p = (hidden.double() @ weight.double().T + bias.double()).softmax(-1)
+    got = linear_collision(hidden, weight, bias=bias, temperature=torch.ones(len(ids)), workspace=7 * vocabulary)
+    mean_within(got, p.square().sum(-1))
+
+
+def test_the_log_softmax_has_the_gradient_of_the_softmax() -> None:
+    weights = f64([[1.0, -2.0, 0.5, 3.0]])
+    close(log_softmax(LOGITS[None]).exp(), [[0.1, 0.2, 0.3, 0.4]])
+    # w - p sum w, sum w = 2.5
+    grad = grad_of(lambda x: weights * log_softmax(x), LOGITS[None] + 7)[0]
+    close(grad, [[1 - 0.25, -2 - 0.5, 0.5 - 0.75, 3 - 1.0]])
+    assert torch.autograd.gradcheck(log_softmax, f64([[0.3, -2.0, 5.0], [1.0, 1.0, 1.0]], grad=True))
+    assert log_softmax(f64([0.0, -inf, 0.0])).tolist() == pytest.approx([-math.log(2), -inf, -math.log(2)])
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_logits_of_half_precision_are_summed_in_float32(kind: torch.dtype) -> None:
+    logits, ids = LOGITS.to(kind).expand(2, 4), torch.tensor([0, 2])
+    full = logits.double().log_softmax(-1)
+    close(token_logprobs(logits, ids), full.gather(-1, ids[:, None])[:, 0].float(), within=1e-6)
+    close(log_softmax(logits), full.float(), within=1e-6)
+    close(entropy(logits), -(full.exp() * full).sum(-1).float(), within=1e-6)
+
+
+def test_a_gradient_of_half_precision_does_not_depend_on_the_chunks() -> None:
+    hidden, weight, _, ids = (x.bfloat16() if x.is_floating_point() else x for x in trained(4000))
+    p = (hidden @ weight.T).double().softmax(-1)  # of logits that are rounded to half precision, as there
+    expected = (torch.nn.functional.one_hot(ids, 4000) - p) @ weight.double()
+    for chunk in (1, 50, 10**6):
+        ours = partial(linear_logprobs, weight=weight, ids=ids, workspace=chunk * len(ids))
+        grad = grad_of(lambda x, ours=ours: ours(x)[0], hidden)[0]
+        assert (grad.double() - expected).norm() <= 2**-8 * expected.norm()
+
+
+@pytest.mark.parametrize("function", [log_softmax, entropy, lambda x: token_logprobs(x, torch.tensor([1]))])
+def test_a_second_derivative_is_refused_rather_than_wrong(function: Callable[[Tensor], Tensor]) -> None:
+    logits = f64([[0.3, -2.0, 5.0]], grad=True)
+    (first,) = torch.autograd.grad(function(logits).sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        first.sum().backward()

@@ -1,12 +1,14 @@
 """Masked sums, means and whitening: by hand, against scipy, and blind to what the padding holds."""
 
+import inspect
 import math
 
 import pytest
 import torch
 from scipy import stats
 
-from whet.ops import masked_mean, masked_sum, whiten
+from whet import ops
+from whet.ops import Counts, masked_mean, masked_sum, whiten
 
 from .helpers import bits, close, f64, grad_of, nan
 
@@ -111,3 +113,83 @@ def test_the_gradient_of_whiten_goes_through_mean_and_deviation() -> None:
 
 def test_nan_in_the_padding_leaves_the_gradient_of_whiten_alone() -> None:
     assert grad_of(lambda x: whiten(x, bits("1110")) ** 3, f64([[1.0, 2.0, 4.0, nan]]))[0].isfinite().all()
+
+
+def test_whiten_along_a_dimension_equals_scipy() -> None:
+    x = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * 4 + 3
+    for dim in (0, 1, -1):
+        for ddof in (0, 1):
+            close(whiten(x, torch.ones_like(x).bool(), dim, ddof=ddof, eps=0.0), stats.zscore(x.numpy(), dim, ddof))
+
+
+@pytest.mark.parametrize("shift_mean", [True, False])
+def test_each_row_is_whitened_as_if_alone(shift_mean: bool) -> None:
+    x = f64([[1.0, nan, 3.0, 2.0], [5.0, 5.0, nan, 5.0], [nan, 7.0, nan, nan], [nan] * 4, [4.0, 8.0, 1.0, 1.0]])
+    mask = bits("1011", "1101", "0100", "0000", "1111")
+    got = whiten(x, mask, 1, shift_mean=shift_mean)
+    for row in range(5):
+        close(got[row : row + 1], whiten(x[row : row + 1], mask[row : row + 1], shift_mean=shift_mean))
+    close(whiten(x.T, mask.T, 0, shift_mean=shift_mean), got.T)
+    assert grad_of(lambda x: whiten(x, mask, 1, shift_mean=shift_mean) ** 3, x)[0].isfinite().all()
+
+
+# --- masks of other dtypes --------------------------------------------------------------------------------------------
+
+INPUTS: dict[str, object] = {
+    **{
+        name: f64([[-0.5, -1.5, -0.25], [-2.0, -0.75, -1.0]]) * scale + shift
+        for name, scale, shift in [
+            ("x", 1, 0), ("logp", 1, 0), ("now_logp", 1, 0), ("old_logp", 1.2, 0), ("ref_logp", 0.8, 0), ("sampler_logp", 0.9, 0),
+            ("rewards", 2, 1), ("values", 0.5, 1), ("advantage", 1, 0.8), ("token_reward", 1, 1), ("token_score", 1, 2), ("kl", -1, 0),
+            ("loss", 1, 3), ("value", 1, 1), ("returns", 1.5, 1), ("old_collision", -0.1, 0.1), ("attention_weight", -1, 0.1),
+        ]
+    },
+    **{name: f64([0.5, -1.0]) for name in ("score", "baseline", "answer_advantage", "kl_baseline")},
+    "scores": f64([[0.5, 2.0, 1.0], [1.0, 0.0, 3.0]]), "ranks": torch.tensor([[1, 2, 3], [2, 1, 1]]),
+    "group": torch.tensor([0, 0]), "address": torch.tensor([3, 9]), "counts": Counts(4, 2, 2),
+    "mask": bits("101", "011"), "segment_end": bits("001", "010"), "selected": bits("110", "010"), "valid": bits("111", "110"),
+    "good": torch.tensor([True, False]), "truncated": torch.tensor([False, True]),
+    "beta": 0.5, "limit": 2, "amount": 1.0, "length": 4,
+}  # fmt: skip
+MASKS = {"mask", "segment_end", "selected", "valid", "good", "truncated"}
+
+
+def with_masks() -> list[str]:
+    functions = {name: getattr(ops, name) for name in ops.__all__ if not isinstance(getattr(ops, name), type)}
+    return [name for name, op in functions.items() if callable(op) and MASKS & inspect.signature(op).parameters.keys()]
+
+
+def called(name: str, dtype: torch.dtype) -> torch.Tensor:
+    given = {}
+    for one, parameter in inspect.signature(getattr(ops, name)).parameters.items():
+        if one in MASKS:
+            given[one] = INPUTS[one].to(dtype)
+        elif parameter.default is inspect.Parameter.empty:
+            given[one] = INPUTS[one]
+    return getattr(ops, name)(**given)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", with_masks())
+def test_a_mask_of_any_dtype_is_the_mask(name: str, dtype: torch.dtype) -> None:
+    torch.testing.assert_close(called(name, dtype), called(name, torch.bool), rtol=0, atol=0)
+
+
+def test_every_op_with_a_mask_is_compared() -> None:
+    assert len(with_masks()) >= 40
+
+
+def test_counts_of_masks_of_any_dtype() -> None:
+    for dtype in (torch.bool, torch.int64, torch.float32):
+        mask = bits("1101", "0000", "0100", "1111").to(dtype)
+        assert Counts.of(mask) == Counts(tokens=8, sequences=3, elements=4)
+        assert Counts.of(mask, elements=2) == Counts(tokens=8, sequences=3, elements=2)
+        assert sum((Counts.of(one[None]) for one in mask), Counts(0, 0, 0)) == Counts.of(mask)
+
+
+@pytest.mark.parametrize("value", [0.5, 2.0, -1.0, nan])
+def test_a_mask_of_other_numbers_is_refused(value: float) -> None:
+    mask = torch.tensor([[1.0, value]])
+    for refuses in (lambda: masked_mean(mask, mask), lambda: whiten(mask, mask), lambda: Counts.of(mask)):
+        with pytest.raises(ValueError, match=f"0 and 1; got {value}"):
+            refuses()

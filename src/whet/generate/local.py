@@ -12,7 +12,7 @@ from whet.errors import RunStopped
 from whet.generate.base import GeneratorContext, Request, cut, draw, whole
 from whet.methods.options import Sampling
 from whet.models.roles import Role
-from whet.ops import token_logprobs
+from whet.ops import log_softmax, token_logprobs
 
 DROP_SHARE = 0.25
 """Finished rows are removed from the cache when they are at least this share of its rows."""
@@ -191,7 +191,7 @@ def truncated_logprobs(logits: Tensor, sampling: Sampling) -> Tensor:
     top-p keeps the smallest set of most probable tokens whose total probability reaches it. min-p keeps tokens with at
     least that fraction of the largest probability. Excluded tokens get -inf; the others are normalized again.
     """
-    logp = (logits / sampling.temperature).log_softmax(-1)
+    logp = log_softmax(logits / sampling.temperature)
     if not sampling.truncates:
         return logp
     ordered, index = torch.sort(logp, dim=-1, descending=True, stable=True)
@@ -205,7 +205,7 @@ def truncated_logprobs(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.min_p:
         keep &= ordered >= ordered[:, :1] + torch.tensor(sampling.min_p).log()
     kept = torch.zeros_like(keep).scatter(-1, index, keep)
-    return logp.masked_fill(~kept, -torch.inf).log_softmax(-1)
+    return log_softmax(logp.masked_fill(~kept, -torch.inf))
 
 
 @dataclass(frozen=True)

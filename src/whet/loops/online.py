@@ -250,9 +250,9 @@ class OnlineLoop:
         self.state = self.algorithm.observe(self.state, batch)
         now = self._now = self.algorithm.at(self.state)
         self.generator.sleep()
-        if now.pairs:
+        if now.pairs is not None:
             self._whole = advantages(now, batch)
-            batch = paired(self._whole)
+            batch = paired(self._whole, now.pairs)
         self._turns = [
             minibatches(len(batch.elements()), plan.mini_batch_size, address(plan.seed, "minibatch", self.step, epoch))
             for epoch in range(plan.epochs)

@@ -14,7 +14,7 @@ from whet import ops
 from whet.data import COLUMNS, Batch, take_elements
 from whet.errors import RewardError
 from whet.methods.options import Truncated
-from whet.methods.parts import Objective, Part, State, Term, fixed, settled, steered
+from whet.methods.parts import Objective, Part, State, Term, fixed, part, settled, steered
 from whet.ops import Controller
 
 
@@ -44,7 +44,7 @@ class Algorithm:
     `reward_placement` -> (B, T); `penalty` is subtracted from the reward; `advantage` -> (B, T); `target` is the
     advantage for the critic's returns if it differs; `normalize_advantage` rescales the advantage after the returns are
     computed; `importance_correction` -> weights (B, T). With `pairs` there is no advantage: the best and the worst answer
-    of each group form a pair for the terms.
+    of each group form a pair for the terms, and `pairs` (E,) is the probability that the best one is preferred.
     """
 
     collect: Collect
@@ -61,7 +61,7 @@ class Algorithm:
     normalize_advantage: Part | None = None
     importance_correction: Part | None = None
     select: tuple[tuple[str, Part], ...] = ()
-    pairs: bool = False
+    pairs: Part | None = None
 
     def reads(self) -> frozenset[str]:
         """Return the columns measured once per rollout; they determine whether a critic and a reference are needed."""
@@ -212,7 +212,9 @@ def advantages(algorithm: Algorithm, batch: Batch) -> Batch:
     RewardError if the method cannot use per-token scores.
     """
     mask, dense = batch["mask"], batch["token_score"]
-    rescaled = algorithm.normalize is not None or algorithm.reward_normalization is not None or algorithm.pairs
+    rescaled = (
+        algorithm.normalize is not None or algorithm.reward_normalization is not None or algorithm.pairs is not None
+    )
     if bool(dense.any()) and (rescaled or algorithm.combine.op is not ops.weighted_sum):
         raise RewardError(
             "scores per token only go with combine weighted_sum, without normalize, reward_normalization or pairs: they keep their size"
@@ -258,33 +260,42 @@ def advantages(algorithm: Algorithm, batch: Batch) -> Batch:
     )
 
 
-def paired(batch: Batch) -> Batch:
-    """Return the best and the worst answer of each group as pairs, chosen first. Reads score.
+HARD = part(ops.hard_label, gap=part(ops.gap, score="score"))
+"""Labels of pairs that are certain."""
 
-    Groups of equal scores give no pair. Among answers of equal score, the first is taken.
+
+def paired(batch: Batch, labels: Part = HARD) -> Batch:
+    """Return the best and the worst answer of each group as pairs, chosen first, with their labels. Reads score.
+
+    Among answers of equal score, the first is taken. With hard labels, groups of equal scores give no pair.
     """
     groups: dict[int, list[int]] = {}
     for row, group in enumerate(batch["group"].tolist()):
         groups.setdefault(group, []).append(row)
     score, rows = batch["score"].tolist(), []
     for own in groups.values():
-        best, worst = max(own, key=lambda row: score[row]), min(own, key=lambda row: score[row])
-        rows += [best, worst] if score[best] > score[worst] else []
+        best = max(own, key=lambda row: score[row])
+        worst = min((row for row in own if row != best), key=lambda row: score[row], default=best)
+        known = score[best] > score[worst] or labels.op is not ops.hard_label
+        rows += [best, worst] if known and best != worst else []
     count = len(rows) // 2
     out = take_elements(batch, rows) if rows else batch.take([])
     place = torch.tensor([0, 1] * count)
-    ones = torch.ones(len(rows), dtype=torch.float32)
-    return out.with_columns(
-        element=torch.arange(count).repeat_interleave(2), index=place, probability=ones,
-        chosen_mask=out["mask"] & (place == 0)[:, None],
-    )  # fmt: skip
+    out = out.with_columns(
+        element=torch.arange(count).repeat_interleave(2), index=place, chosen_mask=out["mask"] & (place == 0)[:, None]
+    )
+    return out.with_columns(probability=labels.filled(out.columns, (count,)).float().repeat_interleave(2))
 
 
 def diagnostics(batch: Batch, clip: Part | None) -> dict[str, float]:
     """Compute metrics of a mini-batch after the forward pass of its update: ratio, clip fraction, KL(old || new) per token.
 
-    `batch` has logp (current) and old_logp. `clip` is the clipping part of the surrogate, or None; its ratio (of a token
-    or of the whole answer) is compared with its bounds.
+    `batch` has logp (current) and old_logp. `clip` is the clipping part of the surrogate, or None. With its ratio (of a
+    token or of the whole answer):
+    - clip_fraction: share of the tokens whose gradient the clip stops, ratio > 1 + clip_high with A > 0 or
+      ratio < 1 - clip_low with A < 0 (pg_clipfrac in verl, clip_ratio/region_mean in TRL's GRPO);
+    - ratio_outside: share of the tokens with a ratio outside the interval, whatever the advantage;
+    - dual_clip_fraction: share of the tokens with A < 0 and ratio > bound of dual_clip (pg_clipfrac_lower in verl).
     """
     mask, log_ratio = batch["mask"], batch["logp"] - batch["old_logp"]
     ratio = log_ratio.exp()
@@ -295,8 +306,12 @@ def diagnostics(batch: Batch, clip: Part | None) -> dict[str, float]:
     if clip is not None:
         own = clip.columns["ratio"]
         held = own(batch.columns) if isinstance(own, Part) else ratio
-        beyond = (held < 1 - clip.options["clip_low"]) | (held > 1 + clip.options["clip_high"])
-        out["clip_fraction"] = float(ops.masked_mean(beyond.to(ratio.dtype), mask))
+        below, above = held < 1 - clip.options["clip_low"], held > 1 + clip.options["clip_high"]
+        better, worse = batch["advantage"] > 0, batch["advantage"] < 0
+        shares = {"clip_fraction": (above & better) | (below & worse), "ratio_outside": below | above}
+        if "bound" in clip.options:
+            shares["dual_clip_fraction"] = (held > clip.options["bound"]) & worse
+        out |= {name: float(ops.masked_mean(share.to(ratio.dtype), mask)) for name, share in shares.items()}
     if "value" in batch.columns:
         out["explained_variance"] = float(ops.explained_variance(batch["old_value"], batch["returns"], mask))
     return out

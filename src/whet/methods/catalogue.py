@@ -265,12 +265,17 @@ ONLINE_PREFERENCE: Mapping[str, Method] = {
         {
             **{slot: _BASE[slot] for slot in _FRONT},
             "num_generations": 2,
+            "pairs": {"name": "hard"},
             "beta": 0.1,
             "implicit_reward": {"name": "implicit_reward"},
             "loss": {"name": "sigmoid"},
             "sft_weight": 0.0,
         },
-        ("the best against the worst of all answers; groups whose scores are equal give no pair",),
+        (
+            "the best against the worst of all answers; groups whose scores are equal give no pair",
+            "labels are hard as in the paper, where a judge that is a language model labels; pairs: bradley_terry bounds the "
+            "distance to the reference",
+        ),
     ),
 }
 """Online preference methods: sample like the online methods, train like the preference methods."""

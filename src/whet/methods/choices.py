@@ -63,6 +63,7 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     "shift_mean": (bool, "subtract the mean"),
     "share": (Share, "share of the mini-batch's tokens"),
     "target": (Positive, "target KL of the controller"),
+    "temperature": (Positive, "difference in score at which the better answer wins with probability 0.73"),
     "tau": (Positive, "sharpness of the mixture"),
     "tau_negative": (Positive, "sharpness of the gate where the advantage is negative"),
     "tau_positive": (Positive, "sharpness of the gate where the advantage is positive"),
@@ -451,7 +452,26 @@ SCORES: dict[str, Choice] = {
     "log_odds": Choice("log_odds", "w = log(p / (1 - p)),  p = exp(mean_t log pi)", "ORPO, Hong et al. 2024, eq. 4"),
 }
 
-PREFERENCE_SLOTS: dict[str, dict[str, Choice]] = {"implicit_reward": SCORES, "loss": PAIR_LOSSES | SINGLE_LOSSES}
+LABELS: dict[str, Choice] = {
+    "hard": Choice(
+        "hard_label",
+        "p = 1: the answer with the higher score is the better one; equal scores give no pair",
+        "Guo et al. 2024",
+    ),
+    "bradley_terry": Choice(
+        "bradley_terry",
+        "p = sigmoid((s_w - s_l) / {temperature}),  s the scores of the two answers",
+        "Bradley and Terry 1952",
+        "hard labels only in TRL's online DPO",
+    ),
+}
+"""How scores label the pairs of online preference methods."""
+
+PREFERENCE_SLOTS: dict[str, dict[str, Choice]] = {
+    "implicit_reward": SCORES,
+    "loss": PAIR_LOSSES | SINGLE_LOSSES,
+    "pairs": LABELS,
+}
 
 REWARD_SLOTS: dict[str, dict[str, Choice]] = {
     "loss": {

@@ -100,8 +100,19 @@ def online_of(slots: Slots, *, longest: int | None = None, weights: Sequence[flo
             raise RecipeError(
                 f"algorithm.truncated.rule: {truncated.rule} does not work with pairs of answers; use keep or penalize"
             )
-        return replace(front, terms=objective.terms, select=objective.select, pairs=True)
+        return replace(front, terms=objective.terms, select=objective.select, pairs=_labels(slots, objective))
     return _credit_front(front, slots, longest)
+
+
+def _labels(slots: Slots, objective: Objective) -> Part:
+    """Build the part that labels pairs. Raises RecipeError for soft labels with a loss that does not read them."""
+    labels = chosen("pairs", slots["pairs"], gap=part(ops.gap, score="score"))
+    blind = [one.name for one in objective.terms if one.name != "sft" and "probability" not in one.reads()]
+    if labels.op is not ops.hard_label and blind:
+        raise RecipeError(
+            f"algorithm.pairs: the loss {blind[0]} does not read the probability of a label; use the loss sigmoid, or pairs hard"
+        )
+    return labels
 
 
 def _front(slots: Slots, truncated: Truncated, weights: Sequence[float], longest: int | None) -> Algorithm:

@@ -31,8 +31,10 @@ def online_lines(slots: Slots, *, longest: int | None = None, weights: Sequence[
     out += _line(slots, "reward_normalization", "reward_normalization") + _line(slots, "reward_clip", "reward_clip")
     out += _line(slots, "overlong", "overlong", limit=limit) + _truncated(slots["truncated"])
     if "loss" in slots:
-        pairs = "w = the best, l = the worst answer of each prompt by s; equal scores give no pair"
-        return [*out, _step("pairs", pairs, ""), *preference_lines(slots)]
+        out.append(_step("pairs", "w = the best, l = the worst answer of each prompt by s", ""))
+        labels = found("pairs", PREFERENCE_SLOTS["pairs"], slots["pairs"]["name"])
+        out.append(_step("labels", formula(labels, slots["pairs"]), labels.source))
+        return [*out, *preference_lines(slots)]
     value = None if slots["value"] is None else record(Value, slots["value"])
     out += (
         _line(slots, "reward_placement", "reward_placement")
@@ -125,7 +127,7 @@ def ending(slots: Slots, *, truncates: bool = False) -> list[str]:
     `truncates` means that some tokens cannot be sampled (top-p, top-k, min-p).
     """
     if "loss" in slots:
-        return ["the optimum of the preference loss for the reference and beta; pairs come from the policy itself"]
+        return _ending_of_pairs(slots, truncates)
     kl = None if slots["kl_in_reward"] is None else record(KL, slots["kl_in_reward"])
     moved = _moved(slots, truncates)
     if kl is not None and kl.coef > 0:
@@ -137,6 +139,103 @@ def ending(slots: Slots, *, truncates: bool = False) -> list[str]:
             *moved,
         ]
     return _ending_in_loss(slots, kl_in_loss["name"], moved)
+
+
+def preference_ending(slots: Slots) -> list[str]:
+    """Describe the optimum of a preference method on rows with labels."""
+    losses = _losses(slots)
+    moved = _moved_preference(slots, losses)
+    if [name for name in losses if name != "sft"] != ["sigmoid"]:
+        return [*_ends_of(losses), *moved]
+    if moved:
+        return ["not pi*(y|x) = pi_ref(y|x) exp(r / beta) / Z", *moved, _UNCERTAIN]
+    return [
+        "pi*(y|x) = pi_ref(y|x) exp(r / beta) / Z, for labels that give the probability sigmoid(r_w - r_l), or are drawn with it",
+        _UNCERTAIN,
+    ]
+
+
+_UNCERTAIN = (
+    "pairs that are always labeled the same way (probability 1, the default of a row) have no such r: their gap grows as long as "
+    "they are trained and beta sets only how fast; give rows a `probability`, or stop early by held-out rows"
+)
+
+_ENDS: Mapping[str, str] = {
+    "hinge": "a gap w - l of 1 or more for every pair, whatever the difference of its scores",
+    "ipo": "a gap of the log-ratios of 1 / (2 beta) for every pair, whatever the difference of its scores",
+    "exo_pair": "a gap w - l of log((1 - e) / e), e = label_smoothing, for every pair, whatever the difference of its scores",
+    "sppo_hard": "w = 1/2 and l = -1/2 for every pair, whatever the difference of its scores",
+    "kto": "no policy: an answer that is good more often than bad (by the weights desirable and undesirable) is raised and another one "
+    "lowered for as long as they are trained. beta sets only where the gradient begins to fade; it bounds neither the KL to the "
+    "reference nor lengths and scores. Stop early by held-out rows",
+    "apo_zero_unpaired": "no policy, as in kto: good answers are raised and bad ones lowered for as long as they are trained",
+}
+"""Where losses end that do not end at pi*; other losses of pairs without noise end nowhere."""
+
+
+def _losses(slots: Slots) -> list[str]:
+    given = slots["loss"] if isinstance(slots["loss"], list) else [slots["loss"]]
+    return [named(one)["name"] for one in given]
+
+
+def _ends_of(losses: Sequence[str]) -> list[str]:
+    """Describe the end of losses, none of which reads soft labels."""
+    if losses == ["sft"]:
+        return ["the distribution of the chosen answers"]
+    nowhere = "no policy: a pair's loss falls as long as its gap grows, and beta sets only how fast"
+    return [f"{name}: {_ENDS.get(name, nowhere)}" for name in losses if name != "sft"]
+
+
+def _moved_preference(slots: Slots, losses: Sequence[str]) -> list[str]:
+    """Return the reasons why the optimum of the sigmoid loss on soft labels is not pi*."""
+    score = slots["implicit_reward"]
+    given = slots["loss"] if isinstance(slots["loss"], list) else [slots["loss"]]
+    options: Slots = next((named(one) for one in given if named(one)["name"] == "sigmoid"), {})
+    smoothing, divergence = options.get("label_smoothing", 0.0), score.get("divergence", "reverse_kl")
+    reasons = {
+        "the implicit reward has no reference, so nothing bounds the distance to it": score["name"]
+        != "implicit_reward",
+        "log-ratios are divided by the answer's length": bool(score.get("mean")),
+        f"the divergence is {divergence}, so the ratio is another function of the reward": divergence != "reverse_kl",
+        f"label_smoothing {_shown(smoothing)} bounds every gap by log((1 - e) / e)": smoothing > 0,
+        "the margin adds to every gap": options.get("margin", 0.0) > 0,
+        "the SFT loss has another optimum": bool(slots.get("sft_weight")) or "sft" in losses,
+    }
+    return [f"moved: {why}" for why, holds in reasons.items() if holds]
+
+
+def _ending_of_pairs(slots: Slots, truncates: bool) -> list[str]:
+    """Describe the optimum of an online preference method."""
+    losses, labels = _losses(slots), slots["pairs"]
+    own = [name for name in losses if name != "sft"]
+    moved = _moved_preference(slots, losses)
+    if truncates:
+        moved.append("moved: some tokens cannot be sampled, so pairs with them are never seen")
+    if slots["normalize"]:
+        moved.append("moved: scores are divided by statistics of the policy's own answers, so they have no fixed unit")
+    if labels["name"] == "bradley_terry" and own == ["sigmoid"]:
+        scale = slots["beta"] * labels.get("temperature", 1.0) if "beta" in slots else None
+        if moved or scale is None:
+            return ["not pi*(y|x) = pi_ref(y|x) exp(s / (beta temperature)) / Z", *moved]
+        return [
+            f"pi*(y|x) = pi_ref(y|x) exp(s / {_shown(float(scale))}) / Z with the score s of the steps above: each pair's loss is least at "
+            "w - l = (s_w - s_l) / temperature; the divisor is beta x temperature",
+        ]
+    if labels["name"] != "hard":
+        return ["where the labels of your function lead", *moved]
+    if own != ["sigmoid"]:
+        return [*_ends_of(losses), *(moved if own else [])]
+    if any("label_smoothing" in one for one in moved):
+        return [
+            "the same gap w - l = log((1 - e) / e), e = label_smoothing, for every pair, whatever the difference of its scores",
+            *moved,
+        ]
+    return [
+        "no policy: a judge without noise always prefers the answer with the higher score, so hard labels are 1 for certain; a pair's loss "
+        "falls as long as its gap grows, and beta bounds nothing: the KL to the reference, lengths and scores run off",
+        "to end at pi_ref exp(s / beta) / Z: --pairs bradley_terry, whose labels are sigmoid((s_w - s_l) / temperature)",
+        *moved,
+    ]
 
 
 def _coef(name: str) -> float:

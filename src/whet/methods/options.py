@@ -41,7 +41,7 @@ class Optim:
     """An optimizer and its learning-rate schedule."""
 
     lr: Positive = 1e-5
-    """peak learning rate"""
+    """peak learning rate; with LoRA the default is 10 times that of full training"""
     kind: Literal["adamw", "muon"] = "adamw"
     """optimizer; "muon" updates the matrices of the decoder layers, and adamw the rest"""
     muon_lr: Positive = 0.02
@@ -59,7 +59,19 @@ class Optim:
     warmup_ratio: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
     """share of all updates used for the warm-up"""
     min_lr_ratio: Share = 0.1
-    """final learning rate, as a share of lr"""
+    """final learning rate, as a share of lr; 0 ends at 0"""
+
+    def words(self) -> str:
+        """Return the optimizer, its learning rate and schedule as text.
+
+        >>> Optim(lr=1e-6, schedule="linear", warmup_ratio=0.1, min_lr_ratio=0.0).words()
+        'adamw, learning rate 1e-06: warm-up over 10% of the updates, then linear to 0'
+        """
+        matrices = f" ({self.muon_lr:g} for matrices)" if self.kind == "muon" else ""
+        rising = f"warm-up over {100 * self.warmup_ratio:g}% of the updates, then " if self.warmup_ratio else ""
+        end = f"{100 * self.min_lr_ratio:g}% of it" if self.min_lr_ratio else "0"
+        falling = "constant" if self.schedule == "constant" else f"{self.schedule} to {end}"
+        return f"{self.kind}, learning rate {self.lr:g}{matrices}: {rising}{falling}"
 
     def factor(self, update: int, total: int) -> float:
         """Return the learning rate of update 0 ... total - 1 as a share of `lr`."""

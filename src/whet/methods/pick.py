@@ -73,6 +73,7 @@ REPLACEABLE: Mapping[str, frozenset[str]] = {
         "ratio": set[str](),
         "surrogate": {"ratio"},
         "kl_in_loss": set[str](),
+        "pairs": {"gap"},
         "loss": {"gap", "chosen", "rejected", "score", "probability", "good", "policy_gap", "beta"},
     }.items()
 }

@@ -32,7 +32,7 @@ from whet.ops.kl import (
     k3_weighted,
     linear_kl,
 )
-from whet.ops.logprobs import entropy, linear_collision, linear_logprobs, token_logprobs
+from whet.ops.logprobs import entropy, linear_collision, linear_logprobs, log_softmax, token_logprobs
 from whet.ops.masked import masked_mean, masked_sum, whiten
 from whet.ops.policy import (
     cispo,
@@ -63,10 +63,12 @@ from whet.ops.preference import (
     apo_zero_unpaired,
     bco,
     bco_pair,
+    bradley_terry,
     discopop,
     dpo,
     exo_pair,
     gap,
+    hard_label,
     hinge,
     implicit_reward,
     ipo,
@@ -122,6 +124,7 @@ __all__ = [
     "attention", "batch_normalized",
     "bco",
     "bco_pair",
+    "bradley_terry",
     "broadcast",
     "by_element",
     "centering",
@@ -152,6 +155,7 @@ __all__ = [
     "group_normalized",
     "group_steps",
     "group_zscore",
+    "hard_label",
     "hinge",
     "implicit_reward",
     "ipo",
@@ -175,6 +179,7 @@ __all__ = [
     "linear_logprobs",
     "log_exp",
     "log_odds",
+    "log_softmax",
     "lower_bound",
     "masked_mean",
     "masked_sum",

@@ -8,6 +8,8 @@ positions do not count.
 import torch
 from torch import Tensor
 
+from whet.ops.masked import boolean
+
 
 def monte_carlo(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Tensor:
     """Compute the discounted return G_t = r_t + gamma G_{t+1}, (B, T); 0 outside the mask.
@@ -34,6 +36,7 @@ def gae(
     less variance); gae_lambda = 1 is the Monte-Carlo return minus the value (no bias from V, more variance).
     `gae_lambda` may be (B,), one value per answer.
     """
+    mask = boolean(mask)
     running = torch.zeros(rewards.shape[0], dtype=rewards.dtype, device=rewards.device)
     next_value = running if final_value is None else final_value
     out = torch.zeros_like(rewards)
@@ -57,6 +60,7 @@ def gae_adaptive(
     alpha: float = 0.05,
 ) -> Tensor:
     """Compute `gae` with gae_lambda = max(0, 1 - 1 / (alpha |y|)) per answer, (B, T) (VAPO, Yue et al. 2025, equation 8)."""
+    mask = boolean(mask)
     length = mask.sum(1).clamp(min=1).to(rewards.dtype)
     return gae(rewards, values, mask, final_value, gamma=gamma, gae_lambda=(1 - 1 / (alpha * length)).clamp(min=0))
 
@@ -132,6 +136,7 @@ def group_steps(
     The reward of each step is normalized over all steps of the group. The advantage of a token is the sum of the
     normalized rewards of the steps that end at this token or later. segment_end (B, T) is True on the last token of each step.
     """
+    segment_end, mask = boolean(segment_end), boolean(mask)
     ends = segment_end & mask
     rows = torch.arange(mask.shape[0], device=mask.device)[:, None].expand(mask.shape)[ends]
     normalized = torch.zeros_like(token_reward)
@@ -144,6 +149,7 @@ def against_greedy(rewards: Tensor, baseline: Tensor, mask: Tensor, *, gamma: fl
 
     baseline (B,) -> (B, T). The baseline does not include the KL penalty of the rewards.
     """
+    mask = boolean(mask)
     out = monte_carlo(rewards, mask, gamma=gamma) - baseline[:, None]
     return torch.where(mask, out, torch.zeros_like(out))
 
@@ -157,6 +163,7 @@ def optimal_baseline(
     sum_v pi_v^2) is the squared norm of the score function with respect to the logits; `old_collision` (B, T) is
     sum_v pi_v^2. The sum includes the answer itself. Where only one answer reaches a position, the baseline is 0.
     """
+    mask = boolean(mask)
     energy = torch.where(mask, 1 - 2 * old_logp.exp() + old_collision, torch.zeros_like(old_logp)).cumsum(1)
     energy = torch.where(mask, energy, torch.zeros_like(energy))
     to_go = monte_carlo(rewards.to(energy.dtype), mask, gamma=gamma)
@@ -174,5 +181,6 @@ def optimal_baseline(
 
 def broadcast(answer_advantage: Tensor, mask: Tensor) -> Tensor:
     """Copy the advantage of each answer to all its trained tokens: (B,) -> (B, T)."""
+    mask = boolean(mask)
     spread = answer_advantage[:, None].expand(mask.shape)
     return torch.where(mask, spread, torch.zeros_like(spread))

@@ -7,7 +7,7 @@ Both log-probs use the same temperature and support, in nats, (B, T). The result
 import torch
 from torch import Tensor
 
-from whet.ops.masked import masked_mean, masked_sum
+from whet.ops.masked import boolean, masked_mean, masked_sum
 
 
 def token_weight(old_logp: Tensor, sampler_logp: Tensor, mask: Tensor, *, cap: float = 2.0) -> Tensor:
@@ -54,8 +54,10 @@ def geometric_mask(
 
 
 def _ratio(old_logp: Tensor, sampler_logp: Tensor, mask: Tensor) -> Tensor:
+    mask = boolean(mask)
     return torch.where(mask, old_logp - sampler_logp, torch.zeros_like(old_logp)).exp()
 
 
 def _kept(weight: Tensor, mask: Tensor) -> Tensor:
+    mask = boolean(mask)
     return torch.where(mask, weight, torch.zeros_like(weight)).detach()

@@ -6,14 +6,17 @@ divergence", 2020).
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-from whet.ops.logprobs import WORKSPACE
+from whet.ops.logprobs import WORKSPACE, log_softmax, precise
 from whet.ops.masked import masked_sum
+from whet.ops.overflow import expm1, times
 from whet.ops.shaping import terminal
 
 
@@ -38,7 +41,7 @@ def k3(logp: Tensor, ref_logp: Tensor, *, bound: float | None = None) -> Tensor:
     verl: 10), and clamped tokens get no gradient. None does not clamp.
     """
     log_ratio = ref_logp - logp
-    estimate = torch.expm1(log_ratio) - log_ratio
+    estimate = expm1(log_ratio) - log_ratio
     return estimate if bound is None else estimate.clamp(max=bound)
 
 
@@ -47,7 +50,36 @@ def k3_weighted(logp: Tensor, ref_logp: Tensor, old_logp: Tensor) -> Tensor:
 
     On-policy, its gradient is that of KL(policy || reference) of the token. The gradient of k3 alone is not.
     """
-    return (logp - old_logp).exp() * k3(logp, ref_logp)
+    return _WeightedK3.apply(logp, ref_logp, old_logp)
+
+
+class _WeightedK3(torch.autograd.Function):
+    """e^r (e^g - 1 - g) with r = logp - old_logp and g = ref_logp - logp.
+
+    Its gradient for logp, -g e^r, is a difference of two terms of size e^(r + g), which cancel in float32 from g = 15 on.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logp: Tensor, ref_logp: Tensor, old_logp: Tensor) -> Tensor:
+        ratio, gap = logp - old_logp, ref_logp - logp
+        far = gap.clamp(min=1.0)
+        value = torch.where(
+            gap > 1,
+            (ratio + far + torch.log1p(-(1 + far) * (-far).exp())).exp(),
+            times(ratio.exp(), torch.expm1(gap) - gap),
+        )
+        ctx.save_for_backward(ratio, gap, value)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        ratio, gap, value = ctx.saved_tensors
+        far = gap.clamp(min=1.0)
+        of_ref = torch.where(
+            gap > 1, (ratio + far + torch.log1p(-(-far).exp())).exp(), times(ratio.exp(), torch.expm1(gap))
+        )
+        return times(times(ratio.exp(), -gap), grad), times(of_ref, grad), times(-value, grad)
 
 
 def k2_sequence(logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
@@ -62,7 +94,7 @@ def k2_sequence(logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
 
 def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     """Compute KL(p || q) = sum_v p_v (log p_v - log q_v) of two distributions given as logits: (..., V) -> (...)."""
-    logp, ref_logp = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+    logp, ref_logp = log_softmax(logits), log_softmax(ref_logits)
     gap = (logp - ref_logp).masked_fill(logp.isneginf(), 0.0)  # before the product, so that the gradient is not NaN
     return (logp.exp() * gap).sum(-1)
 
@@ -86,8 +118,7 @@ def linear_kl(
 
     def piece(states: Tensor, ref_states: Tensor, scale: Tensor) -> Tensor:
         own, other = linear(states, weight, bias), linear(ref_states, ref_weight, ref_bias)
-        precise = [logits if logits.dtype == torch.float64 else logits.float() for logits in (own, other)]
-        return exact_kl(precise[0] / scale[:, None], precise[1] / scale[:, None])
+        return exact_kl(precise(own) / scale[:, None], precise(other) / scale[:, None])
 
     chunk = max(1, workspace // weight.shape[0])
     pieces = [

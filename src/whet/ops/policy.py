@@ -1,12 +1,15 @@
 """Policy losses per token: probability ratios, and surrogate losses to minimize.
 
 Shapes (B, T). Log-probs are in nats; ratio = pi / pi_old of the sampled token. The reduction is separate (`whet.ops.reduce`).
+A ratio of more than e^88 is infinite in float32. A loss that does not depend on it (behind a clip, with advantage 0) is
+finite there, with gradient 0; another one is infinite.
 """
 
 import torch
 from torch import Tensor
 
-from whet.ops.masked import masked_mean, masked_sum
+from whet.ops.masked import boolean, masked_mean, masked_sum
+from whet.ops.overflow import exp, expm1, times
 
 
 def nll(logp: Tensor) -> Tensor:
@@ -16,12 +19,12 @@ def nll(logp: Tensor) -> Tensor:
 
 def token_ratio(logp: Tensor, old_logp: Tensor) -> Tensor:
     """Compute exp(logp - old_logp), (B, T); exactly 1 where both are equal."""
-    return (logp - old_logp).exp()
+    return exp(logp - old_logp)
 
 
 def sequence_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
     """Compute the geometric mean of the token ratios of an answer, on each token (GSPO, Zheng et al. 2025, equation 7)."""
-    return masked_mean(logp - old_logp, mask, 1).exp()[:, None].expand(mask.shape)
+    return exp(masked_mean(logp - old_logp, mask, 1))[:, None].expand(mask.shape)
 
 
 def product_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
@@ -29,12 +32,13 @@ def product_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
 
     With the reduction `sequence_mean`, the loss of each answer counts once.
     """
-    return masked_sum(logp - old_logp, mask, 1).exp()[:, None].expand(mask.shape)
+    return exp(masked_sum(logp - old_logp, mask, 1))[:, None].expand(mask.shape)
 
 
 def sequence_token_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
     """Return the value of `sequence_ratio`, with the gradient of the token's log-prob (GSPO-token, Zheng et al. 2025, equation 14)."""
-    return sequence_ratio(logp, old_logp, mask).detach() * (logp - logp.detach()).exp()
+    mean = masked_mean(logp - old_logp, mask, 1)[:, None].detach()
+    return exp(mean + (logp - logp.detach()))
 
 
 def clip(ratio: Tensor, advantage: Tensor, *, clip_low: float = 0.2, clip_high: float = 0.2) -> Tensor:
@@ -45,7 +49,9 @@ def clip(ratio: Tensor, advantage: Tensor, *, clip_low: float = 0.2, clip_high: 
     >>> clip(torch.tensor([1.5]), torch.tensor([1.0]))
     tensor([-1.2000])
     """
-    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
+    # the minimum, written so that it is finite for an infinite ratio and A >= 0
+    held = torch.where(advantage < 0, ratio.clamp(min=1 - clip_low), ratio.clamp(max=1 + clip_high))
+    return -held * advantage
 
 
 def dual_clip(
@@ -58,7 +64,7 @@ def dual_clip(
 
 def unclipped(ratio: Tensor, advantage: Tensor) -> Tensor:
     """Compute -ratio A: the surrogate of TRPO (Schulman et al. 2015, equation 14) without its constraint."""
-    return -ratio * advantage
+    return -times(ratio, advantage)
 
 
 def kl_penalized(logp: Tensor, old_logp: Tensor, advantage: Tensor, *, beta: float) -> Tensor:
@@ -68,7 +74,8 @@ def kl_penalized(logp: Tensor, old_logp: Tensor, advantage: Tensor, *, beta: flo
     gradient is unbiased too, and it is never negative.
     """
     log_ratio = logp - old_logp
-    return -log_ratio.exp() * advantage + beta * (torch.expm1(log_ratio) - log_ratio)
+    # the exponential stands once: infinite minus infinite is not a number
+    return times(expm1(log_ratio), beta - advantage) - advantage - beta * log_ratio
 
 
 def reinforce(logp: Tensor, advantage: Tensor) -> Tensor:
@@ -106,7 +113,7 @@ def gmpo(
     log_ratio = logp - old_logp
     bounded = log_ratio.clamp(-clip_low, clip_high)
     kept = torch.where(advantage > 0, torch.minimum(log_ratio, bounded), torch.maximum(log_ratio, bounded))
-    return -masked_mean(kept, mask, 1).exp()[:, None] * advantage
+    return -times(exp(masked_mean(kept, mask, 1))[:, None], advantage)
 
 
 def dppo(
@@ -128,22 +135,24 @@ def dppo(
         rest = (1 - old) * ((1 - old).clamp(min=tiny).log() - (1 - p).clamp(min=tiny).log())
         distance = old * (old_logp - logp.detach()) + rest
     away = ((advantage > 0) & (ratio > 1)) | ((advantage < 0) & (ratio < 1))
-    loss = -ratio * advantage
+    loss = -times(ratio, advantage)
     return torch.where(away & (distance > bound), loss.detach(), loss)
 
 
 def weighted(loss: Tensor, weight: Tensor) -> Tensor:
     """Compute loss x weight, (B, T): the importance correction of the loss. The weight gets no gradient."""
-    return loss * weight.detach()
+    return times(loss, weight.detach())
 
 
 def kept(loss: Tensor, selected: Tensor) -> Tensor:
     """Return the loss, without gradient where `selected` is False (Clip-Cov)."""
+    selected = boolean(selected)
     return torch.where(selected, loss, loss.detach())
 
 
 def kl_on(loss: Tensor, logp: Tensor, old_logp: Tensor, selected: Tensor, *, coef: float = 1.0) -> Tensor:
     """Compute loss + coef |logp - old_logp| where `selected` is True, loss elsewhere (KL-Cov, Cui et al. 2025, equation 13)."""
+    selected = boolean(selected)
     return torch.where(selected, loss + coef * (logp - old_logp).abs(), loss)
 
 

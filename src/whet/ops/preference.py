@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from whet.ops.masked import masked_mean, masked_sum
+from whet.ops.masked import boolean, masked_mean, masked_sum
+from whet.ops.overflow import exp, times
 
 
 def answer_logp(logp: Tensor, mask: Tensor, *, mean: bool = False) -> Tensor:
@@ -39,11 +40,11 @@ def implicit_reward(
     if divergence == "reverse_kl" or (divergence == "alpha" and abs(alpha - 1) < 1e-6):
         return beta * u
     if divergence == "forward_kl":
-        return -beta * (-u).exp()
+        return -beta * exp(-u)
     if divergence == "js":
         return beta * functional.logsigmoid(u)
     if divergence == "alpha":
-        return beta * ((alpha - 1) * u).exp() / (alpha - 1)
+        return beta * exp((alpha - 1) * u) / (alpha - 1)
     raise ValueError(f"divergence {divergence!r} is none of reverse_kl, forward_kl, js, alpha")
 
 
@@ -63,6 +64,23 @@ def gap(score: Tensor, index: Tensor) -> Tensor:
     return score[index == 0] - score[index == 1]
 
 
+def hard_label(gap: Tensor) -> Tensor:
+    """Return 1 for each gap of scores, (E,): the answer with the higher score is the better one for certain."""
+    return torch.ones_like(gap)
+
+
+def bradley_terry(gap: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Compute sigmoid(gap / temperature), (E,): the probability that the answer with the higher score is preferred.
+
+    gap is a difference of scores (Bradley and Terry 1952). A reward model trained with `pairwise` or `k_way` has temperature
+    1; for other scores it is the difference in score at which the better answer wins with probability 0.73.
+
+    >>> bradley_terry(torch.tensor([0.0, 2.0]), temperature=2.0)
+    tensor([0.5000, 0.7311])
+    """
+    return torch.sigmoid(gap / temperature)
+
+
 def sigmoid(
     gap: Tensor, probability: Tensor | float = 1.0, *, label_smoothing: float = 0.0, margin: float = 0.0
 ) -> Tensor:
@@ -73,7 +91,7 @@ def sigmoid(
     """
     p = probability + label_smoothing * (1 - 2 * probability)
     gap = gap - margin
-    return -p * functional.logsigmoid(gap) - (1 - p) * functional.logsigmoid(-gap)
+    return -times(functional.logsigmoid(gap), p) - times(functional.logsigmoid(-gap), 1 - p)
 
 
 def hinge(gap: Tensor) -> Tensor:
@@ -88,6 +106,7 @@ def ipo(gap: Tensor, *, beta: float) -> Tensor:
 
 def exo_pair(gap: Tensor, *, label_smoothing: float = 1e-3) -> Tensor:
     """Compute KL(sigmoid(gap) || 1 - e) of Bernoulli distributions, e > 0 the smoothing, (E,) (EXO, Ji et al. 2024, equation 16)."""
+    gap = gap.clamp(torch.finfo(gap.dtype).min, torch.finfo(gap.dtype).max)  # the limit at infinity is finite
     keep, swap = math.log1p(-label_smoothing), math.log(label_smoothing)
     better, worse = functional.logsigmoid(gap), functional.logsigmoid(-gap)
     return better.exp() * (better - keep) + worse.exp() * (worse - swap)
@@ -106,7 +125,7 @@ def robust(gap: Tensor, *, label_smoothing: float = 0.1) -> Tensor:
     It is unbiased if labels are flipped with probability e < 1/2 (Robust DPO, Chowdhury et al. 2024, equation 9).
     """
     e = label_smoothing
-    return (-(1 - e) * functional.logsigmoid(gap) + e * functional.logsigmoid(-gap)) / (1 - 2 * e)
+    return (-(1 - e) * functional.logsigmoid(gap) + times(functional.logsigmoid(-gap), e)) / (1 - 2 * e)
 
 
 def bco_pair(chosen: Tensor, rejected: Tensor, *, delta: float = 0.0) -> Tensor:
@@ -163,8 +182,8 @@ def apo_down(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 def discopop(gap: Tensor, *, tau: float = 0.05) -> Tensor:
     """Compute (1 - m) (-log sigmoid(gap)) + m exp(-gap), m = sigmoid(gap / tau), (E,) (DiscoPOP, Lu et al. 2024, equation 5)."""
-    m = (gap / tau).sigmoid()
-    return -(1 - m) * functional.logsigmoid(gap) + m * (-gap).exp()
+    scaled = gap / tau
+    return -(-scaled).sigmoid() * functional.logsigmoid(gap) + exp(functional.logsigmoid(scaled) - gap)
 
 
 def kto(
@@ -174,18 +193,21 @@ def kto(
 
     w is the answer's implicit reward, z = `kl_baseline` in nats, without gradient (KTO, Ethayarajh et al. 2024, equation 7).
     """
+    good = boolean(good)
     edge = score - beta * kl_baseline.detach()
     return torch.where(good, desirable * (1 - edge.sigmoid()), undesirable * (1 - (-edge).sigmoid()))
 
 
 def bco(score: Tensor, good: Tensor, *, delta: float = 0.0) -> Tensor:
     """Compute -log sigmoid(w - delta) for good answers, -log sigmoid(delta - w) for bad ones, (E,) (BCO, Jung et al. 2024)."""
+    good = boolean(good)
     edge = score - delta
     return -functional.logsigmoid(torch.where(good, edge, -edge))
 
 
 def apo_zero_unpaired(score: Tensor, good: Tensor, *, desirable: float = 1.0, undesirable: float = 1.0) -> Tensor:
     """Compute desirable (1 - sigmoid(w)) for good answers, undesirable sigmoid(w) for bad ones, (E,) (unpaired APO-zero)."""
+    good = boolean(good)
     return torch.where(good, desirable * (1 - score.sigmoid()), undesirable * score.sigmoid())
 
 

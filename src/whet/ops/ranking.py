@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from whet.ops.masked import boolean
+
 
 def nth(x: Tensor, index: Tensor, *, n: int) -> Tensor:
     """Return the n-th row of each element, in order: x (B,), index (B,) the row's index in its element -> (E,)."""
@@ -54,7 +56,7 @@ def k_way(scores: Tensor, ranks: Tensor, valid: Tensor | None = None, *, ties: s
     """
     if ties not in ("drop", "half"):
         raise ValueError(f'ties must be "drop" or "half", got {ties!r}')
-    valid = torch.ones_like(ranks, dtype=torch.bool) if valid is None else valid
+    valid = torch.ones_like(ranks, dtype=torch.bool) if valid is None else boolean(valid)
     scores = scores.masked_fill(~valid, 0.0)
     both = valid[:, :, None] & valid[:, None, :]
     better = both & (ranks[:, :, None] < ranks[:, None, :])

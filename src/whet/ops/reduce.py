@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from whet.ops.masked import masked_sum
+from whet.ops.masked import boolean, masked_sum
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,16 @@ class Counts:
     tokens: int
     sequences: int
     elements: int
+
+    @classmethod
+    def of(cls, mask: Tensor, elements: int | None = None) -> "Counts":
+        """Count a whole mini-batch by its mask (B, T), with one element a row unless `elements` is given.
+
+        >>> Counts.of(torch.tensor([[True, True, False], [False, False, False]]))
+        Counts(tokens=2, sequences=1, elements=2)
+        """
+        mask = boolean(mask)
+        return cls(int(mask.sum()), int(mask.any(1).sum()), len(mask) if elements is None else elements)
 
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(self.tokens + other.tokens, self.sequences + other.sequences, self.elements + other.elements)
@@ -31,6 +41,7 @@ def token_mean(loss: Tensor, mask: Tensor, counts: Counts) -> Tensor:
 
 def sequence_mean(loss: Tensor, mask: Tensor, counts: Counts) -> Tensor:
     """Compute (1 / N) sum_i (1 / |y_i|) sum_t: all answers weigh the same. N excludes sequences without trained tokens."""
+    mask = boolean(mask)
     return (masked_sum(loss, mask, 1) / mask.sum(1).clamp(min=1)).sum() / max(counts.sequences, 1)
 
 

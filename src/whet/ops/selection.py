@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from whet.ops.address import uniform
-from whet.ops.masked import masked_mean
+from whet.ops.masked import boolean, masked_mean
 
 
 def covariance(logp: Tensor, advantage: Tensor, mask: Tensor) -> Tensor:
@@ -16,6 +16,7 @@ def covariance(logp: Tensor, advantage: Tensor, mask: Tensor) -> Tensor:
 
     It measures how much an update on the token reduces the entropy (Cui et al. 2025, equation 10).
     """
+    mask = boolean(mask)
     centered = [x - masked_mean(x, mask) for x in (logp, advantage)]
     return torch.where(mask, centered[0] * centered[1], torch.zeros_like(logp))
 
@@ -39,6 +40,7 @@ def clip_cov(
     by PPO's clip (`clip_low`, `clip_high`) are not drawn. If there is a candidate, at least one token is drawn. The choice
     depends only on the answer's `address` (B,) and the token's position in the answer.
     """
+    mask = boolean(mask)
     ratio = (now_logp - old_logp).exp()
     stopped = ((ratio > 1 + clip_high) & (advantage > 0)) | ((ratio < 1 - clip_low) & (advantage < 0))
     cov = covariance(now_logp, advantage, mask)
@@ -56,6 +58,7 @@ def kl_cov(now_logp: Tensor, advantage: Tensor, mask: Tensor, *, share: float = 
 
     These tokens get a KL penalty.
     """
+    mask = boolean(mask)
     cov = torch.where(mask, covariance(now_logp, advantage, mask), torch.full_like(now_logp, -torch.inf))
     count = min(int(mask.sum()), max(1, int(share * int(mask.sum()))))
     out = torch.zeros(mask.numel(), dtype=torch.bool, device=mask.device)

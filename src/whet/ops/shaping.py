@@ -7,7 +7,7 @@ all 0.
 import torch
 from torch import Tensor
 
-from whet.ops.masked import whiten
+from whet.ops.masked import boolean, whiten
 
 
 def weighted_sum(rewards: Tensor, *, weights: tuple[float, ...]) -> Tensor:
@@ -47,6 +47,7 @@ def soft_overlong(score: Tensor, mask: Tensor, *, limit: int, buffer: int = 32) 
 
     The penalty is 0 up to limit - buffer tokens and rises linearly to 1 at `limit`.
     """
+    mask = boolean(mask)
     length = mask.sum(1).to(score.dtype)
     return score + ((limit - buffer - length) / buffer).clamp(-1, 0)
 
@@ -58,11 +59,13 @@ def clip_score(score: Tensor, *, bound: float = 5.0) -> Tensor:
 
 def penalize(score: Tensor, truncated: Tensor, *, amount: float) -> Tensor:
     """Subtract `amount` from the score of answers cut off at the length limit, (B,)."""
+    truncated = boolean(truncated)
     return score - amount * truncated.to(score.dtype)
 
 
 def last_index(mask: Tensor) -> Tensor:
     """Return the last True position of each row, (B,); 0 where there is none."""
+    mask = boolean(mask)
     steps = torch.arange(mask.shape[1], device=mask.device)
     return torch.where(mask, steps, torch.zeros_like(steps)).amax(1)
 
@@ -75,6 +78,7 @@ def terminal(score: Tensor, mask: Tensor) -> Tensor:
     >>> terminal(torch.tensor([2.0]), torch.tensor([[True, True, False]]))
     tensor([[0., 2., 0.]])
     """
+    mask = boolean(mask)
     out = torch.zeros(mask.shape, dtype=score.dtype, device=score.device)
     out.scatter_(1, last_index(mask)[:, None], score[:, None])
     return torch.where(mask, out, torch.zeros_like(out))
@@ -82,6 +86,7 @@ def terminal(score: Tensor, mask: Tensor) -> Tensor:
 
 def uniform(score: Tensor, mask: Tensor) -> Tensor:
     """Place score / |y| on each of the |y| trained tokens; the sum is the score."""
+    mask = boolean(mask)
     share = score / mask.sum(1).clamp(min=1)
     return torch.where(mask, share[:, None], torch.zeros_like(share[:, None]))
 
@@ -91,6 +96,7 @@ def linear(score: Tensor, mask: Tensor, *, normalized: bool = False) -> Tensor:
 
     These weights sum to (T + 1) / 2, so a longer answer gets a larger reward; `normalized=True` makes them sum to 1.
     """
+    mask = boolean(mask)
     step = mask.cumsum(1).to(score.dtype)
     length = mask.sum(1, keepdim=True).clamp(min=1).to(score.dtype)
     weight = step / (length * (length + 1) / 2 if normalized else length)
@@ -99,21 +105,25 @@ def linear(score: Tensor, mask: Tensor, *, normalized: bool = False) -> Tensor:
 
 def attention(score: Tensor, attention_weight: Tensor, mask: Tensor) -> Tensor:
     """Place alpha_t score on each token; alpha (B, T) >= 0 is normalized to sum to 1 over the trained tokens."""
+    mask = boolean(mask)
     kept = torch.where(mask, attention_weight, torch.zeros_like(attention_weight))
     return kept / kept.sum(1, keepdim=True).clamp(min=torch.finfo(kept.dtype).tiny) * score[:, None]
 
 
 def dense(token_score: Tensor, mask: Tensor) -> Tensor:
     """Return the per-token scores (B, T) unchanged on the trained tokens."""
+    mask = boolean(mask)
     return torch.where(mask, token_score, torch.zeros_like(token_score))
 
 
 def per_token(kl: Tensor, mask: Tensor) -> Tensor:
     """Return the KL of each trained token, (B, T), in nats."""
+    mask = boolean(mask)
     return torch.where(mask, kl, torch.zeros_like(kl))
 
 
 def per_sequence(kl: Tensor, mask: Tensor, *, mean: bool = True) -> Tensor:
     """Place sum_t KL_t (divided by |y| if `mean`) on the last trained token: one penalty per answer."""
+    mask = boolean(mask)
     total = per_token(kl, mask).sum(1)
     return terminal(total / mask.sum(1).clamp(min=1) if mean else total, mask)

@@ -130,6 +130,16 @@ def check_optim(optim: Optim, where: str) -> None:
         )
 
 
+def optim_lines(recipe: fields.TrainingRecipe, critic: bool) -> list[str]:
+    """Describe the optimizers of a run, one line per trained role; `critic` says whether there is a critic."""
+    name = "reward model" if isinstance(recipe, fields.RewardModelRecipe) else "policy"
+    optims = {name: recipe.optim}
+    if critic and isinstance(recipe, fields.OnlineRecipe):
+        optims["critic"] = recipe.critic.optim or recipe.optim
+    trained = "" if recipe.model.lora is None else " (LoRA)"
+    return [f"{role}{trained}: {optim.words()}" for role, optim in optims.items()]
+
+
 def cautions(recipe: fields.OnlineRecipe, algorithm: Algorithm) -> list[str]:
     """Return the warnings to print before a run starts."""
     in_reward = algorithm.penalty is not None and algorithm.penalty.estimator.op is not ops.dense

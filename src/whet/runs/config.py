@@ -15,10 +15,15 @@ import msgspec
 from whet.errors import RecipeError
 from whet.methods import catalogue
 from whet.methods.choices import changed
+from whet.methods.options import Optim
 from whet.runs.foreign import FOREIGN
 from whet.runs.recipe import MAIN_FIELD, OPEN, REWARDS
 
 SHIPPED = Path(__file__).parent / "recipes"
+
+LORA_RATE = 10.0
+"""Learning rate of LoRA adapters over that of full training, for the defaults: the best rates of SFT and of RL differ by this
+factor whatever the model and the rank ("LoRA Without Regret", Schulman et al. 2025)."""
 
 
 SHORT: Mapping[str, tuple[str, ...]] = {
@@ -89,6 +94,7 @@ def resolve(
             raise RecipeError(f"method: {recipe} is a recipe of {named_verb}; got {verb}")
         layers.append(_expand(kind, given, ""))
     layers += [_expand(kind, _nested(kind, name.replace("-", "_"), value), "") for name, value in overrides]
+    users = layers[1:] if shipped.is_file() else layers
     merged: dict[str, Any] = {}
     methods = [_method_of(layer) for layer in layers]
     plain = [{key: value for key, value in layer.items() if key != "algorithm"} for layer in layers]
@@ -98,7 +104,34 @@ def resolve(
         _merge(merged, layer)
     if "algorithm" in fields_of(kind):
         merged["algorithm"] = _composed(verb, methods)
+    if "optim" in fields_of(kind):
+        _adapt_rates(merged, users)
     return converted(merged, kind, "")
+
+
+def _adapt_rates(merged: dict[str, Any], given: Sequence[Mapping[str, Any]]) -> None:
+    """Adapt the default learning rates and schedules of `merged` to what the layers `given` by the user set.
+
+    With `model.lora` a default learning rate is `LORA_RATE` times that of full training. A constant schedule has no final rate.
+    """
+    adapters = (merged.get("model") or {}).get("lora") is not None
+    merged.setdefault("optim", {})
+    for path in (("optim",), ("critic", "optim")):
+        own = _at(merged, path)
+        if not isinstance(own, dict):
+            continue
+        chosen = {key for layer in given for key in (_at(layer, path) or {})}
+        if adapters and "lr" not in chosen:
+            own["lr"] = float(f"{LORA_RATE * own.get('lr', Optim().lr):.12g}")
+        if own.get("schedule") == "constant" and "min_lr_ratio" not in chosen:
+            own.pop("min_lr_ratio", None)
+
+
+def _at(tree: Any, path: Sequence[str]) -> Any:
+    """Return what stands at a path of keys in nested mappings, None if there is nothing."""
+    for key in path:
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree
 
 
 ADAPTED = {"generator": "name", "learner": "backend"}

@@ -5,7 +5,7 @@ from typing import Any
 
 from whet.errors import RecipeError
 from whet.methods import catalogue, compose
-from whet.methods.explain import differences, ending, online_lines, preference_lines, reward_lines
+from whet.methods.explain import differences, ending, online_lines, preference_ending, preference_lines, reward_lines
 from whet.runs import checks
 from whet.runs import recipe as fields
 from whet.runs.slots import checked, rule_of
@@ -84,6 +84,7 @@ def _online(verb: str, recipe: fields.OnlineRecipe) -> list[tuple[str, list[str]
         ("where it ends", [f"  {one}" for one in ending(slots, truncates=recipe.sampling.truncates)]),
         ("arithmetic", arithmetic),
         ("sampling", sampled),
+        ("optimizer", [f"  {one}" for one in checks.optim_lines(recipe, "critic" in algorithm.roles())]),
         ("trained and frozen", _roles(algorithm.roles(), recipe)),
         ("trained tokens", _tokens(slots)),
         ("differs", [f"  {one}" for one in differences(verb, recipe.algorithm)]),
@@ -103,6 +104,7 @@ def _offline(verb: str, recipe: fields.OfflineRecipe) -> list[tuple[str, list[st
         else "  the answers, their end token included; prompts are not"
     )
     lines, different, roles = ["  loss              mean over all trained tokens of -log pi"], [], ["  policy: trained"]
+    ends: list[str] = []
     if isinstance(recipe, fields.PreferenceRecipe | fields.RewardModelRecipe):
         slots = checked(verb, recipe.algorithm)
         if isinstance(recipe, fields.RewardModelRecipe):
@@ -115,12 +117,15 @@ def _offline(verb: str, recipe: fields.OfflineRecipe) -> list[tuple[str, list[st
             objective = compose.preference_of(slots)
             checks.check_reference(recipe, objective)
             lines, different = preference_lines(slots), differences(verb, recipe.algorithm)
+            ends = [f"  {one}" for one in preference_ending(slots)]
             if "ref_logp" in objective.reads():
                 follows = f"moves by {recipe.sync_reference.mix:g} towards the policy every {recipe.sync_reference.every} updates"
                 roles.append(f"  reference: {follows if recipe.sync_reference.every else 'frozen'}")
     return [
         ("objective, minimized", lines),
+        ("where it ends", ends),
         ("arithmetic", arithmetic),
+        ("optimizer", [f"  {one}" for one in checks.optim_lines(recipe, False)]),
         ("trained and frozen", roles + _adapters(recipe.model)),
         ("trained tokens", [tokens]),
         ("differs", [f"  {one}" for one in different]),

@@ -1,5 +1,6 @@
 """The training session: call the stages of the training loop one by one, or all of them with `run`."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from whet.data import Batch, Group
-from whet.distributed import Workers
+from whet.distributed import Workers, first
 from whet.errors import RecipeError
 from whet.learner import UpdateResult
 from whet.loops import offline as offline_loop
@@ -18,7 +19,7 @@ from whet.loops.interrupt import graceful
 from whet.loops.online import MiniBatch, OnlineLoop, StepLog
 from whet.methods import catalogue
 from whet.registry import forget_modules
-from whet.runs import adapters, config, folder, generators, learners, offline, online, placed, sample
+from whet.runs import adapters, checks, config, folder, generators, learners, offline, online, placed, sample
 from whet.runs import recipe as fields
 from whet.runs.recipe import kind_of
 from whet.runs.sources import Sources
@@ -81,6 +82,10 @@ class Session:
             self.job = online.prepare(method, self.recipe)
         else:
             self.job = offline.prepare(method, self.recipe)
+        if first() and not quiet:
+            critic = isinstance(self.job, online.OnlineJob) and "critic" in self.job.algorithm.roles()
+            for line in checks.optim_lines(self.recipe, critic):
+                print(f"whet: {line}", file=sys.stderr)
         self._stack = ExitStack()
         self.loop: OnlineLoop | offline_loop.OfflineLoop | None = None
 
