@@ -13,6 +13,7 @@ from whet.methods import Algorithm
 from whet.methods.options import Optim
 from whet.models import load, lora
 from whet.models.roles import Role, readout_of
+from whet.models.saved_adapters import is_adapter
 from whet.runs import recipe as fields
 from whet.runs import rewards
 
@@ -157,7 +158,7 @@ def _shared(recipe: fields.OnlineRecipe, algorithm: Algorithm, tokenizer: Any) -
     if "reference" in algorithm.roles():
         roles["reference"] = Role("reference", model, False, wrapped=wrapped)
     if "critic" in algorithm.roles():
-        folder = recipe.critic.path or next((one.source for one in recipe.reward if lora.is_adapter(one.source)), None)
+        folder = recipe.critic.path or next((one.source for one in recipe.reward if is_adapter(one.source)), None)
         about: dict[str, Any] = {}
         if folder is not None:
             head, about = lora.add_from_folder(wrapped, "critic", folder), value_of(folder)

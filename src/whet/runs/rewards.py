@@ -13,6 +13,7 @@ from whet.data import Chat, Prompt, chat_format
 from whet.errors import ModelError, RecipeError
 from whet.models import load, lora
 from whet.models.roles import Role, readout_of
+from whet.models.saved_adapters import is_adapter
 from whet.registry import load_object
 from whet.rewards import REWARDS, Reward, Weighted
 from whet.rewards.functions import FunctionReward, ObjectReward
@@ -74,7 +75,7 @@ def reward_roles(recipe: fields.OnlineRecipe, tokenizer: Any, trunk: Role | None
         name = f"reward{number}"
         if not is_model(one.source):
             continue
-        if trunk is not None and lora.is_adapter(one.source):
+        if trunk is not None and is_adapter(one.source):
             head = lora.add_from_folder(trunk.wrapped, name, one.source)
             out[name] = Role(
                 name, trunk.model, False, wrapped=trunk.wrapped, adapter=name, head=head, **readout_of(one.source)
@@ -94,7 +95,7 @@ def rewards_of(recipe: fields.OnlineRecipe, tokenizer: Any, read: Callable[..., 
         own: Reward
         if is_model(one.source):
             _refuse_options(one.options, f"reward.{number}")
-            on_trunk = recipe.trunk == "shared" and lora.is_adapter(one.source)
+            on_trunk = recipe.trunk == "shared" and is_adapter(one.source)
             chat = None if on_trunk else own_chat(one.source, recipe.model, tokenizer)
             ends = step_ends(tokenizer, one.step)
             own = ModelReward(partial(read, f"reward{number}"), chat=chat, dense=one.dense, ends=ends)
