@@ -55,8 +55,8 @@ def load_tokenizer(source: ModelSource, *, pad_token: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     _check_folder(source.path)
-    path = source.path if _has_tokenizer(source.path) else _adapter_base(source.path)[0]
-    if not _has_tokenizer(path):  # transformers would silently make an empty tokenizer
+    path = source.path if has_tokenizer(source.path) else _adapter_base(source.path)[0]
+    if not has_tokenizer(path):  # transformers would silently make an empty tokenizer
         raise ModelError(f"{source.path}: the folder has no tokenizer; save it there (tokenizer.save_pretrained)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=source.trust_remote_code)
@@ -284,7 +284,8 @@ def _check_folder(path: str) -> None:
         raise ModelError(f"{path}: not a model folder, it has no config.json")
 
 
-def _has_tokenizer(path: str) -> bool:
+def has_tokenizer(path: str) -> bool:
+    """Return whether a folder has a tokenizer; a hub name is taken to have one."""
     names = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
     return not Path(path).is_dir() or any((Path(path) / name).is_file() for name in names)
 

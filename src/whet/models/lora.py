@@ -50,7 +50,7 @@ def attach(model: Any, lora: LoRA, names: tuple[str, ...], *, seed: int, scorer:
     except (ValueError, TypeError) as error:
         raise ModelError(f"model.lora.targets: {first_line(error)}") from error
     if not (scorer and names == ("critic",)):  # the targets are the policy's, and a critic has no lm_head
-        _check_targets(wrapped, lora, names[0])
+        _check_targets(wrapped, names[0])
     for name in names:
         redraw(wrapped, name, seed)
     return wrapped
@@ -77,14 +77,13 @@ def _config(lora: LoRA, heads: list[str] | None) -> Any:
     )
 
 
-def _check_targets(wrapped: Any, lora: LoRA, name: str) -> None:
+def _check_targets(wrapped: Any, name: str) -> None:
     """Raise ModelError for a target that no adapted module is named after; peft refuses only if none matches."""
-    adapted = {
-        part for key, _ in wrapped.named_parameters() if owner(key) == name for part in _module_of(key).split(".")
-    }
-    lost = [] if isinstance(lora.targets, str) else [one for one in lora.targets if not set(one.split(".")) <= adapted]
-    if lost:
-        raise ModelError(f"model.lora.targets: the model has no module {lost[0]!r} that an adapter can be put on")
+    adapted = [_module_of(key) for key, _ in wrapped.named_parameters() if owner(key) == name]
+    targets = wrapped.peft_config[name].target_modules  # those of experts are in target_parameters
+    for one in [] if isinstance(targets, str) else sorted(targets):
+        if not any(f".{module}".endswith(f".{one}") for module in adapted):
+            raise ModelError(f"model.lora.targets: the model has no module {one!r} that an adapter can be put on")
 
 
 def _module_of(parameter: str) -> str:

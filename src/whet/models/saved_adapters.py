@@ -128,9 +128,7 @@ def merged(model: Any, path: str) -> Any:
     except KeyError as error:  # peft looks up each weight of modules_to_save
         raise ModelError(f"{path}: the adapter's file lacks {error.args[0]}; save the adapter again") from error
     except Exception as error:  # peft raises ValueError, RuntimeError, AttributeError, NotImplementedError, ...
-        raise ModelError(
-            f"{path}: the adapter cannot be merged into {model.name_or_path} ({first_line(error)})"
-        ) from error
+        raise ModelError(f"{path}: the adapter cannot be merged into {model.name_or_path} ({_said(error)})") from error
     if not close(got, expected):
         worst = float((got.double() - expected.double()).abs().max())
         raise ModelError(
@@ -148,16 +146,24 @@ def place(wrapped: Any, name: str, path: str, weights: Mapping[str, Tensor]) -> 
     try:
         result: Any = set_peft_model_state_dict(wrapped, dict(weights), adapter_name=name)
     except RuntimeError as error:
-        line = next((one.strip() for one in str(error).splitlines() if "size mismatch" in one), first_line(error))
         raise ModelError(
-            f"{path}: the adapter does not fit its base ({line}); it was trained on another base"
+            f"{path}: the adapter does not fit its base ({_said(error)}); it was trained on another base"
         ) from error
-    lost = [key for key in result.missing_keys if name in key.split(".")]
-    if result.unexpected_keys or lost:
-        what = f"the base has no {result.unexpected_keys[0]}" if result.unexpected_keys else f"it lacks {lost[0]}"
+    # peft saves resized embeddings a second time under modules_to_save, and a tied weight only once
+    unknown = [key for key in result.unexpected_keys if key.replace(".modules_to_save", "") not in weights]
+    own = {key: id(value) for key, value in wrapped.named_parameters(remove_duplicate=False) if name in key.split(".")}
+    filled = {value for key, value in own.items() if key not in result.missing_keys}
+    lost = [key for key, value in own.items() if value not in filled]
+    if unknown or lost:
+        what = f"the base has no {unknown[0]}" if unknown else f"it lacks {lost[0]}"
         raise ModelError(
             f"{path}: the adapter does not fit its base: {what}; it was trained on another base, or saved in part"
         )
+
+
+def _said(error: BaseException) -> str:
+    """Return the line of an error about weights that names one of them, or its first line."""
+    return next((one.strip() for one in str(error).splitlines() if "size mismatch" in one), first_line(error))
 
 
 def probe(model: Any) -> Tensor:

@@ -77,11 +77,22 @@ def reward_roles(recipe: fields.OnlineRecipe, tokenizer: Any, trunk: Role | None
             continue
         if trunk is not None and is_adapter(one.source):
             head = lora.add_from_folder(trunk.wrapped, name, one.source)
+            if load.has_tokenizer(one.source):
+                own = load.load_tokenizer(models.source_of(recipe.model, one.source))
+                rows = trunk.model.get_input_embeddings().weight.shape[0]
+                if len(own) > rows:
+                    raise ModelError(
+                        f"{one.source}: its tokenizer has {len(own)} ids and the trunk {rows} embeddings; set --trunk separate"
+                    )
             out[name] = Role(
                 name, trunk.model, False, wrapped=trunk.wrapped, adapter=name, head=head, **readout_of(one.source)
             )
         else:
             out[name] = reward_role(one.source, recipe.model, tokenizer, name)[0]
+        if one.dense and out[name].whole_text:
+            raise ModelError(
+                f"reward.{number}.dense: {one.source} has one score per text and none of tokens; leave it out"
+            )
     return out
 
 
@@ -96,7 +107,8 @@ def rewards_of(recipe: fields.OnlineRecipe, tokenizer: Any, read: Callable[..., 
         if is_model(one.source):
             _refuse_options(one.options, f"reward.{number}")
             on_trunk = recipe.trunk == "shared" and is_adapter(one.source)
-            chat = None if on_trunk else own_chat(one.source, recipe.model, tokenizer)
+            own_files = load.has_tokenizer(one.source)  # an adapter without a tokenizer has the trunk's
+            chat = own_chat(one.source, recipe.model, tokenizer) if own_files or not on_trunk else None
             ends = step_ends(tokenizer, one.step)
             own = ModelReward(partial(read, f"reward{number}"), chat=chat, dense=one.dense, ends=ends)
         else:
