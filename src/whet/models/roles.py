@@ -48,7 +48,7 @@ class Role:
     def __post_init__(self) -> None:
         if self.head is None and not self.causal:
             head = scalar_head(self.model)
-            self.head = head if head is not None and self._score_is_last(head) else None
+            self.head = head if self._score_is_last(head) else None
             if self.whole_text and self.readout != "last":
                 raise ModelError(
                     f"{self._whose()} reads a whole text with its own forward, so it has no scores of tokens for the readout "
@@ -195,7 +195,7 @@ class Role:
         return f"{self.model.name_or_path}: the {type(self.model).__name__}"
 
     @torch.no_grad()
-    def _score_is_last(self, head: nn.Linear) -> bool:
+    def _score_is_last(self, head: nn.Linear | None) -> bool:
         """Return whether the model's label is head(last hidden state of the last token), on texts of several lengths.
 
         Raises ModelError if the model's own forward cannot read a text.
@@ -209,6 +209,8 @@ class Role:
                 raise ModelError(
                     f"{self._whose()} cannot read a text of token ids alone ({first_line(error)})"
                 ) from error
+            if head is None:
+                return False
             try:
                 last = torch.cat([head(self.hidden(text)[:, -1])[:, 0] for text in texts])
             except (AttributeError, TypeError, RuntimeError):  # no hidden states, another width
