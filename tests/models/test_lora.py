@@ -374,5 +374,7 @@ def test_a_saved_reward_adapter_of_any_kind_is_exported_as_the_critic_that_it_be
     twin = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     twin.load_state_dict(dict(policy.whole()), strict=False)
     torch.testing.assert_close(logits(twin), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ModelError, match="not exported on its own"):
+        critic.export(tmp_path / "critic")
     with pytest.raises(ModelError, match="DoRA of the adapter reward"):
         list(critic.whole())

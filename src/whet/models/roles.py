@@ -164,8 +164,13 @@ class Role:
     def export(self, folder: Path, tokenizer: Any = None, *, merge: bool = True, write: bool = True) -> None:
         """Save a standard Hugging Face folder with merged weights, or only the adapter with `merge=False`.
 
-        If the weights are sharded over processes, all processes must call it; only those with `write` write files.
+        If the weights are sharded over processes, all processes must call it; only those with `write` write files. Raises
+        ModelError for a role on a shared trunk that has a head of its own, because no folder form has both.
         """
+        if self.causal and self.head is not None:
+            raise ModelError(
+                f"the {self.name} is a scalar head on the policy's model, which is not exported on its own"
+            )
         if self.wrapped is not None and not merge:
             save_adapter(self.wrapped, self.adapter, folder, self.gather, write=write)
         elif self.shell is not None:
