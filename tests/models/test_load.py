@@ -255,6 +255,7 @@ def test_a_classifier_of_any_architecture_gives_its_own_label(tmp_path: Path, na
     model.save_pretrained(tmp_path)
     role = Role("reward", load.load_scorer(source(tmp_path)), False, shift=0.5)
     assert role.whole_text == (name in ENCODERS)
+    assert role.pads
     batch = Batch.of(h.rows())
     expected = own_scores(model, batch)
     assert expected.std() > 1e-3  # the texts differ
@@ -296,12 +297,28 @@ def test_a_head_is_read_on_the_last_token_only_if_the_class_does(change: str) ->
     model = changed(change)
     role = Role("reward", model, True)
     assert role.whole_text == (change not in ("none", "bias"))
+    assert role.pads == (change == "first")  # the others look at later positions, padding or not
     batch, names = Batch.of(h.rows()), frozenset({"score"})
     scores = read(role, batch, names)["score"]
     torch.testing.assert_close(scores.detach(), own_scores(model, batch), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(read(role, batch, names, packed=True)["score"], scores, rtol=1e-4, atol=1e-5)
     scores.sum().backward()  # a reward model of this class can be trained
     assert all(bool(parameter.grad.any()) for name, parameter in role.parameters().items() if "score" in name)
+
+
+def test_weights_in_several_processes_need_one_forward_for_a_batch() -> None:
+    """Each forward of a sharded model waits for all processes, and these have texts of other lengths."""
+    forwards = []
+    for model in (classifier("BertConfig"), changed("mean")):
+        role = Role("reward", model, False)
+        role.shell = lambda work, *given: work(*given)
+        model.register_forward_hook(lambda *_: forwards.append(1))
+        if role.pads:
+            read(role, Batch.of(h.rows()), frozenset({"score"}))
+            assert len(forwards) == 1
+        else:
+            with pytest.raises(ModelError, match="cannot be sharded"):
+                read(role, Batch.of(h.rows()), frozenset({"score"}))
 
 
 def test_a_classifier_without_padding_token_reads_one_text_at_a_time() -> None:

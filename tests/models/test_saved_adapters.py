@@ -331,6 +331,13 @@ def test_a_pickled_adapter_is_read_if_it_has_tensors_only(tmp_path: Path) -> Non
             call()
 
 
+def test_an_adapter_that_only_transformers_sees_is_refused(tmp_path: Path) -> None:
+    """Under a hub name transformers puts the adapter into the base without merging it."""
+    folder = adapter(tmp_path / "policy", tiny.folder(tmp_path / "base", "llama"))
+    with pytest.raises(ModelError, match="it is an adapter; download it"):
+        load._loaded(AutoModelForCausalLM.from_pretrained, source(folder), str(folder))
+
+
 def test_adapters_are_not_taken_for_another_function(tmp_path: Path) -> None:
     base = tiny.folder(tmp_path / "base", "llama")
     policy, reward = adapter(tmp_path / "policy", base), adapter(tmp_path / "rm", base, scorer=True)

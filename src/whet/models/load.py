@@ -251,6 +251,8 @@ def _loaded(
         raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for an invalid model
         raise ModelError(f"{source.path}: the model cannot be loaded ({first_line(error)})") from error
+    if getattr(model, "_hf_peft_config_loaded", False):  # a hub name is seen to be an adapter only here
+        raise ModelError(f"{source.path}: it is an adapter; download it to a folder, and give the folder")
     # transformers silently initializes missing weights at random
     lost = [key for key in about["missing_keys"] if not key.startswith(new)]
     if lost or about["mismatched_keys"]:

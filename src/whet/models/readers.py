@@ -109,10 +109,7 @@ def _laid_out(role: Role, batch: Batch, packed: bool) -> tuple[Tensor, dict[str,
 
 
 def _text_scores(role: Role, batch: Batch, names: frozenset[str], dropout: Dropout | None) -> dict[str, Tensor]:
-    """Compute the score of each row up to its last trained token with the forward of the model's own class, (B,).
-
-    Rows of one length share a forward without padding, since classifiers differ in how they see padding.
-    """
+    """Compute the score of each row up to its last trained token with the forward of the model's own class, (B,)."""
     if names != {"score"} or dropout is not None:
         what = (
             "trained with dropout" if dropout is not None else f"asked for its {', '.join(sorted(names - {'score'}))}"
@@ -121,15 +118,8 @@ def _text_scores(role: Role, batch: Batch, names: frozenset[str], dropout: Dropo
             f"{role.model.name_or_path}: the {type(role.model).__name__} of the {role.name} is not a linear head on its last "
             f"token, so it has one score per text and cannot be {what}; use a reward model whose class reads the last token"
         )
-    texts = [row.ids[: _last(row) + 1] for row in batch.rows]
-    lengths = torch.tensor([len(text) for text in texts])
-    places, values = [], []
     with role.active():
-        for length in lengths.unique().tolist():
-            places.append((lengths == length).nonzero()[:, 0])
-            ids = torch.stack([texts[place] for place in places[-1].tolist()])
-            values.append(role.text_score(ids.to(role.device)))
-    scores = torch.cat(values)[torch.cat(places).argsort().to(role.device)]
+        scores = role.text_scores([row.ids[: _last(row) + 1] for row in batch.rows])
     return {"score": (scores if scores.dtype == torch.float64 else scores.float()) + role.shift}
 
 

@@ -1,7 +1,7 @@
 """Roles of a run: policy, reference, critic, reward. Each is a base model with a head; roles may share a base model."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from whet.data.files import write_json
 from whet.errors import ModelError, first_line
@@ -44,6 +45,7 @@ class Role:
     shell: Any = None
     gather: Callable[[Tensor], Tensor] = field(default=Tensor.detach, repr=False)
     linear_head: bool = field(init=False, default=False)
+    pads: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         if self.head is None and not self.causal:
@@ -125,12 +127,23 @@ class Role:
         """Compute the logits of token ids (B, S) -> (B, S, V) with the model's forward, for heads that are not only linear."""
         return self.model(input_ids=ids, use_cache=False, **layout).logits
 
-    def text_score(self, ids: Tensor) -> Tensor:
-        """Compute the label of texts of one length, token ids (B, S) -> (B,), with the forward of the model's own class."""
-        # without a padding token transformers reads one text at a time
-        parts = ids.split(1) if self.model.config.get_text_config().pad_token_id is None else (ids,)
-        read = [self.model(input_ids=one, attention_mask=torch.ones_like(one)).logits[:, 0] for one in parts]
-        return torch.cat(read)
+    def text_scores(self, texts: Sequence[Tensor]) -> Tensor:
+        """Compute the label of texts, token ids (S,) each -> (N,), with the forward of the model's own class.
+
+        The texts share a padded forward if padding does not change a label; else each is read alone, since classes differ in
+        what they see of padding. Raises ModelError in the second case if the weights are sharded.
+        """
+        if self.pads:
+            mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+            pad = self.model.config.get_text_config().pad_token_id
+            ids = pad_sequence(list(texts), batch_first=True, padding_value=pad)
+            return self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device)).logits[:, 0]
+        if self.shell is not None:  # processes with other numbers of texts would wait for each other
+            raise ModelError(
+                f"{self._whose()} reads padding as text, so it cannot be sharded; set --learner local, or ddp with torchrun"
+            )
+        alone = [text[None].to(self.device) for text in texts]
+        return torch.cat([self.model(input_ids=one, attention_mask=torch.ones_like(one)).logits[:, 0] for one in alone])
 
     def attention(self, ids: Tensor) -> Tensor:
         """Compute the attention weights of the last layer for token ids (B, S) -> (B, heads, S, S).
@@ -205,19 +218,21 @@ class Role:
 
         Raises ModelError if the model's own forward cannot read a text.
         """
-        ids = saved_adapters.probe(self.model)
-        texts = [ids[:, : ids.shape[1] - cut] for cut in (0, 1, 3)]
+        ids = saved_adapters.probe(self.model)[0]
+        texts = [ids[: len(ids) - cut] for cut in (0, 1, 3)]
         with self.sampling():
             try:
-                own = torch.cat([self.text_score(text) for text in texts])
+                own = self.text_scores(texts)
             except Exception as error:  # each class refuses inputs with errors of its own
                 raise ModelError(
                     f"{self._whose()} cannot read a text of token ids alone ({first_line(error)})"
                 ) from error
+            self.pads = self.model.config.get_text_config().pad_token_id is not None
+            self.pads = self.pads and saved_adapters.close(self.text_scores(texts), own)
             if head is None:
                 return False
             try:
-                last = torch.cat([head(self.hidden(text)[:, -1])[:, 0] for text in texts])
+                last = torch.cat([head(self.hidden(text[None])[:, -1])[:, 0] for text in texts])
             except (AttributeError, TypeError, RuntimeError):  # no hidden states, another width
                 return False
         return saved_adapters.close(last, own)
