@@ -378,3 +378,28 @@ def test_a_saved_reward_adapter_of_any_kind_is_exported_as_the_critic_that_it_be
         critic.export(tmp_path / "critic")
     with pytest.raises(ModelError, match="DoRA of the adapter reward"):
         list(critic.whole())
+
+
+def test_a_resume_with_another_reward_adapter_on_the_trunk_is_refused(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    from whet.errors import CheckpointError
+
+    tiny.folder(tmp_path / "base")
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        scorer = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
+        given = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"], init_lora_weights=False)
+        get_peft_model(scorer, given).save_pretrained(tmp_path / str(seed))
+
+    def learner(seed: int) -> LocalLearner:
+        policy = adapted("qwen3", tmp_path / "base")["policy"]
+        head = lora.add_from_folder(policy.wrapped, "reward0", str(tmp_path / str(seed)))
+        reward = Role("reward0", policy.model, False, wrapped=policy.wrapped, adapter="reward0", head=head)
+        return LocalLearner({"policy": policy, "reward0": reward}, {"policy": h.FREE}, total=3)
+
+    learner(1).save(tmp_path / "checkpoint")
+    learner(1).load(tmp_path / "checkpoint")
+    with pytest.raises(CheckpointError):
+        learner(2).load(tmp_path / "checkpoint")
