@@ -312,6 +312,26 @@ MUTANTS: list[Mutant] = [
         ('*logprobs(None, "full_entropy" in names)', '*logprobs(support, "full_entropy" in names)'),
     ),
     *_of(
+        "models/saved_adapters.py",
+        "models/test_lora.py models/test_saved_adapters.py",
+        ("if name not in changes and tied[", "if tied["),
+        ("value = value + _delta(", "value = value - _delta("),
+        ("config.tie_word_embeddings = False", "config.tie_word_embeddings = True"),
+        ("    twin.set_adapter(adapter)", "    twin"),
+        ("if unknown or lost:", "if unknown:"),
+    ),
+    *_of(
+        "models/lora.py",
+        "models/test_lora.py models/test_saved_adapters.py",
+        ('config.task_type, config.lora_dropout = "CAUSAL_LM", 0.0', 'config.task_type = "CAUSAL_LM"'),
+        ("    if other is not None:\n", "    if False:\n"),
+    ),
+    *_of(
+        "models/roles.py",
+        "models/test_load.py",
+        ("return saved_adapters.close(last, own)", "return True"),
+    ),
+    *_of(
         "loops/staleness.py",
         "planning/test_schedule.py",
         ("return (max_staleness + 1) // 2", "return max_staleness"),

@@ -177,3 +177,169 @@ def test_positions_are_those_of_the_configuration(tmp_path: Path) -> None:
         assert load.positions(source(tmp_path / kind)) == 128
     about = json.loads((tmp_path / "llama" / "config.json").read_text())
     assert about["max_position_embeddings"] == 128
+
+
+def test_a_reward_model_without_its_head_is_refused(tmp_path: Path) -> None:
+    """transformers would draw the head at random, as it does for a new reward model."""
+    from safetensors.torch import load_file, save_file
+
+    h.scorer_model().save_pretrained(tmp_path)
+    load.load_scorer(source(tmp_path))
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if "score" not in k}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"missing.*score\.weight"):
+        load.load_scorer(source(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("config.json", b"{"), ("config.json", b"\xff\xfe"), ("model.safetensors", b"\0" * 99)],
+    ids=str,
+)
+def test_a_corrupt_reward_model_is_refused_with_words(tmp_path: Path, name: str, content: bytes) -> None:
+    h.scorer_model().save_pretrained(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ModelError, match=str(tmp_path)):
+        load.load_scorer(source(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"shift": "much"}', '{"shift": null}'])
+def test_a_corrupt_readout_is_refused_with_words(tmp_path: Path, content: str) -> None:
+    (tmp_path / "whet.json").write_text(content)
+    with pytest.raises(ModelError, match=r"whet\.json: it cannot be read"):
+        readout_of(str(tmp_path))
+
+
+ENCODERS: dict[str, dict[str, Any]] = {
+    "BertConfig": {},
+    "RobertaConfig": {},
+    "DistilBertConfig": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48},
+    "DebertaV2Config": {"pooler_hidden_size": 32},
+    "ModernBertConfig": {"cls_token_id": 0, "sep_token_id": 1},
+    "XLMRobertaConfig": {},
+    "ElectraConfig": {"embedding_size": 16},
+    "AlbertConfig": {"embedding_size": 16},
+    "MPNetConfig": {},
+}
+DECODERS: dict[str, dict[str, Any]] = {
+    "GPTNeoXConfig": {},
+    "OPTConfig": {"ffn_dim": 48, "word_embed_proj_dim": 16},
+    "Gemma2Config": {"head_dim": 8, "sliding_window": 8},
+    "MistralConfig": {},
+}
+
+
+def classifier(name: str, **options: Any) -> Any:
+    import transformers
+
+    own = ("model_type", "architectures", "id2label", "label2id", "rope_parameters")
+    given = {key: value for key, value in tiny.config("llama").to_dict().items() if key not in own}
+    given |= {"num_labels": 1, "initializer_range": 0.3} | options
+    torch.manual_seed(0)
+    config = getattr(transformers, name)(**given)
+    return transformers.AutoModelForSequenceClassification.from_config(config).float().eval()
+
+
+def own_scores(model: Any, batch: Batch) -> torch.Tensor:
+    """The class's own label of every row, one at a time, without padding."""
+    with torch.no_grad():
+        return torch.cat([model(row.ids[None]).logits[:, 0] for row in batch.rows])
+
+
+@pytest.mark.parametrize("name", ENCODERS | DECODERS)
+def test_a_classifier_of_any_architecture_gives_its_own_label(tmp_path: Path, name: str) -> None:
+    model = classifier(name, **(ENCODERS | DECODERS)[name])
+    model.save_pretrained(tmp_path)
+    role = Role("reward", load.load_scorer(source(tmp_path)), False, shift=0.5)
+    assert role.whole_text == (name in ENCODERS)
+    assert role.pads
+    batch = Batch.of(h.rows())
+    expected = own_scores(model, batch)
+    assert expected.std() > 1e-3  # the texts differ
+    torch.testing.assert_close(read(role, batch, frozenset({"score"}))["score"], expected + 0.5, rtol=1e-4, atol=1e-5)
+
+
+def changed(change: str) -> Any:
+    """A decoder classifier whose label is something else than a linear map of its last hidden state, or one with a bias."""
+    from transformers import LlamaForSequenceClassification
+    from transformers.modeling_outputs import SequenceClassifierOutputWithPast as Output
+
+    class Own(LlamaForSequenceClassification):
+        def forward(self, input_ids: torch.Tensor, **given: Any) -> Any:
+            states = self.model(input_ids, **given).last_hidden_state
+            if change == "mean":
+                return Output(logits=self.score(states.mean(1)))
+            if change == "first":
+                return Output(logits=self.score(states[:, 0]))
+            if change == "second to last layer":
+                return Output(logits=self.score(self.model.layers[0](self.model.embed_tokens(input_ids)).mean(1)))
+            logits = self.score(states[:, -1])
+            return Output(logits={"scaled": logits / 4, "capped": torch.tanh(logits)}.get(change, logits))
+
+    config = tiny.config("llama")
+    config.num_labels = 1
+    torch.manual_seed(0)
+    model = Own(config).eval()
+    if change == "layers":
+        model.score = torch.nn.Sequential(
+            torch.nn.Linear(32, 8), torch.nn.Dropout(0.5), torch.nn.Tanh(), torch.nn.Linear(8, 1)
+        ).eval()
+    if change == "bias":
+        model.score = torch.nn.Linear(32, 1)
+    return model
+
+
+@pytest.mark.parametrize("change", ["none", "bias", "mean", "first", "scaled", "capped", "layers"])
+def test_a_head_is_read_on_the_last_token_only_if_the_class_does(change: str) -> None:
+    model = changed(change)
+    role = Role("reward", model, True)
+    assert role.whole_text == (change not in ("none", "bias"))
+    assert role.pads == (change == "first")  # the others look at later positions, padding or not
+    batch, names = Batch.of(h.rows()), frozenset({"score"})
+    scores = read(role, batch, names)["score"]
+    torch.testing.assert_close(scores.detach(), own_scores(model, batch), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(read(role, batch, names, packed=True)["score"], scores, rtol=1e-4, atol=1e-5)
+    scores.sum().backward()  # a reward model of this class can be trained
+    assert all(bool(parameter.grad.any()) for name, parameter in role.parameters().items() if "score" in name)
+
+
+def test_weights_in_several_processes_need_one_forward_for_a_batch() -> None:
+    """Each forward of a sharded model waits for all processes, and these have texts of other lengths."""
+    forwards = []
+    for model in (classifier("BertConfig"), changed("mean")):
+        role = Role("reward", model, False)
+        role.shell = lambda work, *given: work(*given)
+        model.register_forward_hook(lambda *_: forwards.append(1))
+        if role.pads:
+            read(role, Batch.of(h.rows()), frozenset({"score"}))
+            assert len(forwards) == 1
+        else:
+            with pytest.raises(ModelError, match="cannot be sharded"):
+                read(role, Batch.of(h.rows()), frozenset({"score"}))
+
+
+def test_a_classifier_without_padding_token_reads_one_text_at_a_time() -> None:
+    model = changed("scaled")
+    model.config.pad_token_id = None
+    batch = Batch.of([h.row(seed, 2, 3) for seed in range(4)])
+    got = read(Role("reward", model, False), batch, frozenset({"score"}))["score"]
+    torch.testing.assert_close(got, own_scores(model, batch), rtol=1e-4, atol=1e-5)
+
+
+def test_a_classifier_of_whole_texts_has_no_numbers_of_tokens() -> None:
+    role = Role("critic", classifier("BertConfig"), False)
+    for name in ("value", "final_value", "token_score"):
+        with pytest.raises(ModelError, match=f"one score per text and cannot be asked for its {name}"):
+            read(role, Batch.of(h.rows()), frozenset({name}))
+    with pytest.raises(ModelError, match="no scores of tokens for the readout 'mean'"):
+        Role("reward", classifier("BertConfig"), False, readout="mean")
+
+
+def test_a_classifier_that_reads_more_than_text_is_refused() -> None:
+    """BART finds its label at an end token and needs one in every text."""
+    with pytest.raises(ModelError, match="cannot read a text of token ids alone"):
+        Role(
+            "reward",
+            classifier("BartConfig", d_model=32, encoder_layers=1, decoder_layers=1, decoder_start_token_id=0),
+            False,
+        )

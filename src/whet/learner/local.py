@@ -342,6 +342,8 @@ class LocalLearner:
                 if id(role.model) not in marks:
                     marks[id(role.model)] = fingerprint(role.base_parameters())
                 out[name] = marks[id(role.model)]
+                if role.adapter and not role.trained:  # a reward model on a shared trunk
+                    out[name] += fingerprint(role.parameters())
             elif not role.trained:
                 out[name] = fingerprint(role.parameters())
         return out

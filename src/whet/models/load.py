@@ -1,6 +1,5 @@
 """Loading of models and tokenizers from Hugging Face folders or names."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,13 @@ import torch
 from torch import nn
 
 from whet.errors import ModelError, first_line
+from whet.models import saved_adapters
 from whet.models.tokens import mend_generation_config
 from whet.ops import address
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+HEADS = ("score", "classifier")
+"""Names of the head of a sequence classifier."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ def load_tokenizer(source: ModelSource, *, pad_token: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     _check_folder(source.path)
-    path = source.path if _has_tokenizer(source.path) else _adapter_base(source.path)[0]
-    if not _has_tokenizer(path):  # transformers would silently make an empty tokenizer
+    path = source.path if has_tokenizer(source.path) else _adapter_base(source.path)[0]
+    if not has_tokenizer(path):  # transformers would silently make an empty tokenizer
         raise ModelError(f"{source.path}: the folder has no tokenizer; save it there (tokenizer.save_pretrained)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=source.trust_remote_code)
@@ -73,17 +75,17 @@ def load_tokenizer(source: ModelSource, *, pad_token: str | None = None) -> Any:
 def load_causal_lm(source: ModelSource, tokenizer: Any = None) -> Any:
     """Load the causal language model of a folder or name; an adapter-only folder is merged into its base.
 
-    The model's own dropout is turned off. Raises ModelError if the model cannot be loaded, or if the tokenizer has ids
-    that the embedding does not have.
+    The model's own dropout is turned off. Raises ModelError if the model cannot be loaded, if the adapter cannot be merged, or
+    if the tokenizer has ids that the embedding does not have.
     """
     from transformers import AutoModelForCausalLM
 
     base, adapter = _adapter_base(source.path)
+    if adapter is not None and is_scorer(adapter):
+        raise ModelError(f"{source.path}: it is the adapter of a reward model, not of a language model")
     model = _loaded(AutoModelForCausalLM.from_pretrained, source, base)
     if adapter is not None:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        model = _merged(source, _quiet(model), adapter)
     _check_vocabulary(source, model, tokenizer)
     mend_generation_config(model, source.path)
     return _quiet(model)
@@ -98,10 +100,10 @@ def load_scorer(source: ModelSource, tokenizer: Any = None, *, seed: int = 0) ->
 
     base, adapter = _adapter_base(source.path)
     if adapter is not None and is_scorer(adapter):
-        from peft import PeftModel
-
-        plain = _loaded(AutoModelForSequenceClassification.from_pretrained, source, base, num_labels=1)
-        return _quiet(PeftModel.from_pretrained(plain, adapter).merge_and_unload())
+        plain = _quiet(_scorer(source, base))
+        model = _merged(source, plain, adapter)
+        _check_vocabulary(source, model, tokenizer)
+        return _quiet(model)
     config = _configuration(base, source.trust_remote_code)
     if is_scorer(base, source.trust_remote_code):
         if config.num_labels != 1:
@@ -111,11 +113,45 @@ def load_scorer(source: ModelSource, tokenizer: Any = None, *, seed: int = 0) ->
         return model
     if adapter is not None:
         raise ModelError(f"{source.path}: merge the adapter into its base before putting a scalar head on it")
-    model = _quiet(_loaded(AutoModelForSequenceClassification.from_pretrained, source, base, num_labels=1))
+    model = _quiet(_scorer(source, base))
     _check_vocabulary(source, model, tokenizer)
-    draw_head(scalar_head(model), seed)
+    head = scalar_head(model)
+    if head is None:
+        raise ModelError(
+            f"{source.path}: a {type(model).__name__} has a head of several layers, and whet draws new heads of one layer only; "
+            "start from a reward model of this kind, or from another model"
+        )
+    draw_head(head, seed)
     if tokenizer is not None:
         model.config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def _scorer(source: ModelSource, base: str) -> Any:
+    """Load a model as a sequence classifier with one label; its head may be new."""
+    from transformers import AutoModelForSequenceClassification
+
+    auto = AutoModelForSequenceClassification.from_pretrained
+    return _loaded(auto, source, base, new=tuple(f"{name}." for name in HEADS), num_labels=1)
+
+
+def backbone(source: ModelSource) -> Any:
+    """Load a model without its head; an adapter-only folder is merged into its base."""
+    from transformers import AutoModel
+
+    base, adapter = _adapter_base(source.path)
+    return load_causal_lm(source).base_model if adapter else _loaded(AutoModel.from_pretrained, source, base)
+
+
+def _merged(source: ModelSource, model: Any, adapter: str) -> Any:
+    """Merge an adapter folder into its loaded base, and name the model after the folder, since it is no longer its base."""
+    if source.quantize != "none":
+        raise ModelError(
+            f"{adapter}: rounding to 4 bits would lose parts of an adapter that is merged; merge it into its base first "
+            "(without model.quantize), and give the merged model"
+        )
+    model = saved_adapters.merged(model, adapter)
+    model.name_or_path = model.config._name_or_path = source.path
     return model
 
 
@@ -169,17 +205,21 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
-def scalar_head(model: Any) -> nn.Linear:
-    """Return the linear layer that computes the label of a sequence-classification model."""
-    for name in ("score", "classifier"):
+def scalar_head(model: Any) -> nn.Linear | None:
+    """Return the linear layer that computes the label of a sequence-classification model, or None if it has no such layer."""
+    for name in HEADS:
         head = getattr(model, name, None)
+        if head is not None and hasattr(head, "modules_to_save"):  # peft trains a copy of the head
+            head = head.modules_to_save[head.active_adapters[0]]
         if isinstance(head, nn.Linear):
             return head
-        if head is not None and hasattr(head, "modules_to_save"):  # peft trains a copy of the head
-            return head.modules_to_save[head.active_adapters[0]]
-    raise ModelError(
-        f"{type(model).__name__}: no linear head called score or classifier; whet reads one-layer heads only"
-    )
+    return None
+
+
+def heads(model: Any) -> list[str]:
+    """Return the names of the modules with weights that a sequence-classification model has outside its backbone."""
+    outside = (named for named in model.named_children() if named[1] is not model.base_model)
+    return [name for name, module in outside if next(module.parameters(), None) is not None]
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -190,7 +230,10 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return min(lists, key=lambda found: found[:2])[2]
 
 
-def _loaded(load: Callable[..., Any], source: ModelSource, path: str, **options: Any) -> Any:
+def _loaded(
+    load: Callable[..., Any], source: ModelSource, path: str, *, new: tuple[str, ...] = (), **options: Any
+) -> Any:
+    """Load a model with `load`. Only weights whose names start with one of `new` may be missing in its folder."""
     _check_folder(path)
     device = source.torch_device()
     if source.quantize == "4bit":
@@ -207,8 +250,10 @@ def _loaded(load: Callable[..., Any], source: ModelSource, path: str, **options:
         raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for an invalid model
         raise ModelError(f"{source.path}: the model cannot be loaded ({first_line(error)})") from error
-    # a scalar head may be new; transformers would silently initialize other missing weights at random
-    lost = [key for key in about["missing_keys"] if not key.startswith(("score.", "classifier."))]
+    if getattr(model, "_hf_peft_config_loaded", False):  # a hub name is seen to be an adapter only here
+        raise ModelError(f"{source.path}: it is an adapter; download it to a folder, and give the folder")
+    # transformers silently initializes missing weights at random
+    lost = [key for key in about["missing_keys"] if not key.startswith(new)]
     if lost or about["mismatched_keys"]:
         wrong = ", ".join([*map(str, sorted(lost)), *map(str, about["mismatched_keys"])][:3])
         raise ModelError(f"{source.path}: weights of the model are missing or have another shape ({wrong}, ...)")
@@ -240,27 +285,32 @@ def _check_folder(path: str) -> None:
         raise ModelError(f"{path}: not a model folder, it has no config.json")
 
 
-def _has_tokenizer(path: str) -> bool:
+def has_tokenizer(path: str) -> bool:
+    """Return whether a folder has a tokenizer; a hub name is taken to have one."""
     names = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
     return not Path(path).is_dir() or any((Path(path) / name).is_file() for name in names)
 
 
 def _adapter_base(path: str) -> tuple[str, str | None]:
-    """Return (path of the base model, adapter folder or None)."""
-    file = Path(path) / "adapter_config.json"
-    if not file.is_file():
+    """Return (path of the base model, adapter folder or None). Raises ModelError for an adapter whose base is not there."""
+    if not saved_adapters.is_adapter(path):
         return path, None
-    return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"], path
+    base = saved_adapters.settings(path)["base_model_name_or_path"]
+    try:
+        _check_folder(base)
+    except ModelError as error:
+        raise ModelError(
+            f"{path}: the base of this adapter is not there ({error}); set base_model_name_or_path in its "
+            "adapter_config.json to the folder of its base"
+        ) from error
+    return base, path
 
 
 def is_scorer(path: str, trust_remote_code: bool = False) -> bool:
     """Return whether a folder or name is a sequence classifier, as a full model or as an adapter."""
     base, adapter = _adapter_base(path)
     if adapter is not None:
-        return (
-            json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8")).get("task_type")
-            == "SEQ_CLS"
-        )
+        return saved_adapters.settings(adapter).get("task_type") == "SEQ_CLS"
     names = _configuration(base, trust_remote_code).architectures or []
     return any("SequenceClassification" in name or "RewardModel" in name for name in names)
 

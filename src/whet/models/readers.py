@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from whet.data import Batch, Row, pad_ids
+from whet.errors import ModelError
 from whet.models.dropout import Dropout
 from whet.models.roles import Role
 from whet.models.shell import through
@@ -57,6 +58,8 @@ def _read_off(
     role: Role, batch: Batch, names: frozenset[str], packed: bool, dropout: Dropout | None, other: "_Other | None"
 ) -> dict[str, Tensor]:
     """Implement `read`, inside the forward of the role's shell, where the weights are available."""
+    if role.whole_text:
+        return _text_scores(role, batch, names, dropout)
     if names & ATTENTION.keys():
         rest = names - ATTENTION.keys()
         out = _read_off(role, batch, rest, packed, dropout, other) if rest else {}
@@ -103,6 +106,21 @@ def _states(reference: Role, batch: Batch, packed: bool) -> dict[str, Tensor]:
 def _laid_out(role: Role, batch: Batch, packed: bool) -> tuple[Tensor, dict[str, Tensor], "_Where"]:
     ids, layout, where = (_packed if packed else _padded)(batch.rows)
     return ids.to(role.device), {name: tensor.to(role.device) for name, tensor in layout.items()}, where
+
+
+def _text_scores(role: Role, batch: Batch, names: frozenset[str], dropout: Dropout | None) -> dict[str, Tensor]:
+    """Compute the score of each row with the forward of the model's own class, (B,)."""
+    if names != {"score"} or dropout is not None:
+        what = (
+            "trained with dropout" if dropout is not None else f"asked for its {', '.join(sorted(names - {'score'}))}"
+        )
+        raise ModelError(
+            f"{role.model.name_or_path}: the {type(role.model).__name__} of the {role.name} is not a linear head on its last "
+            f"token, so it has one score per text and cannot be {what}; use a reward model whose class reads the last token"
+        )
+    with role.active():
+        scores = role.text_scores([row.ids for row in batch.rows])
+    return {"score": (scores if scores.dtype == torch.float64 else scores.float()) + role.shift}
 
 
 @torch.no_grad()

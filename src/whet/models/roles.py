@@ -1,8 +1,7 @@
 """Roles of a run: policy, reference, critic, reward. Each is a base model with a head; roles may share a base model."""
 
-import copy
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,13 +9,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from whet.data import chat_format
 from whet.data.files import write_json
-from whet.errors import ModelError
+from whet.errors import ModelError, first_line
+from whet.models import saved_adapters
 from whet.models.load import scalar_head
 from whet.models.lora import save_adapter
-from whet.models.tokens import write_tokens
+from whet.models.tokens import write_config, write_tokens
 
 Readout = Literal["last", "mean", "sum"]
 READOUT_FILE = "whet.json"
@@ -29,9 +30,10 @@ class Role:
     `model` is a Hugging Face causal LM (policy, reference) or one-label sequence classifier (critic, reward). With LoRA,
     `wrapped` is the PeftModel around it, and `adapter` the adapter that this role activates ("" disables all adapters, so
     the role is the base model). Roles with a shared base model have the same `wrapped`. `head` is the scalar head of the
-    role. `readout` says how a score is computed (see `whet.models.readers`), and `shift` is added to the score. If an
-    engine shards the weights over processes, `shell` is the module it wrapped (see `whet.models.shell`), and `gather`
-    returns a full parameter; all processes must call it together.
+    role, None for a classifier that is read through its own forward (see `whole_text`). `readout` says how a score is
+    computed (see `whet.models.readers`), and `shift` is added to the score. If an engine shards the weights over processes,
+    `shell` is the module it wrapped (see `whet.models.shell`), and `gather` returns a full parameter; all processes must
+    call it together.
     """
 
     name: str
@@ -45,10 +47,17 @@ class Role:
     shell: Any = None
     gather: Callable[[Tensor], Tensor] = field(default=Tensor.detach, repr=False)
     linear_head: bool = field(init=False, default=False)
+    pads: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
-        if self.head is None and hasattr(self.model, "num_labels") and not self.causal:
-            self.head = scalar_head(self.model)
+        if self.head is None and not self.causal:
+            head = scalar_head(self.model)
+            self.head = head if self._score_is_last(head) else None
+            if self.whole_text and self.readout != "last":
+                raise ModelError(
+                    f"{self._whose()} reads a whole text with its own forward, so it has no scores of tokens for the readout "
+                    f"{self.readout!r}; use last"
+                )
         if self.causal and self.head is None:
             self.linear_head = self._head_is_linear()
         for parameter in self.parameters().values():
@@ -65,6 +74,12 @@ class Role:
         return None if self.causal else self.model.config.pad_token_id
 
     @property
+    def whole_text(self) -> bool:
+        """Whether the model is a classifier that is no scalar head on the hidden state of the last token: an encoder, one with a
+        pooler, a head of several layers, a mean over the tokens. It has a score of a whole text, and none of tokens."""
+        return self.head is None and not self.causal
+
+    @property
     def device(self) -> torch.device:
         """The device of the inputs."""
         return self.model.get_input_embeddings().weight.device
@@ -76,7 +91,7 @@ class Role:
         own = {
             name: parameter
             for name, parameter in self.model.named_parameters()
-            if self.adapter and f".{self.adapter}." in name and ("lora_" in name or "modules_to_save" in name)
+            if self.adapter and saved_adapters.owner(name) == self.adapter
         }
         if self.head is not None and not any(parameter is self.head.weight for parameter in own.values()):
             own |= {f"head.{name}": parameter for name, parameter in self.head.named_parameters()}
@@ -84,8 +99,7 @@ class Role:
 
     def base_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters of the base model, without adapters, which no role trains."""
-        named = self.model.named_parameters()
-        return {name: p for name, p in named if "lora_" not in name and "modules_to_save" not in name}
+        return {name: p for name, p in self.model.named_parameters() if saved_adapters.owner(name) is None}
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -120,6 +134,24 @@ class Role:
         """Compute the logits of token ids (B, S) -> (B, S, V) with the model's forward, for heads that are not only linear."""
         return self.model(input_ids=ids, use_cache=False, **layout).logits
 
+    def text_scores(self, texts: Sequence[Tensor]) -> Tensor:
+        """Compute the label of texts, token ids (S,) each -> (N,), with the forward of the model's own class.
+
+        The texts share a padded forward if padding does not change a label; else each is read alone, since classes differ in
+        what they see of padding. Raises ModelError in the second case if the weights are sharded.
+        """
+        if self.pads:
+            mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+            pad = self.model.config.get_text_config().pad_token_id
+            ids = pad_sequence(list(texts), batch_first=True, padding_value=pad)
+            return self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device)).logits[:, 0]
+        if self.shell is not None:  # processes with other numbers of texts would wait for each other
+            raise ModelError(
+                f"{self._whose()} reads padding as text, so it cannot be sharded; set --learner local, or ddp with torchrun"
+            )
+        alone = [text[None].to(self.device) for text in texts]
+        return torch.cat([self.model(input_ids=one, attention_mask=torch.ones_like(one)).logits[:, 0] for one in alone])
+
     def attention(self, ids: Tensor) -> Tensor:
         """Compute the attention weights of the last layer for token ids (B, S) -> (B, heads, S, S).
 
@@ -137,48 +169,38 @@ class Role:
         return found[-1]
 
     def whole(self) -> Iterator[tuple[str, Tensor]]:
-        """Iterate over (name in a Hugging Face folder, weight) with the adapter merged; tied weights appear once.
+        """Iterate over (name in a Hugging Face folder, weight) with the adapter merged. Tied weights appear once, or each
+        under its own name if the adapter makes them differ.
 
-        Raises ModelError if the base is quantized or the adapter is on an embedding, because these are not merged.
+        Raises ModelError if the base is quantized, or if the adapter is another than plain LoRA, because these are not merged.
         """
-        parameters = dict(self.model.named_parameters())
-        for name, parameter in parameters.items():
-            if "lora_embedding" in name:
-                raise ModelError(
-                    f"model.lora.targets: {name} adapts an embedding, which is not merged here; leave it out"
-                )
-            if "lora_" in name or ".original_module." in name:
-                continue
-            if ".modules_to_save." in name:
-                head, _, rest = name.partition(".modules_to_save.")
-                if rest.startswith(f"{self.adapter}."):
-                    yield f"{head}.{rest.removeprefix(f'{self.adapter}.')}", self.gather(parameter)
-                continue
-            value = self.gather(parameter)
-            if not value.is_floating_point():
-                raise ModelError(
-                    f"{name}: the base is quantized, so it cannot be merged; only the adapter can be exported"
-                )
-            module = self.model.get_submodule(name.rpartition(".")[0].removesuffix(".base_layer"))
-            if self.adapter and name.endswith(".base_layer.weight") and self.adapter in module.lora_A:
-                a, b = (self.gather(getattr(module, half)[self.adapter].weight) for half in ("lora_A", "lora_B"))
-                delta = (b @ a) * module.scaling[self.adapter]
-                value = value + (delta.T if module.fan_in_fan_out else delta).to(value)
-            yield name.replace(".base_layer.", "."), value
+        yield from saved_adapters.merged_weights(self.model, self.adapter, self.gather)
+
+    @property
+    def unties(self) -> bool:
+        """Whether embeddings and head share a weight in the base, and differ with the adapter merged."""
+        return self.wrapped is not None and saved_adapters.unties(self.model, self.adapter)
 
     def export(self, folder: Path, tokenizer: Any = None, *, merge: bool = True, write: bool = True) -> None:
         """Save a standard Hugging Face folder with merged weights, or only the adapter with `merge=False`.
 
-        If the weights are sharded over processes, all processes must call it; only those with `write` write files.
+        If the weights are sharded over processes, all processes must call it; only those with `write` write files. Raises
+        ModelError for a role on a shared trunk that has a head of its own, because no folder form has both.
         """
+        if self.causal and self.head is not None:
+            raise ModelError(
+                f"the {self.name} is a scalar head on the policy's model, which is not exported on its own"
+            )
         if self.wrapped is not None and not merge:
             save_adapter(self.wrapped, self.adapter, folder, self.gather, write=write)
         elif self.shell is not None:
             whole = {name: value.cpu() for name, value in self.whole() if write}
             if write:
-                self.model.save_pretrained(str(folder), state_dict=whole)
+                self.model.save_pretrained(str(folder), state_dict=whole | saved_adapters.buffers(self.model))
+                if self.unties:
+                    write_config(folder, tie_word_embeddings=False)
         elif write and self.wrapped is not None:
-            copy.deepcopy(self.wrapped).merge_and_unload(adapter_names=[self.adapter]).save_pretrained(str(folder))
+            saved_adapters.merged_twin(self.wrapped, self.adapter).save_pretrained(str(folder))
         elif write:
             self.model.save_pretrained(str(folder))
         if write and tokenizer is not None:
@@ -186,6 +208,34 @@ class Role:
             write_tokens(folder, tokenizer, chat_format(tokenizer).end_ids, generates=self.causal)
         if write and not self.causal:
             write_json(folder / READOUT_FILE, {"readout": self.readout, "shift": self.shift})
+
+    def _whose(self) -> str:
+        return f"{self.model.name_or_path}: the {type(self.model).__name__}"
+
+    @torch.no_grad()
+    def _score_is_last(self, head: nn.Linear | None) -> bool:
+        """Return whether the model's label is head(last hidden state of the last token), on texts of several lengths.
+
+        Raises ModelError if the model's own forward cannot read a text.
+        """
+        ids = saved_adapters.probe(self.model)[0]
+        texts = [ids[: len(ids) - cut] for cut in (0, 1, 3)]
+        with self.sampling():
+            try:
+                own = self.text_scores(texts)
+            except Exception as error:  # each class refuses inputs with errors of its own
+                raise ModelError(
+                    f"{self._whose()} cannot read a text of token ids alone ({first_line(error)})"
+                ) from error
+            self.pads = self.model.config.get_text_config().pad_token_id is not None
+            self.pads = self.pads and saved_adapters.close(self.text_scores(texts), own)
+            if head is None:
+                return False
+            try:
+                last = torch.cat([head(self.hidden(text[None])[:, -1])[:, 0] for text in texts])
+            except (AttributeError, TypeError, RuntimeError):  # no hidden states, another width
+                return False
+        return saved_adapters.close(last, own)
 
     def _head_is_linear(self) -> bool:
         """Return whether the logits are exactly head(last hidden state).
@@ -216,7 +266,11 @@ class Role:
 def readout_of(folder: str) -> Mapping[str, Any]:
     """Return the readout settings {"readout", "shift"} of the reward model in a folder; the defaults are "last" and 0."""
     file = Path(folder) / READOUT_FILE
-    given = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    try:
+        given = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        shift = float(given.get("shift", 0.0))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ModelError(f'{file}: it cannot be read ({first_line(error)}); write {{"readout": "last"}}') from error
     if given.get("readout", "last") not in ("last", "mean", "sum"):
         raise ModelError(f"{file}: unknown readout {given['readout']!r}; use last, mean or sum")
-    return {"readout": given.get("readout", "last"), "shift": float(given.get("shift", 0.0))}
+    return {"readout": given.get("readout", "last"), "shift": shift}

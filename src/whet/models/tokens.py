@@ -69,6 +69,13 @@ def mend_generation_config(model: Any, name: str) -> None:
     )
 
 
+def write_config(folder: Path, **values: Any) -> None:
+    """Write values to the saved configuration of a model, for other tools."""
+    file = folder / "config.json"
+    if file.is_file():
+        write_json(file, json.loads(file.read_text(encoding="utf-8")) | values)
+
+
 def write_tokens(folder: Path, tokenizer: Any, end_ids: Sequence[int], *, generates: bool) -> None:
     """Write the pad token and the tokens that end a turn to the configuration files of a saved model.
 

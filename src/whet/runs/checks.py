@@ -7,6 +7,7 @@ from whet.data.batching import per_epoch
 from whet.errors import RecipeError
 from whet.methods import Algorithm, Objective
 from whet.methods.options import Optim
+from whet.runs import models, rewards
 from whet.runs import recipe as fields
 
 
@@ -154,7 +155,7 @@ def cautions(recipe: fields.OnlineRecipe, algorithm: Algorithm) -> list[str]:
         f"sampled; {fixes[slot]} sums over the whole vocabulary"
         for slot, sampled in (("kl_in_reward", in_reward), ("kl_in_loss", in_loss))
         if sampled and recipe.sampling.truncates
-    ] + _about_correction(recipe, algorithm)
+    ] + [*_about_correction(recipe, algorithm), *_about_critic(recipe, algorithm)]
 
 
 def _about_correction(recipe: fields.OnlineRecipe, algorithm: Algorithm) -> list[str]:
@@ -169,6 +170,23 @@ def _about_correction(recipe: fields.OnlineRecipe, algorithm: Algorithm) -> list
             "--importance-correction token_weight corrects for the difference"
         ]
     return []
+
+
+def _about_critic(recipe: fields.OnlineRecipe, algorithm: Algorithm) -> list[str]:
+    if (
+        recipe.trunk != "shared"
+        or "critic" not in algorithm.roles()
+        or recipe.critic.path
+        or models.first_adapter(recipe)
+    ):
+        return []
+    return [
+        f"critic: it begins untrained, since {one.source} is a whole model and its head is for other hidden states than the trunk's; "
+        "--critic.path takes a reward model that is saved as an adapter (whet reward with --model.lora.rank 16 --model.export adapter), "
+        "and with --trunk separate the critic starts from this one"
+        for one in recipe.reward
+        if rewards.is_model(one.source)
+    ][:1]
 
 
 def steps_of(train: fields.Train, elements: int) -> int:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from whet.distributed import Workers
+from whet.errors import RecipeError
 from whet.learner.base import LEARNERS, LearnerContext, ShardedOptions
 from whet.learner.local import LocalLearner
 from whet.methods import Algorithm, Objective
@@ -84,12 +85,23 @@ def offline_learner(
             "reward", recipe.model, tokenizer, trained=True, seed=recipe.seed, path=recipe.model.path,
             readout=recipe.head.readout,
         )  # fmt: skip
+        _check_whole_text(recipe, role)
     else:
         role = models.causal_role("policy", recipe.model, tokenizer, trained=True, seed=recipe.seed)
     roles = {role.name: role}
     if isinstance(recipe, fields.PreferenceRecipe) and "ref_logp" in objective.reads():
         roles["reference"] = models.reference_role(recipe.model, role, recipe.reference, tokenizer)
     return learner_of(recipe, roles, {role.name: recipe.optim}, total, workers)
+
+
+def _check_whole_text(recipe: fields.RewardModelRecipe, role: Role) -> None:
+    """Raise RecipeError for options that need a scalar head on the hidden states of tokens, if the model has none."""
+    for name, given in (("head.standardize", recipe.head.standardize), ("train.dropout", recipe.train.dropout)):
+        if given and role.whole_text:
+            raise RecipeError(
+                f"{name}: {recipe.model.path} is read through the forward of its own class, not as a scalar head on its last "
+                "token; leave it out"
+            )
 
 
 def online_learner(

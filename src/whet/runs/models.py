@@ -13,6 +13,7 @@ from whet.methods import Algorithm
 from whet.methods.options import Optim, Sampling
 from whet.models import load, lora
 from whet.models.roles import Role, readout_of
+from whet.models.saved_adapters import is_adapter
 from whet.runs import recipe as fields
 from whet.runs import rewards
 
@@ -104,6 +105,7 @@ def cast(recipe: fields.OnlineRecipe, algorithm: Algorithm, tokenizer: Any) -> C
     if recipe.trunk == "shared":
         return _shared(recipe, algorithm, tokenizer)
     policy = causal_role("policy", recipe.model, tokenizer, trained=True, seed=recipe.seed)
+    _check_published(recipe, policy)
     roles = {"policy": policy}
     if "reference" in algorithm.roles():
         roles["reference"] = reference_role(recipe.model, policy, recipe.reference, tokenizer)
@@ -114,6 +116,11 @@ def cast(recipe: fields.OnlineRecipe, algorithm: Algorithm, tokenizer: Any) -> C
                 f"critic.path: {start} has another tokenizer than the policy, so it cannot read its tokens"
             )
         roles["critic"] = scorer_role("critic", recipe.model, tokenizer, trained=True, seed=recipe.seed, path=start)
+        if roles["critic"].whole_text:
+            raise ModelError(
+                f"critic: it would start from {start}, which has one score per text and no values of tokens; give --critic.path "
+                f"with another model, for example {recipe.model.path}"
+            )
     return _with_average(recipe, roles)
 
 
@@ -146,7 +153,9 @@ def _with_average(recipe: fields.OnlineRecipe, roles: dict[str, Role]) -> Cast:
 def _shared(recipe: fields.OnlineRecipe, algorithm: Algorithm, tokenizer: Any) -> Cast:
     """Load one base model. The policy and the critic are adapters on it, and the reference is the base without adapters.
 
-    The critic starts from `critic.path`, else from the first reward model saved as an adapter, else from a new adapter.
+    The critic starts from `critic.path`, else from the first reward model saved as an adapter, else from a new adapter. A reward
+    model whose adapter was merged has another backbone than the trunk: on the trunk's hidden states its head computes other
+    scores, so it does not start the critic (`runs.checks.cautions` says so).
     """
     if recipe.model.lora is None:
         raise RecipeError(
@@ -159,10 +168,11 @@ def _shared(recipe: fields.OnlineRecipe, algorithm: Algorithm, tokenizer: Any) -
         load.checkpoint_activations(model)
     wrapped = lora.attach(model, recipe.model.lora, ("policy",), seed=recipe.seed)
     roles = {"policy": Role("policy", model, True, wrapped=wrapped, adapter="policy")}
+    _check_published(recipe, roles["policy"])
     if "reference" in algorithm.roles():
         roles["reference"] = Role("reference", model, False, wrapped=wrapped)
     if "critic" in algorithm.roles():
-        folder = recipe.critic.path or next((one.source for one in recipe.reward if lora.is_adapter(one.source)), None)
+        folder = recipe.critic.path or first_adapter(recipe)
         about: dict[str, Any] = {}
         if folder is not None:
             head, about = lora.add_from_folder(wrapped, "critic", folder), value_of(folder)
@@ -171,6 +181,20 @@ def _shared(recipe: fields.OnlineRecipe, algorithm: Algorithm, tokenizer: Any) -
             head = fresh_head(model, recipe.seed)
         roles["critic"] = Role("critic", model, True, wrapped=wrapped, adapter="critic", head=head, **about)
     return _with_average(recipe, roles)
+
+
+def first_adapter(recipe: fields.OnlineRecipe) -> str | None:
+    """Return the first reward model that is saved as an adapter, or None."""
+    return next((one.source for one in recipe.reward if is_adapter(one.source)), None)
+
+
+def _check_published(recipe: fields.OnlineRecipe, policy: Role) -> None:
+    """Raise RecipeError if the generator would load weights into a model whose embeddings and head share one."""
+    if recipe.generator.name != "local" and policy.unties:
+        raise RecipeError(
+            f"model.lora.targets: {recipe.model.path} uses one weight for embeddings and head, so adapters on one of them cannot be "
+            f"given to generator {recipe.generator.name}; leave them out of the targets, or set --generator local"
+        )
 
 
 def fresh_head(model: Any, seed: int) -> nn.Linear:
@@ -182,6 +206,11 @@ def fresh_head(model: Any, seed: int) -> nn.Linear:
 
 
 def _can_train(recipe: fields.Model) -> None:
+    if recipe.export == "adapter" and recipe.path and is_adapter(recipe.path):
+        raise RecipeError(
+            f"model.export: {recipe.path} is an adapter, which is merged before training, so the new adapter alone would be of a "
+            "base that is saved nowhere; leave it at merged"
+        )
     if recipe.export == "adapter" and recipe.lora is None:
         raise RecipeError("model.export: there is no adapter to export without model.lora; leave it at merged")
     if recipe.quantize != "none" and recipe.lora is None:

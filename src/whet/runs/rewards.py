@@ -13,6 +13,7 @@ from whet.data import Chat, Prompt, chat_format
 from whet.errors import ModelError, RecipeError
 from whet.models import load, lora
 from whet.models.roles import Role, readout_of
+from whet.models.saved_adapters import is_adapter
 from whet.registry import load_object
 from whet.rewards import REWARDS, Reward, Weighted
 from whet.rewards.functions import FunctionReward, ObjectReward
@@ -74,13 +75,24 @@ def reward_roles(recipe: fields.OnlineRecipe, trunk: Role | None = None) -> dict
         name = f"reward{number}"
         if not is_model(one.source):
             continue
-        if trunk is not None and lora.is_adapter(one.source):
+        if trunk is not None and is_adapter(one.source):
             head = lora.add_from_folder(trunk.wrapped, name, one.source)
+            if load.has_tokenizer(one.source):
+                own = load.load_tokenizer(models.source_of(recipe.model, one.source))
+                rows = trunk.model.get_input_embeddings().weight.shape[0]
+                if len(own) > rows:
+                    raise ModelError(
+                        f"{one.source}: its tokenizer has {len(own)} ids and the trunk {rows} embeddings; set --trunk separate"
+                    )
             out[name] = Role(
                 name, trunk.model, False, wrapped=trunk.wrapped, adapter=name, head=head, **readout_of(one.source)
             )
         else:
             out[name] = reward_role(one.source, recipe.model, name)
+        if one.dense and out[name].whole_text:
+            raise ModelError(
+                f"reward.{number}.dense: {one.source} has one score per text and none of tokens; leave it out"
+            )
     return out
 
 
@@ -94,8 +106,10 @@ def rewards_of(recipe: fields.OnlineRecipe, tokenizer: Any, read: Callable[..., 
         own: Reward
         if is_model(one.source):
             _refuse_options(one.options, f"reward.{number}")
-            on_trunk = recipe.trunk == "shared" and lora.is_adapter(one.source)
-            chat, same = (chat_format(tokenizer), True) if on_trunk else own_chat(one.source, recipe.model, tokenizer)
+            on_trunk = recipe.trunk == "shared" and is_adapter(one.source)
+            chat, same = chat_format(tokenizer), True
+            if load.has_tokenizer(one.source) or not on_trunk:  # an adapter without a tokenizer has the trunk's
+                chat, same = own_chat(one.source, recipe.model, tokenizer)
             ends = step_ends(tokenizer, one.step)
             own = ModelReward(partial(read, f"reward{number}"), chat, same=same, dense=one.dense, ends=ends)
         else:
