@@ -71,7 +71,9 @@ class Problem:
         torch.manual_seed(seed)
         config = self.config(hidden)
         config.num_labels = 1
-        return AutoModelForSequenceClassification.from_config(config).eval()
+        model = AutoModelForSequenceClassification.from_config(config).eval()
+        model.config.pad_token_id = None  # token 0 may end an answer, so it is no padding
+        return model
 
     def config(self, hidden: int = 32) -> Any:
         """Two Qwen3 layers."""

@@ -22,8 +22,8 @@ LAYERS = (
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 HEAVY = {
     "transformers": {"models", "generate", "demo"}, "peft": {"models"}, "pyarrow": {"data", "loops"}, "datasets": {"data"},
-    "matplotlib": {"view"}, "jinja2": {"view"}, "yaml": {"cli", "runs"}, "rich": {"loops", "cli", "demo"}, "accelerate": {"trackers"},
-    "tokenizers": {"demo"}, "safetensors": {"models", "learner", "generate"},
+    "matplotlib": {"view"}, "jinja2": {"data", "view"}, "yaml": {"cli", "runs"}, "rich": {"loops", "cli", "demo"},
+    "accelerate": {"trackers"}, "tokenizers": {"demo"}, "safetensors": {"models", "learner", "generate"},
     "vllm": {"generate"}, "deepspeed": {"learner"}, "ray": {"cluster"},
 }  # fmt: skip
 """Which packages may import a library at all."""

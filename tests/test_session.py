@@ -418,7 +418,14 @@ def test_the_recipe_of_a_run_has_every_default() -> None:
 
     whet.train("grpo", **ONLINE, reward=reward, lr=1e-3)
     saved = yaml.safe_load(Path("runs/r/recipe.yaml").read_text())
-    assert saved["sampling"] == {"max_new_tokens": 6, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    assert saved["sampling"] == {
+        "max_new_tokens": 6,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "skip_special_tokens": False,
+    }
     assert saved["optim"]["betas"] == [0.9, 0.95]
     with pytest.raises(RecipeError, match=r"differs in sampling.max_new_tokens; a resumed run needs"):
         whet.train("grpo", resume=True, **(ONLINE | {"max_new_tokens": 7}), reward=reward, lr=1e-3)

@@ -34,8 +34,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.folder(home / "m")
     tiny.folder(home / "bare", template=None)
     tiny.folder(home / "small", vocabulary=20)
-    tiny.folder(home / "padless")
-    tiny.tokenizer(pad=False).save_pretrained(home / "padless")
     (home / "empty").mkdir()
     shutil.copytree(home / "m", home / "wordless")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -95,7 +93,7 @@ CONTENTS: dict[str, tuple[str, bytes, list[str]]] = {
         b'{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n',
         ["rows.jsonl:2: ", "'completion'", "missing"],
     ),
-    "an empty field": ("sft", b'{"prompt": "", "completion": "a"}\n', ["rows.jsonl:1: ", "'completion'", "empty"]),
+    "an empty field": ("sft", b'{"prompt": "", "completion": "a"}\n', ["rows.jsonl:1: ", "'prompt'", "empty"]),
     "a null field": ("sft", b'{"prompt": null, "completion": "b"}\n', ["rows.jsonl:1: ", "'prompt'", "missing"]),
     "a number for a text": (
         "sft",
@@ -192,7 +190,6 @@ GIVEN: dict[str, tuple[str, list[str], list[str]]] = {
     "torn weights": ("sft", sft(model="torn"), ["HOME/torn", "load"]),
     "no chat template": ("sft", sft(model="bare"), ["HOME/bare", "chat template", "--chat-template plain"]),
     "no such chat template": ("sft", sft("--chat-template", "palin", model="bare"), ["'palin'", '"plain"']),
-    "no pad token": ("sft", sft(model="padless"), ["HOME/padless", "pad token", "--model.pad-token"]),
     "a pad token that is none": (
         "sft",
         sft("--model.pad-token", "<pda>"),
@@ -585,7 +582,9 @@ def test_answers_are_kept_if_their_reward_fails(kind: str, home: Path, tmp_path:
     given += ["--against", f"{home}/m", "--judge", f"{tmp_path}/reward.py:judge", "--answers", f"{tmp_path}/eval.jsonl"]
     assert whet(capsys, "eval", *given).status == 1
     kept = [json.loads(line) for line in (tmp_path / "eval.unscored.jsonl").read_text().splitlines()]
-    assert [sorted(one) for one in kept] == [["against", "answer", "kl", "prompt"]] * 2
+    assert [sorted(one) for one in kept] == [
+        ["against", "against_ids", "answer", "answer_ids", "kl", "prompt", "prompt_ids"]
+    ] * 2
 
 
 def test_degenerate_data_is_said_and_trained_on(home: Path, tmp_path: Path, capsys: Any) -> None:

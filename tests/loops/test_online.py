@@ -11,6 +11,7 @@ import torch
 from models import helpers as h
 
 from loops.helpers import ONLINE, Rough, cast, go, learner_of, method_of, rollout, separate
+from whet import ops
 from whet.data import COLUMNS, Batch, Group, Weights
 from whet.errors import RunStopped
 from whet.generate import Request
@@ -427,3 +428,16 @@ def test_crediting_a_recorded_rollout_again_gives_the_same_columns(tmp_path: Pat
     for name in ("advantage", "returns", "token_reward"):
         if name != "advantage" or method.normalize_advantage is None:
             assert torch.allclose(again[name], batch[name], atol=1e-6), name
+
+
+def test_the_rounding_of_nearly_equal_rewards_is_no_error_of_the_advantages() -> None:
+    """Rewards that differ by a KL of 1e-5 are divided by their deviation, and so is the rounding of their mean."""
+    score = 6 + torch.tensor([1.0, -2.0, 3.0, -1.0]) * 2e-6
+    batch = Batch.of([h.row(i, 2, 1) for i in range(4)]).with_columns(
+        group=torch.zeros(4, dtype=torch.long), token_reward=score[:, None]
+    )
+    advantage = ops.group_zscore(score, batch["group"], eps=0.0)[:, None]
+    assert advantage.sum().abs() > 1e-3 * advantage.abs().sum()
+    selfcheck.groups_centered(0, batch.with_columns(advantage=advantage))
+    with pytest.raises(RunStopped, match="advantages of a group sum to"):
+        selfcheck.groups_centered(0, batch.with_columns(advantage=advantage + 1.0))

@@ -127,12 +127,19 @@ def groups_centered(step: int, batch: Batch) -> None:
     first = torch.where(
         batch["mask"].any(1), batch["advantage"].gather(1, batch["mask"].int().argmax(1)[:, None])[:, 0], 0.0
     )
-    zeros = torch.zeros(int(batch["group"].max()) + 1, dtype=first.dtype)
-    earned = masked_sum(
-        batch["token_reward"], batch["mask"], 1
-    ).abs()  # the rounding error of centering grows with this value
-    sums, sizes = (zeros.index_add(0, batch["group"], one.to(first)) for one in (first, first.abs() + 0.02 * earned))
-    off = sums.abs() / sizes.clamp(min=1e-3)
+    groups, count = batch["group"], int(batch["group"].max()) + 1
+    earned = masked_sum(batch["token_reward"].double(), batch["mask"], 1)
+
+    def of_groups(values: Tensor, reduce: str) -> Tensor:
+        """Reduce one value per answer to one per group."""
+        return torch.zeros(count, dtype=values.dtype).scatter_reduce(0, groups, values, reduce, include_self=False)
+
+    spread = of_groups((earned - of_groups(earned, "mean")[groups]).abs(), "amax")
+    scale = torch.where(spread > 0, of_groups(first.abs().double(), "amax") / spread, 0.0)
+    # the rounding error of rewards and their mean, multiplied as the advantages are
+    rounding = 2 * torch.finfo(first.dtype).eps * of_groups(earned.abs(), "sum") * scale
+    sums, sizes = of_groups(first, "sum").abs(), of_groups(first.abs() + 0.02 * earned.abs(), "sum")
+    off = (sums - rounding).clamp(min=0) / sizes.clamp(min=1e-3)
     if bool((off > 1e-3).any()):
         stop(step, f"the advantages of a group sum to {float(off.max()):.4f} of their sizes instead of 0")
 
