@@ -1,17 +1,19 @@
 """Loading of models and tokenizers from Hugging Face folders or names."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from whet.errors import ModelError, first_line
 from whet.ops import address
 
+MISSING = "ids_without_token"
+"""Attribute of a causal LM: the ids that its embedding has and no token of its tokenizer."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -75,8 +77,9 @@ def load_tokenizer(source: ModelSource, *, pad_token: str | None = None) -> Any:
 def load_causal_lm(source: ModelSource, tokenizer: Any = None) -> Any:
     """Load the causal language model of a folder or name; an adapter-only folder is merged into its base.
 
-    The model's own dropout is turned off. Raises ModelError if the model cannot be loaded, or if the tokenizer has ids
-    that the embedding does not have.
+    The model's own dropout is turned off. Ids that no token of the tokenizer has (embeddings are often larger than the
+    vocabulary) are noted on the model, see `Role.missing`. Raises ModelError if the model cannot be loaded, if a weight is
+    NaN or infinite, or if the tokenizer has ids that the embedding does not have.
     """
     from transformers import AutoModelForCausalLM
 
@@ -85,9 +88,34 @@ def load_causal_lm(source: ModelSource, tokenizer: Any = None) -> Any:
     if adapter is not None:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        wrapped = PeftModel.from_pretrained(model, adapter)
+        check_finite(adapter, wrapped.named_parameters())
+        model = wrapped.merge_and_unload()
     _check_vocabulary(source, model, tokenizer)
+    if tokenizer is not None:
+        setattr(model, MISSING, missing_ids(tokenizer, model.get_input_embeddings().weight.shape[0]))
     return _quiet(model)
+
+
+def missing_ids(tokenizer: Any, size: int) -> Tensor | None:
+    """Return the ids below `size` that no token of the tokenizer has, (M,); None if there are none."""
+    known = torch.zeros(size, dtype=torch.bool)
+    known[torch.tensor(sorted(set(tokenizer.get_vocab().values())))] = True
+    missing = (~known).nonzero()[:, 0]
+    return missing if len(missing) else None
+
+
+def check_finite(where: str, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise ModelError if one of these weights, given with their names, is NaN or infinite."""
+    for name, weight in weights:
+        if weight.is_floating_point() and weight.numel():
+            ends = torch.stack(torch.aminmax(weight.detach() if weight.element_size() > 1 else weight.detach().float()))
+            if not bool(torch.isfinite(ends).all()):
+                count = int((~torch.isfinite(weight.detach().float())).sum())
+                raise ModelError(
+                    f"{where}: {name} has {count} of {weight.numel()} values that are NaN or infinite; the file is damaged, or "
+                    "training diverged: take another copy or checkpoint"
+                )
 
 
 def load_scorer(source: ModelSource, tokenizer: Any = None, *, seed: int = 0) -> Any:
@@ -102,7 +130,9 @@ def load_scorer(source: ModelSource, tokenizer: Any = None, *, seed: int = 0) ->
         from peft import PeftModel
 
         plain = _loaded(AutoModelForSequenceClassification.from_pretrained, source, base, num_labels=1)
-        return _quiet(PeftModel.from_pretrained(plain, adapter).merge_and_unload())
+        wrapped = PeftModel.from_pretrained(plain, adapter)
+        check_finite(adapter, wrapped.named_parameters())
+        return _quiet(wrapped.merge_and_unload())
     config = _configuration(base, source.trust_remote_code)
     if is_scorer(base, source.trust_remote_code):
         if config.num_labels != 1:
@@ -121,10 +151,12 @@ def load_scorer(source: ModelSource, tokenizer: Any = None, *, seed: int = 0) ->
 
 
 def _check_vocabulary(source: ModelSource, model: Any, tokenizer: Any) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
-    if tokenizer is not None and len(tokenizer) > rows:
+    if tokenizer is None:
+        return
+    rows, ids = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values()) + 1
+    if ids > rows:
         raise ModelError(
-            f"{source.path}: the tokenizer has {len(tokenizer)} ids but the model only {rows} embeddings; "
+            f"{source.path}: the tokenizer has {ids} ids but the model only {rows} embeddings; "
             "the vocabulary does not fit, use the tokenizer that belongs to the model"
         )
 
@@ -213,7 +245,9 @@ def _loaded(load: Callable[..., Any], source: ModelSource, path: str, **options:
     if lost or about["mismatched_keys"]:
         wrong = ", ".join([*map(str, sorted(lost)), *map(str, about["mismatched_keys"])][:3])
         raise ModelError(f"{source.path}: weights of the model are missing or have another shape ({wrong}, ...)")
-    return model if source.quantize == "4bit" else model.to(device)
+    model = model if source.quantize == "4bit" else model.to(device)
+    check_finite(source.path, model.state_dict().items())
+    return model
 
 
 def _four_bit(device: torch.device) -> Any:

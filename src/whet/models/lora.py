@@ -9,7 +9,7 @@ from torch import nn
 
 from whet.errors import ModelError
 from whet.methods.options import LoRA
-from whet.models.load import scalar_head
+from whet.models.load import check_finite, scalar_head
 from whet.ops import address, addressed_uniform
 
 
@@ -76,7 +76,9 @@ def add_from_folder(wrapped: Any, name: str, folder: str) -> nn.Linear:
         ) from error
     own = dict(wrapped.named_parameters())
     head, placed = None, 0
-    for key, value in load_file(str(Path(folder) / "adapter_model.safetensors")).items():
+    saved_weights = load_file(str(Path(folder) / "adapter_model.safetensors"))
+    check_finite(folder, saved_weights.items())
+    for key, value in saved_weights.items():
         if key.endswith(("score.weight", "classifier.weight")):
             head = value
             continue
@@ -106,6 +108,7 @@ def save_adapter(wrapped: Any, name: str, folder: Path, gather: Callable[[Any], 
     whole = {key: gather(value).contiguous() for key, value in weights.items()}
     if not write:
         return
+    check_finite(f"{folder} is not written", whole.items())
     folder.mkdir(parents=True, exist_ok=True)
     save_file(whole, str(folder / "adapter_model.safetensors"))
     config = wrapped.peft_config[name]

@@ -13,11 +13,25 @@ from torch import Tensor, nn
 
 from whet.data.files import write_json
 from whet.errors import ModelError
-from whet.models.load import scalar_head
+from whet.models.load import MISSING, check_finite, scalar_head
 from whet.models.lora import save_adapter
 
 Readout = Literal["last", "mean", "sum"]
 READOUT_FILE = "whet.json"
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Which fast paths of a role give the numbers of its model's plain forward; None is not tried yet.
+
+    padding   rows of unlike length in one batch, padded on the right; without it rows are read one by one
+    packing   rows one after the other in one sequence
+    cache     decoding with a cache; without it each token takes a forward over the whole sequence
+    """
+
+    padding: bool | None = None
+    packing: bool | None = None
+    cache: bool | None = None
 
 
 @dataclass(eq=False)
@@ -27,7 +41,8 @@ class Role:
     `model` is a Hugging Face causal LM (policy, reference) or one-label sequence classifier (critic, reward). With LoRA,
     `wrapped` is the PeftModel around it, and `adapter` the adapter that this role activates ("" disables all adapters, so
     the role is the base model). Roles with a shared base model have the same `wrapped`. `head` is the scalar head of the
-    role. `readout` says how a score is computed (see `whet.models.readers`), and `shift` is added to the score. If an
+    role. `readout` says how a score is computed (see `whet.models.readers`), and `shift` is added to the score. `paths` is
+    what `whet.models.probe` found. If an
     engine shards the weights over processes, `shell` is the module it wrapped (see `whet.models.shell`), and `gather`
     returns a full parameter; all processes must call it together.
     """
@@ -43,6 +58,7 @@ class Role:
     shell: Any = None
     gather: Callable[[Tensor], Tensor] = field(default=Tensor.detach, repr=False)
     linear_head: bool = field(init=False, default=False)
+    paths: Paths = field(init=False, default=Paths())
 
     def __post_init__(self) -> None:
         if self.head is None and hasattr(self.model, "num_labels") and not self.causal:
@@ -61,6 +77,23 @@ class Role:
     def device(self) -> torch.device:
         """The device of the inputs."""
         return self.model.get_input_embeddings().weight.device
+
+    @property
+    def missing(self) -> Tensor | None:
+        """The ids that no token of the tokenizer has, (M,), which `load_causal_lm` notes; None if there are none."""
+        found: Tensor | None = getattr(self.model, MISSING, None)
+        return found
+
+    def close(self, logits: Tensor) -> Tensor:
+        """Return logits (..., V) with -inf for the ids that no token has, so that they have probability 0."""
+        return logits if self.missing is None else logits.index_fill(-1, self.missing.to(logits.device), -torch.inf)
+
+    def output_bias(self, bias: Tensor | None, like: Tensor, size: int) -> Tensor | None:
+        """Return the bias (V,) of the head with -inf for the ids that no token has, in the dtype and device of `like`."""
+        if self.missing is None:
+            return bias
+        closed = self.close(like.new_zeros(size))
+        return closed if bias is None else bias + closed
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters of this role by name: its adapter and head, or the whole model. Tied ones appear once."""
@@ -162,13 +195,17 @@ class Role:
     def export(self, folder: Path, tokenizer: Any = None, *, merge: bool = True, write: bool = True) -> None:
         """Save a standard Hugging Face folder with merged weights, or only the adapter with `merge=False`.
 
-        If the weights are sharded over processes, all processes must call it; only those with `write` write files.
+        If the weights are sharded over processes, all processes must call it; only those with `write` write files. Raises
+        ModelError, before anything is written, if a weight is NaN or infinite.
         """
+        if self.shell is None and write:
+            check_finite(f"{folder} is not written", self.parameters().items())
         if self.wrapped is not None and not merge:
             save_adapter(self.wrapped, self.adapter, folder, self.gather, write=write)
         elif self.shell is not None:
             whole = {name: value.cpu() for name, value in self.whole() if write}
             if write:
+                check_finite(f"{folder} is not written", whole.items())
                 self.model.save_pretrained(str(folder), state_dict=whole)
         elif write and self.wrapped is not None:
             copy.deepcopy(self.wrapped).merge_and_unload(adapter_names=[self.adapter]).save_pretrained(str(folder))
@@ -194,7 +231,7 @@ class Role:
         the output of the head is replaced by large numbers that must be equal to the logits.
         """
         head = self.model.get_output_embeddings()
-        if not isinstance(head, nn.Linear):
+        if not isinstance(head, nn.Linear) or self.model.base_model is self.model:
             return False
         probe, seen = torch.arange(3, device=self.device)[None], {}
 
