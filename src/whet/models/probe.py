@@ -29,7 +29,7 @@ HALF = 0.25
 """The same bound for weights in half precision."""
 SOME = 16
 """Number of rows that are worth giving to `probe`."""
-LONGEST, SHORTEST, STEPS = 256, 8, 4
+LONGEST, SHORTEST, STEPS = 256, 9, 4
 """Lengths of the rows that are tried, in tokens, and the tokens that are decoded of each."""
 
 
@@ -66,6 +66,8 @@ class _Trial:
             self.truth = self._truth()
         if new:
             self._causal()
+            if role.trained:
+                self._gradient()
             if role.model.training:  # gradient checkpointing
                 gap, why = self._gap(self._alone)
                 if not gap <= self.bound:
@@ -73,6 +75,7 @@ class _Trial:
                         f"model.gradient_checkpointing: in train mode the {role.name} differs {why}; leave it out"
                     )
             with role.sampling():
+                self._adapters()
                 self._head()
                 self._padding()
         with role.sampling() if not role.model.training else nullcontext():
@@ -88,9 +91,9 @@ class _Trial:
         try:
             out = torch.cat([self._plain(row.ids) for row in self.rows])
         except Exception as error:
+            adapters = "; do its adapters fit (model.lora.targets)?" if self.role.adapter else ""
             raise ModelError(
-                f"the {self.role.name} cannot be run on token ids alone ({first_line(error)}); whet trains and samples causal "
-                "language models"
+                f"the {self.role.name} cannot be run on token ids alone ({first_line(error)}){adapters}"
             ) from error
         changed = [name for name, one in self.role.model.named_parameters() if one._version != versions[name]]
         if changed:
@@ -156,6 +159,39 @@ class _Trial:
                 "give a causal model (for encoders like BERT set is_decoder in its configuration)"
             )
 
+    def _adapters(self) -> None:
+        """Refuse adapters whose merged weights would be shared with each other, and name those that the forward does not use."""
+        if not self.role.trained or not self.role.adapter:
+            return
+        own = {
+            name: module
+            for name, module in self.role.model.named_modules()
+            if self.role.adapter in getattr(module, "lora_A", {})
+        }
+        weights: dict[int, str] = {}
+        used: set[str] = set()
+        handles = []
+        for name, module in own.items():
+            other = weights.setdefault(id(module.base_layer.weight), name)
+            if other != name:
+                raise ModelError(
+                    f"model.lora.targets: {other} and {name} share one weight, so their adapters cannot be merged into it; leave "
+                    "them out"
+                )
+            handles.append(module.register_forward_hook(lambda *_, name=name: used.add(name)))
+        try:
+            self._plain(self.rows[0].ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+        idle = sorted({name.rpartition(".")[2] for name in own.keys() - used})
+        if len(used) == 0 and own:
+            raise ModelError(
+                f"model.lora.targets: the forward does not call {', '.join(idle)}, so nothing would be trained"
+            )
+        if idle:
+            self._say(f"its forward does not call {', '.join(idle)}, whose adapters are not trained")
+
     def _head(self) -> None:
         """Read through the model's own forward if hidden states times the weight of the head are not its logits."""
         gap, why = self._gap(self._alone)
@@ -171,6 +207,12 @@ class _Trial:
         self.role.paths = replace(self.role.paths, padding=gap <= self.bound)
         if not self.role.paths.padding:
             self._say(f"rows that are padded on the right differ {why}; they are read one by one, which is slow")
+
+    def _gradient(self) -> None:
+        """Compare the bits: the ratio is exactly 1 only if measuring and updating compute the same."""
+        with torch.enable_grad():
+            found = self._read(self.rows).detach()
+        self.role.paths = replace(self.role.paths, gradient=torch.equal(found, self._read(self.rows)))
 
     def _packing(self) -> None:
         gap, why = self._gap(lambda: self._read(self.rows, packed=True))
@@ -219,14 +261,16 @@ class _Trial:
 def _chosen(rows: Sequence[Tensor], role: Role) -> list[Row]:
     """Return three rows of unlike length whose tokens are all trained: the longest, a middle and a short one.
 
-    They are cut at `LONGEST`, and short ones are repeated. Ids that the model does not have (its tokenizer is another one)
-    are wrapped.
+    They are cut at `LONGEST`, and short ones are repeated. The first has an odd length and the second an even one, so that
+    packed rows begin on no boundary of chunks that a model may have. Ids that the model does not have (its tokenizer is
+    another one) are wrapped.
     """
     size = role.model.get_input_embeddings().weight.shape[0]
     ordered = sorted((one for one in rows if len(one)), key=len)
     out: list[Row] = []
     for number, one in enumerate((ordered[-1], ordered[len(ordered) // 2], ordered[0])):
         length = max(SHORTEST, min(len(one), LONGEST)) - number
+        length -= (length + (number == 0)) % 2
         ids = one.repeat(-(-length // len(one)))[:length] % size
         out.append(Row(ids, 1, torch.ones(length - 1, dtype=torch.bool)))
     return out

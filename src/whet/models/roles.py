@@ -27,11 +27,13 @@ class Paths:
     padding   rows of unlike length in one batch, padded on the right; without it rows are read one by one
     packing   rows one after the other in one sequence
     cache     decoding with a cache; without it each token takes a forward over the whole sequence
+    gradient  a forward without gradient, to the last bit; without it columns are measured as in an update
     """
 
     padding: bool | None = None
     packing: bool | None = None
     cache: bool | None = None
+    gradient: bool | None = None
 
 
 @dataclass(eq=False)
@@ -244,6 +246,8 @@ class Role:
         try:
             with torch.no_grad(), self.active():
                 logits, hidden = self.logits(probe), self.hidden(probe)
+        except Exception:  # the probe tells what is wrong
+            return False
         finally:
             handle.remove()
         same_input = seen["input"].shape == hidden.shape and torch.allclose(seen["input"], hidden, rtol=1e-3, atol=1e-4)
