@@ -49,7 +49,7 @@ class Cached:
         for row, prompt in enumerate(prompts):
             ids[row, longest - len(prompt) :] = torch.tensor(prompt)
             self.mask[row, longest - len(prompt) :] = 1
-        return _finished(self.role, self._forward(ids, (self.mask.cumsum(1) - 1).clamp(min=0)))
+        return _drawable(self.role, self._forward(ids, (self.mask.cumsum(1) - 1).clamp(min=0)))
 
     def keep(self, rows: Tensor) -> None:
         """See `Decoder.keep`."""
@@ -59,12 +59,12 @@ class Cached:
     def next(self, tokens: Tensor) -> Tensor:
         """See `Decoder.next`."""
         self.mask = torch.cat([self.mask, torch.ones(len(tokens), 1, dtype=self.mask.dtype)], 1)
-        return _finished(self.role, self._forward(tokens[:, None].cpu(), self.mask.sum(1, keepdim=True) - 1))
+        return _drawable(self.role, self._forward(tokens[:, None].cpu(), self.mask.sum(1, keepdim=True) - 1))
 
     def every(self, ids: Tensor) -> Tensor:
         """See `Decoder.every`."""
         self.mask = torch.ones(1, len(ids), dtype=torch.long)
-        return _finished(self.role, self._forward(ids[None], torch.arange(len(ids))[None], every=True))
+        return _precise(self.role, self._forward(ids[None], torch.arange(len(ids))[None], every=True))
 
     def _forward(self, ids: Tensor, positions: Tensor, *, every: bool = False) -> Tensor:
         """Return the logits after the last id of each row, (B, V), or after each id of the only row, (S, V)."""
@@ -108,26 +108,28 @@ class Recomputed:
 
     def every(self, ids: Tensor) -> Tensor:
         """See `Decoder.every`."""
-        return _finished(self.role, self.role.logits(ids[None].to(self.role.device))[0])
+        return _precise(self.role, self.role.logits(ids[None].to(self.role.device))[0])
 
     def _last(self, rows: Sequence[Sequence[int]]) -> Tensor:
         longest = max(map(len, rows))
         ids = torch.tensor([[*row] + [row[-1]] * (longest - len(row)) for row in rows]).to(self.role.device)
         at = torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows])
         if not self.role.linear_head:
-            return _finished(self.role, self.role.logits(ids)[at])
-        return _finished(self.role, self.role.model.get_output_embeddings()(self.role.hidden(ids)[at]))
+            return _drawable(self.role, self.role.logits(ids)[at])
+        return _drawable(self.role, self.role.model.get_output_embeddings()(self.role.hidden(ids)[at]))
 
 
-def _finished(role: Role, logits: Tensor) -> Tensor:
-    """Return logits (B, V) in float32 or float64, with -inf for the ids that no token has.
+def _precise(role: Role, logits: Tensor) -> Tensor:
+    """Return logits in float32 or float64, with -inf for the ids that no token has."""
+    return role.close(logits if logits.dtype == torch.float64 else logits.float())
 
-    Raises RunStopped if they contain a NaN or +inf: no token can be drawn from them.
-    """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+
+def _drawable(role: Role, logits: Tensor) -> Tensor:
+    """Return `_precise` logits (B, V). Raises RunStopped if there is a NaN or no finite largest one: no token can be drawn."""
+    logits = _precise(role, logits)
     if not bool(torch.isfinite(logits.amax(-1)).all()):
         raise RunStopped(
-            f"the logits of the {role.name} are NaN or infinite, although its weights are finite: its activations overflow; "
-            "load it in another dtype (--model.dtype float32 or bfloat16)"
+            f"the logits of the {role.name} are NaN or infinite, so no token can be drawn: training diverged, or its activations "
+            "overflow; load it in another dtype (--model.dtype float32 or bfloat16)"
         )
-    return role.close(logits)
+    return logits
