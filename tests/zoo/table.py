@@ -131,6 +131,13 @@ UNSHIFTED = {
 }  # fmt: skip
 """Their own loss compares the logits with the label at the same position: the caller shifts the labels."""
 
+UNCACHED = {
+    "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "camembert", "data2vec-text", "deepseek_v4", "falcon_mamba", "mamba",
+    "mamba2", "marian", "mbart", "minimax", "mvp", "openai-gpt", "pegasus", "plbart", "qwen4_exp_text", "recurrent_gemma", "roberta",
+    "roberta-prelayernorm", "rwkv", "trocr", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlstm", "xmod",
+}  # fmt: skip
+"""Decoded without a cache: their state is no `past_key_values`, or their positions do not know about padding on the left."""
+
 TARGETS = {
     "deepseek_v4": ("gate_proj", "up_proj", "down_proj"),
     "llama4_text": ("q_proj", "v_proj"),

@@ -70,8 +70,9 @@ def test_an_architecture_is_trained_and_sampled_as_its_own_forward_says(kind: st
     packing_is_right_or_refused(kind)
     greedy_is_its_own(role)
     ratio_is_one(role)
-    slow = "without one, which is slow" in capsys.readouterr().err
-    assert slow == (role.paths.cache is False)
+    assert role.paths.padding
+    assert role.paths.cache is (kind not in table.UNCACHED)
+    assert ("answers are generated without one, which is slow" in capsys.readouterr().err) == (kind in table.UNCACHED)
 
 
 def loss_is_its_own(role: Role) -> None:
