@@ -7,11 +7,12 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test engines engines-long lint format bench mutants proof soak gpu bench-push clean help
+.PHONY: demo test zoo engines engines-long lint format bench mutants proof soak gpu bench-push clean help
 
 help:
 	@echo "make demo [SEED=1] [OUT=runs/demo]   the whole recipe on a little world, with a report"
 	@echo "make test                            all tests"
+	@echo "make zoo                             every causal architecture of transformers, tiny, against its own forward"
 	@echo "make engines                         the tests of vLLM, FSDP2, DeepSpeed and Ray, in an environment of their own"
 	@echo "make engines-long                    all of these tests, the long ones too"
 	@echo "make lint                            ruff and mypy"
@@ -49,6 +50,9 @@ demo: .venv/ready
 
 test: .venv/ready
 	.venv/bin/python -m pytest -q -n 2 --dist worksteal --ignore tests/engines
+
+zoo: .venv/ready
+	.venv/bin/python -m pytest -q -n 2 --dist worksteal --long tests/zoo
 
 # Everything listens on loopback alone.
 QUIET = VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 RAY_USAGE_STATS_ENABLED=0 RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 GLOO_SOCKET_IFNAME=lo

@@ -305,6 +305,14 @@ MUTANTS: list[Mutant] = [
         ("return self.weight * self.reduction(", "return self.reduction("),
     ),
     *_of(
+        "models/probe.py",
+        "models/test_probe.py",
+        ("padding=gap <= self.limit", "padding=True"),
+        ("packing=right)", "packing=True)"),
+        ("cache=gap <= self.limit", "cache=True"),
+    ),
+    *_of("models/roles.py", "models/test_missing.py", ("logits.device), -torch.inf)", "logits.device), 0.0)")),
+    *_of(
         "models/readers.py",
         "models/test_readers.py learner generate/test_support.py",
         ("_language(role, flat[at - 1], tokens", "_language(role, flat[at], tokens"),

@@ -33,7 +33,9 @@ ELSEWHERE = {
 """Modules that need other software or are what runs the tests: where they are run."""
 TARGETS = {
     "demo": "tests/demo/test_story.py", "test": ".ci/run", "engines": ".ci/run", "lint": ".ci/run", "mutants": ".ci/run",
-    "engines-long": ".ci/run runs its short form", "format": "ruff, as lint", "help": "this file", "clean": "rm",
+    "engines-long": ".ci/run runs its short form",
+    "zoo": "make test runs its short form",
+    "format": "ruff, as lint", "help": "this file", "clean": "rm",
 }  # fmt: skip
 """Targets whose recipe is no module of `SHORT`: where they are run."""
 

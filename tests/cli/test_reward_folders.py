@@ -25,6 +25,7 @@ from .helpers import whet
 
 PPO = compose.online("ppo")
 LORA = {"model.lora.rank": 4, "trunk": "shared"}
+ROWS = [torch.arange(3, 20)]
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +107,7 @@ def test_the_critic_starts_as_the_reward_model_where_the_caution_says_so(home: P
 
     given = recipe(home, "rm" if trunk == "shared" else "whole", **(LORA | {"trunk": trunk}))
     tokenizer, _ = models.tokenizer_and_chat(given.model)
-    learner = learners.online_learner(given, PPO, 1, tokenizer)
+    learner = learners.online_learner(given, PPO, 1, tokenizer, ROWS)
     batch = Batch.of([Row(torch.tensor([3, 7, 8, 4, 9]), 2, torch.ones(3, dtype=torch.bool))])
     start = read(learner.roles["critic"], batch, frozenset({"final_value"}))["final_value"]
     score = read(learner.roles["reward0"], batch, frozenset({"score"}))["score"]
@@ -117,7 +118,7 @@ def test_an_encoder_scores_through_its_own_forward(home: Path) -> None:
     """As a reward of a run: pooler included, both ways, whatever the lengths in a batch."""
     given = recipe(home, "bert", method="grpo")
     tokenizer, chat = models.tokenizer_and_chat(given.model)
-    learner = learners.online_learner(given, compose.online("grpo"), 1, tokenizer)
+    learner = learners.online_learner(given, compose.online("grpo"), 1, tokenizer, ROWS)
     (reward,) = rewards.rewards_of(given, tokenizer, learner.columns)
     messages = ({"role": "user", "content": "a b"},)
     prompt = Prompt("0", tuple(chat.prompt_ids(messages)), messages)
@@ -159,7 +160,7 @@ def test_what_a_run_cannot_read_is_refused_when_it_is_loaded(home: Path, name: s
     given = recipe(home, *sources, **options)
     tokenizer, _ = models.tokenizer_and_chat(given.model)
     with pytest.raises((ModelError, RecipeError), match=words):
-        learners.online_learner(given, compose.online(method), 1, tokenizer)
+        learners.online_learner(given, compose.online(method), 1, tokenizer, ROWS)
 
 
 def test_separated_embeddings_are_not_sent_to_an_engine_that_shares_them(

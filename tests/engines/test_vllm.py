@@ -26,6 +26,7 @@ from whet.cluster.folders import WeightWriter, contents, unpacked
 from whet.data import Weights
 from whet.distributed import Workers
 from whet.errors import ModelError, RecipeError, RunStopped, WorkerDied
+from whet.generate import Request
 from whet.generate.vllm import push as vllm_push
 from whet.generate.vllm import transports
 from whet.generate.vllm.engine import VLLMGenerator
@@ -101,6 +102,41 @@ def test_log_probs_are_of_the_distribution_that_was_sampled_from(generator: Any,
     gap = e.sampling_gap(list(generator.generate(asked)), asked, generator.role.model)
     print(f"\nsampling gap to transformers {gap:.1e}")
     assert gap < BOUND
+
+
+class Fewer:
+    """A tokenizer of the ids 0 to 19 without 7."""
+
+    def get_vocab(self) -> dict[str, int]:
+        return {str(number): number for number in range(20) if number != 7}
+
+
+def test_ids_without_a_token_have_probability_0_before_and_after_a_push(generator: Any) -> None:
+    """Sampled and scored as softmax over the ids that have one says, by transformers."""
+    known = [number for number in range(20) if number != 7]
+    role, prompts = e.role("qwen3", 1), [h.prompt(0, (2, 3, 4)), h.prompt(1, (9, 8, 11, 12, 4))]
+    asked = [
+        Request(prompt, draw, answer, Sampling(12), 7) for draw, prompt in enumerate(prompts) for answer in range(6)
+    ]
+    generator._close(Fewer())
+    try:
+        for own in (generator.role, role):
+            if own is role:
+                generator.load_weights(Weights(1, own))
+            for sample in generator.generate(asked):
+                prompt = prompts[sample.draw].ids
+                assert set(sample.ids) <= set(known)
+                logits = h.full_logits(own.model, torch.tensor(prompt + sample.ids))
+                logp = logits - logits[:, known].logsumexp(-1, keepdim=True)
+                expected = logp[len(prompt) - 1 : -1].gather(1, torch.tensor(sample.ids)[:, None])[:, 0]
+                torch.testing.assert_close(torch.tensor(sample.sampler_logp), expected, rtol=BOUND, atol=BOUND)
+            ids = torch.tensor(known * 2)
+            logits = h.full_logits(own.model, ids)[:-1]
+            scored = logits.gather(1, ids[1:, None])[:, 0] - logits[:, known].logsumexp(-1)
+            torch.testing.assert_close(generator.logprobs([ids])[0], scored, rtol=BOUND, atol=BOUND)
+    finally:
+        generator._close(None)
+    assert {token for sample in generator.generate(asked) for token in sample.ids} - set(known)
 
 
 def test_greedy_takes_the_most_probable_token_and_is_certain(generator: Any) -> None:

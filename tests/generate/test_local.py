@@ -1,5 +1,6 @@
 """Sampling from a real model: its distribution by enumeration, its log-probs by transformers' full forward."""
 
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -200,3 +201,20 @@ def test_greedy_is_argmax(kind: str) -> None:
         for token in sample.ids:
             assert token == int(h.full_logits(role.model, torch.tensor(ids))[-1].argmax())
             ids.append(token)
+
+
+# --- models whose numbers go wrong ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_logits_that_are_no_numbers_stop_the_run_and_give_no_answers(cache: bool) -> None:
+    from whet.errors import RunStopped
+
+    role = h.policy(dtype=torch.float32)
+    own = generator(role)
+    list(own.generate(asked(Sampling(2))))
+    role.paths = replace(role.paths, cache=cache)
+    with torch.no_grad():
+        role.model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(RunStopped, match="no token can be drawn"):
+        list(own.generate(asked(Sampling(2))))

@@ -343,3 +343,74 @@ def test_a_classifier_that_reads_more_than_text_is_refused() -> None:
             classifier("BartConfig", d_model=32, encoder_layers=1, decoder_layers=1, decoder_start_token_id=0),
             False,
         )
+
+
+# --- NaN and infinite weights -----------------------------------------------------------------------------------------
+
+
+def damage(file: Path, name: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(file)
+    weights[name].view(-1)[3] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def test_nan_in_the_weights_is_refused_for_every_kind_of_folder(tmp_path: Path) -> None:
+    """A policy, a reward model, an adapter of each, and an adapter put on a trunk: the tensor is named."""
+    from whet.methods.options import LoRA
+    from whet.models import lora
+
+    base = tiny.folder(tmp_path / "base")
+    scorer = Role("reward", load.load_scorer(source(base), tiny.tokenizer(), seed=1), True)
+    scorer.export(tmp_path / "scorer", tiny.tokenizer())
+    for kind, scores in (("policy", False), ("reward", True)):
+        model = (load.load_scorer if scores else load.load_causal_lm)(source(base), tiny.tokenizer())
+        wrapped = lora.attach(model, LoRA(rank=2, alpha=4.0), (kind,), seed=1, scorer=scores)
+        Role(kind, model, True, wrapped=wrapped, adapter=kind).export(tmp_path / f"{kind}-adapter", merge=False)
+    for folder, file in (
+        ("base", "model"),
+        ("scorer", "model"),
+        ("policy-adapter", "adapter_model"),
+        ("reward-adapter", "adapter_model"),
+    ):
+        path = tmp_path / folder / f"{file}.safetensors"
+        whole = path.read_bytes()
+        name = "model.norm.weight" if file == "model" else "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
+        damage(path, name)
+        loads = load.load_scorer if folder in ("scorer", "reward-adapter") else load.load_causal_lm
+        with pytest.raises(
+            ModelError, match=rf"{name.removesuffix('.weight').rpartition('.')[2]}.* has 1 of \d+ values that are NaN"
+        ):
+            loads(source(tmp_path / folder), tiny.tokenizer())
+        if folder == "reward-adapter":
+            with pytest.raises(ModelError, match="has 1 of"):
+                lora.add_from_folder(h.trunk()["policy"].wrapped, "reward0", str(tmp_path / folder))
+        path.write_bytes(whole)
+        loads(source(tmp_path / folder), tiny.tokenizer())
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_an_export_with_nan_is_not_written(merge: bool, tmp_path: Path) -> None:
+    roles = h.trunk()
+    for role in (h.policy(), roles["policy"]):
+        with torch.no_grad():
+            next(iter(role.parameters().values())).view(-1)[0] = float("inf")
+        with pytest.raises(ModelError, match=r"is not written: .* has 1 of"):
+            role.export(tmp_path / "out", merge=merge)
+        assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_tokenizer_whose_ids_have_gaps_must_fit_the_embedding(tmp_path: Path) -> None:
+    """What counts is the largest id, not how many tokens there are."""
+
+    class Gap:
+        def get_vocab(self) -> dict[str, int]:
+            return {"a": 0, "b": 27}
+
+        def __len__(self) -> int:
+            return 2
+
+    tiny.folder(tmp_path / "m")
+    with pytest.raises(ModelError, match="the tokenizer has 28 ids but the model only 27"):
+        load.load_causal_lm(source(tmp_path / "m"), Gap())

@@ -287,7 +287,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         _weights(lambda given: {key: value.repeat(2, 1) if "lora_A" in key else value for key, value in given.items()}),
         "size mismatch",
     ),
-    "not finite": (_weights(lambda given: {key: value * torch.inf for key, value in given.items()}), "not finite"),
+    "not finite": (_weights(lambda given: {key: value * torch.inf for key, value in given.items()}), "NaN or infinite"),
     "no head": (
         _weights(lambda given: {key: value for key, value in given.items() if "score" not in key}),
         "no scalar head|lacks .*score",

@@ -1,8 +1,7 @@
-"""Decoding with a transformers model in this process: batched, with a KV cache and removal of finished rows."""
+"""Decoding with a transformers model in this process: batched, with a cache if it is right, and removal of finished rows."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,11 +10,13 @@ from whet.data import Sample, Weights
 from whet.errors import RunStopped
 from whet.generate.base import GeneratorContext, Request, cut, draw, whole
 from whet.methods.options import Sampling
+from whet.models.decode import decoder
+from whet.models.probe import probe
 from whet.models.roles import Role
 from whet.ops import log_softmax, token_logprobs
 
 DROP_SHARE = 0.25
-"""Finished rows are removed from the cache when they are at least this share of its rows."""
+"""Finished rows are removed from the batch when they are at least this share of its rows."""
 
 
 class LocalGenerator:
@@ -24,6 +25,8 @@ class LocalGenerator:
 
     A token of `end_ids` ends an answer and is part of it. Each prompt is read once, whatever its number of answers. With
     `copy` the generator owns its role, and published weights are copied into it; otherwise it uses the learner's role.
+    Before the first answers the role's cache is tried (see `whet.models.probe`); a model whose cache is wrong decodes without.
+    Ids that no token has are never sampled.
     """
 
     reports = frozenset({"sampler_logp", "support"})
@@ -66,6 +69,7 @@ class LocalGenerator:
     def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
         """See `Generator.generate`. Within a call, requests of similar prompt length share a unit."""
         samples: list[Sample | None] = [None] * len(requests)
+        self._prove([request.given() for request in requests])
         with self.role.sampling():
             for places in cut(requests, self.unit):
                 for place, sample in zip(places, self._unit([requests[place] for place in places]), strict=True):
@@ -75,18 +79,18 @@ class LocalGenerator:
     @torch.no_grad()
     def logprobs(self, ids: Sequence[Tensor]) -> list[Tensor]:
         """See `Generator.logprobs`. Each sequence goes through the same forward with a cache that sampling uses."""
+        self._prove([one.tolist() for one in ids])
         out = []
         with self.role.sampling():
             for one in ids:
-                given = {
-                    "attention_mask": torch.ones(1, len(one), dtype=torch.long),
-                    "past_key_values": _new_cache(self.role),
-                }
-                model = self.role.model
-                logits = model(input_ids=one[None].to(self.role.device), use_cache=True, **given).logits[0, :-1]
-                logits = logits if logits.dtype == torch.float64 else logits.float()
+                logits = decoder(self.role).every(one[:-1])
                 out.append(token_logprobs(logits, one[1:].to(logits.device)).cpu())
         return out
+
+    def _prove(self, rows: Sequence[Sequence[int]]) -> None:
+        """Try decoding on the first of these rows, once per role, before the first answer."""
+        if rows and self.role.paths.cache is None:
+            probe(self.role, [torch.tensor(row) for row in rows], cached=True)
 
     def sleep(self) -> None:
         """Do nothing: the weights belong to the learner, or are kept for the next answers."""
@@ -94,33 +98,15 @@ class LocalGenerator:
     def close(self) -> None:
         """Do nothing."""
 
-    def _next(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
-        """Return logits (B, V) of the next token, in float32 or float64, and extend the cache by ids.shape[1] tokens."""
-        device, model = self.role.device, self.role.model
-        given = {"attention_mask": mask.to(device), "position_ids": positions.to(device), "past_key_values": cache}
-        if self.role.linear_head:
-            states = model.base_model(input_ids=ids.to(device), use_cache=True, **given).last_hidden_state
-            logits = model.get_output_embeddings()(states[:, -1])
-        else:
-            logits = model(input_ids=ids.to(device), use_cache=True, **given).logits[:, -1]
-        return logits if logits.dtype == torch.float64 else logits.float()
-
     def _unit(self, requests: Sequence[Request]) -> list[Sample]:
         prompts = list(dict.fromkeys(request.given() for request in requests))
-        longest = max(map(len, prompts))
-        ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-            mask[row, longest - len(prompt) :] = 1
-        cache = _new_cache(self.role)
-        logits = self._next(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), cache)
-
+        own = decoder(self.role)
+        logits = own.first(prompts)
         number = {prompt: row for row, prompt in enumerate(prompts)}
         owner = torch.tensor([number[request.given()] for request in requests])
         live = list(range(len(requests)))  # the request index of each row of the batch
-        logits, mask = logits[owner.to(logits.device)], mask[owner]
-        cache.batch_select_indices(owner.to(self.role.device))
+        logits = logits[owner.to(logits.device)]
+        own.keep(owner)
         tokens: list[list[int]] = [[] for _ in requests]
         logps: list[list[float]] = [[] for _ in requests]
         supports: list[list[tuple[int, ...]]] = [[] for _ in requests]
@@ -139,11 +125,9 @@ class LocalGenerator:
             if not left:
                 break
             if len(live) - len(left) >= DROP_SHARE * len(live):
-                keep = torch.tensor(left)
-                cache.batch_select_indices(keep.to(self.role.device))
-                live, chosen, mask = [live[row] for row in left], chosen[keep.to(chosen.device)], mask[keep]
-            mask = torch.cat([mask, torch.ones(len(live), 1, dtype=mask.dtype)], 1)
-            logits = self._next(chosen[:, None].cpu(), mask, mask.sum(1, keepdim=True) - 1, cache)
+                own.keep(torch.tensor(left))
+                live, chosen = [live[row] for row in left], chosen[torch.tensor(left, device=chosen.device)]
+            logits = own.next(chosen)
         return [
             Sample(
                 request.draw, request.answer, tuple(ids_), tuple(logp_), self.version,
@@ -152,12 +136,6 @@ class LocalGenerator:
             )
             for request, ids_, logp_, support_ in zip(requests, tokens, logps, supports, strict=True)
         ]  # fmt: skip
-
-
-def _new_cache(role: Role) -> Any:
-    from transformers import DynamicCache
-
-    return DynamicCache(config=role.model.config)
 
 
 def _choose(logits: Tensor, requests: Sequence[Request], position: int) -> tuple[Tensor, Tensor, list[tuple[int, ...]]]:

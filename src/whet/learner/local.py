@@ -77,7 +77,9 @@ class LocalLearner:
         """See `Learner.columns`."""
         now: dict[str, Tensor] = {}
         for rows, real in self._dealt(batch):
-            _collect(now, self._read(name, batch.take(rows), bare), rows if real else [], batch)
+            with torch.set_grad_enabled(self.roles[name].paths.gradient is False):
+                fresh = {one: value.detach() for one, value in self._read(name, batch.take(rows), bare).items()}
+            _collect(now, fresh, rows if real else [], batch)
         return self._joined(now)
 
     def update(self, work: Work) -> UpdateResult:

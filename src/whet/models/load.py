@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from whet.errors import ModelError, first_line
 from whet.models import saved_adapters
+from whet.models.finite import check_finite
 from whet.models.tokens import mend_generation_config
 from whet.ops import address
 
+MISSING = "ids_without_token"
+"""Attribute of a causal LM: the ids that its embedding has and no token of its tokenizer."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 HEADS = ("score", "classifier")
 """Names of the head of a sequence classifier."""
@@ -75,8 +78,9 @@ def load_tokenizer(source: ModelSource, *, pad_token: str | None = None) -> Any:
 def load_causal_lm(source: ModelSource, tokenizer: Any = None) -> Any:
     """Load the causal language model of a folder or name; an adapter-only folder is merged into its base.
 
-    The model's own dropout is turned off. Raises ModelError if the model cannot be loaded, if the adapter cannot be merged, or
-    if the tokenizer has ids that the embedding does not have.
+    The model's own dropout is turned off. Ids that no token of the tokenizer has (embeddings are often larger than the
+    vocabulary) are noted on the model, see `Role.missing`. Raises ModelError if the model cannot be loaded, if a weight is
+    NaN or infinite, if the adapter cannot be merged, or if the tokenizer has ids that the embedding does not have.
     """
     from transformers import AutoModelForCausalLM
 
@@ -88,7 +92,17 @@ def load_causal_lm(source: ModelSource, tokenizer: Any = None) -> Any:
         model = _merged(source, _quiet(model), adapter)
     _check_vocabulary(source, model, tokenizer)
     mend_generation_config(model, source.path)
+    if tokenizer is not None:
+        setattr(model, MISSING, missing_ids(tokenizer, model.get_input_embeddings().weight.shape[0]))
     return _quiet(model)
+
+
+def missing_ids(tokenizer: Any, size: int) -> Tensor | None:
+    """Return the ids below `size` that no token of the tokenizer has, (M,); None if there are none."""
+    known = torch.zeros(size, dtype=torch.bool)
+    known[torch.tensor(sorted(set(tokenizer.get_vocab().values())))] = True
+    missing = (~known).nonzero()[:, 0]
+    return missing if len(missing) else None
 
 
 def load_scorer(source: ModelSource, tokenizer: Any = None, *, seed: int = 0) -> Any:
@@ -156,10 +170,12 @@ def _merged(source: ModelSource, model: Any, adapter: str) -> Any:
 
 
 def _check_vocabulary(source: ModelSource, model: Any, tokenizer: Any) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
-    if tokenizer is not None and len(tokenizer) > rows:
+    if tokenizer is None:
+        return
+    rows, ids = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values()) + 1
+    if ids > rows:
         raise ModelError(
-            f"{source.path}: the tokenizer has {len(tokenizer)} ids but the model only {rows} embeddings; "
+            f"{source.path}: the tokenizer has {ids} ids but the model only {rows} embeddings; "
             "the vocabulary does not fit, use the tokenizer that belongs to the model"
         )
 
@@ -257,7 +273,9 @@ def _loaded(
     if lost or about["mismatched_keys"]:
         wrong = ", ".join([*map(str, sorted(lost)), *map(str, about["mismatched_keys"])][:3])
         raise ModelError(f"{source.path}: weights of the model are missing or have another shape ({wrong}, ...)")
-    return model if source.quantize == "4bit" else model.to(device)
+    model = model if source.quantize == "4bit" else model.to(device)
+    check_finite(source.path, model.state_dict().items())
+    return model
 
 
 def _four_bit(device: torch.device) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from whet.errors import ModelError, first_line
 from whet.methods.options import LoRA
 from whet.models import load, saved_adapters
+from whet.models.finite import check_finite
 from whet.models.saved_adapters import owner
 from whet.ops import address, addressed_uniform
 
@@ -227,6 +228,7 @@ def save_adapter(wrapped: Any, name: str, folder: Path, gather: Callable[[Any], 
     whole = {key: gather(value).contiguous() for key, value in weights.items()}
     if not write:
         return
+    check_finite(f"{folder} is not written", whole.items())
     folder.mkdir(parents=True, exist_ok=True)
     save_file(whole, str(folder / "adapter_model.safetensors"))
     config = wrapped.peft_config[name]

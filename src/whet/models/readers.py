@@ -43,8 +43,10 @@ def read(
     """Compute these columns of the batch (names in `BARE`) with the role's model, with gradient if it is enabled.
 
     Columns are (B, T) per token, 0 outside the mask of each row, and (B,) for score and final_value. `packed` concatenates
-    the rows with a block-causal mask instead of padding them. exact_kl is the KL to `reference`. If the batch has a support,
-    logp and entropy are of the truncated distribution, full_logp and full_entropy of the distribution over the whole vocabulary.
+    the rows with a block-causal mask instead of padding them. A role that the probe found to be disturbed by packing is
+    padded, and one that padding disturbs is read row by row. exact_kl is the KL to `reference`. If the batch has a support,
+    logp and entropy are of the truncated distribution, full_logp and full_entropy of the distribution over the whole
+    vocabulary. Ids that no token has (`Role.missing`) have probability 0.
     """
     other = None
     if "exact_kl" in names:
@@ -64,22 +66,21 @@ def _read_off(
         rest = names - ATTENTION.keys()
         out = _read_off(role, batch, rest, packed, dropout, other) if rest else {}
         return out | _attention(role, batch, names & ATTENTION.keys())
-    ids, layout, where = _laid_out(role, batch, packed)
+    layouts, offsets = _laid_out(role, batch.rows, packed)
     numbers = batch.columns["number"] if "number" in batch.columns else torch.arange(len(batch.rows))
-    row_of, position_of = where.addresses(numbers)
     with ExitStack() as stack:
         stack.enter_context(role.active())
         if dropout is not None:
+            row_of, position_of = layouts[0].addresses(offsets, numbers)
             dropout.put_on(role.model, row_of.to(role.device), position_of.to(role.device), stack)
-        states = role.hidden if role.linear_head or not names & LANGUAGE else role.logits
-        flat = states(ids, **layout).flatten(0, 1)
+        flat = _forward(role, layouts, role.linear_head or not names & LANGUAGE)
     with role.active():
-        return _columns(role, batch, names, where, flat, other)
+        return _columns(role, batch, names, offsets, flat, other)
 
 
 @dataclass(frozen=True)
 class _Other:
-    """Input of the exact KL from the reference: flat hidden states and the head, or flat logits."""
+    """Input of the exact KL from the reference: hidden states of the trained tokens and the head, or their logits."""
 
     states: Tensor
     weight: Tensor | None
@@ -90,22 +91,37 @@ class _Other:
 def _other(reference: Role, batch: Batch, packed: bool) -> _Other:
     states = through(reference, _states, reference, batch, packed)["states"]
     if not reference.linear_head:
-        return _Other(states, None, None)
+        return _Other(reference.close(states), None, None)
     head = reference.model.get_output_embeddings()
-    return _Other(states, reference.gather(head.weight), None if head.bias is None else reference.gather(head.bias))
+    weight = reference.gather(head.weight)
+    bias = None if head.bias is None else reference.gather(head.bias)
+    return _Other(states, weight, reference.output_bias(bias, weight, len(weight)))
 
 
 def _states(reference: Role, batch: Batch, packed: bool) -> dict[str, Tensor]:
-    ids, layout, _ = _laid_out(reference, batch, packed)
+    layouts, offsets = _laid_out(reference, batch.rows, packed)
     with reference.active():
-        return {
-            "states": (reference.hidden if reference.linear_head else reference.logits)(ids, **layout).flatten(0, 1)
-        }
+        flat = _forward(reference, layouts, reference.linear_head)
+    return {"states": flat[_Trained.of(batch).at(offsets) - 1]}
 
 
-def _laid_out(role: Role, batch: Batch, packed: bool) -> tuple[Tensor, dict[str, Tensor], "_Where"]:
-    ids, layout, where = (_packed if packed else _padded)(batch.rows)
-    return ids.to(role.device), {name: tensor.to(role.device) for name, tensor in layout.items()}, where
+def _laid_out(role: Role, rows: Sequence[Row], packed: bool) -> tuple[list["_Layout"], Tensor]:
+    """Return the inputs of one or more forwards of the role, and where each row starts in their flat positions, (B,)."""
+    lengths = torch.tensor([row.length for row in rows])
+    joined = lengths.cumsum(0) - lengths
+    if packed and role.paths.packing is not False:
+        return [_packed(rows)], joined
+    if role.paths.padding is False:
+        return [_Layout(row.ids[None]) for row in rows], joined
+    ids = pad_ids(rows)
+    return [_Layout(ids)], torch.arange(len(rows)) * ids.shape[1]
+
+
+def _forward(role: Role, layouts: Sequence["_Layout"], hidden: bool) -> Tensor:
+    """Return the hidden states (N, H) or the logits (N, V) of all positions of the layouts, flat."""
+    states = role.hidden if hidden else role.logits
+    parts = [states(one.ids.to(role.device), **one.more(role.device)).flatten(0, 1) for one in layouts]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _text_scores(role: Role, batch: Batch, names: frozenset[str], dropout: Dropout | None) -> dict[str, Tensor]:
@@ -132,7 +148,14 @@ def _attention(role: Role, batch: Batch, names: frozenset[str]) -> dict[str, Ten
     ids, mask = pad_ids(batch.rows).to(role.device), _record_mask(batch.rows)
     last = torch.tensor([_last(one) for one in batch.rows])
     with role.active():
-        weights = role.attention(ids)[torch.arange(len(last)), :, last]  # (B, heads, S)
+        if role.paths.padding is False:
+            each = [
+                role.attention(row.ids[None].to(role.device))[0, :, at]
+                for row, at in zip(batch.rows, last, strict=True)
+            ]
+            weights = torch.stack([functional.pad(one, (0, ids.shape[1] - one.shape[1])) for one in each])
+        else:
+            weights = role.attention(ids)[torch.arange(len(last)), :, last]  # (B, heads, S)
     starts = torch.tensor([one.start for one in batch.rows])
     places = (starts[:, None] + torch.arange(mask.shape[1])).clamp(max=ids.shape[1] - 1)
     out = {}
@@ -147,15 +170,14 @@ def _columns(
     role: Role,
     batch: Batch,
     names: frozenset[str],
-    where: "_Where",
+    offsets: Tensor,
     flat: Tensor,
     other: _Other | None,
 ) -> dict[str, Tensor]:
-    mask = _record_mask(batch.rows)
-    row, step = mask.nonzero(as_tuple=True)
-    starts = torch.tensor([r.start for r in batch.rows])
+    trained = _Trained.of(batch)
+    mask, row, step = trained.mask, trained.row, trained.step
     tokens = torch.cat([r.ids[r.start :][r.mask] for r in batch.rows])
-    at = where.offsets[row] + starts[row] + step  # flat index of each trained token
+    at = trained.at(offsets)
     out: dict[str, Tensor] = {}
 
     def spread(values: Tensor) -> Tensor:
@@ -167,7 +189,7 @@ def _columns(
         support = batch["support"][row, step] if "support" in batch.columns else None
         read_off = _language(role, flat[at - 1], tokens, temperature, support, names)
         if other is not None:
-            read_off["exact_kl"] = _exact_kl(role, flat[at - 1], other, other.states[at - 1], temperature)
+            read_off["exact_kl"] = _exact_kl(role, flat[at - 1], other, temperature)
         out |= {name: spread(values) for name, values in read_off.items() if name in names}
     if names & SCALAR:
         if role.head is None:
@@ -177,10 +199,10 @@ def _columns(
         if "value" in names:
             out["value"] = spread(_scalar(role, flat[at - 1]) + each)
         if "final_value" in names:
-            last = where.offsets + torch.tensor([_last(one) for one in batch.rows])
+            last = offsets + torch.tensor([_last(one) for one in batch.rows])
             out["final_value"] = _scalar(role, flat[last]) + each
         if "score" in names and role.readout == "last":
-            scored = where.offsets + torch.tensor([_scored(one, role.pad_id) for one in batch.rows])
+            scored = offsets + torch.tensor([_scored(one, role.pad_id) for one in batch.rows])
             out["score"] = _scalar(role, flat[scored]) + each
         if "token_score" in names or ("score" in names and role.readout != "last"):
             dense = spread(_scalar(role, flat[at]) + each)
@@ -201,7 +223,7 @@ def _language(
     out: dict[str, Tensor] = {}
     if role.linear_head:
         head = role.model.get_output_embeddings()
-        weight, bias = head.weight, head.bias
+        weight, bias = head.weight, role.output_bias(head.bias, head.weight, len(head.weight))
     else:  # the states are logits
         states, weight, bias = states.to(_precise(states)), None, None
 
@@ -210,7 +232,7 @@ def _language(
             return linear_logprobs(
                 states, weight, tokens, bias=bias, temperature=temperature, support=within, with_entropy=with_entropy
             )
-        logits = states / temperature[:, None]
+        logits = role.close(states) / temperature[:, None]
         uncertainty = entropy(logits, support=within) if with_entropy else None
         return token_logprobs(logits, tokens, support=within), uncertainty
 
@@ -222,9 +244,11 @@ def _language(
     elif names & {"full_logp", "full_entropy"}:
         out |= _named(names, "full_", *logprobs(None, "full_entropy" in names))
     if "collision" in names:
-        own = torch.eye(states.shape[1], dtype=states.dtype, device=states.device) if weight is None else weight
+        if weight is None:
+            weight = torch.eye(states.shape[1], dtype=states.dtype, device=states.device)
+            bias = role.output_bias(None, states, states.shape[1])
         out["collision"] = linear_collision(
-            states, own, bias=bias, temperature=temperature.to(_precise(states)), support=support
+            states, weight, bias=bias, temperature=temperature.to(_precise(states)), support=support
         )
     return out
 
@@ -235,15 +259,16 @@ def _named(names: frozenset[str], prefix: str, logp: Tensor, uncertainty: Tensor
     return out | ({f"{prefix}entropy": uncertainty} if uncertainty is not None else {})
 
 
-def _exact_kl(role: Role, states: Tensor, other: _Other, theirs: Tensor, temperature: Tensor) -> Tensor:
+def _exact_kl(role: Role, states: Tensor, other: _Other, temperature: Tensor) -> Tensor:
     """Compute KL(policy || reference) over the whole vocabulary at each trained token, (N,)."""
-    scale, theirs = temperature.to(_precise(states)), theirs.to(states.device)
+    scale, theirs = temperature.to(_precise(states)), other.states.to(states.device)
     head = role.model.get_output_embeddings() if role.linear_head else None
     if head is None or other.weight is None:
-        own = states if head is None else head(states)
+        own = role.close(states if head is None else head(states))
         full = theirs if other.weight is None else functional.linear(theirs, other.weight, other.bias)
         return exact_kl(own.to(scale.dtype) / scale[:, None], full.to(scale.dtype) / scale[:, None])
-    return linear_kl(states, head.weight, theirs, other.weight, bias=head.bias, ref_bias=other.bias, temperature=scale)
+    bias = role.output_bias(head.bias, head.weight, len(head.weight))
+    return linear_kl(states, head.weight, theirs, other.weight, bias=bias, ref_bias=other.bias, temperature=scale)
 
 
 def _precise(x: Tensor) -> torch.dtype:
@@ -271,38 +296,52 @@ def _scored(row: Row, pad_id: int | None) -> int:
 
 
 @dataclass(frozen=True)
-class _Where:
-    """The start of each row in the flattened (B x S) positions, (B,), and the shape of the layout."""
+class _Layout:
+    """Input of one forward: ids (B, S), and their positions if they do not simply count up in each row."""
 
-    offsets: Tensor
-    shape: tuple[int, int]
+    ids: Tensor
+    positions: Tensor | None = None
 
-    def addresses(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    def more(self, device: torch.device) -> dict[str, Tensor]:
+        """Return the arguments of the forward besides the ids."""
+        return {} if self.positions is None else {"position_ids": self.positions.to(device)}
+
+    def addresses(self, offsets: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """Return (row number, position in the row) of each flat position, each in the shape of the layout."""
-        flat = torch.arange(self.shape[0] * self.shape[1])
-        index = torch.searchsorted(self.offsets, flat, right=True) - 1
-        return numbers[index].reshape(self.shape), (flat - self.offsets[index]).reshape(self.shape)
+        flat = torch.arange(self.ids.numel())
+        index = torch.searchsorted(offsets, flat, right=True) - 1
+        return numbers[index].reshape(self.ids.shape), (flat - offsets[index]).reshape(self.ids.shape)
 
 
-def _padded(rows: Sequence[Row]) -> tuple[Tensor, dict[str, Tensor], _Where]:
-    ids = pad_ids(rows)
-    return (
-        ids,
-        {},
-        _Where(torch.arange(len(rows)) * ids.shape[1], (ids.shape[0], ids.shape[1])),
-    )
-
-
-def _packed(rows: Sequence[Row]) -> tuple[Tensor, dict[str, Tensor], _Where]:
+def _packed(rows: Sequence[Row]) -> _Layout:
     """Concatenate all ids, with positions that restart at 0 in each row; transformers then masks attention between rows.
 
     A mask made here would miss the changes of each layer (a sliding window) and the format of each attention kernel.
     """
-    lengths = torch.tensor([row.length for row in rows])
-    ids = torch.cat([row.ids for row in rows])[None]
-    offsets = lengths.cumsum(0) - lengths
-    positions = torch.arange(ids.shape[1]) - torch.repeat_interleave(offsets, lengths)
-    return ids, {"position_ids": positions[None]}, _Where(offsets, (1, ids.shape[1]))
+    return _Layout(
+        torch.cat([row.ids for row in rows])[None], torch.cat([torch.arange(row.length) for row in rows])[None]
+    )
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """The trained tokens of a batch: their mask (B, T), and the row, step and position in the row of each, (N,)."""
+
+    mask: Tensor
+    row: Tensor
+    step: Tensor
+    position: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch) -> "_Trained":
+        """Return the trained tokens of the rows."""
+        mask = _record_mask(batch.rows)
+        row, step = mask.nonzero(as_tuple=True)
+        return cls(mask, row, step, torch.tensor([one.start for one in batch.rows])[row] + step)
+
+    def at(self, offsets: Tensor) -> Tensor:
+        """Return the flat index of each token, (N,), if the rows start at these offsets."""
+        return offsets[self.row] + self.position
 
 
 def _record_mask(rows: Sequence[Row]) -> Tensor:

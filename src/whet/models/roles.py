@@ -15,12 +15,29 @@ from whet.data import chat_format
 from whet.data.files import write_json
 from whet.errors import ModelError, first_line
 from whet.models import saved_adapters
-from whet.models.load import scalar_head
+from whet.models.finite import check_finite
+from whet.models.load import MISSING, scalar_head
 from whet.models.lora import save_adapter
 from whet.models.tokens import write_config, write_tokens
 
 Readout = Literal["last", "mean", "sum"]
 READOUT_FILE = "whet.json"
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Which fast paths of a role give the numbers of its model's plain forward; None is not tried yet.
+
+    padding   rows of unlike length in one batch, padded on the right; without it rows are read one by one
+    packing   rows one after the other in one sequence
+    cache     decoding with a cache; without it each token takes a forward over the whole sequence
+    gradient  a forward without gradient, to the last bit; without it columns are measured as in an update
+    """
+
+    padding: bool | None = None
+    packing: bool | None = None
+    cache: bool | None = None
+    gradient: bool | None = None
 
 
 @dataclass(eq=False)
@@ -31,9 +48,9 @@ class Role:
     `wrapped` is the PeftModel around it, and `adapter` the adapter that this role activates ("" disables all adapters, so
     the role is the base model). Roles with a shared base model have the same `wrapped`. `head` is the scalar head of the
     role, None for a classifier that is read through its own forward (see `whole_text`). `readout` says how a score is
-    computed (see `whet.models.readers`), and `shift` is added to the score. If an engine shards the weights over processes,
-    `shell` is the module it wrapped (see `whet.models.shell`), and `gather` returns a full parameter; all processes must
-    call it together.
+    computed (see `whet.models.readers`), and `shift` is added to the score. `paths` is what `whet.models.probe` found. If an
+    engine shards the weights over processes, `shell` is the module it wrapped (see `whet.models.shell`), and `gather`
+    returns a full parameter; all processes must call it together.
     """
 
     name: str
@@ -48,6 +65,7 @@ class Role:
     gather: Callable[[Tensor], Tensor] = field(default=Tensor.detach, repr=False)
     linear_head: bool = field(init=False, default=False)
     pads: bool = field(init=False, default=False)
+    paths: Paths = field(init=False, default=Paths())
 
     def __post_init__(self) -> None:
         if self.head is None and not self.causal:
@@ -83,6 +101,23 @@ class Role:
     def device(self) -> torch.device:
         """The device of the inputs."""
         return self.model.get_input_embeddings().weight.device
+
+    @property
+    def missing(self) -> Tensor | None:
+        """The ids that no token of the tokenizer has, (M,), which `load_causal_lm` notes; None if there are none."""
+        found: Tensor | None = getattr(self.model, MISSING, None)
+        return found
+
+    def close(self, logits: Tensor) -> Tensor:
+        """Return logits (..., V) with -inf for the ids that no token has, so that they have probability 0."""
+        return logits if self.missing is None else logits.index_fill(-1, self.missing.to(logits.device), -torch.inf)
+
+    def output_bias(self, bias: Tensor | None, like: Tensor, size: int) -> Tensor | None:
+        """Return the bias (V,) of the head with -inf for the ids that no token has, in the dtype and device of `like`."""
+        if self.missing is None:
+            return bias
+        closed = self.close(like.new_zeros(size))
+        return closed if bias is None else bias + closed
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters of this role by name: its adapter and head, or the whole model. Tied ones appear once."""
@@ -185,17 +220,21 @@ class Role:
         """Save a standard Hugging Face folder with merged weights, or only the adapter with `merge=False`.
 
         If the weights are sharded over processes, all processes must call it; only those with `write` write files. Raises
-        ModelError for a role on a shared trunk that has a head of its own, because no folder form has both.
+        ModelError for a role on a shared trunk that has a head of its own, because no folder form has both, and, before anything is
+        written, if a weight is NaN or infinite.
         """
         if self.causal and self.head is not None:
             raise ModelError(
                 f"the {self.name} is a scalar head on the policy's model, which is not exported on its own"
             )
+        if self.shell is None and write:
+            check_finite(f"{folder} is not written", self.parameters().items())
         if self.wrapped is not None and not merge:
             save_adapter(self.wrapped, self.adapter, folder, self.gather, write=write)
         elif self.shell is not None:
             whole = {name: value.cpu() for name, value in self.whole() if write}
             if write:
+                check_finite(f"{folder} is not written", whole.items())
                 self.model.save_pretrained(str(folder), state_dict=whole | saved_adapters.buffers(self.model))
                 if self.unties:
                     write_config(folder, tie_word_embeddings=False)
@@ -244,7 +283,7 @@ class Role:
         the output of the head is replaced by large numbers that must be equal to the logits.
         """
         head = self.model.get_output_embeddings()
-        if not isinstance(head, nn.Linear):
+        if not isinstance(head, nn.Linear) or self.model.base_model is self.model:
             return False
         probe, seen = torch.arange(3, device=self.device)[None], {}
 
@@ -257,6 +296,8 @@ class Role:
         try:
             with torch.no_grad(), self.active():
                 logits, hidden = self.logits(probe), self.hidden(probe)
+        except Exception:  # the probe tells what is wrong
+            return False
         finally:
             handle.remove()
         same_input = seen["input"].shape == hidden.shape and torch.allclose(seen["input"], hidden, rtol=1e-3, atol=1e-4)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from whet.errors import ModelError, first_line
+from whet.models.finite import check_finite
 
 _OWNED = re.compile(r"(?:^|\.)(?:lora_\w+|modules_to_save|trainable_tokens_\w+)\.(\w+)(?:\.|$)")
 PREFIX = "base_model.model."
@@ -84,9 +85,7 @@ def weights_of(path: str) -> dict[str, Tensor]:
         raise ModelError(
             f"{file}: the adapter's weights cannot be read ({first_line(error)}); save them again as safetensors"
         ) from error
-    broken = next((name for name, value in weights.items() if not bool(torch.isfinite(value).all())), None)
-    if broken is not None:
-        raise ModelError(f"{file}: {broken} has numbers that are not finite; take another checkpoint of the adapter")
+    check_finite(str(file), weights.items())
     return weights
 
 

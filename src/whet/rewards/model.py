@@ -6,6 +6,7 @@ import torch
 
 from whet.data import Batch, Chat, Group, Row, extras_of, micro_batches
 from whet.errors import RecipeError, RewardError
+from whet.models.probe import probe
 from whet.models.readers import read
 from whet.models.roles import Role
 from whet.rewards.base import Scores
@@ -15,11 +16,14 @@ Reading = Callable[[Batch, frozenset[str]], Mapping[str, torch.Tensor]]
 
 
 def reading(role: Role, budget: int) -> Reading:
-    """Return a function that runs a role in this process, in micro-batches of at most `budget` tokens."""
+    """Return a function that runs a role in this process, in micro-batches of at most `budget` tokens. Its first rows are
+    those that the role is tried on (see `whet.models.probe`)."""
 
     @torch.no_grad()
     def read_all(batch: Batch, names: frozenset[str]) -> dict[str, torch.Tensor]:
         out: dict[str, torch.Tensor] = {}
+        if role.paths.padding is None:
+            probe(role, [row.ids for row in batch.rows])
         for places in micro_batches(batch, budget):
             for name, values in read(role, batch.take(places), names).items():
                 batch.scatter(out, name, places, values.cpu())

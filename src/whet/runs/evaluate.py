@@ -6,6 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from whet.data import Batch
 from whet.data.degenerate import constant
 from whet.data.files import write_json, write_jsonl
 from whet.errors import RecipeError
@@ -14,6 +17,7 @@ from whet.learner.local import LocalLearner
 from whet.loops import evaluate
 from whet.methods import compose
 from whet.models import load
+from whet.models.probe import SOME, probe
 from whet.ops import address
 from whet.runs import data, models, rewards, sample
 from whet.runs import recipe as fields
@@ -59,6 +63,8 @@ def _win_rates(recipe: fields.EvalRecipe) -> dict[str, float]:
     if isinstance(generator, LocalGenerator) and recipe.sampling.temperature > 0 and not recipe.sampling.truncates:
         exact = True
         roles = {"policy": generator.role, "reference": other}
+        for role in roles.values():
+            probe(role, [torch.tensor(prompt.ids) for prompt in prompts[:SOME]])
         learner = LocalLearner(roles, {}, total=1, budget=recipe.max_tokens_per_micro_batch)
         divergence = evaluate.kl(learner, ours, recipe.sampling.temperature).tolist()
     numbers: dict[str, float] = {"prompts": len(prompts)}
@@ -105,5 +111,6 @@ def _held_out(recipe: fields.EvalRecipe) -> dict[str, float]:
         role = models.causal_role("policy", recipe.model, tokenizer, trained=False, seed=0)
         objective, reading = compose.SFT, "demonstrations"
     elements = data.rows_of(recipe.data, data.cautioned(getattr(reader, reading), chat))
+    probe(role, [row.ids for row in Batch.of(elements[:SOME]).rows])
     learner = LocalLearner({role.name: role}, {}, total=1, budget=recipe.max_tokens_per_micro_batch)
     return {key.rpartition("/")[2]: value for key, value in evaluate.held_out(learner, objective, elements).items()}

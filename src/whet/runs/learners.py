@@ -1,16 +1,19 @@
 """Build the learner of a recipe on its backend."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from whet.distributed import Workers
-from whet.errors import RecipeError
+from whet.errors import ModelError, RecipeError
 from whet.learner.base import LEARNERS, LearnerContext, ShardedOptions
 from whet.learner.local import LocalLearner
 from whet.methods import Algorithm, Objective
 from whet.methods.options import Optim
 from whet.models import load
+from whet.models.probe import probe
 from whet.models.roles import Role
 from whet.rewards import Weighted
 from whet.rewards.shared import SharedReward
@@ -64,11 +67,25 @@ def learner_of(
     optims: dict[str, Optim],
     total: int,
     workers: Workers,
+    rows: Sequence[Tensor],
 ) -> LocalLearner:
-    """Build a learner of these roles on the backend of the recipe. `total` is the number of updates of the run."""
+    """Build a learner of these roles on the backend of the recipe, after trying how they are read on some `rows` (token ids).
+
+    `total` is the number of updates of the run. Raises ModelError as `probe`, and for a model whose rows must be read one by
+    one if the weights are sharded or with dropout, which need batches.
+    """
     found, context = chosen_of(recipe, workers.size)
     kind: Callable[..., LocalLearner] = found.make(context)
     dropout = recipe.train.dropout if isinstance(recipe.train, fields.Train) else 0.0
+    for name, role in roles.items():
+        probe(role, rows, packed=recipe.train.packing)
+        if role.paths.padding is False and (is_sharded(recipe, workers.size) or (dropout and role.trained)):
+            what = (
+                "train.dropout: leave it out"
+                if dropout
+                else f"learner.backend: {context.name} shards the weights; use ddp"
+            )
+            raise ModelError(f"{what}, because padding disturbs the {name}, so its rows are read one by one")
     return kind(
         roles, optims, total=total, budget=recipe.train.max_tokens_per_micro_batch, packed=recipe.train.packing, dropout=dropout,
         seed=recipe.seed, workers=workers,
@@ -76,9 +93,15 @@ def learner_of(
 
 
 def offline_learner(
-    recipe: fields.OfflineRecipe, objective: Objective, total: int, tokenizer: Any, workers: Workers = Workers()
+    recipe: fields.OfflineRecipe,
+    objective: Objective,
+    total: int,
+    tokenizer: Any,
+    rows: Sequence[Tensor],
+    workers: Workers = Workers(),
 ) -> LocalLearner:
-    """Load the models of an offline run and build its learner. `total` is the number of updates of the run."""
+    """Load the models of an offline run and build its learner. `total` is the number of updates of the run, `rows` some of
+    its rows as token ids."""
     load.quiet()
     if isinstance(recipe, fields.RewardModelRecipe):
         role = models.scorer_role(
@@ -91,7 +114,7 @@ def offline_learner(
     roles = {role.name: role}
     if isinstance(recipe, fields.PreferenceRecipe) and "ref_logp" in objective.reads():
         roles["reference"] = models.reference_role(recipe.model, role, recipe.reference, tokenizer)
-    return learner_of(recipe, roles, {role.name: recipe.optim}, total, workers)
+    return learner_of(recipe, roles, {role.name: recipe.optim}, total, workers, rows)
 
 
 def _check_whole_text(recipe: fields.RewardModelRecipe, role: Role) -> None:
@@ -109,17 +132,19 @@ def online_learner(
     algorithm: Algorithm,
     total: int,
     tokenizer: Any,
+    rows: Sequence[Tensor],
     workers: Workers = Workers(),
     *,
     scores: bool = True,
 ) -> LocalLearner:
-    """Load the models of an online run, with its reward models if `scores` is True, and build its learner."""
+    """Load the models of an online run, with its reward models if `scores` is True, and build its learner. `rows` are some
+    of its prompts as token ids."""
     load.quiet()
     cast = models.cast(recipe, algorithm, tokenizer)
     roles = dict(cast.roles)
     if scores:
         roles |= rewards.reward_roles(recipe, roles["policy"] if recipe.trunk == "shared" else None)
-    return learner_of(recipe, roles, cast.optims, total, workers)
+    return learner_of(recipe, roles, cast.optims, total, workers, rows)
 
 
 def shared_rewards(

@@ -18,6 +18,7 @@ from whet.loops import evaluate, offline
 from whet.loops.interrupt import Stop
 from whet.methods import Objective, compose
 from whet.models import tokens
+from whet.models.probe import SOME
 from whet.runs import checks, config, data, folder, learners, models
 from whet.runs import recipe as fields
 from whet.runs.slots import checked
@@ -39,7 +40,9 @@ class OfflineJob:
     @property
     def make(self) -> Callable[..., Learner]:
         """A function that builds the learner of a worker: `make(workers)`."""
-        return partial(learners.offline_learner, self.recipe, self.objective, self.plan.steps, self.tokenizer)
+        some = [source[number] for source in self.sources for number in range(min(SOME, len(source)))]
+        rows = [row.ids for row in Batch.of(some[:SOME]).rows]
+        return partial(learners.offline_learner, self.recipe, self.objective, self.plan.steps, self.tokenizer, rows)
 
     def loop(self, learner: Learner, where: Path, options: folder.Options, stop: Stop) -> offline.OfflineLoop:
         """Open the run folder and return the training loop."""

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from whet.data import Chat, Element, Prompt, read_rows
 from whet.data.batching import per_epoch
 from whet.distributed import first, launched
@@ -19,6 +21,7 @@ from whet.loops import online
 from whet.loops.interrupt import Stop
 from whet.methods import Algorithm, compose
 from whet.models import load
+from whet.models.probe import SOME
 from whet.rewards import Weighted
 from whet.runs import checks, config, data, folder, generators, learners, models, rewards
 from whet.runs import recipe as fields
@@ -44,8 +47,9 @@ class OnlineJob:
     def make(self) -> Callable[..., Learner]:
         """A function that builds the learner of a worker: `make(workers)`."""
         scores = not self.recipe.cluster.rewards
+        rows = [torch.tensor(prompt.ids) for prompt in self.prompts[:SOME]]
         return partial(
-            learners.online_learner, self.recipe, self.algorithm, self.updates, self.tokenizer, scores=scores
+            learners.online_learner, self.recipe, self.algorithm, self.updates, self.tokenizer, rows, scores=scores
         )
 
     def loop(

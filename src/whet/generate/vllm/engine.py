@@ -21,6 +21,7 @@ from whet.generate.vllm.lora import RANKS, Adapters
 from whet.generate.vllm.push import About, Inlet, Transfer
 from whet.generate.vllm.start import engine_arguments, leave_groups, processes_of, refuse_inside_ranks, start
 from whet.generate.vllm.worker import OWNER
+from whet.models.load import missing_ids
 from whet.ops import address
 from whet.processes import end, owned_folder
 
@@ -52,6 +53,15 @@ class EngineGenerator(ABC):
         self._can_sleep = self._asleep = False
         self._unfit = ""
         """Why the engine may no longer be used; "" if it may."""
+
+    @abstractmethod
+    def call(self, method: str, *given: Any) -> list[Any]:
+        """Call a method of the worker extension. Returns one result per worker."""
+
+    def _close(self, tokenizer: Any) -> None:
+        """Give the ids of the model that no token of the tokenizer has probability 0; none without a tokenizer."""
+        missing = None if tokenizer is None else missing_ids(tokenizer, self.vocabulary)
+        self.call("whet_close", [] if missing is None else missing.tolist())
 
     @property
     @abstractmethod
@@ -167,6 +177,7 @@ class VLLMGenerator(EngineGenerator):
     lora             load adapters instead of whole weights
     lora_rank        largest rank of these adapters
     sleep            the engine can release GPU memory between rollouts
+    tokenizer        ids of the model that no token of it has are never sampled and have probability 0
 
     With `separate` the script that creates the engine needs the `if __name__ == "__main__"` guard. On a CPU a sample does
     not depend on the other requests of its batch; on a GPU this needs vLLM's VLLM_BATCH_INVARIANT=1.
@@ -193,6 +204,7 @@ class VLLMGenerator(EngineGenerator):
         lora: bool = False,
         lora_rank: int = 16,
         sleep: bool = False,
+        tokenizer: Any = None,
     ) -> None:
         super().__init__(end_ids, text, max_model_len)
         require_vllm()
@@ -222,6 +234,7 @@ class VLLMGenerator(EngineGenerator):
             self._llm.update_weight_version("0")
             about = About.of(self)
             self.vocabulary = about.vocabulary
+            self._close(tokenizer)
             if not lora:
                 self.inlet = Inlet(
                     self, transports.transport(about, gpu=gpus[0] if gpus and transfer == "ipc" else 0), about
@@ -290,9 +303,9 @@ class VLLMGenerator(EngineGenerator):
         """Call vLLM's method of this name."""
         return bool(self._do(lambda llm: llm.reset_prefix_cache()))
 
-    def call(self, method: str) -> list[Any]:
+    def call(self, method: str, *given: Any) -> list[Any]:
         """Call a method of the worker extension. Returns one result per worker."""
-        return self._do(lambda llm: llm.collective_rpc(method))
+        return self._do(lambda llm: llm.collective_rpc(method, args=given))
 
     @property
     def _incomplete(self) -> str:

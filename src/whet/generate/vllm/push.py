@@ -44,7 +44,7 @@ class Control(Protocol):
     def reset_prefix_cache(self) -> bool:
         """Drop keys and values computed with old weights. Return False if some are still in use."""
 
-    def call(self, method: str) -> list[Any]:
+    def call(self, method: str, *given: Any) -> list[Any]:
         """Call a method of the worker extension. Returns one result per worker."""
 
 

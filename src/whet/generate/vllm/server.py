@@ -44,6 +44,7 @@ class ServerGenerator(EngineGenerator):
     host             address of this machine that the server's workers can reach, for weights over gloo or NCCL
     api_key          sent to the server; it does not protect the weight routes
     sleep            the server was started with the option `sleep`
+    tokenizer        ids of the model that no token of it has are never sampled and have probability 0
 
     Raises RecipeError if the server was started differently, WorkerDied if nothing answers at the URL.
     """
@@ -59,6 +60,7 @@ class ServerGenerator(EngineGenerator):
         host: str = "127.0.0.1",
         api_key: str = "",
         sleep: bool = False,
+        tokenizer: Any = None,
     ) -> None:
         self.http = Http(url, timeout, api_key)
         if not self.http.local:
@@ -74,6 +76,7 @@ class ServerGenerator(EngineGenerator):
         about = About.of(self)
         _refuse(about)
         self.vocabulary = about.vocabulary
+        self._close(tokenizer)
         self.inlet = Inlet(self, transports.transport(about, host), about)
         self._label = self.weight_version()
         if self._label != UNSET:
@@ -124,9 +127,9 @@ class ServerGenerator(EngineGenerator):
         """Call vLLM's route of this name."""
         return self.http.ask("POST", "/reset_prefix_cache")["success"]
 
-    def call(self, method: str) -> list[Any]:
+    def call(self, method: str, *given: Any) -> list[Any]:
         """Call a method of the worker extension. Raises RecipeError if the server has no such route."""
-        return self.http.ask("POST", "/collective_rpc", {"method": method})["results"]
+        return self.http.ask("POST", "/collective_rpc", {"method": method, "args": given})["results"]
 
     @property
     def _incomplete(self) -> str:
@@ -353,5 +356,5 @@ def make(options: Options, context: GeneratorContext) -> ServerGenerator:
     """Connect to server `context.number`. The API key is read from the environment variable VLLM_API_KEY, as in vLLM."""
     return ServerGenerator(
         options.urls[context.number % len(options.urls)], context.chat.end_ids, context.chat.text, host=options.host,
-        timeout=options.timeout, api_key=os.environ.get("VLLM_API_KEY", ""),
+        timeout=options.timeout, api_key=os.environ.get("VLLM_API_KEY", ""), tokenizer=context.chat.tokenizer,
     )  # fmt: skip

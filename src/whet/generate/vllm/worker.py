@@ -72,6 +72,20 @@ class Extension:
             "workers": worker.parallel_config.world_size,
         }
 
+    def whet_close(self, ids: list[int]) -> None:
+        """Give these ids probability 0 from now on, in sampling and in the scores of prompts: no token has them."""
+        worker: Any = self
+        model = worker.get_model()
+        compute = getattr(model, "whet_compute_logits", None) or model.compute_logits
+        model.whet_compute_logits = compute
+        closed = torch.tensor(ids, dtype=torch.long, device=worker.device)
+
+        def computed(*given: Any, **options: Any) -> Any:
+            logits = compute(*given, **options)  # None on workers that do not have them
+            return logits if logits is None else logits.index_fill(-1, closed, -torch.inf)
+
+        model.compute_logits = computed
+
     def whet_discard_update(self) -> None:
         """Discard the state of an unfinished weight update.
 

@@ -1,0 +1,296 @@
+"""Try a role's fast paths on a few rows before they are used: each must give the numbers of the model's plain forward.
+
+Whatever the architecture, numbers are compared: each row alone against padded, packed and decoded with a cache, and a
+row against the same row with other tokens at its end. A fast path that is wrong is left off with one line on stderr.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from whet.data import Batch, Row
+from whet.distributed import first
+from whet.errors import ModelError, first_line
+from whet.models.decode import Cached
+from whet.models.readers import read
+from whet.models.roles import Role
+from whet.ops import token_logprobs
+
+BOUND = {torch.float64: 1e-6, torch.float32: 1e-3}
+"""Largest difference that is rounding, by the dtype of the weights, as a share of the size of the numbers: for log-probs the
+standard deviation of the logits over the vocabulary, at most 1 (then it is in nats); for scores the largest one.
+
+Over 150 architectures in float32, layouts that are right differ by up to 2e-5 and wrong ones by 1.5e-3 or more; in bfloat16 the
+right ones of a model of 50 million weights differ by up to 0.05.
+"""
+HALF = 0.25
+"""The same bound for weights in half precision."""
+SOME = 16
+"""Number of rows that are worth giving to `probe`."""
+LONGEST, SHORTEST, STEPS = 128, 9, 4
+"""Lengths of the rows that are tried, in tokens, and the tokens that are decoded of each."""
+
+
+def probe(role: Role, rows: Sequence[Tensor], *, packed: bool = False, cached: bool = False) -> None:
+    """Try padding, and packing and decoding with a cache if they are wanted, and note in `role.paths` what is right.
+
+    `rows` are token ids (S,) of the run, of which a few are taken. What was tried before is not tried again. Call it while
+    the weights are whole, before a backend shards them. Raises ModelError if
+    - packing is wanted and the role is trained, but packed rows are not read as alone (a frozen role is padded instead),
+    - the model is no causal language model: later tokens change the log-probs of earlier ones,
+    - its forward fails, gives numbers that are not finite, changes weights, or differs with gradient checkpointing.
+    """
+    if role.whole_text:  # read through its own forward, see `Role.text_scores`
+        return
+    new = role.paths.padding is None
+    packed, cached = packed and role.paths.packing is None, cached and role.paths.cache is None
+    if new or packed or cached:
+        with torch.no_grad():
+            _Trial(role, _chosen(rows, role)).run(new, packed, cached)
+
+
+class _Trial:
+    """One role on a few rows. `truth` has the numbers of each row alone: log-probs of its tokens, or scores at them; `limit`
+    is the largest difference from it that is rounding."""
+
+    def __init__(self, role: Role, rows: Sequence[Row]) -> None:
+        self.role, self.rows = role, rows
+        self.names = frozenset({"logp"}) if role.head is None else frozenset({"value"})
+        kinds = {one.dtype for one in role.model.parameters() if one.is_floating_point()}
+        low = kinds - BOUND.keys() or (torch.float32 in kinds and role.device.type == "cuda" and _tf32())
+        self.bound = HALF if low else max(BOUND[one] for one in kinds)
+        self.limit = 0.0
+
+    def run(self, new: bool, packed: bool, cached: bool) -> None:
+        """See `probe`."""
+        role = self.role
+        with role.sampling():
+            self.truth = self._truth()
+        if new:
+            self._causal()
+            if role.trained:
+                self._gradient()
+            if role.model.training:  # gradient checkpointing
+                gap, why = self._gap(self._alone)
+                if not gap <= self.limit:
+                    raise ModelError(
+                        f"model.gradient_checkpointing: in train mode the {role.name} differs {why}; leave it out"
+                    )
+            with role.sampling():
+                self._adapters()
+                self._head()
+                self._padding()
+        with role.sampling() if not role.model.training else nullcontext():
+            if packed:
+                self._packing()
+        if cached:
+            with role.sampling():
+                self._cache()
+
+    def _truth(self) -> Tensor:
+        """Return the numbers of all rows by the model's plain forward of each alone, one after the other."""
+        versions = {name: one._version for name, one in self.role.model.named_parameters()}
+        try:
+            out = torch.cat([self._plain(row.ids) for row in self.rows])
+        except Exception as error:
+            adapters = "; do its adapters fit (model.lora.targets)?" if self.role.adapter else ""
+            raise ModelError(
+                f"the {self.role.name} cannot be run on token ids alone ({first_line(error)}){adapters}"
+            ) from error
+        changed = [name for name, one in self.role.model.named_parameters() if one._version != versions[name]]
+        if changed:
+            raise ModelError(
+                f"the forward of the {self.role.name} changes its weights ({changed[0]}), so a saved model would differ; see "
+                "its configuration (RWKV: rescale_every 0)"
+            )
+        if not bool(torch.isfinite(out).all()):
+            raise ModelError(
+                f"the {self.role.name} gives numbers that are NaN or infinite, although its weights are finite: its activations "
+                "overflow; load it in another dtype (--model.dtype float32 or bfloat16)"
+            )
+        return out
+
+    def _plain(self, ids: Tensor) -> Tensor:
+        """Return log-probs (S - 1,) of the ids after the first, or scores (S - 1,) at the ids before the last."""
+        role, given = self.role, ids[None].to(self.role.device)
+        if role.head is None:
+            logits = role.logits(given)[0, :-1]
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            size = min(1.0, float(logits.std(-1).mean()))
+            out = token_logprobs(role.close(logits), given[0, 1:])
+        else:
+            scores = role.head(role.hidden(given)[0, :-1].to(role.head.weight.dtype))[:, 0]
+            out = (scores if scores.dtype == torch.float64 else scores.float()) + (
+                0.0 if role.readout == "sum" else role.shift
+            )
+            size = float(out.abs().max())
+        self.limit = max(self.limit, self.bound * size)
+        return out.cpu()
+
+    def _alone(self) -> Tensor:
+        return torch.cat([self._read([row]) for row in self.rows])
+
+    def _read(self, rows: Sequence[Row], *, packed: bool = False) -> Tensor:
+        batch = Batch.of(rows)
+        (column,) = read(self.role, batch, self.names, packed=packed).values()
+        return column.cpu()[batch["mask"]]
+
+    def _gap(self, other: Callable[[], Tensor], truth: Tensor | None = None) -> tuple[float, str]:
+        """Return the largest difference to the truth and words for it; infinity if `other` fails."""
+        truth = self.truth if truth is None else truth
+        try:
+            found = other()
+        except Exception as error:
+            return float("inf"), f"from its plain forward (it fails: {first_line(error)})"
+        gap = float((found - truth).abs().max())
+        unit = " nats" if self.role.head is None else ""
+        return gap, f"from its plain forward by {gap:.2g}{unit}"
+
+    def _causal(self) -> None:
+        """Refuse a language model that looks both ways, and such a critic. A reward model may."""
+        if self.role.head is not None and self.role.name != "critic":
+            return
+        row = max(self.rows, key=lambda one: one.length)
+        kept = row.length // 2
+        ids = torch.unique(torch.cat([one.ids for one in self.rows]))
+        other = torch.where(
+            torch.arange(row.length) < kept, row.ids, ids[(torch.searchsorted(ids, row.ids) + 1) % len(ids)]
+        )
+        with self.role.sampling():
+            before = self._earlier(row.ids, kept)
+            gaps = [self._gap(partial(self._earlier, one, kept), before)[0] for one in (other, row.ids[:kept])]
+        gap = max(gaps)
+        if not gap <= self.limit:
+            raise ModelError(
+                f"the {self.role.name} is no causal language model: later tokens change its numbers at earlier ones by {gap:.2g}; "
+                "give a causal model (for encoders like BERT set is_decoder in its configuration)"
+            )
+
+    def _earlier(self, ids: Tensor, kept: int) -> Tensor:
+        return self._plain(ids)[: kept - 1]
+
+    def _adapters(self) -> None:
+        """Refuse adapters whose merged weights would be shared with each other, and name those that the forward does not use."""
+        if not self.role.trained or not self.role.adapter:
+            return
+        own = {
+            name: module
+            for name, module in self.role.model.named_modules()
+            if self.role.adapter in getattr(module, "lora_A", {})
+        }
+        weights: dict[int, str] = {}
+        used: set[str] = set()
+        handles = []
+        for name, module in own.items():
+            other = weights.setdefault(id(module.base_layer.weight), name)
+            if other != name:
+                raise ModelError(
+                    f"model.lora.targets: {other} and {name} share one weight, so their adapters cannot be merged into it; leave "
+                    "them out"
+                )
+            handles.append(module.register_forward_hook(lambda *_, name=name: used.add(name)))
+        try:
+            self._plain(self.rows[0].ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+        idle = sorted({name.rpartition(".")[2] for name in own.keys() - used})
+        if len(used) == 0 and own:
+            raise ModelError(
+                f"model.lora.targets: the forward does not call {', '.join(idle)}, so nothing would be trained"
+            )
+        if idle:
+            self._say(f"its forward does not call {', '.join(idle)}, whose adapters are not trained")
+
+    def _head(self) -> None:
+        """Read through the model's own forward if hidden states times the weight of the head are not its logits."""
+        gap, why = self._gap(self._alone)
+        if not gap <= self.limit and self.role.linear_head:
+            self._say(f"its head alone differs {why}; all its logits are computed")
+            self.role.linear_head = False
+            gap, why = self._gap(self._alone)
+        if not gap <= self.limit:
+            raise ModelError(f"the {self.role.name} cannot be read: one row differs {why}")
+
+    def _padding(self) -> None:
+        gap, why = self._gap(lambda: self._read(self.rows))
+        self.role.paths = replace(self.role.paths, padding=gap <= self.limit)
+        if not self.role.paths.padding:
+            self._say(f"rows that are padded on the right differ {why}; they are read one by one, which is slow")
+
+    def _gradient(self) -> None:
+        """Compare the bits: the ratio is exactly 1 only if measuring and updating compute the same."""
+        with torch.enable_grad():
+            found = self._read(self.rows).detach()
+        self.role.paths = replace(self.role.paths, gradient=torch.equal(found, self._read(self.rows)))
+
+    def _packing(self) -> None:
+        gap, why = self._gap(lambda: self._read(self.rows, packed=True))
+        right = gap <= self.limit
+        if not right and self.role.trained:
+            raise ModelError(f"train.packing: packed rows of the {self.role.name} differ {why}; leave it out")
+        self.role.paths = replace(self.role.paths, packing=right)
+        if not right:
+            self._say(f"packed rows differ {why}; it reads padded rows")
+
+    def _cache(self) -> None:
+        gap, why = self._gap(self._decoded, torch.cat([one[-STEPS:] for one in self._each(self.truth)]))
+        self.role.paths = replace(self.role.paths, cache=gap <= self.limit)
+        if not self.role.paths.cache:
+            self._say(f"decoding with a cache differs {why}; answers are generated without one, which is slow")
+
+    def _each(self, numbers: Tensor) -> tuple[Tensor, ...]:
+        return numbers.split([row.length - 1 for row in self.rows])
+
+    def _decoded(self) -> Tensor:
+        """Return the log-probs of the last tokens of each row, decoded with a cache.
+
+        As in sampling, one prompt has two answers, and one of them is dropped on the way.
+        """
+        steps, role = Cached(self.role), self.role
+        logits = steps.first([row.ids[:-STEPS].tolist() for row in self.rows])
+        owner = torch.tensor([0, *range(len(self.rows))])
+        steps.keep(owner)
+        logits, out = logits[owner.to(logits.device)], []
+        for step in range(STEPS):
+            tokens = torch.stack([self.rows[number].ids[step - STEPS] for number in owner.tolist()])
+            out.append(token_logprobs(logits, tokens.to(logits.device)).cpu()[-len(self.rows) :])
+            if step == STEPS // 2:
+                rows = torch.arange(1, len(owner))
+                owner, tokens = owner[rows], tokens[rows]
+                steps.keep(rows)
+            if step < STEPS - 1:
+                logits = steps.next(tokens.to(role.device))
+        return torch.stack(out, 1).flatten()
+
+    def _say(self, fact: str) -> None:
+        if first():
+            print(f"whet: {self.role.name}: {fact}", file=sys.stderr)
+
+
+def _chosen(rows: Sequence[Tensor], role: Role) -> list[Row]:
+    """Return three rows of unlike length whose tokens are all trained: the longest, a middle and a short one.
+
+    They are cut at `LONGEST`, and short ones are repeated. The first has an odd length and the second an even one, so that
+    packed rows begin on no boundary of chunks that a model may have. Ids that the model does not have (its tokenizer is
+    another one) are wrapped.
+    """
+    size = role.model.get_input_embeddings().weight.shape[0]
+    ordered = sorted((one for one in rows if len(one)), key=len)
+    out: list[Row] = []
+    for number, one in enumerate((ordered[-1], ordered[len(ordered) // 2], ordered[0])):
+        length = max(SHORTEST, min(len(one), LONGEST)) - number
+        length -= (length + (number == 0)) % 2
+        ids = one.repeat(-(-length // len(one)))[:length] % size
+        out.append(Row(ids, 1, torch.ones(length - 1, dtype=torch.bool)))
+    return out
+
+
+def _tf32() -> bool:
+    """Return whether float32 matrices are multiplied in lower precision on a GPU."""
+    return torch.get_float32_matmul_precision() != "highest"
