@@ -73,7 +73,7 @@ def test_the_readmes_commands_run_and_their_folders_load(place: Path, monkeypatc
     scorer = AutoModelForSequenceClassification.from_pretrained(place / "runs" / "reward" / "model")
     assert scorer.config.num_labels == 1
     first = json.loads((place / "ranked.jsonl").read_text().splitlines()[0])
-    assert first.keys() == {"prompt", "answer", "responses", "finish", "ranks"}
+    assert first.keys() == {"prompt", "answer", "responses", "finish", "prompt_ids", "response_ids", "ranks"}
 
     assert main(["instructgpt", "instruct.yaml", *SHORT["instructgpt"], "--quiet"]) == 0
     rewards = [

@@ -45,6 +45,8 @@ def test_the_judge_reached_training_through_rankings_alone(story: Path) -> None:
         "prompt",
         "responses",
         "finish",
+        "prompt_ids",
+        "response_ids",
         "seed",
         "ranks",
     }

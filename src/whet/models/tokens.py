@@ -10,8 +10,8 @@ from whet.data.files import write_json
 from whet.errors import ModelError, first_line
 
 
-def set_score_pad(tokenizer: Any, last_ids: Collection[int], end_ids: Sequence[int], name: str) -> None:
-    """Give the tokenizer of a reward model a pad token that no scored text ends with.
+def set_score_pad(tokenizer: Any, last_ids: Collection[int], name: str) -> None:
+    """Give the tokenizer of a reward model a pad token that no complete text ends with.
 
     The sequence classifiers of transformers read the score at the last token that is not the pad token, and ignore the
     mask. If the pad token is one of `last_ids`, a special token with "pad" or "unk" in its name replaces it. Raises
@@ -25,7 +25,7 @@ def set_score_pad(tokenizer: Any, last_ids: Collection[int], end_ids: Sequence[i
     }
     free = {
         number: str(token) for number, token in sorted(special.items())
-        if number not in last_ids and number not in end_ids and number != tokenizer.bos_token_id
+        if number not in last_ids and number != tokenizer.bos_token_id
     }  # fmt: skip
     for part in ("pad", "unk"):
         for token in free.values():

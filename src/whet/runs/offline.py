@@ -101,8 +101,7 @@ def prepare(method: str, recipe: fields.OfflineRecipe) -> OfflineJob:
     sources, weights = data.sources_of(recipe.data, read)
     evaluation = data.evaluation_of(recipe.data, read)
     if rewards:
-        lasts = {int(row.ids[-1]) for source in sources for row in Batch.of(source).rows}
-        tokens.set_score_pad(tokenizer, lasts | {*chat.closing_ids[-1:]}, chat.end_ids, recipe.model.path)
+        tokens.set_score_pad(tokenizer, chat.closing_ids[-1:] or chat.end_ids[:1], recipe.model.path)
     steps = checks.steps_of(recipe.train, sum(map(len, sources)))
     refresh = getattr(recipe, "sync_reference", fields.SyncReference())
     plan = offline.OfflinePlan(
