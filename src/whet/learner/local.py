@@ -20,6 +20,7 @@ from whet.methods.options import Optim
 from whet.models.dropout import Dropout
 from whet.models.readers import BARE, read
 from whet.models.roles import Role
+from whet.models.router import Routed
 from whet.ops import address
 
 
@@ -323,10 +324,40 @@ class LocalLearner:
         return {name: self.workers.sum(now[name]) for name in sorted(now)}
 
     def _read(
-        self, name: str, batch: Batch, columns: frozenset[str], dropout: Dropout | None = None
+        self,
+        name: str,
+        batch: Batch,
+        columns: frozenset[str],
+        dropout: Dropout | None = None,
+        routed: list[Routed] | None = None,
     ) -> dict[str, Tensor]:
         reference = self.roles.get("reference")
-        return read(self.roles[name], batch, columns, packed=self.packed, dropout=dropout, reference=reference)
+        return read(
+            self.roles[name], batch, columns, packed=self.packed, dropout=dropout, reference=reference, routed=routed
+        )
+
+    @torch.no_grad()
+    def _chosen(
+        self,
+        name: str,
+        batch: Batch,
+        turns: list[tuple[list[int], bool]],
+        columns: frozenset[str],
+        dropout: Dropout | None,
+    ) -> tuple[Tensor, int]:
+        """Return how often the router of a role chooses each expert over the whole mini-batch, (E,), and the number of its
+        decisions. This takes a forward of its own, before the one with gradient."""
+        router = self.roles[name].router
+        assert router is not None
+        routed: list[Routed] = []
+        for rows, real in turns:
+            found: list[Routed] = []
+            with dropout or nullcontext():
+                self._read(name, batch.take(rows), columns, dropout, found)
+            routed += found if real else []
+        picks = sum((one.picks.cpu().double() for one in routed), torch.zeros(router.experts, dtype=torch.float64))
+        total = self.workers.sum(torch.cat([picks, torch.tensor([float(sum(one.count for one in routed))]).double()]))
+        return total[:-1], int(total[-1])
 
     def _frozen(self) -> dict[str, str]:
         """Return a fingerprint of the unchanging weights of each role: a frozen model, or the base model of an adapter."""
@@ -379,14 +410,20 @@ class LocalLearner:
             if name == "policy" and "old_logp" in batch.columns:
                 wanted |= {"logp"}  # for the metrics of how far the policy moved
             turns = self._dealt(batch)
+            router = self.roles[name].router if train else None
+            chosen = self._chosen(name, batch, turns, wanted, dropout) if router is not None else None
             for number, (rows, real) in enumerate(turns):
-                micro = batch.take(rows)
+                micro, routed = batch.take(rows), list[Routed]()
                 with self._memory(micro), dropout or nullcontext():
-                    fresh = self._read(name, micro, wanted, dropout)
+                    fresh = self._read(name, micro, wanted, dropout, routed if router is not None else None)
                     device = next(iter(fresh.values())).device if fresh else self.roles[name].device
                     columns = {one: value.to(device) for one, value in micro.columns.items()} | fresh
                     masked: dict[str, dict[str, Tensor]] = {}  # once for all terms
                     shares = [(term.label, term.share(columns, counts, masked)) for term, _, counts in items]
+                    if router is not None and chosen is not None:
+                        prefix = f"{name}/{items[0][0].stream}"
+                        for part in routed:
+                            shares += [(f"{prefix}/{key}", one) for key, one in router.losses(part, *chosen).items()]
                     if train:
                         whole = torch.stack([share for _, share in shares]).sum()
                         whole = whole if real and self._scale == 1 else whole * (self._scale if real else 0.0)

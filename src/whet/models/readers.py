@@ -16,6 +16,7 @@ from whet.data import Batch, Row, pad_ids
 from whet.errors import ModelError
 from whet.models.dropout import Dropout
 from whet.models.roles import Role
+from whet.models.router import Routed
 from whet.models.shell import through
 from whet.ops import entropy, exact_kl, linear_collision, linear_kl, linear_logprobs, token_logprobs
 
@@ -39,6 +40,7 @@ def read(
     packed: bool = False,
     dropout: Dropout | None = None,
     reference: Role | None = None,
+    routed: list[Routed] | None = None,
 ) -> dict[str, Tensor]:
     """Compute these columns of the batch (names in `BARE`) with the role's model, with gradient if it is enabled.
 
@@ -46,25 +48,32 @@ def read(
     the rows with a block-causal mask instead of padding them. A role that the probe found to be disturbed by packing is
     padded, and one that padding disturbs is read row by row. exact_kl is the KL to `reference`. If the batch has a support,
     logp and entropy are of the truncated distribution, full_logp and full_entropy of the distribution over the whole
-    vocabulary. Ids that no token has (`Role.missing`) have probability 0.
+    vocabulary. Ids that no token has (`Role.missing`) have probability 0. The sums of the role's router over the tokens of
+    the batch are appended to `routed`.
     """
     other = None
     if "exact_kl" in names:
         if reference is None:
             raise ValueError("the exact KL needs a reference model, but there is none")
         other = _other(reference, batch, packed)
-    return through(role, _read_off, role, batch, names, packed, dropout, other)
+    return through(role, _read_off, role, batch, names, packed, dropout, other, routed)
 
 
 def _read_off(
-    role: Role, batch: Batch, names: frozenset[str], packed: bool, dropout: Dropout | None, other: "_Other | None"
+    role: Role,
+    batch: Batch,
+    names: frozenset[str],
+    packed: bool,
+    dropout: Dropout | None,
+    other: "_Other | None",
+    routed: list[Routed] | None,
 ) -> dict[str, Tensor]:
     """Implement `read`, inside the forward of the role's shell, where the weights are available."""
     if role.whole_text:
         return _text_scores(role, batch, names, dropout)
     if names & ATTENTION.keys():
         rest = names - ATTENTION.keys()
-        out = _read_off(role, batch, rest, packed, dropout, other) if rest else {}
+        out = _read_off(role, batch, rest, packed, dropout, other, routed) if rest else {}
         return out | _attention(role, batch, names & ATTENTION.keys())
     layouts, offsets = _laid_out(role, batch.rows, packed)
     numbers = batch.columns["number"] if "number" in batch.columns else torch.arange(len(batch.rows))
@@ -73,7 +82,7 @@ def _read_off(
         if dropout is not None:
             row_of, position_of = layouts[0].addresses(offsets, numbers)
             dropout.put_on(role.model, row_of.to(role.device), position_of.to(role.device), stack)
-        flat = _forward(role, layouts, role.linear_head or not names & LANGUAGE)
+        flat = _forward(role, layouts, role.linear_head or not names & LANGUAGE, batch.rows, routed)
     with role.active():
         return _columns(role, batch, names, offsets, flat, other)
 
@@ -117,10 +126,26 @@ def _laid_out(role: Role, rows: Sequence[Row], packed: bool) -> tuple[list["_Lay
     return [_Layout(ids)], torch.arange(len(rows)) * ids.shape[1]
 
 
-def _forward(role: Role, layouts: Sequence["_Layout"], hidden: bool) -> Tensor:
+def _forward(
+    role: Role,
+    layouts: Sequence["_Layout"],
+    hidden: bool,
+    rows: Sequence[Row] = (),
+    routed: list[Routed] | None = None,
+) -> Tensor:
     """Return the hidden states (N, H) or the logits (N, V) of all positions of the layouts, flat."""
-    states = role.hidden if hidden else role.logits
-    parts = [states(one.ids.to(role.device), **one.more(role.device)).flatten(0, 1) for one in layouts]
+    parts = []
+    for layout in layouts:
+        more = layout.more(role.device)
+        if routed is None or role.router is None:
+            states = (role.hidden if hidden else role.logits)(layout.ids.to(role.device), **more)
+        else:
+            states, logits = role.routed(layout.ids.to(role.device), hidden, **more)
+            real = torch.ones(layout.ids.shape, dtype=torch.bool)
+            if len(layouts) == 1 and len(layout.ids) == len(rows):  # padded
+                real = torch.arange(real.shape[1]) < torch.tensor([row.length for row in rows])[:, None]
+            routed.append(role.router.sums(logits, real.flatten()))
+        parts.append(states.flatten(0, 1))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

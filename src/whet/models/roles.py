@@ -18,6 +18,7 @@ from whet.models import saved_adapters
 from whet.models.finite import check_finite
 from whet.models.load import MISSING, scalar_head
 from whet.models.lora import save_adapter
+from whet.models.router import Router
 from whet.models.tokens import write_config, write_tokens
 
 Readout = Literal["last", "mean", "sum"]
@@ -50,7 +51,8 @@ class Role:
     role, None for a classifier that is read through its own forward (see `whole_text`). `readout` says how a score is
     computed (see `whet.models.readers`), and `shift` is added to the score. `paths` is what `whet.models.probe` found. If an
     engine shards the weights over processes, `shell` is the module it wrapped (see `whet.models.shell`), and `gather`
-    returns a full parameter; all processes must call it together.
+    returns a full parameter; all processes must call it together. `router` has the auxiliary losses of a mixture of experts
+    that is trained with them.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Role:
     readout: Readout = "last"
     shift: float = 0.0
     shell: Any = None
+    router: Router | None = None
     gather: Callable[[Tensor], Tensor] = field(default=Tensor.detach, repr=False)
     linear_head: bool = field(init=False, default=False)
     pads: bool = field(init=False, default=False)
@@ -168,6 +171,13 @@ class Role:
     def logits(self, ids: Tensor, **layout: Tensor) -> Tensor:
         """Compute the logits of token ids (B, S) -> (B, S, V) with the model's forward, for heads that are not only linear."""
         return self.model(input_ids=ids, use_cache=False, **layout).logits
+
+    def routed(self, ids: Tensor, hidden: bool, **layout: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        """Compute `hidden` or `logits` with the router logits of each layer with experts, (B x S, E) each."""
+        out = (self.model.base_model if hidden else self.model)(
+            input_ids=ids, use_cache=False, output_router_logits=True, **layout
+        )
+        return out.last_hidden_state if hidden else out.logits, out.router_logits
 
     def text_scores(self, texts: Sequence[Tensor]) -> Tensor:
         """Compute the label of texts, token ids (S,) each -> (N,), with the forward of the model's own class.

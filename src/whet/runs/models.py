@@ -13,6 +13,7 @@ from whet.methods import Algorithm
 from whet.methods.options import Optim, Sampling
 from whet.models import load, lora
 from whet.models.roles import Role, readout_of
+from whet.models.router import router_of
 from whet.models.saved_adapters import is_adapter
 from whet.runs import recipe as fields
 from whet.runs import rewards
@@ -50,9 +51,11 @@ def causal_role(
     _can_train(recipe)
     if recipe.gradient_checkpointing:
         load.checkpoint_activations(model)
+    router = router_of(model, recipe.router_aux_loss_coef, recipe.router_z_loss_coef)
     if recipe.lora is None:
-        return Role(name, model, True)
-    return Role(name, model, True, wrapped=lora.attach(model, recipe.lora, (name,), seed=seed), adapter=name)
+        return Role(name, model, True, router=router)
+    wrapped = lora.attach(model, recipe.lora, (name,), seed=seed)
+    return Role(name, model, True, wrapped=wrapped, adapter=name, router=router)
 
 
 def scorer_role(
@@ -166,8 +169,9 @@ def _shared(recipe: fields.OnlineRecipe, algorithm: Algorithm, tokenizer: Any) -
     model = load.load_causal_lm(source_of(recipe.model), tokenizer)
     if recipe.model.gradient_checkpointing:
         load.checkpoint_activations(model)
+    router = router_of(model, recipe.model.router_aux_loss_coef, recipe.model.router_z_loss_coef)
     wrapped = lora.attach(model, recipe.model.lora, ("policy",), seed=recipe.seed)
-    roles = {"policy": Role("policy", model, True, wrapped=wrapped, adapter="policy")}
+    roles = {"policy": Role("policy", model, True, wrapped=wrapped, adapter="policy", router=router)}
     _check_published(recipe, roles["policy"])
     if "reference" in algorithm.roles():
         roles["reference"] = Role("reference", model, False, wrapped=wrapped)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from whet.methods.catalogue import PREFERENCE
-from whet.methods.options import Count, LoRA, NotNegativeInt, Optim, Positive, Sampling, Share
+from whet.methods.options import Count, LoRA, NotNegative, NotNegativeInt, Optim, Positive, Sampling, Share
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ class Model(Frozen):
     """what is saved after training with LoRA: the merged weights, or the adapter"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time"""
+    router_aux_loss_coef: NotNegative | None = None
+    """weight of the load-balancing loss of a mixture of experts; default: the model's if its configuration has
+    output_router_logits, else 0"""
+    router_z_loss_coef: NotNegative | None = None
+    """weight of the z-loss of the router of a mixture of experts; default: the model's if its configuration has one, else 0"""
 
 
 @dataclass(frozen=True)
