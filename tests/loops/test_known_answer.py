@@ -7,12 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
+import transformers
 from torch import Tensor
 
 from proof import cases as known
 from proof.enumeration import END, Problem, Tables, kl
-from whet.data import Batch, Labeled, pad_support
+from whet.data import Batch, Labeled, Located, Reader, chat_format, pad_support
 from whet.generate.local import LocalGenerator
 from whet.learner.local import LocalLearner
 from whet.loops import evaluate, offline, online
@@ -131,6 +133,34 @@ def test_online_dpo_comes_near_the_optimum_with_soft_labels_and_runs_off_with_ha
 def test_dpo_on_exact_soft_labels_finds_the_optimum(reference: Tensor, tmp_path: Path) -> None:
     pairs = known.pairs(PROBLEM)
     own = known.preferred(PROBLEM, pairs, tmp_path, steps=120, batch=len(pairs), lr=0.005)
+    assert kl(own, PROBLEM.optimum(reference.sum(-1))) < 0.004
+
+
+def test_soft_labels_over_cut_answers_in_a_file_find_the_optimum(reference: Tensor, tmp_path: Path) -> None:
+    """Through rows of text: 16 of the 21 answers are cut at the limit, and an end token on them would be another answer."""
+    words = {number: "<eos>" if number == END else f"w{number}" for number in range(PROBLEM.vocabulary)}
+    vocabulary = {word: number for number, word in words.items()} | {"<unk>": 9}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>")
+    chat = chat_format(tokenizer, "none")
+    texts = [chat.text(answer) for answer in PROBLEM.answers]
+    finish = ["stop" if answer[-1] == END else "length" for answer in PROBLEM.answers]
+    chance = torch.sigmoid(PROBLEM.score[:, None] - PROBLEM.score[None]).tolist()
+    whole, single = [], []
+    for prompt in PROBLEM.prompts:
+        row = {"prompt": " ".join(words[one] for one in prompt)}
+        whole.append(row | {"responses": texts, "finish": finish, "probability": chance})
+        single += [
+            row | {"chosen": texts[i], "rejected": texts[j], "finish": [finish[i], finish[j]], "probability": chance[i][j]}
+            for i in range(len(texts)) for j in range(i + 1, len(texts))
+        ]  # fmt: skip
+    forms = [Reader(chat, 99).pairs([Located(row, "rows.jsonl:1") for row in rows]) for rows in (whole, single)]
+    for one, other in zip(*forms, strict=True):
+        assert one.probability == other.probability
+        assert one.chosen.ids.tolist() == other.chosen.ids.tolist()
+        assert one.rejected.ids.tolist() == other.rejected.ids.tolist()
+    own = known.preferred(PROBLEM, forms[0], tmp_path, steps=120, batch=len(forms[0]), lr=0.005)
     assert kl(own, PROBLEM.optimum(reference.sum(-1))) < 0.004
 
 
