@@ -30,7 +30,7 @@ SHORT: Mapping[str, tuple[str, ...]] = {
     **{name: (f"optim.{name}",) for name in ("lr", "weight_decay", "max_grad_norm", "warmup_ratio", "min_lr_ratio")},
     **{name: (f"rollout.{name}",) for name in ("prompts_per_step", "mini_batch_size", "ppo_epochs", "target_kl")},
     **{name: (f"rollout.{name}", f"train.{name}") for name in ("num_steps", "num_epochs")},
-    **{name: (f"train.{name}",) for name in ("batch_size", "save_every", "eval_every", "packing")},
+    **{name: (f"train.{name}",) for name in ("batch_size", "save_every", "eval_every", "packing", "drop_last")},
     "max_tokens_per_micro_batch": ("train.max_tokens_per_micro_batch",),
     **{
         name: (f"sampling.{name}",)

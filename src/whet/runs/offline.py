@@ -1,6 +1,5 @@
 """Prepare offline runs, which train on rows of a file (pretrain, sft, reward models, preference methods)."""
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,7 +10,6 @@ from torch import Tensor, no_grad
 
 from whet.data import Batch, Element
 from whet.data.batching import per_epoch
-from whet.distributed import first
 from whet.errors import RecipeError
 from whet.learner import Learner
 from whet.loops import evaluate, offline
@@ -47,8 +45,6 @@ class OfflineJob:
     def loop(self, learner: Learner, where: Path, options: folder.Options, stop: Stop) -> offline.OfflineLoop:
         """Open the run folder and return the training loop."""
         run = folder.opened(where, self.recipe, options, self.method, learner.workers)
-        if not options.quiet and first():
-            print(f"whet: {self.method}: {self.length()}", file=sys.stderr)
         return offline.OfflineLoop(
             self.objective, learner, self.sources, self.plan, run, weights=self.weights, evaluation=self.evaluation,
             resume=options.resume, stop=stop, title=self.method, quiet=options.quiet,

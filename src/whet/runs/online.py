@@ -68,6 +68,15 @@ class OnlineJob:
             resume=options.resume, stop=stop, title=self.method, quiet=options.quiet,
         )  # fmt: skip
 
+    def length(self) -> str:
+        """Return the length of the run in words: steps, prompts, answers and passes."""
+        plan, answers = self.plan, self.algorithm.collect.num_generations
+        total = sum(plan.prompts_in(step) for step in range(plan.steps))
+        return (
+            f"{plan.steps} steps of {plan.prompts} prompts with {answers} answers each, {self.updates} updates: "
+            f"{total / len(self.prompts):.4g} passes over {len(self.prompts)} prompts"
+        )
+
     def finish(self, loop: online.OnlineLoop, where: Path) -> None:
         """Write the trained policy to `where / "model"`, and its moving average, if any, to `where / "ema"`."""
         merge = self.recipe.model.export == "merged"

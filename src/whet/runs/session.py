@@ -84,7 +84,7 @@ class Session:
             self.job = offline.prepare(method, self.recipe)
         if first() and not quiet:
             critic = isinstance(self.job, online.OnlineJob) and "critic" in self.job.algorithm.roles()
-            for line in checks.optim_lines(self.recipe, critic):
+            for line in (f"{method}: {self.job.length()}", *checks.optim_lines(self.recipe, critic)):
                 print(f"whet: {line}", file=sys.stderr)
         self._stack = ExitStack()
         self.loop: OnlineLoop | offline_loop.OfflineLoop | None = None
