@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from whet.data import Chat, Located, Reader, chat_format
-from whet.errors import DataError
+from whet.errors import DataError, ModelError
 
 from .helpers import lines_tokenizer, picture
 
@@ -144,6 +144,16 @@ def test_arguments_and_tools_reach_the_template_or_are_refused() -> None:
     (label,) = Reader(chat, 200).labeled(at({"prompt": "a", "completion": "b", "score": 1, **tools}))
     for row in (pair.chosen, pair.rejected, label.row):
         assert chat.tokenizer.decode(row.ids).startswith("look ")
+
+
+def test_arguments_for_all_rows_reach_the_template_and_those_of_a_row_come_on_top() -> None:
+    tokenizer = chat_of(QWEN3).tokenizer
+    chat = chat_format(tokenizer, arguments={"enable_thinking": False})
+    assert tokenizer.decode(chat.prompt_ids([user("a")])).endswith("assistant\n<think>\n\n</think>\n\n")
+    extras = {"chat_template_kwargs": {"enable_thinking": True}}
+    assert tokenizer.decode(chat.prompt_ids([user("a")], extras)).endswith("assistant\n")
+    with pytest.raises(ModelError, match=r"chat_template_kwargs: the chat template .* does not use 'effort'"):
+        chat_format(tokenizer, arguments={"effort": 1})
 
 
 @pytest.mark.parametrize(

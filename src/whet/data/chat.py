@@ -9,7 +9,7 @@ import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ class Chat:
     answer: its end token, if it has one, and what follows it (often a line break). `leading` is what it writes between the
     generation prompt and the text of an answer (often nothing, or a space). `spaced` is True if "▁" at the start of
     an answer's first token stands for a space in the text. With `skip_special_tokens`, `text` leaves special tokens out.
+    `arguments` are passed to the template of every conversation; those of a row come on top.
     """
 
     tokenizer: Any
@@ -70,6 +71,7 @@ class Chat:
     leading: str = ""
     spaced: bool = False
     skip_special_tokens: bool = False
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def prompt_ids(self, messages: Messages, extras: Mapping[str, Any] | None = None) -> list[int]:
         """Return the ids that a generator continues: the messages and, with a template, the start of the assistant's turn.
@@ -301,7 +303,7 @@ class Chat:
         try:
             return self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages], tokenize=False, add_generation_prompt=opened,
-                **given.pop(EXTRAS[2], {}), **given,
+                **(dict(self.arguments) | dict(given.pop(EXTRAS[2], {}))), **given,
             )  # fmt: skip
         except Exception as error:  # a template may raise any error (raise_exception of Jinja)
             raise DataError(f"the chat template refuses these messages: {error}") from error
@@ -362,12 +364,19 @@ def _adds_bos(tokenizer: Any) -> bool:
     return bos is not None and tokenizer(MARK)["input_ids"][:1] == [bos]
 
 
-def chat_format(tokenizer: Any, template: str | None = None, *, skip_special_tokens: bool = False) -> Chat:
+def chat_format(
+    tokenizer: Any,
+    template: str | None = None,
+    *,
+    skip_special_tokens: bool = False,
+    arguments: Mapping[str, Any] | None = None,
+) -> Chat:
     """Return the conversation format of a tokenizer.
 
     `template`: None uses the tokenizer's template, "plain" sets `### Human / ### Assistant`, "none" joins prompt and
-    completion without a template. Other values are a Jinja file or the template itself. Raises ModelError if the
-    tokenizer has no template and none is given, or if the template does not write the assistant's message.
+    completion without a template. Other values are a Jinja file or the template itself. `arguments` are passed to the
+    template. Raises ModelError if the tokenizer has no template and none is given, if the template does not write the
+    assistant's message, or if it does not use an argument.
     """
     name = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
     if tokenizer.eos_token_id is None:
@@ -387,7 +396,13 @@ def chat_format(tokenizer: Any, template: str | None = None, *, skip_special_tok
             f"{name}: the tokenizer has no chat template; give one with --chat-template plain (### Human / ### Assistant), "
             'a Jinja file, or "none" to join prompt and completion as they are'
         )
-    probe = Chat(tokenizer, raw, (tokenizer.eos_token_id,))
+    arguments = dict(arguments or {})
+    for argument in arguments:
+        if argument not in _variables(_source(tokenizer)):
+            raise ModelError(
+                f"model.chat_template_kwargs: the chat template of {name} does not use {argument!r}; leave it out"
+            )
+    probe = Chat(tokenizer, raw, (tokenizer.eos_token_id,), arguments=arguments)
     closed = probe._render([{"role": "user", "content": "question"}, {"role": "assistant", "content": MARK}])
     if MARK not in closed:
         raise ModelError(
@@ -404,4 +419,5 @@ def chat_format(tokenizer: Any, template: str | None = None, *, skip_special_tok
     return Chat(
         tokenizer, raw, tuple(dict.fromkeys([*ends, tokenizer.eos_token_id])), tuple(behind), leading,
         not _token(tokenizer, ids[first]).startswith("▁"), skip_special_tokens,
+        arguments,
     )  # fmt: skip

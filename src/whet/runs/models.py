@@ -37,7 +37,9 @@ def tokenizer_and_chat(model: fields.Frozen, sampling: Sampling | None = None) -
     load.quiet()
     tokenizer = load.load_tokenizer(source_of(model), pad_token=model.pad_token)
     skip = sampling is not None and sampling.skip_special_tokens
-    return tokenizer, chat_format(tokenizer, model.chat_template, skip_special_tokens=skip)
+    return tokenizer, chat_format(
+        tokenizer, model.chat_template, skip_special_tokens=skip, arguments=model.chat_template_kwargs
+    )
 
 
 def causal_role(

@@ -27,7 +27,9 @@ class Frozen:
     chat_template: str | None = None
     """"plain" (### Human / ### Assistant), "none" (prompt and completion joined), a Jinja file; default: the tokenizer's own"""
     pad_token: str | None = None
-    """token to pad with, if the tokenizer has none"""
+    """token to pad with; default: the tokenizer's, or its end token"""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """arguments of the chat template for every row, such as {enable_thinking: false}; a row can have its own"""
 
 
 @dataclass(frozen=True)
