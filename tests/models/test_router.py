@@ -11,7 +11,7 @@ from whet.data import Batch
 from whet.errors import ModelError
 from whet.learner.local import LocalLearner
 from whet.methods import compose
-from whet.methods.options import Optim
+from whet.methods.options import LoRA, Optim
 from whet.models.roles import Role
 from whet.models.router import router_of
 
@@ -142,3 +142,20 @@ def test_a_model_whose_auxiliary_loss_is_another_is_refused(monkeypatch: pytest.
     monkeypatch.setattr(type(causal), "forward", forward)
     with pytest.raises(ModelError, match="known formula"):
         router_of(causal, 0.1, None)
+
+
+def test_adapters_on_experts_are_tried_and_trained_with_the_balance() -> None:
+    """peft wraps and unwraps the weights of experts in each forward, which changes no weight."""
+    from whet.models import lora
+    from whet.models.probe import probe
+
+    causal = model("MixtralConfig").float()
+    router = router_of(causal, 0.5, 0.0)
+    wrapped = lora.attach(causal, LoRA(rank=2, alpha=4.0), ("policy",), seed=1)
+    role = Role("policy", causal, True, wrapped=wrapped, adapter="policy", router=router)
+    probe(role, [row.ids for row in h.rows()])
+    own = LocalLearner({"policy": role}, {"policy": Optim(lr=1e-3)}, total=1, budget=50)
+    assert forward(own, Batch.of(h.rows())).losses["policy/train/router_aux"] > 0
+    moved = [name for name, one in role.parameters().items() if one.grad is not None and bool(one.grad.any())]
+    assert any("gate." in name for name in moved)
+    assert any("experts." in name for name in moved)

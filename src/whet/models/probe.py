@@ -94,7 +94,7 @@ class _Trial:
 
     def _truth(self) -> Tensor:
         """Return the numbers of all rows by the model's plain forward of each alone, one after the other."""
-        versions = {name: one._version for name, one in self.role.model.named_parameters()}
+        before = self._marks()
         try:
             out = torch.cat([self._plain(row.ids) for row in self.rows])
         except Exception as error:
@@ -102,7 +102,7 @@ class _Trial:
             raise ModelError(
                 f"the {self.role.name} cannot be run on token ids alone ({first_line(error)}){adapters}"
             ) from error
-        changed = [name for name, one in self.role.model.named_parameters() if one._version != versions[name]]
+        changed = [name for name, mark in self._marks().items() if before.get(name) != mark]
         if changed:
             raise ModelError(
                 f"the forward of the {self.role.name} changes its weights ({changed[0]}), so a saved model would differ; see "
@@ -114,6 +114,12 @@ class _Trial:
                 "overflow; load it in another dtype (--model.dtype float32 or bfloat16)"
             )
         return out
+
+    def _marks(self) -> dict[str, float]:
+        """Return the sum of each weight by its name. (peft wraps and unwraps the weights of experts in each forward, so neither
+        the version nor the identity of a tensor says whether it changed.)"""
+        named = self.role.model.named_parameters()
+        return {name: float(one.detach().sum(dtype=torch.float64)) for name, one in named if one.is_floating_point()}
 
     def _plain(self, ids: Tensor) -> Tensor:
         """Return log-probs (S - 1,) of the ids after the first, or scores (S - 1,) at the ids before the last."""
@@ -187,7 +193,8 @@ class _Trial:
         used: set[str] = set()
         handles = []
         for name, module in own.items():
-            other = weights.setdefault(id(module.base_layer.weight), name)
+            adapted = getattr(module.get_base_layer(), getattr(module, "parameter_name", "weight"))
+            other = weights.setdefault(id(adapted), name)
             if other != name:
                 raise ModelError(
                     f"model.lora.targets: {other} and {name} share one weight, so their adapters cannot be merged into it; leave "
