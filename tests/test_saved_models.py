@@ -227,3 +227,51 @@ def test_reward_functions_get_the_text_that_was_sampled(tmp_path: Path) -> None:
     seen.clear()
     whet.train("grpo", out=str(tmp_path / "second"), skip_special_tokens=True, **common)
     assert not any(word in text for text, _ in seen for word in ("<pad>", "<bos>", *SPECIAL))
+
+
+def test_a_reward_model_whose_base_pads_with_the_end_is_trained_and_saved_on_one_token(
+    tmp_path: Path, capsys: Any
+) -> None:
+    """The base's configuration pads with what texts end with: merged, whet and transformers read the end; an adapter is refused."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    base = folder(tmp_path / "base", LLAMA3, pad="<pad>")
+    end = tokenizer_of(LLAMA3).convert_tokens_to_ids("<|im_end|>")
+    about = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(about | {"pad_token_id": end}))
+    data = tiny.write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": q, "chosen": a, "rejected": "b"} for q, a in TALKS])
+    words = ("--model", base, "--data", data, "--num-steps", 1, "--batch-size", 4, "--lora.rank", 2)
+    assert train("reward", *words, "--model.export", "adapter", "--out", tmp_path / "adapter") == 2
+    assert "would be read one token early" in capsys.readouterr().err
+    assert train("reward", *words, "--out", tmp_path / "run") == 0
+    rows = [{"prompt": q, "responses": [a, "maybe"]} for q, a in TALKS]
+    scored = whet_scores(tmp_path, tmp_path / "run/model", rows)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run/model")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run/model").eval()
+    assert model.config.pad_token_id == 0
+    talks = [turns(row["prompt"], text) for row in rows for text in row["responses"]]
+    alone = [
+        tokenizer.apply_chat_template([one], tokenize=True, return_dict=True, return_tensors="pt") for one in talks
+    ]
+    assert scored == pytest.approx([model(**one).logits.item() for one in alone], rel=5e-6, abs=5e-6)
+    assert all(int(one["input_ids"][0, -1]) == end for one in alone)
+    # going on from it: what is trained is what is saved
+    (tmp_path / "again").mkdir()
+    words = ("--model", tmp_path / "run/model", "--data", data, "--num-steps", 1, "--batch-size", 4, "--lr", "1e-12")
+    assert train("reward", *words, "--model.pad-token", "<|stop|>", "--out", tmp_path / "again") == 0
+    assert whet_scores(tmp_path, tmp_path / "again/model", rows) == pytest.approx(scored, rel=1e-5, abs=1e-5)
+
+
+def test_a_template_that_needs_an_argument_is_exported_with_its_own_end(tmp_path: Path) -> None:
+    wanting = (
+        "{% if style is not defined %}{{ raise_exception('style?') }}{% endif %}"
+        "{% set end = '<|stop|>' if style == 'stop' else '<|im_end|>' %}"
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + end + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    base = folder(tmp_path / "base", wanting)
+    data = tiny.write_jsonl(tmp_path / "d.jsonl", [{"prompt": "hi", "completion": "yes"}] * 4)
+    words = ("--model", base, "--data", data, "--num-steps", 1, "--batch-size", 4, "--out", tmp_path / "run")
+    assert train("sft", *words, "--model.chat-template-kwargs", "{style: stop}") == 0
+    stop = tokenizer_of(CHATML).convert_tokens_to_ids("<|stop|>")
+    assert stop in json.loads((tmp_path / "run/model/generation_config.json").read_text())["eos_token_id"]

@@ -262,9 +262,14 @@ def test_a_table_of_probabilities_labels_every_pair_and_a_wrong_one_is_refused()
     row = {"prompt": "a", "responses": ["x", "y", "z"], "probability": table, "margin": margin}
     pairs = Reader(chat, 99).pairs(at(row))
     names = [(parts(chat, one.chosen)[1][0], parts(chat, one.rejected)[1][0]) for one in pairs]
-    assert names == [("x", "y"), ("x", "z"), ("y", "z")]
-    assert [one.probability for one in pairs] == [0.9, 0.3, 0.5]
-    assert [one.margin for one in pairs] == [2.0, -1.0, 0.0]
+    assert names == [("x", "y"), ("z", "x"), ("y", "z")]  # the more probable one is the chosen one
+    assert [one.probability for one in pairs] == [0.9, 0.7, 0.5]
+    assert [one.margin for one in pairs] == [2.0, 1.0, 0.0]
+    (swapped,) = Reader(chat, 99).pairs(
+        at({"prompt": "a", "chosen": "x", "rejected": "y", "probability": 0.2, "margin": -1})
+    )
+    assert parts(chat, swapped.chosen)[1][0] == "y"
+    assert (swapped.probability, swapped.margin) == (0.8, 1.0)
     ranked = Reader(chat, 99).pairs(at({**row, "probability": None, "ranks": [2, 1, 3]}))
     assert [one.margin for one in ranked] == [-2.0, 0.0, -1.0]
     for wrong, what in (

@@ -108,7 +108,7 @@ class ClusterLearner:
 
     def rehearse(self, batch: Batch, columns: Mapping[str, frozenset[str]]) -> None:
         """See `Learner.rehearse`."""
-        self._all("rehearse", batch, columns)
+        self._all("call", "rehearse", batch, columns)
 
     def update(self, work: Work) -> UpdateResult:
         """See `Learner.update`."""
@@ -151,12 +151,20 @@ class ClusterLearner:
         """See `Learner.load`."""
         self._all("call", "load", folder.absolute())
 
-    def export(self, role: str, folder: Path, tokenizer: Any = None, *, merge: bool = True) -> None:
+    def export(
+        self,
+        role: str,
+        folder: Path,
+        tokenizer: Any = None,
+        *,
+        merge: bool = True,
+        end_ids: Sequence[int] | None = None,
+    ) -> None:
         """See `Learner.export`. The workers write to a temporary folder of this attempt, and the driver renames it. So a
         worker that still runs after its attempt was lost cannot change the exported folder."""
         folder = folder.absolute()
         aside = folder.with_name(f".{folder.name}-{self._attempt}")
-        self._all("export", role, aside, tokenizer, merge)
+        self._all("export", role, aside, tokenizer, merge, end_ids)
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
         for old in folder.parent.glob(f".{folder.name}-*"):
@@ -287,9 +295,11 @@ class Member:
         seen = self.learner.measure(batch, columns)
         return self._told({name: seen[name] for name in columns})
 
-    def export(self, role: str, folder: Path, tokenizer: Any, merge: bool) -> tuple[int, None]:
+    def export(
+        self, role: str, folder: Path, tokenizer: Any, merge: bool, end_ids: Sequence[int] | None
+    ) -> tuple[int, None]:
         """See `Learner.export`."""
-        self.learner.export(role, folder, tokenizer, merge=merge)
+        self.learner.export(role, folder, tokenizer, merge=merge, end_ids=end_ids)
         return self._told(None)
 
     def publish(self, number: int) -> tuple[int, Path | None]:

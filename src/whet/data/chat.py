@@ -166,7 +166,7 @@ class Chat:
         mask = list(trained) or [True] * len(ids)
         ids = list(ids)
         if closing and ids and ids[-1] == self.end_ids[0] and (len(ids) > 1 or self.closing_ids):
-            own = next((place + 1 for place, one in enumerate(self.closing_ids) if one in self.end_ids), 0)
+            own = max((place + 1 for place, one in enumerate(self.closing_ids) if one in self.end_ids), default=0)
             mask = mask[:-1] + [place < own for place in range(len(self.closing_ids))]
             ids = [*ids[:-1], *self.closing_ids]
         return Row(torch.tensor([*prompt_ids, *ids]), len(prompt_ids), torch.tensor(mask, dtype=torch.bool))

@@ -231,9 +231,8 @@ class Reader:
             probability = _number(located, "probability", located.row.get("probability", 1.0))
             if not 0 <= probability <= 1:
                 raise DataError(f"{located.where}: field 'probability' must be in [0, 1], got {probability}")
-            out.append(
-                Pair(sides[0], sides[1], probability, _number(located, "margin", located.row.get("margin", 0.0)))
-            )
+            margin = _number(located, "margin", located.row.get("margin", 0.0))
+            out.append(_ordered(sides[0], sides[1], probability, margin))
         return self._some(out, "every ranking has ties alone, and no pair comes from those" if tied else "")
 
     def _pairs_of(self, located: Located) -> tuple[list[Pair], bool]:
@@ -261,7 +260,7 @@ class Reader:
             chosen, rejected = rows[i], rows[j]
             if chosen is not None and rejected is not None:
                 likely = 1.0 if probability is None else probability[i][j]
-                pairs.append(Pair(chosen, rejected, likely, 0.0 if margin is None else margin[i][j]))
+                pairs.append(_ordered(chosen, rejected, likely, 0.0 if margin is None else margin[i][j]))
         return pairs, bool(picked)
 
     def rankings(self, rows: Sequence[Located]) -> list[Ranking]:
@@ -498,6 +497,13 @@ class Reader:
             return make(*given)
         except DataError as error:
             raise DataError(f"{located.where}: {error}") from error
+
+
+def _ordered(chosen: Row, rejected: Row, probability: float, margin: float) -> Pair:
+    """Return the pair with the more probable answer as the chosen one."""
+    if probability < 0.5:
+        return Pair(rejected, chosen, 1 - probability, -margin)
+    return Pair(chosen, rejected, probability, margin)
 
 
 def ranks_of(scores: Sequence[float]) -> list[int]:

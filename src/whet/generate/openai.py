@@ -65,6 +65,8 @@ class OpenAIGenerator:
         }  # fmt: skip
         extras = extras_of(request.prompt.row)
         body |= extras
+        if arguments := {**self.chat.arguments, **extras.get("chat_template_kwargs", {})}:
+            body["chat_template_kwargs"] = arguments
         if self.options.token_ids:
             body["return_token_ids"] = True
         choice = self.http.chat(body, retries=self.options.retries)

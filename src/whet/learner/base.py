@@ -85,8 +85,17 @@ class Learner(Protocol):
     def load(self, folder: Path) -> None:
         """Restore the state that `save` wrote, bit for bit. Raises CheckpointError if it does not fit this learner."""
 
-    def export(self, role: str, folder: Path, tokenizer: Any = None, *, merge: bool = True) -> None:
-        """Save one role as a standard Hugging Face folder."""
+    def export(
+        self,
+        role: str,
+        folder: Path,
+        tokenizer: Any = None,
+        *,
+        merge: bool = True,
+        end_ids: Sequence[int] | None = None,
+    ) -> None:
+        """Save one role as a standard Hugging Face folder. `end_ids` are the tokens that end a turn; default: those of the
+        tokenizer's chat template."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """A learner in one process: micro-batches within a token budget, and one or two optimizers per trained role."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -235,9 +235,17 @@ class LocalLearner:
         self.roles[role].shift = (self.roles[role].shift + shift) * scale
 
     @torch.no_grad()
-    def export(self, role: str, folder: Path, tokenizer: Any = None, *, merge: bool = True) -> None:
+    def export(
+        self,
+        role: str,
+        folder: Path,
+        tokenizer: Any = None,
+        *,
+        merge: bool = True,
+        end_ids: Sequence[int] | None = None,
+    ) -> None:
         """See `Learner.export`. All workers must call it; the first one writes."""
-        self.roles[role].export(folder, tokenizer, merge=merge, write=self.workers.first)
+        self.roles[role].export(folder, tokenizer, merge=merge, write=self.workers.first, end_ids=end_ids)
 
     def close(self) -> None:
         """Remove the weights that were written for engines."""
@@ -342,7 +350,6 @@ class LocalLearner:
         name: str,
         batch: Batch,
         turns: list[tuple[list[int], bool]],
-        columns: frozenset[str],
         dropout: Dropout | None,
     ) -> tuple[Tensor, int]:
         """Return how often the router of a role chooses each expert over the whole mini-batch, (E,), and the number of its
@@ -352,8 +359,9 @@ class LocalLearner:
         routed: list[Routed] = []
         for rows, real in turns:
             found: list[Routed] = []
-            with dropout or nullcontext():
-                self._read(name, batch.take(rows), columns, dropout, found)
+            micro = batch.take(rows)
+            with self._memory(micro), dropout or nullcontext():
+                self._read(name, micro, frozenset(), dropout, found)
             routed += found if real else []
         picks = sum((one.picks.cpu().double() for one in routed), torch.zeros(router.experts, dtype=torch.float64))
         total = self.workers.sum(torch.cat([picks, torch.tensor([float(sum(one.count for one in routed))]).double()]))
@@ -402,6 +410,7 @@ class LocalLearner:
             together.setdefault((term.role, id(batch)), []).append((term, batch, counts))
         dropout = Dropout(self.dropout, address(self.seed, "dropout", self.version)) if train and self.dropout else None
         last = {key[0]: key for key in together}  # the last batch of each role
+        first = {key[0]: key for key in reversed(together)}  # the batch whose tokens its router is balanced on
         for key, items in together.items():
             name = key[0]
             batch = items[0][1].with_columns(number=torch.arange(len(items[0][1].rows)))
@@ -410,8 +419,8 @@ class LocalLearner:
             if name == "policy" and "old_logp" in batch.columns:
                 wanted |= {"logp"}  # for the metrics of how far the policy moved
             turns = self._dealt(batch)
-            router = self.roles[name].router if train else None
-            chosen = self._chosen(name, batch, turns, wanted, dropout) if router is not None else None
+            router = self.roles[name].router if train and first[name] == key else None
+            chosen = self._chosen(name, batch, turns, dropout) if router is not None else None
             for number, (rows, real) in enumerate(turns):
                 micro, routed = batch.take(rows), list[Routed]()
                 with self._memory(micro), dropout or nullcontext():

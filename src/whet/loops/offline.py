@@ -85,8 +85,6 @@ class OfflineLoop:
 
     def __enter__(self) -> "OfflineLoop":
         plan, learner = self.plan, self.learner
-        if plan.precompute:
-            self._known = _precomputed(learner, self.sources, self.columns, plan.batch)
         found = checkpoint.resumed(self.run.checkpoints, learner) if self.resume else None
         loop: dict[str, Any] = found or {"step": 0, "state": self.state}
         self.first, self.state = loop["step"], loop["state"]
@@ -94,6 +92,8 @@ class OfflineLoop:
         if self.first < plan.steps:
             elements = [element for source in self.sources for element in source]
             learner.rehearse(longest(elements, plan.batch), trained_columns(self.objective.terms))
+        if plan.precompute:
+            self._known = _precomputed(learner, self.sources, self.columns, plan.batch)
         keeper = checkpoint.Keeper(
             self.run.checkpoints, learner, every=plan.save_every, total=plan.steps, keep=plan.keep, first=self.first,
             stop=self.stop,

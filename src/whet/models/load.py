@@ -137,7 +137,7 @@ def load_scorer(source: ModelSource, tokenizer: Any = None, *, seed: int = 0) ->
         )
     draw_head(head, seed)
     if tokenizer is not None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+        set_pad(model, tokenizer)
     return model
 
 
@@ -180,6 +180,11 @@ def _check_vocabulary(source: ModelSource, model: Any, tokenizer: Any) -> None:
         )
 
 
+def set_pad(model: Any, tokenizer: Any) -> None:
+    """Write the tokenizer's pad token into the configuration of a model."""
+    model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+
+
 def draw_head(head: nn.Linear, seed: int) -> None:
     """Draw the weights of the head from N(0, 1 / (H + 1)); they depend only on `seed`."""
     fresh = torch.Generator().manual_seed(address(seed, "head") >> 1)
@@ -188,6 +193,12 @@ def draw_head(head: nn.Linear, seed: int) -> None:
         head.weight.copy_(drawn.to(head.weight))
         if head.bias is not None:
             head.bias.zero_()
+
+
+def pad_of(path: str, trust_remote_code: bool = False) -> int | None:
+    """Return the pad token in the configuration of a model; of its base for an adapter."""
+    base, _ = _adapter_base(path)
+    return _configuration(base, trust_remote_code).get_text_config().pad_token_id
 
 
 def positions(source: ModelSource) -> int:

@@ -135,7 +135,7 @@ def _not_kept(config: Any) -> str:
     changed = {key: value for key, value in changed.items() if key not in KEPT and value != getattr(plain, key)}
     if changed.get("init_lora_weights") in (False, "gaussian", "orthogonal", "eva"):  # the others change the base
         changed = {key: value for key, value in changed.items() if key not in ("init_lora_weights", "eva_config")}
-    return next((f"LoRA: {key} is {value!r}" for key, value in changed.items()), "").removeprefix("LoRA: ")
+    return next((f"LoRA ({key} is {value!r})" for key, value in changed.items()), "")
 
 
 def _split_head(folder: str, weights: dict[str, Tensor]) -> tuple[nn.Linear, dict[str, Tensor]]:

@@ -28,7 +28,7 @@ standard deviation of the logits over the vocabulary, at most 1 (then it is in n
 Over 150 architectures in float32, layouts that are right differ by up to 2e-5 and wrong ones by 1.5e-3 or more; in bfloat16 the
 right ones of a model of 50 million weights differ by up to 0.05.
 """
-HALF = 0.25
+HALF = 0.12
 """The same bound for weights in half precision."""
 SOME = 16
 """Number of rows that are worth giving to `probe`."""

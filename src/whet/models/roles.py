@@ -92,7 +92,7 @@ class Role:
     @property
     def pad_id(self) -> int | None:
         """The pad token of a sequence classifier, which its own forward does not read a score from; None for a causal LM."""
-        return None if self.causal else self.model.config.pad_token_id
+        return None if self.causal else self.model.config.get_text_config().pad_token_id
 
     @property
     def whole_text(self) -> bool:
@@ -226,9 +226,18 @@ class Role:
         """Whether embeddings and head share a weight in the base, and differ with the adapter merged."""
         return self.wrapped is not None and saved_adapters.unties(self.model, self.adapter)
 
-    def export(self, folder: Path, tokenizer: Any = None, *, merge: bool = True, write: bool = True) -> None:
+    def export(
+        self,
+        folder: Path,
+        tokenizer: Any = None,
+        *,
+        merge: bool = True,
+        write: bool = True,
+        end_ids: Sequence[int] | None = None,
+    ) -> None:
         """Save a standard Hugging Face folder with merged weights, or only the adapter with `merge=False`.
 
+        `end_ids` are the tokens that end a turn; default: those of the tokenizer's chat template.
         If the weights are sharded over processes, all processes must call it; only those with `write` write files. Raises
         ModelError for a role on a shared trunk that has a head of its own, because no folder form has both, and, before anything is
         written, if a weight is NaN or infinite.
@@ -254,7 +263,8 @@ class Role:
             self.model.save_pretrained(str(folder))
         if write and tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
-            write_tokens(folder, tokenizer, chat_format(tokenizer).end_ids, generates=self.causal)
+            ends = chat_format(tokenizer).end_ids if end_ids is None else end_ids
+            write_tokens(folder, tokenizer, ends, generates=self.causal)
         if write and not self.causal:
             write_json(folder / READOUT_FILE, {"readout": self.readout, "shift": self.shift})
 

@@ -76,7 +76,8 @@ def router_of(model: Any, aux_loss_coef: float | None, z_loss_coef: float | None
         return None
     if not experts or not top_k or not hasattr(model, "router_aux_loss_coef"):
         raise ModelError(
-            f"model.router_aux_loss_coef: {type(model).__name__} has no router with an auxiliary loss in transformers; set it to 0"
+            f"model.{'router_aux_loss_coef' if aux_loss_coef else 'router_z_loss_coef'}: {type(model).__name__} has no router with an "
+            "auxiliary loss in transformers; set it to 0"
         )
     router = Router(int(experts), int(top_k), aux_loss_coef, z_loss_coef)
     ids = torch.arange(min(12, config.vocab_size), device=model.get_input_embeddings().weight.device)[None]

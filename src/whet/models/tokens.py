@@ -73,7 +73,11 @@ def write_config(folder: Path, **values: Any) -> None:
     """Write values to the saved configuration of a model, for other tools."""
     file = folder / "config.json"
     if file.is_file():
-        write_json(file, json.loads(file.read_text(encoding="utf-8")) | values)
+        about = json.loads(file.read_text(encoding="utf-8"))
+        about |= values
+        if "text_config" in about:
+            about["text_config"] |= values
+        write_json(file, about)
 
 
 def write_tokens(folder: Path, tokenizer: Any, end_ids: Sequence[int], *, generates: bool) -> None:
@@ -94,5 +98,7 @@ def write_tokens(folder: Path, tokenizer: Any, end_ids: Sequence[int], *, genera
             known = known if isinstance(known, list) else [] if known is None else [known]
             ends += [one for one in known if one not in ends]
             part["eos_token_id"] = ends[0] if len(ends) == 1 else list(ends)
-        about["pad_token_id"] = tokenizer.pad_token_id
+        for part in (about, about.get("text_config")):
+            if part is not None:
+                part["pad_token_id"] = tokenizer.pad_token_id
         write_json(file, about)

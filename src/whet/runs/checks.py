@@ -1,12 +1,14 @@
 """Checks of a recipe before a run starts: numbers and options that contradict each other."""
 
 import math
+from collections.abc import Sequence
 
 from whet import ops
 from whet.data.batching import per_epoch
 from whet.errors import RecipeError
 from whet.methods import Algorithm, Objective
 from whet.methods.options import Optim
+from whet.models import load
 from whet.runs import models, rewards
 from whet.runs import recipe as fields
 
@@ -189,8 +191,27 @@ def _about_critic(recipe: fields.OnlineRecipe, algorithm: Algorithm) -> list[str
     ][:1]
 
 
+def check_score_adapter(recipe: fields.RewardModelRecipe, last_ids: Sequence[int]) -> None:
+    """Raise RecipeError for a reward model saved as an adapter whose base pads with a token that texts end with, because an
+    adapter is read with the configuration of its base. Also for losses of a router, which reward models do not have."""
+    for name in ("router_aux_loss_coef", "router_z_loss_coef"):
+        if getattr(recipe.model, name):
+            raise RecipeError(f"model.{name}: a reward model has no such loss in transformers; leave it out")
+    pad = load.pad_of(recipe.model.path, recipe.model.trust_remote_code)
+    if recipe.model.export == "adapter" and pad in last_ids:
+        raise RecipeError(
+            f"model.export: the base {recipe.model.path} pads with token {pad}, which scored texts end with, so the adapter would be "
+            "read one token early; leave export at merged, or set pad_token_id in the configuration of the base"
+        )
+
+
 def steps_of(train: fields.Train, elements: int) -> int:
-    """Return the number of updates of an offline run."""
+    """Return the number of updates of an offline run. Raises RecipeError if `drop_last` would leave out every batch."""
+    if train.drop_last and elements < train.batch_size:
+        raise RecipeError(
+            f"train.drop_last: there are {elements} elements and a batch has {train.batch_size}, so nothing would be trained; "
+            "lower train.batch_size"
+        )
     return train.num_steps or max(
         1, math.ceil(train.num_epochs * per_epoch(elements, train.batch_size, train.drop_last))
     )

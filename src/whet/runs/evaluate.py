@@ -110,7 +110,8 @@ def _held_out(recipe: fields.EvalRecipe) -> dict[str, float]:
     else:
         role = models.causal_role("policy", recipe.model, tokenizer, trained=False, seed=0)
         objective, reading = compose.SFT, "demonstrations"
-    elements = data.rows_of(recipe.data, data.cautioned(getattr(reader, reading), chat))
+    read = data.cautioned(getattr(reader, reading), chat)
+    elements = data.rows_of(recipe.data, data.guarded(read, objective, "eval") if scorer else read)
     probe(role, [row.ids for row in Batch.of(elements[:SOME]).rows])
     learner = LocalLearner({role.name: role}, {}, total=1, budget=recipe.max_tokens_per_micro_batch)
     return {key.rpartition("/")[2]: value for key, value in evaluate.held_out(learner, objective, elements).items()}

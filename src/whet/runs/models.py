@@ -70,6 +70,7 @@ def scorer_role(
         about = {"readout": readout}
     if not trained:
         return Role(name, model, False, **about)
+    load.set_pad(model, tokenizer)  # the exported model has it, and is read with it
     assert isinstance(recipe, fields.Model)
     _can_train(recipe)
     if recipe.gradient_checkpointing:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, no_grad
 
-from whet.data import Batch, Element
+from whet.data import Batch, Chat, Element
 from whet.data.batching import per_epoch
 from whet.errors import RecipeError
 from whet.learner import Learner
@@ -31,6 +31,7 @@ class OfflineJob:
     objective: Objective
     plan: offline.OfflinePlan
     tokenizer: Any
+    chat: Chat
     sources: Sequence[Sequence[Element]]
     weights: Sequence[float] | None = None
     evaluation: Sequence[Element] = field(default_factory=list)
@@ -72,7 +73,8 @@ class OfflineJob:
             elements = [element for source in self.sources for element in source]
             _standardize(learner, evaluate.scores(learner, self.objective, elements))
         role = "reward" if isinstance(recipe, fields.RewardModelRecipe) else "policy"
-        learner.export(role, where / "model", self.tokenizer, merge=recipe.model.export == "merged")
+        merge = recipe.model.export == "merged"
+        learner.export(role, where / "model", self.tokenizer, merge=merge, end_ids=self.chat.end_ids)
 
 
 def prepare(method: str, recipe: fields.OfflineRecipe) -> OfflineJob:
@@ -96,8 +98,10 @@ def prepare(method: str, recipe: fields.OfflineRecipe) -> OfflineJob:
     read = data.cautioned(read, chat)
     sources, weights = data.sources_of(recipe.data, read)
     evaluation = data.evaluation_of(recipe.data, read)
-    if rewards:
-        tokens.set_score_pad(tokenizer, chat.closing_ids[-1:] or chat.end_ids[:1], recipe.model.path)
+    if isinstance(recipe, fields.RewardModelRecipe):
+        lasts = chat.closing_ids[-1:] or chat.end_ids[:1]
+        tokens.set_score_pad(tokenizer, lasts, recipe.model.path)
+        checks.check_score_adapter(recipe, lasts)
     steps = checks.steps_of(recipe.train, sum(map(len, sources)))
     refresh = getattr(recipe, "sync_reference", fields.SyncReference())
     plan = offline.OfflinePlan(
@@ -105,7 +109,7 @@ def prepare(method: str, recipe: fields.OfflineRecipe) -> OfflineJob:
         recipe.train.eval_every or (steps if evaluation else 0), recipe.train.keep, end_ids=chat.end_ids, sync_every=refresh.every,
         sync_mix=refresh.mix, precompute=getattr(recipe, "precompute", False), drop_last=recipe.train.drop_last,
     )  # fmt: skip
-    return OfflineJob(method, recipe, objective, plan, tokenizer, sources, weights, evaluation)
+    return OfflineJob(method, recipe, objective, plan, tokenizer, chat, sources, weights, evaluation)
 
 
 @no_grad()

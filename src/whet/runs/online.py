@@ -80,9 +80,10 @@ class OnlineJob:
     def finish(self, loop: online.OnlineLoop, where: Path) -> None:
         """Write the trained policy to `where / "model"`, and its moving average, if any, to `where / "ema"`."""
         merge = self.recipe.model.export == "merged"
-        loop.learner.export("policy", where / "model", self.tokenizer, merge=merge)
+        ends = self.chat.end_ids
+        loop.learner.export("policy", where / "model", self.tokenizer, merge=merge, end_ids=ends)
         if self.recipe.rollout.ema is not None:
-            loop.learner.export("ema", where / "ema", self.tokenizer)
+            loop.learner.export("ema", where / "ema", self.tokenizer, end_ids=ends)
 
 
 def prepare(method: str, recipe: fields.OnlineRecipe) -> OnlineJob:
@@ -140,6 +141,6 @@ def _plan_of(
         sync_every=rollout.sync_reference.every, sync_mix=rollout.sync_reference.mix,
         max_staleness=generator.max_staleness, segment=generator.segment_tokens, slots=rollout.max_num_seqs,
         critic_warmup=recipe.critic.warmup_steps,
-        per_pass=len(prompts) if rollout.num_epochs is not None and not refilled else None,
+        per_pass=len(prompts) if rollout.num_epochs is not None and not refilled and not generator.max_staleness else None,
     )  # fmt: skip
     return plan, longest

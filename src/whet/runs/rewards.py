@@ -107,7 +107,7 @@ def rewards_of(recipe: fields.OnlineRecipe, tokenizer: Any, read: Callable[..., 
         if is_model(one.source):
             _refuse_options(one.options, f"reward.{number}")
             on_trunk = recipe.trunk == "shared" and is_adapter(one.source)
-            chat, same = chat_format(tokenizer), True
+            chat, same = chat_format(tokenizer, arguments=recipe.model.chat_template_kwargs), True
             if load.has_tokenizer(one.source) or not on_trunk:  # an adapter without a tokenizer has the trunk's
                 chat, same = own_chat(one.source, recipe.model, tokenizer)
             ends = step_ends(tokenizer, one.step)
@@ -146,7 +146,7 @@ def own_chat(path: str, model: fields.Frozen, tokenizer: Any) -> tuple[Chat, boo
     """Return the chat format of a reward model, and whether its tokenizer and template are those of the policy."""
     own = load.load_tokenizer(models.source_of(model, path))
     same = models.is_same(own, tokenizer)
-    return chat_format(tokenizer if same else own), same
+    return (chat_format(tokenizer, arguments=model.chat_template_kwargs) if same else chat_format(own)), same
 
 
 def judges(recipe: fields.EvalRecipe, tokenizer: Any, prompts: Sequence[Prompt]) -> list[Weighted]:

@@ -237,7 +237,9 @@ class Session:
         """Write the trained model and its tokenizer to a folder in Hugging Face format. Return the folder."""
         where, roles = Path(path), self._loop.learner.roles
         role = "policy" if "policy" in roles else "reward"
-        self._loop.learner.export(role, where, self.tokenizer, merge=self.recipe.model.export == "merged")
+        self._loop.learner.export(
+            role, where, self.tokenizer, merge=self.recipe.model.export == "merged", end_ids=self.job.chat.end_ids
+        )
         return where
 
 
