@@ -226,6 +226,7 @@ def rows_in_order(make: Make, folder: Path) -> Any:
 def few_rows(make: Make, folder: Path) -> Any:
     """One row for all workers: all but one of them have nothing to do, and none of them may hang."""
     own = make(cast(), dropout=0.1)
+    own.rehearse(batch([2]), {"policy": frozenset({"logp"})})
     return {"steps": go(own, 1, 2, batch([2])), "weights": whole(own)}
 
 
@@ -233,6 +234,7 @@ def unlike_rows(make: Make, folder: Path) -> Any:
     """One row much longer than the budget beside tiny ones."""
     own = make({"policy": policy()}, budget=12)
     given = Batch.of([h.row(1, 2, 60), h.row(2, 1, 1), h.row(3, 1, 2), h.row(4, 1, 1), h.row(5, 3, 2)])
+    own.rehearse(given, {"policy": frozenset({"logp"})})
     return {"steps": [told(own.update(work(given))) for _ in range(2)], "weights": whole(own)}
 
 

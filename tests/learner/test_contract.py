@@ -95,6 +95,17 @@ def test_measuring_and_evaluating_change_nothing(make: Any) -> None:
     assert not first.grad_norm
 
 
+def test_a_rehearsal_changes_nothing(make: Any) -> None:
+    """It goes before the first update, whose bits stay the same."""
+    plain, own = make(all_roles()), make(all_roles())
+    before = h.weights(own)
+    own.rehearse(batch(), {"policy": frozenset({"logp", "entropy"}), "critic": frozenset({"value"})})
+    h.equal_weights(before, h.weights(own))
+    assert own.version == 0
+    assert own.update(work()).losses == plain.update(work()).losses
+    h.equal_weights(h.weights(plain), h.weights(own))
+
+
 def test_evaluation_gives_the_loss_by_transformers_own_forward(make: Any) -> None:
     own = make()
     step = own.evaluate(work())
