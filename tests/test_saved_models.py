@@ -275,3 +275,25 @@ def test_a_template_that_needs_an_argument_is_exported_with_its_own_end(tmp_path
     assert train("sft", *words, "--model.chat-template-kwargs", "{style: stop}") == 0
     stop = tokenizer_of(CHATML).convert_tokens_to_ids("<|stop|>")
     assert stop in json.loads((tmp_path / "run/model/generation_config.json").read_text())["eos_token_id"]
+
+
+def test_new_answers_have_no_columns_of_old_ones(tmp_path: Path) -> None:
+    """Ranks, scores and answers of another file would be taken for those of the new answers."""
+    base = folder(tmp_path / "base", CHATML)
+    old = {
+        "prompt": "hi",
+        "gold": 7,
+        "ranks": [2, 1],
+        "scores": [1, 2],
+        "chosen": "a",
+        "rejected": "b",
+        "probability": 0.9,
+    }
+    data = tiny.write_jsonl(tmp_path / "q.jsonl", [old])
+    given = ("--model", base, "--max-new-tokens", 4, "--num-generations", 2)
+    assert train("sample", *given, "--data", data, "--out", tmp_path / "a.jsonl") == 0
+    row = json.loads((tmp_path / "a.jsonl").read_text())
+    assert row.keys() == {"prompt", "gold", "responses", "finish", "prompt_ids", "response_ids"}
+    tiny.write_jsonl(tmp_path / "t.jsonl", [{**row, "probability": [[0.5, 0.9], [0.1, 0.5]], "scores": [1.0, 2.0]}])
+    assert train("rank", "--data", tmp_path / "t.jsonl", "--out", tmp_path / "r.jsonl") == 0
+    assert "probability" not in json.loads((tmp_path / "r.jsonl").read_text())

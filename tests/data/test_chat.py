@@ -208,7 +208,9 @@ def test_a_tokenizer_without_an_end_token_is_refused() -> None:
         chat_format(tokenizer)
 
 
-def test_tokens_after_an_end_token_inside_an_answer_are_not_trained() -> None:
-    chat = chat_of("tiny")
-    row = chat.row(talk("a", "yes <end> no"))
-    assert picture(row, chat.tokenizer) == "<user> a <assistant> [yes] [<end>]"
+@pytest.mark.parametrize("answer", ["yes <end> no", "yes <eos> no"])
+def test_an_end_token_inside_an_answer_is_refused(answer: str) -> None:
+    """What follows it could never be sampled, and would be lost without a word."""
+    for method in ("row", "rows"):
+        with pytest.raises(DataError, match=r"has the end token '<e..>' before its end"):
+            getattr(chat_of("tiny"), method)(talk("a", answer))

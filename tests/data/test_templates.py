@@ -107,11 +107,11 @@ def test_a_thought_may_have_a_field_of_its_own() -> None:
         0
     ]
     assert parts(chat, row)[1] == "<think>\nx\n</think>\n\nb<|im_end|>"
-    with pytest.raises(DataError, match=r"my.jsonl:1: .*does not use the field 'reasoning_content'"):
+    with pytest.raises(DataError, match=r"my.jsonl:1: .*does not write the field 'reasoning_content'"):
         Reader(chat_of(R1), 200).demonstrations(
             at({"messages": [user("a"), assistant("b</think>c", reasoning_content="x")]})
         )
-    with pytest.raises(DataError, match=r"does not use the field 'reasoning_content'"):
+    with pytest.raises(DataError, match=r"does not write the field 'reasoning_content'"):
         Reader(chat_of(TOOLS), 200).demonstrations(
             at({"prompt": "a", "completion": [assistant("b", reasoning_content="x")]})
         )
@@ -159,7 +159,7 @@ def test_arguments_for_all_rows_reach_the_template_and_those_of_a_row_come_on_to
 @pytest.mark.parametrize(
     ("template", "talk", "what"),
     [
-        (NO_SYSTEM, [{"role": "system", "content": "be good"}, user("a")], "leaves out message 0 \\(system\\)"),
+        (NO_SYSTEM, [{"role": "system", "content": "be good"}, user("a")], "'content' of message 0 \\(system\\)"),
         (NO_SYSTEM, [user("a"), assistant("", tool_calls=[{"function": {"name": "f"}}]), user("b")], "'tool_calls'"),
         (TOOLS, [user("a"), {"role": "user", "content": [{"type": "image", "url": "x"}]}], "must be of type text"),
     ],
@@ -294,3 +294,79 @@ def test_the_closing_of_a_reward_models_row_is_the_templates_own_text() -> None:
     assert scored.ids.tolist() == whole
     assert torch.equal(scored.mask, row.mask)
     assert picture(own, chat.tokenizer).endswith("[<|im_end|>]")
+
+
+DEEPSEEK = (  # like DeepSeek-V3: a message is told to be a call by its content, which is none
+    "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}{% elif m.role == 'tool' %}<tool>{{ m.content }}"
+    "{% elif m.content is none %}<|im_end|>{% for call in m.tool_calls %}<tool>{{ call.function.name }}</tool>{% endfor %}<eos>"
+    "{% else %}<|im_end|>{{ m.content }}<eos>{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_end|>{% endif %}"
+)
+PHI = (  # like Phi-3: an end token of each turn, and the tokenizer's own at the end of the text
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+
+
+def call(**more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "look"}}], **more}
+
+
+def test_a_call_without_content_reaches_the_template_as_such() -> None:
+    chat = chat_of(DEEPSEEK)
+    for message in (call(), call(content=None)):
+        row = Reader(chat, 99).demonstrations(at({"messages": [user("a"), message]}))[0]
+        assert parts(chat, row) == ("<|im_start|>a<|im_end|>", "<tool>look</tool><eos>")
+    with pytest.raises(DataError, match="does not write the field 'tool_calls' of message 1"):
+        Reader(chat, 99).demonstrations(at({"messages": [user("a"), call(content="yes")]}))
+
+
+@pytest.mark.parametrize("name", ["function_call", "reasoning", "thinking"])
+def test_content_in_other_fields_is_written_or_refused(name: str) -> None:
+    with pytest.raises(DataError, match=rf"does not write the field '{name}' of message 1"):
+        Reader(chat_of("{# thinking #}" + TOOLS), 99).demonstrations(
+            at({"messages": [user("a"), assistant("b", **{name: "look"})]})
+        )
+
+
+def test_a_dropped_system_message_is_refused_though_its_words_stand_elsewhere() -> None:
+    with pytest.raises(DataError, match=r"'content' of message 0 \(system\)"):
+        Reader(chat_of(NO_SYSTEM), 99).prompts(
+            at({"prompt": [{"role": "system", "content": "it is"}, user("What it is ?")]})
+        )
+
+
+def test_a_message_with_weight_0_is_not_trained() -> None:
+    chat = chat_of(TOOLS)
+    talk = [user("a"), assistant("b", weight=0), user("c"), assistant("d", weight=1)]
+    (row,) = Reader(chat, 99).demonstrations(at({"messages": talk}))
+    assert parts(chat, row)[1] == "d<|im_end|>"
+    with pytest.raises(DataError, match="weight 0"):
+        Reader(chat, 99).demonstrations(at({"messages": talk[:2]}))
+
+
+@pytest.mark.parametrize("closing", [False, True])
+def test_a_cut_answer_has_nothing_that_the_template_writes_behind_it(closing: bool) -> None:
+    chat = chat_of(PHI)
+    row = chat.row([user("a"), assistant("yes it is")], ended=False, closing=closing)
+    assert parts(chat, row) == ("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n", "yes it is")
+    whole = chat.row([user("a"), assistant("yes it is")], closing=closing)
+    assert chat.tokenizer.decode(whole.ids[row.length :]) == ("<|im_end|>\n<eos>" if closing else "<|im_end|>")
+    with pytest.raises(DataError, match="cut off cannot be empty"):
+        chat.row([user("a"), assistant("")], ended=False)
+    thought = chat_of(QWEN3).row([user("a"), assistant("<think>\nis it")], ended=False)
+    assert parts(chat_of(QWEN3), thought)[1] == "<think>\nis it"
+    assert parts(chat_of(R1), chat_of(R1).row([user("a"), assistant("is it")], ended=False))[1] == "is it"
+
+
+def test_ids_that_ended_without_an_end_token_get_one() -> None:
+    chat = chat_of(TOOLS)
+    ids = sampled(chat, "yes", ended=False)
+    (row,) = Reader(chat, 99).demonstrations(at({"prompt": "a", "completion": "yes", "completion_ids": ids}))
+    assert parts(chat, row)[1] == "yes<|im_end|>"
+
+
+def test_a_row_with_answers_in_two_forms_is_refused() -> None:
+    both = {"prompt": "a", "responses": ["x", "y"], "ranks": [1, 2], "chosen": "b", "rejected": "c"}
+    for reading in ("pairs", "rankings", "unpaired"):
+        with pytest.raises(DataError, match=r"has 'chosen' and 'responses'|has 'responses' and 'chosen'"):
+            getattr(Reader(chat_of(TOOLS), 99), reading)(at(both))

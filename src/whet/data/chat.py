@@ -6,7 +6,6 @@ such a token is split, because the prompt is a text of its own.
 """
 
 import functools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,11 +43,14 @@ BOS = "{{ bos_token }}"
 EXTRAS = ("tools", "documents", "chat_template_kwargs")
 """Fields of a row that are passed to the chat template. The last one is an object of further arguments."""
 
-UNUSED = ("tool_calls", "reasoning_content", "thinking")
-"""Fields of a message that are content: a template that does not use them is refused."""
+CONTENT = ("content", "tool_calls", "reasoning_content", "thinking", "reasoning", "function_call")
+"""Fields of a message that are content: a template that does not write them is refused."""
 
 MARK = "answer"
 """Text of the answer with which a template is examined."""
+
+OTHER = "<<another text>>"
+"""Text that replaces a content, to see whether the template writes it."""
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -104,29 +106,32 @@ class Chat:
 
         `turns="last"` trains only the last turn. All turns are one row, except if the template writes a turn differently
         once other turns follow, or without an end token: then each turn is a row of its own, with the context that it had
-        when it was generated. With `ended` False the last answer was cut off. Raises DataError if there is no assistant turn
-        after a user message.
+        when it was generated. An assistant message with `weight` 0 is not trained. With `ended` False the last answer was cut
+        off. Raises DataError if there is no assistant turn after a user message.
         """
         answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         if not answers or answers[0] == 0:
             raise DataError("a conversation needs an assistant message after a user message")
         if turns == "last":
             answers = answers[-1:]
+        elif any(message.get("weight", 1) == 0 for message in messages):
+            answers = [number for number in answers if messages[number].get("weight", 1) != 0]
+            if not answers:
+                raise DataError("every assistant message has the weight 0, so nothing would be trained")
         if self.raw and len(answers) > 1:
             raise DataError('several assistant turns need a chat template; "none" joins one prompt and one answer')
-        messages = [self._bare(one) if one["role"] == "assistant" else one for one in messages]
-        if len(answers) > 1:
+        for number in answers:
+            self._check_end(messages[number])
+        if len(answers) > 1 and ended:
             whole, spans = self._render(messages[: answers[-1] + 1], extras), []
             for number in answers:
-                opened, closed = (
-                    self._render(messages[:number], extras, opened=True),
-                    self._render(messages[: number + 1], extras),
-                )
+                opened = self._render(messages[:number], extras, opened=True)
+                closed = self._render(messages[: number + 1], extras)
                 if not whole.startswith(closed) or not closed.startswith(opened):
                     break
                 spans.append((len(opened), len(closed)))
             if len(spans) == len(answers):
-                row = self._row(whole, spans, ended=ended)
+                row = self._row(whole, spans)
                 if row is not None:
                     return [row]
         return [
@@ -148,9 +153,21 @@ class Chat:
         Raises DataError if the generation prompt opens the answer (with "<think>") and the text does not continue it.
         """
         *prompt, answer = messages
-        answer = self._bare(answer)
+        self._check_end(answer)
         opened, text = self._render(prompt, extras, opened=True), self._render([*prompt, answer], extras)
-        if not text.startswith(opened):
+        if not ended:
+            content = str(self._bare(answer).get("content") or "")
+            if not content:
+                raise DataError("an answer that was cut off cannot be empty")
+            place = text.find(content, len(opened)) if text.startswith(opened) else -1
+            tag = self.leading.strip().split("\n")[0]
+            if place < 0 or (
+                tag and content.startswith(tag)
+            ):  # the template changes the text, or has another beginning for it
+                text = opened + content.removeprefix(self._opening(prompt, opened, extras).lstrip())
+            else:
+                text = text[: place + len(content)]
+        elif not text.startswith(opened):
             text = opened + self._continued(prompt, answer, opened, extras)
         row = self._row(text, [(len(opened), len(text))], ended=ended, closing=closing)
         assert row is not None
@@ -192,41 +209,47 @@ class Chat:
             list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
-    def unused(self, fields: Sequence[str]) -> list[str]:
-        """Return the fields of messages that the chat template does not mention."""
-        source = _source(self.tokenizer)
-        return [name for name in fields if re.search(rf"\b{re.escape(name)}\b", source) is None]
-
     def check(self, messages: Messages, extras: Mapping[str, Any] | None = None) -> None:
         """Raise DataError for content that the chat template does not write: tools, documents, arguments, tool calls,
         thoughts, and messages of a role that it leaves out."""
         given = dict(extras or {})
-        names = [name for name in EXTRAS[:2] if name in given] + list(given.get(EXTRAS[2], {}))
         source = _source(self.tokenizer)
-        for name in names:
+        for name in [one for one in EXTRAS[:2] if one in given] + list(given.get(EXTRAS[2], {})):
             if name not in _variables(source):
                 raise DataError(
                     f"the chat template does not use {name!r}, so it would be dropped; remove it from the row"
                 )
-        fields = {name: None for one in messages for name in one if name in UNUSED}
-        for name in self.unused(list(fields)):
-            raise DataError(
-                f"the chat template does not use the field {name!r} of messages, so it would be dropped; write it into the "
-                "content, or give a template that uses it with --chat-template"
-            )
         text = self._render(messages, extras)
         for number, one in enumerate(messages):
+            fields = [name for name in CONTENT if one.get(name)]
             content = str(one.get("content") or "").strip()
-            if one["role"] == "assistant" or content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text:
+            if fields == ["content"] and (one["role"] == "assistant" or (one["role"] == "user" and content in text)):
                 continue
-            raise DataError(
-                f"the chat template leaves out message {number} ({one['role']}), so it would be dropped; remove it, or give "
-                "a template that writes it with --chat-template"
-            )
+            for name in fields:
+                other = {**one, name: OTHER} if name == "content" else {k: v for k, v in one.items() if k != name}
+                try:
+                    written = self._render([*messages[:number], other, *messages[number + 1 :]], extras) != text
+                except DataError:  # the template needs the field
+                    written = True
+                if not written:
+                    raise DataError(
+                        f"the chat template does not write the field {name!r} of message {number} ({one['role']}), so it would be "
+                        "dropped; remove it, or give a template that writes it with --chat-template"
+                    )
+
+    def _check_end(self, message: Mapping[str, Any]) -> None:
+        """Raise DataError for an end token before the end of an answer: what follows it could never be sampled."""
+        content = self._bare(message).get("content")
+        for end in self.end_ids if isinstance(content, str) else ():
+            token = _token(self.tokenizer, end)
+            if token in str(content):
+                raise DataError(
+                    f"the answer has the end token {token!r} before its end; remove it, or write what follows as another message"
+                )
 
     def _bare(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return the message without what the template adds to its content: an end token, and the text before it."""
-        content = message.get("content")
+        """Return an assistant message without what the template adds to its content: an end token, and the text before it."""
+        content = message.get("content") if message["role"] == "assistant" else None
         if self.leading and isinstance(content, str):
             content = content.removeprefix(self.leading)
             message = {**message, "content": content}
@@ -235,6 +258,18 @@ class Chat:
             if str(content).rstrip().endswith(token):
                 return {**message, "content": str(content).rstrip().removesuffix(token)}
         return message
+
+    def _opening(self, prompt: Messages, opened: str, extras: Mapping[str, Any] | None) -> str:
+        """Return the part of the generation prompt that belongs to the answer, such as "<think>"; often empty."""
+        before = self._render([*prompt, {"role": "assistant", "content": MARK}], extras).rpartition(MARK)[0]
+        if before.startswith(opened):
+            return ""
+        if not opened.startswith(before):
+            raise DataError(
+                "the chat template writes an answer differently than it begins one, so it cannot be trained; do two assistant "
+                "messages follow each other?"
+            )
+        return opened[len(before) :]
 
     def _continued(
         self, prompt: Messages, answer: Mapping[str, Any], opened: str, extras: Mapping[str, Any] | None
@@ -272,18 +307,18 @@ class Chat:
         stop = 0
         for number, (first, last) in enumerate(zip(places[::2], places[1::2], strict=True)):
             found = [place for place in range(first, last) if ids[place] in self.end_ids]
-            stop = found[-1 if closing else 0] if found else last
-            final = number == len(spans) - 1
-            if stop < last:
-                stop += ended or not final or stop == first
-            elif not final:
+            if found:
+                stop = found[-1 if closing else 0] + 1
+            elif number < len(spans) - 1:
                 return None
+            elif not ended:
+                stop = last
             else:  # the template has no end token
                 stop = last - _blank(self.tokenizer, ids[first:last])
-                if stop == first or (ended and not closing):
+                if stop == first or not closing:
                     ids, trained, stop = [*ids[:stop], self.end_ids[0]], [*trained[:stop], True], stop + 1
             trained[first:stop] = [True] * (stop - first)
-        length = len(ids) if closing and ended else stop
+        length = len(ids) if closing else stop
         start = trained.index(True)
         return Row(torch.tensor(ids[:length]), start, torch.tensor(trained[start:length]))
 
@@ -300,11 +335,22 @@ class Chat:
 
     def _render(self, messages: Messages, extras: Mapping[str, Any] | None = None, *, opened: bool = False) -> str:
         given = dict(extras or {})
+        given |= dict(self.arguments) | dict(given.pop(EXTRAS[2], {}))
+        plain = [dict(self._bare(message)) for message in messages]
+
+        def rendered(empty: str | None) -> str:
+            """Render with this content for messages that have a call alone."""
+            filled = [{**one, "content": empty} if one.get("content") is None else one for one in plain]
+            return self.tokenizer.apply_chat_template(filled, tokenize=False, add_generation_prompt=opened, **given)
+
         try:
-            return self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=opened,
-                **(dict(self.arguments) | dict(given.pop(EXTRAS[2], {}))), **given,
-            )  # fmt: skip
+            if all(one.get("content") is not None for one in plain):
+                return rendered("")
+            try:
+                text = rendered(None)  # some templates tell such messages by it, others write the word None
+                return rendered("") if text == rendered("None") else text
+            except Exception:
+                return rendered("")
         except Exception as error:  # a template may raise any error (raise_exception of Jinja)
             raise DataError(f"the chat template refuses these messages: {error}") from error
 

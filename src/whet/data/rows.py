@@ -80,8 +80,11 @@ def _message(located: Located, name: str, number: int, message: Any) -> dict[str
             if part.get("type") != "text" or not isinstance(part.get("text"), str):
                 raise DataError(f"{where}: a content part must be of type text, got {part!r:.80}")
         content = "".join(part["text"] for part in content)
-    elif content is None and isinstance(message, dict) and message.get("tool_calls"):
-        content = ""
+    calls = (
+        isinstance(message, dict) and content is None and (message.get("tool_calls") or message.get("function_call"))
+    )
+    if calls and "role" in message:
+        return {**message, "content": None}  # templates tell a message with a call alone by it
     if not isinstance(message, dict) or not isinstance(content, str) or "role" not in message:
         raise DataError(f'{where}: expected {{"role": ..., "content": "..."}}, got {message!r:.80}')
     if message["role"] not in ("system", "developer", "user", "assistant", "tool"):
@@ -366,6 +369,7 @@ class Reader:
 
     def _two(self, located: Located) -> tuple[list[dict[str, Any]], list[_Answer]]:
         """Return the prompt and the two answers of a pair."""
+        _one_form(located, "chosen", "responses")
         if located.row.get("prompt") is not None:
             messages = _messages(located, "prompt")
             answers = [_answer(located, "chosen"), _answer(located, "rejected")]
@@ -387,6 +391,7 @@ class Reader:
 
     def _answers(self, located: Located) -> tuple[list[dict[str, Any]], list[_Answer]]:
         """Return the prompt and the K answers of a `responses` row."""
+        _one_form(located, "responses", "chosen")
         messages = self._checked(located, _messages(located, "prompt"))
         responses = _field(located, "responses")
         if not isinstance(responses, list) or len(responses) < 2:
@@ -409,6 +414,7 @@ class Reader:
 
     def _one(self, located: Located) -> _Answer:
         """Return the answer of a `completion` row."""
+        _one_form(located, "completion", "responses")
         ids = [located.row.get("completion_ids")]
         messages = _messages(located, "prompt")
         return self._with_ids(located, messages, [_answer(located, "completion")], ids, ["completion_ids"])[0]
@@ -460,7 +466,9 @@ class Reader:
         extras, closing = extras_of(located.row), self.closing if closing is None else closing
         if answer.ids is not None:
             prompt = self._located(located, self.chat.prompt_ids, messages, extras)
-            return self.chat.sampled_row(prompt, answer.ids, closing=closing)
+            whole = not answer.ended or answer.ids[-1] in self.chat.end_ids
+            ids = answer.ids if whole else (*answer.ids, self.chat.end_ids[0])
+            return self.chat.sampled_row(prompt, ids, closing=closing)
         full = [*messages, answer.message]
         if answer.message.keys() - {"role", "content"}:
             self._checked(located, full)
@@ -497,6 +505,12 @@ class Reader:
             return make(*given)
         except DataError as error:
             raise DataError(f"{located.where}: {error}") from error
+
+
+def _one_form(located: Located, name: str, other: str) -> None:
+    """Raise DataError for a row with answers in two forms."""
+    if located.row.get(other) is not None and located.row.get(name) is not None:
+        raise DataError(f"{located.where}: the row has {name!r} and {other!r}; leave one of them out")
 
 
 def _ordered(chosen: Row, rejected: Row, probability: float, margin: float) -> Pair:

@@ -50,7 +50,9 @@ def run_rank(recipe: fields.RankRecipe) -> Path:
         check_ranks(own, question, place)
     if all(map(constant, ranks)):
         print(f"whet: {len(ranks)} of {len(ranks)} rankings have ties alone", file=sys.stderr)
-    write_jsonl(out, [{**one.row, "ranks": list(own)} for one, own in zip(rows, ranks, strict=True)])
+    old = ("probability", "margin")  # of other judgments
+    kept = [{name: value for name, value in one.row.items() if name not in old} for one in rows]
+    write_jsonl(out, [{**row, "ranks": list(own)} for row, own in zip(kept, ranks, strict=True)])
     return out
 
 

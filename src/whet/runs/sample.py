@@ -20,6 +20,12 @@ from whet.methods.options import Sampling
 from whet.runs import data, generators, models, rewards
 from whet.runs import recipe as fields
 
+ABOUT_ANSWERS = (
+    "responses", "response_ids", "prompt_ids", "ranks", "scores", "finish", "probability", "margin", "score", "chosen",
+    "rejected", "chosen_ids", "rejected_ids", "completion", "completion_ids", "completions", "labels",
+)  # fmt: skip
+"""Columns about the answers that a row had before, which are not written beside new answers."""
+
 
 def run_sample(recipe: fields.SampleRecipe) -> Path:
     """Generate K answers to each prompt of a file. Return the path of the written file.
@@ -62,8 +68,9 @@ def run_sample(recipe: fields.SampleRecipe) -> Path:
 
 def _row(group: Group, chat: Chat) -> dict[str, Any]:
     """Return the row of a prompt and its answers. Token ids of another text than the answer's are left out."""
+    kept = {name: value for name, value in group.prompt.row.items() if name not in ABOUT_ANSWERS}
     row: dict[str, Any] = {
-        **group.prompt.row,
+        **kept,
         "responses": [sample.text for sample in group.samples],
         "finish": [sample.finish for sample in group.samples],
     }
