@@ -6,7 +6,7 @@ model is loaded.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -163,6 +163,8 @@ class Reader:
     turns: str = "all"
     separator: str = "\n"
     closing: bool = False
+    left_out: list[str] = field(default_factory=list, compare=False)
+    """where the rows stand that were left out because they are too long"""
 
     def texts(self, rows: Sequence[Located]) -> list[Row]:
         """Read `text` rows: all tokens are trained, including the end token, and longer texts are cut into pieces.
@@ -185,6 +187,7 @@ class Reader:
             ids = self._located(located, self.chat.prompt_ids, messages, extras_of(located.row))
             if len(ids) > self.max_tokens:
                 if self.too_long == "drop":
+                    self.left_out.append(located.where)
                     continue
                 raise self._long(located, "the prompt", len(ids))
             out.append(Prompt(str(located.row.get("id", number)), tuple(ids), tuple(messages), located.row))
@@ -484,6 +487,7 @@ class Reader:
         if self.too_long == "error":
             raise self._long(located, what, row.length)
         if self.too_long == "drop" or row.start >= self.max_tokens:
+            self.left_out.append(located.where)
             return []
         mask = row.mask[: self.max_tokens - row.start]
         return [Row(row.ids[: self.max_tokens], row.start, mask)] if bool(mask.any()) else []

@@ -201,6 +201,18 @@ def pad_of(path: str, trust_remote_code: bool = False) -> int | None:
     return _configuration(base, trust_remote_code).get_text_config().pad_token_id
 
 
+def end_ids_of(source: ModelSource) -> list[int]:
+    """Return the tokens with which a model ends by its own generation configuration; empty if it has none."""
+    from transformers import GenerationConfig
+
+    base, _ = _adapter_base(source.path)
+    try:
+        ends = GenerationConfig.from_pretrained(base).eos_token_id
+    except (OSError, ValueError, TypeError):  # none, or one that `mend_generation_config` refuses
+        return []
+    return [ends] if isinstance(ends, int) else list(ends or [])
+
+
 def positions(source: ModelSource) -> int:
     """Return the maximum sequence length of a model, from its configuration."""
     base, _ = _adapter_base(source.path)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,11 +48,23 @@ def probe(role: Role, rows: Sequence[Tensor], *, packed: bool = False, cached: b
     """
     if role.whole_text:  # read through its own forward, see `Role.text_scores`
         return
+    role.paths = replace(role.paths, limit=_rope_limit(role.model.config.get_text_config()))
     new = role.paths.padding is None
     packed, cached = packed and role.paths.packing is None, cached and role.paths.cache is None
     if new or packed or cached:
         with torch.no_grad():
             _Trial(role, _chosen(rows, role)).run(new, packed, cached)
+
+
+def _rope_limit(config: Any) -> int | None:
+    """Return the number of positions after which the rotary embedding of a model depends on the longest row of a forward. This is
+    far beyond the rows that are tried, so it is read from the configuration."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {one.get("rope_type") for one in (rope, *rope.values()) if isinstance(one, dict)}
+    if kinds.isdisjoint({"longrope", "dynamic"}):
+        return None
+    given = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    return int(given or config.max_position_embeddings)
 
 
 class _Trial:

@@ -79,6 +79,8 @@ def _read_off(
     numbers = batch.columns["number"] if "number" in batch.columns else torch.arange(len(batch.rows))
     with ExitStack() as stack:
         stack.enter_context(role.active())
+        if dropout is not None and len(layouts) > 1:
+            raise ModelError(f"train.dropout: rows of the {role.name} are read one by one; leave it out")
         if dropout is not None:
             row_of, position_of = layouts[0].addresses(offsets, numbers)
             dropout.put_on(role.model, row_of.to(role.device), position_of.to(role.device), stack)
@@ -118,6 +120,13 @@ def _laid_out(role: Role, rows: Sequence[Row], packed: bool) -> tuple[list["_Lay
     """Return the inputs of one or more forwards of the role, and where each row starts in their flat positions, (B,)."""
     lengths = torch.tensor([row.length for row in rows])
     joined = lengths.cumsum(0) - lengths
+    if role.paths.limit is not None and int(lengths.max()) > role.paths.limit:
+        if role.shell is not None:  # processes with other numbers of forwards would wait for each other
+            raise ModelError(
+                f"the numbers of the {role.name} depend on the longest row of a batch beyond {role.paths.limit} tokens, so such rows "
+                "are read one by one, which sharded weights do not allow; lower --data.max-tokens, or set --learner ddp"
+            )
+        return [_Layout(row.ids[None]) for row in rows], joined
     if packed and role.paths.packing is not False:
         return [_packed(rows)], joined
     if role.paths.padding is False:
@@ -285,15 +294,23 @@ def _named(names: frozenset[str], prefix: str, logp: Tensor, uncertainty: Tensor
 
 
 def _exact_kl(role: Role, states: Tensor, other: _Other, temperature: Tensor) -> Tensor:
-    """Compute KL(policy || reference) over the whole vocabulary at each trained token, (N,)."""
+    """Compute KL(policy || reference) over the whole vocabulary at each trained token, (N,).
+
+    Embeddings of other sizes agree on the ids that both have; the other ids have no token, so their probability is 0.
+    """
     scale, theirs = temperature.to(_precise(states)), other.states.to(states.device)
     head = role.model.get_output_embeddings() if role.linear_head else None
     if head is None or other.weight is None:
         own = role.close(states if head is None else head(states))
         full = theirs if other.weight is None else functional.linear(theirs, other.weight, other.bias)
-        return exact_kl(own.to(scale.dtype) / scale[:, None], full.to(scale.dtype) / scale[:, None])
+        size = min(own.shape[1], full.shape[1])
+        return exact_kl(*(one[:, :size].to(scale.dtype) / scale[:, None] for one in (own, full)))
     bias = role.output_bias(head.bias, head.weight, len(head.weight))
-    return linear_kl(states, head.weight, theirs, other.weight, bias=bias, ref_bias=other.bias, temperature=scale)
+    size = min(len(head.weight), len(other.weight))
+    bias, ref_bias = (None if one is None else one[:size] for one in (bias, other.bias))
+    return linear_kl(
+        states, head.weight[:size], theirs, other.weight[:size], bias=bias, ref_bias=ref_bias, temperature=scale
+    )
 
 
 def _precise(x: Tensor) -> torch.dtype:

@@ -19,7 +19,7 @@ from whet.models.finite import check_finite
 from whet.models.load import MISSING, scalar_head
 from whet.models.lora import save_adapter
 from whet.models.router import Router
-from whet.models.tokens import write_config, write_tokens
+from whet.models.tokens import told_ends, write_config, write_tokens
 
 Readout = Literal["last", "mean", "sum"]
 READOUT_FILE = "whet.json"
@@ -33,12 +33,14 @@ class Paths:
     packing   rows one after the other in one sequence
     cache     decoding with a cache; without it each token takes a forward over the whole sequence
     gradient  a forward without gradient, to the last bit; without it columns are measured as in an update
+    limit     number of positions beyond which a row changes the numbers of others in its forward; None without such a limit
     """
 
     padding: bool | None = None
     packing: bool | None = None
     cache: bool | None = None
     gradient: bool | None = None
+    limit: int | None = None
 
 
 @dataclass(eq=False)
@@ -264,6 +266,8 @@ class Role:
         if write and tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
             ends = chat_format(tokenizer).end_ids if end_ids is None else end_ids
+            if self.causal and not merge:
+                told_ends(self.model, tokenizer, ends)
             write_tokens(folder, tokenizer, ends, generates=self.causal)
         if write and not self.causal:
             write_json(folder / READOUT_FILE, {"readout": self.readout, "shift": self.shift})

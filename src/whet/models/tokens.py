@@ -69,6 +69,17 @@ def mend_generation_config(model: Any, name: str) -> None:
     )
 
 
+def told_ends(model: Any, tokenizer: Any, end_ids: Sequence[int]) -> None:
+    """Say that generation with an exported adapter needs the end token of its training, if the base does not end with it."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if end_ids[0] not in (own if isinstance(own, list) else [own]):
+        token = tokenizer.convert_ids_to_tokens(end_ids[0])
+        print(
+            f"whet: the adapter ends turns with {token!r}, which its base does not; give eos_token_id={list(end_ids)} to generate()",
+            file=sys.stderr,
+        )
+
+
 def write_config(folder: Path, **values: Any) -> None:
     """Write values to the saved configuration of a model, for other tools."""
     file = folder / "config.json"

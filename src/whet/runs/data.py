@@ -31,7 +31,7 @@ def reader_of(
     advice = "raise --data.max-tokens" if longest < limit - room else "the model has no more positions"
     if room:
         advice = "lower --max-new-tokens" if advice.startswith("the") else advice
-    more = {"turns": data.turns, "separator": data.separator} if isinstance(data, fields.Data) else {}
+    more: dict[str, Any] = {"turns": data.turns, "separator": data.separator} if isinstance(data, fields.Data) else {}
     return Reader(chat, longest, advice, data.too_long, closing=closing, **more)
 
 
@@ -61,6 +61,16 @@ def cautioned(read: Callable[[Sequence[Any]], list], chat: Chat) -> Callable[[Se
         return records
 
     return checked
+
+
+def tell_left_out(reader: Reader) -> None:
+    """Print how many rows were left out because they are too long."""
+    if reader.left_out and distributed.first():
+        places = ", ".join(reader.left_out[:3]) + (", ..." if len(reader.left_out) > 3 else "")
+        print(
+            f"whet: {len(reader.left_out)} rows or answers longer than {reader.max_tokens} tokens are left out ({places})",
+            file=sys.stderr,
+        )
 
 
 def guarded(read: Callable[[Sequence[Any]], list], objective: Objective, name: str) -> Callable[[Sequence[Any]], list]:

@@ -1,7 +1,7 @@
 """Load the models of a recipe: tokenizers, roles, adapters and heads."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,9 +37,9 @@ def tokenizer_and_chat(model: fields.Frozen, sampling: Sampling | None = None) -
     load.quiet()
     tokenizer = load.load_tokenizer(source_of(model), pad_token=model.pad_token)
     skip = sampling is not None and sampling.skip_special_tokens
-    return tokenizer, chat_format(
-        tokenizer, model.chat_template, skip_special_tokens=skip, arguments=model.chat_template_kwargs
-    )
+    chat = chat_format(tokenizer, model.chat_template, skip_special_tokens=skip, arguments=model.chat_template_kwargs)
+    own = (one for one in load.end_ids_of(source_of(model)) if one < len(tokenizer))
+    return tokenizer, replace(chat, end_ids=tuple(dict.fromkeys([*chat.end_ids, *own])))
 
 
 def causal_role(
@@ -89,11 +89,17 @@ def value_of(path: str) -> dict[str, Any]:
 
 
 def reference_role(recipe: fields.Model, policy: Role, path: str | None, tokenizer: Any) -> Role:
-    """Return the reference: another model at `path`, the base of the policy's adapters, or a frozen copy of the policy."""
+    """Return the reference: another model at `path`, the base of the policy's adapters, or a frozen copy of the policy.
+    Raises ModelError if it has a tokenizer with another vocabulary."""
     if policy.wrapped is not None and path in (None, recipe.path):
         return Role("reference", policy.model, False, wrapped=policy.wrapped)
     if path in (None, recipe.path):
         return Role("reference", copy.deepcopy(policy.model), False)
+    if (
+        load.has_tokenizer(str(path))
+        and load.load_tokenizer(source_of(recipe, path)).get_vocab() != tokenizer.get_vocab()
+    ):
+        raise ModelError(f"reference: {path} has another tokenizer than {recipe.path}, so it cannot read its tokens")
     return causal_role("reference", recipe, tokenizer, trained=False, seed=0, path=path)
 
 

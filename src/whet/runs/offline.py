@@ -98,6 +98,7 @@ def prepare(method: str, recipe: fields.OfflineRecipe) -> OfflineJob:
     read = data.cautioned(read, chat)
     sources, weights = data.sources_of(recipe.data, read)
     evaluation = data.evaluation_of(recipe.data, read)
+    data.tell_left_out(reader)
     if isinstance(recipe, fields.RewardModelRecipe):
         lasts = chat.closing_ids[-1:] or chat.end_ids[:1]
         tokens.set_score_pad(tokenizer, lasts, recipe.model.path)

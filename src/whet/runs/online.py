@@ -103,6 +103,7 @@ def prepare(method: str, recipe: fields.OnlineRecipe) -> OnlineJob:
     tokenizer, chat = models.tokenizer_and_chat(recipe.model, recipe.sampling)
     reader = data.reader_of(recipe.model, recipe.data, chat, room=recipe.sampling.max_new_tokens)
     prompts = data.with_all_columns(data.rows_of(recipe.data, data.cautioned(reader.prompts, chat)))
+    data.tell_left_out(reader)
     data.check_columns(prompts)
     generators.check_generator(recipe, chat, int(os.environ["WORLD_SIZE"]) if launched() else 1)
     rewards.check_rewards(recipe, tokenizer, prompts)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from whet.data import Chat, Prompt, chat_format
+from whet.data import Chat, Prompt, chat_format, extras_of
 from whet.errors import ModelError, RecipeError
 from whet.models import load, lora
 from whet.models.roles import Role, readout_of
@@ -127,6 +127,22 @@ def check_rewards(recipe: fields.OnlineRecipe, tokenizer: Any, prompts: Sequence
             raise RecipeError(f"reward.{number}.weight: expected a finite number, got {one.weight}")
         if is_model(one.source):
             _check_scorer(one.source)
+            _check_positions(f"reward.{number}", one.source, recipe, tokenizer, prompts)
+
+
+def _check_positions(
+    where: str, path: str, recipe: fields.OnlineRecipe, tokenizer: Any, prompts: Sequence[Prompt]
+) -> None:
+    """Raise RecipeError if the longest prompt with an answer has more tokens than a reward model has positions."""
+    limit = load.positions(models.source_of(recipe.model, path))
+    chat, same = own_chat(path, recipe.model, tokenizer) if load.has_tokenizer(path) else (chat_format(tokenizer), True)
+    lengths = (len(one.ids if same else chat.prompt_ids(one.messages, extras_of(one.row))) for one in prompts)
+    longest = max(lengths) + recipe.sampling.max_new_tokens + len(chat.closing_ids)
+    if longest > limit:
+        raise RecipeError(
+            f"{where}: {path} has {limit} positions, and a prompt with its answer has up to {longest} tokens; lower "
+            "--max-new-tokens, or leave long prompts out with --data.max-tokens and --data.too-long drop"
+        )
 
 
 def check_columns(rewards: Sequence[Weighted], prompts: Sequence[Prompt], where: str = "reward") -> None:
@@ -146,7 +162,14 @@ def own_chat(path: str, model: fields.Frozen, tokenizer: Any) -> tuple[Chat, boo
     """Return the chat format of a reward model, and whether its tokenizer and template are those of the policy."""
     own = load.load_tokenizer(models.source_of(model, path))
     same = models.is_same(own, tokenizer)
-    return (chat_format(tokenizer, arguments=model.chat_template_kwargs) if same else chat_format(own)), same
+    if same:
+        return chat_format(tokenizer, arguments=model.chat_template_kwargs), True
+    if not own.chat_template:
+        raise ModelError(
+            f"{path}: its tokenizer differs from the policy's and has no chat template; set tokenizer.chat_template and save it in "
+            "this folder"
+        )
+    return chat_format(own), False
 
 
 def judges(recipe: fields.EvalRecipe, tokenizer: Any, prompts: Sequence[Prompt]) -> list[Weighted]:
