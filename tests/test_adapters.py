@@ -170,7 +170,7 @@ def test_a_wrong_option_of_an_adapter_is_told(name: str, call: str) -> None:
 
 
 def test_an_adapter_without_options_says_so() -> None:
-    with pytest.raises(RecipeError, match="generator.speed: local has no options; leave it out"):
+    with pytest.raises(RecipeError, match=r"generator\.speed: local has no options; leave it out"):
         whet.sample(
             model="m", data=[{"prompt": "a"}], generator={"name": "local", "speed": 2}, max_new_tokens=4, out="a.jsonl"
         )

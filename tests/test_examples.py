@@ -160,7 +160,10 @@ def test_passes_over_the_prompts_give_the_number_of_steps(place: Path) -> None:
 
 BAD = {
     "a row": ({"data": [3]}, r"data\[0\]: a row is a dict, got int"),
-    "a value": ({"data": [{"prompt": "a", "x": object()}]}, r"data\[0\]: field 'x' is a object, .* which JSON cannot hold"),
+    "a value": (
+        {"data": [{"prompt": "a", "x": object()}]},
+        r"data\[0\]: field 'x' is a object, .* which JSON cannot hold",
+    ),
     "a part": (
         {"surrogate": lambda nonsense: nonsense},
         r"test_examples.py:\d+: the parameter 'nonsense' is not a column",
