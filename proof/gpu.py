@@ -196,8 +196,12 @@ def main() -> int:
     checks: list[tuple[str, Callable[[Bench], str]]] = [
         *((f"{one}, float32, workers: {workers}", partial(same_numbers, engine=one)) for one in names),
         *((f"{one}, bfloat16, workers: {workers}", partial(half, engine=one)) for one in ("local", *names)),
-        *((f"attention, {one}", partial(kernels, name=one)) for one in ("eager", "sdpa", "flex_attention", *flash())),
-        *([("tf32", tf32)] if given.device == "cuda" else []),
+        *((f"attention, {one}", partial(kernels, name=one)) for one in ("eager", "sdpa", *flash())),
+        *(
+            [("attention, flex", partial(kernels, name="flex_attention")), ("tf32", tf32)]
+            if given.device == "cuda"
+            else []
+        ),
         *(
             (f"vllm, float32, {how}", lambda bench, words=words: engine(bench, *words, *EXACT))
             for how, words in pushes.items()

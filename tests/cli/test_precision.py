@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 import whet
+from whet.distributed import Workers
 from whet.errors import CheckpointError
+from whet.learner.base import LearnerOptions
 from whet.methods.options import LoRA
 from whet.models.roles import Role
 from whet.runs import generators, learners, models, serve
@@ -191,6 +194,30 @@ def test_a_server_computes_as_a_run_with_default_options(gpu: None) -> None:
     assert told() == "bfloat16"
     assert told("float32") == "float32"
     assert told(dtype="float32") == told(**{"dtype": "float32"}) == "float32"
+
+
+def test_tf32_is_set_as_torch_does_and_bounds_follow(home: Path) -> None:
+    recipe = online()
+    tokenizer, _ = models.tokenizer_and_chat(replace(recipe.model, path=str(home / "m")))
+    model = fields.Model(path=str(home / "m"))
+    role = models.causal_role("policy", model, tokenizer, trained=True, seed=0)
+    own = learners.learner_of(
+        fields.OfflineRecipe(model=model),
+        {"policy": role},
+        {"policy": recipe.optim},
+        1,
+        Workers(),
+        [torch.arange(4, 9)],
+    )
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not own.low_precision
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), trained=False, compute_in=lambda bf16: None)
+    try:
+        learners._prepare_precision(LearnerOptions(tf32=True), {"policy": on_gpu}, False)  # type: ignore[dict-item]
+        assert torch.get_float32_matmul_precision() == "high"
+        assert own.low_precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_weights_that_are_trained_in_bfloat16_are_told(home: Path, tmp_path: Path, capfd: Any) -> None:

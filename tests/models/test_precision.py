@@ -162,6 +162,23 @@ def test_weights_of_another_dtype_are_computed_in_it(dtype: torch.dtype) -> None
     assert torch.equal(logp(own), before)
 
 
+def test_a_classifier_of_whole_texts_keeps_float32() -> None:
+    """Its label comes from its own forward, which under autocast would round it."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=27, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, num_labels=1,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    own = Role("reward", BertForSequenceClassification(config).eval(), False)
+    own.compute_in(True)
+    with torch.no_grad():
+        got = read(own, Batch.of(ROWS[:1]), frozenset({"score"}))["score"]
+        expected_ = own.model(ROWS[0].ids[None]).logits[:, 0]
+    assert torch.equal(got, expected_)
+
+
 # --- the probe -------------------------------------------------------------------------------------------------------
 
 
@@ -225,7 +242,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.folder(tmp_path_factory.mktemp("model"))
 
 
-@pytest.mark.parametrize("kernel", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
 def test_attention_kernels_are_those_that_were_named_for_every_role(folder: Path, kernel: Any) -> None:
     given = fields.Model(path=str(folder), attn_implementation=kernel)
     tokenizer, _ = models.tokenizer_and_chat(given)
@@ -236,8 +253,6 @@ def test_attention_kernels_are_those_that_were_named_for_every_role(folder: Path
         models.scorer_role("reward", given, tokenizer, trained=False, seed=0, path=str(folder)),
     ]
     assert {one.model.config._attn_implementation for one in roles} == {kernel}
-    if kernel == "flex_attention":  # compiled at its first call
-        return
     plain = models.causal_role("policy", fields.Model(path=str(folder)), tokenizer, trained=False, seed=0)
     torch.testing.assert_close(logp(policy), logp(plain), rtol=1e-4, atol=1e-5)
 
@@ -257,6 +272,16 @@ def test_kernels_of_half_precision_are_refused_in_float32() -> None:
         ModelError, match=r"flash_attention_2 computes in half precision only.*--learner\.precision bf16"
     ):
         probe(own, IDS)
+
+
+def test_kernels_without_a_gradient_are_refused_before_training(folder: Path) -> None:
+    """flex_attention has none on a CPU."""
+    given = fields.Model(path=str(folder), attn_implementation="flex_attention")
+    tokenizer, _ = models.tokenizer_and_chat(given)
+    own = models.causal_role("policy", given, tokenizer, trained=True, seed=0)
+    assert own.model.config._attn_implementation == "flex_attention"
+    with pytest.raises(ModelError, match=r"cannot be read with a gradient .*flex_attention \(model\.attn_impl"):
+        probe(own, [torch.arange(4, 9)])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -264,7 +264,14 @@ class _Trial:
     def gradient(self) -> None:
         """Compare the bits: the ratio is exactly 1 only if measuring and updating compute the same."""
         with torch.enable_grad():
-            found = self._read(self.rows).detach()
+            try:
+                found = self._read(self.rows).detach()
+            except Exception as error:
+                kernel = self.role.model.config._attn_implementation
+                raise ModelError(
+                    f"the {self.role.name} cannot be read with a gradient ({first_line(error)}); its attention kernels are {kernel} "
+                    "(model.attn_implementation)"
+                ) from error
         self.role.paths = replace(self.role.paths, gradient=torch.equal(found, self._read(self.rows)))
 
     def _packing(self) -> None:

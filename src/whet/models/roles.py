@@ -164,9 +164,13 @@ class Role:
             self.model.train(trains)
 
     def compute_in(self, bf16: bool) -> None:
-        """Compute in bfloat16 over the float32 weights, or in the dtype of the weights. Weights of another dtype are computed in
-        their own, whatever is asked."""
-        self.autocast = bf16 and self.model.get_input_embeddings().weight.dtype == torch.float32
+        """Compute in bfloat16 over the float32 weights, or in the dtype of the weights.
+
+        Weights of another dtype are computed in their own, whatever is asked, and a classifier of whole texts too: its own
+        forward would round its scores.
+        """
+        held = self.model.get_input_embeddings().weight.dtype
+        self.autocast = bf16 and held == torch.float32 and not self.whole_text
 
     def hidden(self, ids: Tensor, **layout: Tensor) -> Tensor:
         """Compute the last hidden states of token ids (B, S) -> (B, S, H)."""
