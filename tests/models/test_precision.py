@@ -159,6 +159,18 @@ def test_weights_of_another_dtype_are_computed_in_it(dtype: torch.dtype) -> None
     own = h.policy(dtype=dtype)
     before = logp(own)
     own.compute_in(True)
+    assert not own.autocast
+    assert torch.equal(logp(own), before)
+
+
+def test_adapters_on_a_base_in_bfloat16_compute_as_they_did() -> None:
+    """peft: the base in bfloat16, the adapters in float32."""
+    own = h.trunk("llama", dtype=BF16)["policy"]
+    for name, parameter in own.parameters().items():
+        assert parameter.dtype == torch.float32
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    before = logp(own)
+    own.compute_in(True)
     assert torch.equal(logp(own), before)
 
 
