@@ -25,6 +25,7 @@ SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "
 FLOAT, HALF, TOKEN, COARSE = 1e-5, 5e-2, 1e-4, 1e-3
 """Bounds: numbers in float32, anything in bfloat16, a token's log-prob in float32 by other kernels, the same on a GPU."""
 SFT = ("sft", "--model", "model", "--data", "rows.jsonl", "--train.num-steps", "10", "--optim.lr", "0.001")
+EXACT = ("--learner.precision", "float32")
 
 
 @dataclass
@@ -77,8 +78,9 @@ def made(folder: Path) -> None:
 
 
 def alone(bench: Bench) -> list[dict[str, Any]]:
-    """SFT on one process, run when it is first asked for."""
-    return bench.metrics("sft-alone") if (bench.folder / "sft-alone").exists() else bench.whet("sft-alone", *SFT)
+    """SFT on one process in float32, run when it is first asked for."""
+    done = (bench.folder / "sft-alone").exists()
+    return bench.metrics("sft-alone") if done else bench.whet("sft-alone", *SFT, *EXACT)
 
 
 def worst(one: list[dict[str, Any]], other: list[dict[str, Any]], names: tuple[str, ...]) -> float:
@@ -97,14 +99,32 @@ def within(found: float, bound: float) -> str:
 
 def same_numbers(bench: Bench, engine: str) -> str:
     """SFT on one process and on all workers."""
-    many = bench.whet(f"sft-{engine}", *SFT, "--learner", engine, workers=bench.workers)
+    many = bench.whet(f"sft-{engine}", *SFT, *EXACT, "--learner", engine, workers=bench.workers)
     return f"loss and gradient norm differ by {within(worst(alone(bench), many, ('loss', 'grad_norm/policy')), FLOAT)} at most"
 
 
 def half(bench: Bench, engine: str) -> str:
-    """The same in bfloat16 over float32 weights."""
-    many = bench.whet(f"half-{engine}", *SFT, "--learner", engine, "--learner.precision bf16", workers=bench.workers)
-    return f"loss differs from float32's by {within(worst(alone(bench), many, ('loss',)), HALF)} at most"
+    """The same in bfloat16 over float32 weights, which is the default on a GPU."""
+    named = () if bench.device == "cuda" else ("--learner.precision", "bf16")
+    workers = 1 if engine == "local" else bench.workers
+    many = bench.whet(f"half-{engine}", *SFT, *named, "--learner", engine, workers=workers)
+    found = worst(alone(bench), many, ("loss",))
+    if not found > 0:
+        raise RuntimeError("the loss is that of float32")
+    return f"loss differs from float32's by {within(found, HALF)} at most"
+
+
+def kernels(bench: Bench, name: str) -> str:
+    """The same with attention kernels by name, in bfloat16."""
+    words = ("--learner.precision", "bf16", "--model.attn-implementation", name)
+    found = worst(alone(bench), bench.whet(f"attention-{name}", *SFT, *words), ("loss",))
+    return f"loss differs from float32's by {within(found, HALF)} at most"
+
+
+def tf32(bench: Bench) -> str:
+    """The same in TensorFloat-32."""
+    found = worst(alone(bench), bench.whet("tf32", *SFT, *EXACT, "--learner.tf32", "true"), ("loss",))
+    return f"loss differs from float32's by {within(found, HALF)} at most"
 
 
 def engine(bench: Bench, *words: str) -> str:
@@ -112,8 +132,17 @@ def engine(bench: Bench, *words: str) -> str:
     name = "-".join(("vllm", *(word for word in words if not word.startswith("--"))))
     found = bench.ppo(name, "--generator", "vllm", *words, "--importance-correction", "token_weight", steps=4)
     gap = max(row["sampler_gap"] for row in found)
-    bound = HALF if "bfloat16" in words else TOKEN if bench.device == "cpu" else COARSE
+    low = "bfloat16" in words or "bf16" in words
+    bound = HALF if low else TOKEN if bench.device == "cpu" else COARSE
     return f"4 pushes arrived; mean log-prob gap to the learner {within(gap, bound)} nats"
+
+
+def flash() -> tuple[str, ...]:
+    """The flash attention kernels that are installed here."""
+    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+    found = (("flash_attention_2", is_flash_attn_2_available()), ("flash_attention_3", is_flash_attn_3_available()))
+    return tuple(name for name, there in found if there)
 
 
 def learns(bench: Bench) -> str:
@@ -166,9 +195,19 @@ def main() -> int:
             pushes["two GPUs"] = ("--generator.tensor-parallel", "2")
     checks: list[tuple[str, Callable[[Bench], str]]] = [
         *((f"{one}, float32, workers: {workers}", partial(same_numbers, engine=one)) for one in names),
-        *((f"{one}, bfloat16, workers: {workers}", partial(half, engine=one)) for one in ("fsdp", "zero3")),
-        *((f"vllm, float32, {how}", lambda bench, words=words: engine(bench, *words)) for how, words in pushes.items()),
-        ("vllm, bfloat16", lambda bench: engine(bench, "--generator.dtype", "bfloat16")),
+        *((f"{one}, bfloat16, workers: {workers}", partial(half, engine=one)) for one in ("local", *names)),
+        *((f"attention, {one}", partial(kernels, name=one)) for one in ("eager", "sdpa", *flash())),
+        *(
+            [("attention, flex", partial(kernels, name="flex_attention")), ("tf32", tf32)]
+            if given.device == "cuda"
+            else []
+        ),
+        *(
+            (f"vllm, float32, {how}", lambda bench, words=words: engine(bench, *words, *EXACT))
+            for how, words in pushes.items()
+        ),
+        ("vllm, bfloat16 as the learner", lambda bench: engine(bench, "--learner.precision", "bf16")),
+        ("vllm, bfloat16", lambda bench: engine(bench, "--generator.dtype", "bfloat16", *EXACT)),
         ("local, a short learning run", learns),
         ("contract suites", suites),
     ]

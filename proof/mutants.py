@@ -378,6 +378,43 @@ MUTANTS: list[Mutant] = [
             "parts = sorted(cut(budget), key=lambda part: part[0])",
         ),
     ),
+    *_of(
+        "ops/logprobs.py",
+        "models/test_precision.py",
+        ("hidden = hidden.to(torch.get_autocast_dtype(device))", "hidden = hidden.clone()"),
+    ),
+    *_of(
+        "models/readers.py",
+        "models/test_precision.py",
+        ("with torch.autocast(states.device.type, enabled=False):", "with torch.enable_grad():"),
+        (
+            "tokens.to(states.device), temperature.to(states.device, _precise(states))",
+            "tokens.to(states.device), temperature.to(states)",
+        ),
+    ),
+    *_of(
+        "models/roles.py",
+        "models/test_precision.py",
+        ("held == torch.float32 and not self.whole_text", "held == torch.float32"),
+        ("bf16 and held == torch.float32", "bf16 and held.is_floating_point"),
+    ),
+    *_of(
+        "models/probe.py",
+        "models/test_precision.py",
+        ("role.autocast = half and flash", "role.autocast = half"),
+        ("if half:\n            trial", "if flash:\n            trial"),
+    ),
+    *_of(
+        "learner/base.py",
+        "learner/test_half.py",
+        ('(self.precision == "auto" and context.half)', "context.half"),
+    ),
+    *_of("learner/local.py", "learner/test_half.py", ("if computed != self._precision:", "if not computed:")),
+    *_of(
+        "runs/generators.py",
+        "cli/test_precision.py",
+        ("partial(sampler_role, recipe.model, bf16)", "partial(sampler_role, recipe.model)"),
+    ),
 ]
 
 

@@ -54,9 +54,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"learner": "zero2", "learner.precision": "bf16", "rollout.sync_reference.every": 2},
         "learner.precision: DeepSpeed would keep the averaged reference in half precision",
     ),
-    "half": (
-        {"learner": "local", "learner.precision": "bf16"},
-        "learner.precision: local does not have it, only fsdp, zero1, zero2, zero3",
+    "float16": (
+        {"model.dtype": "float16"},
+        "model.dtype: whet does not train in float16, .* no loss scaling.*--learner.precision bf16",
+    ),
+    "half of double": (
+        {"model.dtype": "float64", "learner.precision": "bf16"},
+        "learner.precision: bf16 computes over float32 weights, and model.dtype is float64",
+    ),
+    "tf32 without a GPU": (
+        {"learner.tf32": True},
+        "learner.tf32: the models are on a cpu, and TF32 is of GPUs; leave it out",
     ),
     "offload on replicas": (
         {"learner": "ddp", "learner.offload": True},

@@ -191,7 +191,7 @@ def training_offloaded(make: Make, folder: Path) -> Any:
 
 def training_half(make: Make, folder: Path) -> Any:
     """Computed in bfloat16; saved, and loaded to the bit."""
-    options = {} if make.engine in ("local", "ddp") else {"bf16": True}
+    options = {} if make.engine == "local" else {"bf16": True}
     own = make(cast(), **options)
     steps = go(own, 1)
     own.save(folder / "half")
@@ -308,7 +308,7 @@ def kink(value: Tensor) -> Tensor:
 
 def half_beside_its_reference(make: Make, folder: Path) -> Any:
     """Policy and reference with equal weights, both computed in bfloat16: a run checks that they agree to the bit."""
-    options = {} if make.engine in ("local", "ddp") else {"bf16": True}
+    options = {} if make.engine == "local" else {"bf16": True}
     own = make({"policy": policy(), "reference": policy(name="reference")}, **options)
     seen = own.measure(batch(), frozenset({"old_logp", "ref_logp"}))
     return {"old": seen["old_logp"], "ref": seen["ref_logp"]}
@@ -552,7 +552,8 @@ CASES: dict[str, dict[str, Callable[[Make, Path], Any]]] = {
 
 SHORT: dict[str, set[str]] = {
     "local": set(CASES["local"]),
-    "ddp": {"saving", "training_gpt2", "training_adapter", "muon", "exporting", *FEW} - {"training_offloaded"},
+    "ddp": {"saving", "training_gpt2", "training_adapter", "training_half", "muon", "exporting", *FEW}
+    - {"training_offloaded"},
     "fsdp": set(CASES["fsdp"]) - {"training_gpt2", "training_gemma2", "training_checkpointed"},
     "zero1": {"saving"},
     "zero2": {

@@ -270,7 +270,7 @@ def test_workers_that_loaded_other_weights_are_refused(of: Any, engine: str) -> 
 # --- half precision ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", those_of("training_half", SHARDED))
+@pytest.mark.parametrize("engine", those_of("training_half", ("ddp", *SHARDED)))
 def test_computing_in_bfloat16_gives_nearly_the_losses_of_float32(of: Any, engine: str) -> None:
     (_, got, *_), (_, expected, *_) = (of(one, "training_half")["steps"] for one in (engine, "local"))
     for loss in ("policy/train/nll", "critic/rollout/value_loss"):
@@ -280,7 +280,7 @@ def test_computing_in_bfloat16_gives_nearly_the_losses_of_float32(of: Any, engin
         assert got["norm"][role] == pytest.approx(expected["norm"][role], rel=5e-2)
 
 
-@pytest.mark.parametrize("engine", those_of("training_half", SHARDED))
+@pytest.mark.parametrize("engine", those_of("training_half", ("ddp", *SHARDED)))
 def test_half_precision_is_saved_and_loaded_to_the_bit(of: Any, engine: str) -> None:
     got = of(engine, "training_half")
     h.equal_weights(got["weights"], got["loaded"])

@@ -25,7 +25,7 @@ def engines() -> str:
     """The states of one trained role, and of one frozen one, under every engine."""
     rows = []
     for engine in ("ddp", "zero1", "zero2", "zero3", "fsdp"):
-        layout = Layout(engine, 32, low_precision=engine != "ddp")  # type: ignore[arg-type]
+        layout = Layout(engine, 32, low_precision=True)  # type: ignore[arg-type]
         one, still = trained(SEVEN, layout), frozen(SEVEN, layout)
         numbers = (one.weights, one.gradients, one.optimizer, one.states, one.working, still.states)
         rows.append([engine, *(f"{number / GIB:.1f}" for number in numbers)])

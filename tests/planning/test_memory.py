@@ -114,6 +114,25 @@ def test_activations_are_what_a_forward_keeps(kind: str, dtype: torch.dtype, che
     assert told.stored < kept(one)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "gpt2"])
+def test_activations_and_copies_of_weights_under_autocast(kind: str, checkpointing: bool) -> None:
+    """A forward keeps both; with checkpointing the copies of the layers are made again, one layer at a time."""
+    wide = {"n_embd": 64, "n_layer": 3} if kind == "gpt2" else WIDE
+    one = role(kind, **wide)
+    one.compute_in(True)
+    if checkpointing:
+        load.checkpoint_activations(one.model)
+    shape = shape_of(one.model)
+    told = memory.activations(
+        shape, 3 * 64, bytes_each=2, checkpointing=checkpointing, head_tokens=3 * 48, autocast=True
+    )
+    copies = trained(shape, Layout(low_precision=True)).working
+    assert copies == 2 * (3 * shape.layer_parameters() + 27 * 64)
+    left = copies - 2 * 3 * shape.layer_parameters() * checkpointing
+    assert told.stored + left == pytest.approx(kept(one), rel=0.2 if kind == "gpt2" and checkpointing else 0.05)
+
+
 @pytest.mark.parametrize(("checkpointing", "within"), [(False, 0.01), (True, 0.2)])
 def test_activations_of_gpt2(checkpointing: bool, within: float) -> None:
     """Under checkpointing its model keeps one hidden state more than the layers' inputs; in a real depth that is nothing."""
@@ -218,7 +237,6 @@ def test_an_engine_is_filled_with_blocks() -> None:
             {"backend": "ddp", "workers": 2, "offload": True},
             "learner.offload: ddp does not support it; use fsdp or zero2",
         ),
-        ({"low_precision": True}, "learner.precision: local does not support it; use fsdp or zero2"),
         ({"backend": "zero3", "workers": 0}, "learner.workers: at least 1; got 0"),
         ({"max_tokens_per_micro_batch": 0}, "learner.max_tokens_per_micro_batch: at least 1; got 0"),
     ],

@@ -170,11 +170,11 @@ def test_ahead_a_step_is_shorter_and_the_ages_stay_within_the_bound() -> None:
 
 def test_half_precision_is_offered_and_taken() -> None:
     told = lines(RUN, Hardware(4, 4.0))
-    assert any(line.startswith("--learner fsdp --learner.precision bf16 would compute in bfloat16") for line in told)
+    assert any(line.startswith("--learner.precision bf16 would compute in bfloat16") for line in told)
     low_precision = "\n".join(lines(replace(RUN, low_precision=True), Hardware(4, 4.0)))
     assert "learner.precision bf16 would" not in low_precision
     assert "computation in bfloat16, at 989 TFLOP/s" in low_precision
-    assert "learner fsdp on 1 GPU" in "\n".join(lines(replace(RUN, low_precision=True)))
+    assert "learner local on 1 GPU" in "\n".join(lines(replace(RUN, low_precision=True)))
 
 
 def test_muon_is_planned_where_matrices_are_whole() -> None:

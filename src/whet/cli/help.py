@@ -18,14 +18,17 @@ ROOT = Path(__file__).parent.parent
 
 @cache
 def field_docs(module: str) -> dict[str, dict[str, tuple[str, str]]]:
-    """Return class name -> field -> (default, meaning) for a module. The meaning is the string below each field."""
+    """Return class name -> field -> (default, meaning) for a module. The meaning is the string below each field. Fields of
+    base classes in the same module come first."""
     out: dict[str, dict[str, tuple[str, str]]] = {}
     for node in ast.parse(_source(module)).body:
         if not isinstance(node, ast.ClassDef):
             continue
         own = out.setdefault(node.name, {})
+        for base in node.bases:
+            own |= out.get(ast.unparse(base), {})
         for place, item in enumerate(node.body):
-            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and not _of_class(item):
                 after = node.body[place + 1] if place + 1 < len(node.body) else None
                 meaning = ""
                 if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
@@ -33,6 +36,10 @@ def field_docs(module: str) -> dict[str, dict[str, tuple[str, str]]]:
                 default = "" if item.value is None else ast.unparse(item.value)
                 own[item.target.id] = (default, meaning)
     return out
+
+
+def _of_class(item: ast.AnnAssign) -> bool:
+    return ast.unparse(item.annotation).startswith("ClassVar")
 
 
 @cache

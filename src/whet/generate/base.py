@@ -180,7 +180,7 @@ class GeneratorContext:
 
     chat            conversation format of the model's tokenizer
     model           the model's folder or hub name
-    dtype, device   dtype and device of the model, such as "float32" and "cpu"
+    dtype, device   what the model computes in, and where, such as "float32" and "cpu"
     longest         longest sequence, in tokens
     max_num_seqs    answers generated together
     sampling        how tokens are drawn

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
@@ -108,6 +108,7 @@ class LearnerContext:
     shared_trunk  several roles are trained in one model
     averaged      the run has a moving average of the policy
     refreshed     the reference moves towards the policy
+    half          the weights are float32 on a GPU that computes in bfloat16
     """
 
     name: str = "local"
@@ -116,24 +117,34 @@ class LearnerContext:
     shared_trunk: bool = False
     averaged: bool = False
     refreshed: bool = False
+    half: bool = False
 
 
 @dataclass(frozen=True)
-class NoOptions:
-    """An adapter without options."""
+class LearnerOptions:
+    """Options of all learners of whet."""
+
+    precision: Literal["auto", "bf16", "float32"] = "auto"
+    """"bf16" computes in bfloat16; weights, their gradients and moments stay float32; "auto" is bf16 on a GPU, float32 on a CPU"""
+    tf32: bool = False
+    """GPUs multiply float32 matrices as TensorFloat-32, with 10 bits: faster, and other numbers"""
+
+    may_change: ClassVar[tuple[str, ...]] = ("precision",)
+    """Options that a resumed run may change. The precision is in the checkpoints, which `LocalLearner.load` compares."""
+
+    def in_bf16(self, context: LearnerContext) -> bool:
+        """Return whether a learner with these options computes in bfloat16 over float32 weights."""
+        return self.precision == "bf16" or (self.precision == "auto" and context.half)
 
 
 @dataclass(frozen=True)
-class ShardedOptions:
+class ShardedOptions(LearnerOptions):
     """Options of learners that shard their weights."""
 
-    precision: Literal["float32", "bf16"] = "float32"
-    """"bf16" computes in bfloat16 with float32 weights"""
     offload: bool = False
     """keep what is sharded in CPU memory between uses"""
 
-    may_change = ("offload",)
-    """Options that a resumed run may change."""
+    may_change: ClassVar[tuple[str, ...]] = ("precision", "offload")
 
 
 LEARNERS = Registry(

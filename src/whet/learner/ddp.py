@@ -1,10 +1,13 @@
 """Data-parallel training (DDP): every worker holds all weights, and gradients are summed once per update."""
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from whet.errors import ModelError
-from whet.learner.base import LearnerContext, NoOptions
+from whet.learner.base import LearnerContext, LearnerOptions
 from whet.learner.local import LocalLearner, fingerprint
 from whet.models.roles import Role
 
@@ -49,9 +52,9 @@ def same_weights(learner: LocalLearner) -> None:
             )
 
 
-Options = NoOptions
+Options = LearnerOptions
 
 
-def make(options: NoOptions, context: LearnerContext) -> type[LocalLearner]:
-    """Return the class of the learner."""
-    return ReplicaLearner
+def make(options: LearnerOptions, context: LearnerContext) -> Any:
+    """Return the class of the learner with its options."""
+    return partial(ReplicaLearner, bf16=options.in_bf16(context))

@@ -26,8 +26,10 @@ class DeepSpeedLearner(LocalLearner):
     CPU memory. Raises RecipeError for the muon optimizer, and for two trained roles in one model.
     """
 
-    def __init__(self, *given: Any, stage: int = 2, bf16: bool = False, offload: bool = False, **options: Any) -> None:
-        self.stage, self.bf16, self.offload = stage, bf16, offload
+    autocasts = False
+
+    def __init__(self, *given: Any, stage: int = 2, offload: bool = False, **options: Any) -> None:
+        self.stage, self.offload = stage, offload
         self._engines: dict[str, Any] = {}
         self._touched: set[str] = set()  # roles that have a gradient in this update
         super().__init__(*given, **options)
@@ -227,8 +229,11 @@ def check(options: ShardedOptions, context: LearnerContext) -> None:
     """Raise RecipeError for what DeepSpeed does not support, or if it is not installed."""
     if context.muon:
         raise RecipeError(f"optim.kind: muon needs whole matrices, but {context.name} shards them; use adamw or ddp")
-    if options.precision == "bf16" and (context.refreshed or (context.averaged and context.name == "zero3")):
-        raise RecipeError("learner.precision: DeepSpeed would keep the averaged reference in half precision; use fsdp")
+    if options.in_bf16(context) and (context.refreshed or (context.averaged and context.name == "zero3")):
+        raise RecipeError(
+            "learner.precision: DeepSpeed would keep the averaged reference in half precision; use fsdp, or --learner.precision "
+            "float32"
+        )
     if context.shared_trunk:
         raise RecipeError("trunk: DeepSpeed trains one role per model; use separate models, or learner.backend fsdp")
     if find_spec("deepspeed") is None:
@@ -237,9 +242,8 @@ def check(options: ShardedOptions, context: LearnerContext) -> None:
 
 def make(options: ShardedOptions, context: LearnerContext) -> Any:
     """Return the class of the learner with its options."""
-    return partial(
-        DeepSpeedLearner, stage=int(context.name[-1]), bf16=options.precision == "bf16", offload=options.offload
-    )
+    stage = int(context.name[-1])
+    return partial(DeepSpeedLearner, stage=stage, bf16=options.in_bf16(context), offload=options.offload)
 
 
 def shards(context: LearnerContext) -> bool:

@@ -23,8 +23,10 @@ class FSDPLearner(LocalLearner):
     which needs whole matrices.
     """
 
-    def __init__(self, *given: Any, bf16: bool = False, offload: bool = False, **options: Any) -> None:
-        self.bf16, self.offload = bf16, offload
+    autocasts = False
+
+    def __init__(self, *given: Any, offload: bool = False, **options: Any) -> None:
+        self.offload = offload
         super().__init__(*given, **options)
 
     def _place(self) -> None:
@@ -100,7 +102,7 @@ def check(options: ShardedOptions, context: LearnerContext) -> None:
 
 def make(options: ShardedOptions, context: LearnerContext) -> Any:
     """Return the class of the learner with its options."""
-    return partial(FSDPLearner, bf16=options.precision == "bf16", offload=options.offload)
+    return partial(FSDPLearner, bf16=options.in_bf16(context), offload=options.offload)
 
 
 def shards(context: LearnerContext) -> bool:

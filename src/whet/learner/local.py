@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from whet.data import Batch, Weights, dealt, measured
 from whet.data.files import write_json
 from whet.distributed import Workers
 from whet.errors import CheckpointError, RecipeError, RunStopped
-from whet.learner.base import LearnerContext, NoOptions, UpdateResult, WeightsWriter, Work
+from whet.learner.base import LearnerContext, LearnerOptions, UpdateResult, WeightsWriter, Work
 from whet.learner.state import as_tensor, fingerprint, optimizers_of
 from whet.learner.store import Stored, write
 from whet.methods.options import Optim
@@ -33,10 +34,12 @@ class LocalLearner:
 
     `budget` is the largest number of tokens in one forward, including padding. `packed` concatenates rows instead of
     padding them. `total` is the number of updates of the whole run, for the learning-rate schedules. Residual `dropout` is
-    active only in updates; its masks depend on (seed, version).
+    active only in updates; its masks depend on (seed, version). With `bf16` all roles with float32 weights compute in
+    bfloat16, while weights, gradients and moments stay float32.
     """
 
-    bf16 = False
+    autocasts = True
+    """Roles compute in bfloat16 under autocast; False if the backend casts the weights."""
 
     def __init__(
         self,
@@ -49,7 +52,11 @@ class LocalLearner:
         dropout: float = 0.0,
         seed: int = 0,
         workers: Workers = Workers(),
+        bf16: bool = False,
     ) -> None:
+        self.bf16 = bf16
+        for role in roles.values():
+            role.compute_in(bf16 and self.autocasts)
         self.roles, self.optims, self.total = dict(roles), dict(optims), total
         self.budget, self.packed, self.dropout, self.seed = budget, packed, dropout, seed
         self.version = 0
@@ -151,7 +158,12 @@ class LocalLearner:
     def low_precision(self) -> bool:
         """See `Learner.low_precision`."""
         kinds = {parameter.dtype for role in self.roles.values() for parameter in role.model.parameters()}
-        return self.bf16 or not kinds.isdisjoint({torch.bfloat16, torch.float16})
+        tf32 = torch.float32 in kinds and torch.get_float32_matmul_precision() != "highest"
+        return self.bf16 or tf32 or not kinds.isdisjoint({torch.bfloat16, torch.float16})
+
+    @property
+    def _precision(self) -> str:
+        return "bf16" if self.bf16 else "float32"
 
     def _check(self, kind: str, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -192,7 +204,7 @@ class LocalLearner:
         if failed:  # only now: the other workers would have waited for this one to gather
             raise failed[0]
         about = {"version": self.version, "total": self.total, "blended": sorted(self._blended)}
-        about |= {"frozen": self._frozen(), "optimizers": self._kinds()}
+        about |= {"frozen": self._frozen(), "optimizers": self._kinds(), "precision": self._precision}
         if self.workers.first:
             write_json(folder / "learner.json", about)
 
@@ -206,6 +218,12 @@ class LocalLearner:
                 raise CheckpointError(
                     f"{folder}: the frozen weights of the {name} differ from those at the start of the run"
                 )
+        computed = about.get("precision", self._precision)  # checkpoints of older versions do not have it
+        if computed != self._precision:
+            raise CheckpointError(
+                f"{folder}: this run computed in {computed} so far, and would now compute in {self._precision}; resume it with "
+                f"--learner.precision {computed}"
+            )
         if about["optimizers"] != self._kinds():
             raise CheckpointError(f"{folder}: its optimizers are {about['optimizers']}, this run's {self._kinds()}")
         self._blended = set(about["blended"])
@@ -450,10 +468,10 @@ def _collect(whole: dict[str, Tensor], fresh: Mapping[str, Tensor], rows: list[i
         batch.scatter(whole, name, rows, values.cpu())
 
 
-Options = NoOptions
+Options = LearnerOptions
 
 
-def check(options: NoOptions, context: LearnerContext) -> None:
+def check(options: LearnerOptions, context: LearnerContext) -> None:
     """Raise RecipeError for several processes."""
     if context.workers > 1:
         raise RecipeError(
@@ -461,6 +479,6 @@ def check(options: NoOptions, context: LearnerContext) -> None:
         )
 
 
-def make(options: NoOptions, context: LearnerContext) -> type[LocalLearner]:
-    """Return the class of the learner."""
-    return LocalLearner
+def make(options: LearnerOptions, context: LearnerContext) -> Any:
+    """Return the class of the learner with its options."""
+    return partial(LocalLearner, bf16=options.in_bf16(context))

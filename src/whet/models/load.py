@@ -17,6 +17,11 @@ from whet.ops import address
 MISSING = "ids_without_token"
 """Attribute of a causal LM: the ids that its embedding has and no token of its tokenizer."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+KERNELS = {
+    "flash_attention_2": "flash-attn on a machine with a GPU (pip install flash-attn --no-build-isolation)",
+    "flash_attention_3": "flash-attn-3 on a machine with a Hopper GPU (github.com/Dao-AILab/flash-attention, folder hopper)",
+}
+"""Packages of attention kernels that do not come with torch."""
 HEADS = ("score", "classifier")
 """Names of the head of a sequence classifier."""
 
@@ -25,7 +30,8 @@ HEADS = ("score", "classifier")
 class ModelSource:
     """The path of a model and how to load it. `dtype` "auto" is bfloat16 on a GPU, float32 elsewhere.
 
-    `quantize` "4bit" loads the base in 4 bits (QLoRA); it needs a GPU and bitsandbytes.
+    `quantize` "4bit" loads the base in 4 bits (QLoRA); it needs a GPU and bitsandbytes. `attn_implementation` names the
+    attention kernels; "auto" leaves the choice to transformers.
     """
 
     path: str
@@ -33,6 +39,7 @@ class ModelSource:
     device: str = "auto"
     trust_remote_code: bool = False
     quantize: str = "none"
+    attn_implementation: str = "auto"
 
     def torch_device(self) -> torch.device:
         """Return the device of this source. Raises ModelError if this machine does not have it."""
@@ -277,6 +284,8 @@ def _loaded(
     device = source.torch_device()
     if source.quantize == "4bit":
         options["quantization_config"] = _four_bit(device)
+    if source.attn_implementation != "auto":
+        options["attn_implementation"] = source.attn_implementation
     try:
         model, about = load(
             path,
@@ -287,6 +296,14 @@ def _loaded(
         )
     except ModelError:
         raise
+    except ImportError as error:
+        package = KERNELS.get(source.attn_implementation)
+        if package is None:
+            raise ModelError(f"{source.path}: the model cannot be loaded ({first_line(error)})") from error
+        raise ModelError(
+            f"model.attn_implementation: {source.attn_implementation} cannot be used on this machine ({first_line(error)}); "
+            f"install {package}, or leave the option out"
+        ) from error
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for an invalid model
         raise ModelError(f"{source.path}: the model cannot be loaded ({first_line(error)})") from error
     if getattr(model, "_hf_peft_config_loaded", False):  # a hub name is seen to be an adapter only here

@@ -44,16 +44,34 @@ def probe(role: Role, rows: Sequence[Tensor], *, packed: bool = False, cached: b
     the weights are whole, before a backend shards them. Raises ModelError if
     - packing is wanted and the role is trained, but packed rows are not read as alone (a frozen role is padded instead),
     - the model is no causal language model: later tokens change the log-probs of earlier ones,
-    - its forward fails, gives numbers that are not finite, changes weights, or differs with gradient checkpointing.
+    - its forward fails, gives numbers that are not finite, changes weights, or differs with gradient checkpointing,
+    - it computes in bfloat16 over float32 weights and then fails or gives other numbers, on average by more than rounding.
+    The paths are tried in the precision of the weights, where rounding hides less.
     """
     if role.whole_text:  # read through its own forward, see `Role.text_scores`
         return
     role.paths = replace(role.paths, limit=_rope_limit(role.model.config.get_text_config()))
     new = role.paths.padding is None
     packed, cached = packed and role.paths.packing is None, cached and role.paths.cache is None
-    if new or packed or cached:
-        with torch.no_grad():
-            _Trial(role, _chosen(rows, role)).run(new, packed, cached)
+    if not (new or packed or cached):
+        return
+    half, flash = role.autocast, str(role.model.config._attn_implementation).startswith("flash")
+    if flash and not half and role.model.dtype == torch.float32:
+        raise ModelError(
+            f"model.attn_implementation: {role.model.config._attn_implementation} computes in half precision only, and the "
+            f"{role.name} in float32; set --learner.precision bf16, or --model.dtype bfloat16 outside training"
+        )
+    with torch.no_grad():
+        role.autocast = half and flash
+        try:
+            trial = _Trial(role, _chosen(rows, role))
+            trial.run(new, packed, cached)
+        finally:
+            role.autocast = half
+        if half:
+            trial.half(cached)
+        if new and role.trained:
+            trial.gradient()
 
 
 def _rope_limit(config: Any) -> int | None:
@@ -75,7 +93,9 @@ class _Trial:
         self.role, self.rows = role, rows
         self.names = frozenset({"logp"}) if role.head is None else frozenset({"value"})
         kinds = {one.dtype for one in role.model.parameters() if one.is_floating_point()}
-        low = kinds - BOUND.keys() or (torch.float32 in kinds and role.device.type == "cuda" and _tf32())
+        low = (
+            role.autocast or kinds - BOUND.keys() or (torch.float32 in kinds and role.device.type == "cuda" and _tf32())
+        )
         self.bound = HALF if low else max(BOUND[one] for one in kinds)
         self.limit = 0.0
 
@@ -86,8 +106,6 @@ class _Trial:
             self.truth = self._truth()
         if new:
             self._causal()
-            if role.trained:
-                self._gradient()
             if role.model.training:  # gradient checkpointing
                 gap, why = self._gap(self._alone)
                 if not gap <= self.limit:
@@ -159,14 +177,15 @@ class _Trial:
         (column,) = read(self.role, batch, self.names, packed=packed).values()
         return column.cpu()[batch["mask"]]
 
-    def _gap(self, other: Callable[[], Tensor], truth: Tensor | None = None) -> tuple[float, str]:
-        """Return the largest difference to the truth and words for it; infinity if `other` fails."""
+    def _gap(self, other: Callable[[], Tensor], truth: Tensor | None = None, mean: bool = False) -> tuple[float, str]:
+        """Return the largest (or the mean) difference to the truth and words for it; infinity if `other` fails."""
         truth = self.truth if truth is None else truth
         try:
             found = other()
         except Exception as error:
             return float("inf"), f"from its plain forward (it fails: {first_line(error)})"
-        gap = float((found - truth).abs().max())
+        gaps = (found - truth).abs()
+        gap = float(gaps.mean() if mean else gaps.max())
         unit = " nats" if self.role.head is None else ""
         return gap, f"from its plain forward by {gap:.2g}{unit}"
 
@@ -243,10 +262,36 @@ class _Trial:
         if not self.role.paths.padding:
             self._say(f"rows that are padded on the right differ {why}; they are read one by one, which is slow")
 
-    def _gradient(self) -> None:
+    def half(self, cached: bool) -> None:
+        """Compare the role in bfloat16 with what its weights compute on their own; on average, since single numbers round far."""
+        limit = self.limit * HALF / self.bound
+        with self.role.sampling():
+            gap, why = self._gap(lambda: self._read(self.rows), mean=True)
+            if not gap <= limit:
+                raise ModelError(
+                    f"learner.precision: in bfloat16 the {self.role.name} differs {why}; set it to float32"
+                )
+            if cached and self.role.paths.cache:
+                gap, why = self._gap(
+                    self._decoded, torch.cat([one[-STEPS:] for one in self._each(self.truth)]), mean=True
+                )
+                self.role.paths = replace(self.role.paths, cache=gap <= limit)
+                if not self.role.paths.cache:
+                    self._say(
+                        f"in bfloat16 decoding with a cache differs {why}; answers are generated without one, which is slow"
+                    )
+
+    def gradient(self) -> None:
         """Compare the bits: the ratio is exactly 1 only if measuring and updating compute the same."""
         with torch.enable_grad():
-            found = self._read(self.rows).detach()
+            try:
+                found = self._read(self.rows).detach()
+            except Exception as error:
+                kernel = self.role.model.config._attn_implementation
+                raise ModelError(
+                    f"the {self.role.name} cannot be read with a gradient ({first_line(error)}); its attention kernels are {kernel} "
+                    "(model.attn_implementation)"
+                ) from error
         self.role.paths = replace(self.role.paths, gradient=torch.equal(found, self._read(self.rows)))
 
     def _packing(self) -> None:

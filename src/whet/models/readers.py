@@ -252,7 +252,7 @@ def _language(
     role: Role, states: Tensor, tokens: Tensor, temperature: Tensor, support: Tensor | None, names: frozenset[str]
 ) -> dict[str, Tensor]:
     """Compute logp, entropy, full_logp, full_entropy and collision of the trained tokens, (N,) each, if in `names`."""
-    tokens, temperature = tokens.to(states.device), temperature.to(states)
+    tokens, temperature = tokens.to(states.device), temperature.to(states.device, _precise(states))
     support = None if support is None else support.to(states.device)
     out: dict[str, Tensor] = {}
     if role.linear_head:
@@ -281,9 +281,7 @@ def _language(
         if weight is None:
             weight = torch.eye(states.shape[1], dtype=states.dtype, device=states.device)
             bias = role.output_bias(None, states, states.shape[1])
-        out["collision"] = linear_collision(
-            states, weight, bias=bias, temperature=temperature.to(_precise(states)), support=support
-        )
+        out["collision"] = linear_collision(states, weight, bias=bias, temperature=temperature, support=support)
     return out
 
 
@@ -298,7 +296,7 @@ def _exact_kl(role: Role, states: Tensor, other: _Other, temperature: Tensor) ->
 
     Embeddings of other sizes agree on the ids that both have; the other ids have no token, so their probability is 0.
     """
-    scale, theirs = temperature.to(_precise(states)), other.states.to(states.device)
+    scale, theirs = temperature.to(states.device, _precise(states)), other.states.to(states.device)
     head = role.model.get_output_embeddings() if role.linear_head else None
     if head is None or other.weight is None:
         own = role.close(states if head is None else head(states))
@@ -319,10 +317,12 @@ def _precise(x: Tensor) -> torch.dtype:
 
 
 def _scalar(role: Role, states: Tensor) -> Tensor:
-    """Apply the scalar head to hidden states (N, H) -> (N,), in float32 or float64."""
+    """Apply the scalar head to hidden states (N, H) -> (N,), in float32 or float64, under autocast too: half precision would
+    round the scores, and so tie them."""
     head = role.head
     assert head is not None
-    out = functional.linear(states.to(head.weight.dtype), head.weight, head.bias)[:, 0]
+    with torch.autocast(states.device.type, enabled=False):
+        out = functional.linear(states.to(head.weight.dtype), head.weight, head.bias)[:, 0]
     return out if out.dtype == torch.float64 else out.float()
 
 

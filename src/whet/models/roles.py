@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -51,10 +51,10 @@ class Role:
     `wrapped` is the PeftModel around it, and `adapter` the adapter that this role activates ("" disables all adapters, so
     the role is the base model). Roles with a shared base model have the same `wrapped`. `head` is the scalar head of the
     role, None for a classifier that is read through its own forward (see `whole_text`). `readout` says how a score is
-    computed (see `whet.models.readers`), and `shift` is added to the score. `paths` is what `whet.models.probe` found. If an
-    engine shards the weights over processes, `shell` is the module it wrapped (see `whet.models.shell`), and `gather`
-    returns a full parameter; all processes must call it together. `router` has the auxiliary losses of a mixture of experts
-    that is trained with them.
+    computed (see `whet.models.readers`), and `shift` is added to the score. `paths` is what `whet.models.probe` found. With
+    `autocast` the model computes in bfloat16 and keeps its float32 weights (see `compute_in`). If an engine shards the weights
+    over processes, `shell` is the module it wrapped (see `whet.models.shell`), and `gather` returns a full parameter; all
+    processes must call it together. `router` has the losses of a mixture of experts.
     """
 
     name: str
@@ -71,6 +71,7 @@ class Role:
     linear_head: bool = field(init=False, default=False)
     pads: bool = field(init=False, default=False)
     paths: Paths = field(init=False, default=Paths())
+    autocast: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         if self.head is None and not self.causal:
@@ -143,16 +144,16 @@ class Role:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Activate this role's adapter on the shared base model within the context."""
-        if self.wrapped is None:
-            yield
-        elif not self.adapter:
-            with self.wrapped.disable_adapter():
-                yield
-        else:
-            self.wrapped.set_adapter(self.adapter)
-            for parameter in self.parameters().values():
-                parameter.requires_grad_(self.trained)  # set_adapter freezes the others and unfreezes this one
+        """Activate this role's adapter on the shared base model, and its precision, within the context."""
+        with ExitStack() as stack:
+            if self.autocast:
+                stack.enter_context(torch.autocast(self.device.type, torch.bfloat16))
+            if self.wrapped is not None and not self.adapter:
+                stack.enter_context(self.wrapped.disable_adapter())
+            elif self.wrapped is not None:
+                self.wrapped.set_adapter(self.adapter)
+                for parameter in self.parameters().values():
+                    parameter.requires_grad_(self.trained)  # set_adapter freezes the others and unfreezes this one
             yield
 
     @contextmanager
@@ -165,6 +166,15 @@ class Role:
                 yield
         finally:
             self.model.train(trains)
+
+    def compute_in(self, bf16: bool) -> None:
+        """Compute in bfloat16 over the float32 weights, or in the dtype of the weights.
+
+        Weights of another dtype are computed in their own, whatever is asked, and a classifier of whole texts too: its own
+        forward would round its scores.
+        """
+        held = self.model.get_input_embeddings().weight.dtype
+        self.autocast = bf16 and held == torch.float32 and not self.whole_text
 
     def hidden(self, ids: Tensor, **layout: Tensor) -> Tensor:
         """Compute the last hidden states of token ids (B, S) -> (B, S, H)."""

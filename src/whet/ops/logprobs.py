@@ -78,14 +78,19 @@ def linear_logprobs(
 
     hidden (N, H), weight (V, H), bias (V,), ids (N,), temperature a number or (N,). The vocabulary is processed in
     chunks of at most `workspace` logits, forward and backward, so the full (N, V) logits are never in memory. The
-    gradient is computed for hidden, weight and bias.
+    gradient is computed for hidden, weight and bias. Under `torch.autocast` the products are in its dtype, in the backward
+    pass too, which runs outside of it.
     """
     if not isinstance(temperature, Tensor):
-        temperature = torch.full((hidden.shape[0],), float(temperature), dtype=hidden.dtype, device=hidden.device)
+        kind = precise(hidden[:0]).dtype  # half precision would round the temperature
+        temperature = torch.full((hidden.shape[0],), float(temperature), dtype=kind, device=hidden.device)
     chunk = max(1, workspace // max(1, hidden.shape[0]))
     if chunk >= weight.shape[0]:
         logits = _tempered(functional.linear(hidden, weight, bias), temperature)
         return _Logprobs.apply(_within(logits, support), ids, with_entropy)
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype == torch.float32:
+        hidden = hidden.to(torch.get_autocast_dtype(device))
     return _ChunkedLogprobs.apply(hidden, weight, bias, ids, temperature, support, chunk, with_entropy)
 
 
@@ -203,11 +208,15 @@ class _LogSoftmax(torch.autograd.Function):
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
-    """Log-probs and entropy in one pass over the vocabulary; the backward pass makes a second one."""
+    """Log-probs and entropy in one pass over the vocabulary; the backward pass makes a second one.
+
+    Both compute in the dtype of the hidden states, whatever the autocast around them.
+    """
 
     @staticmethod
     def _logits(hidden, weight, bias, temperature, support, start, stop):
-        piece = functional.linear(hidden, weight[start:stop], None if bias is None else bias[start:stop])
+        own = None if bias is None else bias[start:stop].to(hidden.dtype)
+        piece = functional.linear(hidden, weight[start:stop].to(hidden.dtype), own)
         return _within(_tempered(piece, temperature), support, start)
 
     @staticmethod
@@ -232,7 +241,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             logits = _ChunkedLogprobs._logits(hidden, weight, bias, temperature, support, start, stop)
             grad = _gradient(logits, start, ids, log_total, entropies, grad_logp, grad_entropy)
             grad = (grad / temperature[:, None]).to(hidden.dtype)
-            grad_hidden += grad @ weight[start:stop]
+            grad_hidden += grad @ weight[start:stop].to(hidden.dtype)
             grad_weight[start:stop] = grad.T @ hidden
             if grad_bias is not None:
                 grad_bias[start:stop] = grad.sum(0)

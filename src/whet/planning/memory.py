@@ -23,6 +23,8 @@ LIVE = 1_000_000_000
 """DeepSpeed's `stage3_max_live_parameters`: parameters that ZeRO-3 keeps gathered."""
 WORKSPACE = 1 << 24
 """Number of logits that `ops.linear_logprobs` holds at once (its constant of the same name)."""
+NORM_READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "attn.c_attn", "c_fc")
+"""The linear maps of a layer whose input is the output of a norm."""
 BLOCK = 16
 """Tokens in one block of vLLM's KV cache on a GPU."""
 
@@ -36,7 +38,7 @@ class Layout:
     workers: int = 1
     """W: number of GPUs of the learner"""
     low_precision: bool = False
-    """compute in bfloat16 with float32 weights (fsdp, zero)"""
+    """compute in bfloat16 with float32 weights"""
     offload: bool = False
     """keep shards in host memory between uses: with zero1 and zero2 the moments, with fsdp and zero3 also the weights"""
     checkpointing: bool = False
@@ -54,14 +56,17 @@ class Layout:
             raise RecipeError(
                 f"learner.backend: local runs in one process, but there are {self.workers} workers; use fsdp"
             )
-        for name, asked in (("precision", self.low_precision), ("offload", self.offload)):
-            if asked and self.backend in ("local", "ddp"):
-                raise RecipeError(f"learner.{name}: {self.backend} does not support it; use fsdp or zero2")
+        if self.offload and self.backend in ("local", "ddp"):
+            raise RecipeError(f"learner.offload: {self.backend} does not support it; use fsdp or zero2")
 
     @property
     def shards(self) -> bool:
         """True if weights are sharded."""
         return self.backend in ("fsdp", "zero3")
+
+    def autocasts(self, held: int) -> bool:
+        """Return True if each operation casts its own inputs to bfloat16, as under torch's autocast."""
+        return self.low_precision and held == 4 and self.backend in ("local", "ddp")
 
     def computes_in(self, held: int) -> int:
         """Return c, the bytes per number in the computation, for weights stored with `held` bytes per number."""
@@ -163,7 +168,8 @@ def frozen(shape: Shape, layout: Layout, *, head: str = "language", bytes_each: 
 def working(shape: Shape, layout: Layout, count: int, *, head: str = "language", held: int = 4) -> float:
     """Return the bytes of gathered weights, gradient copies and buckets while a trained role computes.
 
-    - local: nothing; ddp: one bucket of summed gradients, 4 min(T, `REPLICA_BUCKET` + the largest tensor).
+    - local: nothing; ddp: one bucket of summed gradients, 4 min(T, `REPLICA_BUCKET` + the largest tensor). In bfloat16 at least
+      the copies of the weights of layers and language head, 2 bytes each, which the forward keeps for the backward.
     - fsdp (one unit per layer, the rest is the root): the root's weights, which the backward gathers first and frees last,
       and its gradient. In addition the larger of: two layers (the current one and the prefetched next one) with one layer's
       gradient and its float32 input of the reduce-scatter, or this input of the root.
@@ -171,11 +177,13 @@ def working(shape: Shape, layout: Layout, count: int, *, head: str = "language",
     - zero3: the same, and up to `LIVE` gathered parameters.
     """
     c, trains = layout.computes_in(held), count / shape.parameters(head)
+    top = shape.vocabulary * shape.hidden if head == "language" else 0
+    copies = 2.0 * (shape.layers * shape.layer_parameters() + top) if layout.autocasts(held) else 0.0
     if layout.backend == "local":
-        return 0.0
+        return copies
     if layout.backend == "ddp":
         largest = shape.vocabulary * shape.hidden if trains == 1 else 0
-        return 4.0 * min(count, REPLICA_BUCKET + largest)
+        return max(copies, 4.0 * min(count, REPLICA_BUCKET + largest))
     if layout.backend == "fsdp":
         root, layer = shape.end_parameters(head), shape.layer_parameters()
         ends = c * root * (1 + trains)
@@ -195,6 +203,7 @@ def activations(
     head_tokens: int | None = None,
     head: str = "language",
     rank: int = 0,
+    autocast: bool = False,
 ) -> Activations:
     """Return the activations of one forward over `tokens` tokens (including padding), summed over its operations.
 
@@ -211,26 +220,31 @@ def activations(
     The float32 log-softmax is kept only if there are at most `WORKSPACE` logits; more logits are computed in chunks, twice,
     and none are kept. With `checkpointing` a layer keeps only its input, c H (Chen et al. 2016).
 
+    With `autocast` (c = 2) hidden states between the layers and norms stay float32, and each linear map that reads a norm keeps
+    its own copy of it, c H.
+
     The transient part is the larger of: two gradients inside an MLP, or five buffers of logits in the head with the
     gradient of its weights.
     """
     c, read = bytes_each, tokens if head_tokens is None else head_tokens
-    layer = float(tokens * _kept(shape, c, rank))
-    norm = _norm(shape, c, bool(rank))
+    layer = float(tokens * _kept(shape, c, rank, autocast))
+    between = 4 if autocast else c
+    norm = _norm(shape, between, bool(rank))
     logits = min(read * shape.vocabulary, WORKSPACE) if head == "language" else 0
     kept_logits = logits if read * shape.vocabulary <= WORKSPACE else 0
     behind = tokens * norm + read * c * shape.hidden + 4 * kept_logits
     inside = 2 * c * tokens * shape.intermediate * max(1, shape.active_experts)
     at_head = 5 * 4 * logits + c * shape.vocabulary * shape.hidden * (head == "language" and rank == 0)
-    stored = shape.layers * (tokens * c * shape.hidden if checkpointing else layer) + behind
+    stored = shape.layers * (tokens * between * shape.hidden if checkpointing else layer) + behind
     return Activations(stored, layer if checkpointing else 0.0, max(inside, at_head))
 
 
-def _kept(shape: Shape, c: int, rank: int) -> float:
+def _kept(shape: Shape, c: int, rank: int, autocast: bool) -> float:
     """Return the bytes of activations per token and layer."""
     h, a, k, i = shape.hidden, shape.attention_width, shape.kv_width, shape.intermediate
-    copied = bool(rank) and c < 4  # the adapters read float32 copies of the inputs of the frozen maps
-    norms = shape.norms * _norm(shape, c, bool(rank)) + (0 if copied else 2 * c * h)
+    copied = bool(rank) and c < 4 and not autocast  # the adapters read float32 copies of the inputs of the frozen maps
+    readers = sum(name in NORM_READERS for name in shape.linears()) if autocast else 2
+    norms = shape.norms * _norm(shape, 4 if autocast else c, bool(rank)) + (0 if copied else readers * c * h)
     attention = c * (2 * a + 2 * k) + 4 * shape.heads
     if shape.qk_norm:
         attention += (4 if rank else 4 + c) * (a + k) + 4 * (shape.heads + shape.kv_heads)

@@ -96,7 +96,7 @@ def parts(run: PlannedRun, layout: Layout) -> list[StepPhase]:
             size = Bytes(4 * adapters / over, alone.gradients / over, alone.optimizer / over)
         read = memory.activations(
             shape, layout.max_tokens_per_micro_batch, bytes_each=layout.computes_in(held), checkpointing=layout.checkpointing,
-            head_tokens=_answered(run, layout.max_tokens_per_micro_batch), head=head, rank=rank,
+            head_tokens=_answered(run, layout.max_tokens_per_micro_batch), head=head, rank=rank, autocast=layout.autocasts(held),
         )  # fmt: skip
         out.append(StepPhase(name, size, read))
     for name, shape, head in others(run):
@@ -140,11 +140,10 @@ def fitting(run: PlannedRun, layout: Layout, usable: float) -> Layout | None:
 
 def layouts(run: PlannedRun, backend: memory.Backend, workers: int) -> Iterator[Layout]:
     """Yield the layouts of a backend to try, from the recipe's own to the slowest with the least memory."""
-    low_precision = run.low_precision and backend not in ("local", "ddp")
     first = Layout(
         backend,
         workers,
-        low_precision,
+        run.low_precision,
         run.offload,
         checkpointing=run.checkpointing,
         max_tokens_per_micro_batch=run.max_tokens_per_micro_batch,
@@ -158,7 +157,7 @@ def layouts(run: PlannedRun, backend: memory.Backend, workers: int) -> Iterator[
 
 def natural(run: PlannedRun, workers: int) -> memory.Backend:
     """Return the default backend: local for one worker, ddp for muon, which needs whole matrices, otherwise fsdp."""
-    if workers == 1 and not (run.low_precision or run.offload):
+    if workers == 1 and not run.offload:
         return "local"
     return "ddp" if run.muon else "fsdp"
 

@@ -87,21 +87,17 @@ def _suggested(run: PlannedRun, hardware: Hardware, found: Sequence[GpuPlacement
         lines.append("model.gradient_checkpointing true: without it not one row fits")
     if layout.offload and not run.offload:
         lines.append("learner.offload true: without it not one row fits (its traffic to the host is not in the times)")
-    if not (run.low_precision or run.muon) and run.held_bytes == 4:
-        faster = placement.times(run, replace(layout, backend=_sharded(layout), low_precision=True), hardware, 0.0)
+    if not run.low_precision and run.held_bytes == 4:
+        faster = placement.times(run, replace(layout, low_precision=True), hardware, 0.0)
         lines.append(
-            f"--learner {_sharded(layout)} --learner.precision bf16 would compute in bfloat16: measure and update {_seconds(faster.learn)} "
-            f"instead of {_seconds(best.times.learn)}"
+            f"--learner.precision bf16 would compute in bfloat16: measure and update {_seconds(faster.learn)} instead of "
+            f"{_seconds(best.times.learn)}"
         )
     other = next((one for one in found if one.shared != best.shared), None)
     if other is not None and best.engines:
         mine, theirs = (placement.estimate(run, hardware, one) for one in (best, other))
         lines.append(f"next best: {other.name} (about {theirs / mine:.2f} x the time of a step)")
     return lines
-
-
-def _sharded(layout: Layout) -> memory.Backend:
-    return layout.backend if layout.backend not in ("local", "ddp") else "fsdp"
 
 
 def _lowered(run: PlannedRun, layout: Layout) -> str:
@@ -141,8 +137,7 @@ def _others(run: PlannedRun, hardware: Hardware, best: GpuPlacement) -> list[str
         return []
     rows = []
     for backend in BACKENDS if not run.muon else ("ddp",):
-        low_precision = run.low_precision and backend != "ddp"
-        layout = replace(best.layout, backend=backend, low_precision=low_precision, offload=False)
+        layout = replace(best.layout, backend=backend, low_precision=run.low_precision, offload=False)
         total = placement.needed(placement.parts(run, layout))
         rows.append([backend, _gib(total), _verdict(total, hardware.usable)])
     width = max(len(row[1]) for row in rows)

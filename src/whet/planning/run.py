@@ -47,7 +47,7 @@ class PlannedRun:
     checkpointing: bool = False
     """the recipe's model.gradient_checkpointing; the plan turns it on if nothing fits without it"""
     low_precision: bool = False
-    """learner.precision bf16: bfloat16 computation with float32 weights"""
+    """learner.precision: bfloat16 computation with float32 weights"""
     offload: bool = False
     """learner.offload"""
     engine_bytes: int = 2

@@ -36,7 +36,10 @@ SHORT: Mapping[str, tuple[str, ...]] = {
         name: (f"sampling.{name}",)
         for name in ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "skip_special_tokens")
     },
-    **{name: (f"model.{name}",) for name in ("chat_template", "gradient_checkpointing", "lora", "pad_token", "dtype")},
+    **{
+        name: (f"model.{name}",)
+        for name in ("chat_template", "gradient_checkpointing", "lora", "pad_token", "dtype", "attn_implementation")
+    },
     "precision": ("learner.precision",),
     "gae_lambda": ("algorithm.advantage.gae_lambda",),
     **{name: (f"algorithm.surrogate.{name}",) for name in ("clip_low", "clip_high")},

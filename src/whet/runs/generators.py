@@ -49,11 +49,13 @@ def context_of(
             workers, rank, cluster.engines if cluster.address is not None else None, cluster.colocate, own.max_staleness,
             sharded=learners.is_sharded(recipe, max(workers, cluster.learners)),
         )  # fmt: skip
+    bf16 = isinstance(recipe, fields.OnlineRecipe) and learners.in_bf16(recipe, max(workers, recipe.cluster.learners))
+    dtype = "bfloat16" if bf16 else str(source.torch_dtype()).removeprefix("torch.")
     return GeneratorContext(
-        chat, recipe.model.path, str(source.torch_dtype()).removeprefix("torch."), source.torch_device(), recipe.sampling,
+        chat, recipe.model.path, dtype, source.torch_device(), recipe.sampling,
         longest=longest, quantized=recipe.model.quantize != "none", lora_rank=lora.rank if lora else None,
         max_num_seqs=recipe.rollout.max_num_seqs if isinstance(recipe, fields.OnlineRecipe) else recipe.max_num_seqs,
-        role=role or partial(sampler_role, recipe.model), policy=policy, training=training, gpus=gpus,
+        role=role or partial(sampler_role, recipe.model, bf16), policy=policy, training=training, gpus=gpus,
     )  # fmt: skip
 
 
@@ -131,7 +133,9 @@ def _writes_files(recipe: fields.OnlineRecipe, workers: Workers, engines: int) -
     return workers.size > 1 or recipe.generator.max_staleness > 0 or push_of(recipe) == "adapter" or several
 
 
-def sampler_role(model: fields.Frozen) -> Role:
-    """Load a frozen copy of the policy for a generator with its own weights."""
+def sampler_role(model: fields.Frozen, bf16: bool = False) -> Role:
+    """Load a frozen copy of the policy for a generator with its own weights, which computes as the learner does."""
     tokenizer, _ = models.tokenizer_and_chat(model)
-    return models.causal_role("sampler", model, tokenizer, trained=False, seed=0)
+    role = models.causal_role("sampler", model, tokenizer, trained=False, seed=0)
+    role.compute_in(bf16)
+    return role

@@ -1,14 +1,16 @@
 """Build the learner of a recipe on its backend."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from whet.distributed import Workers
+from whet.distributed import Workers, first
 from whet.errors import ModelError, RecipeError
-from whet.learner.base import LEARNERS, LearnerContext, ShardedOptions
+from whet.learner.base import LEARNERS, LearnerContext, LearnerOptions, ShardedOptions
 from whet.learner.local import LocalLearner
 from whet.methods import Algorithm, Objective
 from whet.methods.options import Optim
@@ -17,7 +19,7 @@ from whet.models.probe import probe
 from whet.models.roles import Role
 from whet.rewards import Weighted
 from whet.rewards.shared import SharedReward
-from whet.runs import models, rewards
+from whet.runs import config, models, rewards
 from whet.runs import recipe as fields
 from whet.runs.adapters import AUTO, Chosen, chosen, named
 
@@ -27,21 +29,41 @@ def chosen_of(recipe: fields.TrainingRecipe, workers: int) -> tuple[Chosen, Lear
     Raises RecipeError if it does not support the recipe or the number of workers."""
     learning = recipe.learner
     muon = "muon" in (recipe.optim.kind, critic_optim(recipe).kind)
-    plain = all(value == getattr(ShardedOptions(), name, None) for name, value in learning.options.items())
-    name = learning.backend
+    name, options = learning.backend, dict(learning.options)
     if name == "auto":
+        own = config.fields_of(LearnerOptions)
+        plain = all(one in own or value == getattr(ShardedOptions(), one, None) for one, value in options.items())
         name = "local" if workers == 1 and plain else "ddp" if muon else AUTO
-        options = {} if plain and name in ("local", "ddp") else learning.options
-    else:
-        options = learning.options
+        if plain and name != AUTO:
+            options = {one: value for one, value in options.items() if one in own}
     found = chosen(LEARNERS, named(name, options, "learner"), "learner", "backend")
     refreshed = getattr(getattr(recipe, "rollout", recipe), "sync_reference", fields.SyncReference()).every > 0
-    context = LearnerContext(name, workers, muon, refreshed=refreshed)
+    half = models.dtype_of(recipe.model) == "float32" and models.half_by_default(recipe.model.device)
+    context = LearnerContext(name, workers, muon, refreshed=refreshed, half=half)
     if isinstance(recipe, fields.OnlineRecipe):
         shared, averaged = recipe.trunk == "shared", recipe.rollout.ema is not None
         context = replace(context, shared_trunk=shared, averaged=averaged)
+    _check_precision(recipe, found.options)
     found.check(context)
     return found, context
+
+
+def _check_precision(recipe: fields.TrainingRecipe, options: Any) -> None:
+    """Raise RecipeError for types of numbers that cannot be trained, or that contradict each other."""
+    model = recipe.model
+    if model.dtype == "float16":
+        raise RecipeError(
+            "model.dtype: whet does not train in float16, where small gradients become 0 (it has no loss scaling); leave it at "
+            "auto, and set --learner.precision bf16"
+        )
+    if getattr(options, "precision", None) == "bf16" and model.dtype == "float64":
+        raise RecipeError("learner.precision: bf16 computes over float32 weights, and model.dtype is float64; drop one")
+
+
+def in_bf16(recipe: fields.TrainingRecipe, workers: int) -> bool:
+    """Return whether the learner computes in bfloat16 over float32 weights."""
+    found, context = chosen_of(recipe, workers)
+    return isinstance(found.options, LearnerOptions) and found.options.in_bf16(context)
 
 
 def backend_of(recipe: fields.OfflineRecipe | fields.OnlineRecipe, workers: int) -> str:
@@ -77,6 +99,7 @@ def learner_of(
     found, context = chosen_of(recipe, workers.size)
     kind: Callable[..., LocalLearner] = found.make(context)
     dropout = recipe.train.dropout if isinstance(recipe.train, fields.Train) else 0.0
+    _prepare_precision(found.options, roles, in_bf16(recipe, workers.size))
     for name, role in roles.items():
         probe(role, rows, packed=recipe.train.packing)
         if role.paths.padding is False and (is_sharded(recipe, workers.size) or (dropout and role.trained)):
@@ -90,6 +113,24 @@ def learner_of(
         roles, optims, total=total, budget=recipe.train.max_tokens_per_micro_batch, packed=recipe.train.packing, dropout=dropout,
         seed=recipe.seed, workers=workers,
     )  # fmt: skip
+
+
+def _prepare_precision(options: Any, roles: dict[str, Role], bf16: bool) -> None:
+    """Let the roles compute as the learner will, before they are tried. Raises RecipeError for TF32 without a GPU."""
+    for role in roles.values():
+        role.compute_in(bf16)
+    if getattr(options, "tf32", False):
+        device = next(iter(roles.values())).device
+        if device.type != "cuda":
+            raise RecipeError(f"learner.tf32: the models are on a {device.type}, and TF32 is of GPUs; leave it out")
+        torch.set_float32_matmul_precision("high")
+    held = {parameter.dtype for role in roles.values() if role.trained for parameter in role.parameters().values()}
+    if torch.bfloat16 in held and first():
+        print(
+            "whet: model.dtype: the trained weights are bfloat16, in which updates below 0.4 % of a weight are lost; leave it at "
+            "auto, and set --learner.precision bf16 to compute in bfloat16 over float32 weights",
+            file=sys.stderr,
+        )
 
 
 def offline_learner(

@@ -25,11 +25,23 @@ def source_of(model: fields.Frozen, path: str | None = None) -> load.ModelSource
     name = path or model.path
     if not name:
         raise RecipeError("model.path: which model? give --model with a Hugging Face folder or a hub name")
-    dtype = model.dtype
+    return load.ModelSource(
+        name, dtype_of(model), model.device, model.trust_remote_code, model.quantize, model.attn_implementation
+    )
+
+
+def dtype_of(model: fields.Frozen) -> str:
+    """Return the dtype in which the weights are loaded; "auto" is bfloat16 on a GPU, for bases of adapters."""
     adapters = isinstance(model, fields.Model) and model.lora is not None
-    if dtype == "auto" and not adapters and model.quantize == "none":
-        dtype = "float32"  # full training in half precision loses small updates to rounding
-    return load.ModelSource(name, dtype, model.device, model.trust_remote_code, model.quantize)
+    if model.dtype == "auto" and not adapters and model.quantize == "none":
+        return "float32"  # full training in half precision loses small updates to rounding
+    return model.dtype
+
+
+def half_by_default(device: str) -> bool:
+    """Return whether `model.device` names a GPU that computes in bfloat16."""
+    on_gpu = torch.cuda.is_available() and (device == "auto" or device.startswith("cuda"))
+    return on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def tokenizer_and_chat(model: fields.Frozen, sampling: Sampling | None = None) -> tuple[Any, Chat]:
@@ -78,7 +90,10 @@ def scorer_role(
     if recipe.lora is None:
         return Role(name, model, True, **about)
     wrapped = lora.attach(model, recipe.lora, (name,), seed=seed, scorer=True)
-    return Role(name, model, True, wrapped=wrapped, adapter=name, **about)
+    role = Role(name, model, True, wrapped=wrapped, adapter=name, **about)
+    if role.head is not None and role.head.weight.dtype == torch.bfloat16:
+        role.head.float()  # peft keeps adapters in float32, and heads in the dtype of the base, which loses small updates
+    return role
 
 
 def value_of(path: str) -> dict[str, Any]:

@@ -109,5 +109,7 @@ def rewards_alone(recipe: fields.OnlineRecipe) -> list[Weighted]:
     """Build all rewards of the recipe, including reward models, in a separate process."""
     tokenizer, _ = models.tokenizer_and_chat(recipe.model, recipe.sampling)
     roles = rewards.reward_roles(recipe)
+    for role in roles.values():
+        role.compute_in(learners.in_bf16(recipe, recipe.cluster.learners))
     readers = {name: reading(role, recipe.train.max_tokens_per_micro_batch) for name, role in roles.items()}
     return rewards.rewards_of(recipe, tokenizer, lambda name, *given: readers[name](*given))

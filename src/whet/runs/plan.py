@@ -44,7 +44,7 @@ def _common(recipe: fields.OfflineRecipe | fields.OnlineRecipe, options: fields.
     return {
         "policy": shape_of(recipe.model.path), "prompt_tokens": options.prompt_tokens, "mean_answer": options.mean_answer,
         "max_tokens_per_micro_batch": recipe.train.max_tokens_per_micro_batch, "checkpointing": recipe.model.gradient_checkpointing,
-        "low_precision": recipe.learner.options.get("precision") == "bf16",
+        "low_precision": held == 4 and recipe.learner.options.get("precision", "auto") != "float32",  # on a GPU
         "offload": bool(recipe.learner.options.get("offload")), "held_bytes": held,
         "lora_rank": lora.rank if lora else 0, "lora_targets": lora.targets if lora else "all-linear",
         "muon": recipe.optim.kind == "muon",
@@ -64,7 +64,8 @@ def _online(verb: str, recipe: fields.OnlineRecipe, options: fields.PlanOptions)
     elements = recipe.rollout.prompts_per_step * (1 if algorithm.pairs else algorithm.collect.num_generations)
     engines = generators.chosen_of(recipe).options
     dtype, parallel = getattr(engines, "dtype", "auto"), getattr(engines, "tensor_parallel", 1)
-    engine = common["held_bytes"] if dtype == "auto" else 4 if dtype == "float32" else 2
+    learner = 2 if common["low_precision"] else common["held_bytes"]
+    engine = learner if dtype == "auto" else 4 if dtype == "float32" else 2
     return PlannedRun(
         **common,
         critic=shape_of(start) if "critic" in roles else None,

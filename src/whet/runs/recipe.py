@@ -17,13 +17,17 @@ class Frozen:
     path: str = ""
     """Hugging Face folder or hub name"""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
-    """"auto" is float32, or bfloat16 with adapters on a GPU"""
+    """dtype of the loaded weights; "auto" is float32, or bfloat16 with adapters on a GPU (training computes in learner.precision)"""
     device: str = "auto"
     """"cpu", "cuda", "cuda:1", ...; "auto" uses a GPU if there is one"""
     trust_remote_code: bool = False
     """run code that comes with the model"""
     quantize: Literal["none", "4bit"] = "none"
     """"4bit" loads the base in 4 bits for LoRA (QLoRA); needs a GPU"""
+    attn_implementation: Literal[
+        "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
+    ] = "auto"
+    """attention kernels; "auto" is the choice of transformers (sdpa, or eager if the model has none); vLLM has its own"""
     chat_template: str | None = None
     """"plain" (### Human / ### Assistant), "none" (prompt and completion joined), a Jinja file; default: the tokenizer's own"""
     pad_token: str | None = None
@@ -451,7 +455,7 @@ class ServeRecipe:
     max_num_seqs: Count = 256
     """answers that are generated at the same time"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """the server's precision; "auto" is model.dtype's, which is float32 unless the recipe says otherwise"""
+    """the server's precision; "auto" is that of a training run: bfloat16 on a GPU; on a CPU, or if it is set, model.dtype"""
     transfer: Literal["auto", "shared", "gloo", "nccl", "ipc"] = "auto"
     """how weights travel to it; "auto" is shared memory"""
     tensor_parallel: Count = 1

@@ -21,9 +21,8 @@ def run_serve(recipe: fields.ServeRecipe) -> str:
 
     longest = recipe.max_model_len or load.positions(source)
     on_cpu = source.torch_device().type == "cpu"
-    dtype = str(source.torch_dtype()).removeprefix("torch.") if recipe.dtype == "auto" else recipe.dtype
     options: dict[str, Any] = {
-        "max_model_len": longest, "dtype": dtype, "kv_cache_mib": recipe.kv_cache_mib if on_cpu else 0, "sleep": recipe.sleep,
+        "max_model_len": longest, "dtype": _dtype(recipe), "kv_cache_mib": recipe.kv_cache_mib if on_cpu else 0, "sleep": recipe.sleep,
         "gpu_memory": recipe.gpu_memory_utilization, "tensor_parallel": recipe.tensor_parallel, "max_num_seqs": recipe.max_num_seqs,
         "transfer": "shared" if recipe.transfer == "auto" else recipe.transfer,
     }  # fmt: skip
@@ -34,6 +33,15 @@ def run_serve(recipe: fields.ServeRecipe) -> str:
         except KeyboardInterrupt:
             return "ended"
         raise RecipeError(f"serve: the server ended by itself (exit status {server.process.returncode})")
+
+
+def _dtype(recipe: fields.ServeRecipe) -> str:
+    """Return what the server computes in; "auto" is what a training run with default options computes in."""
+    if recipe.dtype != "auto":
+        return recipe.dtype
+    if recipe.model.dtype == "auto" and models.half_by_default(recipe.model.device):
+        return "bfloat16"
+    return str(models.source_of(recipe.model).torch_dtype()).removeprefix("torch.")
 
 
 @contextmanager

@@ -28,7 +28,7 @@ class Options:
     transfer: Transfer = "auto"
     """how it is sent; "auto" is shared memory; ipc is for an engine on the learner's own GPU"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """precision of the engine; "auto" is that of the model"""
+    """precision of the engine; "auto" is that of the learner; outside training that of model.dtype"""
     gpu_memory_utilization: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.5
     """share of a GPU's memory that an engine takes"""
     kv_cache_mib: Count = 512
