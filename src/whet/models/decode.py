@@ -8,6 +8,7 @@ from torch import Tensor
 
 from whet.errors import RunStopped
 from whet.models.roles import Role
+from whet.ops.logprobs import precise
 
 
 class Decoder(Protocol):
@@ -121,7 +122,7 @@ class Recomputed:
 
 def _precise(role: Role, logits: Tensor) -> Tensor:
     """Return logits in float32 or float64, with -inf for the ids that no token has."""
-    return role.close(logits if logits.dtype == torch.float64 else logits.float())
+    return role.close(precise(logits))
 
 
 def _drawable(role: Role, logits: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from whet.models.decode import Cached
 from whet.models.readers import read
 from whet.models.roles import Role
 from whet.ops import token_logprobs
+from whet.ops.logprobs import precise
 
 BOUND = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Largest difference that is rounding, by the dtype of the weights, as a share of the size of the numbers: for log-probs the
@@ -157,14 +158,12 @@ class _Trial:
         role, given = self.role, ids[None].to(self.role.device)
         if role.head is None:
             logits = role.logits(given)[0, :-1]
-            logits = logits if logits.dtype == torch.float64 else logits.float()
+            logits = precise(logits)
             size = min(1.0, float(logits.std(-1).mean()))
             out = token_logprobs(role.close(logits), given[0, 1:])
         else:
             scores = role.head(role.hidden(given)[0, :-1].to(role.head.weight.dtype))[:, 0]
-            out = (scores if scores.dtype == torch.float64 else scores.float()) + (
-                0.0 if role.readout == "sum" else role.shift
-            )
+            out = precise(scores) + (0.0 if role.readout == "sum" else role.shift)
             size = float(out.abs().max())
         self.limit = max(self.limit, self.bound * size)
         return out.cpu()

@@ -19,6 +19,7 @@ from whet.models.roles import Role
 from whet.models.router import Routed
 from whet.models.shell import through
 from whet.ops import entropy, exact_kl, linear_collision, linear_kl, linear_logprobs, token_logprobs
+from whet.ops.logprobs import precise
 
 LANGUAGE = frozenset({"logp", "full_logp", "entropy", "full_entropy", "collision", "exact_kl"})
 ATTENTION: dict[str, Callable[[Tensor], Tensor]] = {
@@ -170,7 +171,7 @@ def _text_scores(role: Role, batch: Batch, names: frozenset[str], dropout: Dropo
         )
     with role.active():
         scores = role.text_scores([row.ids for row in batch.rows])
-    return {"score": (scores if scores.dtype == torch.float64 else scores.float()) + role.shift}
+    return {"score": precise(scores) + role.shift}
 
 
 @torch.no_grad()
@@ -323,7 +324,7 @@ def _scalar(role: Role, states: Tensor) -> Tensor:
     assert head is not None
     with torch.autocast(states.device.type, enabled=False):
         out = functional.linear(states.to(head.weight.dtype), head.weight, head.bias)[:, 0]
-    return out if out.dtype == torch.float64 else out.float()
+    return precise(out)
 
 
 def _last(row: Row) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from whet.errors import ModelError
+from whet.ops.logprobs import precise
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Router:
         """Sum over the router logits of the layers, (N, E) each; `real` (N,) is False for padding."""
         kept = [one.reshape(-1, self.experts)[real.to(one.device)] for one in logits]
         flat = torch.cat([one.to(kept[0].device) for one in kept])
-        flat = flat if flat.dtype == torch.float64 else flat.float()
+        flat = precise(flat)
         probs = flat.softmax(-1)
         picks = torch.bincount(probs.topk(self.top_k, -1).indices.flatten(), minlength=self.experts)
         return Routed(picks.to(probs), probs.sum(0), flat.logsumexp(-1).square().sum(), len(flat))
