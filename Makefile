@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test zoo engines engines-long lint format bench mutants proof soak gpu bench-push clean help
+.PHONY: demo test zoo engines engines-long lint format bench mutants proof soak real real-short gpu bench-push clean help
 
 help:
 	@echo "make demo [SEED=1] [OUT=runs/demo]   the whole recipe on a little world, with a report"
@@ -19,6 +19,8 @@ help:
 	@echo "make mutants                         breaks the mathematics line by line; the tests must turn red"
 	@echo "make proof                           every known answer at full length, over three seeds; writes docs/proof.json"
 	@echo "make soak                            a run on a local Ray cluster whose workers are killed twenty times"
+	@echo "make real                            every verb on SmolLM2-135M-Instruct, with checks, before and after (25 CPU minutes)"
+	@echo "make real-short                      a few steps of each of these verbs (5 CPU minutes)"
 	@echo "make gpu                             engines, NCCL, bf16 and a short learning run on a machine with GPUs"
 	@echo "make bench                           throughput of the loops on a fixed workload"
 	@echo "make bench-push                      seconds of a weight update of a vLLM engine, at two sizes"
@@ -45,6 +47,10 @@ help:
 	.venv-gpu/bin/python -m pip install --quiet -e '.[dev,vllm,deepspeed,ray]'
 	touch $@
 
+.venv/real: .venv/ready
+	.venv/bin/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[real]'
+	touch $@
+
 demo: .venv/ready
 	.venv/bin/python -m whet demo --seed $(SEED) --out $(OUT)
 
@@ -65,6 +71,14 @@ engines-long: .venv-engines/ready
 
 soak: .venv-engines/ready
 	$(QUIET) .venv-engines/bin/python -m proof.soak
+
+real: .venv/real
+	rm -rf runs/real
+	.venv/bin/python -m proof.real
+
+real-short: .venv/real
+	rm -rf runs/real
+	.venv/bin/python -m proof.real --short
 
 gpu: .venv-gpu/ready
 	.venv-gpu/bin/python -m proof.gpu
@@ -92,4 +106,4 @@ proof: .venv/ready
 	.venv/bin/python -m proof.page
 
 clean:
-	rm -rf .venv .venv-engines .venv-gpu runs build *.egg-info src/*.egg-info
+	rm -rf .venv .venv-engines .venv-gpu .cache runs build *.egg-info src/*.egg-info

@@ -10,6 +10,7 @@ from scipy import stats
 from torch import Tensor
 from torch.distributions import Categorical
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from whet.ops import entropy, linear_collision, linear_logprobs, log_softmax, token_logprobs
 
@@ -93,6 +94,24 @@ def test_chunked_equals_torch_distributions_in_value_and_gradient(chunk: int, wi
         grads = zip(*(grad_of(loss(f, both), hidden, weight, bias) for f in (ours, theirs)), strict=True)
         for one, other in grads:
             close(one, other, within=1e-10)
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_a_frozen_head_costs_no_gradient_of_its_weight(chunk: int) -> None:
+    hidden, weight, bias, ids, temperature = problem()
+    flops, grads = [], []
+    for frozen in (True, False):
+        hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_(not frozen)
+        logp, h = linear_logprobs(hidden, weight, ids, bias=bias, temperature=temperature, workspace=chunk * N)
+        with FlopCounterMode(display=False) as counter:
+            (logp.sum() + h.sum()).backward()
+        flops.append(counter.get_total_flops())
+        grads.append(hidden.grad)
+    one = (
+        2 * N * H * V
+    )  # multiplications and additions of a product: the logits again, of the hidden states, of the weight
+    assert flops == [2 * one, 3 * one]
+    assert torch.equal(*grads)
 
 
 def test_gradcheck_in_chunks() -> None:

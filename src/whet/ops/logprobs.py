@@ -234,15 +234,18 @@ class _ChunkedLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_logp, grad_entropy):
         hidden, weight, bias, ids, temperature, support, log_total, entropies = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.zeros_like(precise(hidden)), torch.zeros_like(weight)
-        grad_bias = None if bias is None else torch.zeros_like(bias)
+        _, of_weight, of_bias, *_ = ctx.needs_input_grad  # with adapters the head is frozen
+        grad_hidden = torch.zeros_like(precise(hidden))
+        grad_weight = torch.zeros_like(weight) if of_weight else None
+        grad_bias = torch.zeros_like(bias) if of_bias else None
         for start in range(0, weight.shape[0], ctx.chunk):
             stop = min(start + ctx.chunk, weight.shape[0])
             logits = _ChunkedLogprobs._logits(hidden, weight, bias, temperature, support, start, stop)
             grad = _gradient(logits, start, ids, log_total, entropies, grad_logp, grad_entropy)
             grad = (grad / temperature[:, None]).to(hidden.dtype)
             grad_hidden += grad @ weight[start:stop].to(hidden.dtype)
-            grad_weight[start:stop] = grad.T @ hidden
+            if grad_weight is not None:
+                grad_weight[start:stop] = grad.T @ hidden
             if grad_bias is not None:
                 grad_bias[start:stop] = grad.sum(0)
         return grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None, None, None, None
