@@ -66,7 +66,8 @@ def test_a_run_says_its_learning_rate_at_the_start_and_uses_it(
 ) -> None:
     given = {"model": f"{home}/m", "data": f"{home}/sft.jsonl", "out": f"{tmp_path}/out", "train": {"num_steps": 1}}
     out = whet.train("sft", quiet=False, **given, **fields)
-    assert capsys.readouterr().err.splitlines()[0] == told
+    length = "whet: sft: 2 elements, 1 updates of 32 (1 in an epoch, the last of 2): 1 epochs"
+    assert capsys.readouterr().err.splitlines()[:2] == [length, told]
     rate = float(told.split("learning rate ")[1].split(":")[0])
     assert yaml.safe_load((out / "recipe.yaml").read_text())["optim"]["lr"] == rate
     warm = 0.25 if "warmup_ratio" in fields else 0.0
