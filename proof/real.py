@@ -325,9 +325,7 @@ def score_gap(bench: Bench, rows: Sequence[dict[str, Any]], shift: float) -> flo
     """The largest difference of the scores of these rows to those that transformers computes in float64, plus the shift."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()  # it says that the head is new before it reads the adapter's
     folder = bench.folder / "reward/model"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).double().eval()
@@ -460,6 +458,10 @@ def main(words: Sequence[str] | None = None) -> int:
     if given.out.exists():
         print(f"{given.out} exists; remove it, or give another folder with --out", file=sys.stderr)
         return 2
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # a head is said to be new before the adapter's is read
+    logging.disable_progress_bar()
     size = SHORT if given.short else LONG
     base = fetched(given.cache.absolute())
     given.out.mkdir(parents=True)
