@@ -26,6 +26,7 @@ SHORT = {
 ELSEWHERE = {
     "proof.soak": "tests/engines/test_cluster.py",
     "benchmarks.pushes": "tests/engines/test_vllm.py",
+    "proof.real": ".ci/run (make real-short)",
     "pytest": "make test",
     "pip": "make test",
     "venv": "make test",
