@@ -193,6 +193,12 @@ def test_sampled_ids_are_taken_as_they_are_in_every_form_of_row() -> None:
         assert row.start == len(prompt)
         assert bool(row.mask.all())
     assert ranking.rows[1].ids.tolist() == prompt + odd[-1:]
+    edited = {**given, "responses": [text, "yes"], "response_ids": [odd, None], "ranks": [1, 2]}
+    mixed = reader.rankings(at(edited))[0]  # an edited answer has no ids
+    assert [one.ids.tolist() for one in mixed.rows] == [
+        prompt + odd,
+        chat.row([user("hello"), assistant("yes")]).ids.tolist(),
+    ]
 
 
 def test_ids_that_do_not_belong_to_the_text_are_refused_and_those_of_another_tokenizer_are_left_out() -> None:

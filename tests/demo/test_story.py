@@ -1,12 +1,15 @@
 """The demo's story in its quick form: every phase runs through the verbs, and the report tells the run's own numbers."""
 
 import json
+import random
 import re
 from pathlib import Path
 
 import pytest
 
 from whet.cli.main import main
+from whet.demo import world
+from whet.demo.run import with_edit
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +78,23 @@ def test_an_earlier_demo_is_set_aside(tmp_path: Path) -> None:
         (tmp_path / "demo" / "summary.json").write_text(str(number))
         _set_aside(tmp_path / "demo")
     assert [(tmp_path / f"demo.{n}" / "summary.json").read_text() for n in (1, 2)] == ["1", "2"]
+
+
+def test_an_edited_answer_has_no_sampled_ids_and_is_complete() -> None:
+    """A row of the full demo whose ids belong to another text would be refused, so edited answers have none."""
+    streams = [random.Random(number) for number in range(60)]
+    rows = []
+    for stream in streams:
+        card = world.draw_card(stream)
+        texts = [world.write_answer(stream, card, world.DEMONSTRATOR) for _ in range(4)]
+        rows.append({"prompt": card.prompt(), "responses": texts, "response_ids": [[7]] * 4, "finish": ["length"] * 4})
+    changed = 0
+    for row in rows:
+        edited = with_edit(row, 0)
+        for number, text in enumerate(edited["responses"]):
+            same = text == row["responses"][number]
+            changed += not same
+            assert (edited["response_ids"][number], edited["finish"][number]) == (
+                ([7], "length") if same else (None, "stop")
+            )
+    assert changed > 5

@@ -143,7 +143,8 @@ TARGETS = {
     "llama4_text": ("q_proj", "v_proj"),
     "phimoe": ("q_proj", "v_proj"),
     "zamba": ("in_proj",),
-    **dict.fromkeys(("mamba", "falcon_mamba", "mamba2", "bamba", "falcon_h1", "nemotron_h"), ("in_proj", "x_proj")),
+    **dict.fromkeys(("mamba", "falcon_mamba"), ("in_proj", "x_proj")),
+    **dict.fromkeys(("mamba2", "bamba", "falcon_h1", "nemotron_h"), ("in_proj",)),
 }
 """Layers for LoRA where peft cannot adapt all linear ones, or where layers share a weight (Zamba)."""
 

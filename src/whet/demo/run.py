@@ -95,7 +95,7 @@ class Story:
                 max_new_tokens=ANSWER, out=str(sampled),
             )  # fmt: skip
         answers = read(self.out / "prompts_rank_answers.jsonl")
-        edited = [{**row, "responses": judge.with_edit(row["prompt"], row["responses"], self.seed)} for row in answers]
+        edited = [with_edit(row, self.seed) for row in answers]
         heldout = read(self.out / "prompts_rank_heldout_answers.jsonl")
         for name, rows in (("ranked", edited), ("small_ranked", answers[:SMALL]), ("heldout_ranked", heldout)):
             asked = self.out / f"{name}_asked.jsonl"
@@ -226,6 +226,15 @@ class Side:
 
     def __exit__(self, *_: object) -> None:
         self.worker.shutdown(wait=True, cancel_futures=True)
+
+
+def with_edit(row: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Return the row with an edited answer in some rows (see `judge.with_edit`): it was not sampled, so it has no token ids."""
+    responses = judge.with_edit(row["prompt"], row["responses"], seed)
+    same = [old == new for old, new in zip(row["responses"], responses, strict=True)]
+    ids = [own if kept else None for own, kept in zip(row["response_ids"], same, strict=True)]
+    finish = [own if kept else "stop" for own, kept in zip(row["finish"], same, strict=True)]
+    return {**row, "responses": responses, "response_ids": ids, "finish": finish}
 
 
 def annotator(prompt: str, responses: Sequence[str], seed: int = 0, **columns: Any) -> list[int]:
