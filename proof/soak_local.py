@@ -1,7 +1,7 @@
 """Runs on this machine that are killed at random moments and started again end as the uninterrupted run does, to the bit.
 
 `python -m proof.soak_local --kills 100 --seed 0` trains tiny models with every method: one run without interruption, and runs
-that get SIGKILL, SIGTERM or SIGINT at a random moment, inside a save, or after the last step. A supervisor repeats the same
+that get SIGKILL, SIGTERM or SIGINT at a random moment, in a step, inside a save, or after the last step. A supervisor repeats the same
 command until it ends with status 0. Each start is a fork of this process, which has imported the libraries already.
 """
 
@@ -30,10 +30,10 @@ from whet.methods.catalogue import PREFERENCE, TRAINED
 from whet.runs.compare import first_difference
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-PLACES = ("anywhere", "anywhere", "save", "end")
-"""Where a kill is aimed: any moment of the process, inside a checkpoint, or after the last step. A place twice is drawn twice as often."""
-LATE = {"anywhere": 0.0, "save": 0.004, "end": 0.03}
-"""Seconds from the moment when the place is seen to the signal, at most: about the length of a save, and of an export."""
+PLACES = ("anywhere", "step", "save", "end")
+"""Where a kill is aimed: any moment of the process, after its first step, inside a checkpoint, or after the last step."""
+LATE = {"anywhere": 0.0, "step": 0.1, "save": 0.004, "end": 0.03}
+"""Seconds from the moment when the place is seen to the signal, at most: about the length of what happens there."""
 FELL = ("start", "step", "save", "end")
 """Where a kill fell: before the first step of the process, in a step, in a save, or after the last step."""
 UPDATES, STEPS = 6, 5

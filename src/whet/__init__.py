@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from whet.loops.experience import RolloutScores
     from whet.loops.online import MiniBatch, StepLog
     from whet.rewards import Scores
-    from whet.runs.calls import evaluate, explain, plan, rank, sample, serve
+    from whet.runs.calls import evaluate, explain, plan, rank, sample, serve, verify_resume
     from whet.runs.session import Session
     from whet.runs.train import train
 
 _HOMES = {
     "whet.runs.train": ("train",),
     "whet.runs.session": ("Session",),
-    "whet.runs.calls": ("evaluate", "explain", "plan", "rank", "sample", "serve"),
+    "whet.runs.calls": ("evaluate", "explain", "plan", "rank", "sample", "serve", "verify_resume"),
     "whet.data": ("Batch", "Group", "Prompt", "Sample"),
     "whet.loops.experience": ("RolloutScores",),
     "whet.loops.online": ("MiniBatch", "StepLog"),
@@ -41,7 +41,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "Batch", "CheckpointError", "DataError", "Group", "MiniBatch", "ModelError", "Prompt", "RecipeError", "RewardError",
     "RolloutScores", "RunStopped", "Sample", "Scores", "Session", "StepLog", "UserError", "WhetError", "evaluate", "explain", "plan",
-    "rank", "sample", "serve", "train",
+    "rank", "sample", "serve", "train", "verify_resume",
 ]  # fmt: skip
 
 

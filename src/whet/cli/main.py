@@ -21,6 +21,7 @@ OTHERS = {
     "serve": "run a vLLM server on this machine, for runs with generator.name server",
     "explain": "describe a recipe: its objective with numbers, its batch sizes, its optimum",
     "plan": "estimate memory, traffic and time of a training recipe on several GPUs",
+    "verify_resume": "train a recipe twice, once with kills and resumes, and compare the runs to the bit",
     "demo": "run all training stages on a small synthetic task, and write a report",
 }
 RESERVED = {
@@ -95,24 +96,29 @@ def _named_method(about: str, recipe: str | None) -> str:
     return method
 
 
-def _told(about: str, words: list[str]) -> str:
-    """Return the text of `whet explain VERB [RECIPE.yaml]`, or of `whet explain RECIPE.yaml` if the recipe names its method.
-
-    `whet plan` has the same forms.
-    """
+def _about(about: str, words: list[str]) -> int:
+    """Run `whet explain VERB [RECIPE.yaml]`, or `whet explain RECIPE.yaml` if the recipe names its method, and print the
+    result. `whet plan` and `whet verify-resume` have the same forms. Return the exit status."""
+    name = about.replace("_", "-")
     if not words or words[0].startswith("-"):
         raise RecipeError(
-            f"{about}: which method? whet {about} ppo [RECIPE.yaml], or a recipe with a line `method: ppo`"
+            f"{name}: which method? whet {name} ppo [RECIPE.yaml], or a recipe with a line `method: ppo`"
         )
     if words[0] == "train":
         words = words[1:] or [""]
     verb, rest = words[0].replace("-", "_"), words[1:]
     if verb not in {**OFFLINE, **ONLINE, **OTHERS}:
-        verb, rest = _named_method(about, words[0]), words
-    recipe, overrides, _ = parsed(rest)
+        verb, rest = _named_method(name, words[0]), words
+    recipe, overrides, flags = parsed(rest)
     import whet
 
-    return (whet.explain if about == "explain" else whet.plan)(verb, recipe, **_grouped(overrides))
+    fields = _grouped(overrides)
+    if about == "verify_resume":
+        differs = whet.verify_resume(verb, recipe, quiet="quiet" in flags, **fields)
+        print(f"the runs differ (first without kills, then with): {differs}" if differs else "equal: metrics, rollouts, the last checkpoint, the model")
+        return 1 if differs else 0
+    print((whet.explain if about == "explain" else whet.plan)(verb, recipe, **fields))
+    return 0
 
 
 def _command(words: list[str]) -> int:
@@ -127,9 +133,8 @@ def _command(words: list[str]) -> int:
     verb = words[0].replace("-", "_")
     if verb not in {**OFFLINE, **ONLINE, **OTHERS}:
         raise _unknown_verb(words[0])
-    if verb in ("explain", "plan") and not {"-h", "--help"} & set(words):
-        print(_told(verb, words[1:]))
-        return 0
+    if verb in ("explain", "plan", "verify_resume") and not {"-h", "--help"} & set(words):
+        return _about(verb, words[1:])
     recipe, overrides, flags = parsed(words[1:])
     if flags & {"help", "help-all"}:
         print(_verb_help(verb, _grouped(overrides), everything="help-all" in flags))
@@ -247,7 +252,7 @@ def _adapter_help(verb: str, given: Mapping[str, Any]) -> list[str]:
 def _verb_help(verb: str, given: Mapping[str, Any] = {}, *, everything: bool = False) -> str:
     from whet.cli import help
     from whet.runs import config
-    from whet.runs.recipe import PlanOptions, kind_of
+    from whet.runs.recipe import PlanOptions, VerifyOptions, kind_of
 
     about = {**OFFLINE, **ONLINE, **OTHERS}[verb]
     lines = [
@@ -263,13 +268,13 @@ def _verb_help(verb: str, given: Mapping[str, Any] = {}, *, everything: bool = F
         return "\n".join([*lines, "  --quick    a short run, which only shows that everything works [False]"])
     if verb == "train":
         return "\n".join([*lines[:3], "", "takes every field of the recipe's method"])
-    if verb in ("explain", "plan"):
+    if verb in ("explain", "plan", "verify_resume"):
+        name = verb.replace("_", "-")
         lines[0] = (
-            f"usage: whet {verb} VERB [RECIPE.yaml] [--field value ...], or whet {verb} RECIPE.yaml with a line `method: VERB`"
+            f"usage: whet {name} VERB [RECIPE.yaml] [--field value ...], or whet {name} RECIPE.yaml with a line `method: VERB`"
         )
-        own = []
-        if verb == "plan":
-            own = ["options [default]:", *help.recipe_lines(PlanOptions, PlanOptions(0)), ""]
+        options = {"plan": PlanOptions(0), "verify_resume": VerifyOptions()}.get(verb)
+        own = ["options [default]:", *help.recipe_lines(type(options), options), ""] if options else []
         return "\n".join([*lines[:3], "", *own, "takes every field of the verb it is about"])
     kind = kind_of(verb)
     try:  # with the parts and adapters that are named beside --help

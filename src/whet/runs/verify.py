@@ -5,8 +5,8 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from whet.loops.record import read_metrics
 from whet.runs import config, folder, inputs
 from whet.runs import recipe as fields
 from whet.runs.compare import first_difference
+from whet.runs.serve import ended_by_signals
 
 OUT = "runs/verify-resume"
 """The folder without `out`; if it exists, a number is added."""
@@ -41,43 +42,54 @@ def taken(given: Mapping[str, Any]) -> tuple[fields.VerifyOptions, Path, dict[st
     return own, out, rest
 
 
-def verified(method: str, recipe: fields.TrainingRecipe, options: fields.VerifyOptions, out: Path, quiet: bool) -> str | None:
-    """Train twice below `out`. Return what differs first, or None if the runs are equal.
+def verified(
+    method: str, recipe: fields.TrainingRecipe, options: fields.VerifyOptions, out: Path, quiet: bool
+) -> str | None:
+    """Train twice below `out`. Return what differs first, or None if the runs are equal to the bit.
 
     Raises RecipeError if the recipe cannot be verified or a run refuses it, WhetError if a run fails.
     """
     _check(recipe)
-    recipe = _shortened(recipe, options.steps)
-    whole, killed = Run(method, recipe, out / WHOLE, quiet), Run(method, recipe, out / KILLED, quiet)
-    say(f"the run without interruption: {whole.folder}")
-    seconds = whole.to_the_end()
-    rows = read_metrics(whole.folder)
-    steps, each = len(rows), sum(row["seconds"] for row in rows) / len(rows)
-    every = max(1, min(steps // 2, max(2, steps // (2 * (options.kills + 1)))))
-    stream = random.Random(options.kill_seed)
-    moments = kill_steps(steps, every, options.kills, stream)
-    more = seconds + len(moments) * (seconds - steps * each + every * each)
-    say(f"it took {seconds:.0f} s; the run with {len(moments)} kills takes about {more:.0f} s: {killed.folder}")
-    killed.recipe = replace(recipe, train=replace(recipe.train, save_every=every))
-    for step in moments:
-        killed.kill_after(step, stream.uniform(0.0, each))
-    killed.to_the_end()
+    recipe = _prepared(recipe, options.steps)
+    whole = Run(method, recipe, out / WHOLE, quiet)
+    with ended_by_signals():
+        whole.say(f"first a run without interruption, in {whole.folder}")
+        seconds = whole.to_the_end()
+        rows = read_metrics(whole.folder)
+        steps, each = len(rows), sum(row["seconds"] for row in rows) / len(rows)
+        every = save_interval(steps, options.kills)
+        stream = random.Random(options.kill_seed)
+        moments = kill_steps(steps, every, options.kills, stream)
+        killed = Run(method, replace(recipe, train=replace(recipe.train, save_every=every)), out / KILLED, quiet)
+        more = seconds + options.kills * (seconds - steps * each + every * each)
+        told = f"kills after step {', '.join(map(str, moments))}, a save every {every} steps"
+        killed.say(f"it took {seconds:.0f} s; now {told}, in {killed.folder}: about {more:.0f} s")
+        done = sum(killed.kill_after(step, stream.uniform(0.0, each)) for step in moments)
+        if done < options.kills:
+            killed.say(f"{done} of {options.kills} kills came before the end of the run; take more --steps, or fewer --kills")
+        killed.to_the_end()
     return first_difference(whole.folder, killed.folder)
 
 
-def kill_steps(steps: int, every: int, kills: int, stream: random.Random) -> list[int]:
-    """Return the steps after which a run of `steps` steps is killed, in order: steps that are not saved, if there are any.
+def save_interval(steps: int, kills: int) -> int:
+    """Return the steps between checkpoints: about two intervals for each kill, and at least 2 steps, so that a kill can fall
+    between saves.
 
-    >>> kill_steps(10, 2, 3, random.Random(0))
-    [3, 7, 9]
+    >>> [save_interval(steps, 3) for steps in (1, 3, 10, 100)]
+    [1, 2, 2, 12]
     """
-    free = [step for step in range(1, steps) if step % every] or list(range(steps))
+    return min(steps, max(2, steps // (2 * (kills + 1))))
+
+
+def kill_steps(steps: int, every: int, kills: int, stream: random.Random) -> list[int]:
+    """Return the steps after which a run of `steps` steps is killed, in order: steps without a save, if there are any."""
+    free = [step for step in range(steps) if step % every] or list(range(steps))
     return sorted(stream.sample(free, kills) if kills <= len(free) else stream.choices(free, k=kills))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
-    """A run in processes of its own: each start is the command `whet METHOD RECIPE`, with --resume if it has begun."""
+    """A run in processes of its own. Each start is the same command, with --resume if the folder holds the run already."""
 
     method: str
     recipe: Any
@@ -87,6 +99,77 @@ class Run:
     def to_the_end(self) -> float:
         """Run the command until it ends. Return its seconds. Raises RecipeError or WhetError if it fails."""
         began = time.monotonic()
-        with self._started() as process:
-            self._ended(process.wait())
+        with self._process() as process:
+            self._succeeded(process.wait())
         return time.monotonic() - began
+
+    def kill_after(self, step: int, seconds: float) -> bool:
+        """Start the command and kill it `seconds` after it has written the metrics of a step. Return False if it ended before.
+        Raises RecipeError or WhetError if it fails."""
+        file = self.folder / "metrics.jsonl"
+        before = _changed_at(file)
+        with self._process() as process:
+            while _changed_at(file) == before or len(read_metrics(self.folder)) < step:
+                if process.poll() is not None:
+                    self._succeeded(process.returncode)
+                    return False
+                time.sleep(GLANCE)
+            time.sleep(seconds)
+            return process.poll() is None
+
+    def say(self, text: str) -> None:
+        """Print a line on the terminal, unless the run is quiet."""
+        if not self.quiet:
+            print(f"whet: {text}", file=sys.stderr, flush=True)
+
+    @contextmanager
+    def _process(self) -> Iterator[subprocess.Popen]:
+        """Start the command. Its process is killed at the end of the context, if it still runs."""
+        path = self.folder.with_suffix(".yaml")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(config.to_yaml(self.recipe, self.method), encoding="utf-8")
+        own = replace(self.recipe, out=str(self.folder))
+        flags = [*(["--resume"] if folder.begun(own, self.method) else []), *(["--quiet"] if self.quiet else [])]
+        words = [sys.executable, "-m", "whet", self.method, str(path), "--out", str(self.folder), *flags]
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+    def _succeeded(self, status: int) -> None:
+        if status:
+            kind = RecipeError if status == 2 else WhetError
+            raise kind(f"verify-resume: the run in {self.folder} ended with status {status}; its message is above")
+
+
+def _changed_at(file: Path) -> int:
+    """Return when a file was changed last, in nanoseconds; 0 if there is none."""
+    return file.stat().st_mtime_ns if file.is_file() else 0
+
+
+def _check(recipe: fields.TrainingRecipe) -> None:
+    """Raise RecipeError for a recipe whose runs cannot be started by this process, or are not equal to the bit."""
+    if launched():
+        raise RecipeError("verify-resume: it starts its own processes; call it without torchrun")
+    if isinstance(recipe, fields.OnlineRecipe) and recipe.generator.max_staleness:
+        raise RecipeError(
+            "generator.max_staleness: answers that are generated ahead depend on time, so no two runs are equal; verify with "
+            "--generator.max-staleness 0"
+        )
+    for name, value in inputs.strings(config.yaml_tree(config.to_yaml(recipe))):
+        if value.startswith("python:"):
+            raise RecipeError(
+                f'{name}: the runs have processes of their own, which a function or object cannot reach; give "file.py:name"'
+            )
+
+
+def _prepared(recipe: fields.TrainingRecipe, steps: int | None) -> fields.TrainingRecipe:
+    """Return the recipe without periodic saves and trackers, and with the given number of steps."""
+    recipe = replace(recipe, trackers=[], train=replace(recipe.train, save_every=0))
+    if steps is None:
+        return recipe
+    if isinstance(recipe, fields.OnlineRecipe):
+        return replace(recipe, rollout=replace(recipe.rollout, num_steps=steps, num_epochs=None))
+    return replace(recipe, train=replace(recipe.train, num_steps=steps))
