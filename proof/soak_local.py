@@ -41,7 +41,7 @@ UPDATES, STEPS = 6, 5
 WITHIN = 60.0
 """Seconds in which a process must end after a signal."""
 TRIES = 10
-"""Runs of one configuration, at most: a run can end before the kill that is aimed at it."""
+"""Runs in a row that may end before the kill that is aimed at them."""
 USED = ("transformers.models.qwen3.modeling_qwen3", "transformers.models.auto.modeling_auto", "peft", "pyarrow.parquet",
         "whet.cli.main", "whet.runs.train", "whet.runs.config")  # fmt: skip
 """What the children import; this process imports it once."""
@@ -58,7 +58,16 @@ def on_rows(method: str, data: str, *more: str) -> list[str]:
 
 def on_answers(method: str, *more: str, reward: str = "rules.py:count", steps: int | None = STEPS) -> list[str]:
     """The words of a short run on generated answers."""
-    size = ["--rollout.prompts-per-step", "6", "--rollout.mini-batch-size", "null", "--max-new-tokens", "6", "--lr", "3e-3"]
+    size = [
+        "--rollout.prompts-per-step",
+        "6",
+        "--rollout.mini-batch-size",
+        "null",
+        "--max-new-tokens",
+        "6",
+        "--lr",
+        "3e-3",
+    ]
     length = [] if steps is None else ["--rollout.num-steps", str(steps)]
     return [method, *COMMON, "--data", "prompts.jsonl", "--reward", reward, *size, *length, *more]
 
@@ -181,7 +190,9 @@ class Supervisor:
             child.join(WITHIN if place else None)
             if child.exitcode is None:
                 child.kill()
-                raise RuntimeError(f"{line.name}: it did not end {WITHIN:g} s after {kills[0].signal.name}; {self._log()}")
+                raise RuntimeError(
+                    f"{line.name}: it did not end {WITHIN:g} s after {kills[0].signal.name}; {self._log()}"
+                )
             if place:
                 done = kills.pop(0)
                 line.signals[done.signal.name] += 1
@@ -247,13 +258,16 @@ def soak(home: Path, configurations: Mapping[str, Sequence[str]], kills: int, se
         whole = Supervisor(words, home, f"{folder}/whole")
         whole.run([], Line(name), stream)
         life, last = time.monotonic() - began, whole._seen().saved
-        while left:
-            if line.runs == TRIES:
-                raise RuntimeError(f"{name}: {len(left)} kills missed {TRIES} runs; {left[0]}")
+        missed = 0
+        while left and missed < TRIES:
+            before = len(left)
             killed = Supervisor(words, home, f"{folder}/{line.runs}", last=last, life=life)
             killed.run(left, line, stream)
             line.runs += 1
+            missed = missed + 1 if len(left) == before else 0
             line.mismatches += differences(whole.out, killed.out)
+        if left:
+            raise RuntimeError(f"{name}: {left[0]} missed {TRIES} runs")
         shutil.rmtree(home / folder)
         yield line
 
@@ -272,7 +286,10 @@ def prepare(home: Path) -> None:
     """Write a tiny model, rows of every kind, reward functions, and a reward model."""
     make_inputs(home)
     text = [f"w{number} w{number + 1}" for number in range(24)]
-    steps = [{"prompt": one, "completions": [f"{one} ", " w3 ", " w4"], "labels": [1, n % 2, 0]} for n, one in enumerate(text)]
+    steps = [
+        {"prompt": one, "completions": [f"{one} ", " w3 ", " w4"], "labels": [1, n % 2, 0]}
+        for n, one in enumerate(text)
+    ]
     write_jsonl(home / "steps.jsonl", steps)
     (home / "own.py").write_text(
         "def ids(prompts, completions, completion_ids, **columns):\n"
@@ -290,7 +307,10 @@ def table(lines: Sequence[Line]) -> str:
     sums = ["all", *(str(sum(int(row[place]) for row in rows)) for place in range(1, len(head)))]
     widths = [max(len(row[place]) for row in (head, *rows, sums)) for place in range(len(head))]
     return "\n".join(
-        "  ".join(cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            cell.rjust(width) if place else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
         for row in (head, *rows, sums)
     )
 
@@ -310,7 +330,11 @@ def main() -> int:
         prepare(home)
         for line in soak(home, {one: every()[one] for one in given.only}, given.kills, given.seed):
             lines.append(line)
-            print(f"{line.name}: {sum(line.signals.values())} kills, {line.mismatches or 'equal'}", file=sys.stderr, flush=True)
+            print(
+                f"{line.name}: {sum(line.signals.values())} kills, {line.mismatches or 'equal'}",
+                file=sys.stderr,
+                flush=True,
+            )
     print(table(lines))
     return 1 if any(line.mismatches for line in lines) else 0
 

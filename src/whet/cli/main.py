@@ -101,9 +101,7 @@ def _about(about: str, words: list[str]) -> int:
     result. `whet plan` and `whet verify-resume` have the same forms. Return the exit status."""
     name = about.replace("_", "-")
     if not words or words[0].startswith("-"):
-        raise RecipeError(
-            f"{name}: which method? whet {name} ppo [RECIPE.yaml], or a recipe with a line `method: ppo`"
-        )
+        raise RecipeError(f"{name}: which method? whet {name} ppo [RECIPE.yaml], or a recipe with a line `method: ppo`")
     if words[0] == "train":
         words = words[1:] or [""]
     verb, rest = words[0].replace("-", "_"), words[1:]
@@ -115,7 +113,11 @@ def _about(about: str, words: list[str]) -> int:
     fields = _grouped(overrides)
     if about == "verify_resume":
         differs = whet.verify_resume(verb, recipe, quiet="quiet" in flags, **fields)
-        print(f"the runs differ (first without kills, then with): {differs}" if differs else "equal: metrics, rollouts, the last checkpoint, the model")
+        print(
+            f"the runs differ (first without kills, then with): {differs}"
+            if differs
+            else "equal: metrics, rollouts, the last checkpoint, the model"
+        )
         return 1 if differs else 0
     print((whet.explain if about == "explain" else whet.plan)(verb, recipe, **fields))
     return 0

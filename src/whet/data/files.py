@@ -1,11 +1,13 @@
-"""Atomic writes of small files (a temporary file, then a rename), file hashes, and the shared-memory folder."""
+"""Atomic writes of files and folders (a temporary one, then a rename), file hashes, and the shared-memory folder."""
 
 import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,12 @@ SPECIAL = re.compile("[\x85\u2028\u2029\ud800-\udfff]")
 
 def write_json(path: Path, value: Any) -> None:
     """Write an indented JSON file that ends with a newline."""
-    _write(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write a JSONL file, one row per line."""
-    _write(path, "".join(json_line(row) for row in rows))
+    write_text(path, "".join(json_line(row) for row in rows))
 
 
 def json_line(row: Mapping[str, Any]) -> str:
@@ -34,11 +36,33 @@ def json_line(row: Mapping[str, Any]) -> str:
     return line + "\n"
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8. A kill at any moment leaves the old content or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.writing")
     aside.write_text(text, encoding="utf-8")
     aside.rename(path)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder. At the end of the context its files get their places in `folder`, and replace older files
+    of the same names. So an error or a kill while they are written changes nothing; the next call removes what it left."""
+    exists = folder.exists()
+    aside = folder / ".writing" if exists else folder.with_name(f".writing-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        if exists:
+            for path in [one for one in aside.rglob("*") if one.is_file()]:
+                place = folder / path.relative_to(aside)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                path.replace(place)
+        else:
+            aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def shared_memory() -> Path:

@@ -95,7 +95,7 @@ class Learner(Protocol):
         end_ids: Sequence[int] | None = None,
     ) -> None:
         """Save one role as a standard Hugging Face folder. `end_ids` are the tokens that end a turn; default: those of the
-        tokenizer's chat template."""
+        tokenizer's chat template. A kill while it is written leaves an earlier folder unchanged."""
 
 
 @dataclass(frozen=True)

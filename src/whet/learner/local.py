@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from whet.data import Batch, Weights, dealt, measured
-from whet.data.files import write_json
+from whet.data.files import whole_folder, write_json
 from whet.distributed import Workers
 from whet.errors import CheckpointError, RecipeError, RunStopped
 from whet.learner.base import LearnerContext, LearnerOptions, UpdateResult, WeightsWriter, Work
@@ -263,7 +263,9 @@ class LocalLearner:
         end_ids: Sequence[int] | None = None,
     ) -> None:
         """See `Learner.export`. All workers must call it; the first one writes."""
-        self.roles[role].export(folder, tokenizer, merge=merge, write=self.workers.first, end_ids=end_ids)
+        writes = self.workers.first
+        with whole_folder(folder) if writes else nullcontext(folder) as aside:
+            self.roles[role].export(aside, tokenizer, merge=merge, write=writes, end_ids=end_ids)
 
     def close(self) -> None:
         """Remove the weights that were written for engines."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from whet.data import Batch, Group
-from whet.data.files import write_json
+from whet.data.files import write_json, write_text
 from whet.loops import rollouts
 from whet.registry import told
 from whet.trackers import Tracker
@@ -37,7 +37,7 @@ class RunFolder:
         folder.mkdir(parents=True, exist_ok=True)
         if resume_at is not None and self._metrics.is_file():
             kept = [row for row in read_metrics(folder) if row["step"] <= resume_at]
-            self._metrics.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            write_text(self._metrics, "".join(json.dumps(row) + "\n" for row in kept))
             rollouts.remove_after(folder, resume_at)
 
     @property
@@ -49,7 +49,7 @@ class RunFolder:
         """Write recipe.yaml (resolved) and environment.json (versions, number of threads)."""
         if not self.writes:
             return
-        (self.folder / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
+        write_text(self.folder / "recipe.yaml", recipe_text)
         versions = {name: metadata.version(name) for name in PACKAGES}
         about = {"python": sys.version.split()[0], "machine": platform.machine(), "threads": torch.get_num_threads()}
         write_json(self.folder / "environment.json", about | versions)

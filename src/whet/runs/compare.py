@@ -142,11 +142,11 @@ def _tensors(where: str, one: Mapping[str, Tensor], other: Mapping[str, Tensor])
     for key in dict.fromkeys([*one, *other]):
         if found := _only(f"{where}: {key}", [key in one, key in other]):
             yield found
-        elif told := _elements(one[key], other[key]):
+        elif told := tensor_difference(one[key], other[key]):
             yield f"{where}: {key}{told}"
 
 
-def _elements(one: Tensor, other: Tensor) -> str | None:
+def tensor_difference(one: Tensor, other: Tensor) -> str | None:
     """Return the first element whose bits differ, with both values, or the shapes and dtypes if these differ."""
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return f": {tuple(one.shape)} {one.dtype} and {tuple(other.shape)} {other.dtype}"

@@ -1,6 +1,7 @@
 """`whet serve`: run a vLLM server on the loopback address, as the generator of a run in another process."""
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -46,7 +47,10 @@ def _dtype(recipe: fields.ServeRecipe) -> str:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Raise KeyboardInterrupt on SIGTERM, so that the processes that this one has started are ended too."""
+    """Raise KeyboardInterrupt on SIGTERM, so that the processes that this one has started are ended too (main thread only)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

@@ -60,13 +60,15 @@ def verified(
         every = save_interval(steps, options.kills)
         stream = random.Random(options.kill_seed)
         moments = kill_steps(steps, every, options.kills, stream)
-        killed = Run(method, replace(recipe, train=replace(recipe.train, save_every=every)), out / KILLED, quiet)
+        killed = Run(method, _saving(recipe, every), out / KILLED, quiet)
         more = seconds + options.kills * (seconds - steps * each + every * each)
         told = f"kills after step {', '.join(map(str, moments))}, a save every {every} steps"
         killed.say(f"it took {seconds:.0f} s; now {told}, in {killed.folder}: about {more:.0f} s")
         done = sum(killed.kill_after(step, stream.uniform(0.0, each)) for step in moments)
         if done < options.kills:
-            killed.say(f"{done} of {options.kills} kills came before the end of the run; take more --steps, or fewer --kills")
+            killed.say(
+                f"{done} of {options.kills} kills came before the end of the run; take more --steps, or fewer --kills"
+            )
         killed.to_the_end()
     return first_difference(whole.folder, killed.folder)
 
@@ -167,9 +169,14 @@ def _check(recipe: fields.TrainingRecipe) -> None:
 
 def _prepared(recipe: fields.TrainingRecipe, steps: int | None) -> fields.TrainingRecipe:
     """Return the recipe without periodic saves and trackers, and with the given number of steps."""
-    recipe = replace(recipe, trackers=[], train=replace(recipe.train, save_every=0))
+    recipe = replace(_saving(recipe, 0), trackers=[])
     if steps is None:
         return recipe
     if isinstance(recipe, fields.OnlineRecipe):
         return replace(recipe, rollout=replace(recipe.rollout, num_steps=steps, num_epochs=None))
     return replace(recipe, train=replace(recipe.train, num_steps=steps))
+
+
+def _saving(recipe: fields.TrainingRecipe, every: int) -> fields.TrainingRecipe:
+    train: Any = replace(recipe.train, save_every=every)
+    return replace(recipe, train=train)
