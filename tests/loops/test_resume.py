@@ -1,6 +1,7 @@
 """A killed run goes on to the same bits: weights, metrics, rollouts; a torn checkpoint costs no good one."""
 
 import json
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -256,7 +257,7 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
 def test_a_stop_that_was_asked_for_saves_and_resumes_to_the_bit(tmp_path: Path, whole: Any) -> None:
     folder, expected = whole(sft)
     stop = Stop()
-    stop.asked = True
+    stop.receive(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         sft(tmp_path, stop=stop)
     assert len(metrics(tmp_path)) == 1

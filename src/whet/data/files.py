@@ -1,13 +1,15 @@
-"""Atomic writes of small files (a temporary file, then a rename), file hashes, and the shared-memory folder."""
+"""Atomic writes of files (a temporary file, then a rename), file hashes, and the shared-memory folder."""
 
 import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 SPECIAL = re.compile("[\x85\u2028\u2029\ud800-\udfff]")
 """Characters that are written as escapes: the line separators of Unicode, and halves of surrogate pairs."""
@@ -15,12 +17,12 @@ SPECIAL = re.compile("[\x85\u2028\u2029\ud800-\udfff]")
 
 def write_json(path: Path, value: Any) -> None:
     """Write an indented JSON file that ends with a newline."""
-    _write(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write a JSONL file, one row per line."""
-    _write(path, "".join(json_line(row) for row in rows))
+    write_text(path, "".join(json_line(row) for row in rows))
 
 
 def json_line(row: Mapping[str, Any]) -> str:
@@ -34,11 +36,49 @@ def json_line(row: Mapping[str, Any]) -> str:
     return line + "\n"
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8. A reader sees the old content or the new one, also after a kill."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Yield a new binary file beside `path`, and rename it to `path` at the end. No link is followed: the new file must not
+    exist, and the rename replaces a link at `path`. If the block raises, `path` is unchanged."""
     aside = path.with_name(f".{path.name}.writing")
-    aside.write_text(text, encoding="utf-8")
-    aside.rename(path)
+    aside.unlink(missing_ok=True)
+    try:
+        with aside.open("xb") as file:
+            yield file
+        aside.rename(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def replace_folder(aside: Path, folder: Path) -> None:
+    """Rename a folder that was written beside to its final name, and remove what had this name. See `follow_umask`."""
+    follow_umask(aside)
+    remove(folder)
+    aside.rename(folder)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link (not what it points to), or a folder with everything in it, if there is one."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def follow_umask(folder: Path) -> None:
+    """Give the files below a folder the modes that the umask gives to new files. (safetensors writes files with 0600.)"""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o666 & ~mask)
 
 
 def shared_memory() -> Path:
