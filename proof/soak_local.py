@@ -2,7 +2,7 @@
 
 `python -m proof.soak_local --kills 100 --seed 0` trains tiny models with every method: one run without interruption, and runs
 that get SIGKILL, SIGTERM or SIGINT at a random moment, in a step, inside a save, or after the last step. A supervisor repeats the same
-command until it ends with status 0. Each start is a fork of this process, which has imported the libraries already.
+command, with --resume, until it ends with status 0. Each start is a fork of this process, which has imported the libraries already.
 """
 
 import argparse
@@ -15,9 +15,10 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,7 +40,7 @@ FELL = ("start", "step", "save", "end")
 UPDATES, STEPS = 6, 5
 """Steps of the runs on rows, and of the runs on generated answers."""
 WITHIN = 60.0
-"""Seconds in which a process must end after a signal."""
+"""Seconds in which a process must end after a signal, or after its start if it gets none."""
 TRIES = 10
 """Runs in a row that may end before the kill that is aimed at them."""
 USED = ("transformers.models.qwen3.modeling_qwen3", "transformers.models.auto.modeling_auto", "peft", "pyarrow.parquet",
@@ -179,20 +180,14 @@ class Supervisor:
         """Run the command to its end. Kills that reached a process are removed from `kills`. Raises RuntimeError if a process
         fails, or does not end after a signal."""
         while True:
-            begun = (self.out / "recipe.yaml").is_file() and (
-                (self.out / "metrics.jsonl").is_file() or (self.out / "checkpoints").is_dir()
-            )
-            before = self._seen()
-            child = multiprocessing.get_context("fork").Process(target=self._child, args=(begun,))
-            child.start()
+            before, child = self._seen(), forked(self._command)
             line.starts += 1
             place = self._send(kills[0], child, before, stream) if kills else None
-            child.join(WITHIN if place else None)
+            child.join(WITHIN)
             if child.exitcode is None:
                 child.kill()
-                raise RuntimeError(
-                    f"{line.name}: it did not end {WITHIN:g} s after {kills[0].signal.name}; {self._log()}"
-                )
+                after = kills[0].signal.name if place else "its start"
+                raise RuntimeError(f"{line.name}: it did not end {WITHIN:g} s after {after}; {self._log()}")
             if place:
                 done = kills.pop(0)
                 line.signals[done.signal.name] += 1
@@ -202,14 +197,14 @@ class Supervisor:
             if child.exitcode == 0:
                 return
 
-    def _child(self, resume: bool) -> None:
+    def _command(self) -> None:
         from whet.cli.main import main
 
         os.chdir(self.home)
         handle = os.open(self.home / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
-        sys.exit(main([*self.words, *(["--resume"] if resume else [])]))
+        sys.exit(main([*self.words, "--resume"]))
 
     def _send(self, kill: Kill, child: BaseProcess, before: Seen, stream: random.Random) -> str | None:
         """Wait for the moment, send the signal, and return where it fell. Return None if the process ended before it."""
@@ -245,6 +240,13 @@ class Supervisor:
 
     def _log(self) -> str:
         return "the end of its output:\n" + (self.home / "log").read_text()[-2000:]
+
+
+def forked(work: Callable[[], None]) -> BaseProcess:
+    """Start a fork of this process. This process itself uses no library that has locks, which a killed child would leave closed."""
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    return child
 
 
 def soak(home: Path, configurations: Mapping[str, Sequence[str]], kills: int, seed: int) -> Iterator[Line]:
@@ -284,7 +286,7 @@ def differences(whole: Path, killed: Path) -> list[str]:
 
 def prepare(home: Path) -> None:
     """Write a tiny model, rows of every kind, reward functions, and a reward model."""
-    make_inputs(home)
+    forked(partial(make_inputs, home)).join()
     text = [f"w{number} w{number + 1}" for number in range(24)]
     steps = [
         {"prompt": one, "completions": [f"{one} ", " w3 ", " w4"], "labels": [1, n % 2, 0]}

@@ -10,7 +10,10 @@
     ├── RunStopped        a self-check of a run failed; names the check and the cause
     └── CheckpointError   a checkpoint is missing, incomplete, or from another run
 
-The command line prints these as one message and exits with 2 (`UserError`) or 1; `--debug` shows the traceback.
+    Interrupted           a signal (Ctrl-C, SIGTERM, SIGHUP) ended a run; a KeyboardInterrupt, and not a WhetError
+
+The command line prints these as one message and exits with 2 (`UserError`), 1, or 128 plus the number of the signal;
+`--debug` shows the traceback.
 """
 
 
@@ -56,6 +59,14 @@ class AttemptFailed(WorkerDied):
 
 class RestartsExhausted(AttemptFailed):
     """Workers died more often than the restart budget allows."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended a run. `signum` is its number; the message says what was saved."""
+
+    def __init__(self, reason: str, signum: int = 2) -> None:
+        super().__init__(reason)
+        self.signum = signum
 
 
 def first_line(error: BaseException) -> str:

@@ -324,7 +324,6 @@ GIVEN: dict[str, tuple[str, list[str], list[str]]] = {
         [*online(), "--data", "[{path: HOME/prompts.jsonl}]"],
         ["data.train", "`str`", "HOME/prompts.jsonl"],
     ),
-    "--resume without a run": ("sft", sft("--resume"), ["--resume", "no run"]),
     "rank without a file to write": ("rank", ["--data", "HOME/answers.jsonl"], ["out", "--out"]),
     "rank without judge and scores": (
         "rank",

@@ -36,7 +36,8 @@ FLAGS = ("resume", "debug", "quiet", "help", "help-all")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status: 0, 1 (a run failed), 2 (invalid input) or 130 (Ctrl-C)."""
+    """Run one command and return the exit status: 0, 1 (a run failed), 2 (invalid input), or 128 plus the number of the signal
+    that ended it (130 for Ctrl-C)."""
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     try:
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         print(f"whet: interrupted; {error or 'nothing was saved since the last checkpoint'}", file=sys.stderr)
-        return 130
+        return 128 + getattr(error, "signum", 2)
     except BrokenPipeError:
         sys.stderr.close()  # the reader closed the pipe (`whet --help | head`)
         return 0
@@ -204,7 +205,7 @@ def _grouped(overrides: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """Return the overrides by name; the last value of a name is used. Repeated `--reward` or `--judge` values form a list."""
     out: dict[str, Any] = {}
     for name, value in overrides:
-        if name in ("reward", "judge") and name in out:
+        if name in ("reward", "judge", "accept_changed") and name in out:
             out[name] = [*(out[name] if isinstance(out[name], list) else [out[name]]), value]
         else:
             out[name] = value
@@ -287,7 +288,7 @@ def _verb_help(verb: str, given: Mapping[str, Any] = {}, *, everything: bool = F
     slots = getattr(defaults, "algorithm", None)
     if slots:
         lines += ["", "the method's slots [default]:", *help.method_lines(verb, slots)]
-    flags = "flags: --resume (continue a run), --quiet, --debug (show tracebacks)"
+    flags = "flags: --resume (continue a run), --accept-changed NAME (with an input that has changed), --quiet, --debug (show tracebacks)"
     if everything or verb not in {**OFFLINE, **ONLINE}:
         lines += _adapter_help(verb, given)
     else:

@@ -4,7 +4,7 @@ import os
 import shutil
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +17,7 @@ from whet.cluster.folders import WeightWriter, contents, unpacked
 from whet.cluster.placement import Placement
 from whet.cluster.worker import START, Remote, ended, first_to_fail, in_step
 from whet.data import Batch, Weights
+from whet.data.files import replace_folder
 from whet.distributed import Workers, free_port, join, run_parallel
 from whet.errors import RunStopped, WhetError, WorkerDied
 from whet.generate.base import Generator, all_logprobs, whole
@@ -147,9 +148,9 @@ class ClusterLearner:
         self._all("call", "save", folder.absolute())
         self._grows = self.placement.grows()
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, accepted: Collection[str] = ()) -> None:
         """See `Learner.load`."""
-        self._all("call", "load", folder.absolute())
+        self._all("call", "load", folder.absolute(), tuple(accepted))
 
     def export(
         self,
@@ -165,8 +166,7 @@ class ClusterLearner:
         folder = folder.absolute()
         aside = folder.with_name(f".{folder.name}-{self._attempt}")
         self._all("export", role, aside, tokenizer, merge, end_ids)
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
+        replace_folder(aside, folder)
         for old in folder.parent.glob(f".{folder.name}-*"):
             shutil.rmtree(old, ignore_errors=True)
 

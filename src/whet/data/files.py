@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders (a temporary one, then a rename), file hashes, and the shared-memory folder."""
+"""Atomic writes of files (a temporary file, then a rename), file hashes, and the shared-memory folder."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 SPECIAL = re.compile("[\x85\u2028\u2029\ud800-\udfff]")
 """Characters that are written as escapes: the line separators of Unicode, and halves of surrogate pairs."""
@@ -37,32 +37,48 @@ def json_line(row: Mapping[str, Any]) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8. A kill at any moment leaves the old content or the new one."""
+    """Write a text file in UTF-8. A reader sees the old content or the new one, also after a kill."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.writing")
-    aside.write_text(text, encoding="utf-8")
-    aside.rename(path)
+    with replacing(path) as file:
+        file.write(text.encode("utf-8"))
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder. At the end of the context its files get their places in `folder`, and replace older files
-    of the same names. So an error or a kill while they are written changes nothing; the next call removes what it left."""
-    exists = folder.exists()
-    aside = folder / ".writing" if exists else folder.with_name(f".writing-{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Yield a new binary file beside `path`, and rename it to `path` at the end. No link is followed: the new file must not
+    exist, and the rename replaces a link at `path`. If the block raises, `path` is unchanged."""
+    aside = path.with_name(f".{path.name}.writing")
+    aside.unlink(missing_ok=True)
     try:
-        yield aside
-        if exists:
-            for path in [one for one in aside.rglob("*") if one.is_file()]:
-                place = folder / path.relative_to(aside)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                path.replace(place)
-        else:
-            aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        with aside.open("xb") as file:
+            yield file
+        aside.rename(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def replace_folder(aside: Path, folder: Path) -> None:
+    """Rename a folder that was written beside to its final name, and remove what had this name. See `follow_umask`."""
+    follow_umask(aside)
+    remove(folder)
+    aside.rename(folder)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link (not what it points to), or a folder with everything in it, if there is one."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def follow_umask(folder: Path) -> None:
+    """Give the files below a folder the modes that the umask gives to new files. (safetensors writes files with 0600.)"""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o666 & ~mask)
 
 
 def shared_memory() -> Path:

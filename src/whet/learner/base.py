@@ -1,6 +1,6 @@
 """The Learner protocol, the table of learners, and the result of an update."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -82,8 +82,9 @@ class Learner(Protocol):
     def save(self, folder: Path) -> None:
         """Save the whole state of the learner in safetensors and JSON files. The format is the same for every backend."""
 
-    def load(self, folder: Path) -> None:
-        """Restore the state that `save` wrote, bit for bit. Raises CheckpointError if it does not fit this learner."""
+    def load(self, folder: Path, accepted: Collection[str] = ()) -> None:
+        """Restore the state that `save` wrote, bit for bit. Raises CheckpointError if it does not fit this learner, or if the
+        weights of a frozen role have changed that `accepted` does not name."""
 
     def export(
         self,
@@ -95,7 +96,7 @@ class Learner(Protocol):
         end_ids: Sequence[int] | None = None,
     ) -> None:
         """Save one role as a standard Hugging Face folder. `end_ids` are the tokens that end a turn; default: those of the
-        tokenizer's chat template. A kill while it is written leaves an earlier folder unchanged."""
+        tokenizer's chat template."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """A learner in one process: micro-batches within a token budget, and one or two optimizers per trained role."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from whet.data import Batch, Weights, dealt, measured
-from whet.data.files import whole_folder, write_json
+from whet.data.files import remove, replace_folder, write_json
 from whet.distributed import Workers
 from whet.errors import CheckpointError, RecipeError, RunStopped
 from whet.learner.base import LearnerContext, LearnerOptions, UpdateResult, WeightsWriter, Work
@@ -208,15 +208,16 @@ class LocalLearner:
         if self.workers.first:
             write_json(folder / "learner.json", about)
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, accepted: Collection[str] = ()) -> None:
         """See `Learner.load`."""
         import json
 
         about = json.loads((folder / "learner.json").read_text(encoding="utf-8"))
         for name, mark in self._frozen().items():
-            if about["frozen"].get(name, mark) != mark:
+            if about["frozen"].get(name, mark) != mark and name not in accepted:
                 raise CheckpointError(
-                    f"{folder}: the frozen weights of the {name} differ from those at the start of the run"
+                    f"{folder}: the frozen weights of the {name} differ from those at the start of the run; restore them, or "
+                    f"continue with --accept-changed {name}"
                 )
         computed = about.get("precision", self._precision)  # checkpoints of older versions do not have it
         if computed != self._precision:
@@ -262,10 +263,13 @@ class LocalLearner:
         merge: bool = True,
         end_ids: Sequence[int] | None = None,
     ) -> None:
-        """See `Learner.export`. All workers must call it; the first one writes."""
-        writes = self.workers.first
-        with whole_folder(folder) if writes else nullcontext(folder) as aside:
-            self.roles[role].export(aside, tokenizer, merge=merge, write=writes, end_ids=end_ids)
+        """See `Learner.export`. All workers must call it; the first one writes: to a folder beside, which it renames."""
+        aside = folder.with_name(f".{folder.name}.writing")
+        if self.workers.first:
+            remove(aside)
+        self.roles[role].export(aside, tokenizer, merge=merge, write=self.workers.first, end_ids=end_ids)
+        if self.workers.first:
+            replace_folder(aside, folder)
 
     def close(self) -> None:
         """Remove the weights that were written for engines."""

@@ -41,13 +41,16 @@ class Stored(Mapping[str, Tensor]):
     """
 
     def __init__(self, folder: Path, name: str) -> None:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         whole = folder / f"{name}.safetensors"
         files = [whole] if whole.is_file() else sorted(folder.glob(f"{name}-[0-9]*-of-[0-9]*.safetensors"))
         if not files or (files != [whole] and len(files) != int(files[0].stem.rpartition("-")[2])):
             raise CheckpointError(f"{folder}: the files of {name} are not all there, found {len(files)}")
-        self._files = [safe_open(str(file), framework="pt") for file in files]
+        try:
+            self._files = [safe_open(str(file), framework="pt") for file in files]
+        except SafetensorError as error:
+            raise CheckpointError(f"{folder}: the files of {name} are not safetensors files ({error})") from error
         self._where = {key: file for file in self._files for key in file.keys()}  # noqa: SIM118
 
     def __getitem__(self, key: str) -> Tensor:

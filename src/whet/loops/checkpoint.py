@@ -1,6 +1,7 @@
 """Checkpoints in safetensors and JSON files, without pickle.
 
-A checkpoint is written to a temporary folder with checksums, then renamed. Incomplete checkpoints are never loaded.
+A checkpoint is written to a temporary folder with checksums, then renamed. Incomplete checkpoints are never loaded, and are
+not counted as kept ones.
 """
 
 import json
@@ -8,13 +9,15 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+import sys
+import time
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from whet.data.files import sha256, write_json
-from whet.errors import CheckpointError, WhetError, WorkerDied
+from whet.data.files import replace_folder, sha256, write_json
+from whet.errors import CheckpointError, Interrupted, WhetError, WorkerDied, first_line
 from whet.learner import Learner
 from whet.loops.interrupt import Stop
 
@@ -22,8 +25,15 @@ MANIFEST = "manifest.json"
 ASIDE = ".writing-"
 
 
-def save(folder: Path, step: int, learner: Learner, loop: Mapping[str, Any], *, keep: int = 2) -> Path:
-    """Write the checkpoint `folder/step-00000042` with the states of learner and loop. Keep the newest `keep` checkpoints.
+RARELY = 20.0
+"""Smallest time between two saves that are due by time, as a multiple of the duration of a save: at most 5 % of a run."""
+
+
+def save(
+    folder: Path, step: int, learner: Learner, loop: Mapping[str, Any], *, keep: int = 2, good: set[Path] | None = None
+) -> Path:
+    """Write the checkpoint `folder/step-00000042` with the states of learner and loop. Keep the newest `keep` complete
+    checkpoints. `good` has those that are known to be complete.
 
     Each attempt writes to a new temporary folder with a random name, and only the first worker renames it. So a worker
     that still runs after its machine was given up cannot damage a good checkpoint. Raise CheckpointError on every worker
@@ -40,15 +50,24 @@ def save(folder: Path, step: int, learner: Learner, loop: Mapping[str, Any], *, 
         raise
     except Exception as error:  # OSError, or SafetensorError for the same cause
         shutil.rmtree(aside, ignore_errors=True)
-        good = latest(folder)
-        left_over = f"the last good checkpoint is {good}" if good else "there is no earlier checkpoint"
+        last = latest(folder)
+        left_over = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
         raise CheckpointError(
             f"{final}: the checkpoint could not be written ({error}); {left_over}, continue with --resume"
         ) from error
     if workers.first:
-        for old in _all(folder)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        _thin(folder, keep, {final} if good is None else good | {final})
     return final
+
+
+def _thin(folder: Path, keep: int, good: set[Path]) -> None:
+    """Remove the checkpoints that are older than the newest `keep` complete ones."""
+    complete = 0
+    for path in reversed(_all(folder)):
+        if complete == keep:
+            shutil.rmtree(path, ignore_errors=True)
+        elif path in good or not fault(path):
+            complete += 1
 
 
 def _begin(folder: Path, aside: Path) -> None:
@@ -74,70 +93,151 @@ def _commit(aside: Path, final: Path, loop: Mapping[str, Any]) -> None:
     write_json(aside / MANIFEST, sums)
     for path in [*(aside / name for name in sums), aside / MANIFEST, aside / "learner", aside]:
         _sync(path)
-    shutil.rmtree(final, ignore_errors=True)
-    aside.rename(final)
+    replace_folder(aside, final)
     _sync(final.parent)
 
 
 class Keeper:
-    """Save a run every `every` steps, at its end, on a stop request, and if a step fails before it changed any weights.
+    """Save a run and continue it. A run is saved every `every` steps, after `minutes`, at its end, on a stop request, and if a
+    step fails before it changed any weights.
 
-    Use it as a context manager around the steps. `state` is the state of the loop without its step.
+    A save is due by time when `minutes` have passed since the last one, and `RARELY` times the duration of that one; 0 is
+    never. Without `last`, the end of the run is not saved. Use it as a context manager around the steps.
     """
 
     def __init__(
-        self, folder: Path, learner: Learner, *, every: int, total: int, keep: int, first: int, stop: Stop | None
+        self,
+        folder: Path,
+        learner: Learner,
+        *,
+        total: int,
+        every: int = 0,
+        minutes: float = 0.0,
+        keep: int = 2,
+        last: bool = True,
+        stop: Stop | None = None,
     ) -> None:
-        self.folder, self.learner, self.every, self.total, self.keep = folder, learner, every, total, keep
-        self.stop, self.step, self.saved, self.version = stop, first, first, learner.version
+        self.folder, self.learner, self.total, self.every, self.minutes = folder, learner, total, every, minutes
+        self.keep, self.last, self.stop = keep, last, stop or Stop()
+        self.step = self.saved = 0
+        self.version = learner.version
         self.state: Mapping[str, Any] = {}
+        self._good: set[Path] = set()
+        self._saved_at, self._took = time.monotonic(), 0.0
+
+    def restore(self, accepted: Collection[str] = ()) -> dict[str, Any] | None:
+        """Load the newest complete checkpoint into the learner and return the state of the loop, or None without a checkpoint.
+        `accepted` names frozen roles whose weights may have changed. Raises CheckpointError if no checkpoint is complete."""
+        workers = self.learner.workers
+        (found, *_) = workers.together(lambda: newest(self.folder, quiet=True) if workers.first else None)
+        if found is None:
+            return None
+        loop = load(found, self.learner, accepted)
+        self.step = self.saved = loop["step"]
+        self.version, self._good = self.learner.version, {found}
+        self._tell_saved()
+        return loop
 
     def done(self, step: int, state: Mapping[str, Any]) -> None:
-        """Record that `step` steps are complete, and save if due. On a stop request, save and raise KeyboardInterrupt."""
+        """Record that `step` steps are complete, and save if due. On a stop request, save and raise Interrupted. `state` is
+        the state of the loop without its step."""
         self.step, self.state, self.version = step, state, self.learner.version
-        asked = self.learner.workers.any(self.stop is not None and self.stop.asked)
-        if asked or step == self.total or (self.every and step % self.every == 0):
+        facts = self.learner.workers.gather((self.stop.signum, self._due_by_time()))  # the first worker's clock decides
+        asked, by_time = next((signum for signum, _ in facts if signum), 0), facts[0][1]
+        due = asked or by_time or step == self.total or (self.every and step % self.every == 0)
+        if due and (step < self.total or self.last):
             self._save()
+        self.stop.wait_for(None)
+        if self.stop.at_once:  # a signal during the save
+            asked = asked or self.stop.signum
         if asked and step < self.total:
-            raise KeyboardInterrupt(f"the checkpoint of step {step} is saved; continue with --resume")
+            raise Interrupted(self.stop.saved, asked)
+
+    def _due_by_time(self) -> bool:
+        passed = time.monotonic() - self._saved_at
+        return bool(self.minutes) and passed >= max(60 * self.minutes, RARELY * self._took)
 
     def __enter__(self) -> "Keeper":
+        self._saved_at = time.monotonic()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
-        whole = self.learner.version == self.version and self.step > self.saved
+        """Save what is not saved yet if the step that failed changed no weights."""
+        if error is None or self.learner.version != self.version or self.step <= self.saved:
+            return
+        alone = self.learner.workers.size == 1
         # all workers must take part in a save; with several of them, only a WhetError is raised on all
-        common = Exception if self.learner.workers.size == 1 else WhetError
-        if isinstance(error, common) and not isinstance(error, CheckpointError) and whole:
+        common = (Exception, Interrupted) if alone else WhetError
+        if isinstance(error, common) and not isinstance(error, CheckpointError):
             with suppress(WorkerDied):  # report the first error, not this one
                 self._save()
+            if isinstance(error, Interrupted):
+                raise Interrupted(self.stop.saved, error.signum) from error
 
     def _save(self) -> None:
-        save(self.folder, self.step, self.learner, {"step": self.step, **self.state}, keep=self.keep)
-        self.saved = self.step
+        self.stop.wait_for(f"the checkpoint of step {self.step}")
+        began = time.monotonic()
+        state = {"step": self.step, **self.state}
+        self._good.add(save(self.folder, self.step, self.learner, state, keep=self.keep, good=self._good))
+        self.saved, self._saved_at = self.step, time.monotonic()
+        self._took = self._saved_at - began
+        self._tell_saved()
+
+    def _tell_saved(self) -> None:
+        self.stop.saved = f"the checkpoint of step {self.saved} is saved; continue with --resume"
 
 
 def latest(folder: Path) -> Path | None:
     """Return the newest complete checkpoint, or None. Complete: all files of the manifest exist with their checksums."""
+    return next((path for path in reversed(_all(folder)) if not fault(path)), None)
+
+
+def newest(folder: Path, *, quiet: bool = False) -> Path | None:
+    """Return the newest complete checkpoint, and name newer ones that are not complete on stderr unless `quiet`. Return None if
+    there are no checkpoints. Raises CheckpointError if none of them is complete."""
+    torn = []
     for path in reversed(_all(folder)):
-        try:
-            sums = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            if all(sha256(path / name) == value for name, value in sums.items()):
-                return path
-        except (OSError, ValueError):
-            continue
+        reason = fault(path)
+        if not reason:
+            return path
+        torn.append(f"{path}: {reason}")
+        if not quiet:
+            print(f"whet: {torn[-1]}; this checkpoint is not used", file=sys.stderr)
+    if torn:
+        raise CheckpointError(
+            f"{'; '.join(torn)}; no checkpoint is complete. Restore one, or remove {folder} to start the run again"
+        )
     return None
 
 
-def resumed(folder: Path, learner: Learner) -> dict[str, Any] | None:
-    """Load the newest complete checkpoint into the learner and return the state of the loop, or None without a checkpoint."""
-    found = learner.workers.broadcast(latest(folder) if learner.workers.first else None)
-    return load(found, learner) if found else None
+def fault(path: Path) -> str:
+    """Return why a checkpoint is not complete, or "" if it is."""
+    try:
+        sums = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if not isinstance(sums, dict) or not {"loop.json", "learner/learner.json"} <= sums.keys():
+            return f"{MANIFEST} does not list the files of a checkpoint"
+        for name, value in sums.items():
+            if sha256(path / name) != value:
+                return f"{name} has changed since it was written"
+        loop = json.loads((path / "loop.json").read_text(encoding="utf-8"))
+        if not isinstance(loop, dict) or loop.get("step") != int(path.name.removeprefix("step-")):
+            return f"loop.json is not of step {int(path.name.removeprefix('step-'))}"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).relative_to(path)} is missing"
+    except (OSError, ValueError, RecursionError) as error:
+        return first_line(error)
+    return ""
 
 
-def load(path: Path, learner: Learner) -> dict[str, Any]:
-    """Load a checkpoint into the learner and return the state of the loop."""
-    learner.load(path / "learner")
+def load(path: Path, learner: Learner, accepted: Collection[str] = ()) -> dict[str, Any]:
+    """Load a checkpoint into the learner and return the state of the loop. `accepted`: see `Keeper.restore`. Raises
+    CheckpointError if its files are not those that whet writes."""
+    try:
+        learner.load(path / "learner", accepted)
+    except (LookupError, TypeError, ValueError, AttributeError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: its files are not those of a checkpoint: {type(error).__name__}: {error}"
+        ) from error
     return json.loads((path / "loop.json").read_text(encoding="utf-8"))
 
 

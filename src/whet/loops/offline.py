@@ -27,9 +27,9 @@ class OfflinePlan:
     """The size and schedule of a run: total updates, elements per update, save and evaluation intervals in updates.
 
     The last batch of an epoch is smaller, or left out with `drop_last`. With `save_every` 0, there are no periodic saves;
-    with `eval_every` 0, no evaluation. `end_ids` are the token ids that end an answer; the end token of a row must be
-    trained. Every `sync_every` updates, the reference moves by the fraction `sync_mix` towards the policy (TR-DPO).
-    `precompute` measures the reference once, before training.
+    with `eval_every` 0, no evaluation. `save_minutes` and `save_last`: see `checkpoint.Keeper`. `end_ids` are the token ids
+    that end an answer; the end token of a row must be trained. Every `sync_every` updates, the reference moves by the
+    fraction `sync_mix` towards the policy (TR-DPO). `precompute` measures the reference once, before training.
     """
 
     steps: int
@@ -44,6 +44,8 @@ class OfflinePlan:
     sync_mix: float = 1.0
     precompute: bool = False
     drop_last: bool = False
+    save_minutes: float = 0.0
+    save_last: bool = True
 
 
 class OfflineLoop:
@@ -85,7 +87,11 @@ class OfflineLoop:
 
     def __enter__(self) -> "OfflineLoop":
         plan, learner = self.plan, self.learner
-        found = checkpoint.resumed(self.run.checkpoints, learner) if self.resume else None
+        keeper = self._keeper = checkpoint.Keeper(
+            self.run.checkpoints, learner, total=plan.steps, every=plan.save_every, minutes=plan.save_minutes, keep=plan.keep,
+            last=plan.save_last, stop=self.stop,
+        )  # fmt: skip
+        found = keeper.restore(self.run.accepted) if self.resume else None
         loop: dict[str, Any] = found or {"step": 0, "state": self.state}
         self.first, self.state = loop["step"], loop["state"]
         self._next = self.first
@@ -94,11 +100,7 @@ class OfflineLoop:
             learner.rehearse(longest(elements, plan.batch), trained_columns(self.objective.terms))
         if plan.precompute:
             self._known = _precomputed(learner, self.sources, self.columns, plan.batch)
-        keeper = checkpoint.Keeper(
-            self.run.checkpoints, learner, every=plan.save_every, total=plan.steps, keep=plan.keep, first=self.first,
-            stop=self.stop,
-        )  # fmt: skip
-        self._keeper = self._stack.enter_context(keeper)
+        self._stack.enter_context(keeper)
         self._progress = self._stack.enter_context(Progress(self.title, plan.steps, done=self.first, quiet=self.quiet))
         return self
 
@@ -146,6 +148,8 @@ class OfflineLoop:
         """Clip the gradient and take one optimizer step. Raise RuntimeError outside the loop over batches."""
         if self._batch is None:
             raise RuntimeError("optim_step: call it inside the loop over batches()")
+        if self.stop is not None:
+            self.stop.wait_for(f"the end of step {self.step + 1}")
         update, plan = self.learner.optim_step(), self.plan
         if self.state:
             seen = {**self._batch.columns, **update.now["train"]}

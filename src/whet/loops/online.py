@@ -96,7 +96,11 @@ class OnlineLoop:
 
     def __enter__(self) -> "OnlineLoop":
         plan, learner = self.plan, self.learner
-        found = checkpoint.resumed(self.run.checkpoints, learner) if self.resume else None
+        keeper = self._keeper = checkpoint.Keeper(
+            self.run.checkpoints, learner, total=plan.steps, every=plan.save_every, minutes=plan.save_minutes, keep=plan.keep,
+            last=plan.save_last, stop=self.stop,
+        )  # fmt: skip
+        found = keeper.restore(self.run.accepted) if self.resume else None
         loop: dict[str, Any] = found or {"step": 0, "state": self.state, "drawn": 0}
         self.first, self.state = loop["step"], loop["state"]
         self._next = self.first
@@ -110,11 +114,7 @@ class OnlineLoop:
             )
         if self.first < plan.steps:
             learner.rehearse(self._longest(), trained_columns(self.algorithm.terms))
-        keeper = checkpoint.Keeper(
-            self.run.checkpoints, learner, every=plan.save_every, total=plan.steps, keep=plan.keep, first=self.first,
-            stop=self.stop,
-        )  # fmt: skip
-        self._keeper = self._stack.enter_context(keeper)
+        self._stack.enter_context(keeper)
         self._stack.enter_context(closing(self.source))
         self._progress = self._stack.enter_context(Progress(self.title, plan.steps, done=self.first, quiet=self.quiet))
         return self
@@ -338,6 +338,8 @@ class OnlineLoop:
         mini = self._mini
         if mini is None:
             raise RuntimeError("optim_step was called without forward_backward before it")
+        if self.stop is not None:
+            self.stop.wait_for(f"the end of step {self.step + 1}")
         update, self._mini, self._unpublished = self.learner.optim_step(), None, True
         now = update.now.get("rollout", {})
         if mini.epoch == 0 and mini.number == 0:

@@ -1,9 +1,10 @@
 """The run folder: resolved recipe, environment, metrics.jsonl, rollouts as Parquet files, and checkpoints."""
 
 import json
+import os
 import platform
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from whet.data import Batch, Group
 from whet.data.files import write_json, write_text
+from whet.errors import DataError, first_line
 from whet.loops import rollouts
 from whet.registry import told
 from whet.trackers import Tracker
@@ -24,19 +26,31 @@ PACKAGES = ("torch", "transformers", "peft", "numpy", "tokenizers", "safetensors
 class RunFolder:
     """Write the files of one run. With `resume_at`, remove the metrics and rollouts after that step.
 
-    With several workers, `writes` is True for only one of them.
+    With several workers, `writes` is True for only one of them. `accepted` names frozen roles whose weights may have changed
+    since the run began.
     """
 
     def __init__(
-        self, folder: Path, *, resume_at: int | None = None, trackers: Sequence[Tracker] = (), writes: bool = True
+        self,
+        folder: Path,
+        *,
+        resume_at: int | None = None,
+        trackers: Sequence[Tracker] = (),
+        writes: bool = True,
+        accepted: Collection[str] = (),
     ) -> None:
-        self.folder, self.trackers, self.writes = folder, tuple(trackers), writes
+        self.folder, self.trackers, self.writes, self.accepted = folder, tuple(trackers), writes, accepted
         self._metrics = folder / "metrics.jsonl"
         if not writes:
             return
         folder.mkdir(parents=True, exist_ok=True)
         if resume_at is not None and self._metrics.is_file():
             kept = [row for row in read_metrics(folder) if row["step"] <= resume_at]
+            missing = sorted(set(range(1, resume_at + 1)) - {row["step"] for row in kept})
+            if missing:
+                self.caution(
+                    f"{self._metrics}: the lines of {len(missing)} steps are missing, the first is {missing[0]}"
+                )
             write_text(self._metrics, "".join(json.dumps(row) + "\n" for row in kept))
             rollouts.remove_after(folder, resume_at)
 
@@ -59,7 +73,8 @@ class RunFolder:
         if not self.writes:
             return
         line = {"step": step} | {name: _plain(value) for name, value in numbers.items()}
-        with self._metrics.open("a", encoding="utf-8") as file:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        with os.fdopen(os.open(self._metrics, flags, 0o666), "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self._tell(lambda tracker: tracker.log(step, {name: value for name, value in line.items() if name != "step"}))
 
@@ -98,13 +113,24 @@ class RunFolder:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """Return the lines of metrics.jsonl of a run, up to the first incomplete line (a write that was interrupted)."""
-    rows = []
-    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+    """Return the lines of metrics.jsonl of a run, without an incomplete last line (a write that was interrupted).
+
+    Raises DataError with file and line for any other line that is not as whet writes it.
+    """
+    path, rows = folder / "metrics.jsonl", []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+            if not isinstance(row, dict) or type(row.get("step")) is not int:
+                raise ValueError("expected an object with the number of a step")
+            rows.append(row)
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):  # whole lines end with a line feed
+                break
+            raise DataError(
+                f"{path}:{number}: not a line of metrics ({first_line(error)}), got {line[:80]!r}; restore or remove the line"
+            ) from error
     return rows
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from whet.data import COLUMNS, Batch, Group
+from whet.data.files import replacing
 from whet.data.values import valid_text
 from whet.errors import DataError
 
@@ -54,10 +55,9 @@ def write(folder: Path, step: int, groups: Sequence[Group], batch: Batch, names:
         table[f"reward/{name}"] = batch["rewards"][:, number].tolist()
     path = path_of(folder, step)
     path.parent.mkdir(exist_ok=True)
-    aside = path.with_name(f".writing-{step:08d}")
     whole = pyarrow.table(table).replace_schema_metadata({"whet.schema": str(SCHEMA)})
-    pyarrow.parquet.write_table(whole, aside)
-    aside.rename(path)
+    with replacing(path) as file:
+        pyarrow.parquet.write_table(whole, file)
     return path
 
 

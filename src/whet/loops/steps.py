@@ -25,6 +25,7 @@ class OnlinePlan:
     segment, slots       with max_staleness: tokens per segment of an answer, and concurrent answers per lane
     per_pass             prompts of one pass, whose last step is smaller; None: each step has `prompts`, across passes
     critic_warmup        number of first steps in which only the critic is trained
+    save_minutes, save_last  see `checkpoint.Keeper`
     """
 
     steps: int
@@ -48,6 +49,8 @@ class OnlinePlan:
     slots: int = 256
     critic_warmup: int = 0
     per_pass: int | None = None
+    save_minutes: float = 0.0
+    save_last: bool = True
 
     def prompts_in(self, step: int) -> int:
         """Return the number of prompts of a step.

@@ -60,6 +60,8 @@ class Optim:
     """share of all updates used for the warm-up"""
     min_lr_ratio: Share = 0.1
     """final learning rate, as a share of lr; 0 ends at 0"""
+    schedule_steps: Count | None = None
+    """steps after which the schedule has ended; set it to extend a run later; default: all steps of the run"""
 
     def words(self) -> str:
         """Return the optimizer, its learning rate and schedule as text.
@@ -73,8 +75,12 @@ class Optim:
         falling = "constant" if self.schedule == "constant" else f"{self.schedule} to {end}"
         return f"{self.kind}, learning rate {self.lr:g}{matrices}: {rising}{falling}"
 
+    def depends_on_length(self) -> bool:
+        """Return True if the learning rates of the first steps depend on the number of steps of the run."""
+        return self.schedule_steps is None and (self.schedule != "constant" or self.warmup_ratio > 0)
+
     def factor(self, update: int, total: int) -> float:
-        """Return the learning rate of update 0 ... total - 1 as a share of `lr`."""
+        """Return the learning rate of update 0, 1, ... as a share of `lr`. The schedule ends after `total` updates."""
         rising = self.warmup_ratio * total
         if update < rising:
             return (update + 1) / (rising + 1)

@@ -228,7 +228,7 @@ def save_adapter(wrapped: Any, name: str, folder: Path, gather: Callable[[Any], 
     whole = {key: gather(value).contiguous() for key, value in weights.items()}
     if not write:
         return
-    check_finite("the adapter is not written", whole.items())
+    check_finite(f"{folder} is not written", whole.items())
     folder.mkdir(parents=True, exist_ok=True)
     save_file(whole, str(folder / "adapter_model.safetensors"))
     config = wrapped.peft_config[name]

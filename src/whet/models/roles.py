@@ -259,13 +259,13 @@ class Role:
                 f"the {self.name} is a scalar head on the policy's model, which is not exported on its own"
             )
         if self.shell is None and write:
-            check_finite(f"the {self.name} is not written", self.parameters().items())
+            check_finite(f"{folder} is not written", self.parameters().items())
         if self.wrapped is not None and not merge:
             save_adapter(self.wrapped, self.adapter, folder, self.gather, write=write)
         elif self.shell is not None:
             whole = {name: value.cpu() for name, value in self.whole() if write}
             if write:
-                check_finite(f"the {self.name} is not written", whole.items())
+                check_finite(f"{folder} is not written", whole.items())
                 self.model.save_pretrained(str(folder), state_dict=whole | saved_adapters.buffers(self.model))
                 if self.unties:
                     write_config(folder, tie_word_embeddings=False)

@@ -131,6 +131,8 @@ def check_optim(optim: Optim, where: str) -> None:
         raise RecipeError(
             f"{where}.min_lr_ratio: a constant schedule does not use it; leave it out, or choose another schedule"
         )
+    if optim.schedule_steps is not None and optim.schedule == "constant" and not optim.warmup_ratio:
+        raise RecipeError(f"{where}.schedule_steps: a constant learning rate has no schedule; leave it out")
 
 
 def optim_lines(recipe: fields.TrainingRecipe, critic: bool) -> list[str]:

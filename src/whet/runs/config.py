@@ -30,7 +30,10 @@ SHORT: Mapping[str, tuple[str, ...]] = {
     **{name: (f"optim.{name}",) for name in ("lr", "weight_decay", "max_grad_norm", "warmup_ratio", "min_lr_ratio")},
     **{name: (f"rollout.{name}",) for name in ("prompts_per_step", "mini_batch_size", "ppo_epochs", "target_kl")},
     **{name: (f"rollout.{name}", f"train.{name}") for name in ("num_steps", "num_epochs")},
-    **{name: (f"train.{name}",) for name in ("batch_size", "save_every", "eval_every", "packing", "drop_last")},
+    **{
+        name: (f"train.{name}",)
+        for name in ("batch_size", "save_every", "save_minutes", "save_last", "eval_every", "packing", "drop_last")
+    },
     "max_tokens_per_micro_batch": ("train.max_tokens_per_micro_batch",),
     **{
         name: (f"sampling.{name}",)
@@ -62,8 +65,15 @@ def check_call(method: Any, recipe: Any) -> None:
 
 def recipe_tree(recipe: str | Path | None) -> dict[str, Any]:
     """Read a recipe file, given as a path or as the name of a shipped one. Return {} for None. Raises RecipeError."""
+    path = recipe_file(recipe)
+    return {} if path is None else read_yaml(path)
+
+
+def recipe_file(recipe: str | Path | None) -> Path | None:
+    """Return the file of a recipe, given as a path or as the name of a shipped one. Return None for None. Raises RecipeError
+    if there is no such file."""
     if recipe is None:
-        return {}
+        return None
     path = Path(recipe)
     if not path.is_file() and (SHIPPED / f"{recipe}.yaml").is_file():
         path = SHIPPED / f"{recipe}.yaml"
@@ -71,7 +81,7 @@ def recipe_tree(recipe: str | Path | None) -> dict[str, Any]:
         raise RecipeError(
             f"{recipe}: no such recipe; the shipped ones are {', '.join(sorted(p.stem for p in SHIPPED.glob('*.yaml')))}"
         )
-    return read_yaml(path)
+    return path
 
 
 def resolve(

@@ -35,9 +35,10 @@ def run_eval(recipe: fields.EvalRecipe) -> dict[str, float]:
         sample.out_file(recipe.answers, "eval")
     if recipe.out and Path(recipe.out).is_dir():
         raise RecipeError(f"out: {recipe.out} is a folder; name a file, such as {recipe.out}/eval.json")
+    out = sample.out_file(recipe.out, "eval") if recipe.out else None
     numbers = _win_rates(recipe) if recipe.judge else _held_out(recipe)
-    if recipe.out:
-        write_json(Path(recipe.out), numbers)
+    if out is not None:
+        write_json(out, numbers)
     return numbers
 
 
@@ -96,7 +97,7 @@ def _win_rates(recipe: fields.EvalRecipe) -> dict[str, float]:
         for row, score, score_against in zip(rows, mine, rivals, strict=True):
             row |= {judge.name: score, f"{judge.name}/against": score_against}
     if recipe.answers:
-        write_jsonl(sample.out_file(recipe.answers, "eval"), rows)
+        write_jsonl(Path(recipe.answers), rows)
     return numbers
 
 

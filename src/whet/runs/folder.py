@@ -1,9 +1,8 @@
 """The run folder: check it before any model is loaded, and open it before the first step."""
 
-import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,22 +14,38 @@ from whet.distributed import Workers, first, free_port, join, launched, leave, n
 from whet.errors import RecipeError
 from whet.generate import GENERATORS
 from whet.learner.base import LEARNERS
-from whet.loops import offline
-from whet.loops.record import RunFolder
+from whet.loops import checkpoint
+from whet.loops.record import RunFolder, read_metrics
 from whet.runs import adapters, config, inputs, learners
-from whet.runs.recipe import TrainingRecipe
+from whet.runs.recipe import OnlineRecipe, TrainingRecipe
 from whet.trackers import TRACKERS, RunInfo, Tracker
 
 LOCK = ".lock"
 """The file of a run folder that a session locks while it trains."""
+INPUTS = "inputs"
+"""The folder of a run folder with the rows and models that were given as Python objects."""
+UNBEGUN = (LOCK, INPUTS, "environment.json", inputs.FILE, "stopped")
+"""What a run may leave that ended before its first step, beside its recipe."""
+WRITTEN = (*UNBEGUN, "recipe.yaml", "metrics.jsonl", "rollouts", "checkpoints", "model", "ema")
+"""What a run writes to its folder."""
+LOGS = (".log", ".out", ".err")
+"""Endings of files that a run never writes, and that often stand in its folder: the output of the command."""
+UNCHANGING = ("cluster", "threads", "trackers")
+"""Fields that change no result, and that a resumed run may change."""
+SAVING = ("save_every", "save_minutes", "save_last", "keep")
+"""Fields of the section `train` that a resumed run may change."""
+LENGTH = ("num_steps", "num_epochs")
+"""Fields of the sections `train` and `rollout` that a resumed run may change if the learning rate does not depend on them."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Options of a run that are not in the recipe: `resume` continues a run, `quiet` prints no progress."""
+    """Options of a run that are not in the recipe: `resume` continues a run, `quiet` prints no progress, and `accepted` names
+    inputs that may have changed since the run began."""
 
     resume: bool = False
     quiet: bool = False
+    accepted: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -59,47 +74,144 @@ def restarted(options: Options) -> Options:
     return replace(options, resume=options.resume or (first() and noted("begun")))
 
 
-def begun(recipe: TrainingRecipe, verb: str) -> bool:
-    """Return True if the run folder of this recipe contains a recipe and metrics or checkpoints."""
-    where = Path(recipe.out or f"runs/{verb}")
-    return (where / "recipe.yaml").is_file() and (
-        (where / "metrics.jsonl").is_file() or (where / "checkpoints").is_dir()
+def begun(folder: Path) -> bool:
+    """Return True if a folder contains a run: a recipe and metrics or checkpoints."""
+    return (folder / "recipe.yaml").is_file() and any(
+        _contains(folder / one) for one in ("metrics.jsonl", "checkpoints")
     )
 
 
-def checked(recipe: TrainingRecipe, verb: str, options: Options) -> Path:
-    """Return the run folder without creating it. Raises RecipeError if it contains a run and `resume` is
-    False, or if `resume` is True and it contains no run or one with another recipe."""
-    folder = Path(recipe.out or f"runs/{verb}")
+def _contains(path: Path) -> bool:
+    """Return True for a file, and for a folder that is not empty."""
+    return path.is_file() or (path.is_dir() and any(path.iterdir()))
+
+
+def of(recipe: TrainingRecipe, verb: str) -> Path:
+    """Return the run folder of a recipe."""
+    return Path(recipe.out or f"runs/{verb}")
+
+
+def checked(recipe: TrainingRecipe, verb: str, options: Options, recipe_file: Path | None = None) -> Options:
+    """Check the run folder without creating it. Return the options, with `resume` False if there is no run to continue.
+
+    Raises RecipeError if it contains a run and `resume` is False, if its run has another recipe, if it contains anything
+    that is not of this run, a link, or an input of the run.
+    """
+    folder = of(recipe, verb)
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"out: {folder} is a file; name a folder with --out")
     if not first():  # only rank 0 reads the folder; it broadcasts `resume`
-        return folder
-    saved = folder / "recipe.yaml"
-    began = (folder / "metrics.jsonl").is_file() or (folder / "checkpoints").is_dir()
-    if saved.is_file() and began and not options.resume:
+        return options
+    _refuse_inputs_inside(folder, recipe, recipe_file)
+    for name in WRITTEN:
+        if (folder / name).is_symlink():
+            raise RecipeError(f"out: {folder / name} is a link, which a run does not follow; remove it")
+    if not begun(folder):
+        _refuse_foreign(folder)
+        return replace(options, resume=False)
+    if not options.resume:
         raise RecipeError(
             f"out: {folder} already holds a run; continue it with --resume or name another folder with --out"
         )
-    if options.resume:
-        if not saved.is_file():
-            raise RecipeError(f"--resume: there is no run in {folder}")
-        text = config.to_yaml(recipe, verb)
-        changed = _changed(
-            _kept(config.completed(config.read_yaml(saved), type(recipe))), _kept(config.yaml_tree(text))
-        )
-        if changed:
+    _refuse_changes(folder, recipe, verb, options.accepted)
+    return options
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Raise RecipeError if a folder without a run contains anything that such a run did not leave there."""
+    if not folder.is_dir():
+        return
+    own = UNBEGUN if not (folder / "environment.json").is_file() else (*UNBEGUN, "recipe.yaml")
+    for path in sorted(folder.iterdir()):
+        empty = path.name in ("checkpoints", "rollouts") and not _contains(path)
+        if path.name not in own and path.suffix not in LOGS and not path.name.endswith(".writing") and not empty:
             raise RecipeError(
-                f"--resume: the recipe of {folder} differs in {', '.join(changed)}; a resumed run needs the recipe with which it began: "
-                "give the same options, or name another folder with --out"
+                f"out: {folder} contains {path.name}, which is not of this run and could be overwritten; name another folder "
+                "with --out"
             )
-    return folder
+
+
+def _refuse_inputs_inside(folder: Path, recipe: TrainingRecipe, recipe_file: Path | None) -> None:
+    """Raise RecipeError if an input of the run is in the run folder. Only `inputs` may be there."""
+    root = folder.resolve()
+    named = [("recipe", str(recipe_file))] if recipe_file is not None else []
+    for field_, value in [*named, *inputs.named(config.yaml_tree(config.to_yaml(recipe)))]:
+        path = inputs.path_of(value)
+        if path is not None and path.is_relative_to(root) and not path.is_relative_to(root / INPUTS):
+            raise RecipeError(
+                f"{field_}: {value} is in the run folder {folder}, where the run could overwrite it; name another folder with --out"
+            )
+
+
+def _refuse_changes(folder: Path, recipe: TrainingRecipe, verb: str, accepted: Sequence[str]) -> None:
+    """Raise RecipeError if the run in a folder has another recipe, except for what may change on a resume."""
+    saved = config.completed(config.read_yaml(folder / "recipe.yaml"), type(recipe))
+    changed = _changed(_kept(saved), _kept(config.yaml_tree(config.to_yaml(recipe, verb))))
+    changed = [name for name in changed if not (name in accepted and name.startswith(("data.", "reward.", "ptx.")))]
+    length = [name for name in changed if name.rpartition(".")[2] in LENGTH]
+    if changed and changed == length:
+        return _check_length(saved, recipe, length)
+    if changed:
+        raise RecipeError(
+            f"--resume: the recipe of {folder} differs in {', '.join(changed)}; a resumed run needs the recipe with which it began: "
+            "give the same options, or name another folder with --out"
+        )
+
+
+def _check_length(saved: Mapping[str, Any], recipe: TrainingRecipe, changed: Sequence[str]) -> None:
+    """Raise RecipeError if the first steps of a run would have been others with the new length."""
+    optims = {"optim": recipe.optim}
+    if isinstance(recipe, OnlineRecipe):
+        optims |= {"critic.optim": recipe.critic.optim} if recipe.critic.optim is not None else {}
+        if ((saved.get("rollout") or {}).get("num_epochs") is None) != (recipe.rollout.num_epochs is None):
+            raise RecipeError(
+                "--resume: rollout.num_epochs: a run over whole passes has smaller last steps; give the same of num_steps and "
+                "num_epochs as before"
+            )
+    for name, optim in optims.items():
+        if optim.depends_on_length() and recipe.optim.schedule_steps is None:
+            raise RecipeError(
+                f"--resume: {', '.join(changed)} changed, and the learning rate of {name} ({optim.words()}) depends on the number of "
+                f"steps; a run can be extended if {name}.schedule is constant without warm-up, or if optim.schedule_steps was set "
+                "when it began"
+            )
 
 
 def check_inputs(recipe: TrainingRecipe, verb: str, options: Options) -> None:
     """Raise RecipeError if a run is resumed with data, Python files or tokenizers that have changed since it began."""
     if options.resume and first():
-        inputs.check(Path(recipe.out or f"runs/{verb}"), config.yaml_tree(config.to_yaml(recipe, verb)))
+        inputs.check(of(recipe, verb), config.yaml_tree(config.to_yaml(recipe, verb)), options.accepted)
+
+
+def check_steps(folder: Path, steps: int, options: Options) -> None:
+    """Raise RecipeError if a resumed run has made more steps already than it should have."""
+    done = max((int(path.name[5:]) for path in (folder / "checkpoints").glob("step-????????")), default=0)
+    if options.resume and done > steps:
+        raise RecipeError(
+            f"--resume: the run in {folder} has made {done} steps already, and would have {steps}; give more"
+        )
+
+
+def check_export(where: Path, folder: Path, exported: Collection[Path] = ()) -> None:
+    """Raise RecipeError if an export would replace anything else than an earlier export of this run: a folder inside the run
+    folder that a run does not write, or one of `exported`."""
+    resolved, root = where.resolve(), folder.resolve()
+    inside = resolved.relative_to(root).parts if resolved.is_relative_to(root) else ()
+    own = inside and (inside in (("model",), ("ema",)) or inside[0] not in WRITTEN)
+    if own or resolved in exported:
+        return
+    if inside or where.is_symlink() or (where.exists() and not (where.is_dir() and not _contains(where))):
+        raise RecipeError(
+            f"export: {where} already exists or is of the run, and could be overwritten; name a new folder"
+        )
+
+
+def finished(folder: Path, steps: int, options: Options) -> bool:
+    """Return True if a run is resumed that has made all its steps, wrote its model, and has no checkpoint of its end."""
+    if not options.resume or not (folder / "model").is_dir() or (folder / "checkpoints" / f"step-{steps:08d}").is_dir():
+        return False
+    rows = read_metrics(folder) if (folder / "metrics.jsonl").is_file() else []
+    return bool(rows) and rows[-1]["step"] == steps
 
 
 @contextmanager
@@ -109,11 +221,14 @@ def locked(recipe: TrainingRecipe, verb: str, options: Options) -> Iterator[None
     if not first():
         yield
         return
-    folder = Path(recipe.out or f"runs/{verb}")
+    folder = of(recipe, verb)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / LOCK, timeout=1.0):
-            checked(recipe, verb, options)
+            if checked(recipe, verb, options) != options:
+                raise RecipeError(
+                    f"out: the run in {folder} has been removed since this one was checked; start it again"
+                )
             yield
     except Timeout as error:
         raise RecipeError(
@@ -123,26 +238,33 @@ def locked(recipe: TrainingRecipe, verb: str, options: Options) -> Iterator[None
 
 def opened(folder: Path, recipe: TrainingRecipe, options: Options, verb: str, workers: Workers) -> RunFolder:
     """Create or reopen the run folder, after all checks have passed. Only rank 0 writes to it."""
-    workers.barrier()
-    found = offline.checkpoint.latest(folder / "checkpoints") if options.resume and workers.first else None
+    reads = options.resume and workers.first
+    (found, *_) = workers.together(lambda: checkpoint.newest(folder / "checkpoints") if reads else None)
     if options.resume and found is None and workers.first:
         print(f"whet: no checkpoint was saved in {folder} yet; the run starts over", file=sys.stderr)
-    step = json.loads((found / "loop.json").read_text(encoding="utf-8"))["step"] if found else 0
+    step = int(found.name.removeprefix("step-")) if found else 0
     text = config.to_yaml(recipe, verb)
     info = RunInfo(folder.name, folder, config.yaml_tree(text))
     told = trackers(recipe.trackers, info) if workers.first else []
-    run = RunFolder(folder, resume_at=step if options.resume else None, trackers=told, writes=workers.first)
+    run = RunFolder(
+        folder,
+        resume_at=step if options.resume else None,
+        trackers=told,
+        writes=workers.first,
+        accepted=options.accepted,
+    )
     run.environment(text)
     if workers.first:
-        inputs.write(folder, config.yaml_tree(text), resumed=found is not None)
+        inputs.write(folder, config.yaml_tree(text), options.accepted, resumed=found is not None)
         note("begun")
     return run
 
 
 def _kept(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields that must not change on resume: all except the cluster, the backend of the learner, and the options of
-    adapters that say where and how fast they run. Options with their default value are left out."""
-    out = {name: value for name, value in recipe.items() if name != "cluster"}
+    """Return the fields that must not change on resume: all except those that say how a run is saved and reported, where and
+    how fast it is computed, and such options of adapters. Options with their default value are left out."""
+    out = {name: value for name, value in recipe.items() if name not in (*UNCHANGING, "out")}
+    out["train"] = {name: value for name, value in (out.get("train") or {}).items() if name not in SAVING}
     if isinstance(out.get("learner"), Mapping):
         out["learner"] = adapters.fixed_options(LEARNERS, out["learner"], "backend")
     if isinstance(out.get("generator"), Mapping):

@@ -1,15 +1,16 @@
 """Hashes of the files that a recipe names, so that a resumed run can tell if one has changed."""
 
+import ast
 import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from whet.data.files import sha256, write_json
-from whet.errors import RecipeError
+from whet.errors import RecipeError, first_line
 
 FILE = "inputs.json"
 """The file of a run folder with the hashes."""
@@ -19,19 +20,37 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".
 
 MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 """The form "package.module:name"."""
+FROZEN = re.compile(r"reference|critic|reward\d+")
+"""The names of roles whose weights a checkpoint has fingerprints of."""
 
 
 def digests(tree: Mapping[str, Any]) -> dict[str, str]:
-    """Return "field: path" -> hash for the files and model folders that a recipe names: data, users' Python files,
-    configurations and tokenizers. Hub names, URLs, files without a suffix, and what a Python file imports are not
-    covered."""
+    """Return "field: path" -> hash for the files and model folders that a recipe names: data, users' Python files with the
+    files beside them that they import, configurations and tokenizers. Hub names, URLs, files without a suffix, and
+    installed packages are not covered."""
     found = {}
-    for field_, value in strings({key: one for key, one in tree.items() if key not in ("out", "cluster", "trackers")}):
+    for field_, value in named(tree):
         files = _files_of(value)
         if files:
             sums = [f"{one.name} {sha256(one)}" for one in files]
             found[f"{field_}: {value}"] = hashlib.sha256("\n".join(sums).encode()).hexdigest()
     return found
+
+
+def named(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the dotted name and the text of each field of a recipe that can name an input."""
+    return strings({key: one for key, one in tree.items() if key not in ("out", "cluster", "trackers")})
+
+
+def path_of(value: str) -> Path | None:
+    """Return the resolved path of the file or folder that a recipe value names, None if it names none that exists."""
+    try:
+        for text in (value, value.rpartition(":")[0]):
+            if text and Path(text).exists() and (":" in value or "/" in text or "." in text or Path(text).is_dir()):
+                return Path(text).resolve()
+    except OSError:  # a text that is too long for a path
+        pass
+    return None
 
 
 def strings(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
@@ -55,6 +74,8 @@ def _files_of(value: str) -> list[Path]:
             found = None
         path = Path(found.origin) if found is not None and found.origin else path
     try:
+        if path.is_file() and path.suffix == ".py":
+            return _with_imports(path)
         if path.is_file():
             return [path] if path.suffix and path.suffix not in WEIGHTS else []
         if any((path / one).is_file() for one in ("config.json", "adapter_config.json")):
@@ -64,23 +85,66 @@ def _files_of(value: str) -> list[Path]:
     return []
 
 
-def write(folder: Path, tree: Mapping[str, Any], *, resumed: bool) -> None:
-    """Write the hashes of the files that a recipe names to the run folder. A resumed run adds those that are missing."""
-    file = folder / FILE
-    old = json.loads(file.read_text(encoding="utf-8")) if resumed and file.is_file() else {}
-    write_json(file, digests(tree) | old)
+def _with_imports(path: Path) -> list[Path]:
+    """Return a Python file and the files beside it or in the current folder that it imports, also through each other, in a
+    fixed order."""
+    found, rest = {path}, [path]
+    while rest:
+        file = rest.pop()
+        try:
+            nodes = list(ast.walk(ast.parse(file.read_bytes())))
+        except (SyntaxError, ValueError, RecursionError):  # it is told when the file is loaded
+            continue
+        names = [one.name for node in nodes if isinstance(node, ast.Import) for one in node.names]
+        names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+        for name in names:
+            places = [start.joinpath(*name.split(".")) for start in (path.parent, Path())]
+            for one in [file for place in places for file in (place.with_suffix(".py"), place / "__init__.py")]:
+                if one.is_file() and not any(one.samefile(other) for other in found):
+                    found.add(one)
+                    rest.append(one)
+    return sorted(found)
 
 
-def check(folder: Path, tree: Mapping[str, Any]) -> None:
-    """Raise RecipeError if a file that the recipe names has changed since the run began. Without a checkpoint the run starts
-    over, so its files may change."""
-    file = folder / FILE
-    if not file.is_file() or not any((folder / "checkpoints").glob("step-*")):
+def write(folder: Path, tree: Mapping[str, Any], accepted: Collection[str] = (), *, resumed: bool) -> None:
+    """Write the hashes of the files that a recipe names to the run folder. A resumed run adds those that are missing, and
+    replaces those that are `accepted`."""
+    old = {name: mark for name, mark in _read(folder).items() if not _is_named(name, accepted)} if resumed else {}
+    write_json(folder / FILE, digests(tree) | old)
+
+
+def check(folder: Path, tree: Mapping[str, Any], accepted: Collection[str] = ()) -> None:
+    """Raise RecipeError if a file that the recipe names has changed since the run began and is not `accepted`, or for an
+    accepted name that is no input. Without a checkpoint the run starts over, so its files may change."""
+    if not any((folder / "checkpoints").glob("step-*")):
         return
     now = digests(tree)
-    for name, old in json.loads(file.read_text(encoding="utf-8")).items():
-        if name in now and now[name] != old:
+    fields_ = [name for name, _ in named(tree)]
+    for one in accepted:
+        if not (FROZEN.fullmatch(one) or one in fields_ or any(_is_named(name, [one]) for name in now)):
+            known = ", ".join(dict.fromkeys(name.partition(": ")[0] for name in now))
+            raise RecipeError(f"--accept-changed {one}: the run has no such input; it has {known}")
+    for name, old in _read(folder).items():
+        if name in now and now[name] != old and not _is_named(name, accepted):
             raise RecipeError(
-                f"--resume: {name}: the file has changed since the run in {folder} began; restore it, or remove its "
-                f"entry from {file} to continue with the changed file"
+                f"--resume: {name}: the file has changed since the run in {folder} began; restore it, or continue with the "
+                f"changed file with --accept-changed {name.partition(': ')[0]}"
             )
+
+
+def _is_named(name: str, accepted: Collection[str]) -> bool:
+    """Return True if an entry "field: path" is accepted: by its field, its path, or both."""
+    field_, _, path = name.partition(": ")
+    return not {name, field_, path}.isdisjoint(accepted)
+
+
+def _read(folder: Path) -> dict[str, str]:
+    """Return the hashes of a run folder. Raises RecipeError if the file is not as whet writes it."""
+    file = folder / FILE
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        found = first_line(error)
+    if not isinstance(found, dict) or not all(isinstance(one, str) for one in found.values()):
+        raise RecipeError(f"--resume: {file} is not as whet writes it, got {found!r:.80}; restore it, or remove it")
+    return found

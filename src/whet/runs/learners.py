@@ -93,8 +93,8 @@ def learner_of(
 ) -> LocalLearner:
     """Build a learner of these roles on the backend of the recipe, after trying how they are read on some `rows` (token ids).
 
-    `total` is the number of updates of the run. Raises ModelError as `probe`, and for a model whose rows must be read one by
-    one if the weights are sharded or with dropout, which need batches.
+    `total` is the number of updates after which the learning-rate schedules end. Raises ModelError as `probe`, and for a
+    model whose rows must be read one by one if the weights are sharded or with dropout, which need batches.
     """
     found, context = chosen_of(recipe, workers.size)
     kind: Callable[..., LocalLearner] = found.make(context)

@@ -41,7 +41,8 @@ class OfflineJob:
         """A function that builds the learner of a worker: `make(workers)`."""
         some = [source[number] for source in self.sources for number in range(min(SOME, len(source)))]
         rows = [row.ids for row in Batch.of(some[:SOME]).rows]
-        return partial(learners.offline_learner, self.recipe, self.objective, self.plan.steps, self.tokenizer, rows)
+        scheduled = self.recipe.optim.schedule_steps or self.plan.steps
+        return partial(learners.offline_learner, self.recipe, self.objective, scheduled, self.tokenizer, rows)
 
     def loop(self, learner: Learner, where: Path, options: folder.Options, stop: Stop) -> offline.OfflineLoop:
         """Open the run folder and return the training loop."""
@@ -109,6 +110,7 @@ def prepare(method: str, recipe: fields.OfflineRecipe) -> OfflineJob:
         steps, recipe.train.batch_size, recipe.seed, recipe.data.shuffle, recipe.train.save_every,
         recipe.train.eval_every or (steps if evaluation else 0), recipe.train.keep, end_ids=chat.end_ids, sync_every=refresh.every,
         sync_mix=refresh.mix, precompute=getattr(recipe, "precompute", False), drop_last=recipe.train.drop_last,
+        save_minutes=recipe.train.save_minutes, save_last=recipe.train.save_last,
     )  # fmt: skip
     return OfflineJob(method, recipe, objective, plan, tokenizer, chat, sources, weights, evaluation)
 

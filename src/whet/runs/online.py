@@ -30,7 +30,8 @@ from whet.runs.slots import checked
 
 @dataclass(frozen=True)
 class OnlineJob:
-    """The checked inputs of an online run, without weights. `longest` is the longest sequence of a generator, in tokens."""
+    """The checked inputs of an online run, without weights. `longest` is the longest sequence of a generator, in tokens;
+    `scheduled` is the number of updates after which the learning-rate schedules end."""
 
     method: str
     recipe: fields.OnlineRecipe
@@ -41,6 +42,7 @@ class OnlineJob:
     prompts: Sequence[Prompt]
     longest: int
     updates: int
+    scheduled: int
     ptx: Sequence[Element] = field(default_factory=list)
 
     @property
@@ -49,7 +51,7 @@ class OnlineJob:
         scores = not self.recipe.cluster.rewards
         rows = [torch.tensor(prompt.ids) for prompt in self.prompts[:SOME]]
         return partial(
-            learners.online_learner, self.recipe, self.algorithm, self.updates, self.tokenizer, rows, scores=scores
+            learners.online_learner, self.recipe, self.algorithm, self.scheduled, self.tokenizer, rows, scores=scores
         )
 
     def loop(
@@ -91,6 +93,8 @@ def prepare(method: str, recipe: fields.OnlineRecipe) -> OnlineJob:
     checks.check_optim(recipe.optim, "optim")
     if recipe.critic.optim is not None:
         checks.check_optim(recipe.critic.optim, "critic.optim")
+        if recipe.critic.optim.schedule_steps not in (None, recipe.optim.schedule_steps):
+            raise RecipeError("critic.optim.schedule_steps: the critic has the one of optim; leave it out")
     slots = checked(method, recipe.algorithm, config.leaves(fields.OnlineRecipe))
     longest, weights = recipe.sampling.max_new_tokens, [one.weight for one in recipe.reward] or [1.0]
     algorithm = compose.online_of(slots, longest=longest, weights=weights)
@@ -113,8 +117,11 @@ def prepare(method: str, recipe: fields.OnlineRecipe) -> OnlineJob:
         print(f"whet: {caution}", file=sys.stderr)
     plan, longest = _plan_of(recipe, mini_batch_size, chat, prompts, refilled=bool(algorithm.collect.dynamic_sampling))
     each = 1 if algorithm.pairs else algorithm.collect.num_generations
-    updates = plan.epochs * sum(-(-plan.prompts_in(step) * each // mini_batch_size) for step in range(plan.steps))
-    return OnlineJob(method, recipe, algorithm, plan, tokenizer, chat, prompts, longest, updates, ptx)
+    updates, scheduled = (
+        plan.epochs * sum(-(-plan.prompts_in(step) * each // mini_batch_size) for step in range(steps))
+        for steps in (plan.steps, recipe.optim.schedule_steps or plan.steps)
+    )
+    return OnlineJob(method, recipe, algorithm, plan, tokenizer, chat, prompts, longest, updates, scheduled, ptx)
 
 
 def steps_of(rollout: fields.Rollout, prompts: int) -> int:
@@ -139,6 +146,7 @@ def _plan_of(
         epochs=rollout.ppo_epochs, seed=recipe.seed, ptx_batch=recipe.ptx.batch_size, target_kl=rollout.target_kl,
         ema=rollout.ema, equal_start=recipe.reference in (None, recipe.model.path), end_ids=chat.end_ids, canary=canary,
         low_precision=dtype in ("bfloat16", "float16"), save_every=recipe.train.save_every, keep=recipe.train.keep,
+        save_minutes=recipe.train.save_minutes, save_last=recipe.train.save_last,
         sync_every=rollout.sync_reference.every, sync_mix=rollout.sync_reference.mix,
         max_staleness=generator.max_staleness, segment=generator.segment_tokens, slots=rollout.max_num_seqs,
         critic_warmup=recipe.critic.warmup_steps,

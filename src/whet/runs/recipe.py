@@ -104,7 +104,11 @@ class Loop:
     packing: bool = False
     """concatenate rows instead of padding them"""
     save_every: NotNegativeInt = 0
-    """updates (online: steps) between checkpoints; one is also saved at the end, on an interrupt, and if a step fails"""
+    """updates (online: steps) between checkpoints; one is also saved at the end, on a signal, and if a step fails"""
+    save_minutes: Annotated[float, msgspec.Meta(ge=0)] = 10.0
+    """save also when so many minutes, and 20 times the duration of a save, have passed since the last one; 0: never"""
+    save_last: bool = True
+    """save a checkpoint at the end, from which the run can be extended; it is about four times the size of the model"""
     keep: Count = 2
     """number of checkpoints that are kept"""
 

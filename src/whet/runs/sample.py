@@ -85,7 +85,8 @@ def kept(out: Path, rows: Sequence[Mapping[str, Any]]) -> Iterator[None]:
     try:
         yield
     except BaseException:  # Ctrl-C too: the answers may be the work of hours
-        aside = out.with_suffix(".unscored.jsonl")
+        names = (out.with_suffix(f"{number}.unscored.jsonl") for number in ("", *(f".{n}" for n in range(1, 1000))))
+        aside = next(one for one in names if not one.exists())
         write_jsonl(aside, rows)
         print(f"whet: the answers were generated and are kept without scores in {aside}", file=sys.stderr)
         raise

@@ -34,8 +34,9 @@ class Session:
     method      name of a training method ("grpo", "dpo", "sft", ...)
     recipe      path of a YAML recipe, or name of a shipped one
     tokenizer   tokenizer of the models that are given as objects
-    resume      True continues the run in the folder `out`; "auto" does so if the folder contains a run
+    resume      True or "auto" continues the run in the folder `out` if it contains one; True says so if it does not
     quiet       True prints no progress
+    accept_changed  names of inputs that may have changed since the run began: a field ("data.train"), a path, or a frozen role
     options     recipe fields that override the recipe; nested fields as dicts or with dotted names
 
     Python objects can replace paths and names: a function as `reward`, a loaded model as `model`, a list of dicts or a
@@ -56,6 +57,7 @@ class Session:
         tokenizer: Any = None,
         resume: Resume = False,
         quiet: bool = True,
+        accept_changed: str | Sequence[str] = (),
         **options: Any,
     ) -> None:
         config.check_call(method, recipe)
@@ -72,9 +74,12 @@ class Session:
         sample.threads(self.recipe.threads)
         placed.check_cluster(self.recipe)
         folder.trackers(self.recipe.trackers, None)
-        going = folder.begun(self.recipe, method) if resume == "auto" else bool(resume)
-        self.options = folder.restarted(folder.Options(going, quiet))
-        self.folder = folder.checked(self.recipe, method, self.options)
+        accepted = (accept_changed,) if isinstance(accept_changed, str) else tuple(accept_changed)
+        given_options = folder.restarted(folder.Options(bool(resume), quiet, accepted))
+        self.folder = folder.of(self.recipe, method)
+        self.options = folder.checked(self.recipe, method, given_options, config.recipe_file(recipe))
+        if resume is True and not self.options.resume and first():
+            print(f"whet: there is no run in {self.folder} yet; it starts", file=sys.stderr)
         folder.check_inputs(self.recipe, method, self.options)
         self.sources.write()
         self.job: online.OnlineJob | offline.OfflineJob
@@ -82,18 +87,30 @@ class Session:
             self.job = online.prepare(method, self.recipe)
         else:
             self.job = offline.prepare(method, self.recipe)
+        folder.check_steps(self.folder, self.job.plan.steps, self.options)
         if first() and not quiet:
             critic = isinstance(self.job, online.OnlineJob) and "critic" in self.job.algorithm.roles()
             for line in (f"{method}: {self.job.length()}", *checks.optim_lines(self.recipe, critic)):
                 print(f"whet: {line}", file=sys.stderr)
         self._stack = ExitStack()
+        self._exported: set[Path] = set()
         self.loop: OnlineLoop | offline_loop.OfflineLoop | None = None
 
     # --- the parts -------------------------------------------------------------------------------------------------------
 
+    @property
+    def finished(self) -> bool:
+        """True if the run that is resumed has ended, and has no checkpoint of its end (`train.save_last`)."""
+        return folder.finished(self.folder, self.job.plan.steps, self.options)
+
     def __enter__(self) -> "Session":
         if self.recipe.cluster.address is not None:
             raise RecipeError("cluster: a session is one attempt in this process; whet.train places a run on a cluster")
+        if self.finished:
+            raise RecipeError(
+                f"resume: the run in {self.folder} has ended, without a checkpoint of its end; load its model from "
+                f"{self.folder / 'model'}"
+            )
         with ExitStack() as stack:
             workers, options = stack.enter_context(folder.working(self.recipe, self.options))
             loop = self._parts(workers, stack)
@@ -104,7 +121,7 @@ class Session:
 
     def _parts(self, workers: Workers, stack: ExitStack) -> Callable[[folder.Options], Any]:
         """Load the models. Return a function that opens the run folder and builds the loop."""
-        job, stop = self.job, stack.enter_context(graceful())
+        job, stop = self.job, stack.enter_context(graceful(at_once=workers.size == 1))
         learner: Any = job.make(workers)
         stack.enter_context(closing(learner))
         if isinstance(job, offline.OfflineJob):
@@ -234,8 +251,11 @@ class Session:
         return self._loop.metrics()
 
     def export(self, path: str | Path) -> Path:
-        """Write the trained model and its tokenizer to a folder in Hugging Face format. Return the folder."""
+        """Write the trained model and its tokenizer to a folder in Hugging Face format. Return the folder. Raises RecipeError
+        for a folder that contains anything else than a model that this run has exported."""
         where, roles = Path(path), self._loop.learner.roles
+        folder.check_export(where, self.folder, self._exported)
+        self._exported.add(where.resolve())
         role = "policy" if "policy" in roles else "reward"
         self._loop.learner.export(
             role, where, self.tokenizer, merge=self.recipe.model.export == "merged", end_ids=self.job.chat.end_ids

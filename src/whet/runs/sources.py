@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from whet.data.files import json_line
+from whet.data.files import follow_umask, json_line
 from whet.data.values import plain_row
 from whet.errors import DataError, ModelError, first_line
 from whet.registry import register
@@ -121,6 +121,7 @@ def _put(path: Path, write: Callable[[Path], Any]) -> None:
     aside = path.with_name(f".writing-{os.getpid()}-{path.name}")
     write(aside)
     try:
+        follow_umask(aside)
         aside.rename(path)
     except OSError:
         if not path.exists():

@@ -1,11 +1,14 @@
 """whet.train: run a training method in this process, under torchrun, or on a Ray cluster."""
 
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from whet.cluster import Attempt
+from whet.distributed import first
 from whet.loops.interrupt import graceful
 from whet.runs import folder, generators, learners, online, placed
 from whet.runs.session import Resume, Session, run_loop
@@ -18,6 +21,7 @@ def train(
     tokenizer: Any = None,
     resume: Resume = False,
     quiet: bool = True,
+    accept_changed: str | Sequence[str] = (),
     **fields: Any,
 ) -> Path:
     """Train with a method from start to end. Return the run folder. Takes the arguments of `whet.Session`.
@@ -27,7 +31,15 @@ def train(
     Raises RecipeError, DataError or ModelError for invalid arguments, RewardError if a reward function fails, RunStopped if
     a self-check fails, CheckpointError if a checkpoint cannot be loaded, RestartsExhausted if workers die too often.
     """
-    session = Session(method, recipe, tokenizer=tokenizer, resume=resume, quiet=quiet, **fields)
+    session = Session(
+        method, recipe, tokenizer=tokenizer, resume=resume, quiet=quiet, accept_changed=accept_changed, **fields
+    )
+    if session.finished:
+        if first():
+            print(
+                f"whet: the run in {session.folder} has ended; its model is {session.folder / 'model'}", file=sys.stderr
+            )
+        return session.folder
     if session.recipe.cluster.address is not None:
         return _on_cluster(session)
     with session:

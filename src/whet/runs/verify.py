@@ -74,18 +74,18 @@ def verified(
 
 
 def save_interval(steps: int, kills: int) -> int:
-    """Return the steps between checkpoints: about two intervals for each kill, and at least 2 steps, so that a kill can fall
-    between saves.
+    """Return the steps between checkpoints: about two intervals for each kill, and 2 steps if there are few, so that a kill can
+    lose a step.
 
-    >>> [save_interval(steps, 3) for steps in (1, 3, 10, 100)]
+    >>> [save_interval(steps, 3) for steps in (3, 4, 10, 100)]
     [1, 2, 2, 12]
     """
-    return min(steps, max(2, steps // (2 * (kills + 1))))
+    return 1 if steps < 4 else max(2, steps // (2 * (kills + 1)))
 
 
 def kill_steps(steps: int, every: int, kills: int, stream: random.Random) -> list[int]:
-    """Return the steps after which a run of `steps` steps is killed, in order: steps without a save, if there are any."""
-    free = [step for step in range(steps) if step % every] or list(range(steps))
+    """Return the steps after which a run of `steps` steps is killed, in order: steps without a save, after the first save."""
+    free = [step for step in range(every, steps) if every == 1 or step % every] or [steps - 1]
     return sorted(stream.sample(free, kills) if kills <= len(free) else stream.choices(free, k=kills))
 
 
@@ -130,8 +130,7 @@ class Run:
         path = self.folder.with_suffix(".yaml")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(config.to_yaml(self.recipe, self.method), encoding="utf-8")
-        own = replace(self.recipe, out=str(self.folder))
-        flags = [*(["--resume"] if folder.begun(own, self.method) else []), *(["--quiet"] if self.quiet else [])]
+        flags = [*(["--resume"] if folder.begun(self.folder) else []), *(["--quiet"] if self.quiet else [])]
         words = [sys.executable, "-m", "whet", self.method, str(path), "--out", str(self.folder), *flags]
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
         try:
@@ -168,7 +167,7 @@ def _check(recipe: fields.TrainingRecipe) -> None:
 
 
 def _prepared(recipe: fields.TrainingRecipe, steps: int | None) -> fields.TrainingRecipe:
-    """Return the recipe without periodic saves and trackers, and with the given number of steps."""
+    """Return the recipe without saves between steps and without trackers, and with the given number of steps."""
     recipe = replace(_saving(recipe, 0), trackers=[])
     if steps is None:
         return recipe
@@ -178,5 +177,5 @@ def _prepared(recipe: fields.TrainingRecipe, steps: int | None) -> fields.Traini
 
 
 def _saving(recipe: fields.TrainingRecipe, every: int) -> fields.TrainingRecipe:
-    train: Any = replace(recipe.train, save_every=every)
+    train: Any = replace(recipe.train, save_every=every, save_last=True)
     return replace(recipe, train=train)
