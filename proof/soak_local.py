@@ -19,15 +19,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from proof.recorder import make_inputs
-from whet.data.files import write_jsonl
+from proof.small_runs import SHORT, every, on_rows, write_inputs
 from whet.loops import checkpoint
 from whet.loops.record import read_metrics
-from whet.methods.catalogue import PREFERENCE, TRAINED
 from whet.runs.compare import first_difference
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -37,99 +37,15 @@ LATE = {"anywhere": 0.0, "step": 0.1, "save": 0.004, "end": 0.03}
 """Seconds from the moment when the place is seen to the signal, at most: about the length of what happens there."""
 FELL = ("start", "step", "save", "end")
 """Where a kill fell: before the first step of the process, in a step, in a save, or after the last step."""
-UPDATES, STEPS = 6, 5
-"""Steps of the runs on rows, and of the runs on generated answers."""
 WITHIN = 60.0
 """Seconds in which a process must end after a signal, or after its start if it gets none."""
+OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "shutil.rmtree")
+"""Events of Python's audit hooks that change files. An event comes before its operation."""
 TRIES = 10
 """Runs in a row that may end before the kill that is aimed at them."""
 USED = ("transformers.models.qwen3.modeling_qwen3", "transformers.models.auto.modeling_auto", "peft", "pyarrow.parquet",
         "whet.cli.main", "whet.runs.train", "whet.runs.config")  # fmt: skip
 """What the children import; this process imports it once."""
-
-COMMON = ["--model", "model", "--seed", "3", "--threads", "1", "--quiet", "--train.save-every", "2"]
-LORA = ["--model.lora.rank", "4"]
-
-
-def on_rows(method: str, data: str, *more: str) -> list[str]:
-    """The words of a short run on the rows of a file."""
-    size = ["--train.num-steps", str(UPDATES), "--train.batch-size", "6", "--lr", "1e-3"]
-    return [method, *COMMON, "--data", f"{data}.jsonl", *size, *more]
-
-
-def on_answers(method: str, *more: str, reward: str = "rules.py:count", steps: int | None = STEPS) -> list[str]:
-    """The words of a short run on generated answers."""
-    size = [
-        "--rollout.prompts-per-step",
-        "6",
-        "--rollout.mini-batch-size",
-        "null",
-        "--max-new-tokens",
-        "6",
-        "--lr",
-        "3e-3",
-    ]
-    length = [] if steps is None else ["--rollout.num-steps", str(steps)]
-    return [method, *COMMON, "--data", "prompts.jsonl", "--reward", reward, *size, *length, *more]
-
-
-GROUPS = ["--num-generations", "3"]
-HALVES = ["--rollout.mini-batch-size", "9"]
-CONFIGURATIONS: dict[str, list[str]] = {
-    "pretrain, muon": on_rows("pretrain", "text", "--optim.kind", "muon"),
-    "sft, packed, dropout": on_rows("sft", "sft", "--train.packing", "--train.dropout", "0.1"),
-    "sft, LoRA with dropout": on_rows("sft", "sft", *LORA, "--train.dropout", "0.1"),
-    "sft, two epochs, a smaller last batch": on_rows(
-        "sft", "sft", "--train.num-steps", "null", "--train.num-epochs", "2", "--train.batch-size", "15"
-    ),
-    "reward, K-way, standardized": on_rows("reward", "ranked", "--head.standardize"),
-    "reward, process (BCE)": on_rows("reward", "steps", "--algorithm.name", "process", "--data.separator", "w39"),
-    "dpo": on_rows("dpo", "ranked"),
-    "dpo, BCO, reference follows": on_rows(
-        "dpo", "ranked", "--loss", "bco_pair", "--sync-reference.every", "2", "--sync-reference.mix", "0.5"
-    ),
-    "ipo, reference computed once": on_rows("ipo", "ranked", "--precompute"),
-    "kto": on_rows("kto", "kto"),
-    "orpo": on_rows("orpo", "ranked"),
-    "online_dpo": on_answers("online_dpo"),
-    "ppo, separate, reward model": on_answers(
-        "ppo", "--rollout.mini-batch-size", "3", "--rollout.ppo-epochs", "2", reward="rm/model"
-    ),
-    "instructgpt, shared trunk, adaptive KL": on_answers(
-        "instructgpt", "--trunk", "shared", *LORA, "--ptx", "text.jsonl", "--ptx.batch-size", "4",
-        "--kl-in-reward", "{coef: 0.1, controller: adaptive, target: 0.5, horizon: 20}",
-    ),
-    "ppo, running rewards, critic warm-up": on_answers(
-        "ppo", "--reward-normalization", "running", "--critic.warmup-steps", "2"
-    ),
-    "grpo, EMA, reference follows": on_answers(
-        "grpo", *GROUPS, *HALVES, "--rollout.ema", "0.9", "--rollout.sync-reference.every", "2"
-    ),
-    "grpo, dynamic sampling": on_answers("grpo", *GROUPS, "--dynamic-sampling", "2"),
-    "grpo, LoRA": on_answers("grpo", *GROUPS, *LORA, "--model.export", "adapter"),
-    "grpo, two epochs, a smaller last step": on_answers(
-        "grpo", *GROUPS, "--rollout.num-epochs", "2", "--rollout.prompts-per-step", "12", steps=None
-    ),
-    "rloo, top-p": on_answers("rloo", *GROUPS, "--sampling.top-p", "0.9"),
-    "remax": on_answers("remax"),
-    "reinforce_pp, entropy target": on_answers("reinforce_pp", "--entropy", "{target: 2.0}"),
-    "dapo": on_answers("dapo", *GROUPS, *HALVES, "--overlong.buffer", "3"),
-    "gspo": on_answers("gspo", *GROUPS, *HALVES),
-    "clip_cov": on_answers("clip_cov", *GROUPS, *HALVES),
-    "kl_cov": on_answers("kl_cov", *GROUPS, *HALVES),
-    "grpo_process": on_answers("grpo_process", *GROUPS, reward="own.py:ids"),
-}  # fmt: skip
-"""Name -> the words of the command line. Every other training method has its own line with few options: see `every`."""
-
-
-def every() -> dict[str, list[str]]:
-    """Return the configurations, and one for each training method that has none."""
-    named = {words[0] for words in CONFIGURATIONS.values()}
-    rest = [method for method in TRAINED if method not in named]
-    return CONFIGURATIONS | {
-        one: on_rows(one, "ranked") if one in PREFERENCE else on_answers(one, *GROUPS, reward="own.py:thirds")
-        for one in rest
-    }
 
 
 @dataclass(frozen=True)
@@ -147,6 +63,10 @@ class Seen:
     aside: set[str]
     saved: int
     changed: int
+
+
+NOTHING = Seen(set(), 0, 0)
+"""The state of a run folder that does not exist."""
 
 
 @dataclass
@@ -197,24 +117,36 @@ class Supervisor:
             if child.exitcode == 0:
                 return
 
-    def _command(self) -> None:
+    def stopped_at(self, number: int) -> int:
+        """Run the command in a process that is killed before its file operation `number` in the run folder. Return the number
+        of operations before. Raises RuntimeError if the process fails."""
+        counted = multiprocessing.get_context("fork").RawValue("i", 0)
+        child = forked(partial(self._command, partial(_count, str(self.out), counted, number)))
+        child.join(WITHIN)
+        if child.exitcode not in (0, -signal.SIGKILL):
+            raise RuntimeError(f"status {child.exitcode} before file operation {number}; {self._log()}")
+        return counted.value
+
+    def _command(self, hook: Callable[..., None] | None = None) -> None:
         from whet.cli.main import main
 
         os.chdir(self.home)
         handle = os.open(self.home / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
+        if hook is not None:
+            sys.addaudithook(hook)
         sys.exit(main([*self.words, "--resume"]))
 
     def _send(self, kill: Kill, child: BaseProcess, before: Seen, stream: random.Random) -> str | None:
         """Wait for the moment, send the signal, and return where it fell. Return None if the process ended before it."""
         moment, late = time.monotonic() + stream.uniform(0.0, self.life), stream.uniform(0.0, LATE[kill.place])
-        while time.monotonic() < moment if kill.place == "anywhere" else self._place(before) != kill.place:
+        while time.monotonic() < moment if kill.place == "anywhere" else self.place(before) != kill.place:
             time.sleep(0.0005)
             if not child.is_alive():
                 return None
         time.sleep(late)
-        place = self._place(before)
+        place = self.place(before)
         if not child.is_alive():
             return None
         assert child.pid is not None
@@ -222,13 +154,17 @@ class Supervisor:
             os.kill(child.pid, kill.signal)
         return place
 
+    def last_step(self) -> int:
+        """Return the last saved step."""
+        return self._seen().saved
+
     def _seen(self) -> Seen:
         saves, metrics = self.out / "checkpoints", self.out / "metrics.jsonl"
         saved = max((int(path.name[5:]) for path in saves.glob("step-*")), default=0)
         changed = metrics.stat().st_mtime_ns if metrics.is_file() else 0
         return Seen({path.name for path in saves.glob(f"{checkpoint.ASIDE}*")}, saved, changed)
 
-    def _place(self, before: Seen) -> str:
+    def place(self, before: Seen) -> str:
         """Return where the process is, which has found the run folder as `before`."""
         now = self._seen()
         if now.aside - before.aside:
@@ -240,6 +176,17 @@ class Supervisor:
 
     def _log(self) -> str:
         return "the end of its output:\n" + (self.home / "log").read_text()[-2000:]
+
+
+def _count(folder: str, counted: Any, number: int, event: str, given: tuple[Any, ...]) -> None:
+    """Count the file operations in a folder, as an audit hook, and kill this process before operation `number`."""
+    names = [os.fspath(one) for one in given if isinstance(one, (str, os.PathLike))]
+    reads = event == "open" and not given[2] & (os.O_WRONLY | os.O_RDWR)
+    if event not in OPERATIONS or reads or not any(folder in os.path.abspath(name) for name in names):
+        return
+    if counted.value + 1 == number:
+        os.kill(os.getpid(), signal.SIGKILL)
+    counted.value += 1
 
 
 def forked(work: Callable[[], None]) -> BaseProcess:
@@ -259,7 +206,7 @@ def soak(home: Path, configurations: Mapping[str, Sequence[str]], kills: int, se
         began = time.monotonic()
         whole = Supervisor(words, home, f"{folder}/whole")
         whole.run([], Line(name), stream)
-        life, last = time.monotonic() - began, whole._seen().saved
+        life, last = time.monotonic() - began, whole.last_step()
         missed = 0
         while left and missed < TRIES:
             before = len(left)
@@ -274,6 +221,25 @@ def soak(home: Path, configurations: Mapping[str, Sequence[str]], kills: int, se
         yield line
 
 
+def at_each_operation(home: Path, name: str, words: Sequence[str]) -> Line:
+    """Kill a run before each of its file operations in turn, in a run of its own each time, and return what happened."""
+    line, folder, stream = Line(f"{name}: each file operation"), "runs/each", random.Random(0)
+    whole = Supervisor(words, home, f"{folder}/whole")
+    operations = whole.stopped_at(0)
+    for number in range(1, operations + 1):
+        killed = Supervisor(words, home, f"{folder}/{number}", last=whole.last_step())
+        killed.stopped_at(number)
+        line.signals["SIGKILL"] += 1
+        line.fell[killed.place(NOTHING)] += 1
+        killed.run([], line, stream)
+        line.runs += 1
+        line.starts += 1
+        line.mismatches += [f"operation {number}: {one}" for one in differences(whole.out, killed.out)]
+        shutil.rmtree(killed.out)
+    shutil.rmtree(home / folder)
+    return line
+
+
 def differences(whole: Path, killed: Path) -> list[str]:
     """Return where a killed run differs from the uninterrupted one, and files that only one of them has."""
     found = first_difference(whole, killed)
@@ -285,20 +251,8 @@ def differences(whole: Path, killed: Path) -> list[str]:
 
 
 def prepare(home: Path) -> None:
-    """Write a tiny model, rows of every kind, reward functions, and a reward model."""
-    forked(partial(make_inputs, home)).join()
-    text = [f"w{number} w{number + 1}" for number in range(24)]
-    steps = [
-        {"prompt": one, "completions": [f"{one} ", " w3 ", " w4"], "labels": [1, n % 2, 0]}
-        for n, one in enumerate(text)
-    ]
-    write_jsonl(home / "steps.jsonl", steps)
-    (home / "own.py").write_text(
-        "def ids(prompts, completions, completion_ids, **columns):\n"
-        "    return [[float(one % 3) for one in own] for own in completion_ids]\n\n\n"
-        "def thirds(prompts, completions, completion_ids, **columns):\n"
-        "    return [float(sum(one % 3 == 0 for one in own)) for own in completion_ids]\n"
-    )
+    """Write the inputs of all runs, in a fork, and train the reward model that some of them read."""
+    forked(partial(write_inputs, home)).join()
     Supervisor(on_rows("reward", "ranked"), home, "rm").run([], Line("reward"), random.Random(0))
 
 
@@ -323,6 +277,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", default=list(every()), choices=list(every()), metavar="NAME")
+    parser.add_argument("--skip-operations", action="store_true", help="leave out the kills at each file operation")
     given = parser.parse_args()
     for module in USED:
         importlib.import_module(module)
@@ -330,13 +285,14 @@ def main() -> int:
     with TemporaryDirectory() as name:
         home = Path(name)
         prepare(home)
-        for line in soak(home, {one: every()[one] for one in given.only}, given.kills, given.seed):
+        each = [] if given.skip_operations else list(SHORT.items())
+        for line in chain(
+            soak(home, {one: every()[one] for one in given.only}, given.kills, given.seed),
+            (at_each_operation(home, *one) for one in each),
+        ):
             lines.append(line)
-            print(
-                f"{line.name}: {sum(line.signals.values())} kills, {line.mismatches or 'equal'}",
-                file=sys.stderr,
-                flush=True,
-            )
+            told = f"{line.name}: {sum(line.signals.values())} kills, {line.mismatches or 'equal'}"
+            print(told, file=sys.stderr, flush=True)
     print(table(lines))
     return 1 if any(line.mismatches for line in lines) else 0
 

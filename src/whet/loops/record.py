@@ -60,13 +60,13 @@ class RunFolder:
         return self.folder / "checkpoints"
 
     def environment(self, recipe_text: str) -> None:
-        """Write recipe.yaml (resolved) and environment.json (versions, number of threads)."""
+        """Write environment.json (versions, number of threads), then recipe.yaml (resolved)."""
         if not self.writes:
             return
-        write_text(self.folder / "recipe.yaml", recipe_text)
         versions = {name: metadata.version(name) for name in PACKAGES}
         about = {"python": sys.version.split()[0], "machine": platform.machine(), "threads": torch.get_num_threads()}
         write_json(self.folder / "environment.json", about | versions)
+        write_text(self.folder / "recipe.yaml", recipe_text)
 
     def metrics(self, step: int, **numbers: float) -> None:
         """Append one line to metrics.jsonl, and log the same numbers to the trackers."""

@@ -75,9 +75,9 @@ def restarted(options: Options) -> Options:
 
 
 def begun(folder: Path) -> bool:
-    """Return True if a folder contains a run: a recipe and metrics or checkpoints."""
+    """Return True if a folder contains a run: a recipe, and rollouts, metrics or checkpoints."""
     return (folder / "recipe.yaml").is_file() and any(
-        _contains(folder / one) for one in ("metrics.jsonl", "checkpoints")
+        _contains(folder / one) for one in ("rollouts", "metrics.jsonl", "checkpoints")
     )
 
 
