@@ -20,16 +20,7 @@ def on_rows(method: str, data: str, *more: str) -> list[str]:
 
 def on_answers(method: str, *more: str, reward: str = "rules.py:count", steps: int | None = STEPS) -> list[str]:
     """The words of a short run on generated answers."""
-    size = [
-        "--rollout.prompts-per-step",
-        "6",
-        "--rollout.mini-batch-size",
-        "null",
-        "--max-new-tokens",
-        "6",
-        "--lr",
-        "3e-3",
-    ]
+    size = ["--rollout.prompts-per-step", "6", "--rollout.mini-batch-size", "null", "--max-new-tokens", "6", "--lr", "3e-3"]  # fmt: skip
     length = [] if steps is None else ["--rollout.num-steps", str(steps)]
     return [method, *COMMON, "--data", "prompts.jsonl", "--reward", reward, *size, *length, *more]
 

@@ -294,6 +294,21 @@ def test_a_line_of_metrics_torn_by_the_kill_does_not_stop_the_resume(tmp_path: P
     same(tmp_path, folder, sft(tmp_path, resume=True), expected)
 
 
+def killed(*_: object) -> None:
+    raise Killed
+
+
+def test_a_run_that_was_killed_while_it_began_has_no_recipe_without_its_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda path, to: killed() if Path(to).exists() else real(path, to))
+    (tmp_path / "environment.json").touch()
+    with pytest.raises(Killed):
+        RunFolder(tmp_path).environment("seed: 4\n")
+    assert not (tmp_path / "recipe.yaml").exists()
+
+
 def test_a_kill_while_a_resume_rewrites_its_files_loses_none_of_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -301,14 +316,8 @@ def test_a_kill_while_a_resume_rewrites_its_files_loses_none_of_them(
     run.environment("seed: 4\n")
     for step in (1, 2, 3):
         run.metrics(step, loss=1.0 / step)
-    real = Path.write_text
-
-    def half(path: Path, text: str, **named: Any) -> None:
-        real(path, text[: len(text) // 2], **named)
-        raise Killed
-
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", half)
+        patch.setattr(Path, "rename", killed)
         with pytest.raises(Killed):
             RunFolder(tmp_path, resume_at=2)
         with pytest.raises(Killed):

@@ -23,7 +23,8 @@ OUT = "runs/verify-resume"
 """The folder without `out`; if it exists, a number is added."""
 WHOLE, KILLED = "whole", "killed"
 """The folders of the run without interruption and of the killed one."""
-GLANCE = 0.01
+METRICS = "metrics.jsonl"
+GLANCE = 0.002
 """Seconds between two looks at a running process."""
 
 
@@ -64,11 +65,10 @@ def verified(
         more = seconds + options.kills * (seconds - steps * each + every * each)
         told = f"kills after step {', '.join(map(str, moments))}, a save every {every} steps"
         killed.say(f"it took {seconds:.0f} s; now {told}, in {killed.folder}: about {more:.0f} s")
-        done = sum(killed.kill_after(step, stream.uniform(0.0, each)) for step in moments)
-        if done < options.kills:
-            killed.say(
-                f"{done} of {options.kills} kills came before the end of the run; take more --steps, or fewer --kills"
-            )
+        found = [killed.kill_after(step, stream.uniform(0.0, each)) for step in moments]
+        inside = sum(one is not None and one < steps for one in found)
+        if inside < options.kills:
+            print(f"whet: {options.kills - inside} of {options.kills} kills came after the last step", file=sys.stderr)
         killed.to_the_end()
     return first_difference(whole.folder, killed.folder)
 
@@ -105,19 +105,21 @@ class Run:
             self._succeeded(process.wait())
         return time.monotonic() - began
 
-    def kill_after(self, step: int, seconds: float) -> bool:
-        """Start the command and kill it `seconds` after it has written the metrics of a step. Return False if it ended before.
-        Raises RecipeError or WhetError if it fails."""
-        file = self.folder / "metrics.jsonl"
-        before = _changed_at(file)
+    def kill_after(self, step: int, seconds: float) -> int | None:
+        """Start the command and kill it `seconds` after it has written the metrics of a step. Return the number of steps that it
+        had written then, or None if it ended before. Raises RecipeError or WhetError if it fails."""
+        before = last = self._changed()
         with self._process() as process:
-            while _changed_at(file) == before or len(read_metrics(self.folder)) < step:
-                if process.poll() is not None:
-                    self._succeeded(process.returncode)
-                    return False
-                time.sleep(GLANCE)
+            while last == before or self._lines() < step:
+                while self._changed() == last:
+                    if process.poll() is not None:
+                        self._succeeded(process.returncode)
+                        return None
+                    time.sleep(GLANCE)
+                last = self._changed()
             time.sleep(seconds)
-            return process.poll() is None
+            process.kill()
+        return self._lines()
 
     def say(self, text: str) -> None:
         """Print a line on the terminal, unless the run is quiet."""
@@ -139,15 +141,18 @@ class Run:
             process.kill()
             process.wait()
 
+    def _changed(self) -> int:
+        """Return when metrics.jsonl was changed last, in nanoseconds; 0 if there is none."""
+        file = self.folder / METRICS
+        return file.stat().st_mtime_ns if file.is_file() else 0
+
+    def _lines(self) -> int:
+        return (self.folder / METRICS).read_bytes().count(b"\n")
+
     def _succeeded(self, status: int) -> None:
         if status:
             kind = RecipeError if status == 2 else WhetError
             raise kind(f"verify-resume: the run in {self.folder} ended with status {status}; its message is above")
-
-
-def _changed_at(file: Path) -> int:
-    """Return when a file was changed last, in nanoseconds; 0 if there is none."""
-    return file.stat().st_mtime_ns if file.is_file() else 0
 
 
 def _check(recipe: fields.TrainingRecipe) -> None:
