@@ -20,6 +20,8 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".
 
 MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 """The form "package.module:name"."""
+PLACES = ("path", "source", "reference", "train", "eval", "data")
+"""Last names of the fields that hold a path or a name of a model or of data."""
 FROZEN = re.compile(r"reference|critic|reward\d+")
 """The names of roles whose weights a checkpoint has fingerprints of."""
 
@@ -38,15 +40,18 @@ def digests(tree: Mapping[str, Any]) -> dict[str, str]:
 
 
 def named(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the dotted name and the text of each field of a recipe that can name an input."""
-    return strings({key: one for key, one in tree.items() if key not in ("out", "cluster", "trackers")})
+    """Yield the dotted name and the text of each field of a recipe that can name an input. A word without a dot, slash or colon
+    can be a folder only in a field for models and data; elsewhere it is a name."""
+    for name, value in strings({key: one for key, one in tree.items() if key not in ("out", "cluster", "trackers")}):
+        if name.rpartition(".")[2] in PLACES or re.search("[./:]", value):
+            yield name, value
 
 
 def path_of(value: str) -> Path | None:
     """Return the resolved path of the file or folder that a recipe value names, None if it names none that exists."""
     try:
         for text in (value, value.rpartition(":")[0]):
-            if text and Path(text).exists() and (":" in value or "/" in text or "." in text or Path(text).is_dir()):
+            if text and Path(text).exists():
                 return Path(text).resolve()
     except OSError:  # a text that is too long for a path
         pass
