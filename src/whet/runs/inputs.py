@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,22 +41,20 @@ def digests(tree: Mapping[str, Any]) -> dict[str, str]:
 
 
 def named(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the dotted name and the text of each field of a recipe that can name an input. A word without a dot, slash or colon
-    can be a folder only in a field for models and data; elsewhere it is a name."""
-    for name, value in strings({key: one for key, one in tree.items() if key not in ("out", "cluster", "trackers")}):
-        if name.rpartition(".")[2] in PLACES or re.search("[./:]", value):
-            yield name, value
+    """Yield the dotted name and the text of each field of a recipe that can name an input."""
+    return strings({key: one for key, one in tree.items() if key not in ("out", "cluster", "trackers")})
 
 
-def path_of(value: str) -> Path | None:
-    """Return the resolved path of the file or folder that a recipe value names, None if it names none that exists."""
-    try:
-        for text in (value, value.rpartition(":")[0]):
-            if text and Path(text).exists():
-                return Path(text).resolve()
-    except OSError:  # a text that is too long for a path
-        pass
-    return None
+def located(tree: Mapping[str, Any]) -> Iterator[tuple[str, str, Path]]:
+    """Yield the dotted name, the text, and the resolved path of each field of a recipe that names a file or folder. A word without
+    a dot, slash or colon can be a folder only in a field for models and data; elsewhere it is a name."""
+    for name, value in named(tree):
+        if name.rpartition(".")[2] not in PLACES and not re.search("[./:]", value):
+            continue
+        with suppress(OSError):  # a text that is too long for a path
+            found = next((one for one in (value, value.rpartition(":")[0]) if one and Path(one).exists()), None)
+            if found is not None:
+                yield name, value, Path(found).resolve()
 
 
 def strings(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
