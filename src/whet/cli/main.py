@@ -1,5 +1,6 @@
 """The command line: the table of commands, parsing of options, and errors as one message."""
 
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,6 +22,9 @@ OTHERS = {
     "serve": "run a vLLM server on this machine, for runs with generator.name server",
     "explain": "describe a recipe: its objective with numbers, its batch sizes, its optimum",
     "plan": "estimate memory, traffic and time of a training recipe on several GPUs",
+    "replay": "compute a step of a run again from its record, and compare the numbers",
+    "diff": "the first step and column or tensor in which two runs differ",
+    "why": "the answers of a step token by token: what each adds to the loss",
     "demo": "run all training stages on a small synthetic task, and write a report",
 }
 RESERVED = {
@@ -116,6 +120,45 @@ def _told(about: str, words: list[str]) -> str:
     return (whet.explain if about == "explain" else whet.plan)(verb, recipe, **_grouped(overrides))
 
 
+INSPECT: dict[str, tuple[int, dict[str, str]]] = {
+    "replay": (1, {"step": "number of the step, from 1", "accept_changed": "name of an input that may have changed"}),
+    "diff": (2, {}),
+    "why": (
+        1,
+        {
+            "step": "number of the step, from 1",
+            "sample": "number of the answer, pair or row of the step, from 0; without it, a table of all",
+            "accept_changed": "name of an input that may have changed",
+        },
+    ),
+}
+"""The commands that read run folders: the number of folders, and the options with their meanings."""
+
+
+def _inspected(verb: str, words: list[str]) -> int:
+    """Run `replay`, `diff` or `why`, print the result, and return 0 if it is as expected, 1 if there is a difference."""
+    import whet
+    from whet.distributed import first
+
+    count, known = INSPECT[verb]
+    runs = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+    if len(runs) != count:
+        wanted = " ".join(["RUN"] if count == 1 else ["RUN_A", "RUN_B"])
+        raise RecipeError(f"{verb}: expected whet {verb} {wanted} with --options after it, got {' '.join(words)!r}")
+    recipe, overrides, flags = parsed(words[count:])
+    options = _grouped(overrides)
+    for name in [*options, *(flags - {"quiet", "debug"}), *([recipe] if recipe else [])]:
+        if name not in known:
+            raise RecipeError(f"{verb}: unknown option {name!r}; it has {', '.join(f'--{one}' for one in known) or 'none'}")
+    if "step" in known and "step" not in options:
+        raise RecipeError(f"{verb}: which step? whet {verb} {runs[0]} --step 1")
+    quiet = {} if verb == "diff" else {"quiet": "quiet" in flags}
+    result = getattr(whet, verb)(*runs, **options, **quiet)
+    if first():
+        print(result)
+    return 0 if result.equal else 1
+
+
 def _command(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(_overview())
@@ -131,6 +174,8 @@ def _command(words: list[str]) -> int:
     if verb in ("explain", "plan") and not {"-h", "--help"} & set(words):
         print(_told(verb, words[1:]))
         return 0
+    if verb in INSPECT and not {"-h", "--help", "--help-all"} & set(words):
+        return _inspected(verb, words[1:])
     recipe, overrides, flags = parsed(words[1:])
     if flags & {"help", "help-all"}:
         print(_verb_help(verb, _grouped(overrides), everything="help-all" in flags))
@@ -262,6 +307,11 @@ def _verb_help(verb: str, given: Mapping[str, Any] = {}, *, everything: bool = F
         lines.append("  --seed     seed of the synthetic data and of all random numbers [0]")
         lines.append("  --out      folder; an earlier demo in it is renamed [runs/demo]")
         return "\n".join([*lines, "  --quick    a short run, which only shows that everything works [False]"])
+    if verb in INSPECT:
+        count, options = INSPECT[verb]
+        lines[0] = f"usage: whet {verb} {'RUN' if count == 1 else 'RUN_A RUN_B'} [--option value ...]"
+        named = [f"  --{name.replace('_', '-'):<16} {meaning}" for name, meaning in options.items()]
+        return "\n".join([*lines[:3], *(["", "options:", *named] if named else []), "", "exit status: 0 equal, 1 different"])
     if verb == "train":
         return "\n".join([*lines[:3], "", "takes every field of the recipe's method"])
     if verb in ("explain", "plan"):
