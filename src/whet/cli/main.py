@@ -149,7 +149,9 @@ def _inspected(verb: str, words: list[str]) -> int:
     options = _grouped(overrides)
     for name in [*options, *(flags - {"quiet", "debug"}), *([recipe] if recipe else [])]:
         if name not in known:
-            raise RecipeError(f"{verb}: unknown option {name!r}; it has {', '.join(f'--{one}' for one in known) or 'none'}")
+            raise RecipeError(
+                f"{verb}: unknown option {name!r}; it has {', '.join(f'--{one}' for one in known).replace('_', '-') or 'none'}"
+            )
     if "step" in known and "step" not in options:
         raise RecipeError(f"{verb}: which step? whet {verb} {runs[0]} --step 1")
     quiet = {} if verb == "diff" else {"quiet": "quiet" in flags}
@@ -311,7 +313,9 @@ def _verb_help(verb: str, given: Mapping[str, Any] = {}, *, everything: bool = F
         count, options = INSPECT[verb]
         lines[0] = f"usage: whet {verb} {'RUN' if count == 1 else 'RUN_A RUN_B'} [--option value ...]"
         named = [f"  --{name.replace('_', '-'):<16} {meaning}" for name, meaning in options.items()]
-        return "\n".join([*lines[:3], *(["", "options:", *named] if named else []), "", "exit status: 0 equal, 1 different"])
+        return "\n".join(
+            [*lines[:3], *(["", "options:", *named] if named else []), "", "exit status: 0 equal, 1 different"]
+        )
     if verb == "train":
         return "\n".join([*lines[:3], "", "takes every field of the recipe's method"])
     if verb in ("explain", "plan"):

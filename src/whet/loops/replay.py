@@ -173,7 +173,15 @@ class OfflineReplay(OfflineLoop):
     run: RecomputedRun
 
     def __init__(
-        self, objective: Any, learner: Learner, sources: Any, plan: Any, run: RecomputedRun, *, found: Path | None, **options: Any
+        self,
+        objective: Any,
+        learner: Learner,
+        sources: Any,
+        plan: Any,
+        run: RecomputedRun,
+        *,
+        found: Path | None,
+        **options: Any,
     ) -> None:
         last = run.last
         due = plan.eval_every and (last % plan.eval_every == 0 or last == plan.steps)
@@ -214,7 +222,10 @@ def _watched(loop: Any, mini: MiniBatch, call: Callable[[], UpdateResult]) -> Up
     if loop.step + 1 < loop.run.last:
         return call()
     now, portions = loop._now, list[Portion]()
-    terms = [WatchedTerm(**{one.name: getattr(term, one.name) for one in fields(Term)}, portions=portions) for term in now.terms]
+    terms = [
+        WatchedTerm(**{one.name: getattr(term, one.name) for one in fields(Term)}, portions=portions)
+        for term in now.terms
+    ]
     loop._now = replace(now, terms=tuple(terms))
     try:
         result = call()
@@ -231,7 +242,9 @@ def recorded(folder: Path, step: int, names: Sequence[str]) -> tuple[list[Group]
     """
     path = rollouts.path_of(folder, step)
     if not path.is_file():
-        raise DataError(f"{path}: there is no rollout of step {step}; the step cannot be computed again without its answers")
+        raise DataError(
+            f"{path}: there is no rollout of step {step}; the step cannot be computed again without its answers"
+        )
     table = rollouts.read(folder, step)
     kinds = {name: rollouts.dtype(folder, step, name) for name in ("rewards", "token_score", "baseline")}
     try:

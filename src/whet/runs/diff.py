@@ -82,7 +82,12 @@ def diff(run: str | Path, other: str | Path) -> Compared:
     recipe = [(name, *(_at(tree, name) for tree in trees)) for name in fields]
     parts = {
         name: next(found(*folders), None)
-        for name, found in (("rollouts", _rollouts), ("metrics", _metrics), ("checkpoints", _checkpoints), ("model", _models))
+        for name, found in (
+            ("rollouts", _rollouts),
+            ("metrics", _metrics),
+            ("checkpoints", _checkpoints),
+            ("model", _models),
+        )
     }
     known = [one for one in parts.values() if one is not None]
     parting = min(known, key=lambda one: one.step) if known else None  # the first part of those with the same step
@@ -194,7 +199,11 @@ def _models(folder: Path, other: Path) -> Iterator[Difference]:
 def _files(step: int, folder: Path, other: Path, what: str, left_out: Sequence[str] = ()) -> Iterator[Difference]:
     """Yield the differences of two folders: first of their tensors, then of their other files."""
     mine, its = (
-        {str(path.relative_to(one)): path for path in sorted(one.rglob("*")) if path.is_file() and path.name not in left_out}
+        {
+            str(path.relative_to(one)): path
+            for path in sorted(one.rglob("*"))
+            if path.is_file() and path.name not in left_out
+        }
         for one in (folder, other)
     )
     held = [{SHARD.sub("", name) for name in one if SHARD.search(name)} for one in (mine, its)]
@@ -206,9 +215,13 @@ def _files(step: int, folder: Path, other: Path, what: str, left_out: Sequence[s
         if name.endswith((".safetensors", ".safetensors.index.json")):
             continue
         if name not in mine or name not in its:
-            yield Difference(step, f"{what}, file {name}", *("present" if name in one else "missing" for one in (mine, its)))
+            yield Difference(
+                step, f"{what}, file {name}", *("present" if name in one else "missing" for one in (mine, its))
+            )
         elif mine[name].read_bytes() != its[name].read_bytes():
-            yield Difference(step, f"{what}, file {name}", *(f"{one[name].stat().st_size} bytes" for one in (mine, its)))
+            yield Difference(
+                step, f"{what}, file {name}", *(f"{one[name].stat().st_size} bytes" for one in (mine, its))
+            )
 
 
 def _tensors(step: int, ours: Stored, theirs: Stored, what: str) -> Iterator[Difference]:

@@ -77,7 +77,9 @@ class Replayed:
         return f"step {self.step}: same bits, {len(self.numbers)} numbers{columns}"
 
     def __str__(self) -> str:
-        rows = [(name, repr(old), repr(new), "same" if same(old, new) else "differs") for name, old, new in self.numbers]
+        rows = [
+            (name, repr(old), repr(new), "same" if same(old, new) else "differs") for name, old, new in self.numbers
+        ]
         left = [f"not computed again: {', '.join(self.left)}"] if self.left else []
         shown = table(("number", "logged", "recomputed", ""), rows)
         return "\n".join([self.verdict(), self.begin, *self.notes, shown, *left])
@@ -131,7 +133,9 @@ def opened(run: str | Path, step: int, accept_changed: str | Sequence[str] = ())
         have = f"it has the steps {min(lines)} to {max(lines)}" if lines else "no step of it was finished"
         raise RecipeError(f"--step {step}: {where} has no such step; {have}")
     if _in_use(where) and first():
-        print(f"whet: a session is training in {where}; its checkpoints may be removed in the meantime", file=sys.stderr)
+        print(
+            f"whet: a session is training in {where}; its checkpoints may be removed in the meantime", file=sys.stderr
+        )
     forget_modules()
     tree = config.read_yaml(where / "recipe.yaml")
     method = str(tree.get("method", ""))
@@ -172,7 +176,9 @@ def _check_inputs(where: Path, tree: Mapping[str, Any], accept_changed: str | Se
         if name.startswith("generator.") or (name.startswith("reward.") and ":" in Path(value).name):
             continue
         told = "has changed since the run began" if there else "is not there; paths are relative to the current folder"
-        raise RecipeError(f"{name}: the file {told}; restore it, or continue with --accept-changed {name.partition(': ')[0]}")
+        raise RecipeError(
+            f"{name}: the file {told}; restore it, or continue with --accept-changed {name.partition(': ')[0]}"
+        )
 
 
 def _notes(where: Path, recipe: fields.TrainingRecipe) -> list[str]:
@@ -195,7 +201,9 @@ def environment_of(where: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def recomputed(past: PastRun, accept_changed: str | Sequence[str] = (), quiet: bool = True) -> OnlineReplay | OfflineReplay:
+def recomputed(
+    past: PastRun, accept_changed: str | Sequence[str] = (), quiet: bool = True
+) -> OnlineReplay | OfflineReplay:
     """Load the models, compute the steps up to that of `past`, and return the loop. Raises CheckpointError if the weights of a
     frozen model have changed."""
     job = past.job
