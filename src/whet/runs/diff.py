@@ -78,7 +78,7 @@ def diff(run: str | Path, other: str | Path) -> Compared:
     for one in folders:
         check_run(one)
     trees = [config.read_yaml(one / "recipe.yaml") for one in folders]
-    fields = [name for name in differing(*trees) if name != "out"]
+    fields = [name for name in differing(trees[0], trees[1]) if name != "out"]
     recipe = [(name, *(_at(tree, name) for tree in trees)) for name in fields]
     parts = {
         name: next(found(*folders), None)
@@ -140,20 +140,21 @@ def _rollouts(folder: Path, other: Path) -> Iterator[Difference]:
 
 def first_difference(step: int, ours: Mapping[str, list[Any]], theirs: Mapping[str, list[Any]]) -> Difference | None:
     """Return the first difference of two rollouts of a step: of the earliest stage, the first row and position."""
-    best: tuple[tuple[int, int, int, int], Difference] | None = None
+    known: list[tuple[tuple[int, int, int, int], Difference]] = []
     for place, name in enumerate({**ours, **theirs}):
+        found: tuple[int, int, str, Any, Any] | None
         if name not in ours or name not in theirs:
-            found = (0, 0, "", *("present" if name in one else "missing" for one in (ours, theirs)))
+            have = ["present" if name in one else "missing" for one in (ours, theirs)]
+            found = (0, 0, "", have[0], have[1])
         elif len(ours[name]) != len(theirs[name]):
             return Difference(step, "number of answers", len(ours[name]), len(theirs[name]))
         else:
             found = _first_cell(ours[name], theirs[name])
         if found is not None:
-            row, position, where, *values = found
+            row, position, where, mine, its = found
             order = (_stage(name), row, position, place if name not in FIRST else -1)
-            if best is None or order < best[0]:
-                best = order, Difference(step, f"column {name}{where}", *values)
-    return None if best is None else best[1]
+            known.append((order, Difference(step, f"column {name}{where}", mine, its)))
+    return min(known, key=lambda one: one[0])[1] if known else None
 
 
 def _stage(name: str) -> int:
@@ -163,7 +164,7 @@ def _stage(name: str) -> int:
     return STAGES.index(known) if known in STAGES else len(STAGES)
 
 
-def _first_cell(ours: list[Any], theirs: list[Any]) -> Any:
+def _first_cell(ours: list[Any], theirs: list[Any]) -> tuple[int, int, str, Any, Any] | None:
     """Return (row, position, place in words, value, value) of the first difference of two columns, None if there is none."""
     for row, (mine, its) in enumerate(zip(ours, theirs, strict=True)):
         if same(mine, its):

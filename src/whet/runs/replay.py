@@ -23,7 +23,7 @@ from whet.methods import catalogue
 from whet.registry import forget_modules
 from whet.runs import adapters, config, folder, inputs, offline, online, rewards
 from whet.runs import recipe as fields
-from whet.runs.diff import Difference, check_run, first_difference, lines_of, same, timed
+from whet.runs.diff import Difference, check_run, first_difference, lines_of, same
 
 
 @dataclass(frozen=True)

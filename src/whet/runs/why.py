@@ -16,7 +16,7 @@ from whet.loops.replay import OfflineReplay, OnlineReplay, Portion, Update
 from whet.loops.tables import cell, table, visible
 from whet.methods.algorithm import clipped, clipping
 from whet.methods.parts import Part
-from whet.runs.replay import PastRun, beginning, compared, opened, recomputed
+from whet.runs.replay import beginning, compared, opened, recomputed
 
 ROUNDING = 1e-5
 """Largest difference between the sum of the shares and the logged loss, relative to the sum of their sizes."""
@@ -200,7 +200,7 @@ class _View:
 
     def first_update(self, row: int) -> dict[str, Tensor]:
         """Return the columns of a row in the first update that contains it: the measured ones, and those computed with the weights
-        before this update. {} if there is none."""
+        before this update. Without an update, these are the measured ones."""
         number = next((one for one in range(len(self.loop.updates)) if (one, row) in self.places), 0)
         out: dict[str, Tensor] = {}
         for portion, place in self.places.get((number, row), ()):
@@ -212,7 +212,7 @@ class _View:
                 held = [parts[name] for name in ("clip_fraction", "dual_clip_fraction") if name in parts]
                 columns["clipped"] = torch.stack(held).any(0)
             out = {name: values[place].cpu() for name, values in columns.items()} | out
-        return out
+        return {name: values[row] for name, values in self.batch.columns.items()} | out
 
     def kl(self, row: int, now: Mapping[str, Tensor]) -> Tensor | None:
         """Return the estimate of KL(policy || reference) per token of a row, in nats: that of the penalty, else the exact one, else
@@ -227,7 +227,8 @@ class _View:
     def summary(self, sample: int) -> dict[str, Any]:
         """Return a sample as a row of the table of all samples."""
         rows = self.elements[sample]
-        shares, out = self.shares.of_element(rows, sample), dict[str, Any](sample=sample)
+        shares = self.shares.of_element(rows, sample)
+        out: dict[str, Any] = {"sample": sample}
         if isinstance(self.loop, OfflineReplay):
             source, index = self.loop.order[self.loop.step][sample]
             out["element"] = index if len(self.loop.sources) == 1 else f"{index} of data {source}"
@@ -237,7 +238,7 @@ class _View:
         out["share"] = math.fsum(shares.values())
         out |= {f"share {label}": value for label, value in shares.items() if len(self.shares.logged) > 1}
         nows = [self.first_update(row) for row in rows]
-        facts = {
+        facts: dict[str, list[Any]] = {
             "score": [float(now["score"]) if "score" in now else None for now in nows],
             self.gap: [self._summed(self.kl(row, now), row) for row, now in zip(rows, nows, strict=True)],
             "length": [int(self.batch["mask"][row].sum()) for row in rows],
