@@ -28,7 +28,7 @@ from typing import Any
 from proof.small_runs import SHORT, every, on_rows, write_inputs
 from whet.loops import checkpoint
 from whet.loops.record import read_metrics
-from whet.runs.compare import first_difference
+from whet.runs.verify import first_difference
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 PLACES = ("anywhere", "step", "save", "end")

@@ -82,8 +82,8 @@ def test_a_reward_with_a_state_of_its_own_is_named_as_the_column_that_differs_fi
     out, error = process.communicate(timeout=300)
     assert (process.returncode, error) == (1, "")
     message = (
-        r"the runs differ \(first without kills, then with\): rollouts/step-000000(\d\d).parquet: "
-        r"column reward/calls, answer 0: ([\d.]+) and ([\d.]+)\n"
+        r"the runs part \(without kills against with kills\) at step (\d+), column reward/calls, row 0: "
+        r"([\d.]+) against ([\d.]+)\n"
     )
     found = re.fullmatch(message, out)
     assert found, out

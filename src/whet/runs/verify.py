@@ -16,14 +16,14 @@ from whet.errors import RecipeError, WhetError
 from whet.loops.record import read_metrics
 from whet.runs import config, folder, inputs
 from whet.runs import recipe as fields
-from whet.runs.compare import first_difference
+from whet.runs.diff import diff
 from whet.runs.serve import ended_by_signals
 
 OUT = "runs/verify-resume"
 """The folder without `out`; if it exists, a number is added."""
 WHOLE, KILLED = "whole", "killed"
 """The folders of the run without interruption and of the killed one."""
-METRICS = "metrics.jsonl"
+METRICS, SAVED = "metrics.jsonl", "checkpoints/step-*"
 GLANCE = 0.002
 """Seconds between two looks at a running process."""
 
@@ -71,6 +71,25 @@ def verified(
             print(f"whet: {options.kills - inside} of {options.kills} kills came after the last step", file=sys.stderr)
         killed.to_the_end()
     return first_difference(whole.folder, killed.folder)
+
+
+def first_difference(whole: Path, killed: Path) -> str | None:
+    """Return the first difference of two runs of one recipe, or None. `diff` compares what both runs have; here what only one of
+    them has is a difference too: the metrics or the rollout of a step, or the last checkpoint."""
+    found = diff(whole, killed)
+    if found.parting is not None:
+        return str(found.parting)
+    for ours, theirs in zip(_parts(whole), _parts(killed), strict=True):
+        if alone := sorted({*ours} ^ {*theirs}):
+            return f"{alone[0]}: it is in one run alone"
+    return None
+
+
+def _parts(run: Path) -> tuple[list[str], list[str], list[str]]:
+    """Return the names of the metrics, the rollouts and the last checkpoint of a run."""
+    metrics = [f"metrics of step {row['step']}" for row in read_metrics(run)]
+    files = [sorted(str(one.relative_to(run)) for one in run.glob(name)) for name in ("rollouts/*.parquet", SAVED)]
+    return metrics, files[0], files[1][-1:]
 
 
 def save_interval(steps: int, kills: int) -> int:

@@ -1,7 +1,6 @@
-"""Two run folders are compared to the bit, and the first difference is named with its place and both values."""
+"""What verify-resume takes for a difference of two runs: all that `whet diff` finds, and what only one of them has."""
 
 import json
-import math
 import re
 import shutil
 from collections.abc import Callable
@@ -18,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from whet.cli.main import main
 from whet.data.files import sha256
 from whet.loops import rollouts
-from whet.runs.compare import first_difference, tensor_difference
+from whet.runs.verify import first_difference
 
+CHECKPOINT = "checkpoints/step-00000002"
 REWARD = "def size(prompts, completions, **columns):\n    return [float(len(text)) for text in completions]\n"
 
 
@@ -76,64 +76,45 @@ def put(place: tuple[int, ...], value: float) -> Callable[[torch.Tensor], Any]:
     return lambda tensor: tensor.__setitem__(place, value)
 
 
-LAST, NORM = "checkpoints/step-00000002/learner", "model.norm.weight"
-ANSWERS, OF_STEP = "rollouts/step-00000001.parquet", "rollouts/step-00000002.parquet"
+NORM = "model.norm.weight"
 CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "a metric": (metrics(lambda rows: rows[1].update(entropy=7.5)), r"metrics.jsonl: step 2: entropy: \S+ and 7.5"),
-    "a metric of one run": (
-        metrics(lambda rows: rows[0].update(own=1)), "metrics.jsonl: step 1: own: only the second run has it"
+    "a metric": (metrics(lambda rows: rows[1].update(entropy=7.5)), r"at step 2, metric entropy: \S+ against 7.5"),
+    "a lost line": (metrics(lambda rows: rows.pop()), "metrics of step 2: it is in one run alone"),
+    "a lost line before others": (metrics(lambda rows: rows.pop(0)), "metrics of step 1: it is in one run alone"),
+    "a lost rollout": (
+        lambda run: rollouts.path_of(run, 2).unlink(), "rollouts/step-00000002.parquet: it is in one run alone"
     ),
-    "a lost line": (metrics(lambda rows: rows.pop()), "metrics.jsonl: step 2: only the first run has it"),
-    "a lost rollout": (lambda run: rollouts.path_of(run, 2).unlink(), f"{OF_STEP}: only the first run has it"),
     "an earlier step first": (
         both(metrics(lambda rows: rows[0].update(score=1.5)), column(2, lambda table: table["draw"].reverse())),
-        r"metrics.jsonl: step 1: score: \S+ and 1.5",
+        r"at step 1, metric score: \S+ against 1.5",
     ),
     "a reward before what follows from it": (
         column(1, lambda table: [table[one].__setitem__(4, 9.5) for one in ("score", "reward/size")]),
-        rf"{ANSWERS}: column reward/size, answer 4: \S+ and 9.5",
+        r"at step 1, column reward/size, row 4: \S+ against 9.5",
     ),
     "an answer before its reward": (
         column(1, lambda table: [table["reward/size"].reverse(), table["completion_ids"][2].__setitem__(1, 99)]),
-        rf"{ANSWERS}: column completion_ids, answer 2, token 1: \d+ and 99",
-    ),
-    "a shorter answer": (
-        column(1, lambda table: table["completion_ids"][0].pop()),
-        rf"{ANSWERS}: column completion_ids, answer 0: 4 tokens and 3",
-    ),
-    "a column of one run": (
-        column(2, lambda table: table.pop("advantage")), rf"{OF_STEP}: column advantage: only the first run has it"
-    ),
-    "a weight": (
-        tensors(f"{LAST}/policy.safetensors", lambda found: put((3,), 2.5)(found[NORM])),
-        rf"{LAST}/policy.safetensors: {NORM}: element \(3,\): \S+ and 2.5",
+        r"at step 1, column completion_ids, row 2, position 1: \d+ against 99",
     ),
     "a moment of the optimizer": (
-        tensors(f"{LAST}/policy.optimizer.safetensors", lambda found: put((0,), 0.5)(next(
+        tensors(f"{CHECKPOINT}/learner/policy.optimizer.safetensors", lambda found: put((0,), 0.5)(next(
             value for key, value in sorted(found.items()) if NORM in key and value.ndim == 1
         ))),
-        rf"{LAST}/policy.optimizer.safetensors: \S*{NORM}\S*: element \(0,\): \S+ and 0.5",
-    ),
-    "a dtype": (
-        tensors(f"{LAST}/policy.safetensors", lambda found: found.update({NORM: found[NORM].double()})),
-        rf"{LAST}/policy.safetensors: {NORM}: \(32,\) torch.float32 and \(32,\) torch.float64",
-    ),
-    "a lost tensor": (
-        tensors(f"{LAST}/policy.safetensors", lambda found: found.pop(NORM)),
-        rf"{LAST}/policy.safetensors: {NORM}: only the first run has it",
+        rf"at step 2, checkpoint, policy.optimizer, tensor \S*{NORM}\S*, 1 of 32 numbers, the first at \[0\]: \S+ against 0.5",
     ),
     "the state of the loop": (
-        values("checkpoints/step-00000002/loop.json", drawn=99), r"checkpoints/step-00000002/loop.json: drawn: 6 and 99"
+        values(f"{CHECKPOINT}/loop.json", drawn=99), r"at step 2, checkpoint, file loop.json: '\d+ bytes' against '\d+ bytes'"
+    ),
+    "no last checkpoint": (
+        lambda run: shutil.rmtree(run / CHECKPOINT), "checkpoints/step-0000000[12]: it is in one run alone"
     ),
     "the exported model": (
         tensors("model/model.safetensors", lambda found: put((0, 1), -1.5)(found["model.embed_tokens.weight"])),
-        r"model/model.safetensors: model.embed_tokens.weight: element \(0, 1\): \S+ and -1.5",
+        r"in the exported model, model, model, tensor model.embed_tokens.weight, 1 of 864 numbers, .* \[0, 1\]: \S+ against -1.5",
     ),
-    "its configuration": (values("model/config.json", eos_token_id=5), r"model/config.json: eos_token_id: .+ and 5"),
-    "another file of it": (
-        lambda run: (run / "model" / "chat_template.jinja").write_text("x"), "model/chat_template.jinja: the files differ"
+    "its configuration": (
+        values("model/config.json", eos_token_id=5), "in the exported model, model, file config.json: .* bytes'"
     ),
-    "no exported model": (lambda run: shutil.rmtree(run / "model"), "model: only the first run has it"),
 }  # fmt: skip
 """Name -> the change of one run, and the whole message as a regular expression."""
 
@@ -161,18 +142,3 @@ def test_two_runs_that_differ_in_seconds_alone_are_equal(run: Path, tmp_path: Pa
     metrics(lambda rows: rows[0].update({"seconds": 9.0, "seconds/generate": 8.0}))(tmp_path / "other")
     (tmp_path / "other" / "checkpoints" / "step-00000001" / "loop.json").unlink()  # not the last one
     assert first_difference(run, tmp_path / "other") is None
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "found"),
-    [
-        (torch.tensor(1.0), torch.tensor(2.0), ": element (): 1.0 and 2.0"),
-        (torch.tensor([0.0]), torch.tensor([-0.0]), ": element (0,): 0.0 and -0.0"),
-        (torch.tensor([math.nan]), torch.tensor([math.nan]), None),
-        (torch.zeros(0, 3), torch.zeros(0, 3), None),
-        (torch.eye(2, dtype=torch.bfloat16), torch.ones(2, 2, dtype=torch.bfloat16), ": element (0, 1): 0.0 and 1.0"),
-        (torch.tensor([5]), torch.tensor([5]), None),
-    ],
-)
-def test_tensors_are_equal_if_their_bits_are(one: torch.Tensor, other: torch.Tensor, found: str | None) -> None:
-    assert tensor_difference(one, other) == found
