@@ -1,8 +1,9 @@
 """Runs on this machine that are killed at random moments and started again end as the uninterrupted run does, to the bit.
 
 `python -m proof.soak_local --kills 100 --seed 0` trains tiny models with every method: one run without interruption, and runs
-that get SIGKILL, SIGTERM or SIGINT at a random moment, in a step, inside a save, or after the last step. A supervisor repeats the same
-command, with --resume, until it ends with status 0. Each start is a fork of this process, which has imported the libraries already.
+that get SIGKILL, SIGTERM, SIGINT or SIGHUP at a random moment, in a step, inside a save, or after the last step. A supervisor repeats
+the same command, with --resume, until it ends with status 0. Each start is a fork of this process, which has imported the libraries
+already. A run fails if it ends with another status than its signal gives, or does not end within some seconds.
 """
 
 import argparse
@@ -13,10 +14,11 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -25,20 +27,23 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from tqdm import tqdm
+
 from proof.small_runs import SHORT, every, on_rows, write_inputs
 from whet.loops import checkpoint
 from whet.loops.record import read_metrics
 from whet.runs.verify import first_difference
 
-SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SIGNALS = (signal.SIGKILL, *HANDLED)
 PLACES = ("anywhere", "step", "save", "end")
 """Where a kill is aimed: any moment of the process, after its first step, inside a checkpoint, or after the last step."""
 LATE = {"anywhere": 0.0, "step": 0.1, "save": 0.004, "end": 0.03}
 """Seconds from the moment when the place is seen to the signal, at most: about the length of what happens there."""
 FELL = ("start", "step", "save", "end")
 """Where a kill fell: before the first step of the process, in a step, in a save, or after the last step."""
-WITHIN = 60.0
-"""Seconds in which a process must end after a signal, or after its start if it gets none."""
+ENDS, WITHIN = 20.0, 60.0
+"""Seconds in which a process must end: after a signal, and after its start if it gets none."""
 OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "shutil.rmtree")
 """Events of Python's audit hooks that change files. An event comes before its operation."""
 TRIES = 10
@@ -98,31 +103,31 @@ class Supervisor:
 
     def run(self, kills: list[Kill], line: Line, stream: random.Random) -> None:
         """Run the command to its end. Kills that reached a process are removed from `kills`. Raises RuntimeError if a process
-        fails, or does not end after a signal."""
+        fails, does not end in time, or ends with a status that its signal does not give."""
         while True:
-            before, child = self._seen(), forked(self._command)
-            line.starts += 1
-            place = self._send(kills[0], child, before, stream) if kills else None
-            child.join(WITHIN)
-            if child.exitcode is None:
-                child.kill()
-                after = kills[0].signal.name if place else "its start"
-                raise RuntimeError(f"{line.name}: it did not end {WITHIN:g} s after {after}; {self._log()}")
-            if place:
-                done = kills.pop(0)
+            before, line.starts = self._seen(), line.starts + 1
+            with forked(self._command) as child:
+                place = self._send(kills[0], child, before, stream) if kills else None
+                left = self.last - self._steps()
+                ended(child, ENDS if place else WITHIN, f"{line.name}, {kills[0] if place else 'no signal'}", self._log)
+                status = child.exitcode
+            done = kills.pop(0) if place else None
+            if done is not None:
                 line.signals[done.signal.name] += 1
-                line.fell[place] += 1
-            elif child.exitcode:
-                raise RuntimeError(f"{line.name}: status {child.exitcode} without a signal; {self._log()}")
-            if child.exitcode == 0:
+                line.fell[str(place)] += 1
+            if status not in statuses(done, place, left):
+                raise RuntimeError(
+                    f"{line.name}: status {status} after {done}, {left} steps before the end; {self._log()}"
+                )
+            if status == 0:
                 return
 
     def stopped_at(self, number: int) -> int:
         """Run the command in a process that is killed before its file operation `number` in the run folder. Return the number
-        of operations before. Raises RuntimeError if the process fails."""
+        of operations before. Raises RuntimeError if the process fails or does not end in time."""
         counted = multiprocessing.get_context("fork").RawValue("i", 0)
-        child = forked(partial(self._command, partial(_count, str(self.out), counted, number)))
-        child.join(WITHIN)
+        with forked(partial(self._command, partial(_count, str(self.out), counted, number))) as child:
+            ended(child, WITHIN, f"before file operation {number}", self._log)
         if child.exitcode not in (0, -signal.SIGKILL):
             raise RuntimeError(f"status {child.exitcode} before file operation {number}; {self._log()}")
         return counted.value
@@ -136,14 +141,22 @@ class Supervisor:
         os.dup2(handle, 2)
         if hook is not None:
             sys.addaudithook(hook)
-        sys.exit(main([*self.words, "--resume"]))
+        try:
+            listening()
+            status = main([*self.words, "--resume"])
+            sys.stdout.flush()
+        except KeyboardInterrupt:  # before or after the command
+            status = 128 + signal.SIGINT
+        os._exit(status)
 
     def _send(self, kill: Kill, child: BaseProcess, before: Seen, stream: random.Random) -> str | None:
-        """Wait for the moment, send the signal, and return where it fell. Return None if the process ended before it."""
+        """Wait for the moment, send the signal, and return where it fell. Return None if the process ended before it, or if the
+        moment does not come in time."""
+        until = time.monotonic() + WITHIN
         moment, late = time.monotonic() + stream.uniform(0.0, self.life), stream.uniform(0.0, LATE[kill.place])
         while time.monotonic() < moment if kill.place == "anywhere" else self.place(before) != kill.place:
             time.sleep(0.0005)
-            if not child.is_alive():
+            if not child.is_alive() or time.monotonic() > until:
                 return None
         time.sleep(late)
         place = self.place(before)
@@ -171,8 +184,12 @@ class Supervisor:
             return "save"
         if now.saved == self.last:
             return "end"
-        begun = now.changed != before.changed and len(read_metrics(self.out)) > before.saved
+        begun = now.changed != before.changed and self._steps() > before.saved
         return "step" if begun else "start"
+
+    def _steps(self) -> int:
+        """Return the number of steps with metrics."""
+        return len(read_metrics(self.out)) if (self.out / "metrics.jsonl").is_file() else 0
 
     def _log(self) -> str:
         return "the end of its output:\n" + (self.home / "log").read_text()[-2000:]
@@ -189,11 +206,73 @@ def _count(folder: str, counted: Any, number: int, event: str, given: tuple[Any,
     counted.value += 1
 
 
-def forked(work: Callable[[], None]) -> BaseProcess:
-    """Start a fork of this process. This process itself uses no library that has locks, which a killed child would leave closed."""
+def statuses(kill: Kill | None, place: str | None, left: int) -> set[int]:
+    """Return the statuses that a process may end with after a signal, `left` steps before the end of its run.
+
+    A handled signal gives 128 plus its number, or ends the process by itself before there is a handler. The run may end as if
+    there were no signal in its last step, and if Python drops the KeyboardInterrupt of a SIGINT in a callback at the start.
+    """
+    if kill is None:
+        return {0}
+    number = int(kill.signal)
+    last = place == "end" or left <= 1 or (kill.signal == signal.SIGINT and place == "start")
+    if kill.signal == signal.SIGKILL:
+        return {-number, 0} if last else {-number}
+    return {128 + number, -number, 0} if last else {128 + number, -number}
+
+
+def ended(child: BaseProcess, seconds: float, about: str, log: Callable[[], str]) -> None:
+    """Wait until a process ends. Raises RuntimeError if it takes longer."""
+    child.join(seconds)
+    if child.exitcode is None:
+        raise RuntimeError(f"{about}: the process did not end within {seconds:g} s; {log()}")
+
+
+@contextmanager
+def forked(work: Callable[[], Any]) -> Iterator[BaseProcess]:
+    """Start a fork of this process, which is killed at the end of the context if it still runs.
+
+    A child that is killed never releases a lock that it shares with this process. So this process has one thread, and no lock of
+    several processes: see `alone`. Signals wait until the child handles them (`listening`).
+    """
     child = multiprocessing.get_context("fork").Process(target=work)
-    child.start()
-    return child
+    signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
+    try:
+        child.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
+    try:
+        yield child
+    finally:
+        child.kill()
+        child.join()
+
+
+def listening() -> None:
+    """Give this process the handlers of a new Python process, also if its parent ignores a signal, and receive signals."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for one in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(one, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
+
+
+def alone() -> None:
+    """Give tqdm a lock of threads. Its own one is shared by all processes, and stays closed if its owner is killed."""
+    tqdm.set_lock(threading.RLock())
+
+
+def in_fork(work: Callable[[], Any]) -> Any:
+    """Return what `work` returns in a fork of this process. Raises RuntimeError if the fork fails or does not end in time."""
+    ours, theirs = multiprocessing.get_context("fork").Pipe(duplex=False)
+    with forked(lambda: theirs.send(work())) as child:
+        theirs.close()
+        if not ours.poll(WITHIN):
+            raise RuntimeError(f"{work}: no result within {WITHIN:g} s")
+        try:
+            return ours.recv()
+        except EOFError:
+            child.join()
+            raise RuntimeError(f"{work}: it ended with status {child.exitcode}") from None
 
 
 def soak(home: Path, configurations: Mapping[str, Sequence[str]], kills: int, seed: int) -> Iterator[Line]:
@@ -214,7 +293,7 @@ def soak(home: Path, configurations: Mapping[str, Sequence[str]], kills: int, se
             killed.run(left, line, stream)
             line.runs += 1
             missed = missed + 1 if len(left) == before else 0
-            line.mismatches += differences(whole.out, killed.out)
+            line.mismatches += in_fork(partial(differences, whole.out, killed.out))
         if left:
             raise RuntimeError(f"{name}: {left[0]} missed {TRIES} runs")
         shutil.rmtree(home / folder)
@@ -234,7 +313,9 @@ def at_each_operation(home: Path, name: str, words: Sequence[str]) -> Line:
         killed.run([], line, stream)
         line.runs += 1
         line.starts += 1
-        line.mismatches += [f"operation {number}: {one}" for one in differences(whole.out, killed.out)]
+        line.mismatches += [
+            f"operation {number}: {one}" for one in in_fork(partial(differences, whole.out, killed.out))
+        ]
         shutil.rmtree(killed.out)
     shutil.rmtree(home / folder)
     return line
@@ -252,7 +333,7 @@ def differences(whole: Path, killed: Path) -> list[str]:
 
 def prepare(home: Path) -> None:
     """Write the inputs of all runs, in a fork, and train the reward model that some of them read."""
-    forked(partial(write_inputs, home)).join()
+    in_fork(partial(write_inputs, home))
     Supervisor(on_rows("reward", "ranked"), home, "rm").run([], Line("reward"), random.Random(0))
 
 
@@ -281,6 +362,7 @@ def main() -> int:
     given = parser.parse_args()
     for module in USED:
         importlib.import_module(module)
+    alone()
     lines = []
     with TemporaryDirectory() as name:
         home = Path(name)
