@@ -18,7 +18,7 @@ SHORT = {
     "proof.recorder": ["{out}/record.json", "--only", "sft", "dpo"],
     "proof.run": ["--only", "exact KL by enumeration", "--seeds", "1", "--out", "{out}/proof.json"],
     "proof.soak_local": [
-        "--kills", "12", "--skip-operations", "--only", "sft, LoRA with dropout", "reward, K-way, standardized",
+        "--kills", "16", "--skip-operations", "--only", "sft, LoRA with dropout", "reward, K-way, standardized",
         "dpo, BCO, reference follows", "instructgpt, shared trunk, adaptive KL",
     ],
     "proof.vectors": [],

@@ -1,6 +1,7 @@
 """A killed run goes on to the same bits: weights, metrics, rollouts; a torn checkpoint costs no good one."""
 
 import json
+import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -362,3 +363,28 @@ def test_a_kill_inside_an_export_leaves_an_earlier_model_whole_and_the_next_expo
     names = {"config.json", "model.safetensors", "generation_config.json"}
     assert on_disk(tmp_path).keys() == {f"model/{name}" for name in names}
     assert on_disk(tmp_path)["model/model.safetensors"] != before.get("model/model.safetensors")
+
+
+def test_what_a_killed_export_left_and_cannot_be_removed_is_an_error_and_not_a_part_of_the_next_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = LocalLearner({"policy": h.policy(dtype=torch.float32)}, {"policy": OPTIM}, total=1, budget=30)
+    own.export("policy", tmp_path / "model")
+    before = on_disk(tmp_path / "model")
+    aside = tmp_path / ".model.writing"
+    aside.mkdir()
+    (aside / "model-00002-of-00002.safetensors").write_bytes(b"half")
+    real = os.unlink
+
+    def refusing(path: Any, **named: Any) -> None:
+        if Path(path).name.startswith("model-00002"):
+            raise PermissionError(13, "Permission denied", str(path))
+        real(path, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refusing)
+        with pytest.raises(PermissionError, match="model-00002-of-00002"):
+            own.export("policy", tmp_path / "model")
+    assert on_disk(tmp_path / "model") == before
+    own.export("policy", tmp_path / "model")
+    assert on_disk(tmp_path) == {f"model/{name}": content for name, content in before.items()}

@@ -59,17 +59,20 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def replace_folder(aside: Path, folder: Path) -> None:
-    """Rename a folder that was written beside to its final name, and remove what had this name. See `follow_umask`."""
+    """Rename a folder that was written beside to its final name, and remove what had this name. See `follow_umask`.
+    Raises OSError if it cannot be removed."""
     follow_umask(aside)
     remove(folder)
     aside.rename(folder)
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link (not what it points to), or a folder with everything in it, if there is one."""
+    """Remove a file, a link (not what it points to), or a folder with everything in it, if there is one. Raises OSError if a part
+    cannot be removed."""
     if path.is_symlink() or path.is_file():
         path.unlink()
-    shutil.rmtree(path, ignore_errors=True)
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def follow_umask(folder: Path) -> None:
