@@ -13,11 +13,11 @@ from typing import Any
 
 from whet.distributed import launched
 from whet.errors import RecipeError, WhetError
+from whet.loops.interrupt import graceful
 from whet.loops.record import read_metrics
 from whet.runs import config, folder, inputs
 from whet.runs import recipe as fields
 from whet.runs.diff import diff
-from whet.runs.serve import ended_by_signals
 
 OUT = "runs/verify-resume"
 """The folder without `out`; if it exists, a number is added."""
@@ -53,7 +53,8 @@ def verified(
     _check(recipe)
     recipe = _prepared(recipe, options.steps)
     whole = Run(method, recipe, out / WHOLE, quiet)
-    with ended_by_signals():
+    with graceful(at_once=True) as stop:  # a signal ends the process of the run too
+        stop.saved = f"the runs in {out} were not compared"
         whole.say(f"first a run without interruption, in {whole.folder}")
         seconds = whole.to_the_end()
         rows = read_metrics(whole.folder)
