@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test zoo engines engines-long lint format bench mutants proof soak real real-short gpu bench-push clean help
+.PHONY: demo test zoo engines engines-long lint format bench mutants proof soak soak-local real real-short gpu bench-push clean help
 
 help:
 	@echo "make demo [SEED=1] [OUT=runs/demo]   the whole recipe on a little world, with a report"
@@ -19,6 +19,7 @@ help:
 	@echo "make mutants                         breaks the mathematics line by line; the tests must turn red"
 	@echo "make proof                           every known answer at full length, over three seeds; writes docs/proof.json"
 	@echo "make soak                            a run on a local Ray cluster whose workers are killed twenty times"
+	@echo "make soak-local                      runs of every method that are killed a hundred times, and at each file operation, against uninterrupted ones"
 	@echo "make real                            every verb on SmolLM2-135M-Instruct, with checks, before and after (25 CPU minutes)"
 	@echo "make real-short                      a few steps of each of these verbs (5 CPU minutes)"
 	@echo "make gpu                             engines, NCCL, bf16 and a short learning run on a machine with GPUs"
@@ -71,6 +72,9 @@ engines-long: .venv-engines/ready
 
 soak: .venv-engines/ready
 	$(QUIET) .venv-engines/bin/python -m proof.soak
+
+soak-local: .venv/ready
+	.venv/bin/python -m proof.soak_local
 
 real: .venv/real
 	rm -rf runs/real

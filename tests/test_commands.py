@@ -17,11 +17,15 @@ SHORT = {
     "proof.page": [],
     "proof.recorder": ["{out}/record.json", "--only", "sft", "dpo"],
     "proof.run": ["--only", "exact KL by enumeration", "--seeds", "1", "--out", "{out}/proof.json"],
+    "proof.soak_local": [
+        "--kills", "12", "--skip-operations", "--only", "sft, LoRA with dropout", "reward, K-way, standardized",
+        "dpo, BCO, reference follows", "instructgpt, shared trunk, adaptive KL",
+    ],
     "proof.vectors": [],
     "tests.planning.page": [],
     "whet.conformance": ["whet.ops"],
     "whet": ["--help"],
-}
+}  # fmt: skip
 """The modules that are run with `python -m`, with the words that make the command short."""
 ELSEWHERE = {
     "proof.soak": "tests/engines/test_cluster.py",

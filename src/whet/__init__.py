@@ -23,14 +23,20 @@ if TYPE_CHECKING:
     from whet.loops.experience import RolloutScores
     from whet.loops.online import MiniBatch, StepLog
     from whet.rewards import Scores
-    from whet.runs.calls import evaluate, explain, plan, rank, sample, serve
+    from whet.runs.calls import evaluate, explain, plan, rank, sample, serve, verify_resume
+    from whet.runs.diff import diff
+    from whet.runs.replay import replay
     from whet.runs.session import Session
     from whet.runs.train import train
+    from whet.runs.why import why
 
 _HOMES = {
     "whet.runs.train": ("train",),
     "whet.runs.session": ("Session",),
-    "whet.runs.calls": ("evaluate", "explain", "plan", "rank", "sample", "serve"),
+    "whet.runs.calls": ("evaluate", "explain", "plan", "rank", "sample", "serve", "verify_resume"),
+    "whet.runs.diff": ("diff",),
+    "whet.runs.replay": ("replay",),
+    "whet.runs.why": ("why",),
     "whet.data": ("Batch", "Group", "Prompt", "Sample"),
     "whet.loops.experience": ("RolloutScores",),
     "whet.loops.online": ("MiniBatch", "StepLog"),
@@ -40,8 +46,8 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Batch", "CheckpointError", "DataError", "Group", "MiniBatch", "ModelError", "Prompt", "RecipeError", "RewardError",
-    "RolloutScores", "RunStopped", "Sample", "Scores", "Session", "StepLog", "UserError", "WhetError", "evaluate", "explain", "plan",
-    "rank", "sample", "serve", "train",
+    "RolloutScores", "RunStopped", "Sample", "Scores", "Session", "StepLog", "UserError", "WhetError", "diff", "evaluate", "explain",
+    "plan", "rank", "replay", "sample", "serve", "train", "verify_resume", "why",
 ]  # fmt: skip
 
 

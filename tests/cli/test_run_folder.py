@@ -141,6 +141,29 @@ def test_the_output_of_the_command_may_stand_in_the_folder_and_so_may_an_attempt
     assert command(capsys, "grpo", *words(GRPO | {"lr": 1e-4})).status == 0
 
 
+BEGINNING = [
+    "environment.json", "recipe.yaml", "inputs.json", "rollouts/.step-00000001.parquet.writing", "rollouts/step-00000001.parquet",
+    "metrics.jsonl", "checkpoints/.writing-00000001-x/learner/policy.safetensors",
+]  # fmt: skip
+"""What a run writes up to its first checkpoint, in this order."""
+
+
+@pytest.mark.parametrize("count", range(1, 1 + len(BEGINNING)), ids=lambda count: BEGINNING[count - 1])
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(count: int, capsys: Any) -> None:
+    given = GRPO | {"num_steps": 2, "save_every": 1}
+    assert command(capsys, "grpo", *words(given | {"out": "runs/whole"})).status == 0
+    for name in BEGINNING[:count]:
+        place, source = Path("runs/r") / name, Path("runs/whole") / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(source.read_bytes() if source.is_file() else b"half")
+    if count > BEGINNING.index("rollouts/step-00000001.parquet"):
+        (Path("runs/r") / "rollouts/.step-00000001.parquet.writing").unlink()
+    said = command(capsys, "grpo", *words(given, "--resume"))
+    assert said.status == 0, said.error
+    assert result() == result("runs/whole")
+    assert on_disk(Path("runs/r")).keys() == on_disk(Path("runs/whole")).keys()
+
+
 @pytest.mark.parametrize("verb", ["eval", "sample", "rank"])
 def test_an_output_file_that_exists_is_refused_before_any_work(verb: str, capsys: Any) -> None:
     Path("out.json").write_text("mine")

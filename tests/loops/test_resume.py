@@ -1,6 +1,7 @@
 """A killed run goes on to the same bits: weights, metrics, rollouts; a torn checkpoint costs no good one."""
 
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 import torch
+from cli.helpers import on_disk
 from models import helpers as h
 
 from loops.helpers import opened
@@ -18,7 +20,7 @@ from whet.generate.local import LocalGenerator
 from whet.learner.local import LocalLearner
 from whet.loops import checkpoint, offline, online
 from whet.loops.interrupt import Stop
-from whet.loops.record import read_metrics
+from whet.loops.record import RunFolder, read_metrics
 from whet.methods import online as method_of
 from whet.methods import preference
 from whet.methods.compose import SFT
@@ -290,3 +292,73 @@ def test_a_line_of_metrics_torn_by_the_kill_does_not_stop_the_resume(tmp_path: P
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "loss": 2.3')
     same(tmp_path, folder, sft(tmp_path, resume=True), expected)
+
+
+def killed(*_: object) -> None:
+    raise Killed
+
+
+def test_a_run_that_was_killed_while_it_began_has_no_recipe_without_its_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda path, to: killed() if Path(to).exists() else real(path, to))
+    (tmp_path / "environment.json").touch()
+    with pytest.raises(Killed):
+        RunFolder(tmp_path).environment("seed: 4\n")
+    assert not (tmp_path / "recipe.yaml").exists()
+
+
+def test_a_kill_while_a_resume_rewrites_its_files_loses_none_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder(tmp_path)
+    run.environment("seed: 4\n")
+    for step in (1, 2, 3):
+        run.metrics(step, loss=1.0 / step)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(Killed):
+            RunFolder(tmp_path, resume_at=2)
+        with pytest.raises(Killed):
+            RunFolder(tmp_path).environment("seed: 5\n")
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
+    assert (tmp_path / "recipe.yaml").read_text() == "seed: 4\n"
+    RunFolder(tmp_path, resume_at=2).environment("seed: 5\n")
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+    assert (tmp_path / "recipe.yaml").read_text() == "seed: 5\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "recipe.yaml", "environment.json"}
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_kill_inside_an_export_leaves_an_earlier_model_whole_and_the_next_export_leaves_nothing_of_it(
+    earlier: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = LocalLearner({"policy": h.policy(dtype=torch.float32)}, {"policy": OPTIM}, total=1, budget=30)
+    where = tmp_path / "model"
+    if earlier:
+        own.export("policy", where)
+    before = on_disk(tmp_path)
+    model = own.roles["policy"].model
+    real = type(model).save_pretrained
+
+    def half(model: Any, folder: str, **named: Any) -> None:
+        real(model, folder, **named)
+        (Path(folder) / ".tmpXYZ").write_bytes(b"half")
+        (Path(folder) / "config.json").write_text("{")
+        raise Killed
+
+    with torch.no_grad():
+        next(model.parameters()).add_(1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "save_pretrained", half)
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a killed process tidies nothing up
+        with pytest.raises(Killed):
+            own.export("policy", where)
+    after = on_disk(tmp_path)
+    assert {name: after.get(name) for name in before} == before
+    assert (where / "config.json").exists() == earlier
+    own.export("policy", where)
+    names = {"config.json", "model.safetensors", "generation_config.json"}
+    assert on_disk(tmp_path).keys() == {f"model/{name}" for name in names}
+    assert on_disk(tmp_path)["model/model.safetensors"] != before.get("model/model.safetensors")

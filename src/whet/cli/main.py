@@ -1,5 +1,6 @@
 """The command line: the table of commands, parsing of options, and errors as one message."""
 
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,6 +22,10 @@ OTHERS = {
     "serve": "run a vLLM server on this machine, for runs with generator.name server",
     "explain": "describe a recipe: its objective with numbers, its batch sizes, its optimum",
     "plan": "estimate memory, traffic and time of a training recipe on several GPUs",
+    "verify_resume": "train a recipe twice, once with kills and resumes, and compare the runs to the bit",
+    "replay": "compute a step of a run again from its record, and compare the numbers",
+    "diff": "the first step and column or tensor in which two runs differ",
+    "why": "the answers of a step token by token: what each adds to the loss",
     "demo": "run all training stages on a small synthetic task, and write a report",
 }
 RESERVED = {
@@ -96,24 +101,72 @@ def _named_method(about: str, recipe: str | None) -> str:
     return method
 
 
-def _told(about: str, words: list[str]) -> str:
-    """Return the text of `whet explain VERB [RECIPE.yaml]`, or of `whet explain RECIPE.yaml` if the recipe names its method.
-
-    `whet plan` has the same forms.
-    """
+def _about(about: str, words: list[str]) -> int:
+    """Run `whet explain VERB [RECIPE.yaml]`, or `whet explain RECIPE.yaml` if the recipe names its method, and print the
+    result. `whet plan` and `whet verify-resume` have the same forms. Return the exit status."""
+    name = about.replace("_", "-")
     if not words or words[0].startswith("-"):
-        raise RecipeError(
-            f"{about}: which method? whet {about} ppo [RECIPE.yaml], or a recipe with a line `method: ppo`"
-        )
+        raise RecipeError(f"{name}: which method? whet {name} ppo [RECIPE.yaml], or a recipe with a line `method: ppo`")
     if words[0] == "train":
         words = words[1:] or [""]
     verb, rest = words[0].replace("-", "_"), words[1:]
     if verb not in {**OFFLINE, **ONLINE, **OTHERS}:
-        verb, rest = _named_method(about, words[0]), words
-    recipe, overrides, _ = parsed(rest)
+        verb, rest = _named_method(name, words[0]), words
+    recipe, overrides, flags = parsed(rest)
     import whet
 
-    return (whet.explain if about == "explain" else whet.plan)(verb, recipe, **_grouped(overrides))
+    fields = _grouped(overrides)
+    if about == "verify_resume":
+        differs = whet.verify_resume(verb, recipe, quiet="quiet" in flags, **fields)
+        print(
+            f"the runs part (without kills against with kills) {differs}"
+            if differs
+            else "equal: metrics, rollouts, the last checkpoint, the model"
+        )
+        return 1 if differs else 0
+    print((whet.explain if about == "explain" else whet.plan)(verb, recipe, **fields))
+    return 0
+
+
+INSPECT: dict[str, tuple[int, dict[str, str]]] = {
+    "replay": (1, {"step": "number of the step, from 1", "accept_changed": "name of an input that may have changed"}),
+    "diff": (2, {}),
+    "why": (
+        1,
+        {
+            "step": "number of the step, from 1",
+            "sample": "number of the answer, pair or row of the step, from 0; without it, a table of all",
+            "accept_changed": "name of an input that may have changed",
+        },
+    ),
+}
+"""The commands that read run folders: the number of folders, and the options with their meanings."""
+
+
+def _inspected(verb: str, words: list[str]) -> int:
+    """Run `replay`, `diff` or `why`, print the result, and return 0 if it is as expected, 1 if there is a difference."""
+    import whet
+    from whet.distributed import first
+
+    count, known = INSPECT[verb]
+    runs = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+    if len(runs) != count:
+        wanted = " ".join(["RUN"] if count == 1 else ["RUN_A", "RUN_B"])
+        raise RecipeError(f"{verb}: expected whet {verb} {wanted} with --options after it, got {' '.join(words)!r}")
+    recipe, overrides, flags = parsed(words[count:])
+    options = _grouped(overrides)
+    for name in [*options, *(flags - {"quiet", "debug"}), *([recipe] if recipe else [])]:
+        if name not in known:
+            raise RecipeError(
+                f"{verb}: unknown option {name!r}; it has {', '.join(f'--{one}' for one in known).replace('_', '-') or 'none'}"
+            )
+    if "step" in known and "step" not in options:
+        raise RecipeError(f"{verb}: which step? whet {verb} {runs[0]} --step 1")
+    quiet = {} if verb == "diff" else {"quiet": "quiet" in flags}
+    result = getattr(whet, verb)(*runs, **options, **quiet)
+    if first():
+        print(result)
+    return 0 if result.equal else 1
 
 
 def _command(words: list[str]) -> int:
@@ -128,9 +181,10 @@ def _command(words: list[str]) -> int:
     verb = words[0].replace("-", "_")
     if verb not in {**OFFLINE, **ONLINE, **OTHERS}:
         raise _unknown_verb(words[0])
-    if verb in ("explain", "plan") and not {"-h", "--help"} & set(words):
-        print(_told(verb, words[1:]))
-        return 0
+    if verb in ("explain", "plan", "verify_resume") and not {"-h", "--help"} & set(words):
+        return _about(verb, words[1:])
+    if verb in INSPECT and not {"-h", "--help", "--help-all"} & set(words):
+        return _inspected(verb, words[1:])
     recipe, overrides, flags = parsed(words[1:])
     if flags & {"help", "help-all"}:
         print(_verb_help(verb, _grouped(overrides), everything="help-all" in flags))
@@ -248,7 +302,7 @@ def _adapter_help(verb: str, given: Mapping[str, Any]) -> list[str]:
 def _verb_help(verb: str, given: Mapping[str, Any] = {}, *, everything: bool = False) -> str:
     from whet.cli import help
     from whet.runs import config
-    from whet.runs.recipe import PlanOptions, kind_of
+    from whet.runs.recipe import PlanOptions, VerifyOptions, kind_of
 
     about = {**OFFLINE, **ONLINE, **OTHERS}[verb]
     lines = [
@@ -262,15 +316,22 @@ def _verb_help(verb: str, given: Mapping[str, Any] = {}, *, everything: bool = F
         lines.append("  --seed     seed of the synthetic data and of all random numbers [0]")
         lines.append("  --out      folder; an earlier demo in it is renamed [runs/demo]")
         return "\n".join([*lines, "  --quick    a short run, which only shows that everything works [False]"])
+    if verb in INSPECT:
+        count, options = INSPECT[verb]
+        lines[0] = f"usage: whet {verb} {'RUN' if count == 1 else 'RUN_A RUN_B'} [--option value ...]"
+        named = [f"  --{name.replace('_', '-'):<16} {meaning}" for name, meaning in options.items()]
+        return "\n".join(
+            [*lines[:3], *(["", "options:", *named] if named else []), "", "exit status: 0 equal, 1 different"]
+        )
     if verb == "train":
         return "\n".join([*lines[:3], "", "takes every field of the recipe's method"])
-    if verb in ("explain", "plan"):
+    if verb in ("explain", "plan", "verify_resume"):
+        name = verb.replace("_", "-")
         lines[0] = (
-            f"usage: whet {verb} VERB [RECIPE.yaml] [--field value ...], or whet {verb} RECIPE.yaml with a line `method: VERB`"
+            f"usage: whet {name} VERB [RECIPE.yaml] [--field value ...], or whet {name} RECIPE.yaml with a line `method: VERB`"
         )
-        own = []
-        if verb == "plan":
-            own = ["options [default]:", *help.recipe_lines(PlanOptions, PlanOptions(0)), ""]
+        own_options = {"plan": PlanOptions(0), "verify_resume": VerifyOptions()}.get(verb)
+        own = ["options [default]:", *help.recipe_lines(type(own_options), own_options), ""] if own_options else []
         return "\n".join([*lines[:3], "", *own, "takes every field of the verb it is about"])
     kind = kind_of(verb)
     try:  # with the parts and adapters that are named beside --help

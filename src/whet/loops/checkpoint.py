@@ -187,9 +187,11 @@ class Keeper:
         self.stop.saved = f"the checkpoint of step {self.saved} is saved; continue with --resume"
 
 
-def latest(folder: Path) -> Path | None:
-    """Return the newest complete checkpoint, or None. Complete: all files of the manifest exist with their checksums."""
-    return next((path for path in reversed(_all(folder)) if not fault(path)), None)
+def latest(folder: Path, most: int | None = None) -> Path | None:
+    """Return the newest complete checkpoint (of at most `most` steps, if given), or None. Complete: all files of the manifest
+    exist with their checksums."""
+    found = (path for path in reversed(_all(folder)) if most is None or int(path.name.removeprefix("step-")) <= most)
+    return next((path for path in found if not fault(path)), None)
 
 
 def newest(folder: Path, *, quiet: bool = False) -> Path | None:

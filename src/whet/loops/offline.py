@@ -99,7 +99,7 @@ class OfflineLoop:
             elements = [element for source in self.sources for element in source]
             learner.rehearse(longest(elements, plan.batch), trained_columns(self.objective.terms))
         if plan.precompute:
-            self._known = _precomputed(learner, self.sources, self.columns, plan.batch)
+            self._known = precomputed(learner, self.sources, self.columns, plan.batch)
         self._stack.enter_context(keeper)
         self._progress = self._stack.enter_context(Progress(self.title, plan.steps, done=self.first, quiet=self.quiet))
         return self
@@ -193,7 +193,7 @@ def run_steps(loop: OfflineLoop) -> None:
         loop.optim_step()
 
 
-def _precomputed(
+def precomputed(
     learner: Learner, sources: Sequence[Sequence[Element]], columns: frozenset[str], size: int
 ) -> dict[tuple[int, int], list[Tensor]]:
     """Return the reference's log-probs of the rows of each element, as (source, index) -> one tensor (response,) per row."""

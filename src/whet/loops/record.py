@@ -59,20 +59,18 @@ class RunFolder:
         """The folder of the checkpoints."""
         return self.folder / "checkpoints"
 
-    def environment(self, recipe_text: str) -> None:
-        """Write recipe.yaml (resolved) and environment.json (versions, number of threads)."""
+    def environment(self, recipe_text: str, workers: int = 1) -> None:
+        """Write environment.json (versions, numbers of threads and of learner processes), then recipe.yaml (resolved)."""
         if not self.writes:
             return
+        write_json(self.folder / "environment.json", environment() | {"workers": workers})
         write_text(self.folder / "recipe.yaml", recipe_text)
-        versions = {name: metadata.version(name) for name in PACKAGES}
-        about = {"python": sys.version.split()[0], "machine": platform.machine(), "threads": torch.get_num_threads()}
-        write_json(self.folder / "environment.json", about | versions)
 
     def metrics(self, step: int, **numbers: float) -> None:
         """Append one line to metrics.jsonl, and log the same numbers to the trackers."""
         if not self.writes:
             return
-        line = {"step": step} | {name: _plain(value) for name, value in numbers.items()}
+        line = {"step": step} | {name: plain(value) for name, value in numbers.items()}
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         with os.fdopen(os.open(self._metrics, flags, 0o666), "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -112,6 +110,12 @@ class RunFolder:
                 self.trackers = tuple(one for one in self.trackers if one is not tracker)
 
 
+def environment() -> dict[str, Any]:
+    """Return what the last digits of a run depend on: versions, kind of processor, and number of threads."""
+    about = {"python": sys.version.split()[0], "machine": platform.machine(), "threads": torch.get_num_threads()}
+    return about | {name: metadata.version(name) for name in PACKAGES}
+
+
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     """Return the lines of metrics.jsonl of a run, without an incomplete last line (a write that was interrupted).
 
@@ -140,5 +144,6 @@ def mean_of(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: sum(row[name] for row in rows if name in row) / sum(name in row for row in rows) for name in names}
 
 
-def _plain(value: Any) -> float:
+def plain(value: Any) -> float:
+    """Return a number as a Python number, also a tensor or an array."""
     return value.item() if hasattr(value, "item") else value

@@ -1,8 +1,11 @@
 """Write and read rollouts: a Parquet file per step, a row per answer, every column of the batch, per-token ones as lists."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from whet.data import COLUMNS, Batch, Group
 from whet.data.files import replacing
@@ -20,14 +23,9 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / "rollouts" / f"step-{step:08d}.parquet"
 
 
-def write(folder: Path, step: int, groups: Sequence[Group], batch: Batch, names: Sequence[str]) -> Path:
-    """Write the file of a step and return its path. Per-token columns are cut to the length of the answer.
-
-    `names` are the names of the rewards in the column `rewards`; each is written as `reward/NAME`.
-    """
-    import pyarrow
-    import pyarrow.parquet
-
+def table_of(groups: Sequence[Group], batch: Batch, names: Sequence[str]) -> dict[str, list[Any]]:
+    """Return the columns of the file of a step, as column name -> one value per answer. Per-token columns are cut to the length
+    of the answer. `names` are the names of the rewards in the column `rewards`; each is the column `reward/NAME`."""
     samples = [(group.prompt, sample) for group in groups for sample in group.samples]
     table: dict[str, list[Any]] = {
         "prompt_id": [prompt.id for prompt, _ in samples],
@@ -53,9 +51,20 @@ def write(folder: Path, step: int, groups: Sequence[Group], batch: Batch, names:
         table[name] = rows
     for number, name in enumerate(names):
         table[f"reward/{name}"] = batch["rewards"][:, number].tolist()
+    return table
+
+
+def write(folder: Path, step: int, groups: Sequence[Group], batch: Batch, names: Sequence[str]) -> Path:
+    """Write the file of a step, with the columns of `table_of`, and return its path."""
+    import pyarrow
+    import pyarrow.parquet
+
+    table = table_of(groups, batch, names)
     path = path_of(folder, step)
     path.parent.mkdir(exist_ok=True)
-    whole = pyarrow.table(table).replace_schema_metadata({"whet.schema": str(SCHEMA)})
+    kinds = {name: str(column.dtype).removeprefix("torch.") for name, column in batch.columns.items()}
+    about = {"whet.schema": str(SCHEMA), "whet.dtypes": json.dumps(kinds)}
+    whole = pyarrow.table(table).replace_schema_metadata(about)
     with replacing(path) as file:
         pyarrow.parquet.write_table(whole, file)
     return path
@@ -73,6 +82,14 @@ def read(folder: Path, step: int, columns: Sequence[str] | None = None) -> dict[
     if version > SCHEMA:
         raise DataError(f"{path_of(folder, step)}: schema version {version}; this whet reads up to {SCHEMA}, update it")
     return table.to_pydict()
+
+
+def dtype(folder: Path, step: int, name: str) -> torch.dtype:
+    """Return the dtype that a column of the batch had; float32 if the file does not say it."""
+    import pyarrow.parquet
+
+    metadata = pyarrow.parquet.read_schema(path_of(folder, step)).metadata or {}
+    return getattr(torch, json.loads(metadata.get(b"whet.dtypes", b"{}")).get(name, "float32"))
 
 
 def steps(folder: Path) -> list[int]:

@@ -304,17 +304,23 @@ def diagnostics(batch: Batch, clip: Part | None) -> dict[str, float]:
         "kl_old": float(ops.masked_mean(torch.expm1(log_ratio) - log_ratio, mask)),
     }
     if clip is not None:
-        own = clip.columns["ratio"]
-        held = own(batch.columns) if isinstance(own, Part) else ratio
-        below, above = held < 1 - clip.options["clip_low"], held > 1 + clip.options["clip_high"]
-        better, worse = batch["advantage"] > 0, batch["advantage"] < 0
-        shares = {"clip_fraction": (above & better) | (below & worse), "ratio_outside": below | above}
-        if "bound" in clip.options:
-            shares["dual_clip_fraction"] = (held > clip.options["bound"]) & worse
+        shares = clipped(batch.columns, clip)[1]
         out |= {name: float(ops.masked_mean(share.to(ratio.dtype), mask)) for name, share in shares.items()}
     if "value" in batch.columns:
         out["explained_variance"] = float(ops.explained_variance(batch["old_value"], batch["returns"], mask))
     return out
+
+
+def clipped(columns: Mapping[str, Tensor], clip: Part) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the ratio that the part `clip` bounds, and for each share of `diagnostics` where it counts, each (B, T)."""
+    own = clip.columns["ratio"]
+    held = own(columns) if isinstance(own, Part) else (columns["logp"] - columns["old_logp"]).exp()
+    below, above = held < 1 - clip.options["clip_low"], held > 1 + clip.options["clip_high"]
+    better, worse = columns["advantage"] > 0, columns["advantage"] < 0
+    shares = {"clip_fraction": (above & better) | (below & worse), "ratio_outside": below | above}
+    if "bound" in clip.options:
+        shares["dual_clip_fraction"] = (held > clip.options["bound"]) & worse
+    return held, shares
 
 
 def clipping(algorithm: Algorithm) -> Part | None:

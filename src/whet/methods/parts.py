@@ -141,19 +141,28 @@ class Term:
     def share(
         self, columns: Mapping[str, Tensor], counts: Counts, masked: dict[str, dict[str, Tensor]] | None = None
     ) -> Tensor:
-        """Compute weight x reduction(loss), a scalar: the part of this batch in the mini-batch with these counts.
+        """Compute weight x reduction(loss), a scalar: the part of this batch in the mini-batch with these counts. `masked` and
+        errors: see `losses`."""
+        return self.reduced(self.losses(columns, masked), columns[self.mask], counts)
+
+    def reduced(self, loss: Tensor, mask: Tensor, counts: Counts) -> Tensor:
+        """Compute weight x reduction of losses (B, T) or (E,), a scalar; linear in the losses."""
+        assert isinstance(self.weight, (int, float)), "controllers are resolved before a term is used"
+        return self.weight * self.reduction(loss, mask, counts, **self.options)
+
+    def losses(self, columns: Mapping[str, Tensor], masked: dict[str, dict[str, Tensor]] | None = None) -> Tensor:
+        """Compute the loss before the reduction, (B, T) or (E,).
 
         `masked` keeps the masked columns for further terms on the same columns, by the name of their mask. Raises RecipeError
         if a user's loss has another shape than the mask or no gradient.
         """
-        assert isinstance(self.weight, (int, float)), "controllers are resolved before a term is used"
         mask, masked = columns[self.mask], {} if masked is None else masked
         if self.mask not in masked:
             masked[self.mask] = {name: _where(mask, column) for name, column in columns.items()}
         loss = self.loss(masked[self.mask])
         if any(one.own for one in self.loss.walk()):
             self._check_own(loss, masked[self.mask])
-        return self.weight * self.reduction(loss, mask, counts, **self.options)
+        return loss
 
     def _check_own(self, loss: object, columns: Mapping[str, Tensor]) -> None:
         """Raise RecipeError for a user's loss that the reduction would broadcast, or that trains nothing."""

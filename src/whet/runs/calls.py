@@ -1,4 +1,4 @@
-"""The public functions other than training: sample, rank, evaluate, serve, explain and plan."""
+"""The public functions other than training: sample, rank, evaluate, serve, explain, plan and verify_resume."""
 
 import tempfile
 from collections.abc import Callable, Mapping
@@ -72,6 +72,23 @@ def plan(method: str, recipe: str | Path | None = None, *, tokenizer: Any = None
         return planned(method, _resolved(method, recipe, Sources(Path(folder), tokenizer), rest), options)
 
 
+def verify_resume(
+    method: str, recipe: str | Path | None = None, *, tokenizer: Any = None, quiet: bool = True, **fields: Any
+) -> str | None:
+    """Check that a killed run of `whet.train` ends as an uninterrupted one: train twice in processes of their own, with `kills`
+    kills in the second run, and compare the runs to the bit. `steps` shortens both. Write to the new folder `out`.
+
+    Return what differs first (a metric, a column of a rollout, a tensor) with both values, or None if nothing differs. Raises
+    RecipeError for invalid arguments, WhetError if a run fails.
+    """
+    from whet.runs.verify import taken, verified
+
+    _trains(method, "verify-resume")
+    options, out, rest = taken(fields)
+    resolved = _resolved(method, recipe, Sources(out / "inputs", tokenizer), rest)
+    return verified(method, resolved, options, out, quiet)
+
+
 def _called(
     verb: str, run: Callable[[Any], Any], recipe: str | Path | None, tokenizer: Any, fields: dict[str, Any]
 ) -> Any:
@@ -96,7 +113,7 @@ def _resolved(verb: str, recipe: str | Path | None, sources: Sources, fields: Ma
 
 def _trains(method: str, about: str) -> None:
     config.check_call(method, None)
-    if method in ("sample", "rank", "eval", "serve", "demo", "explain", "plan"):
+    if method in ("sample", "rank", "eval", "serve", "demo", "explain", "plan", "verify_resume"):
         raise RecipeError(f"{about}: {method} trains nothing; name a training method, such as ppo or dpo")
     if method not in catalogue.TRAINED:
         raise config.unknown_method(method)

@@ -75,9 +75,9 @@ def restarted(options: Options) -> Options:
 
 
 def begun(folder: Path) -> bool:
-    """Return True if a folder contains a run: a recipe and metrics or checkpoints."""
+    """Return True if a folder contains a run: a recipe, and rollouts, metrics or checkpoints."""
     return (folder / "recipe.yaml").is_file() and any(
-        _contains(folder / one) for one in ("metrics.jsonl", "checkpoints")
+        _contains(folder / one) for one in ("rollouts", "metrics.jsonl", "checkpoints")
     )
 
 
@@ -145,7 +145,7 @@ def _refuse_inputs_inside(folder: Path, recipe: TrainingRecipe, recipe_file: Pat
 def _refuse_changes(folder: Path, recipe: TrainingRecipe, verb: str, accepted: Sequence[str]) -> None:
     """Raise RecipeError if the run in a folder has another recipe, except for what may change on a resume."""
     saved = config.completed(config.read_yaml(folder / "recipe.yaml"), type(recipe))
-    changed = _changed(_kept(saved), _kept(config.yaml_tree(config.to_yaml(recipe, verb))))
+    changed = differing(_kept(saved), _kept(config.yaml_tree(config.to_yaml(recipe, verb))))
     changed = [name for name in changed if not (name in accepted and name.startswith(("data.", "reward.", "ptx.")))]
     length = [name for name in changed if name.rpartition(".")[2] in LENGTH]
     if changed and changed == length:
@@ -252,7 +252,7 @@ def opened(folder: Path, recipe: TrainingRecipe, options: Options, verb: str, wo
         writes=workers.first,
         accepted=options.accepted,
     )
-    run.environment(text)
+    run.environment(text, workers.size)
     if workers.first:
         inputs.write(folder, config.yaml_tree(text), options.accepted, resumed=found is not None)
         note("begun")
@@ -272,12 +272,13 @@ def _kept(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _changed(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:
+def differing(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:
+    """Return the dotted names of the fields in which two recipes differ."""
     out = []
     for key in {**old, **new}:
         a, b = old.get(key), new.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            out += _changed(a, b, f"{where}{key}.")
+            out += differing(a, b, f"{where}{key}.")
         elif a != b:
             out.append(f"{where}{key}")
     return out

@@ -128,12 +128,20 @@ def check(folder: Path, tree: Mapping[str, Any], accepted: Collection[str] = ())
         if not (FROZEN.fullmatch(one) or one in fields_ or any(_is_named(name, [one]) for name in now)):
             known = ", ".join(dict.fromkeys(name.partition(": ")[0] for name in now))
             raise RecipeError(f"--accept-changed {one}: the run has no such input; it has {known}")
-    for name, old in _read(folder).items():
-        if name in now and now[name] != old and not _is_named(name, accepted):
+    for name, found in changed(folder, tree, accepted).items():
+        if found:
             raise RecipeError(
                 f"--resume: {name}: the file has changed since the run in {folder} began; restore it, or continue with the "
                 f"changed file with --accept-changed {name.partition(': ')[0]}"
             )
+
+
+def changed(folder: Path, tree: Mapping[str, Any], accepted: Collection[str] = ()) -> dict[str, bool]:
+    """Return the entries "field: path" of the run folder whose files are not as when the run began, and not `accepted`. The
+    value is True if the file is there, False if it is missing."""
+    now, named_ = digests(tree), {f"{field_}: {value}" for field_, value in named(tree)}
+    old = {name: mark for name, mark in _read(folder).items() if name in named_ and not _is_named(name, accepted)}
+    return {name: name in now for name, mark in old.items() if now.get(name) != mark}
 
 
 def _is_named(name: str, accepted: Collection[str]) -> bool:

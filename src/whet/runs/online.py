@@ -88,8 +88,9 @@ class OnlineJob:
             loop.learner.export("ema", where / "ema", self.tokenizer, end_ids=ends)
 
 
-def prepare(method: str, recipe: fields.OnlineRecipe) -> OnlineJob:
-    """Check the recipe and read the prompts; load no weights. Raises RecipeError, DataError or ModelError."""
+def prepare(method: str, recipe: fields.OnlineRecipe, *, recorded: bool = False) -> OnlineJob:
+    """Check the recipe and read the prompts; load no weights. With `recorded`, the answers and scores are in the record of a
+    run, so generator and rewards are not checked. Raises RecipeError, DataError or ModelError."""
     checks.check_optim(recipe.optim, "optim")
     if recipe.critic.optim is not None:
         checks.check_optim(recipe.critic.optim, "critic.optim")
@@ -109,11 +110,12 @@ def prepare(method: str, recipe: fields.OnlineRecipe) -> OnlineJob:
     prompts = data.with_all_columns(data.rows_of(recipe.data, data.cautioned(reader.prompts, chat)))
     data.tell_left_out(reader)
     data.check_columns(prompts)
-    generators.check_generator(recipe, chat, int(os.environ["WORLD_SIZE"]) if launched() else 1)
-    rewards.check_rewards(recipe, tokenizer, prompts)
+    if not recorded:
+        generators.check_generator(recipe, chat, int(os.environ["WORLD_SIZE"]) if launched() else 1)
+        rewards.check_rewards(recipe, tokenizer, prompts)
     ptx_reader = data.reader_of(recipe.model, fields.Rows(), chat)
     ptx = data.cautioned(ptx_reader.demonstrations, chat)(read_rows(recipe.ptx.data)) if recipe.ptx.data else []
-    for caution in checks.cautions(recipe, algorithm) if first() else ():
+    for caution in checks.cautions(recipe, algorithm) if first() and not recorded else ():
         print(f"whet: {caution}", file=sys.stderr)
     plan, longest = _plan_of(recipe, mini_batch_size, chat, prompts, refilled=bool(algorithm.collect.dynamic_sampling))
     each = 1 if algorithm.pairs else algorithm.collect.num_generations

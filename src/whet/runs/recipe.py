@@ -494,6 +494,18 @@ class PlanOptions:
     """bytes per second between machines"""
 
 
+@dataclass(frozen=True)
+class VerifyOptions:
+    """What `whet verify-resume` takes beside the recipe's fields."""
+
+    kills: Count = 3
+    """number of kills of the second run"""
+    kill_seed: NotNegativeInt = 0
+    """seed of the moments of the kills"""
+    steps: Count | None = None
+    """steps of each run (offline: updates); default: all steps of the recipe"""
+
+
 def kind_of(verb: str) -> type:
     """The record of a verb's recipe."""
     others = {

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from whet.data import Chat, Prompt, chat_format, extras_of
+from whet.data import Chat, Group, Prompt, chat_format, extras_of
 from whet.errors import ModelError, RecipeError
 from whet.models import load, lora
 from whet.models.roles import Role, readout_of
 from whet.models.saved_adapters import is_adapter
 from whet.registry import load_object
-from whet.rewards import REWARDS, Reward, Weighted
+from whet.rewards import REWARDS, Reward, Scores, Weighted
 from whet.rewards.functions import FunctionReward, ObjectReward
 from whet.rewards.model import ModelReward
 from whet.runs import adapters, models
@@ -190,6 +190,18 @@ def distinct(rewards: Sequence[Weighted]) -> list[Weighted]:
         taken = any(one.name == other.name for other in out)
         out.append(replace(one, name=f"{one.name}_{number}") if taken else one)
     return out
+
+
+class _Unbuilt:
+    """A reward whose scores are in the record of a run."""
+
+    def score(self, groups: Sequence[Group]) -> Scores:
+        raise RuntimeError("the scores of a replay are those of its record")
+
+
+def unbuilt(recipe: fields.OnlineRecipe) -> list[Weighted]:
+    """Return the names and weights of the rewards of a recipe, without loading or calling them."""
+    return distinct([Weighted(one.name or name_of(one.source), _Unbuilt(), one.weight) for one in recipe.reward])
 
 
 def step_ends(tokenizer: Any, separator: str | None) -> Callable[[int], bool] | None:

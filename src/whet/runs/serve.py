@@ -1,6 +1,7 @@
 """`whet serve`: run a vLLM server on the loopback address, as the generator of a run in another process."""
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,7 +27,7 @@ def run_serve(recipe: fields.ServeRecipe) -> str:
         "gpu_memory": recipe.gpu_memory_utilization, "tensor_parallel": recipe.tensor_parallel, "max_num_seqs": recipe.max_num_seqs,
         "transfer": "shared" if recipe.transfer == "auto" else recipe.transfer,
     }  # fmt: skip
-    with _ended_by_signals(), Server(recipe.model.path, port=recipe.port, **options) as server:
+    with ended_by_signals(), Server(recipe.model.path, port=recipe.port, **options) as server:
         print(f"{server.url} (Ctrl-C ends it; --generator server --generator.urls '[{server.url}]')", flush=True)
         try:
             server.process.wait()
@@ -45,8 +46,11 @@ def _dtype(recipe: fields.ServeRecipe) -> str:
 
 
 @contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Raise KeyboardInterrupt on SIGTERM, so that the processes of the server are ended too."""
+def ended_by_signals() -> Iterator[None]:
+    """Raise KeyboardInterrupt on SIGTERM, so that the processes that this one has started are ended too (main thread only)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
