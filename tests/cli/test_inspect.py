@@ -46,7 +46,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "ppo, one update": ("ppo", ANSWERS | {"rollout.mini_batch_size": 3, "algorithm.advantage.gamma": 0.9}),
     "grpo, several updates": ("grpo", ANSWERS | {
         "num_generations": 4, "rollout.mini_batch_size": 6, "rollout.ppo_epochs": 2, "sampling.top_p": 0.9, "kl_in_loss": "exact"}),
-    "remax": ("remax", ANSWERS),
+    "remax": ("remax", ANSWERS | {
+        "reward_normalization": "running", "kl_in_reward.controller": "adaptive", "kl_in_reward.target": 1}),
     "instructgpt": ("instructgpt", ANSWERS | {"rollout.mini_batch_size": 3, "ptx": "sft.jsonl", "ptx.batch_size": 2}),
     "online_dpo": ("online_dpo", ANSWERS | {"num_generations": 3}),
     "sft": ("sft", ROWS | {"data": "sft.jsonl", "data.eval": "sft.jsonl", "train.eval_every": 2, "train.dropout": 0.1}),
