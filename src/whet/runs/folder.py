@@ -134,10 +134,9 @@ def _refuse_foreign(folder: Path) -> None:
 def _refuse_inputs_inside(folder: Path, recipe: TrainingRecipe, recipe_file: Path | None) -> None:
     """Raise RecipeError if an input of the run is in the run folder. Only `inputs` may be there."""
     root = folder.resolve()
-    named = [("recipe", str(recipe_file))] if recipe_file is not None else []
-    for field_, value in [*named, *inputs.named(config.yaml_tree(config.to_yaml(recipe)))]:
-        path = inputs.path_of(value)
-        if path is not None and path.is_relative_to(root) and not path.is_relative_to(root / INPUTS):
+    located = [("recipe", str(recipe_file), recipe_file.resolve())] if recipe_file is not None else []
+    for field_, value, path in [*located, *inputs.located(config.yaml_tree(config.to_yaml(recipe)))]:
+        if path.is_relative_to(root) and not path.is_relative_to(root / INPUTS):
             raise RecipeError(
                 f"{field_}: {value} is in the run folder {folder}, where the run could overwrite it; name another folder with --out"
             )

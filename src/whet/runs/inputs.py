@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".
 
 MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 """The form "package.module:name"."""
+PLACES = ("path", "source", "reference", "train", "eval", "data")
+"""Last names of the fields that hold a path or a name of a model or of data."""
 FROZEN = re.compile(r"reference|critic|reward\d+")
 """The names of roles whose weights a checkpoint has fingerprints of."""
 
@@ -42,15 +45,16 @@ def named(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     return strings({key: one for key, one in tree.items() if key not in ("out", "cluster", "trackers")})
 
 
-def path_of(value: str) -> Path | None:
-    """Return the resolved path of the file or folder that a recipe value names, None if it names none that exists."""
-    try:
-        for text in (value, value.rpartition(":")[0]):
-            if text and Path(text).exists() and (":" in value or "/" in text or "." in text or Path(text).is_dir()):
-                return Path(text).resolve()
-    except OSError:  # a text that is too long for a path
-        pass
-    return None
+def located(tree: Mapping[str, Any]) -> Iterator[tuple[str, str, Path]]:
+    """Yield the dotted name, the text, and the resolved path of each field of a recipe that names a file or folder. A word without
+    a dot, slash or colon can be a folder only in a field for models and data; elsewhere it is a name."""
+    for name, value in named(tree):
+        if name.rpartition(".")[2] not in PLACES and not re.search("[./:]", value):
+            continue
+        with suppress(OSError):  # a text that is too long for a path
+            found = next((one for one in (value, value.rpartition(":")[0]) if one and Path(one).exists()), None)
+            if found is not None:
+                yield name, value, Path(found).resolve()
 
 
 def strings(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
