@@ -271,6 +271,23 @@ MUTANTS: list[Mutant] = [
         ("scaled.square().sum(-1) / scaled.sum(-1) ** 2", "scaled.sum(-1) / scaled.sum(-1) ** 2"),
     ),
     *_of(
+        "loops/replay.py",
+        "cli/test_inspect.py",
+        ("losses.detach().double() * coefficient.double()", "losses.detach().double()"),
+        ("loop.first, loop.state = saved", "loop.first, _ = saved"),
+    ),
+    *_of(
+        "runs/why.py",
+        "cli/test_inspect.py",
+        ("portion.term.label, portion.shares.cpu() / times", "portion.term.label, portion.shares.cpu()"),
+        ('"gae_lambda": 0.0}', '"gae_lambda": 1.0}'),
+    ),
+    *_of(
+        "runs/diff.py",
+        "cli/test_inspect.py",
+        ("return min(known, key=lambda one: one[0])[1]", "return max(known, key=lambda one: one[0])[1]"),
+    ),
+    *_of(
         "methods/algorithm.py",
         "methods",
         ("token_reward = token_reward - coef *", "token_reward = token_reward + coef *"),

@@ -152,7 +152,7 @@ def test_ctrl_c_on_one_worker_saves_the_step_and_stops_all(stops: Any) -> None:
     folder, both = stops
     for told in both:
         words, seconds = told["interrupted"]
-        assert words == "KeyboardInterrupt: the checkpoint of step 2 is saved; continue with --resume"
+        assert words == "Interrupted: the checkpoint of step 2 is saved; continue with --resume"
         assert seconds < 10
     assert [row["step"] for row in metrics(folder / "interrupted")] == [1, 2]
     assert (folder / "interrupted" / "checkpoints" / "step-00000002" / "manifest.json").is_file()

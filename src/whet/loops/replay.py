@@ -117,15 +117,17 @@ class _Silent:
 
 class OnlineReplay(OnlineLoop):
     """An online loop whose answers and scores are those of the record. It begins after the checkpoint `found`, or at the start
-    of the run without one, and ends with step `run.last`. `updates` has the updates of this step."""
+    of the run without one, and ends with step `run.last`. With `watch`, `updates` has the updates of this step."""
 
     run: RecomputedRun
 
-    def __init__(self, algorithm: Any, learner: Learner, *given: Any, found: Path | None, **options: Any) -> None:
+    def __init__(
+        self, algorithm: Any, learner: Learner, *given: Any, found: Path | None, watch: bool = False, **options: Any
+    ) -> None:
         rewards, prompts, sampling, plan, run = given
         plan = replace(plan, steps=run.last, max_staleness=0, canary=2)
         super().__init__(algorithm, learner, _Silent(learner), rewards, prompts, sampling, plan, run, **options)
-        self.found, self.updates = found, list[Update]()
+        self.found, self.watch, self.updates = found, watch, list[Update]()
         self._recorded: RolloutScores | None = None
 
     def __enter__(self) -> "OnlineReplay":
@@ -168,7 +170,7 @@ class OnlineReplay(OnlineLoop):
 
 class OfflineReplay(OfflineLoop):
     """An offline loop that begins after the checkpoint `found`, or at the start of the run without one, and ends with step
-    `run.last`. `updates` has the update of this step."""
+    `run.last`. With `watch`, `updates` has the update of this step."""
 
     run: RecomputedRun
 
@@ -181,13 +183,14 @@ class OfflineReplay(OfflineLoop):
         run: RecomputedRun,
         *,
         found: Path | None,
+        watch: bool = False,
         **options: Any,
     ) -> None:
         last = run.last
         due = plan.eval_every and (last % plan.eval_every == 0 or last == plan.steps)
         super().__init__(objective, learner, sources, plan, run, **options)
         self.plan = replace(plan, steps=last, eval_every=last if due else 0)
-        self.found, self.updates, self.batch = found, list[Update](), Batch((), {})
+        self.found, self.watch, self.updates, self.batch = found, watch, list[Update](), Batch((), {})
 
     def __enter__(self) -> "OfflineReplay":
         _begin(self, self.found)
@@ -218,8 +221,8 @@ def _begin(loop: Any, found: Path | None) -> None:
 
 
 def _watched(loop: Any, mini: MiniBatch, call: Callable[[], UpdateResult]) -> UpdateResult:
-    """Call forward_backward; in the last step, keep the losses before the reductions in `loop.updates`."""
-    if loop.step + 1 < loop.run.last:
+    """Call forward_backward. In the last step of a loop that is watched, keep the losses before the reductions in `updates`."""
+    if not loop.watch or loop.step + 1 < loop.run.last:
         return call()
     now, portions = loop._now, list[Portion]()
     terms = [

@@ -25,6 +25,8 @@ FIRST = ("prompt_ids", "completion_ids")
 """Columns that are named before others with a difference at the same place."""
 SHARD = re.compile(r"(-\d{5}-of-\d{5})?\.safetensors$")
 """The end of the name of a file of tensors."""
+ROW = 2**31
+"""The position of a column with one value per answer: differences at a position are named before it."""
 LAST = 2**62
 """The step of the exported model, after all others."""
 
@@ -170,7 +172,7 @@ def _first_cell(ours: list[Any], theirs: list[Any]) -> tuple[int, int, str, Any,
         if same(mine, its):
             continue
         if not isinstance(mine, list) or not isinstance(its, list):
-            return row, 0, f", row {row}", mine, its
+            return row, ROW, f", row {row}", mine, its
         for position, (one, another) in enumerate(zip(mine, its, strict=False)):
             if not same(one, another):
                 return row, position, f", row {row}, position {position}", one, another

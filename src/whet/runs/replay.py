@@ -29,7 +29,8 @@ from whet.runs.diff import Difference, check_run, first_difference, lines_of, sa
 @dataclass(frozen=True)
 class PastRun:
     """A run that is only read: its folder, method, checked inputs, the logged numbers of a step, and the checkpoint from which
-    the step is computed (None: the start of the run). `notes` say what may make the numbers differ."""
+    the step is computed (None: the start of the run). `notes` say what may make the numbers differ; `accepted` names inputs that
+    may have changed."""
 
     folder: Path
     method: str
@@ -38,6 +39,7 @@ class PastRun:
     logged: Mapping[str, float]
     found: Path | None
     notes: list[str] = field(default_factory=list)
+    accepted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def replay(run: str | Path, step: int, *, accept_changed: str | Sequence[str] = 
     began; `accept_changed` names those that may. Raises DataError if the rollout of a step is missing.
     """
     past = opened(run, step, accept_changed)
-    loop = recomputed(past, accept_changed, quiet)
+    loop = recomputed(past, quiet=quiet)
     return compared(past, loop)
 
 
@@ -141,7 +143,8 @@ def opened(run: str | Path, step: int, accept_changed: str | Sequence[str] = ())
     method = str(tree.get("method", ""))
     if method not in catalogue.TRAINED:
         raise config.unknown_method(method)
-    _check_inputs(where, tree, accept_changed)
+    accepted = (accept_changed,) if isinstance(accept_changed, str) else tuple(accept_changed)
+    _check_inputs(where, tree, accepted)
     recipe = adapters.completed(config.resolve(fields.kind_of(method), method, where / "recipe.yaml", [], tree))
     notes = _notes(where, recipe)
     recipe = replace(recipe, cluster=fields.Cluster())
@@ -151,7 +154,7 @@ def opened(run: str | Path, step: int, accept_changed: str | Sequence[str] = ())
     else:
         job = offline.prepare(method, recipe)
     found = checkpoint.latest(where / "checkpoints", step - 1)
-    return PastRun(where, method, job, step, lines[step], found, notes)
+    return PastRun(where, method, job, step, lines[step], found, notes, accepted)
 
 
 def _in_use(where: Path) -> bool:
@@ -167,10 +170,9 @@ def _in_use(where: Path) -> bool:
     return False
 
 
-def _check_inputs(where: Path, tree: Mapping[str, Any], accept_changed: str | Sequence[str]) -> None:
+def _check_inputs(where: Path, tree: Mapping[str, Any], accepted: Sequence[str]) -> None:
     """Raise RecipeError if an input that a replay reads is missing or has changed since the run began. Reward functions and
     generators are not read: their results are in the record."""
-    accepted = (accept_changed,) if isinstance(accept_changed, str) else tuple(accept_changed)
     for name, there in inputs.changed(where, tree, accepted).items():
         value = name.partition(": ")[2]
         if name.startswith("generator.") or (name.startswith("reward.") and ":" in Path(value).name):
@@ -201,20 +203,17 @@ def environment_of(where: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def recomputed(
-    past: PastRun, accept_changed: str | Sequence[str] = (), quiet: bool = True
-) -> OnlineReplay | OfflineReplay:
-    """Load the models, compute the steps up to that of `past`, and return the loop. Raises CheckpointError if the weights of a
-    frozen model have changed."""
+def recomputed(past: PastRun, *, watch: bool = False, quiet: bool = True) -> OnlineReplay | OfflineReplay:
+    """Load the models, compute the steps up to that of `past`, and return the loop. With `watch`, it keeps the losses before the
+    reductions. Raises CheckpointError if the weights of a frozen model have changed."""
     job = past.job
-    accepted = (accept_changed,) if isinstance(accept_changed, str) else tuple(accept_changed)
     with ExitStack() as stack:
-        workers, options = stack.enter_context(folder.working(job.recipe, folder.Options(False, quiet, accepted)))
+        workers, options = stack.enter_context(folder.working(job.recipe, folder.Options(False, quiet)))
         stack.enter_context(_threads(environment_of(past.folder).get("threads")))
         learner = _learner(job, workers)
         stack.enter_context(closing(learner))
-        run = RecomputedRun(past.folder, past.step, accepted)
-        given: dict[str, Any] = {"found": past.found, "title": "replay", "quiet": options.quiet}
+        run = RecomputedRun(past.folder, past.step, past.accepted)
+        given: dict[str, Any] = {"found": past.found, "watch": watch, "title": "replay", "quiet": options.quiet}
         if isinstance(job, online.OnlineJob):
             loop = OnlineReplay(
                 job.algorithm, learner, rewards.unbuilt(job.recipe), job.prompts, job.recipe.sampling, job.plan, run, ptx=job.ptx,

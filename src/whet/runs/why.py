@@ -11,6 +11,7 @@ from torch import Tensor
 
 from whet import ops
 from whet.data import Batch
+from whet.distributed import launched
 from whet.errors import RecipeError
 from whet.loops.replay import OfflineReplay, OnlineReplay, Portion, Update
 from whet.loops.tables import cell, table, visible
@@ -103,10 +104,10 @@ def why(
 
     Raises RecipeError as `whet.replay`, for several workers, and for a sample that the step does not have.
     """
-    past = opened(run, step, accept_changed)
-    loop = recomputed(past, accept_changed, quiet)
-    if loop.learner.workers.size > 1:
+    if launched():
         raise RecipeError("why: it computes in one process; call it without torchrun")
+    past = opened(run, step, accept_changed)
+    loop = recomputed(past, watch=True, quiet=quiet)
     elements = loop.batch.elements() if loop.batch.rows else []
     if sample is not None and (
         isinstance(sample, bool) or not isinstance(sample, int) or not 0 <= sample < len(elements)
