@@ -216,7 +216,7 @@ def test_a_resume_may_take_another_backend(old: Any, new: Any, changed: list[str
     from whet.runs import folder
 
     for one, other in ((old, new), (new, old)):
-        assert folder._changed(folder._kept({"learner": one}), folder._kept({"learner": other})) == changed
+        assert folder.differing(folder._kept({"learner": one}), folder._kept({"learner": other})) == changed
 
 
 def test_options_of_an_adapter_are_a_mapping() -> None:
