@@ -16,6 +16,8 @@ The command line prints these as one message and exits with 2 (`UserError`), 1, 
 `--debug` shows the traceback.
 """
 
+from typing import Any
+
 
 class WhetError(Exception):
     """Base class of all errors that whet raises on purpose."""
@@ -46,7 +48,11 @@ class WorkerDied(WhetError):
 
 
 class RunStopped(WhetError):
-    """A run stopped itself because one of its self-checks failed."""
+    """A run stopped itself because one of its self-checks failed. `seen` has what the check compared, by name."""
+
+    def __init__(self, message: str, **seen: Any) -> None:
+        super().__init__(message)
+        self.seen = seen
 
 
 class CheckpointError(WhetError):

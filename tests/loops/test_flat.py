@@ -29,12 +29,12 @@ class Made:
 EACH = "equal for each prompt, and nothing is learned from equal scores"
 ALL = "equal, and nothing is learned from equal scores"
 RUNS: list[tuple[str, Any, int, str | None]] = [
-    ("grpo", lambda call, group, answer: 0.5, 4, f"in the first 3 steps the scores of the 27 answers are {EACH}"),
-    ("grpo", lambda call, group, answer: float(group), 3, f"in the first 3 steps the scores of the 27 answers are {EACH}"),
+    ("grpo", lambda call, group, answer: 0.5, 4, f"in the first 2 steps the scores of the 18 answers are {EACH}"),
+    ("grpo", lambda call, group, answer: float(group), 3, f"in the first 2 steps the scores of the 18 answers are {EACH}"),
     ("grpo", lambda call, group, answer: float(call), 1, f"in the first 1 steps the scores of the 9 answers are {EACH}"),
-    ("grpo", lambda call, group, answer: float(call == 3 and group == 2 and answer == 1), 4, None),
-    ("grpo", lambda call, group, answer: float(call < 4 or answer), 5, "in the first 3 steps"),
-    ("ppo", lambda call, group, answer: -2.0, 3, f"in the first 3 steps the scores of the 9 answers are {ALL}"),
+    ("grpo", lambda call, group, answer: float(call == 2 and group == 2 and answer == 1), 4, None),
+    ("grpo", lambda call, group, answer: float(call < 3 or answer), 5, "in the first 2 steps"),
+    ("ppo", lambda call, group, answer: -2.0, 3, f"in the first 2 steps the scores of the 6 answers are {ALL}"),
     ("ppo", lambda call, group, answer: float(call), 3, None),
     ("ppo", lambda call, group, answer: float(group), 3, None),
     ("online_dpo", lambda call, group, answer: 1.0, 2, f"in the first 2 steps the scores of the 18 answers are {EACH}"),
@@ -59,7 +59,7 @@ def test_equal_scores_of_the_first_steps_are_said_once(
 def test_of_several_rewards_those_with_equal_scores_are_named(tmp_path: Path, capsys: Any) -> None:
     table = h.TableReward(lambda ids: 0.5 * len(ids) - 0.25 * (sum(ids) % 5))
     go(tmp_path, method_of("grpo", weights=(1.0, 1.0)), reward=[table, Made(lambda *_: 0.0)], steps=3)
-    assert "whet: reward table1: in the first 3 steps" in capsys.readouterr().err
+    assert "whet: reward table1: in the first 2 steps" in capsys.readouterr().err
 
 
 def test_a_run_that_was_resumed_in_between_says_nothing_and_one_answer_is_not_compared() -> None:

@@ -108,6 +108,7 @@ class NotANumber:
 
 
 MASKED = Truncated("mask")
+ALL_CUT: dict[str, Any] = {"sampling": Sampling(2), "end_ids": (), "steps": 6}
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,7 @@ MASKED = Truncated("mask")
         ("canary", {"generator": Stale}),
         ("generator and learner disagree", {"generator": Off}),
         ("rewards contains a NaN", {"reward": NotANumber()}),
-        ("no token of this batch is trained", {"method": method_of("ppo", truncated=MASKED), "sampling": Sampling(2), "end_ids": ()}),
+        ("no token is trained, as in the 5 steps before", {"method": method_of("ppo", truncated=MASKED), **ALL_CUT}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip

@@ -273,12 +273,12 @@ class AsynchronousSource:
         unknown = set(versions) - self._published.keys()
         if unknown:
             raise RunStopped(
-                f"step {step}: an answer has tokens of weights of version {min(unknown)}, which is unknown"
+                f"step {step + 1}: an answer has tokens of weights of version {min(unknown)}, which is unknown"
             )
         ages = [step - self._published[version] for version in versions]
         if max(ages, default=0) > self.buffer.staleness:
             raise RunStopped(
-                f"step {step}: an answer has tokens of weights that are {max(ages)} steps old (bound {self.buffer.staleness})"
+                f"step {step + 1}: an answer has tokens of weights that are {max(ages)} steps old (bound {self.buffer.staleness})"
             )
         return ages
 

@@ -9,8 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from whet.data import COLUMNS, Batch, Element, epoch_batches, pad
+from whet.errors import RunStopped
 from whet.learner import Learner, UpdateResult, look_across
 from whet.loops import checkpoint, selfcheck
+from whet.loops.divergence import Divergence
 from whet.loops.evaluate import held_out
 from whet.loops.interrupt import Stop
 from whet.loops.progress import Progress
@@ -27,9 +29,10 @@ class OfflinePlan:
     """The size and schedule of a run: total updates, elements per update, save and evaluation intervals in updates.
 
     The last batch of an epoch is smaller, or left out with `drop_last`. With `save_every` 0, there are no periodic saves;
-    with `eval_every` 0, no evaluation. `save_minutes` and `save_last`: see `checkpoint.Keeper`. `end_ids` are the token ids
-    that end an answer; the end token of a row must be trained. Every `sync_every` updates, the reference moves by the
-    fraction `sync_mix` towards the policy (TR-DPO). `precompute` measures the reference once, before training.
+    with `eval_every` 0, no evaluation. `save_minutes` and `save_last`: see `checkpoint.Keeper`; `on_divergence`: see
+    `OnlinePlan`. `end_ids` are the token ids that end an answer; the end token of a row must be trained. Every `sync_every`
+    updates, the reference moves by the fraction `sync_mix` towards the policy (TR-DPO). `precompute` measures the reference
+    once, before training.
     """
 
     steps: int
@@ -46,6 +49,7 @@ class OfflinePlan:
     drop_last: bool = False
     save_minutes: float = 0.0
     save_last: bool = True
+    on_divergence: str = "warn"
 
 
 class OfflineLoop:
@@ -77,8 +81,10 @@ class OfflineLoop:
         )  # fmt: skip
         self.columns = frozenset(name for name in objective.reads() if COLUMNS[name].stage == "measure")
         self.state: State = objective.init()
+        self.divergence = Divergence()
         self.step = self.first = self._next = 0
         self._batch: Batch | None = None
+        self._seen: Batch | None = None
         self._known: dict[tuple[int, int], list[Tensor]] = {}
         self._numbers: dict[str, float] = {}
         self._stack = ExitStack()
@@ -95,6 +101,7 @@ class OfflineLoop:
         loop: dict[str, Any] = found or {"step": 0, "state": self.state}
         self.first, self.state = loop["step"], loop["state"]
         self._next = self.first
+        self.divergence.restore(loop.get("divergence", {}))
         if self.first < plan.steps:
             elements = [element for source in self.sources for element in source]
             learner.rehearse(longest(elements, plan.batch), trained_columns(self.objective.terms))
@@ -104,8 +111,10 @@ class OfflineLoop:
         self._progress = self._stack.enter_context(Progress(self.title, plan.steps, done=self.first, quiet=self.quiet))
         return self
 
-    def __exit__(self, *given: Any) -> None:
-        self._stack.__exit__(*given)
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, RunStopped) and self._seen is not None:
+            self.run.stopped(error, self.step + 1, self.learner.version, self._seen)
+        self._stack.__exit__(kind, error, trace)
 
     def batches(self) -> Iterator[Batch]:
         """Yield one batch per step, with the columns that the objective reads. Requesting the next batch ends the step: its
@@ -119,14 +128,14 @@ class OfflineLoop:
             self.step, began = step, time.perf_counter()
             self._now, self._numbers = self.objective.at(self.state), {}
             taken = self.order[step]
-            batch = Batch.of([self.sources[source][index] for source, index in taken])
+            batch = self._seen = Batch.of([self.sources[source][index] for source, index in taken])
             selfcheck.tokens(step, batch, plan.end_ids)
             if self._known:
                 stored = [row for key in taken for row in self._known[key]]
                 batch = batch.with_columns(ref_logp=pad(stored, batch["mask"].shape[1]))
             elif self.columns:
                 batch = self.learner.measure(batch, self.columns)
-            self._batch = look_across(self.learner, self.objective.select, batch)
+            self._batch = self._seen = look_across(self.learner, self.objective.select, batch)
             yield self._batch
             self._end(began)
             self._next = step + 1
@@ -174,10 +183,11 @@ class OfflineLoop:
             found = held_out(self.learner, self._now, self.evaluation)
             numbers |= {f"eval/{name}": value for name, value in found.items()}
         self.run.metrics(done, **numbers, tokens=batch.counts().tokens, seconds=time.perf_counter() - began)
+        selfcheck.diverging(self.run, self.step, self.divergence.signs(done, numbers), plan.on_divergence)
         assert self._progress is not None
         assert self._keeper is not None
         self._progress.advance(numbers)
-        self._keeper.done(done, {"state": dict(self.state)})
+        self._keeper.done(done, {"state": dict(self.state), "divergence": self.divergence.state()})
 
 
 def train(*given: Any, **options: Any) -> None:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from whet.data import Batch, Element, Group, Pair, Prompt, Row, minibatches, take_elements
+from whet.errors import RunStopped
 from whet.generate import Generator
 from whet.learner import Learner, UpdateResult, look_across
 from whet.loops import checkpoint, selfcheck
 from whet.loops.ahead import AsynchronousSource, Driver, source_of
+from whet.loops.divergence import Divergence
 from whet.loops.experience import (
     PtxStream,
     RolloutScores,
@@ -39,6 +41,9 @@ from whet.methods.parts import State, mean_reward, name_of
 from whet.models.readers import BY_ROLE
 from whet.ops import address
 from whet.rewards import Weighted
+
+SKIPS = 5
+"""Largest number of rollouts in a row that are skipped, because all their answers are truncated and masked."""
 
 
 class OnlineLoop:
@@ -84,11 +89,14 @@ class OnlineLoop:
         self.source = source_of(algorithm, generator, prompts, sampling, plan, driver)
         self.generator = self.source if isinstance(self.source, AsynchronousSource) else generator
         self.flat = selfcheck.FlatScores([one.name for one in rewards], plan.steps)
+        self.divergence = Divergence()
+        self.skipped = 0
         self.stream = PtxStream(ptx, plan.ptx_batch, plan.seed)
         self.step = self.first = self._next = 0
         self.state: State = algorithm.init()
         self._running = False
         self._batch: Batch | None = None
+        self._seen: Batch | None = None
         self._turns: list[list[list[int]]] | None = None
         self._stack = ExitStack()
         self._progress: Progress | None = None
@@ -104,6 +112,8 @@ class OnlineLoop:
         loop: dict[str, Any] = found or {"step": 0, "state": self.state, "drawn": 0}
         self.first, self.state = loop["step"], loop["state"]
         self._next = self.first
+        self.skipped = loop.get("skipped", 0)
+        self.divergence.restore(loop.get("divergence", {}))
         self.source.restore(loop, self.first)
         self.generator.load_weights(learner.publish())
         canary = torch.tensor([token for prompt in self.prompts for token in prompt.ids][: plan.canary])
@@ -127,8 +137,11 @@ class OnlineLoop:
             return longest([Pair(row, row)] * self.plan.mini_batch_size, self.plan.mini_batch_size)
         return longest([*[row] * self.plan.mini_batch_size, *self.stream.elements], self.plan.mini_batch_size)
 
-    def __exit__(self, *given: Any) -> None:
-        self._stack.__exit__(*given)
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, RunStopped) and self._running:
+            names = [one.name for one in self.rewards]
+            self.run.stopped(error, self.step + 1, self.learner.version, self._seen, self._groups, names)
+        self._stack.__exit__(kind, error, trace)
 
     def steps(self) -> Iterator[StepLog]:
         """Yield the steps after the last checkpoint. Requesting the next step ends the current one: its metrics and rollout
@@ -152,12 +165,13 @@ class OnlineLoop:
         self._numbers: dict[str, float] = {}
         self._updates: list[dict[str, float]] = []
         self._now = self.algorithm.at(self.state)
-        self._batch = None
+        self._batch = self._seen = None
         self._whole: Batch | None = None
         self._turns = None
+        self._moved = 0.0
         self._mini: MiniBatch | None = None
         self._canary, self._before = torch.zeros(0, dtype=torch.long), torch.zeros(0)
-        self._stopped = self._unpublished = self._published = False
+        self._stopped = self._unpublished = self._published = self._trains = False
 
     def _needs(self, stage: str, before: str = "", done: bool = True) -> None:
         """Raise RuntimeError outside a step, or if the stage `before` was not called in this step."""
@@ -246,7 +260,7 @@ class OnlineLoop:
         if len(scores.token) != count:
             raise ValueError(f"measure: the scores are of {len(scores.token)} answers, the groups have {count}")
         batch, plan, learner = batch_of(groups, scores, self.sampling), self.plan, self.learner
-        self._groups = groups
+        self._groups, self._seen = groups, batch
         self.state = self.algorithm.observe(self.state, batch)
         now = self._now = self.algorithm.at(self.state)
         self.generator.sleep()
@@ -260,7 +274,8 @@ class OnlineLoop:
         columns = now.reads() | {"old_entropy"}
         if "support" in batch.columns and "ref_logp" in columns:  # a KL compares the full distributions
             columns |= {"old_full_logp"}
-        return measured(learner, batch, self._turns[0], columns)
+        self._seen = measured(learner, batch, self._turns[0], columns)
+        return self._seen
 
     def advantages(self, batch: Batch) -> Batch:
         """Return the batch with score, token_reward, advantage and returns (a batch of pairs is returned unchanged)."""
@@ -268,21 +283,45 @@ class OnlineLoop:
         if not self._now.pairs:
             self._whole = batch = advantages(self._now, batch)
         assert self._whole is not None
-        self._batch = batch
+        self._batch = self._seen = batch
         self._canary = torch.cat([row.ids for row in self._whole.rows])[: self.plan.canary]
         self._before = scored(self.learner, self._canary)
-        if batch.rows:
+        self._trains = bool(batch.rows) and not self._is_skipped(batch)
+        if self._trains:
             self._check(batch)
+        if batch.rows:
             self._ratio = torch.ones_like(batch["old_logp"])
         return batch
+
+    def _is_skipped(self, batch: Batch) -> bool:
+        """Return whether no token of a rollout is trained because all answers are truncated and masked, and say so. Raises
+        RunStopped if `SKIPS` rollouts before it were skipped too."""
+        cut = bool(batch["truncated"].all()) and self._now.truncated.rule == "mask" and not bool(batch["mask"].any())
+        self.skipped = self.skipped + 1 if cut else 0
+        if not cut:
+            return False
+        fact = f"all {len(batch.rows)} answers are truncated and masked (truncated.rule), so no token is trained"
+        if self.skipped > SKIPS:
+            selfcheck.stop(
+                self.step,
+                f"{fact}, as in the {SKIPS} steps before; raise sampling.max_new_tokens, or set truncated.rule to keep or penalize",
+            )
+        self.run.caution(f"step {self.step + 1}: {fact}; this rollout is skipped and no weight changes")
+        return True
 
     def _check(self, batch: Batch) -> None:
         """Run the self-checks between measuring and training."""
         step, plan, now = self.step, self.plan, self._now
-        selfcheck.tokens(step, batch, plan.end_ids)
+        left_out = batch["truncated"].tolist() if now.truncated.rule == "mask" and now.pairs is None else ()
+        selfcheck.tokens(step, batch, plan.end_ids, left_out)
+        assert self._whole is not None
+        selfcheck.answers_in_place(step, self._whole, self._groups)
         selfcheck.finite(step, batch.columns)
-        if now.importance_correction is None:  # otherwise the gap is expected and corrected
-            selfcheck.sampler_agrees(step, batch, self.learner.version, plan.low_precision)
+        corrected = now.importance_correction is not None
+        gap = selfcheck.sampler_agrees(step, batch, self.learner.version, plan.low_precision, corrected)
+        if gap is not None and self.divergence.once("sampler"):
+            self.run.caution(gap)
+        selfcheck.kl_in_reward(step, batch, now)
         if step == 0 and plan.equal_start and "ref_logp" in batch.columns:
             selfcheck.kl_is_zero(step, batch)
         if "old_value" not in batch.columns and now.centered and now.truncated.rule != "mask":
@@ -292,7 +331,7 @@ class OnlineLoop:
         """Yield the mini-batches of all epochs. Stop early when `target_kl` is exceeded."""
         self._needs("minibatches", "advantages", self._batch is not None)
         turns = self._turns or []
-        for epoch, turn in enumerate(turns if batch.rows else ()):
+        for epoch, turn in enumerate(turns if self._trains else ()):
             for number, index in enumerate(turn):
                 if self._stopped:
                     return
@@ -319,6 +358,7 @@ class OnlineLoop:
             raise TypeError(f"forward_backward: expected a mini-batch of minibatches(batch), got {type(mini).__name__}")
         if mini.step != self.step:
             raise ValueError(f"forward_backward: the mini-batch is of step {mini.step}, and this is step {self.step}")
+        self._seen = mini.batch
         streams, terms = {"rollout": mini.batch, **mini.streams}, self._now.terms
         if loss is not None:
             own = own_loss(loss, {*mini.batch.columns, *BY_ROLE[terms[0].role]}, terms[0].loss)
@@ -341,6 +381,7 @@ class OnlineLoop:
         if self.stop is not None:
             self.stop.wait_for(f"the end of step {self.step + 1}")
         update, self._mini, self._unpublished = self.learner.optim_step(), None, True
+        selfcheck.kl_in_loss(self.step, self._now.terms, update.losses)
         now = update.now.get("rollout", {})
         if mini.epoch == 0 and mini.number == 0:
             selfcheck.ratio_is_one(self.step, mini.batch, now)
@@ -372,11 +413,13 @@ class OnlineLoop:
             learner.blend("reference", "policy", plan.sync_mix)
         self.generator.load_weights(learner.publish())
         self._unpublished, self._published = False, True
+        self._seen = self._batch
         if len(self._canary):
+            after = scored(learner, self._canary)
             selfcheck.published(
-                self.step, self.generator, learner.version, self._canary, self._before, scored(learner, self._canary),
-                plan.low_precision,
-            )  # fmt: skip
+                self.step, self.generator, learner.version, self._canary, self._before, after, plan.low_precision
+            )
+            self._moved = float((after - self._before).abs().mean())
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics of this step so far: of the rollout, of the policy, and the means over the updates."""
@@ -384,13 +427,13 @@ class OnlineLoop:
         if self._batch is None or self._whole is None:
             return dict(self._numbers)
         numbers = self._numbers | rollout_numbers(self._whole, [one.name for one in self.rewards])
-        numbers |= policy_numbers(self._batch) | mean_of(self._updates)
+        numbers |= (policy_numbers(self._batch) if self._trains else {}) | mean_of(self._updates)
         return numbers | {f"state/{key}": value for key, value in self.state.items()}
 
     def _end(self, log: StepLog) -> None:
         if self._unpublished:
             raise RuntimeError(f"step {self.step}: weights were updated and not published; call publish() in each step")
-        if self._batch is None or (self._batch.rows and not self._updates):
+        if self._batch is None or (self._trains and not self._updates):
             raise RuntimeError(
                 f"step {self.step}: no update was made; call forward_backward and optim_step for each mini-batch"
             )
@@ -398,10 +441,10 @@ class OnlineLoop:
         numbers = own | log.metrics
         batch, whole = self._batch, self._whole
         if batch is not None and whole is not None:
-            steered = self.algorithm.steered() and bool(batch.rows)
+            steered = self.algorithm.steered() and self._trains
             moved = moved_from(self.learner, batch) if steered else 0.0
             seen = {"kl": own.get("kl", 0.0), "kl_old": moved, "entropy": own.get("entropy", 0.0)}
-            if self._updates:  # a rollout without updates (no pairs) gives no information
+            if self._updates:  # a rollout without updates (no pairs, or skipped) gives no information
                 seen |= {"reward": own.get("implicit_reward", 0.0), "sequences": len(whole.rows)}
                 state = self.algorithm.next(state, seen)
             trained = batch.with_columns(ratio=self._ratio) if batch.rows else batch
@@ -411,11 +454,13 @@ class OnlineLoop:
         self.state = state
         seconds = {"seconds": time.perf_counter() - self._began, "seconds/generate": self._sampled - self._began}
         self.run.metrics(done, **numbers, **seconds)
+        selfcheck.diverging(self.run, self.step, self.divergence.signs(done, own, self._moved), self.plan.on_divergence)
         assert self._progress is not None
         assert self._keeper is not None
         self._progress.advance(numbers)
         self._running = False
-        self._keeper.done(done, {"state": dict(state), **self.source.state()})
+        kept = {"skipped": self.skipped, "divergence": self.divergence.state()}
+        self._keeper.done(done, {"state": dict(state), **kept, **self.source.state()})
 
 
 def _check_groups(stage: str, groups: Sequence[Group]) -> None:

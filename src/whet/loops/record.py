@@ -13,8 +13,8 @@ import torch
 
 from whet.data import Batch, Group
 from whet.data.files import write_json, write_text
-from whet.errors import DataError, first_line
-from whet.loops import rollouts
+from whet.errors import DataError, RunStopped, first_line
+from whet.loops import rollouts, stopped
 from whet.registry import told
 from whet.trackers import Tracker
 
@@ -89,6 +89,18 @@ class RunFolder:
                 for (prompt, text), score in zip(samples[:SHOWN], scores, strict=False)
             ]
             self._tell(lambda tracker: tracker.samples(step, rows))
+
+    def stopped(
+        self,
+        error: RunStopped,
+        step: int,
+        version: int,
+        batch: Batch | None,
+        groups: Sequence[Group] = (),
+        names: Sequence[str] = (),
+    ) -> None:
+        """Write what the self-check looked at that ended the run, and name the file in its message (see `loops.stopped`)."""
+        stopped.record(self.folder, error, step, version, batch, groups, names, writes=self.writes)
 
     def caution(self, text: str | None) -> None:
         """Print a caution on the terminal, if there is one."""

@@ -78,6 +78,9 @@ class RecomputedRun(RunFolder):
         if step == self.last:
             self.numbers = {name: plain(value) for name, value in numbers.items()}
 
+    def stopped(self, *given: Any) -> None:
+        """Write nothing."""
+
     def rollout(self, step: int, groups: Sequence[Group], batch: Batch, names: Sequence[str]) -> None:
         """Keep the columns of the rollout of step `last`."""
         if step == self.last:
@@ -125,7 +128,7 @@ class OnlineReplay(OnlineLoop):
         self, algorithm: Any, learner: Learner, *given: Any, found: Path | None, watch: bool = False, **options: Any
     ) -> None:
         rewards, prompts, sampling, plan, run = given
-        plan = replace(plan, steps=run.last, max_staleness=0, canary=2)
+        plan = replace(plan, steps=run.last, max_staleness=0, canary=2, on_divergence="warn")
         super().__init__(algorithm, learner, _Silent(learner), rewards, prompts, sampling, plan, run, **options)
         self.found, self.watch, self.updates = found, watch, list[Update]()
         self._recorded: RolloutScores | None = None
@@ -189,7 +192,7 @@ class OfflineReplay(OfflineLoop):
         last = run.last
         due = plan.eval_every and (last % plan.eval_every == 0 or last == plan.steps)
         super().__init__(objective, learner, sources, plan, run, **options)
-        self.plan = replace(plan, steps=last, eval_every=last if due else 0)
+        self.plan = replace(plan, steps=last, eval_every=last if due else 0, on_divergence="warn")
         self.found, self.watch, self.updates, self.batch = found, watch, list[Update](), Batch((), {})
 
     def __enter__(self) -> "OfflineReplay":

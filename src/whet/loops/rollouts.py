@@ -1,7 +1,7 @@
 """Write and read rollouts: a Parquet file per step, a row per answer, every column of the batch, per-token ones as lists."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,13 @@ def table_of(groups: Sequence[Group], batch: Batch, names: Sequence[str]) -> dic
         "authors": [[one.author for one in sample.segments] or ["policy"] for _, sample in samples],
         "segment_lengths": [[one.length for one in sample.segments] or [len(sample.ids)] for _, sample in samples],
     }
+    return table | columns_of(batch, names)
+
+
+def columns_of(batch: Batch, names: Sequence[str]) -> dict[str, list[Any]]:
+    """Return the columns of a batch, as column name -> one value per row. Per-token columns are cut to the length of the
+    response. `names` are the names of the rewards in the column `rewards`; each is the column `reward/NAME`."""
+    table: dict[str, list[Any]] = {}
     for name, values in batch.columns.items():
         if name in LEFT_OUT:
             continue
@@ -49,25 +56,29 @@ def table_of(groups: Sequence[Group], batch: Batch, names: Sequence[str]) -> dic
         if values.ndim == 3:  # the support, without its padding
             rows = [[[token for token in step if token >= 0] for step in row] for row in rows]
         table[name] = rows
-    for number, name in enumerate(names):
+    for number, name in enumerate(names if "rewards" in batch.columns else ()):
         table[f"reward/{name}"] = batch["rewards"][:, number].tolist()
     return table
 
 
 def write(folder: Path, step: int, groups: Sequence[Group], batch: Batch, names: Sequence[str]) -> Path:
     """Write the file of a step, with the columns of `table_of`, and return its path."""
+    path = path_of(folder, step)
+    path.parent.mkdir(exist_ok=True)
+    write_table(path, table_of(groups, batch, names), batch)
+    return path
+
+
+def write_table(path: Path, table: Mapping[str, list[Any]], batch: Batch) -> None:
+    """Write a Parquet file of these columns, with the schema version and the dtypes of the batch in its metadata."""
     import pyarrow
     import pyarrow.parquet
 
-    table = table_of(groups, batch, names)
-    path = path_of(folder, step)
-    path.parent.mkdir(exist_ok=True)
     kinds = {name: str(column.dtype).removeprefix("torch.") for name, column in batch.columns.items()}
     about = {"whet.schema": str(SCHEMA), "whet.dtypes": json.dumps(kinds)}
-    whole = pyarrow.table(table).replace_schema_metadata(about)
+    whole = pyarrow.table(dict(table)).replace_schema_metadata(about)
     with replacing(path) as file:
         pyarrow.parquet.write_table(whole, file)
-    return path
 
 
 def read(folder: Path, step: int, columns: Sequence[str] | None = None) -> dict[str, list[Any]]:

@@ -26,6 +26,7 @@ class OnlinePlan:
     per_pass             prompts of one pass, whose last step is smaller; None: each step has `prompts`, across passes
     critic_warmup        number of first steps in which only the critic is trained
     save_minutes, save_last  see `checkpoint.Keeper`
+    on_divergence        "warn" prints signs of divergence, "stop" ends the run too (see `loops.divergence`)
     """
 
     steps: int
@@ -51,6 +52,7 @@ class OnlinePlan:
     per_pass: int | None = None
     save_minutes: float = 0.0
     save_last: bool = True
+    on_divergence: str = "warn"
 
     def prompts_in(self, step: int) -> int:
         """Return the number of prompts of a step.

@@ -32,7 +32,16 @@ SHORT: Mapping[str, tuple[str, ...]] = {
     **{name: (f"rollout.{name}", f"train.{name}") for name in ("num_steps", "num_epochs")},
     **{
         name: (f"train.{name}",)
-        for name in ("batch_size", "save_every", "save_minutes", "save_last", "eval_every", "packing", "drop_last")
+        for name in (
+            "batch_size",
+            "save_every",
+            "save_minutes",
+            "save_last",
+            "on_divergence",
+            "eval_every",
+            "packing",
+            "drop_last",
+        )
     },
     "max_tokens_per_micro_batch": ("train.max_tokens_per_micro_batch",),
     **{

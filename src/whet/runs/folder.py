@@ -32,8 +32,8 @@ LOGS = (".log", ".out", ".err")
 """Endings of files that a run never writes, and that often stand in its folder: the output of the command."""
 UNCHANGING = ("cluster", "threads", "trackers")
 """Fields that change no result, and that a resumed run may change."""
-SAVING = ("save_every", "save_minutes", "save_last", "keep")
-"""Fields of the section `train` that a resumed run may change."""
+SAVING = ("save_every", "save_minutes", "save_last", "keep", "on_divergence")
+"""Fields of the section `train` that change no result, and that a resumed run may change."""
 LENGTH = ("num_steps", "num_epochs")
 """Fields of the sections `train` and `rollout` that a resumed run may change if the learning rate does not depend on them."""
 

@@ -110,7 +110,7 @@ def prepare(method: str, recipe: fields.OfflineRecipe) -> OfflineJob:
         steps, recipe.train.batch_size, recipe.seed, recipe.data.shuffle, recipe.train.save_every,
         recipe.train.eval_every or (steps if evaluation else 0), recipe.train.keep, end_ids=chat.end_ids, sync_every=refresh.every,
         sync_mix=refresh.mix, precompute=getattr(recipe, "precompute", False), drop_last=recipe.train.drop_last,
-        save_minutes=recipe.train.save_minutes, save_last=recipe.train.save_last,
+        save_minutes=recipe.train.save_minutes, save_last=recipe.train.save_last, on_divergence=recipe.train.on_divergence,
     )  # fmt: skip
     return OfflineJob(method, recipe, objective, plan, tokenizer, chat, sources, weights, evaluation)
 

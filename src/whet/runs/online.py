@@ -148,7 +148,7 @@ def _plan_of(
         epochs=rollout.ppo_epochs, seed=recipe.seed, ptx_batch=recipe.ptx.batch_size, target_kl=rollout.target_kl,
         ema=rollout.ema, equal_start=recipe.reference in (None, recipe.model.path), end_ids=chat.end_ids, canary=canary,
         low_precision=dtype in ("bfloat16", "float16"), save_every=recipe.train.save_every, keep=recipe.train.keep,
-        save_minutes=recipe.train.save_minutes, save_last=recipe.train.save_last,
+        save_minutes=recipe.train.save_minutes, save_last=recipe.train.save_last, on_divergence=recipe.train.on_divergence,
         sync_every=rollout.sync_reference.every, sync_mix=rollout.sync_reference.mix,
         max_staleness=generator.max_staleness, segment=generator.segment_tokens, slots=rollout.max_num_seqs,
         critic_warmup=recipe.critic.warmup_steps,

@@ -111,6 +111,8 @@ class Loop:
     """save a checkpoint at the end, from which the run can be extended; it is about four times the size of the model"""
     keep: Count = 2
     """number of checkpoints that are kept"""
+    on_divergence: Literal["warn", "stop"] = "warn"
+    """if loss, KL, entropy or lengths show that the run diverges: print a line, or also stop the run"""
 
 
 @dataclass(frozen=True)

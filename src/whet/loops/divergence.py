@@ -1,0 +1,150 @@
+"""Signs that a run diverges, read from its metrics. Each is reported once, with its likely cause and what to try."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+MOVED = 4.0
+"""Largest mean change of the policy's log-probs in one step, in nats per token."""
+KL_ONCE, KL_TWICE = 8.0, 3.0
+"""Largest KL to the reference in nats per token: in any step, and in two steps in a row."""
+ENTROPY = 0.02
+"""Smallest entropy as a share of that of the first step; the first step must have at least `LEAST_ENTROPY`."""
+LEAST_ENTROPY = 0.1
+AT_LIMIT, NOT_AT_LIMIT = 0.95, 0.5
+"""Share of truncated answers that is reported, if the first step had at most the other share."""
+FLAT = 5
+"""Steps in a row without any difference between the scores."""
+SETTLED = 5
+"""Steps after which the largest loss of a critic is taken as its scale."""
+
+
+class Divergence:
+    """Rules on the metrics of each step, from 1. The rules compare with earlier steps, whose numbers are in `state`.
+
+    A sign that is fatal ends the run if `train.on_divergence` is "stop". Scores without differences are not fatal, since a
+    task that is learned has them too.
+    """
+
+    def __init__(self) -> None:
+        self._first: dict[str, float] = {}
+        self._most: dict[str, float] = {}
+        self._count: dict[str, int] = {}
+        self._said: list[str] = []
+
+    def state(self) -> dict[str, Any]:
+        """Return the numbers of earlier steps, as JSON values."""
+        return {"first": self._first, "most": self._most, "count": self._count, "said": self._said}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Restore the result of `state`; a checkpoint of an older version has none."""
+        self._first, self._most = dict(saved.get("first", {})), dict(saved.get("most", {}))
+        self._count, self._said = dict(saved.get("count", {})), list(saved.get("said", []))
+
+    def signs(self, step: int, numbers: Mapping[str, float], moved: float = 0.0) -> list[tuple[str, bool]]:
+        """Return the signs of divergence in the metrics of a step, each with whether it is fatal.
+
+        `moved` is the mean absolute change of the policy's log-probs on fixed tokens in this step, in nats per token.
+        """
+        found = []
+        for name, text, fatal in (
+            *self._of_losses(step, numbers),
+            *self._of_policy(numbers, moved),
+            *self._of_scores(numbers),
+        ):
+            if self.once(name):
+                found.append((text, fatal))
+        for name in ("entropy", "truncated"):
+            if name in numbers:
+                self._first.setdefault(name, numbers[name])
+        return found
+
+    def once(self, name: str) -> bool:
+        """Return True for the first call with this name in a run."""
+        if name in self._said:
+            return False
+        self._said.append(name)
+        return True
+
+    def _in_a_row(self, name: str, holds: bool, times: int = 2) -> bool:
+        """Count the steps in a row in which a condition holds, and return whether there are `times` of them now."""
+        self._count[name] = self._count.get(name, 0) + 1 if holds else 0
+        return self._count[name] >= times
+
+    def _of_losses(self, step: int, numbers: Mapping[str, float]) -> Iterator[tuple[str, str, bool]]:
+        """Compare the loss of an offline run, and the losses of the critic of an online one, with the largest one so far."""
+        for name in numbers:
+            critic = name.startswith("loss/critic/")
+            if not critic and name != "loss":
+                continue
+            value, most = numbers[name], self._most.get(name)
+            high, times = False, False
+            if most is not None and (not critic or step > SETTLED):
+                scale = 1.0 + abs(most)
+                high = value > most + (30.0 if critic else 1.0) * scale
+                times = self._in_a_row(name, high) or (not critic and value > most + 3.0 * scale)
+            if not high:
+                self._most[name] = value if most is None else max(most, value)
+            if times and most is not None:
+                what = "the loss of the critic" if critic else "the loss"
+                yield (
+                    name,
+                    f"{what} is {value:.4g}, and was at most {most:.4g} before; it explodes. Probably the learning rate is too "
+                    f"high{_rate(numbers)}: lower {'critic.optim.lr' if critic else 'optim.lr'}, or warm up longer (optim.warmup_ratio)",
+                    True,
+                )
+
+    def _of_policy(self, numbers: Mapping[str, float], moved: float) -> Iterator[tuple[str, str, bool]]:
+        """Look at the change of the policy in a step, its KL to the reference, its entropy, and the lengths of its answers."""
+        if not moved <= MOVED:
+            yield (
+                "moved",
+                f"the log-probs of the policy changed by {moved:.2f} nats per token in one step; the policy is another one now. Probably "
+                f"the learning rate is too high{_rate(numbers)}: lower optim.lr, or take fewer updates per rollout (rollout.ppo_epochs)",
+                True,
+            )
+        if "kl" in numbers:
+            kl = numbers["kl"] / max(numbers["length"], 1.0)
+            if self._in_a_row("kl", kl > KL_TWICE) or kl > KL_ONCE:
+                yield (
+                    "kl",
+                    f"the KL to the reference is {kl:.2f} nats per token ({numbers['kl']:.4g} per answer); the policy runs away from "
+                    f"it. Lower optim.lr{_rate(numbers)}, or raise the coefficient of the KL (kl_in_reward.coef, kl_in_loss.coef)",
+                    True,
+                )
+        if "entropy" in numbers:
+            first, now = self._first.get("entropy", 0.0), numbers["entropy"]
+            if self._in_a_row("entropy", first >= LEAST_ENTROPY and now < ENTROPY * first):
+                yield (
+                    "entropy",
+                    f"the entropy of the policy is {now:.2g} nats per token, and was {first:.2g} in the first step; all answers to a "
+                    "prompt become the same, and nothing more is learned. Lower optim.lr, raise entropy.ent_coef or clip_high, or check "
+                    "whether one answer earns the reward for every prompt",
+                    True,
+                )
+        if "truncated" in numbers:
+            first, now = self._first.get("truncated", 1.0), numbers["truncated"]
+            if self._in_a_row("truncated", first <= NOT_AT_LIMIT and now >= AT_LIMIT):
+                yield (
+                    "truncated",
+                    f"{now:.0%} of the answers reach sampling.max_new_tokens, and {first:.0%} did in the first step; the policy no longer "
+                    "ends its answers. Check whether the reward favors length; penalize it (overlong, truncated), or raise the limit",
+                    True,
+                )
+
+    def _of_scores(self, numbers: Mapping[str, float]) -> Iterator[tuple[str, str, bool]]:
+        """Look for steps in a row without differences between the scores that are compared."""
+        if "score" not in numbers:
+            return
+        flat = numbers["zero_spread"] == 1.0 if "zero_spread" in numbers else numbers["score_std"] == 0.0
+        if self._in_a_row("flat", flat, FLAT):
+            yield (
+                "flat",
+                f"the scores of the answers that are compared were equal in the last {FLAT} steps (mean {numbers['score']:.4g} now), so "
+                "nothing is learned. The task is learned, or too hard, or the reward is at a bound: check it, or give other prompts",
+                False,
+            )
+
+
+def _rate(numbers: Mapping[str, float]) -> str:
+    rates = [f"{numbers[name]:.3g}" for name in ("lr/policy", "lr/reward") if name in numbers]
+    return f" (now {rates[0]})" if rates else ""
