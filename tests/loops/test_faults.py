@@ -14,7 +14,7 @@ from models import helpers as h
 from loops.helpers import END, cast, go, learner_of, method_of
 from whet import methods
 from whet.data import Batch, Group, Row, Sample
-from whet.errors import RunStopped
+from whet.errors import CheckpointError, Interrupted, RewardError, RunStopped
 from whet.generate import Request
 from whet.generate.local import LocalGenerator
 from whet.loops import offline, online
@@ -278,3 +278,52 @@ def test_weights_that_are_not_finite_are_not_blamed_on_the_generator(tmp_path: P
     with pytest.raises(RunStopped, match=r"its weights are no longer finite; lower optim\.lr") as error:
         go(tmp_path, method, learner=own)
     assert stopped(tmp_path, error)
+
+
+# --- reasons ----------------------------------------------------------------------------------------------------------
+
+
+class FailsLater(h.TableReward):
+    """Raises in its third call."""
+
+    error: BaseException = RewardError("reward table: the judge answered with 500")
+
+    def score(self, groups: Sequence[Group]) -> Scores:
+        self.calls = getattr(self, "calls", 0) + 1
+        if self.calls == 3:
+            raise self.error
+        return super().score(groups)
+
+
+def test_a_disk_that_is_full_at_the_end_hides_no_reason(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    """The run fails, and its checkpoint cannot be written either: both are said."""
+    from whet.loops import checkpoint
+
+    def full(*given: Any, **options: Any) -> None:
+        raise CheckpointError(
+            "checkpoints/step-00000002: the checkpoint could not be written (No space left on device)"
+        )
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    given = {"reward": FailsLater(lambda ids: float(len(ids))), "steps": 4}
+    with pytest.raises(RewardError, match="the judge answered with 500"):
+        go(tmp_path / "fails", method_of("grpo"), **given)
+    assert "whet: checkpoints/step-00000002: the checkpoint could not be written" in capsys.readouterr().err
+    signal = FailsLater(lambda ids: float(len(ids)))
+    signal.error = Interrupted("no checkpoint was saved yet", 15)
+    with pytest.raises(Interrupted, match="No space left on device") as error:
+        go(tmp_path / "ends", method_of("grpo"), **given | {"reward": signal})
+    assert error.value.signum == 15
+
+
+def test_a_stop_whose_record_cannot_be_written_says_so(tmp_path: Path, monkeypatch: Any) -> None:
+    from whet.loops import stopped as records
+
+    def full(*given: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(records.rollouts, "write_table", full)
+    with pytest.raises(
+        RunStopped, match=r"another temperature\?; what the check saw could not be written to .*No space left"
+    ):
+        go(tmp_path, method_of("ppo"), generator=Hot, learner=learner_of(cast(method_of("ppo")), lr=RATE))

@@ -12,7 +12,6 @@ import shutil
 import sys
 import time
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -169,8 +168,16 @@ class Keeper:
         # all workers must take part in a save; with several of them, only a WhetError is raised on all
         common = (Exception, Interrupted) if alone else WhetError
         if isinstance(error, common) and not isinstance(error, CheckpointError):
-            with suppress(WorkerDied):  # report the first error, not this one
+            try:
                 self._save()
+            except WorkerDied:
+                pass  # report the first error, not this one
+            except CheckpointError as failed:  # a full disk must not hide why the run ended
+                if not isinstance(error, Interrupted):
+                    if self.learner.workers.first:
+                        print(f"whet: {failed}", file=sys.stderr)
+                    return
+                raise Interrupted(str(failed), error.signum) from error
             if isinstance(error, Interrupted):
                 raise Interrupted(self.stop.saved, error.signum) from error
 
