@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 from whet.errors import RewardError, WhetError
+from whet.processes import descendants
 from whet.registry import called
 
 T = TypeVar("T")
@@ -20,7 +21,7 @@ def main(link: int, lifeline: int) -> None:
     """Serve requests on the connection with the file descriptor `link` until it is closed.
 
     The process has a group of its own. When the other end of the pipe `lifeline` is closed, because the process that holds it has
-    ended or was killed, the group is killed, whatever the function does.
+    ended or was killed, the group and the descendants are killed, whatever the function does.
     """
     for one in (link, lifeline):
         os.set_inheritable(one, False)
@@ -46,7 +47,9 @@ def itself(thing: T) -> T:
 
 
 def _end_with(lifeline: int, link: int) -> None:
-    """Start a process that kills this group at the end of the pipe. Call this before anything starts a thread."""
+    """Start a process that kills this one, its descendants and its group at the end of the pipe. Call this before anything starts
+    a thread."""
+    watched = os.getpid()
     if os.fork():
         os.close(lifeline)
         return
@@ -55,6 +58,9 @@ def _end_with(lifeline: int, link: int) -> None:
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(signum, signal.SIG_IGN)
         os.read(lifeline, 1)
+        for one in descendants(watched):
+            if one.pid not in (watched, os.getpid()):
+                one.kill()
     finally:
         os.killpg(os.getpgrp(), signal.SIGKILL)
 

@@ -19,7 +19,7 @@ DEVICES = ("cpu", "cuda")
 
 @contextmanager
 def restored(own: dict[str, Any] | None = None) -> Iterator[None]:
-    """Restore global state at the end of the context, also after an error. It takes about 0.1 ms.
+    """Restore global state at the end of the context, also after an error. It takes less than 1 ms.
 
     Restored are: the random generators of Python, numpy and torch (also on GPUs); torch's default dtype, default device, grad mode,
     inference mode, autocast, number of threads, deterministic algorithms, float32 matmul precision and cuDNN flags; the working

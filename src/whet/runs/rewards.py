@@ -66,7 +66,8 @@ def made(source: str, options: Mapping[str, Any], where: str) -> Reward:
     chosen = adapters.chosen(REWARDS, adapters.named(name, options, where), where)
     if limit is not None:
         given = {one.name: getattr(chosen.options, one.name) for one in dataclasses.fields(chosen.options)}
-        return functions.limited(source, chosen.adapter.home, given, name_of(source), limit, where)
+        found = _loaded(source) if kind == "object" else chosen.adapter.home
+        return functions.limited(source, found, given, name_of(source), limit, where)
     if kind == "http":
         return chosen.make(source)
     with restored():
