@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -104,3 +105,13 @@ def test_a_folder_that_was_removed_is_no_error(tmp_path: Path, monkeypatch: pyte
         (tmp_path / "a").rmdir()
     with restored():
         os.chdir(tmp_path)
+
+
+def test_the_first_context_of_a_process_takes_no_time() -> None:
+    """Some setters of torch import its compiler, which takes seconds; they are called only after a change."""
+    code = (
+        "import sys, torch\nfrom whet.calling.state import restored\nheavy = {'torch._dynamo', 'torch._inductor', 'sympy'}\n"
+        "before = heavy & set(sys.modules)\nwith restored({}): pass\nprint(heavy & set(sys.modules) - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

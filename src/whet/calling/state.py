@@ -28,7 +28,7 @@ def restored(own: dict[str, Any] | None = None) -> Iterator[None]:
 
     `own` keeps the state of the random generators between the contexts of one function: it continues its own random numbers.
     """
-    drawn, before = _random(), [(write, read()) for read, write in _settings()]
+    drawn, before = _random(), [(read, write, read()) for read, write in _settings()]
     if own:
         _set_random(own)
     with _modes():
@@ -38,8 +38,9 @@ def restored(own: dict[str, Any] | None = None) -> Iterator[None]:
             if own is not None:
                 own.update(_random())
             _set_random(drawn)
-            for write, value in before:
-                write(value)
+            for read, write, value in before:
+                if read() != value:  # some writes are slow
+                    write(value)
 
 
 def _random() -> dict[str, Any]:
@@ -66,13 +67,12 @@ def _set_random(state: dict[str, Any]) -> None:
 
 
 Setting = tuple[Callable[[], Any], Callable[[Any], Any]]
-"""A setting as (read, write). A write changes nothing if the value is the same."""
+"""A setting as (read, write)."""
 
 
 def _settings() -> list[Setting]:
     """Return the settings of this process and thread."""
-    out: list[Setting] = [(os.getcwd, _chdir)] if _has_folder() else []
-    out += [_attribute(sys, "stdout"), _attribute(sys, "stderr")]
+    out: list[Setting] = [(_folder, _chdir), _attribute(sys, "stdout"), _attribute(sys, "stderr")]
     if threading.current_thread() is threading.main_thread():
         out += [(partial(signal.getsignal, one), partial(_handle, one)) for one in HANDLED]
     torch = sys.modules.get("torch")
@@ -82,10 +82,10 @@ def _settings() -> list[Setting]:
     return [
         *out,
         (torch.get_default_dtype, torch.set_default_dtype),
-        (torch.get_default_device, _default_device),
-        (torch.get_num_threads, _threads),
+        (torch.get_default_device, lambda value: torch.set_default_device(None if value.type == "cpu" else value)),
+        (torch.get_num_threads, torch.set_num_threads),
         (_deterministic, lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1])),
-        (torch.get_float32_matmul_precision, _matmul_precision),
+        (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
         *(_attribute(cudnn, name) for name in ("enabled", "benchmark", "deterministic")),
         *((partial(torch.is_autocast_enabled, one), partial(torch.set_autocast_enabled, one)) for one in DEVICES),
         *((partial(torch.get_autocast_dtype, one), partial(torch.set_autocast_dtype, one)) for one in DEVICES),
@@ -100,57 +100,34 @@ def _modes() -> Iterator[None]:
         yield
         return
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    with torch.inference_mode(inference):  # its end restores the mode, even if the user's code never left its own
+    with torch.inference_mode(inference):  # its end restores both modes, even if the user's code never left its own
         torch.set_grad_enabled(grad)
         yield
-    torch.set_grad_enabled(grad)
 
 
 def _attribute(thing: Any, name: str) -> Setting:
-    def write(value: Any) -> None:
-        if getattr(thing, name) is not value:
-            setattr(thing, name, value)
-
-    return lambda: getattr(thing, name), write
+    return partial(getattr, thing, name), partial(setattr, thing, name)
 
 
-def _has_folder() -> bool:
+def _folder() -> str | None:
+    """Return the working directory, or None if it was removed."""
     try:
-        os.getcwd()
-    except OSError:  # it was removed
-        return False
-    return True
+        return os.getcwd()
+    except OSError:
+        return None
 
 
-def _chdir(folder: str) -> None:
-    if not _has_folder() or os.getcwd() != folder:
+def _chdir(folder: str | None) -> None:
+    if folder is not None:
         with contextlib.suppress(OSError):
             os.chdir(folder)
 
 
 def _handle(signum: signal.Signals, handler: Any) -> None:
-    if handler is not None and signal.getsignal(signum) != handler:  # None is a handler that Python did not set
+    if handler is not None:  # None is a handler that Python did not set
         signal.signal(signum, handler)
-
-
-def _default_device(device: Any) -> None:
-    torch = sys.modules["torch"]
-    if torch.get_default_device() != device:
-        torch.set_default_device(None if device.type == "cpu" else device)
-
-
-def _threads(count: int) -> None:
-    torch = sys.modules["torch"]
-    if torch.get_num_threads() != count:
-        torch.set_num_threads(count)
 
 
 def _deterministic() -> tuple[bool, bool]:
     torch = sys.modules["torch"]
     return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-
-
-def _matmul_precision(value: str) -> None:
-    torch = sys.modules["torch"]
-    if torch.get_float32_matmul_precision() != value:
-        torch.set_float32_matmul_precision(value)
