@@ -285,20 +285,15 @@ def test_sample_adds_what_applies_and_keeps_the_best() -> None:
 
 @pytest.mark.parametrize("verb", ["sample", "eval"])
 def test_an_answer_without_any_score_is_named_and_the_answers_are_kept(verb: str) -> None:
+    given: dict[str, Any] = SAMPLE | {"reward": "judge.py:long", "out": "none.jsonl"}
+    if verb == "eval":
+        given = {"model": "m", "against": "m", "data": "prompts.jsonl", "max_new_tokens": 2}
+        given |= {"judge": "judge.py:long", "answers": "none.jsonl"}
+    call: Any = whet.sample if verb == "sample" else whet.evaluate
     with pytest.raises(
         RewardError, match=r"^no reward applies to answer \d of the prompt row \d+ \('\w+'\): long returned None"
     ):
-        if verb == "sample":
-            whet.sample(**SAMPLE, reward="judge.py:long", out="none.jsonl")
-        else:
-            whet.evaluate(
-                model="m",
-                against="m",
-                data="prompts.jsonl",
-                max_new_tokens=2,
-                judge="judge.py:long",
-                answers="none.jsonl",
-            )
+        call(**given)
     kept = Path("none.unscored.jsonl")
     assert len(rows(str(kept))) == len(ROWS)
     kept.unlink()
