@@ -164,7 +164,7 @@ MUTANTS: list[Mutant] = [
         ("score - amount * truncated", "score + amount * truncated"),
         ("score[:, None])\n    return torch.where(mask, out", "score[:, None] / 2)\n    return torch.where(mask, out"),
         ("length * (length + 1) / 2 if normalized", "length * length / 2 if normalized"),
-        (".amin(1)\n", ".amax(1)\n"),
+        ("return own.amin(1)\n", "return own.amax(1)\n"),
         ("own.mean(1) - k * own.std(1, correction=0)", "own.mean(1) + k * own.std(1, correction=0)"),
         ("return (score - shift) / scale", "return score / scale"),
         ("((limit - buffer - length) / buffer).clamp(-1, 0)", "((limit - length) / buffer).clamp(-1, 0)"),
@@ -298,7 +298,7 @@ MUTANTS: list[Mutant] = [
         ("(above & better) | (below & worse)", "(above & worse) | (below & better)"),
         ("best = max(own, key=lambda row: score[row])", "best = min(own, key=lambda row: score[row])"),
         ("score[best] > score[worst] or labels.op is not", "score[best] > score[worst] or labels.op is"),
-        ("(top > bottom).any(1)[index]", "(top > bottom).all(1)[index]"),
+        ("(ends[0] > ends[1]).any(1)[index]", "(ends[0] > ends[1]).all(1)[index]"),
     ),
     *_of(
         "methods/compose.py",

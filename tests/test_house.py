@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 HOUSE = ROOT / "src" / "whet"
 LAYERS = (
-    ("errors",), ("registry",), ("ops",), ("data",), ("methods",), ("distributed", "http", "processes"), ("models",),
+    ("errors",), ("registry",), ("ops",), ("data",), ("methods",), ("distributed", "http", "processes"), ("models", "calling"),
     ("generate", "rewards", "feedback", "learner", "trackers"), ("cluster",), ("loops",), ("planning", "view"), ("runs",),
     ("demo", "conformance"), ("cli",),
 )  # fmt: skip

@@ -84,7 +84,7 @@ def test_options_of_a_reward_reach_it_in_sample(tmp_path: Path) -> None:
     spec = {"source": f"{tmp_path}/scaled.py:Scaled", "options": {"k": 7.0}}
     out = whet.sample(**call, reward=[spec], out=str(tmp_path / "a.jsonl"))
     assert '"scores": [7.0' in out.read_text()
-    with pytest.raises(RecipeError, match=r"reward.0.k: a function has no options"):
+    with pytest.raises(RecipeError, match=r"reward.0.k: a function has no option but timeout"):
         whet.sample(
             **call, reward=[{"source": constant(1.0), "options": {"k": 7}}], out=str(tmp_path / "b.jsonl")
         )  # fmt: skip

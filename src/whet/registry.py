@@ -78,7 +78,7 @@ class Registry:
                     return self._of(name, entry.load())
                 except RecipeError:
                     raise
-                except Exception as error:
+                except (Exception, SystemExit) as error:
                     raise RecipeError(f"{self.seam}: loading {entry.value} failed with {told(error)}") from error
         if ":" not in name:
             raise RecipeError(
@@ -107,7 +107,7 @@ class Registry:
         check = found.check if static else _no_check  # type: ignore[attr-defined]
 
         def make(options: Any, context: Any) -> Any:
-            values = _objects(_values(options))
+            values = objects(_values(options))
             return functools.partial(found, **values) if self.given else found(**values)
 
         return Adapter(name, options_of(found, self.given), make, check, found)
@@ -204,7 +204,7 @@ def load_object(spec: str) -> Any:
             module = importlib.import_module(place)
     except RecipeError:
         raise
-    except Exception as error:  # a user's module may fail in any way while it is imported
+    except (Exception, SystemExit) as error:  # a user's module may fail in any way while it is imported
         raise RecipeError(f"{spec}: importing {place} failed with {told(error)}") from error
     if not hasattr(module, name):
         raise RecipeError(f"{spec}: {place} has no {name!r}")
@@ -340,15 +340,16 @@ def called(
     raises: type[WhetError] = RewardError,
     own: Any = None,
 ) -> Any:
-    """Call a function. If it raises, raise an error of the class `raises` with `label` and the line of the user's file.
+    """Call a function. If it raises, raise an error of the class `raises` with `label` and the line of the user's file. This is
+    so for SystemExit too, which must not end the run. KeyboardInterrupt passes: a signal saves and ends the run.
 
     `own` is the user's function if `function` only calls it.
     """
     try:
         return function(*given, **named)
-    except WhetError:
+    except (WhetError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:
         function = own or getattr(function, "func", function)  # functools.partial
         code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
         where = f"{code.co_filename}:{code.co_firstlineno}" if code else "?"
@@ -364,13 +365,13 @@ def _values(options: Any) -> dict[str, Any]:
     return {one.name: getattr(options, one.name) for one in dataclasses.fields(options)}
 
 
-def _objects(value: Any) -> Any:
-    """Return a value with the Python objects in place of their references."""
+def objects(value: Any) -> Any:
+    """Return a value with the Python objects in place of their references, also in lists and dicts."""
     if isinstance(value, str) and value.startswith("python:"):
         return load_object(value)
     if isinstance(value, dict):
-        return {key: _objects(one) for key, one in value.items()}
-    return [_objects(one) for one in value] if isinstance(value, list) else value
+        return {key: objects(one) for key, one in value.items()}
+    return [objects(one) for one in value] if isinstance(value, list) else value
 
 
 def _no_check(options: Any, context: Any) -> None:

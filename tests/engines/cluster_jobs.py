@@ -32,7 +32,7 @@ ENVIRONMENT = {
     "RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "3",
     "RAY_health_check_timeout_ms": "1000", "RAY_health_check_initial_delay_ms": "500",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1",
-    "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
+    "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent), str(TESTS.parent / "src")]),
 }  # fmt: skip
 ANSWERS = 2
 STEPS = 4
@@ -62,6 +62,31 @@ def inside(own: LocalLearner) -> Generator:
 
 def rewards() -> list[Weighted]:
     return [Weighted("table", h.TableReward(lambda ids: 0.5 * len(ids) - 0.25 * (sum(ids) % 5)))]
+
+
+def limited(file: str) -> list[Weighted]:
+    """Two rewards of a file of a user, the first in a process of its own; see `LIMITED`."""
+    from whet.runs.rewards import made
+
+    return [
+        Weighted("slow", made(f"{file}:slow", {"timeout": 3}, "reward.0")),
+        Weighted("some", made(f"{file}:some", {}, "reward.1")),
+    ]
+
+
+LIMITED = """
+import os, sys, time
+
+def slow(prompts, completions, completion_ids, **columns):
+    if "stuck" in completions:
+        time.sleep(600)
+    return [None if text == "none" else [float(os.getpid())] * len(ids) for text, ids in zip(completions, completion_ids)]
+
+def some(prompts, completions, **columns):
+    if "exit" in completions:
+        sys.exit(3)
+    return [None if text == "x" else float(os.getpid()) for text in completions]
+"""
 
 
 @dataclass(frozen=True)

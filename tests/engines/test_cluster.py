@@ -27,13 +27,14 @@ from whet.cluster.generator import ActorGenerator
 from whet.cluster.learner import ClusterLearner, MoreLearners
 from whet.cluster.placement import place
 from whet.cluster.survive import death
-from whet.data import Weights
+from whet.data import Group, Prompt, Sample, Weights
 from whet.data.files import shared_memory
 from whet.distributed import Workers
 from whet.errors import CheckpointError, ModelError, RecipeError, RestartsExhausted, RewardError, RunStopped, WorkerDied
 from whet.generate.local import LocalGenerator
 from whet.loops import checkpoint
 from whet.processes import Process
+from whet.rewards import score_all
 
 HERE = Wanted(learners=1)
 TOLERANCE = 1e-5
@@ -340,6 +341,53 @@ def test_a_worker_that_hangs_is_given_up(machines: Machines) -> None:
 def test_a_learner_that_cannot_be_built_says_why(machines: Machines) -> None:
     with Attempt(HERE) as world, pytest.raises(ModelError, match=r"^no such folder, says worker 0$"):
         world.learner(jobs.critic_role)
+
+
+# --- rewards -----------------------------------------------------------------------------------------------------------
+
+
+def of_texts(*texts: str) -> list[Group]:
+    """One group of one answer of two tokens for each text."""
+    user, groups = {"role": "user", "content": "q"}, []
+    for number, text in enumerate(texts):
+        sample = Sample(number, 0, (4, 5), (-1.0,) * 2, 0, "stop", text)
+        groups.append(Group(Prompt(str(number), (3,), (user,), {"prompt": "q"}), (sample,)))
+    return groups
+
+
+def test_rewards_of_workers_do_not_apply_run_in_their_processes_and_end_with_them(
+    machines: Machines, tmp_path: Path
+) -> None:
+    """The first worker has no score at all, the second has dense ones; a call that is late or exits is an error of the function."""
+    (tmp_path / "mine.py").write_text(jobs.LIMITED)
+    with Attempt(Wanted(learners=1, engines=0, rewards=2)) as world:
+        rewards = world.rewards(partial(jobs.limited, f"{tmp_path}/mine.py"))
+        named, token, step, applies = score_all(rewards, of_texts("none", "none", "x", "a"))
+        assert {name: one.tolist() for name, one in applies.items()} == {
+            "slow": [False, False, True, True], "some": [True, True, False, True]}  # fmt: skip
+        assert named["slow"][:2].tolist() == token[:2].sum(1).tolist() == [0.0, 0.0]
+        assert step.tolist() == [[False, True], [False, True], [True, True], [True, True]]
+        processes = {int(one) for name in named for one in (named[name] / (2 if name == "slow" else 1)).tolist() if one}
+        workers = {one.where.process.pid for one in world.remotes()}
+        own = processes - workers
+        assert len(own) == 1  # that of the second worker; the functions without a limit are in the workers
+        for text, message in (
+            ("stuck", "reward slow took more than 3 s for 1 answer"),
+            ("exit", "reward some raised SystemExit: 3"),
+        ):
+            with pytest.raises(RewardError, match=message):
+                score_all(rewards, of_texts("a", text))
+        with pytest.raises(RewardError, match="no reward applies to answer 0 of the prompt row 1"):
+            score_all([rewards[0]], of_texts("a", "none"))
+        named = score_all(rewards, of_texts("a", "a"))[0]
+        own = {Process.of(int(one / 2)) for one in named["slow"].tolist()}
+        assert all(one.alive for one in own)
+        for one in world.remotes():  # without a chance to end anything
+            os.kill(one.where.process.pid, signal.SIGKILL)
+        until = time.monotonic() + 10
+        while any(one.alive for one in own) and time.monotonic() < until:
+            time.sleep(0.05)
+        assert not any(one.alive for one in own)
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------------

@@ -64,8 +64,20 @@ def test_of_several_rewards_those_with_equal_scores_are_named(tmp_path: Path, ca
 
 def test_a_run_that_was_resumed_in_between_says_nothing_and_one_answer_is_not_compared() -> None:
     batch = Batch.of([Row(torch.tensor([1, 2]), 1, torch.tensor([True]))] * 2)
-    batch = batch.with_columns(rewards=torch.zeros(2, 1), group=torch.tensor([0, 0]))
+    every = torch.ones(2, 1, dtype=torch.bool)
+    batch = batch.with_columns(rewards=torch.zeros(2, 1), reward_applies=every, group=torch.tensor([0, 0]))
     flat = FlatScores(["judge"], 10)
     assert [flat.caution(step, batch) for step in (2, 3, 4)] == [None] * 3
     flat = FlatScores(["judge"], 1)
     assert flat.caution(1, batch.take([0])) is None
+
+
+def test_answers_to_which_a_reward_does_not_apply_are_not_compared() -> None:
+    """Their score is 0, which is not the score of an answer."""
+    batch = Batch.of([Row(torch.tensor([1, 2]), 1, torch.tensor([True]))] * 5)
+    applies = torch.tensor([[True, True], [True, True], [False, True], [True, False], [True, True]])
+    rewards = torch.tensor([[0.5, 0.0], [0.5, 0.0], [0.0, 1.0], [0.5, 0.0], [0.5, 0.0]])
+    batch = batch.with_columns(rewards=rewards, reward_applies=applies, group=torch.tensor([0, 0, 0, 1, 1]))
+    line = FlatScores(["a", "b"], 1).caution(1, batch)
+    assert line is not None
+    assert line.startswith("reward a: in the first 1 steps the scores of the 4 answers are equal for each prompt")

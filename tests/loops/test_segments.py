@@ -96,7 +96,7 @@ def test_the_score_lands_on_the_last_token_that_is_trained(tmp_path: Path) -> No
             return Scores(torch.ones(1))
 
     for segments, last in (((), 2), ((Segment("policy", 2), Segment("tool", 1)), 1)):
-        _, _, ends = score_all([Weighted("one", One())], [group(segments)])
+        _, _, ends, _ = score_all([Weighted("one", One())], [group(segments)])
         assert ends.tolist() == [[place == last for place in range(3)]]
 
 

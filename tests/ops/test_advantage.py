@@ -240,6 +240,17 @@ def test_each_reward_is_normalized_by_itself(ddof: int, eps: float) -> None:
         close(group_normalized(rewards, torch.tensor([0, 1, 0, 0, 1])), expected)  # the default
 
 
+def test_a_reward_that_does_not_apply_is_in_no_statistics_of_its_group() -> None:
+    """The first reward of the group 0 is known for 1 and 5: mean 3, sample deviation sqrt(8). Alone in group 1 it has no spread."""
+    rewards = torch.tensor([[1.0, 7.0], [0.0, 9.0], [5.0, 0.0], [4.0, 2.0], [0.0, 2.0]], dtype=torch.float64)
+    applies = torch.tensor([[True, True], [False, True], [True, False], [True, True], [False, True]])
+    got = group_normalized(rewards, torch.tensor([0, 0, 0, 1, 1]), applies, eps=0.0)
+    a, b = 2 / math.sqrt(8), 1 / math.sqrt(2)
+    torch.testing.assert_close(got, torch.tensor([[-a, -b], [0, b], [a, 0], [0, 0], [0, 0]], dtype=torch.float64))
+    none = torch.zeros(5, 2, dtype=torch.bool)
+    assert torch.equal(group_normalized(rewards, torch.tensor([0, 0, 0, 1, 1]), none), torch.zeros_like(rewards))
+
+
 # answer 0 has steps that end at its tokens 1 and 3 (token 2 was a tool's), answer 1 one at its token 0;
 # answers 2 and 3 are another group
 STEP_MASK = bits("1101", "1100", "1110", "1000")

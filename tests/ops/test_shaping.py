@@ -134,6 +134,29 @@ def test_lower_bound_is_the_mean_minus_k_population_deviations() -> None:
     close(lower_bound(f64([[3.0]]), weights=(2.0,), k=5.0), [6.0])  # one reward has no spread
 
 
+APPLIES = torch.tensor([[True, False, True], [False, True, False], [False, False, False]])
+PARTIAL = f64([[3.0, 0.0, 5.0], [0.0, -4.0, 0.0], [0.0, 0.0, 0.0]])
+"""Rewards that do not apply have the score 0, which is neither the least nor in a mean."""
+
+
+def test_a_reward_that_does_not_apply_is_not_the_minimum() -> None:
+    close(minimum(PARTIAL, APPLIES, weights=(1.0, 1.0, 2.0)), [3.0, -4.0, 0.0])
+    close(minimum(PARTIAL, torch.ones(3, 3, dtype=torch.bool), weights=(1.0, 1.0, 2.0)), [0.0, -4.0, 0.0])
+    close(
+        grad_of(lambda r: minimum(r, APPLIES, weights=(1.0, 1.0, 2.0)), PARTIAL)[0],
+        [[1.0, 0, 0], [0, 1.0, 0], [0, 0, 0]],
+    )
+
+
+def test_a_reward_that_does_not_apply_is_in_no_mean_and_no_deviation() -> None:
+    # 3 and 10: mean 6.5, deviation 3.5; -4 alone
+    close(lower_bound(PARTIAL, APPLIES, weights=(1.0, 1.0, 2.0), k=2.0), [6.5 - 2 * 3.5, -4.0, 0.0])
+    every = torch.ones(2, 3, dtype=torch.bool)
+    close(
+        lower_bound(ENSEMBLE, every, weights=(1.0, 1.0, 1.0)), lower_bound(ENSEMBLE, weights=(1.0, 1.0, 1.0)).tolist()
+    )
+
+
 def test_standardize_shifts_then_scales() -> None:
     close(standardize(f64([1.0, 7.0]), shift=3.0, scale=4.0), [-0.5, 1.0])
     close(grad_of(lambda s: standardize(s, shift=3.0, scale=4.0), f64([1.0]))[0], [0.25])

@@ -116,7 +116,7 @@ WRONG = [
     ([], "4 answers were given, 0 scores came back"),
     ([1.0, math.nan, 2.0, 3.0], "answer 1 got nan, expected a finite number"),
     ([1.0, 2.0, 3.0, -math.inf], "answer 3 got -inf, expected a finite number"),
-    ([1.0, None, 2.0, 3.0], "answer 1 got None, expected a number"),
+    ([[1.0, None, 0.0], [1.0], [1.0, 1.0], [1.0, 1.0]], "answer 0 got None, expected a number"),
     (["good", 1.0, 2.0, 3.0], "answer 0 got 'good', expected a number"),
     ([True, 1.0, 2.0, 3.0], "answer 0 got True, expected a number"),
     ([[1.0, 2.0, 3.0], 1.0, [1.0, 2.0], [1.0, 2.0]], "answer 1 got 1.0, other answers a list"),
@@ -172,7 +172,7 @@ def test_several_rewards_stand_side_by_side_under_their_names_and_dense_ones_are
 
     dense = fixed([[1.0, 0.0, 2.0], [3.0], [0.0, -1.0], [0.5, 0.5]])
     ends = fixed([[(2, 1.0)], [(0, 1.0)], [(1, 1.0)], [(1, 1.0)]])
-    named, token, step = score_all(
+    named, token, step, _ = score_all(
         [
             Weighted("short", FunctionReward(fixed([1, 2, 3, 4])), 0.5),
             Weighted("dense", FunctionReward(dense), 2.0),
@@ -212,7 +212,7 @@ def test_a_step_ends_where_a_score_stands_even_one_of_zero(returned: list, expec
 
 
 def test_without_a_dense_reward_the_dense_sum_is_zero_and_as_wide_as_the_longest_answer() -> None:
-    _, token, _ = score_all(
+    _, token, _, _ = score_all(
         [Weighted("one", FunctionReward(lambda prompts, completions, **columns: [1, 2, 3, 4]))], groups()
     )
     assert torch.equal(token, torch.zeros(4, 3))

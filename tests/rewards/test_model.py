@@ -114,7 +114,7 @@ def test_several_rewards_are_told_apart_and_only_dense_ones_keep_their_places(fo
     given = groups(chat_format(tiny.tokenizer()))
     helpful = Weighted("helpful", ModelReward(role(folder), CHAT, dense=True), 0.5)
     polite = Weighted("polite", FunctionReward(lambda prompts, completions, **_: [1.0, 2.0, 3.0, 4.0]), 2.0)
-    named, dense, step = score_all([helpful, polite], given)
+    named, dense, step, _ = score_all([helpful, polite], given)
     assert list(named) == ["helpful", "polite"]
     assert named["polite"].tolist() == [1.0, 2.0, 3.0, 4.0]
     assert dense.shape == (4, 5)
@@ -140,7 +140,7 @@ def test_a_dense_reward_model_with_steps_scores_their_last_tokens_and_the_answer
     for got, whole, step, answer in zip(scores.token, every.token, steps, scores.answer.tolist(), strict=True):
         assert got.tolist() == pytest.approx((whole * torch.tensor(step)).tolist(), abs=1e-6)
         assert answer == pytest.approx(float(got.sum()), abs=1e-6)
-    _, dense, step = score_all(
+    _, dense, step, _ = score_all(
         [Weighted("steps", ModelReward(role(folder), CHAT, dense=True, ends=ends.__contains__))], given
     )
     assert step.int().tolist() == [[*one, *[0] * (5 - len(one))] for one in steps]

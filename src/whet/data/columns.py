@@ -60,6 +60,9 @@ _ALL = (
     ),
     Column("baseline", "(B,)", "reward", "reward", "the combined score of the greedy answer to the same prompt"),
     Column("rewards", "(B, R)", "reward", "reward", "one score per named reward, before combining"),
+    Column(
+        "reward_applies", "(B, R)", "bool", "reward", "False where a reward does not apply to an answer; its score is 0"
+    ),
     Column("token_score", "(B, T)", "reward", "reward", "dense scores, one per token"),
     Column("score", "(B,)", "reward", "reward", "combined score of an answer; in reward modeling, the model's score"),
     Column(

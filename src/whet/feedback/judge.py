@@ -2,13 +2,19 @@
 
 import math
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
+from whet.calling.child import itself
+from whet.calling.guard import UserCall
+from whet.calling.state import restored
 from whet.data import Group, Prompt, Sample, ranks_of
 from whet.errors import RecipeError, RewardError
 from whet.feedback.base import Question, check_ranks
-from whet.registry import called, load_object
+from whet.methods.options import Positive
+from whet.registry import load_object
 
 
 @dataclass(frozen=True)
@@ -19,6 +25,9 @@ class Options:
     """"file.py:function" """
     form: Literal["score", "rank"] = "score"
     """"score": f(prompts, completions, **columns) -> scores; "rank": f(prompt, responses, **columns) -> ranks"""
+    timeout: Positive | None = None
+    """longest duration of a call in seconds; the function then runs in a process of its own, which is killed at this limit. Without
+    it there is no limit"""
 
 
 class ScoreJudge:
@@ -29,11 +38,12 @@ class ScoreJudge:
 
     def rank(self, questions: Sequence[Question]) -> list[list[int]]:
         """See `Ranker.rank`. Equal scores are ties."""
-        prompts = [question.prompt for question in questions for _ in question.responses]
+        prompts = [deepcopy(question.prompt) for question in questions for _ in question.responses]
         completions = [answer for question in questions for answer in question.responses]
         names = sorted(set().union(*(question.row.keys() for question in questions)) if questions else ())
         columns = {
-            name: [question.row.get(name) for question in questions for _ in question.responses] for name in names
+            name: [deepcopy(question.row.get(name)) for question in questions for _ in question.responses]
+            for name in names
         }
         scores = self.function(prompts=prompts, completions=completions, **columns)
         if not isinstance(scores, Sequence) or isinstance(scores, str):
@@ -61,7 +71,7 @@ class RankJudge:
         """See `Ranker.rank`."""
         out = []
         for place, question in enumerate(questions):
-            ranks = self.function(question.prompt, list(question.responses), **question.row)
+            ranks = self.function(deepcopy(question.prompt), list(question.responses), **deepcopy(dict(question.row)))
             check_ranks(ranks, question, place)
             out.append(list(ranks))
         return out
@@ -80,17 +90,39 @@ class RewardJudge:
             messages = one.prompt if isinstance(one.prompt, list) else [{"role": "user", "content": str(one.prompt)}]
             samples = [Sample(number, place, (), (), 0, "stop", text) for place, text in enumerate(one.responses)]
             groups.append(Group(Prompt(str(number), (), tuple(messages), one.row), tuple(samples)))
-        scores = iter(self.reward.score(groups).answer.tolist())
-        return [ranks_of([next(scores) for _ in one.responses]) for one in questions]
+        scores = iter(self.reward.score(groups).listed())
+        return [_ranks([next(scores) for _ in one.responses], place) for place, one in enumerate(questions)]
+
+
+def _ranks(scores: Sequence[float | None], place: int) -> list[int]:
+    """Return the ranks of scores. Raises RewardError for an answer without a score; `place` is the number of its question."""
+    known = [score for score in scores if score is not None]
+    if len(known) < len(scores):
+        raise RewardError(
+            f"the judge does not apply (None) to answer {scores.index(None)} of row {place}, and a ranking needs a score of each "
+            "answer; leave the row out"
+        )
+    return ranks_of(known)
 
 
 def make(options: Options, rows: Any) -> ScoreJudge | RankJudge:
     """Build the judge. Raises RecipeError if the function cannot be found."""
-    function = load_object(options.function)
+    with restored():
+        function = load_object(options.function)
     if not callable(function):
         raise RecipeError(f"judge: {options.function} is a {type(function).__name__}, not a function")
 
+    make: Any = partial(itself, function) if options.function.startswith("python:") else None
+    call = UserCall(
+        function,
+        f"judge {options.function}",
+        make=make or partial(load_object, options.function),
+        seconds=options.timeout,
+    )
+    call.start()
+
     def guarded(*given: Any, **named: Any) -> Any:
-        return called(function, f"judge {options.function}", given, named)
+        count = len(named["completions"]) if options.form == "score" else len(given[1])
+        return call(f"{count} answers", given, named)
 
     return ScoreJudge(guarded) if options.form == "score" else RankJudge(guarded)

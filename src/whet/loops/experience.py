@@ -1,7 +1,7 @@
 """Conversion of groups to a batch: columns from samples and rewards, measured columns, and metrics of a rollout."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from whet.learner import Learner, UpdateResult
 from whet.methods.options import Sampling
 from whet.ops import address, masked_mean, masked_sum
 from whet.rewards import Weighted, score_all
-from whet.rewards.base import ends_of
+from whet.rewards.base import check_scored, checked, ends_of
 
 
 @dataclass(frozen=True)
@@ -21,52 +21,67 @@ class RolloutScores:
 
     `named` has one tensor (B,) per reward, before weights; `token` (B, T) is the weighted sum of the rewards that score
     tokens or segments. `segment_end` (B, T) is True on the last token of a scored segment. `baseline` (B,) is the score of
-    the greedy answer to the same prompt, if the method uses one.
+    the greedy answer to the same prompt, if the method uses one. `applies` has one bool tensor (B,) for each reward that does not
+    apply to every answer; where it is False, the score is 0 and does not count.
     """
 
     named: dict[str, Tensor]
     token: Tensor
     segment_end: Tensor
     baseline: Tensor | None = None
+    applies: Mapping[str, Tensor] = field(default_factory=dict)
 
     @staticmethod
-    def of(groups: Sequence[Group], named: Mapping[str, Tensor]) -> "RolloutScores":
-        """Return the scores of whole answers, given by the name of each reward. Raises ValueError for a wrong shape."""
+    def of(groups: Sequence[Group], named: Mapping[str, Tensor | Sequence[float | None]]) -> "RolloutScores":
+        """Return the scores of whole answers, given by the name of each reward as a tensor, or as a list with None where the
+        reward does not apply. Raises ValueError for a wrong shape, RewardError for an answer to which no reward applies."""
         answers = [sample for group in groups for sample in group.samples]
+        known, applies = dict[str, Tensor](), dict[str, Tensor]()
         for name, values in named.items():
-            if not isinstance(values, Tensor) or tuple(values.shape) != (len(answers),):
+            if isinstance(values, list) and len(values) == len(answers):
+                scores = checked(values, answers, name)
+                known[name] = scores.answer
+                applies |= {name: scores.applies} if scores.applies is not None else {}
+            elif isinstance(values, Tensor) and tuple(values.shape) == (len(answers),):
+                known[name] = values.float()
+            else:
                 raise ValueError(f"scores {name}: expected a tensor of shape ({len(answers)},), got {values!r:.80}")
+        check_scored(list(known), groups, applies)
         longest = max(len(sample.ids) for sample in answers)
-        return RolloutScores(
-            {name: values.float() for name, values in named.items()},
-            torch.zeros(len(answers), longest),
-            ends_of(answers),
-        )
+        return RolloutScores(known, torch.zeros(len(answers), longest), ends_of(answers), applies=applies)
 
     def take(self, rows: Sequence[int], length: int) -> "RolloutScores":
         """Return the scores of these answers, with per-token scores of this length."""
         index = torch.tensor(rows)
         named = {name: values[index] for name, values in self.named.items()}
-        return RolloutScores(named, self.token[index, :length], self.segment_end[index, :length])
+        applies = {name: values[index] for name, values in self.applies.items()}
+        return RolloutScores(named, self.token[index, :length], self.segment_end[index, :length], applies=applies)
 
     @staticmethod
     def joined(parts: Sequence["RolloutScores"]) -> "RolloutScores":
         """Concatenate the scores of several lists of answers."""
         named = {name: torch.cat([one.named[name] for one in parts]) for name in parts[0].named}
         token = pad([row for one in parts for row in one.token])
-        return RolloutScores(named, token, pad([row for one in parts for row in one.segment_end]))
+        partial = {name for one in parts for name in one.applies}
+        applies = {name: torch.cat([one.where(name) for one in parts]) for name in named if name in partial}
+        return RolloutScores(named, token, pad([row for one in parts for row in one.segment_end]), applies=applies)
+
+    def where(self, name: str) -> Tensor:
+        """Return to which answers a reward applies, (B,) bool."""
+        return self.applies.get(name, torch.ones_like(self.named[name], dtype=torch.bool))
 
 
 def scores_of(rewards: Sequence[Weighted], groups: Sequence[Group]) -> RolloutScores:
-    """Score the answers with every reward."""
-    return RolloutScores(*score_all(rewards, groups))
+    """Score the answers with every reward. Raises RewardError for an answer to which none applies."""
+    named, token, ends, applies = score_all(rewards, groups)
+    return RolloutScores(named, token, ends, applies=applies)
 
 
 def batch_of(groups: Sequence[Group], scores: RolloutScores, sampling: Sampling) -> Batch:
     """Return a batch with one row per answer and the columns of the sampler and the rewards.
 
-    These are group, address, truncated, temperature, token_version, sampler_logp, rewards, token_score and segment_end;
-    baseline if the scores have one; and support if every sample has one.
+    These are group, address, truncated, temperature, token_version, sampler_logp, rewards, reward_applies, token_score and
+    segment_end; baseline if the scores have one; and support if every sample has one.
     """
     pairs = [(number, group.prompt, sample) for number, group in enumerate(groups) for sample in group.samples]
     rows = [row for group in groups for row in group.rows()]
@@ -82,6 +97,7 @@ def batch_of(groups: Sequence[Group], scores: RolloutScores, sampling: Sampling)
         token_version=pad([torch.tensor(sample.token_versions()) for _, _, sample in pairs]),
         sampler_logp=pad([torch.tensor(sample.sampler_logp) for _, _, sample in pairs]),
         rewards=torch.stack(list(scores.named.values()), 1),
+        reward_applies=torch.stack([scores.where(name) for name in scores.named], 1),
         token_score=scores.token,
         segment_end=scores.segment_end,
         **extra,
@@ -123,7 +139,8 @@ def moved_from(learner: Learner, batch: Batch) -> float:
 
 def rollout_numbers(batch: Batch, names: Sequence[str]) -> dict[str, float]:
     """Return metrics of the answers: mean and deviation of the score, each reward, length in tokens, truncated share, and for
-    groups the share whose answers all have the same score (`zero_spread`), from which a group method learns nothing."""
+    groups the share whose answers all have the same score (`zero_spread`), from which a group method learns nothing. The mean of
+    a reward is over the answers to which it applies; a reward that applies to none of them has none."""
     lengths = torch.tensor([float(row.mask.sum()) for row in batch.rows])
     out = {"score": float(batch["score"].mean()), "score_std": float(batch["score"].std(correction=0))}
     out |= {"length": float(lengths.mean()), "truncated": float(batch["truncated"].float().mean())}
@@ -131,7 +148,8 @@ def rollout_numbers(batch: Batch, names: Sequence[str]) -> dict[str, float]:
     if len(group.unique()) < len(group):
         each = [score[group == number] for number in group.unique()]
         out["zero_spread"] = sum(bool((one == one[0]).all()) for one in each) / len(each)
-    return out | {f"reward/{name}": float(batch["rewards"][:, number].mean()) for number, name in enumerate(names)}
+    known = [(name, batch["rewards"][batch["reward_applies"][:, place], place]) for place, name in enumerate(names)]
+    return out | {f"reward/{name}": float(values.mean()) for name, values in known if len(values)}
 
 
 def policy_numbers(batch: Batch) -> dict[str, float]:

@@ -244,9 +244,12 @@ class OnlineLoop:
         index = [number for number, group in enumerate(groups) for _ in group.samples]
         return replace(scores, baseline=score[index])
 
-    def measure(self, groups: Sequence[Group], scores: RolloutScores | Mapping[str, Tensor]) -> Batch:
+    def measure(
+        self, groups: Sequence[Group], scores: RolloutScores | Mapping[str, Tensor | Sequence[float | None]]
+    ) -> Batch:
         """Return the batch with the measured columns that the method reads. Split it into mini-batches first, and measure
-        those of the first epoch one by one. `scores` may also be the scores (B,) of each reward by its name."""
+        those of the first epoch one by one. `scores` may also be the scores (B,) of each reward by its name, as a tensor or as a
+        list with None where the reward does not apply."""
         self._needs("measure")
         _check_groups("measure", groups)
         if self._turns is not None:

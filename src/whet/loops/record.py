@@ -117,7 +117,7 @@ class RunFolder:
         for tracker in self.trackers:
             try:
                 call(tracker)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 print(f"whet: tracker {type(tracker).__name__} is not used any more: {told(error)}", file=sys.stderr)
                 self.trackers = tuple(one for one in self.trackers if one is not tracker)
 

@@ -257,11 +257,16 @@ def recorded(folder: Path, step: int, names: Sequence[str]) -> tuple[list[Group]
         groups: dict[int, list[tuple[Prompt, Sample]]] = {}
         for row, group in enumerate(table["group"]):
             groups.setdefault(group, []).append((_prompt(table, row), _sample(table, row)))
+        given = {name: table[f"{rollouts.REWARD}{name}"] for name in names}
         scores = RolloutScores(
-            {name: torch.tensor(table[f"reward/{name}"], dtype=kinds["rewards"]) for name in names},
+            {
+                name: torch.tensor([0.0 if one is None else one for one in own], dtype=kinds["rewards"])
+                for name, own in given.items()
+            },
             pad([torch.tensor(one, dtype=kinds["token_score"]) for one in table["token_score"]]),
             pad([torch.tensor(one, dtype=torch.bool) for one in table["segment_end"]]),
             torch.tensor(table["baseline"], dtype=kinds["baseline"]) if "baseline" in table else None,
+            {name: torch.tensor([one is not None for one in own]) for name, own in given.items() if None in own},
         )
     except KeyError as error:
         raise DataError(f"{path}: it has no column {error}, from which a step is computed again") from error

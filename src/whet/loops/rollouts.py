@@ -14,8 +14,10 @@ from whet.errors import DataError
 
 SCHEMA = 1
 """Version of the columns, stored in the metadata of a file. A file without a version has version 1."""
-LEFT_OUT = ("element", "index", "rewards", "address")
+LEFT_OUT = ("element", "index", "rewards", "reward_applies", "address")
 """Columns of the batch that are not written."""
+REWARD = "reward/"
+"""What the name of a column with the scores of one reward begins with."""
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -25,7 +27,8 @@ def path_of(folder: Path, step: int) -> Path:
 
 def table_of(groups: Sequence[Group], batch: Batch, names: Sequence[str]) -> dict[str, list[Any]]:
     """Return the columns of the file of a step, as column name -> one value per answer. Per-token columns are cut to the length
-    of the answer. `names` are the names of the rewards in the column `rewards`; each is the column `reward/NAME`."""
+    of the answer. `names` are the names of the rewards in the column `rewards`; each is the column `reward/NAME`, with None where
+    the reward does not apply."""
     samples = [(group.prompt, sample) for group in groups for sample in group.samples]
     table: dict[str, list[Any]] = {
         "prompt_id": [prompt.id for prompt, _ in samples],
@@ -57,7 +60,8 @@ def columns_of(batch: Batch, names: Sequence[str]) -> dict[str, list[Any]]:
             rows = [[[token for token in step if token >= 0] for step in row] for row in rows]
         table[name] = rows
     for number, name in enumerate(names if "rewards" in batch.columns else ()):
-        table[f"reward/{name}"] = batch["rewards"][:, number].tolist()
+        both = zip(batch["rewards"][:, number].tolist(), batch["reward_applies"][:, number].tolist(), strict=True)
+        table[f"{REWARD}{name}"] = [value if applies else None for value, applies in both]
     return table
 
 
@@ -74,9 +78,13 @@ def write_table(path: Path, table: Mapping[str, list[Any]], batch: Batch) -> Non
     import pyarrow
     import pyarrow.parquet
 
+    typed: dict[str, Any] = dict(table)
+    for name in table:  # a reward that applies to no answer of this step has the same type as in others
+        if name.startswith(REWARD):
+            typed[name] = pyarrow.array(table[name], pyarrow.float64())
     kinds = {name: str(column.dtype).removeprefix("torch.") for name, column in batch.columns.items()}
     about = {"whet.schema": str(SCHEMA), "whet.dtypes": json.dumps(kinds)}
-    whole = pyarrow.table(dict(table)).replace_schema_metadata(about)
+    whole = pyarrow.table(typed).replace_schema_metadata(about)
     with replacing(path) as file:
         pyarrow.parquet.write_table(whole, file)
 

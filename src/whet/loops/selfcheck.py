@@ -167,31 +167,39 @@ class FlatScores:
 
     def __init__(self, names: Sequence[str], steps: int) -> None:
         self.names, self.last = names, min(FIRST, steps)
-        self._seen: list[tuple[Tensor, Tensor]] = []
+        self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def caution(self, step: int, batch: Batch) -> str | None:
-        """Return what to print after this step (from 1) with these answers, or None. Reads `rewards` and `group`."""
+        """Return what to print after this step (from 1) with these answers, or None. Reads `rewards`, `reward_applies` and
+        `group`. Answers to which a reward does not apply are left out."""
         if step > self.last:
             return None
-        self._seen.append((batch["rewards"], batch["group"]))
+        self._seen.append((batch["rewards"], batch["reward_applies"], batch["group"]))
         if len(self._seen) < self.last:  # also a run that was resumed in between
             return None
-        groups = [rewards[group == number] for rewards, group in self._seen for number in group.unique()]
-        if all(len(one) == 1 for one in groups):
-            groups = [torch.cat(groups)]
-        compared = [one for one in groups if len(one) > 1]
-        flat = [
-            name
-            for place, name in enumerate(self.names)
-            if compared and all(constant(one[:, place].tolist()) for one in compared)
-        ]
+        found = {name: self._compared(place) for place, name in enumerate(self.names)}
+        flat = [name for name, compared in found.items() if compared and all(map(constant, compared))]
         if not flat:
             return None
+        compared = found[flat[0]]
         return (
             f"reward {', '.join(flat)}: in the first {self.last} steps the scores of the {sum(map(len, compared))} answers are "
             f"equal{' for each prompt' if len(compared) > 1 else ''}, and nothing is learned from equal scores; does it read "
             "the answers and the right columns?"
         )
+
+    def _compared(self, place: int) -> list[list[float]]:
+        """Return the scores of a reward that are compared with each other: those of each prompt, or of all answers if each
+        prompt has one."""
+        whole = [rewards[group == number] for rewards, _, group in self._seen for number in group.unique()]
+        groups = [
+            rewards[(group == number) & applies[:, place], place].tolist()
+            for rewards, applies, group in self._seen
+            for number in group.unique()
+        ]
+        if all(len(one) == 1 for one in whole):
+            groups = [[score for one in groups for score in one]]
+        return [one for one in groups if len(one) > 1]
 
 
 def sampler_agrees(

@@ -172,25 +172,47 @@ class Algorithm:
 
 
 def outcome(algorithm: Algorithm, batch: Batch) -> Tensor:
-    """Compute the combined score of each answer before any penalty, (B,). Reads rewards (B, R)."""
+    """Compute the combined score of each answer before any penalty, (B,). Reads rewards and reward_applies (B, R).
+
+    A reward that does not apply to an answer adds nothing to its score and is in no mean or deviation with it. Raises RewardError
+    if a user's `normalize` or `combine` does not read `reward_applies` and some reward does not apply to some answer.
+    """
+    batch = batch.with_columns(reward_applies=_applies(batch))
+    applies = batch["reward_applies"]
+    for slot, one in (("normalize", algorithm.normalize), ("combine", algorithm.combine)):
+        if one is not None and one.own and "reward_applies" not in one.reads() and not bool(applies.all()):
+            raise RewardError(
+                f"algorithm.{slot}: {one} does not read the column reward_applies, and a reward returned None (does not apply) for "
+                "an answer; add the parameter reward_applies (B, R) and leave those scores out"
+            )
     if algorithm.normalize is not None:
-        batch = batch.with_columns(rewards=algorithm.normalize.filled(batch.columns, tuple(batch["rewards"].shape)))
+        rewards = algorithm.normalize.filled(batch.columns, tuple(batch["rewards"].shape))
+        batch = batch.with_columns(rewards=torch.where(applies, rewards, torch.zeros_like(rewards)))
     return algorithm.combine.filled(batch.columns, (len(batch.rows),))
+
+
+def _applies(batch: Batch) -> Tensor:
+    """Return which rewards apply to which answers, (B, R) bool; all if the batch does not say it."""
+    return batch.columns.get("reward_applies", torch.ones_like(batch["rewards"], dtype=torch.bool))
 
 
 def spread(algorithm: Algorithm, batch: Batch) -> Tensor:
     """Return which rows belong to a group whose answers differ in outcome before any penalty, (B,) bool.
 
-    If each reward is normalized separately, the rewards are compared instead of the outcome. A method that compares
-    answers within a group learns nothing from the other groups.
+    If each reward is normalized separately, the rewards are compared instead of the outcome, each among the answers to which
+    it applies. A method that compares answers within a group learns nothing from the other groups.
     """
     index = torch.unique(batch["group"], return_inverse=True)[1]
     score = batch["rewards"] if algorithm.normalize is not None else outcome(algorithm, batch)[:, None]
     rewards = torch.cat([score, batch["token_score"]], 1)
-    empty = torch.zeros(int(index.max()) + 1, rewards.shape[1], dtype=rewards.dtype)
-    where = index[:, None].expand_as(rewards)
-    top, bottom = (empty.scatter_reduce(0, where, rewards, how, include_self=False) for how in ("amax", "amin"))
-    return (top > bottom).any(1)[index]
+    known = torch.ones_like(rewards, dtype=torch.bool)
+    if algorithm.normalize is not None:
+        known[:, : score.shape[1]] = _applies(batch)
+    where, ends = index[:, None].expand_as(rewards), []
+    for how, none in (("amax", -torch.inf), ("amin", torch.inf)):
+        empty = torch.full((int(index.max()) + 1, rewards.shape[1]), none, dtype=rewards.dtype)
+        ends.append(empty.scatter_reduce(0, where, torch.where(known, rewards, none), how))
+    return (ends[0] > ends[1]).any(1)[index]
 
 
 def shaped(algorithm: Algorithm, batch: Batch) -> Batch:

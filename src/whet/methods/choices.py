@@ -93,13 +93,24 @@ ONLINE_SLOTS: dict[str, dict[str, Choice]] = {
             "r_n <- (r_n - mean_group r_n) / (std_group r_n + {eps})   for each reward n by itself",
             "GDPO, Liu et al. 2026, eq. 4",
             "TRL eps 1e-4",
+            {"reward_applies": "reward_applies"},
         ),
     },
     "combine": {
         "weighted_sum": Choice("weighted_sum", "s = sum_n w_n r_n,  w = {weights}"),
-        "minimum": Choice("minimum", "s = min_n w_n r_n,  w = {weights}", "Coste et al. 2023 (worst case)"),
+        "minimum": Choice(
+            "minimum",
+            "s = min_n w_n r_n,  w = {weights}",
+            "Coste et al. 2023 (worst case)",
+            "",
+            {"reward_applies": "reward_applies"},
+        ),
         "lower_bound": Choice(
-            "lower_bound", "s = mean_n w_n r_n - {k} std_n w_n r_n,  w = {weights}", "Coste et al. 2023 (uncertainty)"
+            "lower_bound",
+            "s = mean_n w_n r_n - {k} std_n w_n r_n,  w = {weights}",
+            "Coste et al. 2023 (uncertainty)",
+            "",
+            {"reward_applies": "reward_applies"},
         ),
     },
     "reward_normalization": {

@@ -45,7 +45,7 @@ class Part:
             given = {name: one.clone() if isinstance(one, Tensor) else one for name, one in given.items()}
         try:
             out = self.op(**given, **self.options)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             own = next((one for one in self.walk() if one.own), None)
             if own is None or isinstance(error, (WhetError, torch.OutOfMemoryError)):
                 raise

@@ -123,9 +123,20 @@ def group_mean_scaled(score: Tensor, group: Tensor) -> Tensor:
     )
 
 
-def group_normalized(rewards: Tensor, group: Tensor, *, ddof: int = 1, eps: float = 1e-6) -> Tensor:
-    """Apply `group_zscore` to each reward separately, before the sum, (B, R) -> (B, R) (GDPO, Liu et al. 2026, equation 4)."""
-    return torch.stack([group_zscore(one, group, ddof=ddof, eps=eps) for one in rewards.unbind(1)], 1)
+def group_normalized(
+    rewards: Tensor, group: Tensor, reward_applies: Tensor | None = None, *, ddof: int = 1, eps: float = 1e-6
+) -> Tensor:
+    """Apply `group_zscore` to each reward separately, before the sum, (B, R) -> (B, R) (GDPO, Liu et al. 2026, equation 4).
+
+    `reward_applies` (B, R) is False where a reward does not apply to an answer: the result is 0 there, and the group's mean and
+    deviation of this reward are those of the other answers. Without it, all apply.
+    """
+    if reward_applies is None:
+        return torch.stack([group_zscore(one, group, ddof=ddof, eps=eps) for one in rewards.unbind(1)], 1)
+    out = torch.zeros_like(rewards)
+    for number, kept in enumerate(boolean(reward_applies).unbind(1)):
+        out[kept, number] = group_zscore(rewards[kept, number], group[kept], ddof=ddof, eps=eps)
+    return out
 
 
 def group_steps(

@@ -7,7 +7,7 @@ all 0.
 import torch
 from torch import Tensor
 
-from whet.ops.masked import boolean, whiten
+from whet.ops.masked import boolean, masked_mean, whiten
 
 
 def weighted_sum(rewards: Tensor, *, weights: tuple[float, ...]) -> Tensor:
@@ -17,15 +17,35 @@ def weighted_sum(rewards: Tensor, *, weights: tuple[float, ...]) -> Tensor:
     return rewards @ torch.tensor(weights, dtype=rewards.dtype, device=rewards.device)
 
 
-def minimum(rewards: Tensor, *, weights: tuple[float, ...]) -> Tensor:
-    """Compute min_r weights[r] rewards[:, r]: (B, R) -> (B,): worst case of an ensemble (Coste et al. 2023)."""
-    return (rewards * torch.tensor(weights, dtype=rewards.dtype, device=rewards.device)).amin(1)
+def minimum(rewards: Tensor, reward_applies: Tensor | None = None, *, weights: tuple[float, ...]) -> Tensor:
+    """Compute min_r weights[r] rewards[:, r]: (B, R) -> (B,): worst case of an ensemble (Coste et al. 2023).
 
+    `reward_applies` (B, R) leaves out rewards that do not apply to an answer; without it, all apply. An answer to which
+    none applies gets 0.
 
-def lower_bound(rewards: Tensor, *, weights: tuple[float, ...], k: float = 1.0) -> Tensor:
-    """Compute mean - k x population standard deviation of the weighted rewards: (B, R) -> (B,) (Coste et al. 2023)."""
+    >>> minimum(torch.tensor([[1.0, 0.0]]), torch.tensor([[True, False]]), weights=(2.0, 1.0))
+    tensor([2.])
+    """
     own = rewards * torch.tensor(weights, dtype=rewards.dtype, device=rewards.device)
-    return own.mean(1) - k * own.std(1, correction=0)
+    if reward_applies is None:
+        return own.amin(1)
+    kept = boolean(reward_applies)
+    least = torch.where(kept, own, torch.full_like(own, torch.inf)).amin(1)
+    return torch.where(kept.any(1), least, torch.zeros_like(least))
+
+
+def lower_bound(
+    rewards: Tensor, reward_applies: Tensor | None = None, *, weights: tuple[float, ...], k: float = 1.0
+) -> Tensor:
+    """Compute mean - k x population standard deviation of the weighted rewards: (B, R) -> (B,) (Coste et al. 2023).
+
+    `reward_applies` is as in `minimum`.
+    """
+    own = rewards * torch.tensor(weights, dtype=rewards.dtype, device=rewards.device)
+    if reward_applies is None or bool(boolean(reward_applies).all()):
+        return own.mean(1) - k * own.std(1, correction=0)
+    mean = masked_mean(own, reward_applies, 1)
+    return mean - k * masked_mean((own - mean[:, None]).square(), reward_applies, 1).sqrt()
 
 
 def standardize(score: Tensor, *, shift: float, scale: float) -> Tensor:

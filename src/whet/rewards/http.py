@@ -32,9 +32,9 @@ class HttpReward:
     """A reward that a server computes.
 
     The request is JSON with `prompts`, `completions`, `query` (prompt and completion joined) and the columns of the prompt
-    rows. The response is a list of numbers, or an object with this list under `rewards` or `scores`. Each answer is sent
-    once, for any number of workers. Raises RewardError if the server fails more often than `retries` allows, refuses a
-    request, or does not return one number per answer.
+    rows. The response is a list of numbers, or an object with this list under `rewards` or `scores`. A null in it means that the
+    reward does not apply to the answer. Each answer is sent once, for any number of workers. Raises RewardError if the server
+    fails more often than `retries` allows, refuses a request, or does not return one number or null per answer.
     """
 
     per_group = True

@@ -41,6 +41,9 @@ class Options:
     """times that a request is sent again when nothing answers or the server fails (status 5xx)"""
     connections: Count = 16
     """requests at the same time"""
+    no_score: str = ""
+    """reply that means that the judge cannot say, such as N/A: it then does not apply to the answer. Without it, every reply must be
+    a number"""
     max_tokens: Count = 16
     """longest reply, in tokens"""
 
@@ -48,7 +51,8 @@ class Options:
 class OpenAIJudge:
     """A chat model as a Reward: the score of an answer is the number that the model replies with, at temperature 0.
 
-    Raises RewardError if a reply is anything else than a number, or the server fails more often than `retries` allow.
+    A reply that is `no_score` means that the judge does not apply to the answer. Raises RewardError if a reply is anything else
+    than this or a number, or the server fails more often than `retries` allow.
     """
 
     per_group = True
@@ -69,7 +73,7 @@ class OpenAIJudge:
             values = list(pool.map(self._ask, prompts, completions))
         return checked(values, [sample for group in groups for sample in group.samples], "openai")
 
-    def _ask(self, prompt: Any, completion: str) -> float:
+    def _ask(self, prompt: Any, completion: str) -> float | None:
         text = prompt if isinstance(prompt, str) else "\n".join(f"{one['role']}: {one['content']}" for one in prompt)
         given = {"{prompt}": text, "{completion}": completion}
         asked = PLACE.sub(lambda match: given[match.group()], self.options.prompt)
@@ -81,6 +85,8 @@ class OpenAIJudge:
             reply = self.http.chat(body, retries=self.options.retries)["message"]["content"] or ""
         except (RecipeError, WorkerDied) as error:
             raise RewardError(str(error)) from error
+        if self.options.no_score and reply.strip() == self.options.no_score.strip():
+            return None
         found = NUMBER.fullmatch(reply)
         if found is None:
             raise RewardError(f"reward openai: {self.options.model} was asked for a number and replied {reply!r:.80}")

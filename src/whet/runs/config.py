@@ -17,6 +17,7 @@ from whet.methods import catalogue
 from whet.methods.choices import changed
 from whet.methods.options import Optim
 from whet.runs.foreign import FOREIGN
+from whet.runs.layers import merge, merged_layers
 from whet.runs.recipe import MAIN_FIELD, OPEN, REWARDS
 
 SHIPPED = Path(__file__).parent / "recipes"
@@ -121,9 +122,9 @@ def resolve(
     methods = [_method_of(layer) for layer in layers]
     plain = [{key: value for key, value in layer.items() if key != "algorithm"} for layer in layers]
     recipes = len(plain) - len(overrides)
-    for layer in [*plain[:recipes], _merged(plain[recipes:])]:
+    for layer in [*plain[:recipes], merged_layers(plain[recipes:])]:
         _drop_options(merged, layer)
-        _merge(merged, layer)
+        merge(merged, layer)
     if "algorithm" in fields_of(kind):
         merged["algorithm"] = _composed(verb, methods)
     if "optim" in fields_of(kind):
@@ -170,14 +171,6 @@ def _drop_options(merged: Mapping[str, Any], layer: Mapping[str, Any]) -> None:
             and new.get(named_by, old.get(named_by)) != old.get(named_by)
         ):
             old.pop("options", None)
-
-
-def _merged(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the layers merged into one; later ones take precedence."""
-    out: dict[str, Any] = {}
-    for layer in layers:
-        _merge(out, layer)
-    return out
 
 
 def _method_of(layer: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -425,14 +418,3 @@ def _expand(kind: type, tree: Any, where: str) -> Any:
             value = [_expand(element, one, name) for one in value]
         out[key] = value
     return out
-
-
-def _merge(tree: dict[str, Any], other: Mapping[str, Any]) -> None:
-    """Merge `other` into `tree`; it takes precedence. No mapping of `other` becomes part of `tree`."""
-    for key, value in other.items():
-        if isinstance(value, Mapping):
-            if not isinstance(tree.get(key), dict):
-                tree[key] = {}
-            _merge(tree[key], value)
-        else:
-            tree[key] = value

@@ -11,7 +11,7 @@ import torch
 from whet.data import Batch
 from whet.data.degenerate import constant
 from whet.data.files import write_json, write_jsonl
-from whet.errors import RecipeError
+from whet.errors import RecipeError, RewardError
 from whet.generate.local import LocalGenerator
 from whet.learner.local import LocalLearner
 from whet.loops import evaluate
@@ -19,6 +19,7 @@ from whet.methods import compose
 from whet.models import load
 from whet.models.probe import SOME, probe
 from whet.ops import address
+from whet.rewards.base import check_scored
 from whet.runs import data, models, rewards, sample
 from whet.runs import recipe as fields
 
@@ -85,8 +86,17 @@ def _win_rates(recipe: fields.EvalRecipe) -> dict[str, float]:
     scores = []
     with sample.kept(Path(recipe.answers), rows) if recipe.answers else nullcontext():
         for judge in judges:
-            scores.append((judge.reward.score(ours).answer.tolist(), judge.reward.score(theirs).answer.tolist()))
-    for judge, (mine, rivals) in zip(judges, scores, strict=True):
+            scores.append((judge.reward.score(ours), judge.reward.score(theirs)))
+        for side, groups in enumerate((ours, theirs)):
+            applies = {one.name: both[side].known() for one, both in zip(judges, scores, strict=True)}
+            check_scored(list(applies), groups, applies)
+    for judge, both in zip(judges, scores, strict=True):
+        applied = [place for place, one in enumerate((both[0].known() & both[1].known()).tolist()) if one]
+        if not applied:
+            raise RewardError(
+                f"judge {judge.name}: it applies to both answers of no prompt, so there is nothing to compare"
+            )
+        mine, rivals = (one.answer[applied].tolist() for one in both)
         if constant(mine + rivals):
             print(f"whet: judge {judge.name}: all {len(mine + rivals)} scores are equal ({mine[0]:g})", file=sys.stderr)
         win, mean, rival = evaluate.win_rate(mine, rivals), evaluate.interval(mine), evaluate.interval(rivals)
@@ -94,7 +104,9 @@ def _win_rates(recipe: fields.EvalRecipe) -> dict[str, float]:
             numbers |= {
                 f"{judge.name}/{name}{end}": value for end, value in zip(("", "_low", "_high"), three, strict=True)
             }
-        for row, score, score_against in zip(rows, mine, rivals, strict=True):
+        if len(applied) < len(rows):
+            numbers[f"{judge.name}/prompts"] = len(applied)
+        for row, score, score_against in zip(rows, *(one.listed() for one in both), strict=True):
             row |= {judge.name: score, f"{judge.name}/against": score_against}
     if recipe.answers:
         write_jsonl(Path(recipe.answers), rows)

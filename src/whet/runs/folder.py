@@ -269,7 +269,15 @@ def _kept(recipe: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(out.get("generator"), Mapping):
         own = out["generator"]
         out["generator"] = {**own, "options": adapters.fixed_options(GENERATORS, own, "name")}
+    if isinstance(out.get("reward"), list):
+        out["reward"] = [_untimed(one) if isinstance(one, Mapping) else one for one in out["reward"]]
     return out
+
+
+def _untimed(reward: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a reward of a saved recipe without its limit of time, which changes no score."""
+    options = reward.get("options") or {}
+    return {**reward, "options": {name: value for name, value in options.items() if name != "timeout"}}
 
 
 def differing(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:

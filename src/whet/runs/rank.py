@@ -63,11 +63,13 @@ def _ranker_of(recipe: fields.RankRecipe, rows: list[Any]) -> Any:
         source, options = recipe.judge, recipe.judge_options
         if rewards.is_model(source):
             raise RecipeError(f"judge: {source} is not a function; give FILE.py:FUNCTION, a URL, or openai")
-        if rewards.kind_of(source) != "object" or options or rewards.has_score(source):
+        if rewards.kind_of(source) != "object" or rewards.has_score(source):
             if recipe.judge_form != "score":
                 raise RecipeError("judge_form: only a function can rank by itself; leave it out")
             return RewardJudge(rewards.made(source, options, "judge"))
-        spec = {"name": "judge", "function": source, "form": recipe.judge_form}
+        for option in options.keys() - {"timeout"}:
+            raise RecipeError(f"judge_options.{option}: a function has no option but timeout; leave it out")
+        spec = {**options, "name": "judge", "function": source, "form": recipe.judge_form}
     chosen = adapters.chosen(RANKERS, spec, "ranker")
     chosen.check(rows)
     return chosen.make(rows)

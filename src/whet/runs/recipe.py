@@ -272,7 +272,7 @@ class JudgeSpec:
     source: str
     """a reward-model folder, "file.py:function", "file.py:Class" with a method score, a URL, or openai"""
     options: dict[str, Any] = field(default_factory=dict)
-    """options of a URL, of openai or of a class, as for a reward"""
+    """options of a function, of a URL, of openai or of a class, as for a reward"""
 
 
 @dataclass(frozen=True)
@@ -284,7 +284,8 @@ class RewardSpec:
     weight: float = 1.0
     """its weight in the score"""
     options: dict[str, Any] = field(default_factory=dict)
-    """options of a URL (timeout, retries, batch_size, ...), of openai (url, model, ...) or of a class; also written beside `source`"""
+    """options of a function (timeout), of a URL (timeout, retries, ...), of openai (url, model, ...) or of a class; also written
+    beside `source`"""
 
 
 @dataclass(frozen=True)
@@ -414,7 +415,7 @@ class RankRecipe:
     judge: str | None = None
     """"file.py:function": f(prompts, completions, **columns) -> scores; or a URL, openai, "file.py:Class" as for rewards"""
     judge_options: dict[str, Any] = field(default_factory=dict)
-    """options of a URL, of openai or of a class, as for a reward"""
+    """options of a function, of a URL, of openai or of a class, as for a reward"""
     judge_form: Literal["score", "rank"] = "score"
     """"rank": the function is f(prompt, responses, **columns) -> ranks"""
     ranker: Ranking = Ranking()

@@ -1,5 +1,6 @@
 """Build the rewards of a recipe (functions, reward models, HTTP services), and check them before models are loaded."""
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -9,16 +10,17 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from whet.calling.state import restored
 from whet.data import Chat, Group, Prompt, chat_format, extras_of
 from whet.errors import ModelError, RecipeError
 from whet.models import load, lora
 from whet.models.roles import Role, readout_of
 from whet.models.saved_adapters import is_adapter
 from whet.registry import load_object
-from whet.rewards import REWARDS, Reward, Scores, Weighted
+from whet.rewards import REWARDS, Reward, Scores, Weighted, functions
 from whet.rewards.functions import FunctionReward, ObjectReward
 from whet.rewards.model import ModelReward
-from whet.runs import adapters, models
+from whet.runs import adapters, config, models
 from whet.runs import recipe as fields
 
 Kind = Literal["model", "http", "registered", "object"]
@@ -40,29 +42,53 @@ def is_model(source: str) -> bool:
 
 
 def made(source: str, options: Mapping[str, Any], where: str) -> Reward:
-    """Build the reward of a source that is not a model. Raises RecipeError for options that it does not have."""
+    """Build the reward of a source that is not a model. Raises RecipeError for options that it does not have.
+
+    A function, and a class without an option `timeout` of its own, have the limit `timeout` (see `functions.Options`).
+    """
     kind = kind_of(source)
-    if kind == "object":
-        found = load_object(source)
-        if not inspect.isclass(found) and not has_score(source):
-            if not callable(found):
-                raise RecipeError(f"{source}: it is a {type(found).__name__}, not a function")
-            _refuse_options(options, where, "a function")
-            return FunctionReward(found, name_of(source))
-    chosen = adapters.chosen(REWARDS, adapters.named("http" if kind == "http" else source, options, where), where)
-    made = chosen.make(source)
-    return made if kind == "http" else ObjectReward(made, name_of(source))
+    name = "http" if kind == "http" else source
+    if kind == "object" and not has_score(source):
+        found = _loaded(source)
+        if not callable(found):
+            raise RecipeError(f"{source}: it is a {type(found).__name__}, not a function")
+        if not inspect.isclass(found):
+            for option in options.keys() - {"timeout"}:
+                raise RecipeError(f"{where}.{option}: a function has no option but timeout; leave it out")
+            own = config.converted(dict(options), functions.Options, where)
+            return FunctionReward(found, name_of(source), timeout=own.timeout, source=source, where=where)
+    limit = None
+    if options.get("timeout") is not None and not is_model(source):
+        adapter = REWARDS.find(name, where)
+        if "timeout" not in config.fields_of(adapter.options):
+            limit = config.converted({"timeout": options["timeout"]}, functions.Options, where).timeout
+            options = {key: value for key, value in options.items() if key != "timeout"}
+    chosen = adapters.chosen(REWARDS, adapters.named(name, options, where), where)
+    if limit is not None:
+        given = {one.name: getattr(chosen.options, one.name) for one in dataclasses.fields(chosen.options)}
+        found = _loaded(source) if kind == "object" else chosen.adapter.home
+        return functions.limited(source, found, given, name_of(source), limit, where)
+    if kind == "http":
+        return chosen.make(source)
+    with restored():
+        return ObjectReward(chosen.make(source), name_of(source))
 
 
-def _refuse_options(options: Mapping[str, Any], where: str, what: str = "a reward model") -> None:
-    """Raise RecipeError for options of a function or a reward model, which have none."""
+def _refuse_options(options: Mapping[str, Any], where: str) -> None:
+    """Raise RecipeError for options of a reward model, which has none."""
     for option in options:
-        raise RecipeError(f"{where}.{option}: {what} has no options; leave it out")
+        raise RecipeError(f"{where}.{option}: a reward model has no options; leave it out")
 
 
 def has_score(source: str) -> bool:
     """Return True if a source names a user's class or instance with a method `score`, and not a function."""
-    return kind_of(source) == "object" and hasattr(load_object(source), "score")
+    return kind_of(source) == "object" and hasattr(_loaded(source), "score")
+
+
+def _loaded(source: str) -> Any:
+    """Load a user's object. The global state that its file changes is restored."""
+    with restored():
+        return load_object(source)
 
 
 def reward_roles(recipe: fields.OnlineRecipe, trunk: Role | None = None) -> dict[str, Role]:
@@ -146,10 +172,13 @@ def _check_positions(
 
 
 def check_columns(rewards: Sequence[Weighted], prompts: Sequence[Prompt], where: str = "reward") -> None:
-    """Raise RecipeError if a reward function cannot be called with the columns of these prompt rows."""
+    """Raise RecipeError if a reward function cannot be called with the columns of these prompt rows, or an error if the process
+    of a reward with a limit cannot load it."""
     for number, one in enumerate(rewards):
         if isinstance(one.reward, FunctionReward):
             one.reward.check(prompts, f"{where}.{number}")
+        if isinstance(one.reward, (FunctionReward, ObjectReward)):
+            one.reward.call.start()
 
 
 def _check_scorer(path: str) -> None:

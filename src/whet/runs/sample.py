@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from whet.errors import RecipeError
 from whet.generate import Generator
 from whet.loops import evaluate
 from whet.methods.options import Sampling
+from whet.rewards.base import check_scored
 from whet.runs import data, generators, models, rewards
 from whet.runs import recipe as fields
 
@@ -37,25 +39,27 @@ def run_sample(recipe: fields.SampleRecipe) -> Path:
     if recipe.keep == "best" and not recipe.reward:
         raise RecipeError("keep: which answer is the best? give --reward with a reward-model folder or a function")
     tokenizer, chat = models.tokenizer_and_chat(recipe.model, recipe.sampling)
-    scorers = [
-        (
-            one.weight,
-            rewards.reward(
-                one.source, recipe.model, tokenizer, recipe.max_tokens_per_micro_batch, one.options, f"reward.{number}"
-            ),
-        )
-        for number, one in enumerate(recipe.reward)
+    budget, sources = recipe.max_tokens_per_micro_batch, list(enumerate(recipe.reward))
+    found = [
+        rewards.reward(one.source, recipe.model, tokenizer, budget, one.options, f"reward.{number}")
+        for number, one in sources
     ]
+    scorers = rewards.distinct(
+        [replace(one, weight=spec.weight) for one, (_, spec) in zip(found, sources, strict=True)]
+    )
     questions = prompts_of(recipe.model, recipe.data, chat, recipe.sampling)
-    rewards.check_columns([one for _, one in scorers], questions)
+    rewards.check_columns(scorers, questions)
     generator = generator_of(recipe, tokenizer, chat, questions)
     with closing(generator):
         groups = evaluate.answers(generator, questions, recipe.sampling, count=recipe.num_generations, seed=recipe.seed)
     rows = [_row(group, chat) for group in groups]
     if scorers:
         with kept(out, rows):
-            each = [weight * one.reward.score(groups).answer.double() for weight, one in scorers]
-        total = torch.stack(each).sum(0)
+            each = {one.name: one.reward.score(groups) for one in scorers}
+            check_scored(
+                list(each), groups, {name: own.applies for name, own in each.items() if own.applies is not None}
+            )
+        total = torch.stack([one.weight * each[one.name].answer.double() for one in scorers]).sum(0)
         if constant(total.tolist()):
             print(f"whet: reward: all {len(total)} scores are equal ({float(total[0]):g})", file=sys.stderr)
         for row, scores in zip(rows, total.reshape(len(rows), -1).tolist(), strict=True):

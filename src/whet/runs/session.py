@@ -187,14 +187,17 @@ class Session:
         return self._online("generate").generate()
 
     def score(self, groups: Sequence[Group]) -> RolloutScores:
-        """Score the B answers of the groups with every reward. `named` maps reward names to scores (B,), before weights.
-        Raises RewardError if a reward fails."""
+        """Score the B answers of the groups with every reward. `named` maps reward names to scores (B,), before weights; `applies`
+        maps those of rewards that do not apply to every answer to bool (B,). Raises RewardError if a reward fails, or if none
+        applies to an answer."""
         return self._online("score").score(groups)
 
-    def measure(self, groups: Sequence[Group], scores: RolloutScores | Mapping[str, Tensor]) -> Batch:
+    def measure(
+        self, groups: Sequence[Group], scores: RolloutScores | Mapping[str, Tensor | Sequence[float | None]]
+    ) -> Batch:
         """Compute the columns that the method reads (old_logp, ref_logp, old_value, ...), (B, T) each, without gradient.
         T is the length of the longest answer, in tokens; B counts answers, or both answers of each pair. `scores` are those of
-        `score`, or own scores: a tensor (B,) for each reward by its name."""
+        `score`, or own scores: for each reward by its name a tensor (B,), or a list with None where it does not apply."""
         return self._online("measure").measure(groups, scores)
 
     def advantages(self, batch: Batch) -> Batch:

@@ -272,7 +272,12 @@ class _View:
         ]
         if isinstance(self.loop, OnlineReplay):
             for number, one in enumerate(self.loop.rewards):
-                each = " / ".join(f"{float(self.batch['rewards'][row, number]):.6g}" for row in rows)
+                each = " / ".join(
+                    f"{float(self.batch['rewards'][row, number]):.6g}"
+                    if bool(self.batch["reward_applies"][row, number])
+                    else "does not apply"
+                    for row in rows
+                )
                 lines.append(f"reward {one.name}, weight {one.weight:.6g}: {each}")
         updates = [one for one in enumerate(self.loop.updates, 1) if sample in one[1].mini.index]
         for number, update in updates if len(self.loop.updates) > 1 else ():

@@ -1,0 +1,1 @@
+"""Calls of users' functions: global state is restored, a slow one is named, and a limit of time ends one."""

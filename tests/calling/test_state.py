@@ -1,0 +1,117 @@
+"""What a user's code changes in this process is as it was before."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+
+from whet.calling.guard import UserCall
+from whet.calling.state import restored
+
+LEFT: list[Any] = []
+"""Contexts that the code entered and never left."""
+
+
+def entered(context: Any) -> None:
+    LEFT.append(context)
+    context.__enter__()
+
+
+CHANGES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+    "default dtype": (torch.get_default_dtype, lambda: torch.set_default_dtype(torch.float64)),
+    "default device": (torch.get_default_device, lambda: torch.set_default_device("meta")),
+    "grad mode": (torch.is_grad_enabled, lambda: torch.set_grad_enabled(False)),
+    "inference mode": (torch.is_inference_mode_enabled, lambda: entered(torch.inference_mode())),
+    "no_grad": (torch.is_grad_enabled, lambda: entered(torch.no_grad())),
+    "autocast": (lambda: torch.is_autocast_enabled("cpu"), lambda: entered(torch.autocast("cpu", torch.bfloat16))),
+    "autocast dtype": (lambda: torch.get_autocast_dtype("cpu"), lambda: torch.set_autocast_dtype("cpu", torch.float16)),
+    "threads": (torch.get_num_threads, lambda: torch.set_num_threads(torch.get_num_threads() + 1)),
+    "deterministic": (
+        lambda: (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
+        lambda: torch.use_deterministic_algorithms(True, warn_only=True)),
+    "matmul precision": (torch.get_float32_matmul_precision, lambda: torch.set_float32_matmul_precision("medium")),
+    "cudnn": (lambda: torch.backends.cudnn.benchmark, lambda: setattr(torch.backends.cudnn, "benchmark", True)),
+    "torch random": (lambda: torch.get_rng_state().tolist(), lambda: torch.manual_seed(3)),
+    "random": (random.getstate, lambda: random.seed(3)),
+    "numpy random": (lambda: numpy.random.get_state()[1].tolist(), lambda: numpy.random.seed(3)),
+    "folder": (os.getcwd, lambda: os.chdir("/")),
+    "SIGTERM": (lambda: signal.getsignal(signal.SIGTERM), lambda: signal.signal(signal.SIGTERM, lambda *_: None)),
+    "SIGINT": (lambda: signal.getsignal(signal.SIGINT), lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)),
+    "stderr": (lambda: sys.stderr, lambda: setattr(sys, "stderr", None)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_ends_with_the_context(name: str, fails: bool) -> None:
+    read, change = CHANGES[name]
+    before = read()
+    after = None
+    try:
+        with restored():
+            change()
+            after = read()
+            if fails:
+                raise KeyError("a")
+    except KeyError:
+        assert fails
+    assert after != before  # the change works
+    assert read() == before
+    if name in ("grad mode", "inference mode", "no_grad", "default dtype"):
+        out = torch.ones(1, requires_grad=True) * 2
+        assert (out.requires_grad, out.dtype, out.is_inference()) == (True, torch.float32, False)
+    LEFT.clear()
+    assert read() == before
+
+
+def test_modes_that_the_caller_has_set_are_kept() -> None:
+    with torch.no_grad(), torch.inference_mode(), restored():
+        assert not torch.is_grad_enabled()
+        assert torch.is_inference_mode_enabled()
+    assert torch.is_grad_enabled()
+
+
+def test_a_function_goes_on_with_its_own_random_numbers_and_changes_no_others() -> None:
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(numpy.random.random()), float(torch.rand(()))
+
+    def seed() -> None:
+        random.seed(7), numpy.random.seed(7), torch.manual_seed(7)
+
+    seed()
+    own = [draw() for _ in range(3)]
+    seed()
+    call = UserCall(draw, "reward draw")
+    got, between = [], []
+    for _ in range(3):
+        got.append(call("1 answer"))
+        between.append(draw())
+    assert got == own
+    assert between == own  # as if the function had drawn none
+
+
+def test_a_folder_that_was_removed_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    with restored():
+        (tmp_path / "a").rmdir()
+    with restored():
+        os.chdir(tmp_path)
+
+
+def test_the_first_context_of_a_process_takes_no_time() -> None:
+    """Some setters of torch import its compiler, which takes seconds; they are called only after a change."""
+    code = (
+        "import sys, torch\nfrom whet.calling.state import restored\nheavy = {'torch._dynamo', 'torch._inductor', 'sympy'}\n"
+        "before = heavy & set(sys.modules)\nwith restored({}): pass\nprint(heavy & set(sys.modules) - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
