@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 HOUSE = ROOT / "src" / "whet"
 LAYERS = (
-    ("errors",), ("registry",), ("ops",), ("data",), ("methods",), ("distributed", "http", "processes"), ("models",),
+    ("terminal",), ("errors",), ("registry",), ("ops",), ("data",), ("methods",), ("distributed", "http", "processes"), ("models",),
     ("generate", "rewards", "feedback", "learner", "trackers"), ("cluster",), ("loops",), ("planning", "view"), ("runs",),
     ("demo", "conformance"), ("cli",),
 )  # fmt: skip
@@ -22,7 +22,7 @@ LAYERS = (
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 HEAVY = {
     "transformers": {"models", "generate", "demo"}, "peft": {"models"}, "pyarrow": {"data", "loops"}, "datasets": {"data"},
-    "matplotlib": {"view"}, "jinja2": {"data", "view"}, "yaml": {"cli", "runs"}, "rich": {"loops", "cli", "demo"},
+    "matplotlib": {"view"}, "jinja2": {"data", "view"}, "yaml": {"cli", "runs"}, "rich": {"terminal", "loops", "demo"},
     "accelerate": {"trackers"}, "tokenizers": {"demo"}, "safetensors": {"models", "learner", "generate"},
     "vllm": {"generate"}, "deepspeed": {"learner"}, "ray": {"cluster"},
 }  # fmt: skip

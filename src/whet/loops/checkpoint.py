@@ -9,7 +9,6 @@ import os
 import re
 import secrets
 import shutil
-import sys
 import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -20,6 +19,7 @@ from whet.data.files import replace_folder, sha256, write_json
 from whet.errors import CheckpointError, Interrupted, WhetError, WorkerDied, first_line
 from whet.learner import Learner
 from whet.loops.interrupt import Stop
+from whet.terminal import caution
 
 MANIFEST = "manifest.json"
 ASIDE = ".writing-"
@@ -204,7 +204,7 @@ def newest(folder: Path, *, quiet: bool = False) -> Path | None:
             return path
         torn.append(f"{path}: {reason}")
         if not quiet:
-            print(f"whet: {torn[-1]}; this checkpoint is not used", file=sys.stderr)
+            caution(f"{torn[-1]}; this checkpoint is not used")
     if torn:
         raise CheckpointError(
             f"{'; '.join(torn)}; no checkpoint is complete. Restore one, or remove {folder} to start the run again"

@@ -1,6 +1,5 @@
 """whet.evaluate: compute win rates under judges, the accuracy of a reward model, or a held-out loss."""
 
-import sys
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from whet.models.probe import SOME, probe
 from whet.ops import address
 from whet.runs import data, models, rewards, sample
 from whet.runs import recipe as fields
+from whet.terminal import caution
 
 
 def run_eval(recipe: fields.EvalRecipe) -> dict[str, float]:
@@ -88,7 +88,7 @@ def _win_rates(recipe: fields.EvalRecipe) -> dict[str, float]:
             scores.append((judge.reward.score(ours).answer.tolist(), judge.reward.score(theirs).answer.tolist()))
     for judge, (mine, rivals) in zip(judges, scores, strict=True):
         if constant(mine + rivals):
-            print(f"whet: judge {judge.name}: all {len(mine + rivals)} scores are equal ({mine[0]:g})", file=sys.stderr)
+            caution(f"judge {judge.name}: all {len(mine + rivals)} scores are equal ({mine[0]:g})")
         win, mean, rival = evaluate.win_rate(mine, rivals), evaluate.interval(mine), evaluate.interval(rivals)
         for name, three in (("win_rate", win), ("score", mean), ("against", rival)):
             numbers |= {

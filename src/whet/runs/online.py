@@ -2,7 +2,6 @@
 
 import math
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +25,7 @@ from whet.rewards import Weighted
 from whet.runs import checks, config, data, folder, generators, learners, models, rewards
 from whet.runs import recipe as fields
 from whet.runs.slots import checked
+from whet.terminal import caution
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,8 @@ def prepare(method: str, recipe: fields.OnlineRecipe, *, recorded: bool = False)
         rewards.check_rewards(recipe, tokenizer, prompts)
     ptx_reader = data.reader_of(recipe.model, fields.Rows(), chat)
     ptx = data.cautioned(ptx_reader.demonstrations, chat)(read_rows(recipe.ptx.data)) if recipe.ptx.data else []
-    for caution in checks.cautions(recipe, algorithm) if first() and not recorded else ():
-        print(f"whet: {caution}", file=sys.stderr)
+    for one in checks.cautions(recipe, algorithm) if first() and not recorded else ():
+        caution(one)
     plan, longest = _plan_of(recipe, mini_batch_size, chat, prompts, refilled=bool(algorithm.collect.dynamic_sampling))
     each = 1 if algorithm.pairs else algorithm.collect.num_generations
     updates, scheduled = (

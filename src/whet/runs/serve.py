@@ -10,6 +10,7 @@ from whet.generate.base import require_vllm
 from whet.models import load
 from whet.runs import models
 from whet.runs import recipe as fields
+from whet.terminal import say
 
 
 def run_serve(recipe: fields.ServeRecipe) -> str:
@@ -27,7 +28,7 @@ def run_serve(recipe: fields.ServeRecipe) -> str:
         "transfer": "shared" if recipe.transfer == "auto" else recipe.transfer,
     }  # fmt: skip
     with _ended_by_signals(), Server(recipe.model.path, port=recipe.port, **options) as server:
-        print(f"{server.url} (Ctrl-C ends it; --generator server --generator.urls '[{server.url}]')", flush=True)
+        say(f"{server.url} (Ctrl-C ends it; --generator server --generator.urls '[{server.url}]')")
         try:
             server.process.wait()
         except KeyboardInterrupt:

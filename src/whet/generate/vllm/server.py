@@ -26,6 +26,7 @@ from whet.generate.vllm.start import QUIET, engine_arguments
 from whet.http import Http
 from whet.methods.options import Positive
 from whet.processes import descendants, end, owned_folder
+from whet.terminal import caution
 
 UNSET = "default"
 """vLLM's version of weights that were never updated."""
@@ -64,10 +65,9 @@ class ServerGenerator(EngineGenerator):
     ) -> None:
         self.http = Http(url, timeout, api_key)
         if not self.http.local:
-            print(
-                f"whet: {url} is not on this machine, and its weight routes are not guarded by an API key: whoever "
-                "reaches the port can replace the weights",
-                file=sys.stderr,
+            caution(
+                f"{url} is not on this machine, and its weight routes are not guarded by an API key: whoever "
+                "reaches the port can replace the weights"
             )
         served = self.http.ask("GET", "/v1/models")["data"][0]
         super().__init__(end_ids, text, served["max_model_len"])
