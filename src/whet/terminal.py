@@ -48,6 +48,9 @@ def console(*, error: bool = False, **options: Any) -> Any:
     from rich.console import Console
 
     class Shown(Console):
+        def render_str(self, text: str, **named: Any) -> Any:  # before rich measures it, and removes some characters
+            return super().render_str(visible(text, layout=True), **named)
+
         def render(self, *given: Any, **named: Any) -> Any:
             for one in super().render(*given, **named):  # segments with `control` are rich's own
                 yield one if one.control else one._replace(text=visible(one.text, layout=True))

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from whet.terminal import console, say
+from whet.terminal import console, say, visible
 
 
 class Progress:
@@ -38,7 +38,7 @@ class Progress:
             )
             self._bar = Bar(*columns, console=console(error=True))
             self._bar.start()
-            self._task = self._bar.add_task(self.title, total=self.total, completed=self.done, facts="")
+            self._task = self._bar.add_task(visible(self.title), total=self.total, completed=self.done, facts="")
         return self
 
     def advance(self, numbers: Mapping[str, float], count: int = 1) -> None:
@@ -50,7 +50,7 @@ class Progress:
             return
         facts = "  ".join(f"{name} {value:.4g}" for name, value in list(numbers.items())[:5])
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, facts=facts)
+            self._bar.update(self._task, completed=self.done, facts=visible(facts))
             return
         now = time.monotonic()
         if now - self._last >= 10 or self.done == self.total:

@@ -20,7 +20,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     shown = Table(box=None, pad_edge=False, header_style="")
     for place, head in enumerate(header):
         numbers = all(isinstance(row[place], (int, float)) or row[place] is None for row in cells)
-        shown.add_column(Text(head), justify="right" if numbers else "left", no_wrap=True)
+        shown.add_column(Text(visible(head)), justify="right" if numbers else "left", no_wrap=True)
     for row in cells:
         shown.add_row(*(Text(cell(value)) for value in row))
     out = io.StringIO()

@@ -103,7 +103,7 @@ def _win_rates(recipe: fields.EvalRecipe) -> dict[str, float]:
 
 def _held_out(recipe: fields.EvalRecipe) -> dict[str, float]:
     tokenizer, chat = models.tokenizer_and_chat(recipe.model, recipe.sampling)
-    scorer = load.is_scorer(recipe.model.path)
+    scorer = load.is_scorer(recipe.model.path, recipe.model.trust_remote_code)
     reader = data.reader_of(recipe.model, recipe.data, chat, closing=scorer)
     if scorer:
         role = models.scorer_role("reward", recipe.model, tokenizer, trained=False, seed=0, path=recipe.model.path)

@@ -8,6 +8,7 @@ from typing import Any
 from whet.errors import RecipeError
 from whet.generate.base import require_vllm
 from whet.models import load
+from whet.models.code import refuse_code
 from whet.runs import models
 from whet.runs import recipe as fields
 from whet.terminal import say
@@ -17,6 +18,7 @@ def run_serve(recipe: fields.ServeRecipe) -> str:
     """Start the server, print its address, and wait for SIGINT or SIGTERM. Return "ended". Raises RecipeError if vLLM is
     not installed or the server exits by itself, ModelError if the server does not start."""
     source = models.source_of(recipe.model)
+    refuse_code(source.path, source.trust_remote_code)
     require_vllm()
     from whet.generate.vllm.server import Server
 
@@ -26,6 +28,7 @@ def run_serve(recipe: fields.ServeRecipe) -> str:
         "max_model_len": longest, "dtype": _dtype(recipe), "kv_cache_mib": recipe.kv_cache_mib if on_cpu else 0, "sleep": recipe.sleep,
         "gpu_memory": recipe.gpu_memory_utilization, "tensor_parallel": recipe.tensor_parallel, "max_num_seqs": recipe.max_num_seqs,
         "transfer": "shared" if recipe.transfer == "auto" else recipe.transfer,
+        "trust_remote_code": recipe.model.trust_remote_code,
     }  # fmt: skip
     with _ended_by_signals(), Server(recipe.model.path, port=recipe.port, **options) as server:
         say(f"{server.url} (Ctrl-C ends it; --generator server --generator.urls '[{server.url}]')")

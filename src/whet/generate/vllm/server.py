@@ -30,6 +30,8 @@ from whet.terminal import caution
 
 UNSET = "default"
 """vLLM's version of weights that were never updated."""
+JSON_ROUTES = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "0"}
+"""Environment of a server: it has the weight routes, and never unpickles what is sent to them."""
 
 
 class ServerGenerator(EngineGenerator):
@@ -188,7 +190,7 @@ class Server:
     port             port to listen on; 0 is any free port
     start_timeout    seconds to wait for the server's first answer
     options          engine options as in `VLLMGenerator`: max_model_len, dtype, kv_cache_mib, gpu_memory, max_num_seqs,
-                     tensor_parallel, seed, transfer ("shared" by default), gpus, sleep
+                     tensor_parallel, seed, transfer ("shared" by default), gpus, sleep, trust_remote_code
 
     Raises RecipeError if vLLM is not installed, ModelError if the server ends or does not answer in time.
     """
@@ -213,7 +215,7 @@ class Server:
             # started in a new session, so that all processes it starts can be ended with it
             self.process = subprocess.Popen(
                 [*command, *flags(arguments)], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True, env=QUIET | os.environ | {"VLLM_SERVER_DEV_MODE": "1"},
+                start_new_session=True, env=QUIET | os.environ | JSON_ROUTES,
             )  # fmt: skip
         self._end = weakref.finalize(self, _end, self.process, self.folder)
         try:
