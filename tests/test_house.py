@@ -120,11 +120,11 @@ RUNS = re.compile(
     r"|(c?pickle|_pickle|cloudpickle|dill|marshal|shelve|joblib|jsonpickle|pickletools)\.(load|loads|open|Unpickler|decode)"
     r"|(\w+\.)*(Unpickler|read_pickle)|(ray\.)?cloudpickle\.loads?"
     r"|yaml\.(load|load_all|full_load\w*|unsafe_load\w*|Loader|UnsafeLoader|FullLoader)"
-    r"|importlib\.(import_module|util\.\w+)|(\w+\.)*exec_module|(\w+\.)*load_custom_generate|torch\.hub\.\w+|torch\.jit\.load|torch\.package\.\w+"
+    r"|importlib\.(import_module|util\.(spec_from\w+|module_from_spec))|(\w+\.)*exec_module|(\w+\.)*load_custom_generate|torch\.hub\.\w+|torch\.jit\.load|torch\.package\.\w+"
 )
 """Calls that can run code of what they read."""
 MAY_RUN = {
-    "registry.py": ("importlib.",),  # files and modules that a recipe names
+    "registry.py": ("importlib.", "found.loader.exec_module"),  # files and modules that a recipe names
     "conformance.py": ("importlib.import_module",),  # the module that its user names
     "__init__.py": ("importlib.import_module",),  # own modules, on first use
     "methods/__init__.py": ("importlib.import_module",),

@@ -1,6 +1,7 @@
 """Text for a terminal: characters that could control it are shown as escapes, wherever whet prints."""
 
 import logging
+import os
 import re
 import sys
 import threading
@@ -40,6 +41,11 @@ def say(text: object = "", *, error: bool = False) -> None:
 def caution(text: object) -> None:
     """Print `whet: TEXT` to standard error, as one line: line feeds of the text are shown as escapes too."""
     say(f"whet: {visible(str(text))}", error=True)
+
+
+def caution_at_once(text: object) -> None:
+    """Print as `caution` does, from a signal handler: past the streams, which the interrupted code may be writing to."""
+    os.write(2, f"whet: {visible(str(text))}\n".encode())
 
 
 def console(*, error: bool = False, **options: Any) -> Any:

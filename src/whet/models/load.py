@@ -225,9 +225,14 @@ def end_ids_of(source: ModelSource) -> list[int]:
 
 def positions(source: ModelSource) -> int:
     """Return the maximum sequence length of a model, from its configuration."""
-    base, _ = _adapter_base(source.path)
-    about = _configuration(base, source.trust_remote_code)
+    about = _configuration(_adapter_base(source.path)[0], source.trust_remote_code)
     return int(getattr(about, "max_position_embeddings", None) or 1 << 20)
+
+
+def check_code(source: ModelSource) -> None:
+    """Raise ModelError if a model, or the base of an adapter, comes with code that the source does not trust. Load nothing."""
+    for path in dict.fromkeys((source.path, _adapter_base(source.path)[0])):
+        refuse_code(path, source.trust_remote_code)
 
 
 def _configuration(path: str, trust_remote_code: bool = False) -> Any:
@@ -296,7 +301,7 @@ def _loaded(
             path,
             dtype=source.torch_dtype(),
             trust_remote_code=source.trust_remote_code,
-            weights_only=True,  # of a pickled file read tensors, and run nothing
+            weights_only=True,  # a pickled file may hold tensors only
             output_loading_info=True,
             **options,
         )

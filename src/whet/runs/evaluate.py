@@ -46,6 +46,8 @@ def _win_rates(recipe: fields.EvalRecipe) -> dict[str, float]:
     """Generate one answer per prompt with both models and score them with each judge. Return the win rates, the mean scores
     with 95% intervals, and the KL of the model to the other one in nats per answer, if it can be computed."""
     assert recipe.against is not None
+    judged = (one.source for one in recipe.judge if rewards.is_model(one.source))
+    models.check_code(recipe.model, recipe.model.path, recipe.against, *judged)
     tokenizer, chat = models.tokenizer_and_chat(recipe.model, recipe.sampling)
     prompts = sample.prompts_of(recipe.model, recipe.data, chat, recipe.sampling)
     judges = rewards.judges(recipe, tokenizer, prompts)

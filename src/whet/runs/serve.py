@@ -8,7 +8,6 @@ from typing import Any
 from whet.errors import RecipeError
 from whet.generate.base import require_vllm
 from whet.models import load
-from whet.models.code import refuse_code
 from whet.runs import models
 from whet.runs import recipe as fields
 from whet.terminal import say
@@ -18,7 +17,7 @@ def run_serve(recipe: fields.ServeRecipe) -> str:
     """Start the server, print its address, and wait for SIGINT or SIGTERM. Return "ended". Raises RecipeError if vLLM is
     not installed or the server exits by itself, ModelError if the server does not start."""
     source = models.source_of(recipe.model)
-    refuse_code(source.path, source.trust_remote_code)
+    load.check_code(source)
     require_vllm()
     from whet.generate.vllm.server import Server
 
