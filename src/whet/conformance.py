@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from whet.terminal import say
+
 VECTORS = Path(__file__).parent.parent.parent / "docs" / "conformance" / "vectors.json"
 
 
@@ -65,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--vectors", type=Path, default=VECTORS, help="the vectors' file")
     given = parser.parse_args(argv)
     if not given.vectors.is_file():
-        print(
+        say(
             f"{given.vectors}: no such file; it is docs/conformance/vectors.json of the project, give it with --vectors"
         )
         return 2
@@ -73,15 +75,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         module = importlib.import_module(given.module)
     except ImportError as error:
-        print(f"{given.module}: {error}")
+        say(f"{given.module}: {error}")
         return 2
     file = json.loads(given.vectors.read_text(encoding="utf-8"))
     wrong, missing, right = check(module, file["vectors"], file["tolerance"])
     for line in wrong:
-        print(f"wrong: {line}")
+        say(f"wrong: {line}")
     if missing:
-        print(f"not there: {', '.join(missing)}")
-    print(f"{right} of {len(file['vectors'])} vectors agree to {file['tolerance']}")
+        say(f"not there: {', '.join(missing)}")
+    say(f"{right} of {len(file['vectors'])} vectors agree to {file['tolerance']}")
     return 1 if wrong or not right else 0
 
 

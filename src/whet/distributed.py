@@ -3,7 +3,6 @@
 import os
 import pickle
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from whet.errors import RestartsExhausted, WorkerDied
+from whet.terminal import caution
 
 T = TypeVar("T")
 
@@ -109,7 +109,7 @@ class RestartBudget:
                     f"cluster.restarts: workers died {self.deaths} times and may be started again {self.restarts} times; "
                     f"the last one: {error}"
                 ) from error
-            print(f"whet: {error}; starting again, {self.deaths} of {self.restarts}", file=sys.stderr)
+            caution(f"{error}; starting again, {self.deaths} of {self.restarts}")
 
 
 def run_parallel(works: Sequence[Callable[[], T]]) -> list[T]:

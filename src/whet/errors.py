@@ -13,14 +13,20 @@
     Interrupted           a signal (Ctrl-C, SIGTERM, SIGHUP) ended a run; a KeyboardInterrupt, and not a WhetError
 
 The command line prints these as one message and exits with 2 (`UserError`), 1, or 128 plus the number of the signal;
-`--debug` shows the traceback.
+`--debug` shows the traceback. A message shows control characters as escapes.
 """
 
 from typing import Any
 
+from whet.terminal import visible
+
 
 class WhetError(Exception):
-    """Base class of all errors that whet raises on purpose."""
+    """Base class of all errors that whet raises on purpose. As text, control characters of the message are escapes: parts of
+    it come from files, models, servers and users' functions, and Python prints it if nobody catches the error."""
+
+    def __str__(self) -> str:
+        return visible(super().__str__(), layout=True)
 
 
 class UserError(WhetError):

@@ -3,6 +3,7 @@
 These start real engines; they are skipped where vLLM is not installed.
 """
 
+import json
 import os
 import secrets
 import signal
@@ -476,6 +477,26 @@ def test_an_engine_whose_owner_was_killed_ends(folders: dict, tmp_path: Path) ->
     while any(map(e.runs, pids)) and time.monotonic() < until:
         time.sleep(0.1)
     assert not any(map(e.runs, pids))
+
+
+def test_code_of_a_model_runs_in_an_engine_that_trusts_it_and_in_no_other(tmp_path: Path) -> None:
+    folder, mark = e.folder(tmp_path / "own", "qwen3", 0), tmp_path / "it-ran"
+    (folder / "own.py").write_text(
+        f"from pathlib import Path\nPath({str(mark)!r}).touch()\nfrom transformers import Qwen3Config\n"
+        "class OwnConfig(Qwen3Config):\n    model_type = 'own'\n"
+    )
+    about = json.loads((folder / "config.json").read_text())
+    about |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    (folder / "config.json").write_text(json.dumps(about))
+    with pytest.raises(ModelError, match="vLLM cannot start"):
+        VLLMGenerator(folder, e.END, e.text, **e.options(separate=False))
+    assert not mark.exists()
+    engine = VLLMGenerator(folder, e.END, e.text, **e.options(separate=False, trust_remote_code=True))
+    try:
+        assert mark.exists()
+        assert len(list(engine.generate(e.asked()))) == len(e.asked())
+    finally:
+        engine.close()
 
 
 def test_what_cannot_work_is_said_at_once(folders: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

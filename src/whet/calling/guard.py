@@ -1,6 +1,5 @@
 """Call a user's function: name it if it is slow, restore what it changes, or run it in a process that can be killed."""
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 from whet.calling.process import Child, sendable
 from whet.calling.state import restored
 from whet.registry import called
+from whet.terminal import caution_at_once
 
 SLOW = (60.0, 600.0, 3600.0)
 """Seconds after which a line names a function that is still running."""
@@ -24,11 +24,8 @@ def told_if_slow(label: str, what: str, limit: str) -> Iterator[None]:
         for seconds in SLOW:
             if done.wait(max(0.0, began + seconds - time.monotonic())):
                 return
-            print(
-                f"whet: {label} has been running for {seconds:g} s, for {what}; {limit}",
-                file=sys.__stderr__,
-                flush=True,
-            )
+            # not sys.stderr, which the function may have replaced
+            caution_at_once(f"{label} has been running for {seconds:g} s, for {what}; {limit}")
 
     thread = threading.Thread(target=watch, name="whet-slow", daemon=True)
     thread.start()

@@ -7,6 +7,7 @@ from typing import Any
 
 from whet.errors import RecipeError, UserError, WhetError
 from whet.methods import catalogue
+from whet.terminal import caution, guard, say
 
 OFFLINE = {
     **{name: one.about for name, one in catalogue.SUPERVISED.items()},
@@ -42,6 +43,8 @@ FLAGS = ("resume", "debug", "quiet", "help", "help-all")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status: 0, 1 (a run failed), 2 (invalid input), or 128 plus the number of the signal
     that ended it (130 for Ctrl-C)."""
+    if argv is None:  # the process is a command, and not a Python program that calls this
+        guard()
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     try:
@@ -49,12 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except WhetError as error:
         if debug:
             raise
-        print(f"whet: {error}", file=sys.stderr)
+        caution(error)
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt as error:
         if debug:
             raise
-        print(f"whet: interrupted; {error or 'nothing was saved since the last checkpoint'}", file=sys.stderr)
+        caution(f"interrupted; {error or 'nothing was saved since the last checkpoint'}")
         return 128 + getattr(error, "signum", 2)
     except BrokenPipeError:
         sys.stderr.close()  # the reader closed the pipe (`whet --help | head`)
@@ -62,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if debug:
             raise
-        print(f"whet: {error}; what was written before is kept", file=sys.stderr)
+        caution(f"{error}; what was written before is kept")
         return 1
 
 
@@ -118,13 +121,13 @@ def _about(about: str, words: list[str]) -> int:
     fields = _grouped(overrides)
     if about == "verify_resume":
         differs = whet.verify_resume(verb, recipe, quiet="quiet" in flags, **fields)
-        print(
+        say(
             f"the runs part (without kills against with kills) {differs}"
             if differs
             else "equal: metrics, rollouts, the last checkpoint, the model"
         )
         return 1 if differs else 0
-    print((whet.explain if about == "explain" else whet.plan)(verb, recipe, **fields))
+    say((whet.explain if about == "explain" else whet.plan)(verb, recipe, **fields))
     return 0
 
 
@@ -165,18 +168,18 @@ def _inspected(verb: str, words: list[str]) -> int:
     quiet = {} if verb == "diff" else {"quiet": "quiet" in flags}
     result = getattr(whet, verb)(*runs, **options, **quiet)
     if first():
-        print(result)
+        say(result)
     return 0 if result.equal else 1
 
 
 def _command(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
-        print(_overview())
+        say(_overview())
         return 0
     if words[0] == "--version":
         from importlib.metadata import version
 
-        print(f"whet {version('whet')}")
+        say(f"whet {version('whet')}")
         return 0
     verb = words[0].replace("-", "_")
     if verb not in {**OFFLINE, **ONLINE, **OTHERS}:
@@ -187,7 +190,7 @@ def _command(words: list[str]) -> int:
         return _inspected(verb, words[1:])
     recipe, overrides, flags = parsed(words[1:])
     if flags & {"help", "help-all"}:
-        print(_verb_help(verb, _grouped(overrides), everything="help-all" in flags))
+        say(_verb_help(verb, _grouped(overrides), everything="help-all" in flags))
         return 0
     if verb == "train":
         verb = _named_method("train", recipe)
@@ -202,9 +205,9 @@ def _command(words: list[str]) -> int:
     result = run(verb, recipe, flags, _grouped(overrides))
     if isinstance(result, dict):
         width = max(map(len, result))
-        print("\n".join(f"{name:<{width}}  {value:.6g}" for name, value in result.items()))
+        say("\n".join(f"{name:<{width}}  {value:.6g}" for name, value in result.items()))
     elif first():
-        print(result)
+        say(result)
     return 0
 
 

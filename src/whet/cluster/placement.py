@@ -1,12 +1,12 @@
 """Placement of learners, engines and reward workers on machines, with fewer workers after machines were lost."""
 
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from whet.errors import RecipeError
+from whet.terminal import caution
 
 SOON = 5.0
 """Seconds to wait for the placement of each smaller set of workers, after the wait for the complete set."""
@@ -142,7 +142,7 @@ def place(wanted: Wanted, *, shrinks: bool = True) -> Placement:
         group = _group(one.bundles(one.learners), one.strategy)
         if group.wait(wanted.placement_timeout if one is wanted else min(SOON, wanted.placement_timeout)):
             if one is not wanted:
-                print(f"whet: cannot place {_asked(wanted)}; continuing with {_asked(one)}", file=sys.stderr)
+                caution(f"cannot place {_asked(wanted)}; continuing with {_asked(one)}")
             return Placement(one, wanted, group)
         _remove(group)
     raise RecipeError(

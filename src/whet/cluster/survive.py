@@ -1,6 +1,5 @@
 """Recovery of a run after a worker died: start all workers again and continue from the last checkpoint."""
 
-import sys
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -9,6 +8,7 @@ from whet.cluster.placement import Wanted
 from whet.cluster.world import Attempt
 from whet.distributed import RestartBudget
 from whet.errors import RestartsExhausted, WorkerDied
+from whet.terminal import caution
 
 T = TypeVar("T")
 
@@ -45,7 +45,7 @@ def survive(
             if not isinstance(cause, MoreLearners):
                 budget.spend(cause)
             if not quiet:
-                print(f"whet: {cause}; resuming from the last checkpoint", file=sys.stderr)
+                caution(f"{cause}; resuming from the last checkpoint")
         resume = shrinks = True
 
 

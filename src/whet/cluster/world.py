@@ -1,7 +1,6 @@
 """One attempt at a run: placement, start and shutdown of its workers."""
 
 import secrets
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -19,6 +18,7 @@ from whet.generate.base import Generator
 from whet.generate.fleet import Fleet
 from whet.learner.local import LocalLearner
 from whet.rewards.base import Weighted
+from whet.terminal import caution
 
 
 class Attempt:
@@ -97,7 +97,7 @@ class Attempt:
                 with suppress(Exception):
                     thing.close()
         for one in ended(self.remotes()):
-            print(f"whet: {one.name} (process {one.where.process.pid}) could not be ended", file=sys.stderr)
+            caution(f"{one.name} (process {one.where.process.pid}) could not be ended")
         with suppress(Exception):
             self.placement.remove()
         folders.remove(self.attempt)

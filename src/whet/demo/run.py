@@ -21,6 +21,7 @@ from whet.demo.tell import tell
 from whet.errors import RecipeError, WhetError
 from whet.models.load import quiet
 from whet.runs import config
+from whet.terminal import say
 
 RECIPES = Path(__file__).parent / "recipes"
 GOLD = "whet.demo.judge:gold"
@@ -67,7 +68,7 @@ def _set_aside(out: Path) -> None:
         raise RecipeError(f"out: {out} already exists and is not an earlier demo; choose another folder with --out")
     number = next(n for n in itertools.count(1) if not out.with_name(f"{out.name}.{n}").exists())
     out.rename(out.with_name(f"{out.name}.{number}"))
-    print(f"the earlier demo is now in {out.with_name(f'{out.name}.{number}')}", file=sys.stderr)
+    say(f"the earlier demo is now in {out.with_name(f'{out.name}.{number}')}", error=True)
 
 
 class Story:
@@ -192,7 +193,7 @@ class Story:
 
     def say(self, text: str) -> None:
         """Print the name of the next stage."""
-        print(f"\n== {text}", file=sys.stderr, flush=True)
+        say(f"\n== {text}", error=True)
 
 
 class Side:

@@ -10,6 +10,7 @@ from whet.data.files import write_json
 from whet.demo import judge
 from whet.loops import rollouts
 from whet.loops.record import read_metrics
+from whet.terminal import console, say
 from whet.view.plots import Plot, smoothed
 from whet.view.report import Figures, Prose, Section, Table, Talk, page
 
@@ -50,7 +51,7 @@ def tell(out: Path, numbers: Mapping[str, Any]) -> None:
     html = page("whet demo: the market desk", LEAD, sections(out, numbers, summary, texts))
     (out / "report.html").write_text(html, encoding="utf-8")
     _print(summary)
-    print(f"\n{out / 'summary.json'}\n{out / 'report.html'}")
+    say(f"\n{out / 'summary.json'}\n{out / 'report.html'}")
 
 
 def summarized(numbers: Mapping[str, Any]) -> dict[str, Any]:
@@ -295,7 +296,6 @@ def _talks(texts: Mapping[str, Sequence[tuple[str, str]]], count: int = 8) -> li
 
 
 def _print(summary: Mapping[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table as Shown
 
     shown = Shown(title=f"seed {summary['seed']}, {summary['seconds']:.0f} s")
@@ -303,18 +303,18 @@ def _print(summary: Mapping[str, Any]) -> None:
         shown.add_column(head, justify="left" if place == 0 else "right")
     for row in table_rows(summary):
         shown.add_row(*row)
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(shown)
+    shell = console(width=None if sys.stdout.isatty() else 120)
+    shell.print(shown)
     noisy, ceiling = summary["reward_model_accuracy_noisy"], summary["reward_model_ceiling_noisy"]
-    console.print(
+    shell.print(
         f"reward model: {summary['reward_model_accuracy']:.1%} of noise-free pairs, {noisy:.1%} of noisy ones (ceiling {ceiling:.1%})"
     )
     raw = summary["raw_loss"]
-    console.print(
+    shell.print(
         f"raw text, nats per token: sft {raw['sft']:.4f}, ppo {raw['ppo']:.4f}, ppo without ptx {raw['ppo_without_ptx']:.4f}"
     )
     for name in ("settled", "honest", "invented", "wrong_value", "perfect"):
-        console.print(
+        shell.print(
             f"{ASPECTS[name]:<36}"
             + "  ".join(f"{model} {rates[name]:.2f}" for model, rates in summary["aspects"].items())
         )

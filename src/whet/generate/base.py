@@ -189,6 +189,7 @@ class GeneratorContext:
     role            loads a frozen copy of the model
     policy          the learner's role, if the learner is in this process
     training        facts of the training run; None for sampling and evaluation
+    trust_remote_code  code that comes with the model may run
     number, gpus    number of the engine among those of this process, and its GPUs, if they were chosen already
     """
 
@@ -206,6 +207,7 @@ class GeneratorContext:
     training: Training | None = None
     number: int = 0
     gpus: tuple[int, ...] | None = None
+    trust_remote_code: bool = False
 
     def refuse_quantized(self) -> None:
         """Raise RecipeError for a 4-bit base, which cannot be copied to a generator."""

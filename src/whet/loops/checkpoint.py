@@ -9,7 +9,6 @@ import os
 import re
 import secrets
 import shutil
-import sys
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from whet.data.files import replace_folder, sha256, write_json
 from whet.errors import CheckpointError, Interrupted, WhetError, WorkerDied, first_line
 from whet.learner import Learner
 from whet.loops.interrupt import Stop
+from whet.terminal import caution
 
 MANIFEST = "manifest.json"
 ASIDE = ".writing-"
@@ -175,7 +175,7 @@ class Keeper:
             except CheckpointError as failed:  # a full disk must not hide why the run ended
                 if not isinstance(error, Interrupted):
                     if self.learner.workers.first:
-                        print(f"whet: {failed}", file=sys.stderr)
+                        caution(failed)
                     return
                 raise Interrupted(str(failed), error.signum) from error
             if isinstance(error, Interrupted):
@@ -211,7 +211,7 @@ def newest(folder: Path, *, quiet: bool = False) -> Path | None:
             return path
         torn.append(f"{path}: {reason}")
         if not quiet:
-            print(f"whet: {torn[-1]}; this checkpoint is not used", file=sys.stderr)
+            caution(f"{torn[-1]}; this checkpoint is not used")
     if torn:
         raise CheckpointError(
             f"{'; '.join(torn)}; no checkpoint is complete. Restore one, or remove {folder} to start the run again"

@@ -1,6 +1,5 @@
 """Handling of Ctrl-C, SIGTERM and SIGHUP: the first one saves the run and ends it, the second one ends it at once."""
 
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -8,6 +7,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 from whet.errors import Interrupted
+from whet.terminal import caution_at_once
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """The signals that end a run: Ctrl-C, the end of a batch job or of a container, and a closed terminal."""
@@ -44,7 +44,7 @@ class Stop:
             raise self.interrupted()
         name, waits = signal.Signals(signum).name, self._waits or "the end of the step"
         with suppress(OSError):  # not print, which the interrupted code may be in
-            os.write(2, f"whet: {name}: waiting for {waits}; a second signal ends the run at once\n".encode())
+            caution_at_once(f"{name}: waiting for {waits}; a second signal ends the run at once")
 
     def interrupted(self) -> Interrupted:
         """Return the error that ends the run."""

@@ -16,6 +16,7 @@ from whet.data.files import write_json, write_text
 from whet.errors import DataError, RunStopped, first_line
 from whet.loops import rollouts, stopped
 from whet.registry import told
+from whet.terminal import caution
 from whet.trackers import Tracker
 
 SHOWN = 16
@@ -105,7 +106,7 @@ class RunFolder:
     def caution(self, text: str | None) -> None:
         """Print a caution on the terminal, if there is one."""
         if text is not None and self.writes:
-            print(f"whet: {text}", file=sys.stderr)
+            caution(text)
 
     def close(self) -> None:
         """End the trackers; they write their buffered data. May be called more than once."""
@@ -118,7 +119,7 @@ class RunFolder:
             try:
                 call(tracker)
             except (Exception, SystemExit) as error:
-                print(f"whet: tracker {type(tracker).__name__} is not used any more: {told(error)}", file=sys.stderr)
+                caution(f"tracker {type(tracker).__name__} is not used any more: {told(error)}")
                 self.trackers = tuple(one for one in self.trackers if one is not tracker)
 
 

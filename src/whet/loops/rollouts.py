@@ -1,7 +1,8 @@
 """Write and read rollouts: a Parquet file per step, a row per answer, every column of the batch, per-token ones as lists."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from whet.data import COLUMNS, Batch, Group
 from whet.data.files import replacing
 from whet.data.values import valid_text
-from whet.errors import DataError
+from whet.errors import DataError, first_line
 
 SCHEMA = 1
 """Version of the columns, stored in the metadata of a file. A file without a version has version 1."""
@@ -92,11 +93,12 @@ def write_table(path: Path, table: Mapping[str, list[Any]], batch: Batch) -> Non
 def read(folder: Path, step: int, columns: Sequence[str] | None = None) -> dict[str, list[Any]]:
     """Read all columns (or the given ones) of a step, as column name -> one value per answer.
 
-    Raise DataError if a newer version of whet wrote the file.
+    Raise DataError if a newer version of whet wrote the file, or if it is not a readable Parquet file.
     """
     import pyarrow.parquet
 
-    table = pyarrow.parquet.read_table(path_of(folder, step), columns=None if columns is None else list(columns))
+    with _readable(path_of(folder, step)) as path:
+        table = pyarrow.parquet.read_table(path, columns=None if columns is None else list(columns))
     version = int((table.schema.metadata or {}).get(b"whet.schema", b"1"))
     if version > SCHEMA:
         raise DataError(f"{path_of(folder, step)}: schema version {version}; this whet reads up to {SCHEMA}, update it")
@@ -104,11 +106,31 @@ def read(folder: Path, step: int, columns: Sequence[str] | None = None) -> dict[
 
 
 def dtype(folder: Path, step: int, name: str) -> torch.dtype:
-    """Return the dtype that a column of the batch had; float32 if the file does not say it."""
+    """Return the dtype that a column of the batch had; float32 if the file does not say it. Raise DataError for another word."""
     import pyarrow.parquet
 
-    metadata = pyarrow.parquet.read_schema(path_of(folder, step)).metadata or {}
-    return getattr(torch, json.loads(metadata.get(b"whet.dtypes", b"{}")).get(name, "float32"))
+    with _readable(path_of(folder, step)) as path:
+        metadata = pyarrow.parquet.read_schema(path).metadata or {}
+    kind = json.loads(metadata.get(b"whet.dtypes", b"{}")).get(name, "float32")
+    found = getattr(torch, kind, None) if isinstance(kind, str) else None
+    if not isinstance(found, torch.dtype):
+        raise DataError(f"{path_of(folder, step)}: whet.dtypes has no dtype of torch for {name}, got {kind!r:.80}")
+    return found
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[Path]:
+    """Raise DataError if the file of a step cannot be read."""
+    import pyarrow
+
+    try:
+        yield path
+    except FileNotFoundError:
+        raise
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(
+            f"{path}: not a readable Parquet file ({first_line(error)}); restore it, or remove this run"
+        ) from error
 
 
 def steps(folder: Path) -> list[int]:

@@ -4,6 +4,8 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from whet.terminal import console, visible
+
 WIDE = 100_000
 """Width of the text in characters: no line of a table is cut or wrapped."""
 
@@ -11,7 +13,6 @@ WIDE = 100_000
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Return a table as text, one line per row. Numbers are aligned right, None is an empty cell. Control characters and
     such that print nothing are escaped."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -19,11 +20,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     shown = Table(box=None, pad_edge=False, header_style="")
     for place, head in enumerate(header):
         numbers = all(isinstance(row[place], (int, float)) or row[place] is None for row in cells)
-        shown.add_column(Text(head), justify="right" if numbers else "left", no_wrap=True)
+        shown.add_column(Text(visible(head)), justify="right" if numbers else "left", no_wrap=True)
     for row in cells:
         shown.add_row(*(Text(cell(value)) for value in row))
     out = io.StringIO()
-    Console(file=out, width=WIDE, color_system=None, force_terminal=False).print(shown)
+    console(file=out, width=WIDE, color_system=None, force_terminal=False).print(shown)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
@@ -34,12 +35,3 @@ def cell(value: Any) -> str:
     if value is True:
         return "yes"
     return f"{value:.6g}" if isinstance(value, float) else visible(str(value))
-
-
-def visible(text: str) -> str:
-    """Return a text with control characters, and others that print nothing, as escapes.
-
-    >>> visible("a\\tb\\x1b[0m")
-    'a\\\\tb\\\\x1b[0m'
-    """
-    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)

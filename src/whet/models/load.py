@@ -1,5 +1,6 @@
 """Loading of models and tokenizers from Hugging Face folders or names."""
 
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from whet.errors import ModelError, first_line
 from whet.models import saved_adapters
+from whet.models.code import refuse_code
 from whet.models.finite import check_finite
 from whet.models.tokens import mend_generation_config
 from whet.ops import address
@@ -69,6 +71,7 @@ def load_tokenizer(source: ModelSource, *, pad_token: str | None = None) -> Any:
     path = source.path if has_tokenizer(source.path) else _adapter_base(source.path)[0]
     if not has_tokenizer(path):  # transformers would silently make an empty tokenizer
         raise ModelError(f"{source.path}: the folder has no tokenizer; save it there (tokenizer.save_pretrained)")
+    refuse_code(path, source.trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=source.trust_remote_code)
     except Exception as error:  # transformers raises many error types for a folder without a tokenizer
@@ -222,15 +225,21 @@ def end_ids_of(source: ModelSource) -> list[int]:
 
 def positions(source: ModelSource) -> int:
     """Return the maximum sequence length of a model, from its configuration."""
-    base, _ = _adapter_base(source.path)
-    about = _configuration(base, source.trust_remote_code)
+    about = _configuration(_adapter_base(source.path)[0], source.trust_remote_code)
     return int(getattr(about, "max_position_embeddings", None) or 1 << 20)
+
+
+def check_code(source: ModelSource) -> None:
+    """Raise ModelError if a model, or the base of an adapter, comes with code that the source does not trust. Load nothing."""
+    for path in dict.fromkeys((source.path, _adapter_base(source.path)[0])):
+        refuse_code(path, source.trust_remote_code)
 
 
 def _configuration(path: str, trust_remote_code: bool = False) -> Any:
     from transformers import AutoConfig
 
     _check_folder(path)
+    refuse_code(path, trust_remote_code)
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many error types for a folder without a model
@@ -281,6 +290,7 @@ def _loaded(
 ) -> Any:
     """Load a model with `load`. Only weights whose names start with one of `new` may be missing in its folder."""
     _check_folder(path)
+    refuse_code(path, source.trust_remote_code)
     device = source.torch_device()
     if source.quantize == "4bit":
         options["quantization_config"] = _four_bit(device)
@@ -291,6 +301,7 @@ def _loaded(
             path,
             dtype=source.torch_dtype(),
             trust_remote_code=source.trust_remote_code,
+            weights_only=True,  # a pickled file may hold tensors only
             output_loading_info=True,
             **options,
         )
@@ -303,6 +314,11 @@ def _loaded(
         raise ModelError(
             f"model.attn_implementation: {source.attn_implementation} cannot be used on this machine ({first_line(error)}); "
             f"install {package}, or leave the option out"
+        ) from error
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"{source.path}: its weights are a pickled file that holds more than tensors, so it is not read; save them as "
+            f"safetensors where you trust the file ({first_line(error)})"
         ) from error
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for an invalid model
         raise ModelError(f"{source.path}: the model cannot be loaded ({first_line(error)})") from error

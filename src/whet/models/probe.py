@@ -4,7 +4,6 @@ Whatever the architecture, numbers are compared: each row alone against padded, 
 row against the same row with other tokens at its end. A fast path that is wrong is left off with one line on stderr.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -22,6 +21,7 @@ from whet.models.readers import read
 from whet.models.roles import Role
 from whet.ops import token_logprobs
 from whet.ops.logprobs import precise
+from whet.terminal import caution
 
 BOUND = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Largest difference that is rounding, by the dtype of the weights, as a share of the size of the numbers: for log-probs the
@@ -334,7 +334,7 @@ class _Trial:
 
     def _say(self, fact: str) -> None:
         if first():
-            print(f"whet: {self.role.name}: {fact}", file=sys.stderr)
+            caution(f"{self.role.name}: {fact}")
 
 
 def _chosen(rows: Sequence[Tensor], role: Role) -> list[Row]:

@@ -54,6 +54,8 @@ def config_of(path: str) -> Any:
     kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING.get(about["peft_type"])
     if kind is None:
         raise ModelError(f"{path}: peft {peft.__version__} knows no adapter of the kind {about['peft_type']}")
+    if about.get("megatron_config"):  # peft would import the module that megatron_core names
+        raise ModelError(f"{path}: megatron_config in its adapter_config.json is for layers of Megatron; remove it")
     known = {one.name for one in fields(kind)}
     unknown = [key for key, value in about.items() if key not in known and value]
     if unknown:

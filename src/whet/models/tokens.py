@@ -1,13 +1,13 @@
 """Special tokens of models: the pad token, the tokens that end a turn, and the generation configuration of a saved model."""
 
 import json
-import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from whet.data.files import write_json
 from whet.errors import ModelError, first_line
+from whet.terminal import caution
 
 
 def set_score_pad(tokenizer: Any, last_ids: Collection[int], name: str) -> None:
@@ -30,7 +30,7 @@ def set_score_pad(tokenizer: Any, last_ids: Collection[int], name: str) -> None:
     for part in ("pad", "unk"):
         for token in free.values():
             if part in token.lower():
-                print(f"whet: {name}: the reward model gets the pad token {token!r}", file=sys.stderr)
+                caution(f"{name}: the reward model gets the pad token {token!r}")
                 tokenizer.pad_token = token
                 return
     some = ", ".join(repr(token) for token in list(free.values())[:5])
@@ -63,9 +63,8 @@ def mend_generation_config(model: Any, name: str) -> None:
                 f"{name}: the generation configuration is invalid and could not be saved ({first_line(error)}); correct "
                 "generation_config.json"
             ) from error
-    print(
-        f"whet: {name}: generation_config.json has sampling options with do_sample false; the trained model gets do_sample true",
-        file=sys.stderr,
+    caution(
+        f"{name}: generation_config.json has sampling options with do_sample false; the trained model gets do_sample true"
     )
 
 
@@ -74,9 +73,8 @@ def told_ends(model: Any, tokenizer: Any, end_ids: Sequence[int]) -> None:
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if end_ids[0] not in (own if isinstance(own, list) else [own]):
         token = tokenizer.convert_ids_to_tokens(end_ids[0])
-        print(
-            f"whet: the adapter ends turns with {token!r}, which its base does not; give eos_token_id={list(end_ids)} to generate()",
-            file=sys.stderr,
+        caution(
+            f"the adapter ends turns with {token!r}, which its base does not; give eos_token_id={list(end_ids)} to generate()"
         )
 
 

@@ -7,6 +7,7 @@ from whet.errors import RecipeError
 from whet.planning import memory, placement, traffic
 from whet.planning.memory import GIB, Bytes, Layout
 from whet.planning.placement import GpuPlacement, Hardware, PlannedRun
+from whet.terminal import visible
 
 BACKENDS: tuple[memory.Backend, ...] = ("ddp", "zero1", "zero2", "zero3", "fsdp")
 
@@ -44,7 +45,7 @@ def report(
     for heading, lines in sections:
         if lines:
             out += ["", f"{heading}:", *(f"  {line}" for line in lines)]
-    return "\n".join(out)
+    return visible("\n".join(out), layout=True)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

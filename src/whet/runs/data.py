@@ -1,6 +1,5 @@
 """Read the rows of a recipe, and check that the data options fit the method."""
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,6 +11,7 @@ from whet.methods import Objective, catalogue
 from whet.models import load
 from whet.runs import models
 from whet.runs import recipe as fields
+from whet.terminal import caution
 
 
 def reader_of(
@@ -55,9 +55,9 @@ def cautioned(read: Callable[[Sequence[Any]], list], chat: Chat) -> Callable[[Se
 
     def checked(rows: Sequence[Any]) -> list:
         records = read(rows)
-        for caution in degenerate.cautions(rows, records, chat.end_ids):
+        for one in degenerate.cautions(rows, records, chat.end_ids):
             if distributed.first():
-                print(f"whet: {caution}", file=sys.stderr)
+                caution(one)
         return records
 
     return checked
@@ -67,9 +67,8 @@ def tell_left_out(reader: Reader) -> None:
     """Print how many rows were left out because they are too long."""
     if reader.left_out and distributed.first():
         places = ", ".join(reader.left_out[:3]) + (", ..." if len(reader.left_out) > 3 else "")
-        print(
-            f"whet: {len(reader.left_out)} rows or answers longer than {reader.max_tokens} tokens are left out ({places})",
-            file=sys.stderr,
+        caution(
+            f"{len(reader.left_out)} rows or answers longer than {reader.max_tokens} tokens are left out ({places})"
         )
 
 

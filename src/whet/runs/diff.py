@@ -16,6 +16,7 @@ from whet.loops import checkpoint, rollouts
 from whet.loops.record import read_metrics
 from whet.runs import config
 from whet.runs.folder import begun, differing
+from whet.terminal import visible
 
 STAGES = ("prompt", "generate", "record", "reward", "measure", "advantage", "select", "update")
 """The stages of a step, in order. A difference in one causes those in later ones."""
@@ -67,7 +68,7 @@ class Compared:
             first += f"; the first run has {self.steps[0]} steps, the second {self.steps[1]}"
         lines = [f"  recipe, {name}: {ours!r} against {theirs!r}" for name, ours, theirs in self.recipe]
         lines += [f"  {name}: {one or 'no difference'}" for name, one in self.parts.items()]
-        return "\n".join([first, *lines])
+        return visible("\n".join([first, *lines]), layout=True)
 
 
 def diff(run: str | Path, other: str | Path) -> Compared:

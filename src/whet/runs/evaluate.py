@@ -1,6 +1,5 @@
 """whet.evaluate: compute win rates under judges, the accuracy of a reward model, or a held-out loss."""
 
-import sys
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from whet.ops import address
 from whet.rewards.base import check_scored
 from whet.runs import data, models, rewards, sample
 from whet.runs import recipe as fields
+from whet.terminal import caution
 
 
 def run_eval(recipe: fields.EvalRecipe) -> dict[str, float]:
@@ -47,6 +47,8 @@ def _win_rates(recipe: fields.EvalRecipe) -> dict[str, float]:
     """Generate one answer per prompt with both models and score them with each judge. Return the win rates, the mean scores
     with 95% intervals, and the KL of the model to the other one in nats per answer, if it can be computed."""
     assert recipe.against is not None
+    judged = (one.source for one in recipe.judge if rewards.is_model(one.source))
+    models.check_code(recipe.model, recipe.model.path, recipe.against, *judged)
     tokenizer, chat = models.tokenizer_and_chat(recipe.model, recipe.sampling)
     prompts = sample.prompts_of(recipe.model, recipe.data, chat, recipe.sampling)
     judges = rewards.judges(recipe, tokenizer, prompts)
@@ -98,7 +100,7 @@ def _win_rates(recipe: fields.EvalRecipe) -> dict[str, float]:
             )
         mine, rivals = (one.answer[applied].tolist() for one in both)
         if constant(mine + rivals):
-            print(f"whet: judge {judge.name}: all {len(mine + rivals)} scores are equal ({mine[0]:g})", file=sys.stderr)
+            caution(f"judge {judge.name}: all {len(mine + rivals)} scores are equal ({mine[0]:g})")
         win, mean, rival = evaluate.win_rate(mine, rivals), evaluate.interval(mine), evaluate.interval(rivals)
         for name, three in (("win_rate", win), ("score", mean), ("against", rival)):
             numbers |= {
@@ -115,7 +117,7 @@ def _win_rates(recipe: fields.EvalRecipe) -> dict[str, float]:
 
 def _held_out(recipe: fields.EvalRecipe) -> dict[str, float]:
     tokenizer, chat = models.tokenizer_and_chat(recipe.model, recipe.sampling)
-    scorer = load.is_scorer(recipe.model.path)
+    scorer = load.is_scorer(recipe.model.path, recipe.model.trust_remote_code)
     reader = data.reader_of(recipe.model, recipe.data, chat, closing=scorer)
     if scorer:
         role = models.scorer_role("reward", recipe.model, tokenizer, trained=False, seed=0, path=recipe.model.path)

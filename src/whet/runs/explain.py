@@ -9,6 +9,7 @@ from whet.methods.explain import differences, ending, online_lines, preference_e
 from whet.runs import checks
 from whet.runs import recipe as fields
 from whet.runs.slots import checked, rule_of
+from whet.terminal import visible
 
 
 def explanation(verb: str, recipe: Any) -> str:
@@ -24,7 +25,7 @@ def explanation(verb: str, recipe: Any) -> str:
     for title, lines in parts:
         if lines:
             out += ["", f"{title}:", *lines]
-    return "\n".join(out)
+    return visible("\n".join(out), layout=True)
 
 
 def _title(verb: str, method: Mapping[str, Any]) -> str:

@@ -1,7 +1,6 @@
 """The run folder: check it before any model is loaded, and open it before the first step."""
 
 import os
-import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from whet.loops import checkpoint
 from whet.loops.record import RunFolder, read_metrics
 from whet.runs import adapters, config, inputs, learners
 from whet.runs.recipe import OnlineRecipe, TrainingRecipe
+from whet.terminal import caution
 from whet.trackers import TRACKERS, RunInfo, Tracker
 
 LOCK = ".lock"
@@ -240,7 +240,7 @@ def opened(folder: Path, recipe: TrainingRecipe, options: Options, verb: str, wo
     reads = options.resume and workers.first
     (found, *_) = workers.together(lambda: checkpoint.newest(folder / "checkpoints") if reads else None)
     if options.resume and found is None and workers.first:
-        print(f"whet: no checkpoint was saved in {folder} yet; the run starts over", file=sys.stderr)
+        caution(f"no checkpoint was saved in {folder} yet; the run starts over")
     step = int(found.name.removeprefix("step-")) if found else 0
     text = config.to_yaml(recipe, verb)
     info = RunInfo(folder.name, folder, config.yaml_tree(text))

@@ -56,6 +56,7 @@ def context_of(
         longest=longest, quantized=recipe.model.quantize != "none", lora_rank=lora.rank if lora else None,
         max_num_seqs=recipe.rollout.max_num_seqs if isinstance(recipe, fields.OnlineRecipe) else recipe.max_num_seqs,
         role=role or partial(sampler_role, recipe.model, bf16), policy=policy, training=training, gpus=gpus,
+        trust_remote_code=recipe.model.trust_remote_code,
     )  # fmt: skip
 
 

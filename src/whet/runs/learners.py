@@ -1,6 +1,5 @@
 """Build the learner of a recipe on its backend."""
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,6 +21,7 @@ from whet.rewards.shared import SharedReward
 from whet.runs import config, models, rewards
 from whet.runs import recipe as fields
 from whet.runs.adapters import AUTO, Chosen, chosen, named
+from whet.terminal import caution
 
 
 def chosen_of(recipe: fields.TrainingRecipe, workers: int) -> tuple[Chosen, LearnerContext]:
@@ -126,10 +126,9 @@ def _prepare_precision(options: Any, roles: dict[str, Role], bf16: bool) -> None
         torch.set_float32_matmul_precision("high")
     held = {parameter.dtype for role in roles.values() if role.trained for parameter in role.parameters().values()}
     if torch.bfloat16 in held and first():
-        print(
-            "whet: model.dtype: the trained weights are bfloat16, in which updates below 0.4 % of a weight are lost; leave it at "
-            "auto, and set --learner.precision bf16 to compute in bfloat16 over float32 weights",
-            file=sys.stderr,
+        caution(
+            "model.dtype: the trained weights are bfloat16, in which updates below 0.4 % of a weight are lost; leave it at "
+            "auto, and set --learner.precision bf16 to compute in bfloat16 over float32 weights"
         )
 
 

@@ -30,6 +30,13 @@ def source_of(model: fields.Frozen, path: str | None = None) -> load.ModelSource
     )
 
 
+def check_code(model: fields.Frozen, *paths: str | None) -> None:
+    """Raise ModelError if one of the models of a recipe comes with code that the recipe does not trust. Load nothing."""
+    for path in paths:
+        if path:
+            load.check_code(source_of(model, path))
+
+
 def dtype_of(model: fields.Frozen) -> str:
     """Return the dtype in which the weights are loaded; "auto" is bfloat16 on a GPU, for bases of adapters."""
     adapters = isinstance(model, fields.Model) and model.lora is not None

@@ -90,6 +90,7 @@ def prepare(method: str, recipe: fields.OfflineRecipe) -> OfflineJob:
         objective = compose.reward_of(slots) if rewards else compose.preference_of(slots)
     if isinstance(recipe, fields.PreferenceRecipe):
         checks.check_reference(recipe, objective)
+    models.check_code(recipe.model, recipe.model.path, getattr(recipe, "reference", None))
     tokenizer, chat = models.tokenizer_and_chat(recipe.model)
     reader = data.reader_of(recipe.model, recipe.data, chat, closing=rewards)
     reading = data.reading(name, objective)

@@ -2,7 +2,6 @@
 
 import math
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +25,7 @@ from whet.rewards import Weighted
 from whet.runs import checks, config, data, folder, generators, learners, models, rewards
 from whet.runs import recipe as fields
 from whet.runs.slots import checked
+from whet.terminal import caution
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,7 @@ def prepare(method: str, recipe: fields.OnlineRecipe, *, recorded: bool = False)
         )
     mini_batch_size = checks.check_arithmetic(recipe, algorithm, method)
     checks.check_ptx(recipe, algorithm, method)
+    models.check_code(recipe.model, recipe.model.path, recipe.reference, recipe.critic.path)
     tokenizer, chat = models.tokenizer_and_chat(recipe.model, recipe.sampling)
     reader = data.reader_of(recipe.model, recipe.data, chat, room=recipe.sampling.max_new_tokens)
     prompts = data.with_all_columns(data.rows_of(recipe.data, data.cautioned(reader.prompts, chat)))
@@ -115,8 +116,8 @@ def prepare(method: str, recipe: fields.OnlineRecipe, *, recorded: bool = False)
         rewards.check_rewards(recipe, tokenizer, prompts)
     ptx_reader = data.reader_of(recipe.model, fields.Rows(), chat)
     ptx = data.cautioned(ptx_reader.demonstrations, chat)(read_rows(recipe.ptx.data)) if recipe.ptx.data else []
-    for caution in checks.cautions(recipe, algorithm) if first() and not recorded else ():
-        print(f"whet: {caution}", file=sys.stderr)
+    for one in checks.cautions(recipe, algorithm) if first() and not recorded else ():
+        caution(one)
     plan, longest = _plan_of(recipe, mini_batch_size, chat, prompts, refilled=bool(algorithm.collect.dynamic_sampling))
     each = 1 if algorithm.pairs else algorithm.collect.num_generations
     updates, scheduled = (

@@ -1,6 +1,5 @@
 """Run on a Ray cluster: check the recipe, start the workers, and build what each worker needs."""
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -17,6 +16,7 @@ from whet.rewards import Weighted
 from whet.rewards.model import reading
 from whet.runs import config, generators, inputs, learners, models, rewards
 from whet.runs import recipe as fields
+from whet.terminal import caution
 
 T = TypeVar("T")
 
@@ -66,9 +66,7 @@ def on_cluster(
     )  # fmt: skip
     assert own.address is not None
     if not recipe.train.save_every and not quiet:
-        print(
-            "whet: train.save_every: a killed worker costs the whole run without checkpoints; set it", file=sys.stderr
-        )
+        caution("train.save_every: a killed worker costs the whole run without checkpoints; set it")
     with connected(own.address, cpus=wanted.total_cpus):
         if there("GPU") and recipe.model.device != "cpu":
             wanted = replace(wanted, gpus=1.0)

@@ -1,6 +1,5 @@
 """whet.rank: rank answers by a judge, by their scores, or with a ranker of the user's."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from whet.feedback.judge import RewardJudge
 from whet.registry import called
 from whet.runs import adapters, rewards, sample
 from whet.runs import recipe as fields
+from whet.terminal import caution
 
 
 def run_rank(recipe: fields.RankRecipe) -> Path:
@@ -49,7 +49,7 @@ def run_rank(recipe: fields.RankRecipe) -> Path:
     for place, (own, question) in enumerate(zip(ranks, questions, strict=True)):
         check_ranks(own, question, place)
     if all(map(constant, ranks)):
-        print(f"whet: {len(ranks)} of {len(ranks)} rankings have ties alone", file=sys.stderr)
+        caution(f"{len(ranks)} of {len(ranks)} rankings have ties alone")
     old = ("probability", "margin")  # of other judgments
     kept = [{name: value for name, value in one.row.items() if name not in old} for one in rows]
     write_jsonl(out, [{**row, "ranks": list(own)} for row, own in zip(kept, ranks, strict=True)])

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,7 @@ from whet.registry import forget_modules
 from whet.runs import adapters, config, folder, inputs, offline, online, rewards
 from whet.runs import recipe as fields
 from whet.runs.diff import Difference, check_run, first_difference, lines_of, same
+from whet.terminal import caution, visible
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Replayed:
         ]
         left = [f"not computed again: {', '.join(self.left)}"] if self.left else []
         shown = table(("number", "logged", "recomputed", ""), rows)
-        return "\n".join([self.verdict(), self.begin, *self.notes, shown, *left])
+        return visible("\n".join([self.verdict(), self.begin, *self.notes, shown, *left]), layout=True)
 
 
 def replay(run: str | Path, step: int, *, accept_changed: str | Sequence[str] = (), quiet: bool = True) -> Replayed:
@@ -135,9 +135,7 @@ def opened(run: str | Path, step: int, accept_changed: str | Sequence[str] = ())
         have = f"it has the steps {min(lines)} to {max(lines)}" if lines else "no step of it was finished"
         raise RecipeError(f"--step {step}: {where} has no such step; {have}")
     if _in_use(where) and first():
-        print(
-            f"whet: a session is training in {where}; its checkpoints may be removed in the meantime", file=sys.stderr
-        )
+        caution(f"a session is training in {where}; its checkpoints may be removed in the meantime")
     forget_modules()
     tree = config.read_yaml(where / "recipe.yaml")
     method = str(tree.get("method", ""))

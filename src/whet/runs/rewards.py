@@ -152,7 +152,7 @@ def check_rewards(recipe: fields.OnlineRecipe, tokenizer: Any, prompts: Sequence
         if not math.isfinite(one.weight):
             raise RecipeError(f"reward.{number}.weight: expected a finite number, got {one.weight}")
         if is_model(one.source):
-            _check_scorer(one.source)
+            _check_scorer(one.source, recipe.model)
             _check_positions(f"reward.{number}", one.source, recipe, tokenizer, prompts)
 
 
@@ -181,9 +181,9 @@ def check_columns(rewards: Sequence[Weighted], prompts: Sequence[Prompt], where:
             one.reward.call.start()
 
 
-def _check_scorer(path: str) -> None:
+def _check_scorer(path: str, model: fields.Frozen) -> None:
     """Raise ModelError if the folder contains no reward model."""
-    if not load.is_scorer(path):
+    if not load.is_scorer(path, model.trust_remote_code):
         raise ModelError(f"{path}: no reward model and no judge, it has no scalar head; train one with whet reward")
 
 
@@ -273,6 +273,6 @@ def name_of(source: str) -> str:
 
 def reward_role(path: str, model: fields.Frozen, name: str) -> Role:
     """Load a frozen reward model as a role. Raises ModelError if the folder contains no reward model."""
-    _check_scorer(path)
+    _check_scorer(path, model)
     own = load.load_tokenizer(models.source_of(model, path))
     return models.scorer_role(name, replace(model, quantize="none"), own, trained=False, seed=0, path=path)

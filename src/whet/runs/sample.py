@@ -1,7 +1,6 @@
 """whet.sample: generate K answers to each prompt of a file."""
 
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -21,6 +20,7 @@ from whet.methods.options import Sampling
 from whet.rewards.base import check_scored
 from whet.runs import data, generators, models, rewards
 from whet.runs import recipe as fields
+from whet.terminal import caution
 
 ABOUT_ANSWERS = (
     "responses", "response_ids", "prompt_ids", "ranks", "scores", "finish", "probability", "margin", "score", "chosen",
@@ -61,7 +61,7 @@ def run_sample(recipe: fields.SampleRecipe) -> Path:
             )
         total = torch.stack([one.weight * each[one.name].answer.double() for one in scorers]).sum(0)
         if constant(total.tolist()):
-            print(f"whet: reward: all {len(total)} scores are equal ({float(total[0]):g})", file=sys.stderr)
+            caution(f"reward: all {len(total)} scores are equal ({float(total[0]):g})")
         for row, scores in zip(rows, total.reshape(len(rows), -1).tolist(), strict=True):
             row["scores"] = scores
     if recipe.keep == "best":
@@ -92,7 +92,7 @@ def kept(out: Path, rows: Sequence[Mapping[str, Any]]) -> Iterator[None]:
         names = (out.with_suffix(f"{number}.unscored.jsonl") for number in ("", *(f".{n}" for n in range(1, 1000))))
         aside = next(one for one in names if not one.exists())
         write_jsonl(aside, rows)
-        print(f"whet: the answers were generated and are kept without scores in {aside}", file=sys.stderr)
+        caution(f"the answers were generated and are kept without scores in {aside}")
         raise
 
 

@@ -10,12 +10,14 @@ from whet.generate.base import require_vllm
 from whet.models import load
 from whet.runs import models
 from whet.runs import recipe as fields
+from whet.terminal import say
 
 
 def run_serve(recipe: fields.ServeRecipe) -> str:
     """Start the server, print its address, and wait for SIGINT or SIGTERM. Return "ended". Raises RecipeError if vLLM is
     not installed or the server exits by itself, ModelError if the server does not start."""
     source = models.source_of(recipe.model)
+    load.check_code(source)
     require_vllm()
     from whet.generate.vllm.server import Server
 
@@ -25,9 +27,10 @@ def run_serve(recipe: fields.ServeRecipe) -> str:
         "max_model_len": longest, "dtype": _dtype(recipe), "kv_cache_mib": recipe.kv_cache_mib if on_cpu else 0, "sleep": recipe.sleep,
         "gpu_memory": recipe.gpu_memory_utilization, "tensor_parallel": recipe.tensor_parallel, "max_num_seqs": recipe.max_num_seqs,
         "transfer": "shared" if recipe.transfer == "auto" else recipe.transfer,
+        "trust_remote_code": recipe.model.trust_remote_code,
     }  # fmt: skip
     with _ended_by_signals(), Server(recipe.model.path, port=recipe.port, **options) as server:
-        print(f"{server.url} (Ctrl-C ends it; --generator server --generator.urls '[{server.url}]')", flush=True)
+        say(f"{server.url} (Ctrl-C ends it; --generator server --generator.urls '[{server.url}]')")
         try:
             server.process.wait()
         except KeyboardInterrupt:

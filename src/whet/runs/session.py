@@ -1,6 +1,5 @@
 """The training session: call the stages of the training loop one by one, or all of them with `run`."""
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -23,6 +22,7 @@ from whet.runs import adapters, checks, config, folder, generators, learners, of
 from whet.runs import recipe as fields
 from whet.runs.recipe import kind_of
 from whet.runs.sources import Sources
+from whet.terminal import caution
 
 Resume = bool | Literal["auto"]
 """True continues the run in the output folder; "auto" does so if the folder contains a run."""
@@ -79,7 +79,7 @@ class Session:
         self.folder = folder.of(self.recipe, method)
         self.options = folder.checked(self.recipe, method, given_options, config.recipe_file(recipe))
         if resume is True and not self.options.resume and first():
-            print(f"whet: there is no run in {self.folder} yet; it starts", file=sys.stderr)
+            caution(f"there is no run in {self.folder} yet; it starts")
         folder.check_inputs(self.recipe, method, self.options)
         self.sources.write()
         self.job: online.OnlineJob | offline.OfflineJob
@@ -91,7 +91,7 @@ class Session:
         if first() and not quiet:
             critic = isinstance(self.job, online.OnlineJob) and "critic" in self.job.algorithm.roles()
             for line in (f"{method}: {self.job.length()}", *checks.optim_lines(self.recipe, critic)):
-                print(f"whet: {line}", file=sys.stderr)
+                caution(line)
         self._stack = ExitStack()
         self._exported: set[Path] = set()
         self.loop: OnlineLoop | offline_loop.OfflineLoop | None = None

@@ -1,6 +1,5 @@
 """whet.train: run a training method in this process, under torchrun, or on a Ray cluster."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,6 +11,7 @@ from whet.distributed import first
 from whet.loops.interrupt import graceful
 from whet.runs import folder, generators, learners, online, placed
 from whet.runs.session import Resume, Session, run_loop
+from whet.terminal import caution
 
 
 def train(
@@ -36,9 +36,7 @@ def train(
     )
     if session.finished:
         if first():
-            print(
-                f"whet: the run in {session.folder} has ended; its model is {session.folder / 'model'}", file=sys.stderr
-            )
+            caution(f"the run in {session.folder} has ended; its model is {session.folder / 'model'}")
         return session.folder
     if session.recipe.cluster.address is not None:
         return _on_cluster(session)

@@ -18,6 +18,7 @@ from whet.loops.record import read_metrics
 from whet.runs import config, folder, inputs
 from whet.runs import recipe as fields
 from whet.runs.diff import diff
+from whet.terminal import caution
 
 OUT = "runs/verify-resume"
 """The folder without `out`; if it exists, a number is added."""
@@ -69,7 +70,7 @@ def verified(
         found = [killed.kill_after(step, stream.uniform(0.0, each)) for step in moments]
         inside = sum(one is not None and one < steps for one in found)
         if inside < options.kills:
-            print(f"whet: {options.kills - inside} of {options.kills} kills came after the last step", file=sys.stderr)
+            caution(f"{options.kills - inside} of {options.kills} kills came after the last step")
         killed.to_the_end()
     return first_difference(whole.folder, killed.folder)
 
@@ -144,7 +145,7 @@ class Run:
     def say(self, text: str) -> None:
         """Print a line on the terminal, unless the run is quiet."""
         if not self.quiet:
-            print(f"whet: {text}", file=sys.stderr, flush=True)
+            caution(text)
 
     @contextmanager
     def _process(self) -> Iterator[subprocess.Popen]:

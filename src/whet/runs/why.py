@@ -14,10 +14,11 @@ from whet.data import Batch
 from whet.distributed import launched
 from whet.errors import RecipeError
 from whet.loops.replay import OfflineReplay, OnlineReplay, Portion, Update
-from whet.loops.tables import cell, table, visible
+from whet.loops.tables import cell, table
 from whet.methods.algorithm import clipped, clipping
 from whet.methods.parts import Part
 from whet.runs.replay import beginning, compared, opened, recomputed
+from whet.terminal import visible
 
 ROUNDING = 1e-5
 """Largest difference between the sum of the shares and the logged loss, relative to the sum of their sizes."""
@@ -87,7 +88,7 @@ class Explained:
         rows = self.tokens or sorted(self.samples, key=lambda row: -abs(row["share"]))
         names = list(dict.fromkeys(name for row in rows for name in row))
         shown = [table(names, [[row.get(name) for name in names] for row in rows])] if rows else []
-        return "\n".join([*self.heading, *shown])
+        return visible("\n".join([*self.heading, *shown]), layout=True)
 
 
 def why(

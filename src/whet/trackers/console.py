@@ -1,10 +1,10 @@
 """Print the metrics of each step as one line."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from whet.terminal import say
 from whet.trackers.base import RunInfo
 
 
@@ -26,18 +26,18 @@ class ConsoleTracker:
 
     def start(self, run: RunInfo) -> None:
         """See `Tracker.start`."""
-        print(f"run {run.name} in {run.folder}", file=sys.stderr)
+        say(f"run {run.name} in {run.folder}", error=True)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """See `Tracker.log`."""
         if step % self.options.every == 0:
             shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-            print(f"step {step}  {shown}", file=sys.stderr, flush=True)
+            say(f"step {step}  {shown}", error=True)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """See `Tracker.samples`."""
         for row in rows[: self.options.num_samples] if step % self.options.every == 0 else ():
-            print(f"step {step}  score {row['score']:.4g}  {row['prompt']!r} -> {row['completion']!r}", file=sys.stderr)
+            say(f"step {step}  score {row['score']:.4g}  {row['prompt']!r} -> {row['completion']!r}", error=True)
 
     def end(self) -> None:
         """See `Tracker.end`."""

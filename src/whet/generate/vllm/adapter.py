@@ -91,7 +91,7 @@ def make(options: Options, context: GeneratorContext) -> Generator:
         kv_cache_mib=options.kv_cache_mib if context.device.type == "cpu" else 0,
         gpu_memory=options.gpu_memory_utilization, max_num_seqs=min(256, context.max_num_seqs), transfer=options.transfer,
         lora=options.push == "adapter", lora_rank=context.lora_rank or 16, sleep=options.sleep,
-        tensor_parallel=options.tensor_parallel, gpus=own, tokenizer=context.chat.tokenizer,
+        tensor_parallel=options.tensor_parallel, gpus=own, tokenizer=context.chat.tokenizer, trust_remote_code=context.trust_remote_code,
     )  # fmt: skip
 
 

@@ -178,6 +178,7 @@ class VLLMGenerator(EngineGenerator):
     lora_rank        largest rank of these adapters
     sleep            the engine can release GPU memory between rollouts
     tokenizer        ids of the model that no token of it has are never sampled and have probability 0
+    trust_remote_code  run code that comes with the model
 
     With `separate` the script that creates the engine needs the `if __name__ == "__main__"` guard. On a CPU a sample does
     not depend on the other requests of its batch; on a GPU this needs vLLM's VLLM_BATCH_INVARIANT=1.
@@ -205,6 +206,7 @@ class VLLMGenerator(EngineGenerator):
         lora_rank: int = 16,
         sleep: bool = False,
         tokenizer: Any = None,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__(end_ids, text, max_model_len)
         require_vllm()
@@ -219,6 +221,7 @@ class VLLMGenerator(EngineGenerator):
             model, self._folder, max_model_len=max_model_len, dtype=dtype, kv_cache_mib=kv_cache_mib,
             gpu_memory=gpu_memory, max_num_seqs=max_num_seqs, tensor_parallel=tensor_parallel, seed=seed,
             transfer="shared" if transfer == "auto" else transfer, gpus=gpus, sleep=sleep,
+            trust_remote_code=trust_remote_code,
         )  # fmt: skip
         if lora:
             # one adapter slot: with an adapter loaded, requests without one would be computed with it too

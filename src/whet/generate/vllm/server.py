@@ -26,9 +26,12 @@ from whet.generate.vllm.start import QUIET, engine_arguments
 from whet.http import Http
 from whet.methods.options import Positive
 from whet.processes import descendants, end, owned_folder
+from whet.terminal import caution
 
 UNSET = "default"
 """vLLM's version of weights that were never updated."""
+JSON_ROUTES = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "0"}
+"""Environment of a server: it has the weight routes, and never unpickles what is sent to them."""
 
 
 class ServerGenerator(EngineGenerator):
@@ -64,10 +67,9 @@ class ServerGenerator(EngineGenerator):
     ) -> None:
         self.http = Http(url, timeout, api_key)
         if not self.http.local:
-            print(
-                f"whet: {url} is not on this machine, and its weight routes are not guarded by an API key: whoever "
-                "reaches the port can replace the weights",
-                file=sys.stderr,
+            caution(
+                f"{url} is not on this machine, and its weight routes are not guarded by an API key: whoever "
+                "reaches the port can replace the weights"
             )
         served = self.http.ask("GET", "/v1/models")["data"][0]
         super().__init__(end_ids, text, served["max_model_len"])
@@ -188,7 +190,7 @@ class Server:
     port             port to listen on; 0 is any free port
     start_timeout    seconds to wait for the server's first answer
     options          engine options as in `VLLMGenerator`: max_model_len, dtype, kv_cache_mib, gpu_memory, max_num_seqs,
-                     tensor_parallel, seed, transfer ("shared" by default), gpus, sleep
+                     tensor_parallel, seed, transfer ("shared" by default), gpus, sleep, trust_remote_code
 
     Raises RecipeError if vLLM is not installed, ModelError if the server ends or does not answer in time.
     """
@@ -213,7 +215,7 @@ class Server:
             # started in a new session, so that all processes it starts can be ended with it
             self.process = subprocess.Popen(
                 [*command, *flags(arguments)], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True, env=QUIET | os.environ | {"VLLM_SERVER_DEV_MODE": "1"},
+                start_new_session=True, env=QUIET | os.environ | JSON_ROUTES,
             )  # fmt: skip
         self._end = weakref.finalize(self, _end, self.process, self.folder)
         try:

@@ -30,6 +30,7 @@ def engine_arguments(
     transfer: str = "shared",
     gpus: Sequence[int] = (),
     sleep: bool = False,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Return vLLM's arguments for an engine that whet can use. The options are those of `VLLMGenerator`."""
     on_gpu = torch.cuda.is_available()
@@ -39,7 +40,7 @@ def engine_arguments(
         "tensor_parallel_size": tensor_parallel, "enforce_eager": not on_gpu, "gpu_memory_utilization": gpu_memory,
         "logprobs_mode": "processed_logprobs", "worker_extension_cls": EXTENSION, "generation_config": "vllm",
         "enable_sleep_mode": sleep and on_gpu, "additional_config": {FOLDER: str(folder), OWNER: os.getpid()},
-        "weight_transfer_config": {"backend": transports.BACKENDS[transfer]},
+        "weight_transfer_config": {"backend": transports.BACKENDS[transfer]}, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     if gpus:
         arguments["device_ids"] = list(gpus)
