@@ -78,7 +78,7 @@ def called_names(tree: ast.AST) -> Iterator[tuple[ast.Call, str]]:
 
 
 PRINTS = re.compile(
-    r"print|input|rich\.print\w*|(rich\.console\.)?Console|(rich\.\w+\.)?Text\.from_markup|sys\.__?std(out|err)__?\..*|sys\.std(out|err)\.(?!isatty|close)\w+(\..*)?"
+    r"print|input|rich\.print\w*|(rich\.console\.)?Console|(rich\.\w+\.)?Text\.from_markup|sys\.__?std(out|err)__?\..*|sys\.std(out|err)\.(?!isatty|close|flush)\w+(\..*)?"
     r"|os\.write|warnings\.warn(_explicit)?|(getpass\.)?getpass|traceback\.print_\w+|faulthandler\.\w+"
     r"|log(ging|ger)\.(debug|info|warning|warn|error|exception|critical|log|getLogger|basicConfig)"
 )
@@ -130,6 +130,10 @@ MAY_RUN = {
     "__init__.py": ("importlib.import_module",),  # own modules, on first use
     "methods/__init__.py": ("importlib.import_module",),
     "distributed.py": ("pickle.loads",),  # an error of this process, to see whether it can be sent
+    "calling/child.py": (
+        "pickle.loads",
+    ),  # between the run and the process of a user's function, over a pipe of their own
+    "calling/process.py": ("pickle.loads",),
 }
 """Which calls of RUNS a module may make, by the start of their names, and why."""
 UNSAFE = {"weights_only": False, "allow_pickle": True, "trust_remote_code": True, "shell": True}

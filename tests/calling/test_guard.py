@@ -1,7 +1,6 @@
 """A call of a user's function: SystemExit is its error, a signal passes, and a slow one is named while it runs."""
 
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -66,25 +65,18 @@ def test_a_signal_ends_a_function_that_has_its_own_handler() -> None:
 def test_a_slow_function_is_named_while_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
 
-    class Stream:
-        def write(self, text: str) -> None:
-            said.append(text)
-
-        def flush(self) -> None:
-            pass
-
     def judge() -> str:
         end = time.monotonic() + 10
-        while sum(text.startswith("whet") for text in said) < 2 and time.monotonic() < end:
+        while len(said) < 2 and time.monotonic() < end:
             time.sleep(0.01)
-        return "".join(said)
+        return "\n".join(said)
 
     monkeypatch.setattr(guard, "SLOW", (0.05, 0.2))
-    monkeypatch.setattr(sys, "__stderr__", Stream())
+    monkeypatch.setattr(guard, "caution_at_once", said.append)
     heard = UserCall(judge, "reward judge", option="reward.0.timeout")("64 answers to the prompt rows 0 to 7")
     lines = heard.splitlines()
     assert lines == [
-        f"whet: reward judge has been running for {seconds} s, for 64 answers to the prompt rows 0 to 7; it has no limit, and "
+        f"reward judge has been running for {seconds} s, for 64 answers to the prompt rows 0 to 7; it has no limit, and "
         "reward.0.timeout sets one"
         for seconds in (0.05, 0.2)
     ]
