@@ -184,7 +184,7 @@ def test_options_of_a_class_have_the_types_and_defaults_of_its_parameters() -> N
 
 @pytest.mark.parametrize("url", ["http://host:abc", "http://[::1", "ftp://host", "host:80"])
 def test_what_is_no_address_is_named(url: str) -> None:
-    with pytest.raises(RecipeError, match=r"generator.urls: expected http://host:port, got"):
+    with pytest.raises(RecipeError, match=r"generator.urls: expected http://host:port or unix:///path, got"):
         Http(url, 1.0)
 
 

@@ -2,9 +2,8 @@
 
 import hashlib
 import os
-import shutil
+import re
 import socket
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -12,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from whet.private import private_folder, remove_owned
 
 
 def host() -> str:
@@ -76,16 +77,16 @@ def end(processes: Sequence[Process], seconds: float) -> None:
 
 
 def owned_folder(root: Path) -> Path:
-    """Create a folder of this process in `root`. Folders of processes that have ended without removing them are removed."""
-    machine = hashlib.sha256(host().encode()).hexdigest()[
-        :8
-    ]  # processes of other machines and containers are not known here
+    """Create a private folder of this process in `root`. This user's folders of processes that have ended without removing
+    them are removed."""
+    # the processes of other machines and containers are not known here
+    machine = hashlib.sha256(host().encode()).hexdigest()[:8]
     for old in root.glob(f"whet-engine-{machine}-*"):
-        pid, began = old.name.split("-")[3:5]
-        if not Process(host(), int(pid), float(began)).alive:
-            shutil.rmtree(old, ignore_errors=True)
+        owner = re.match(r"(\d{1,9})-(\d{1,12}\.\d{2})-", old.name.removeprefix(f"whet-engine-{machine}-"), re.ASCII)
+        if owner and not Process(host(), int(owner[1]), float(owner[2])).alive:
+            remove_owned(old)
     own = Process.of(os.getpid())
-    return Path(tempfile.mkdtemp(prefix=f"whet-engine-{machine}-{own.pid}-{own.began:.2f}-", dir=root))
+    return private_folder(root, f"whet-engine-{machine}-{own.pid}-{own.began:.2f}-")
 
 
 def watch(owner: int) -> None:

@@ -2,9 +2,11 @@
 
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -76,6 +78,113 @@ def test_a_running_cluster_is_found_and_a_dead_one_is_not(monkeypatch: pytest.Mo
     assert door.running() == ""
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
     assert door.running() == "head:6379"
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert door.running() == ""
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    assert door.running() == ""
+
+
+@pytest.fixture
+def planted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """Ray's file with the address of a socket that listens, and a session's folder; the file and the address."""
+    import socket
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    (tmp_path / "ray" / "session_1").mkdir(parents=True)
+    (tmp_path / "ray" / "session_latest").symlink_to("session_1")
+    file = tmp_path / "ray" / "ray_current_cluster"
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        file.write_text(address)
+        yield file, address
+
+
+def test_auto_does_not_join_the_cluster_of_another_user(
+    planted: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, address = planted
+    assert door.running() == address
+    real = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: real + 1)
+    with pytest.raises(RecipeError) as refused:
+        door.running()
+    for part in ("cluster.address: auto", str(file), f"({real})", "--cluster HOST:PORT", "RAY_TMPDIR"):
+        assert part in str(refused.value)
+    file.write_text("127.0.0.1:1")  # nobody listens there: the file is left over, and nothing is joined
+    assert door.running() == ""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to others")
+@pytest.mark.parametrize("name", ["ray_current_cluster", "session_latest", "session_1"])
+def test_each_part_of_a_foreign_cluster_is_seen(planted: tuple[Path, str], name: str) -> None:
+    file, address = planted
+    assert door.running() == address
+    os.chown(file.with_name(name), 12345, -1, follow_symlinks=False)
+    with pytest.raises(RecipeError, match=rf"{name} belongs to user 12345"):
+        door.running()
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").is_file(), reason="needs /proc")
+def test_a_stranger_who_listens_at_the_address_of_an_ended_cluster_is_not_joined(
+    planted: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, address = planted
+    assert door._listeners(int(address.rpartition(":")[2])) == {os.geteuid()}
+    monkeypatch.setattr(door, "_listeners", lambda port: {12345})
+    with pytest.raises(RecipeError, match=rf"the process at {address} belongs to user 12345"):
+        door.running()
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_ray_s_file_is_neither_followed_nor_waited_for(planted: tuple[Path, str], kind: str, tmp_path: Path) -> None:
+    file, address = planted
+    file.unlink()
+    if kind == "pipe":
+        os.mkfifo(file)
+        assert door.running() == ""
+        return
+    (tmp_path / "elsewhere").write_text(address)
+    file.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RecipeError, match=r"does not follow the link .*ray_current_cluster of .*--cluster HOST:PORT"):
+        door.running()
+
+
+STARTS_RAY = """
+import os, stat, sys
+from pathlib import Path
+from whet.cluster import connected
+try:
+    with connected("auto"):
+        import ray
+        session = Path(ray._private.worker._global_node.get_session_dir_path())
+        private = session.parent.parent
+        print(private, oct(private.lstat().st_mode & 0o7777), ray.get(ray.remote(lambda: os.getuid()).remote()), flush=True)
+        if sys.argv[1] == "fails":
+            raise ValueError
+except ValueError:
+    pass
+print(private.exists())
+"""
+
+
+@needs_ray
+@pytest.mark.parametrize("end", ["ends", "fails"])
+def test_a_ray_that_is_started_here_keeps_its_files_to_itself(end: str) -> None:
+    root = Path(tempfile.mkdtemp(prefix="w", dir="/tmp"))  # a path of a socket must be short
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {
+        "RAY_TMPDIR": str(root)
+    }
+    command = [sys.executable, "-c", f"import os; os.umask(0)\n{STARTS_RAY}", end]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    folder, mode, uid, left = run.stdout.split()
+    assert Path(folder).parent == root
+    assert (mode, uid) == ("0o700", str(os.getuid()))
+    assert left == str(end == "fails")
+    assert (f"the logs of Ray are in {folder}" in run.stderr) == (end == "fails")
+    assert not (root / "ray").exists()  # no other run finds it
+    shutil.rmtree(root)
 
 
 def test_what_one_machine_must_hold() -> None:
@@ -127,8 +236,9 @@ def test_a_shelf_keeps_two_pushes_and_is_swept_only_when_its_owner_is_gone(tmp_p
     assert [path.is_dir() for path in paths] == [False, False, True, True]
     folders.sweep()
     assert shelf.folder.is_dir()
-    with pytest.raises(FileExistsError):
-        folders.PushFolders("aaaa", "learner")
+    second = folders.PushFolders("aaaa", "learner")
+    assert second.folder != shelf.folder
+    second.close()
     left = shelf.folder
     shelf._lock.close()  # as when its process dies
     folders.sweep()

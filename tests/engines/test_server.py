@@ -1,9 +1,10 @@
-"""A vLLM server as a generator: the contract over HTTP, pushes, foreign pushes, its death, and loopback only.
+"""A vLLM server as a generator: the contract over a Unix socket, pushes, foreign pushes, its death, and who can reach it.
 
 These start a real server; they are skipped where vLLM is not installed.
 """
 
 import http.server
+import stat
 import subprocess
 import sys
 import threading
@@ -23,7 +24,8 @@ from engines import helpers as e
 from whet.data import Weights
 from whet.errors import ModelError, RecipeError, RunStopped, WorkerDied
 from whet.generate.vllm import push as vllm_push
-from whet.generate.vllm.server import Server, ServerGenerator, flags
+from whet.generate.vllm.launch import Server, flags
+from whet.generate.vllm.server import ServerGenerator
 from whet.http import Http
 from whet.methods.options import Sampling
 from whet.processes import descendants
@@ -138,18 +140,34 @@ def test_it_sleeps_and_wakes(generator: Any) -> None:
     assert e.plain(list(generator.generate(e.asked()))) == before
 
 
-def test_the_server_listens_on_loopback_alone(server: Server) -> None:
+def listening(server: Server) -> list[tuple[str, int]]:
     import psutil
 
-    listening = [
-        connection.laddr.ip
-        for pid in server.processes()
-        for connection in psutil.Process(pid).net_connections("inet")
-        if connection.status == psutil.CONN_LISTEN
-    ]
-    print(f"\nlistening on {listening}")
-    assert "127.0.0.1" in listening
-    assert all(ip.startswith("127.") or ip == "::1" for ip in listening)
+    found = [one for pid in server.processes() for one in psutil.Process(pid).net_connections("inet")]
+    return [(one.laddr.ip, one.laddr.port) for one in found if one.status == psutil.CONN_LISTEN]
+
+
+def test_the_routes_are_on_a_socket_in_a_private_folder_and_on_no_port(server: Server) -> None:
+    path = Path(server.url.removeprefix("unix://"))
+    assert stat.S_ISSOCK(path.lstat().st_mode)
+    assert path.parent == server.folder
+    assert server.folder.lstat().st_mode & 0o7777 == 0o700
+    ports = listening(server)
+    print(f"\nlistening on {ports}")
+    assert all(ip.startswith("127.") or ip == "::1" for ip, _ in ports)
+    for _, port in ports:
+        with pytest.raises(WorkerDied):
+            Http(f"http://127.0.0.1:{port}", 2.0).raw("GET", "/health")
+
+
+def test_the_sockets_between_its_processes_are_in_the_same_folder(server: Server) -> None:
+    import psutil
+
+    found = [one for pid in server.processes() for one in psutil.Process(pid).net_connections("unix")]
+    paths = {Path(one.laddr) for one in found if one.laddr and str(one.laddr).startswith("/")}
+    print(f"\nsockets {sorted(map(str, paths))}")
+    assert len(paths) > 1
+    assert {path.parent for path in paths} == {server.folder}
 
 
 def test_a_killed_engine_is_noticed_and_the_server_ends(generator: Any, server: Server) -> None:
@@ -170,6 +188,34 @@ def test_a_killed_engine_is_noticed_and_the_server_ends(generator: Any, server: 
     assert not server.folder.exists()
     with pytest.raises(WorkerDied, match=r"no server responds|push whole weights first"):
         generator.logprobs([torch.tensor([2, 3])])
+
+
+def test_on_a_port_every_route_needs_the_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import psutil
+
+    folder = tiny.folder(tmp_path / "qwen3", "qwen3", seed=0, **e.SHAPE)
+    with Server(folder, port=0, **e.options()) as guarded:
+        assert ("127.0.0.1", int(guarded.url.rpartition(":")[2])) in listening(guarded)
+        generator = ServerGenerator(guarded.url, e.END, e.text, timeout=60, api_key=guarded.key)
+        generator.load_weights(Weights(1, e.role("qwen3", 1)))
+        assert e.score_gap(generator, e.role("qwen3", 1).model) < BOUND
+        assert "need no key" not in capsys.readouterr().err
+        paths = Http(guarded.url, 5.0, guarded.key).ask("GET", "/openapi.json")["paths"]
+        routes = [(method.upper(), path) for path, methods in paths.items() for method in methods]
+        routes += [("GET", path) for path in ("/metrics", "/docs", "/openapi.json", "/nothing")]
+        print(f"\n{len(routes)} routes")
+        assert {("POST", path) for path in ("/update_weights", "/collective_rpc", "/v1/completions")} <= set(routes)
+        for method, path in [*routes, *(("OPTIONS", path) for path in paths)]:
+            for key in ("", "wrong"):
+                assert Http(guarded.url, 5.0, key).raw(method, path)[0] == 401, (method, path)
+        for pid in guarded.processes():
+            assert guarded.key not in " ".join(psutil.Process(pid).cmdline())
+        assert guarded.key not in guarded.log.read_text()
+        with pytest.raises(RecipeError, match=r"refused /v1/models \(401\).*set VLLM_API_KEY"):
+            ServerGenerator(guarded.url, e.END, e.text, timeout=60)
+        generator.close()
 
 
 @pytest.mark.long
@@ -205,7 +251,7 @@ def test_a_silent_server_is_a_dead_one() -> None:
         assert time.monotonic() - start < 5
 
 
-def test_a_server_without_the_weight_routes_is_refused() -> None:
+def test_a_server_without_the_weight_routes_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     class Plain(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
@@ -223,12 +269,13 @@ def test_a_server_without_the_weight_routes_is_refused() -> None:
         with pytest.raises(RecipeError, match="VLLM_SERVER_DEV_MODE=1"):
             ServerGenerator(f"http://127.0.0.1:{plain.server_port}", e.END, e.text, timeout=5)
         plain.shutdown()
+    assert "need no key: whoever reaches the port can replace the weights" in capsys.readouterr().err
 
 
-def test_a_url_off_this_machine_is_warned_about(capsys: pytest.CaptureFixture[str]) -> None:
+def test_open_weight_routes_and_a_url_off_this_machine_are_warned_about(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(WorkerDied):
         ServerGenerator("http://192.0.2.1:9", e.END, e.text, timeout=0.2)
-    assert "not guarded by an API key" in capsys.readouterr().err
+    assert "http://192.0.2.1:9 is not on this machine: key, prompts and answers travel" in capsys.readouterr().err
     assert [Http(url, 1).local for url in ("http://localhost:1", "http://127.0.0.5:1", "http://[::1]:1")] == [True] * 3
     with pytest.raises(RecipeError, match="http://host:port"):
         Http("127.0.0.1:8000", 1)

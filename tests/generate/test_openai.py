@@ -115,7 +115,7 @@ WRONG = {
     "a name": ({"name": "opnai"}, "unknown name 'opnai'; known are local, openai"),
     "an address": (
         {"name": "openai", "url": "here", "model": "far"},
-        "generator.url: expected http://host:port, got 'here'",
+        "generator.url: expected http://host:port or unix:///path, got 'here'",
     ),
     "a key": (
         {"name": "openai", "url": "http://127.0.0.1:9", "model": "m", "api_key_env": "NONE_SET"},

@@ -17,6 +17,7 @@ from whet.data.files import shared_memory
 from whet.distributed import Workers
 from whet.generate.base import whole
 from whet.learner.store import write
+from whet.private import opened, private_folder, remove_owned
 from whet.processes import host
 
 PREFIX = "whet-push-"
@@ -28,17 +29,16 @@ PART = 1 << 30
 class PushFolders:
     """The weight updates of one attempt, each in a numbered folder. The newest two are kept.
 
-    The path contains the id of the attempt, and a removed path is never created again. So a worker that is still running
-    after its attempt was lost cannot write to a folder that another attempt reads. The owner holds a file lock while it
-    runs; `sweep` removes folders whose lock is free.
+    Only this user can enter the folder. Its name contains the id of the attempt and random characters, and a removed path
+    is never created again. So a worker that is still running after its attempt was lost cannot write to a folder that
+    another attempt reads. The owner holds a file lock while it runs; `sweep` removes folders whose lock is free.
     """
 
     def __init__(self, attempt: str, name: str) -> None:
         sweep()
-        self.folder = shared_memory() / f"{PREFIX}{attempt}-{name}"
-        self.folder.mkdir()
+        self.folder = private_folder(shared_memory(), f"{PREFIX}{attempt}-{name}-")
         aside = self.folder / "locking"
-        self._lock = aside.open("w")
+        self._lock = aside.open("x")
         _locked(self._lock)
         aside.rename(self.folder / LOCK)  # `sweep` sees the folder only from here on, when the lock is held
 
@@ -89,10 +89,18 @@ class WeightWriter:
 
     def __init__(self, workers: Workers, attempt: str, *, adapter: bool, everywhere: bool) -> None:
         self.workers, self.adapter, self.number = workers, adapter, 0
-        self.folder = shared_memory() / f"{PREFIX}{attempt}-learner"
         machines = workers.gather(host())
-        writes = machines.index(machines[workers.rank]) == workers.rank if everywhere else workers.first
-        self.folders = PushFolders(attempt, "learner") if writes else None
+        writer = machines.index(machines[workers.rank]) if everywhere else 0
+        self.folders: PushFolders | None = None
+
+        def create() -> Path | None:
+            if writer == workers.rank:
+                self.folders = PushFolders(attempt, "learner")
+            return self.folders.folder if self.folders else None
+
+        folder = workers.together(create)[writer]
+        assert folder is not None
+        self.folder = folder
 
     def __call__(self, role: Any, number: int | None = None) -> Path:
         """Write the role's current weights, or only its adapter, and return their folder."""
@@ -143,15 +151,15 @@ def unpacked(files: Mapping[str, bytes]) -> Iterator[Path]:
 def remove(attempt: str) -> None:
     """Remove every folder of an attempt on this machine."""
     for folder in shared_memory().glob(f"{PREFIX}{attempt}-*"):
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_owned(folder)
 
 
 def sweep() -> None:
-    """Remove the folders on this machine whose owner process has ended."""
-    for lock in shared_memory().glob(f"{PREFIX}*/{LOCK}"):
-        with suppress(OSError), lock.open("w") as file:
+    """Remove this user's folders on this machine whose owner process has ended."""
+    for folder in shared_memory().glob(f"{PREFIX}*"):
+        with suppress(OSError), opened(folder, LOCK) as file:
             _locked(file)
-            shutil.rmtree(lock.parent, ignore_errors=True)
+            remove_owned(folder)
 
 
 def _written(folder: Path, name: str, tensors: Iterable[tuple[str, Tensor]]) -> None:

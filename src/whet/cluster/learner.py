@@ -1,7 +1,6 @@
 """A learner whose workers are Ray actors. Each call is made in all workers, and the result of the first one is returned."""
 
 import os
-import shutil
 import socket
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from whet.errors import RunStopped, WhetError, WorkerDied
 from whet.generate.base import Generator, all_logprobs, whole
 from whet.learner.base import UpdateResult, Work
 from whet.learner.local import LocalLearner
+from whet.private import remove_owned
 
 PORTS = 3
 """Number of ports to try. Another program may take a port after it was chosen and before it is used."""
@@ -168,7 +168,7 @@ class ClusterLearner:
         self._all("export", role, aside, tokenizer, merge, end_ids)
         replace_folder(aside, folder)
         for old in folder.parent.glob(f".{folder.name}-*"):
-            shutil.rmtree(old, ignore_errors=True)
+            remove_owned(old)
 
     def ask(self, method: str, *given: Any) -> Any:
         """Call a method of the generators in all workers, and return the result of the first one."""

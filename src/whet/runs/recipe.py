@@ -455,8 +455,10 @@ class ServeRecipe:
     """Recipe of serve: a vLLM server that takes weights. Needs whet[vllm]."""
 
     model: Frozen = Frozen()
-    port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
-    """where it listens on loopback; 0 is any free port"""
+    port: Annotated[int, msgspec.Meta(ge=0, le=65535)] | None = None
+    """port of loopback on which it listens, with a key; 0 is any free one; default: no port, but a Unix socket in a private folder"""
+    api_key_env: str = ""
+    """environment variable that contains its key; default: VLLM_API_KEY, if it is set; otherwise a port has a random key"""
     max_model_len: Annotated[int, msgspec.Meta(ge=2)] | None = None
     """longest prompt and answer together, in tokens; default: what the model's positions allow"""
     max_num_seqs: Count = 256

@@ -1,51 +1,37 @@
-"""Generation with a vLLM server over HTTP: a running one, or one that whet starts on loopback."""
+"""Generation with a running vLLM server over HTTP, on a Unix socket or a port."""
 
-import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
-import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from whet.data import Weights
-from whet.data.files import shared_memory
-from whet.distributed import free_port
-from whet.errors import ModelError, RecipeError, RunStopped, WorkerDied
-from whet.generate.base import GeneratorContext, require_vllm
+from whet.errors import RecipeError, RunStopped, WorkerDied
+from whet.generate.base import GeneratorContext
 from whet.generate.vllm import transports
-from whet.generate.vllm.engine import CLOSE, Answer, EngineGenerator
+from whet.generate.vllm.engine import Answer, EngineGenerator
+from whet.generate.vllm.gate import GATE, KEY, server_key
 from whet.generate.vllm.push import About, Inlet
-from whet.generate.vllm.start import QUIET, engine_arguments
 from whet.http import Http
 from whet.methods.options import Positive
-from whet.processes import descendants, end, owned_folder
 from whet.terminal import caution
 
 UNSET = "default"
 """vLLM's version of weights that were never updated."""
-JSON_ROUTES = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "0"}
-"""Environment of a server: it has the weight routes, and never unpickles what is sent to them."""
 
 
 class ServerGenerator(EngineGenerator):
     """A vLLM server. Prompts and answers are sent as token ids over /v1/completions, weights over vLLM's weight routes.
 
-    The server must have been started as `Server` starts it: with VLLM_SERVER_DEV_MODE=1, whet's worker extension, a weight
-    transfer that whet knows, processed log-probs, no chunked prefill on a CPU, and vLLM's own generation configuration.
-    Only one run may send weight updates to it.
+    The server must have been started as `launch.Server` starts it: with VLLM_SERVER_DEV_MODE=1, whet's worker extension, a
+    weight transfer that whet knows, processed log-probs, no chunked prefill on a CPU, and vLLM's own generation
+    configuration. Only one run may send weight updates to it.
 
-    url              http://host:port
+    url              unix:///path or http://host:port
     timeout          seconds to wait for an answer; after that the engine counts as dead
     connections      number of requests that are sent at the same time
     host             address of this machine that the server's workers can reach, for weights over gloo or NCCL
-    api_key          sent to the server; it does not protect the weight routes
+    api_key          sent with every request. vLLM alone asks for it on some routes only; `gate.Gate` asks on all
     sleep            the server was started with the option `sleep`
     tokenizer        ids of the model that no token of it has are never sampled and have probability 0
 
@@ -66,11 +52,7 @@ class ServerGenerator(EngineGenerator):
         tokenizer: Any = None,
     ) -> None:
         self.http = Http(url, timeout, api_key)
-        if not self.http.local:
-            caution(
-                f"{url} is not on this machine, and its weight routes are not guarded by an API key: whoever "
-                "reaches the port can replace the weights"
-            )
+        _warn(self.http, timeout)
         served = self.http.ask("GET", "/v1/models")["data"][0]
         super().__init__(end_ids, text, served["max_model_len"])
         self._can_sleep = sleep
@@ -175,6 +157,17 @@ class ServerGenerator(EngineGenerator):
         return [answer["choices"][0] for answer in answers]
 
 
+def _warn(http: Http, timeout: float) -> None:
+    """Warn about a server on a port whose weight routes need no key, and about a key that other machines could read."""
+    if not http.local and http.parts.scheme == "http":
+        caution(f"{http.url} is not on this machine: key, prompts and answers travel unencrypted")
+    if not http.socket and Http(http.url, timeout).raw("GET", "/weight_info")[0] < 400:
+        caution(
+            f"the weight routes of {http.url} need no key: whoever reaches the port can replace the weights; use whet serve, "
+            f"or start the server with {KEY} and --middleware {GATE}"
+        )
+
+
 def _refuse(about: About) -> None:
     """Raise RecipeError for a server that would report wrong log-probs, or that would crash on requests with a seed."""
     if about.logprobs_mode != "processed_logprobs":
@@ -183,128 +176,20 @@ def _refuse(about: About) -> None:
         raise RecipeError("generator.urls: start the server with --no-enable-chunked-prefill")
 
 
-class Server:
-    """Start a vLLM server on loopback. A context manager: on exit the server and all its processes are ended.
-
-    model            folder or name of a Hugging Face model, with its tokenizer
-    port             port to listen on; 0 is any free port
-    start_timeout    seconds to wait for the server's first answer
-    options          engine options as in `VLLMGenerator`: max_model_len, dtype, kv_cache_mib, gpu_memory, max_num_seqs,
-                     tensor_parallel, seed, transfer ("shared" by default), gpus, sleep, trust_remote_code
-
-    Raises RecipeError if vLLM is not installed, ModelError if the server ends or does not answer in time.
-    """
-
-    def __init__(self, model: str | Path, *, port: int = 0, start_timeout: float = 600.0, **options: Any) -> None:
-        require_vllm()
-        self.folder = owned_folder(shared_memory())
-        arguments = engine_arguments(model, self.folder, **options)
-        port = port or free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        self.log = self.folder / "server.log"
-        command = [
-            sys.executable,
-            "-m",
-            "vllm.entrypoints.openai.api_server",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-        ]
-        with self.log.open("wb") as log:
-            # started in a new session, so that all processes it starts can be ended with it
-            self.process = subprocess.Popen(
-                [*command, *flags(arguments)], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True, env=QUIET | os.environ | JSON_ROUTES,
-            )  # fmt: skip
-        self._end = weakref.finalize(self, _end, self.process, self.folder)
-        try:
-            self._wait(start_timeout)
-        except BaseException:
-            self.close()
-            raise
-
-    def __enter__(self) -> "Server":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def processes(self) -> list[int]:
-        """Return the ids of the server's processes that are alive, its main process first."""
-        return [process.pid for process in descendants(self.process.pid) if process.alive]
-
-    def close(self) -> None:
-        """End the server and all its processes, and remove its folder. May be called more than once."""
-        self._end()
-
-    def _wait(self, seconds: float) -> None:
-        until = time.monotonic() + seconds
-        asked = Http(self.url, 5.0)
-        while time.monotonic() < until:
-            if self.process.poll() is not None:
-                raise ModelError(
-                    f"generator: the vLLM server ended while starting; the end of its log: {self._last_words()}"
-                )
-            try:
-                if asked.raw("GET", "/health")[0] == 200:
-                    asked.ask("POST", "/collective_rpc", {"method": "whet_about"})  # starts its watch of this process
-                    return
-            except WorkerDied:
-                pass
-            time.sleep(0.5)
-        raise ModelError(
-            f"generator: the vLLM server did not answer within {seconds:g} s; the end of its log: {self._last_words()}"
-        )
-
-    def _last_words(self) -> str:
-        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        errors = [line for line in lines if "Error" in line]
-        return (errors or lines or ["none"])[-1].strip()
-
-
-def flags(arguments: dict[str, Any]) -> list[str]:
-    """Return vLLM's arguments in the form of command line flags."""
-    out = []
-    for name, value in arguments.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            out.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            out += [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]
-    return out
-
-
-def _end(process: "subprocess.Popen[bytes]", folder: Path) -> None:
-    """Ask the server to end, then kill all processes of its session and remove its folder."""
-    processes = descendants(process.pid)
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(CLOSE)
-        except subprocess.TimeoutExpired:
-            pass
-    try:
-        os.killpg(process.pid, signal.SIGKILL)  # also orphans whose parent process has ended
-    except ProcessLookupError:
-        pass
-    process.wait()
-    end(processes, 0.0)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
 @dataclass(frozen=True)
 class Options:
     """Options of the clients of running vLLM servers."""
 
     urls: tuple[str, ...] = ()
-    """addresses of the servers, such as "http://127.0.0.1:8000" """
+    """addresses of the servers, such as "unix:///run/user/1000/socket" or "http://127.0.0.1:8000" """
+    api_key_env: str = ""
+    """environment variable that contains the key of the servers; default: VLLM_API_KEY, if it is set"""
     host: str = "127.0.0.1"
     """this machine's address as the servers reach it, if they take weights by gloo or nccl"""
     timeout: Positive = 600.0
     """seconds that a server may take for one answer"""
 
-    may_change = ("urls",)
+    may_change = ("urls", "api_key_env")
     """Options that a resumed run may change."""
 
 
@@ -314,7 +199,7 @@ def check(options: Options, context: GeneratorContext) -> None:
     context.refuse_quantized()
     if not options.urls:
         raise RecipeError(
-            'generator.urls: where are the servers? for example --generator.urls "[http://127.0.0.1:8000]"'
+            'generator.urls: where are the servers? for example --generator.urls "[http://127.0.0.1:8000]"; whet serve prints its address'
         )
     if context.training is None:
         raise RecipeError(
@@ -332,9 +217,10 @@ def check(options: Options, context: GeneratorContext) -> None:
         raise RecipeError(
             f"generator.urls: each of the {training.workers} workers needs a server of its own; got {len(options.urls)}"
         )
+    key = server_key(options.api_key_env, "generator.api_key_env")
     for url in options.urls:
         try:
-            Http(url, 10.0).raw("GET", "/health")
+            Http(url, 10.0, key).ask("GET", "/health")
         except WorkerDied as error:
             raise RecipeError(
                 f"generator.urls: {str(error).removeprefix('generator: ')}; start one with whet serve --model DIR, or correct "
@@ -355,8 +241,9 @@ def gpus(options: Options) -> int:
 
 
 def make(options: Options, context: GeneratorContext) -> ServerGenerator:
-    """Connect to server `context.number`. The API key is read from the environment variable VLLM_API_KEY, as in vLLM."""
+    """Connect to server `context.number`."""
     return ServerGenerator(
         options.urls[context.number % len(options.urls)], context.chat.end_ids, context.chat.text, host=options.host,
-        timeout=options.timeout, api_key=os.environ.get("VLLM_API_KEY", ""), tokenizer=context.chat.tokenizer,
+        timeout=options.timeout, api_key=server_key(options.api_key_env, "generator.api_key_env"),
+        tokenizer=context.chat.tokenizer,
     )  # fmt: skip

@@ -15,6 +15,16 @@ from whet.processes import Process, descendants
 QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 """Environment variables to set before vLLM is imported, unless the user has set them."""
 
+LONGEST_PATH = 100
+"""Bytes that the path of a Unix socket may have on every system."""
+
+
+def sockets_in(folder: Path) -> dict[str, str]:
+    """Return the environment variable with which vLLM creates the Unix sockets between its processes in a folder, instead of
+    the folder for temporary files of all users; {} if the path would be too long."""
+    name = "0" * 36  # a UUID
+    return {"VLLM_RPC_BASE_PATH": str(folder)} if len(os.fsencode(folder / name)) <= LONGEST_PATH else {}
+
 
 def engine_arguments(
     model: str | Path,
@@ -64,9 +74,10 @@ def start(given: dict[str, Any], separate: bool) -> Any:
         os.environ.setdefault(name, value)
     from vllm import LLM, envs
 
-    name = "VLLM_ENABLE_V1_MULTIPROCESSING"
-    before = os.environ.get(name)
-    os.environ[name] = str(int(separate))
+    places = {} if "VLLM_RPC_BASE_PATH" in os.environ else sockets_in(Path(given["additional_config"][FOLDER]))
+    changed = places | {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(separate))}
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ |= changed
     envs.disable_envs_cache()  # vLLM caches the environment when an engine starts in this process
     try:
         return LLM(**given)
@@ -74,10 +85,8 @@ def start(given: dict[str, Any], separate: bool) -> Any:
         why = " ".join(str(error).split())[:500] or type(error).__name__  # the first line may not name the cause
         raise ModelError(f"generator: vLLM cannot start with {given['model']}: {why}") from error
     finally:
-        if before is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = before
+        for name, old in before.items():
+            os.environ.pop(name, None) if old is None else os.environ.update({name: old})
 
 
 def processes_of(llm: Any) -> list[Process]:

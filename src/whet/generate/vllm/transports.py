@@ -18,6 +18,7 @@ from torch import Tensor
 from whet.errors import RecipeError, WorkerDied, first_line
 from whet.generate.vllm.push import CHUNK, About, Named, Route, Transport, chunks
 from whet.generate.vllm.worker import gloo_group
+from whet.private import owned_folder, user
 
 
 class _Chunked(Transport):
@@ -46,7 +47,7 @@ class Shared(_Chunked):
     """Send each chunk as a safetensors file in `folder`, which is removed after the workers have read it.
 
     Files that are already in shared memory are not copied: they get a second name in `folder`. Raises RecipeError if the
-    folder is not on this machine.
+    folder is not on this machine, or does not belong to this user, who would write the weights for another one.
     """
 
     backend = "whet_shared"
@@ -56,6 +57,11 @@ class Shared(_Chunked):
         if not Path(folder).is_dir():
             raise RecipeError(f"generator.transfer: the engine's weight folder {folder!r} is not on this machine")
         self.folder = Path(folder)
+        if not owned_folder(self.folder):
+            raise RecipeError(
+                f"generator.transfer: the engine's weight folder {folder!r} is a link or belongs to "
+                f"{user(self.folder.lstat().st_uid)}; start the engine as the user of the run, or with gloo"
+            )
 
     def sees(self, folder: Path) -> bool:
         """Return True if the files of a folder can have a second name in `self.folder`: both are on one file system."""
