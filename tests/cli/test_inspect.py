@@ -464,3 +464,20 @@ def test_a_shorter_run_is_no_equal_one(home: Path, tmp_path: Path, capsys: Any) 
     said = command(capsys, "diff", run("sft"), folder)
     assert said.status == 1
     assert said.out.splitlines()[0] == "no difference in 3 steps; the first run has 4 steps, the second 3"
+
+
+# --- a step without trained tokens -------------------------------------------------------------------------------------
+
+
+def test_a_skipped_rollout_is_computed_again_and_adds_nothing(home: Path, capsys: Any) -> None:
+    masked = ANSWERS | {"prompts_per_step": 1, "num_generations": 2, "max_new_tokens": 1, "truncated": {"rule": "mask"}}
+    folder = whet.train("grpo", model="m", out="runs/skipped", **masked)
+    assert "all 2 answers are truncated and masked (truncated.rule)" in capsys.readouterr().err
+    step = next(row["step"] for row in read_metrics(folder) if row["truncated"] == 1.0)
+    assert not any(name.startswith("loss/") for name in logged(folder, step))
+    again = whet.replay(folder, step)
+    assert again.equal, str(again)
+    explained = whet.why(folder, step, sample=1)
+    assert explained.equal
+    assert "no update was made" in explained.heading[0]
+    assert {row["share"] for row in explained.samples} == {0.0}
