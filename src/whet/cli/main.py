@@ -84,7 +84,7 @@ def _named_method(about: str, recipe: str | None) -> str:
     """Return the `method` of a recipe. Raise RecipeError if the file does not exist or names no method."""
     from pathlib import Path
 
-    from whet.runs.config import read_yaml
+    from whet.runs.yaml_text import read_yaml
 
     if recipe is None:
         raise RecipeError(f"{about}: which recipe? whet {about} RECIPE.yaml")
@@ -213,7 +213,7 @@ def parsed(words: Sequence[str]) -> tuple[str | None, list[tuple[str, Any]], set
 
     Raise RecipeError for an unexpected word.
     """
-    import yaml
+    from whet.runs.yaml_text import given_value
 
     recipe, overrides, flags = None, [], set()
     rest = list(words)
@@ -230,22 +230,12 @@ def parsed(words: Sequence[str]) -> tuple[str | None, list[tuple[str, Any]], set
                     value = rest.pop(0)
             if name.replace("-", "_") in RESERVED:
                 raise RecipeError(f"--{name}: {RESERVED[name.replace('-', '_')]}")
-            overrides.append((name.replace("-", "_"), _scalar(value, yaml)))
+            overrides.append((name.replace("-", "_"), given_value(name, value)))
         elif recipe is None:
             recipe = word
         else:
             raise RecipeError(f"unexpected word {word!r}; options are written --name value")
     return recipe, overrides, flags
-
-
-def _scalar(value: str, yaml: Any) -> Any:
-    """Parse a value of the command line as YAML; return the text itself if it is not valid YAML."""
-    try:
-        found = yaml.safe_load(value)
-    except yaml.YAMLError:
-        return value
-    quoted = isinstance(found, str) and value[:1] == '"'  # in double quotes, \n is a line break
-    return found if quoted or isinstance(found, (bool, int, float, list, dict)) or found is None else value
 
 
 def _grouped(overrides: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What the stages of an online run share: the plan of the run, mini-batches, and the log of a step."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +62,19 @@ class OnlinePlan:
             return self.prompts
         place = step % per_epoch(self.per_pass, self.prompts)
         return min(self.prompts, self.per_pass - place * self.prompts)
+
+    def summed(self, steps: int, amount: Callable[[int], int]) -> int:
+        """Return the sum of `amount(prompts of the step)` over the first steps of a run.
+
+        >>> OnlinePlan(4, 4, 4, per_pass=6).summed(3, lambda prompts: prompts)
+        10
+        """
+        if self.per_pass is None:
+            return steps * amount(self.prompts)
+        each = per_epoch(self.per_pass, self.prompts)
+        passes, rest = divmod(steps, each)
+        whole = (each - 1) * amount(self.prompts) + amount(self.prompts_in(each - 1))
+        return passes * whole + rest * amount(self.prompts)
 
 
 @dataclass(frozen=True, eq=False)

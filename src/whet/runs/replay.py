@@ -24,6 +24,7 @@ from whet.registry import forget_modules
 from whet.runs import adapters, config, folder, inputs, offline, online, rewards
 from whet.runs import recipe as fields
 from whet.runs.diff import Difference, check_run, first_difference, lines_of, same
+from whet.runs.yaml_text import read_yaml
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def opened(run: str | Path, step: int, accept_changed: str | Sequence[str] = ())
             f"whet: a session is training in {where}; its checkpoints may be removed in the meantime", file=sys.stderr
         )
     forget_modules()
-    tree = config.read_yaml(where / "recipe.yaml")
+    tree = read_yaml(where / "recipe.yaml")
     method = str(tree.get("method", ""))
     if method not in catalogue.TRAINED:
         raise config.unknown_method(method)

@@ -24,7 +24,7 @@ from whet.generate.vllm.engine import CLOSE, Answer, EngineGenerator
 from whet.generate.vllm.push import About, Inlet
 from whet.generate.vllm.start import QUIET, engine_arguments
 from whet.http import Http
-from whet.methods.options import Positive
+from whet.methods.options import Seconds
 from whet.processes import descendants, end, owned_folder
 
 UNSET = "default"
@@ -299,7 +299,7 @@ class Options:
     """addresses of the servers, such as "http://127.0.0.1:8000" """
     host: str = "127.0.0.1"
     """this machine's address as the servers reach it, if they take weights by gloo or nccl"""
-    timeout: Positive = 600.0
+    timeout: Seconds = 600.0
     """seconds that a server may take for one answer"""
 
     may_change = ("urls",)
