@@ -105,7 +105,7 @@ def fault(ended: Ended) -> str:
         return "" if ended.status == 1 and ended.out.strip() else "an error without a message"
     if not all(line.startswith("whet: ") for line in lines):
         return (
-            f"lines that are not messages of whet: {[line for line in lines if not line.startswith('whet: ')][0]:.200}"
+            f"lines that are not messages of whet: {next(line for line in lines if not line.startswith('whet: ')):.200}"
         )
     if len(lines[-1]) > 3000:
         return f"a message of {len(lines[-1])} characters"
@@ -398,10 +398,8 @@ def _short(verb: str) -> list[str]:
     common = ["--model", "model", "--seed", "3", "--threads", "1"]
     if verb in ("grpo", "ppo", "rloo"):
         more = [] if verb == "ppo" else ["--num-generations", "2"]
-        return [
-            *common, "--reward", "rules.py:count", "--rollout.prompts-per-step", "2", "--rollout.num-steps", "1", "--rollout.mini-batch-size",
-            "null", "--max-new-tokens", "4", *more,
-        ]  # fmt: skip
+        size = ["--rollout.prompts-per-step", "2", "--rollout.num-steps", "1", "--rollout.mini-batch-size", "null"]
+        return [*common, "--reward", "rules.py:count", *size, "--max-new-tokens", "4", *more]
     return [*common, "--train.num-steps", "1", "--train.batch-size", "4"]
 
 

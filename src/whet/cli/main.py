@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from whet.errors import RecipeError, UserError, WhetError
+from whet.errors import RecipeError, UserError, WhetError, shown
 from whet.methods import catalogue
 
 OFFLINE = {
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except WhetError as error:
         if debug:
             raise
-        print(f"whet: {error}", file=sys.stderr)
+        print(f"whet: {shown(error)}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt as error:
         if debug:
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if debug:
             raise
-        print(f"whet: {error}; what was written before is kept", file=sys.stderr)
+        print(f"whet: {shown(error)}; what was written before is kept", file=sys.stderr)
         return 1
 
 

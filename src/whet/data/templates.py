@@ -53,7 +53,7 @@ def compiled(source: str) -> jinja2.Template:
     if len(source) > LARGEST_SOURCE:
         raise payments.TemplateLimit(f"it has {len(source)} characters, and at most {LARGEST_SOURCE} are read")
     payments.METER.left = payments.BUDGET
-    return _environment().from_string(source)
+    return environment().from_string(source)
 
 
 @functools.lru_cache(maxsize=8)
@@ -63,7 +63,7 @@ def variables(source: str) -> frozenset[str]:
 
     compiled(source)
     payments.METER.left = payments.BUDGET
-    return frozenset(jinja2.meta.find_undeclared_variables(_environment().parse(source)))
+    return frozenset(jinja2.meta.find_undeclared_variables(environment().parse(source)))
 
 
 class _Generation(jinja2.ext.Extension):
@@ -276,7 +276,7 @@ def _tojson(
 
 
 @functools.lru_cache(maxsize=1)
-def _environment() -> _Bounded:
+def environment() -> Any:
     """Return the environment that `transformers.utils.chat_template_utils` has, with the payments. `lipsum`, which writes
     random text, is left out."""
     found = _Bounded(

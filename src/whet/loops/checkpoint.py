@@ -4,7 +4,6 @@ A checkpoint is written to a temporary folder with checksums, then renamed. Inco
 not counted as kept ones.
 """
 
-import json
 import os
 import re
 import secrets
@@ -16,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from whet.data.files import replace_folder, sha256, write_json
+from whet.data.files import read_json, replace_folder, sha256, write_json
 from whet.errors import CheckpointError, Interrupted, WhetError, WorkerDied, first_line
 from whet.learner import Learner
 from whet.loops.interrupt import Stop
@@ -215,18 +214,20 @@ def newest(folder: Path, *, quiet: bool = False) -> Path | None:
 def fault(path: Path) -> str:
     """Return why a checkpoint is not complete, or "" if it is."""
     try:
-        sums = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if not isinstance(sums, dict) or not {"loop.json", "learner/learner.json"} <= sums.keys():
+        sums = read_json(path / MANIFEST, CheckpointError)
+        if not {"loop.json", "learner/learner.json"} <= sums.keys():
             return f"{MANIFEST} does not list the files of a checkpoint"
         for name, value in sums.items():
+            if not (path / name).resolve().is_relative_to(path.resolve()):
+                return f"{MANIFEST} lists {name!r:.80}, which is not in the folder"
             if sha256(path / name) != value:
                 return f"{name} has changed since it was written"
-        loop = json.loads((path / "loop.json").read_text(encoding="utf-8"))
-        if not isinstance(loop, dict) or loop.get("step") != int(path.name.removeprefix("step-")):
+        loop = read_json(path / "loop.json", CheckpointError)
+        if loop.get("step") != int(path.name.removeprefix("step-")):
             return f"loop.json is not of step {int(path.name.removeprefix('step-'))}"
     except FileNotFoundError as error:
         return f"{Path(error.filename).relative_to(path)} is missing"
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, CheckpointError) as error:
         return first_line(error)
     return ""
 
@@ -240,7 +241,7 @@ def load(path: Path, learner: Learner, accepted: Collection[str] = ()) -> dict[s
         raise CheckpointError(
             f"{path}: its files are not those of a checkpoint: {type(error).__name__}: {error}"
         ) from error
-    return json.loads((path / "loop.json").read_text(encoding="utf-8"))
+    return read_json(path / "loop.json", CheckpointError)
 
 
 def _all(folder: Path) -> list[Path]:

@@ -1,7 +1,7 @@
 """Write and read rollouts: a Parquet file per step, a row per answer, every column of the batch, per-token ones as lists."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from whet.data import COLUMNS, Batch, Group
 from whet.data.files import replacing
 from whet.data.values import valid_text
-from whet.errors import DataError
+from whet.errors import DataError, first_line
 
 SCHEMA = 1
 """Version of the columns, stored in the metadata of a file. A file without a version has version 1."""
@@ -73,12 +73,14 @@ def write(folder: Path, step: int, groups: Sequence[Group], batch: Batch, names:
 def read(folder: Path, step: int, columns: Sequence[str] | None = None) -> dict[str, list[Any]]:
     """Read all columns (or the given ones) of a step, as column name -> one value per answer.
 
-    Raise DataError if a newer version of whet wrote the file.
+    Raises DataError if a newer version of whet wrote the file, or if it is damaged.
     """
     import pyarrow.parquet
 
-    table = pyarrow.parquet.read_table(path_of(folder, step), columns=None if columns is None else list(columns))
-    version = int((table.schema.metadata or {}).get(b"whet.schema", b"1"))
+    names = None if columns is None else list(columns)
+    table = _opened(path_of(folder, step), lambda path: pyarrow.parquet.read_table(path, columns=names))
+    found = (table.schema.metadata or {}).get(b"whet.schema", b"1")
+    version = int(found) if found.isdigit() and len(found) < 10 else SCHEMA + 1
     if version > SCHEMA:
         raise DataError(f"{path_of(folder, step)}: schema version {version}; this whet reads up to {SCHEMA}, update it")
     return table.to_pydict()
@@ -88,8 +90,27 @@ def dtype(folder: Path, step: int, name: str) -> torch.dtype:
     """Return the dtype that a column of the batch had; float32 if the file does not say it."""
     import pyarrow.parquet
 
-    metadata = pyarrow.parquet.read_schema(path_of(folder, step)).metadata or {}
-    return getattr(torch, json.loads(metadata.get(b"whet.dtypes", b"{}")).get(name, "float32"))
+    path = path_of(folder, step)
+    metadata = _opened(path, pyarrow.parquet.read_schema).metadata or {}
+    try:
+        found = getattr(torch, json.loads(metadata.get(b"whet.dtypes", b"{}")).get(name, "float32"))
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        found = None
+    if not isinstance(found, torch.dtype):
+        raise DataError(f"{path}: its metadata whet.dtypes are not as whet writes them; restore the file")
+    return found
+
+
+def _opened(path: Path, read: Callable[[Path], Any]) -> Any:
+    """Return what `read` finds in a Parquet file. Raises DataError if it is damaged."""
+    import pyarrow
+
+    try:
+        return read(path)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise DataError(f"{path}: not a readable Parquet file ({first_line(error)}); restore it") from error
 
 
 def steps(folder: Path) -> list[int]:

@@ -1,6 +1,5 @@
 """whet.replay: compute a step of a run again from its record, and compare the numbers with those of its log."""
 
-import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from whet.data.files import read_json
 from whet.distributed import Workers, first
 from whet.errors import RecipeError
 from whet.loops import checkpoint, rollouts
@@ -199,9 +199,15 @@ def _notes(where: Path, recipe: fields.TrainingRecipe) -> list[str]:
 
 
 def environment_of(where: Path) -> dict[str, Any]:
-    """Return environment.json of a run, {} if it is not there."""
+    """Return environment.json of a run, {} if it is not there. Raises RecipeError if it is not as whet writes it."""
     path = where / "environment.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = read_json(path, RecipeError) if path.is_file() else {}
+    threads = found.get("threads", 1)
+    if type(threads) is not int or not 1 <= threads <= fields.MOST_THREADS:
+        raise RecipeError(
+            f"{path}: threads: expected the number of threads of the run, got {threads!r:.40}; restore the file"
+        )
+    return found
 
 
 def recomputed(past: PastRun, *, watch: bool = False, quiet: bool = True) -> OnlineReplay | OfflineReplay:
