@@ -188,7 +188,7 @@ def mutated_tree(draw: Callable[[Any], Any], tree: Any, keys: Sequence[str] = ()
         elif kind == "wrap":
             home[key] = draw(st.sampled_from([[home[key]], {"name": home[key]}, [home[key]] * 3]))
         elif kind == "deep":
-            home[key] = deep(draw(st.sampled_from([3, 60, 150, 900])))
+            home[key] = deep(draw(st.sampled_from([3, 60, 150, 250])))
         elif kind in ("swap", "move"):
             other = draw(st.sampled_from(every))
             value = copy.deepcopy(home[key])
