@@ -35,10 +35,12 @@ from proof.small_runs import every, on_answers, on_rows, write_inputs
 SECONDS, MEBIBYTES = 20, 2048
 """Limits of one input: CPU seconds, and memory beyond that of this process."""
 INTERNAL = re.compile(
-    r"\b[A-Z]\w*(Error|Exception)\b|NoneType|object has no attribute|not subscriptable|unsupported operand|not iterable"
+    r"\b(?!TProtocol)[A-Z]\w*(Error|Exception)\b|NoneType|object has no attribute|not subscriptable|unsupported operand|not iterable"
 )
 """What an error of Python says, and a message of whet does not."""
-QUOTED = re.compile(r"the chat template (refuses|cannot be used|does too much)[^\n]*|got [^\n]*")
+QUOTED = re.compile(
+    r"the chat template (refuses|cannot be used|does too much)[^\n]*|got [^\n]*|or tokenizer.json is missing or of a wrong type[^\n]*"
+)
 """Parts of messages that say what the input says."""
 LEAST = 0.1
 """Smallest share of the inputs of each kind that must succeed."""

@@ -57,7 +57,8 @@ def test_yaml_is_refused_with_its_line_at_once(name: str, tmp_path: Path) -> Non
 
 
 READ: dict[str, Any] = {
-    "1_000": 1000, "0x1f": 31, "0": 0, "-3": -3, "0.5": 0.5, "1e-5": "1e-5", ".inf": float("inf"), "yes": True, "off": False, "~": None, "": None,
+    "1_000": 1000, "0x1f": 31, "0": 0, "-3": -3, "0.5": 0.5, "1e-5": "1e-5", ".inf": float("inf"), "yes": True,
+    "off": False, "~": None, "": None,
     "2026-11-02": "2026-11-02", "'010'": "010", '"12:30"': "12:30", "12:99": "12:99", "=": "=", "a:b": "a:b", "0a": "0a",
     "[&a 1, *a]": [1, 1], "{a: &x {b: 1}, c: {<<: *x, d: 2}}": {"a": {"b": 1}, "c": {"b": 1, "d": 2}}, "|\n  010\n": "010\n",
 }  # fmt: skip
@@ -77,7 +78,7 @@ def test_the_expanded_size_of_aliases_counts_and_not_their_number() -> None:
 WORDS: dict[str, tuple[list[str], list[str]]] = {
     "inf": (["--optim.lr", "inf"], ["optim.lr", "inf"]),
     "nan": (["--optim.lr", ".nan"], ["optim.lr", "nan"]),
-    "1e9999": (["--optim.lr", "1e9999"], ["optim.lr", "inf"]),
+    "1e9999": (["--optim.lr", "1e9999"], ["optim.lr", "out of range", "1e9999"]),
     "1e300": (["--optim.lr", "1e300"], ["optim.lr", "at most 1e+30", "1e+300"]),
     "an infinite weight": (["--optim.weight-decay", "inf"], ["optim.weight_decay", "inf"]),
     "a negative infinity of the norm": (["--optim.max-grad-norm", "-inf"], ["optim.max_grad_norm"]),
@@ -89,7 +90,7 @@ WORDS: dict[str, tuple[list[str], list[str]]] = {
     "more threads than CPUs": (["--threads", str(min(4096, 64 + 4 * (os.cpu_count() or 1)))], ["threads", "CPUs"]),
     "a billion steps": (["--train.num-steps", "1000000000"], ["train.num_steps", "99999999", "1000000000"]),
     "a billion epochs": (["--train.num-epochs", "1e9"], ["train.num_epochs", "99999999"]),
-    "a rank beyond every matrix": (["--model.lora.rank", "1000"], ["model.lora.rank", "above 48", "1000"]),
+    "a rank beyond every matrix": (["--model.lora.rank", "1000"], ["model.lora.rank", "above 32", "1000"]),
     "a rank of a million": (["--model.lora.rank", "1000000"], ["model.lora.rank", "65536", "1000000"]),
     "a batch of a billion": (["--train.batch-size", "1000000000"], ["train.batch_size", "1000000"]),
     "a seed of 70 bits": (["--seed", str(2**70)], ["seed", str(2**70)]),

@@ -26,16 +26,18 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path: Path, error: type[WhetError], advice: str = "restore it, or write it again") -> dict[str, Any]:
+def read_json(
+    path: Path, error: type[WhetError], advice: str = "restore it, or write it again", *, unique: bool = True
+) -> dict[str, Any]:
     """Return the object of a JSON file. Raises an `error` with the file, the line and the advice if it is not UTF-8, not JSON,
-    not an object, larger than `LARGEST_JSON`, or has a name twice. Raises OSError if the file cannot be read."""
+    not an object, larger than `LARGEST_JSON`, or (with `unique`) has a name twice. Raises OSError if the file cannot be read."""
     with path.open("rb") as file:
         data = file.read(LARGEST_JSON + 1)
     line = 1
     try:
         if len(data) > LARGEST_JSON:
             raise ValueError(f"it has more than {LARGEST_JSON} bytes")
-        found = json.loads(data.decode("utf-8"), object_pairs_hook=once)
+        found = json.loads(data.decode("utf-8"), object_pairs_hook=once if unique else dict)
         if not isinstance(found, dict):
             raise ValueError(f"expected an object, got {type(found).__name__}")
     except (ValueError, RecursionError) as reason:

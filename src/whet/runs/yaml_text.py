@@ -129,10 +129,11 @@ def _loader() -> Any:
             if isinstance(event, yaml.AliasEvent):
                 if event.anchor in self.anchors and event.anchor not in self.sizes:
                     raise NotYaml(f"the alias *{event.anchor} stands inside what it names; write it out", line)
-                self.total += self.sizes.get(str(event.anchor), 0)
+                self.total += self.sizes.get(str(event.anchor), 1)
             elif event.tag is not None:
                 raise NotYaml(f"tags are not read, got {event.tag!r}; leave it out", line)
-            self.total += 1
+            else:
+                self.total += 1
             self.depth += 1
             if self.total > MOST_NODES:
                 raise NotYaml(f"more than {MOST_NODES} values, with each alias written out; a recipe is smaller", line)
