@@ -39,7 +39,7 @@ INTERNAL = re.compile(
 )
 """What an error of Python says, and a message of whet does not."""
 QUOTED = re.compile(
-    r"the chat template (refuses|cannot be used|does too much)[^\n]*|got [^\n]*|or tokenizer.json is missing or of a wrong type[^\n]*"
+    r"the chat template (refuses|cannot be used|does too much)[^\n]*|got [^\n]*|is missing or of a wrong type[^\n]*"
 )
 """Parts of messages that say what the input says."""
 LEAST = 0.1

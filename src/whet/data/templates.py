@@ -1,4 +1,4 @@
-"""Rendering of chat templates in Jinja's sandbox, as transformers does, with a bound on work and on text.
+"""Render chat templates in Jinja's sandbox, as transformers does, with a bound on work and on text.
 
 A template comes with a model that somebody else made, and its input with data that somebody else wrote. Jinja's sandbox
 limits `range` alone: nested loops, `*`, `~`, `|center` or a macro that calls itself twice run for years or fill the memory.

@@ -239,7 +239,7 @@ def load(path: Path, learner: Learner, accepted: Collection[str] = ()) -> dict[s
         learner.load(path / "learner", accepted)
     except (LookupError, TypeError, ValueError, AttributeError, OSError) as error:
         raise CheckpointError(
-            f"{path}: its files are not those of a checkpoint: {type(error).__name__}: {error}"
+            f"{path}: its files are not those of a checkpoint (a value is missing or of a wrong type: {first_line(error)})"
         ) from error
     return read_json(path / "loop.json", CheckpointError)
 
