@@ -46,7 +46,7 @@ def read_json(
         elif isinstance(reason, UnicodeDecodeError):
             line = 1 + data.count(b"\n", 0, reason.start)
         what = "objects and lists are nested too deeply" if isinstance(reason, RecursionError) else first_line(reason)
-        raise error(f"{path}:{line}: not as it was written ({what}); {advice}") from reason
+        raise error(f"{path}:{line}: not the JSON of an object ({what}); {advice}") from reason
     return found
 
 
