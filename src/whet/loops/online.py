@@ -31,7 +31,7 @@ from whet.loops.interrupt import Stop
 from whet.loops.progress import Progress
 from whet.loops.record import RunFolder, mean_of
 from whet.loops.source import answered
-from whet.loops.steps import MiniBatch, OnlinePlan, StepLog, longest, trained_columns
+from whet.loops.steps import REHEARSED, MiniBatch, OnlinePlan, StepLog, longest, trained_columns
 from whet.methods import Algorithm, Term, advantages, clipping, diagnostics, paired, shaped, spread
 from whet.methods.options import Sampling
 from whet.methods.own import own_loss
@@ -123,9 +123,10 @@ class OnlineLoop:
         """Return a mini-batch of the longest prompt with answers of the largest length."""
         prompt, room = max((one.ids for one in self.prompts), key=len), self.sampling.max_new_tokens
         row = Row(torch.tensor([*prompt, *prompt[-1:] * room]), len(prompt), torch.ones(room, dtype=torch.bool))
+        size = min(self.plan.mini_batch_size, REHEARSED)
         if self.algorithm.pairs:
-            return longest([Pair(row, row)] * self.plan.mini_batch_size, self.plan.mini_batch_size)
-        return longest([*[row] * self.plan.mini_batch_size, *self.stream.elements], self.plan.mini_batch_size)
+            return longest([Pair(row, row)] * size, size)
+        return longest([*[row] * size, *self.stream.elements], size)
 
     def __exit__(self, *given: Any) -> None:
         self._stack.__exit__(*given)

@@ -89,10 +89,18 @@ class MiniBatch:
     streams: Mapping[str, Batch] = field(default_factory=dict)
 
 
+REHEARSED = 16_384
+"""Largest number of elements of the batch that is tried before a run. Micro-batches are smaller, unless their budget is above
+16,384 times the longest row."""
+
+
 def longest(elements: Sequence[Element], count: int) -> Batch:
-    """Return a batch of the `count` longest elements, the one that needs most memory."""
-    size = {id(one): max(row.length for row in Batch.of([one]).rows) for one in elements}
-    return Batch.of(sorted(elements, key=lambda one: -size[id(one)])[:count])
+    """Return a batch of the `count` longest elements, the one that needs most memory, and of at most `REHEARSED` of them."""
+    size = {
+        name: max(row.length for row in Batch.of([one]).rows)
+        for name, one in {id(one): one for one in elements}.items()
+    }
+    return Batch.of(sorted(elements, key=lambda one: -size[id(one)])[: min(count, REHEARSED)])
 
 
 def trained_columns(terms: Iterable[Term]) -> dict[str, frozenset[str]]:

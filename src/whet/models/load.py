@@ -76,6 +76,7 @@ def load_tokenizer(source: ModelSource, *, pad_token: str | None = None) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=source.trust_remote_code)
     except Exception as error:  # transformers raises many error types for a folder without a tokenizer
         raise ModelError(f"{source.path}: the tokenizer cannot be loaded ({why(error)})") from error
+    _try_tokenizer(source.path, tokenizer)
     if pad_token is not None:
         if pad_token not in tokenizer.get_vocab():
             raise ModelError(f"--model.pad-token {pad_token!r}: the tokenizer of {source.path} has no such token")
@@ -83,6 +84,20 @@ def load_tokenizer(source: ModelSource, *, pad_token: str | None = None) -> Any:
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token  # other tools need one to batch inputs of the saved model
     return tokenizer
+
+
+def _try_tokenizer(path: str, tokenizer: Any) -> None:
+    """Raise ModelError for a tokenizer that loads and cannot be used, because a value of its files has a wrong type."""
+    try:
+        ids = tokenizer("a b")["input_ids"]
+        tokenizer.decode(ids)
+        usable = all(
+            type(one) is int and one >= 0 for one in [*ids, *tokenizer.get_vocab().values(), *tokenizer.all_special_ids]
+        )
+    except Exception as error:  # transformers and tokenizers raise many error types
+        raise ModelError(f"{path}: the tokenizer cannot be used ({why(error)})") from error
+    if not usable:
+        raise ModelError(f"{path}: the tokenizer cannot be used (an id of a token is not a number from 0)")
 
 
 def load_causal_lm(source: ModelSource, tokenizer: Any = None) -> Any:
@@ -232,7 +247,12 @@ def positions(source: ModelSource) -> int:
     """Return the maximum sequence length of a model, from its configuration."""
     base, _ = _adapter_base(source.path)
     about = _configuration(base, source.trust_remote_code)
-    return int(getattr(about, "max_position_embeddings", None) or 1 << 20)
+    most = getattr(about, "max_position_embeddings", None) or 1 << 20
+    if type(most) is not int or most < 2:
+        raise ModelError(
+            f"{source.path}: max_position_embeddings of config.json must be a number of tokens, got {most!r:.80}"
+        )
+    return most
 
 
 def _configuration(path: str, trust_remote_code: bool = False) -> Any:
