@@ -141,8 +141,8 @@ DAMAGES: dict[str, tuple[list[str], Callable[[Path], Any], list[str]]] = {
         ["environment.json", "object", "list"],
     ),
     "a rollout that is no Parquet": (REPLAY, written(ROLLOUT, b"PAR1xxxxPAR1"), [ROLLOUT, "Parquet"]),
-    "a rollout of texts": (REPLAY, column("segment_end", "x"), [ROLLOUT, "not as whet writes it"]),
-    "a rollout without numbers": (WHY, column("token_score", None), [ROLLOUT, "not as whet writes it"]),
+    "a rollout of texts": (REPLAY, column("segment_end", "x"), [ROLLOUT, "missing or of a wrong type"]),
+    "a rollout without numbers": (WHY, column("token_score", None), [ROLLOUT, "missing or of a wrong type"]),
     "a rollout with unknown types": (REPLAY, noted("whet.dtypes", '{"rewards": "nothing"}'), [ROLLOUT, "whet.dtypes"]),
     "a rollout with types that are no JSON": (REPLAY, noted("whet.dtypes", "{"), [ROLLOUT, "whet.dtypes"]),
     "a rollout of a version that is no number": (REPLAY, noted("whet.schema", "x"), [ROLLOUT, "schema version"]),
@@ -158,6 +158,16 @@ DAMAGES: dict[str, tuple[list[str], Callable[[Path], Any], list[str]]] = {
         ["manifest.json", "nested too deeply"],
     ),
     "a loop that is a list": (RESUME, checkpoint("loop.json", b"[]"), ["loop.json", "object", "list"]),
+    "a loop without its state": (
+        RESUME,
+        checkpoint("loop.json", b'{"step": 2, "drawn": 8}'),
+        [LAST, "loop.json", "state"],
+    ),
+    "a loop with a text for a number": (
+        RESUME,
+        checkpoint("loop.json", b'{"step": 2, "drawn": "8", "state": {}}'),
+        [LAST, "loop.json", "drawn", "'8'"],
+    ),
     "a learner without its parts": (
         RESUME,
         checkpoint("learner/learner.json", b"{}"),

@@ -124,14 +124,16 @@ class Keeper:
         self._good: set[Path] = set()
         self._saved_at, self._took = time.monotonic(), 0.0
 
-    def restore(self, accepted: Collection[str] = ()) -> dict[str, Any] | None:
+    def restore(self, begin: Mapping[str, Any], accepted: Collection[str] = ()) -> dict[str, Any] | None:
         """Load the newest complete checkpoint into the learner and return the state of the loop, or None without a checkpoint.
-        `accepted` names frozen roles whose weights may have changed. Raises CheckpointError if no checkpoint is complete."""
+        `begin` is the state with which a run begins. `accepted` names frozen roles whose weights may have changed. Raises
+        CheckpointError if no checkpoint is complete, or if its state lacks a value of `begin` or has another type there."""
         workers = self.learner.workers
         (found, *_) = workers.together(lambda: newest(self.folder, quiet=True) if workers.first else None)
         if found is None:
             return None
         loop = load(found, self.learner, accepted)
+        _check_state(loop, begin, f"{found}: loop.json: ")
         self.step = self.saved = loop["step"]
         self.version, self._good = self.learner.version, {found}
         self._tell_saved()
@@ -242,6 +244,19 @@ def load(path: Path, learner: Learner, accepted: Collection[str] = ()) -> dict[s
             f"{path}: its files are not those of a checkpoint (a value is missing or of a wrong type: {first_line(error)})"
         ) from error
     return read_json(path / "loop.json", CheckpointError)
+
+
+def _check_state(loop: Mapping[str, Any], begin: Mapping[str, Any], where: str) -> None:
+    """Raise CheckpointError if a value of `begin` is missing in the state of a loop, or has another type there."""
+    for name, value in begin.items():
+        found = loop.get(name)
+        kinds = (int, float) if isinstance(value, (int, float)) else type(value)
+        counted = name in ("step", "drawn") and (type(found) is not int or found < 0)
+        if name not in loop or counted or not isinstance(found, (kinds, type(None)) if value is None else kinds):
+            got = f"got {found!r:.80}" if name in loop else "it is missing"
+            raise CheckpointError(f"{where}{name}: expected a {type(value).__name__}, {got}; restore the checkpoint")
+        if isinstance(value, Mapping) and isinstance(found, Mapping):
+            _check_state(found, value, f"{where}{name}.")
 
 
 def _all(folder: Path) -> list[Path]:
