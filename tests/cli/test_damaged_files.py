@@ -189,6 +189,17 @@ DAMAGES: dict[str, tuple[list[str], Callable[[Path], Any], list[str]]] = {
         changed("m/tokenizer_config.json", added_tokens_decoder=3),
         ["m: the tokenizer", "tokenizer_config.json"],
     ),
+    "a list for a number of heads": (
+        ["plan", "sft", "--model", "m", "--gpus", "8"],
+        changed("m/config.json", num_key_value_heads=[2]),
+        ["m/config.json", "missing or of a wrong type"],
+    ),
+    "a list for a length": (
+        SFT,
+        changed("m/tokenizer_config.json", model_max_length=[2]),
+        ["m: the tokenizer cannot be used"],
+    ),
+    "a text for the positions": (SFT, changed("m/config.json", max_position_embeddings="x"), ["m: "]),
     "a tokenizer that ends early": (SFT, written("m/tokenizer.json", "{"), ["m: the tokenizer"]),
 }
 

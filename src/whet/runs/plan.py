@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from whet.data.files import read_json
-from whet.errors import ModelError, RecipeError
+from whet.errors import ModelError, RecipeError, first_line
 from whet.methods import compose
 from whet.models import saved_adapters
 from whet.planning import Hardware, Network, PlannedRun, Shape, parse_backend, report
@@ -36,7 +36,11 @@ def shape_of(path: str) -> Shape:
     file = folder / "config.json"
     if not file.is_file():
         raise ModelError(f"{path}: a plan reads the model's config.json, and there is none here; give a folder")
-    return Shape.of(read_json(file, ModelError))
+    config = read_json(file, ModelError, unique=False)
+    try:
+        return Shape.of(config)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise ModelError(f"{file}: a value is missing or of a wrong type ({first_line(error)}); mend it") from error
 
 
 def _common(recipe: fields.OfflineRecipe | fields.OnlineRecipe, options: fields.PlanOptions) -> dict[str, Any]:
