@@ -377,7 +377,7 @@ def statements(draw: Callable[[Any], Any], depth: int = 2) -> str:
 @st.composite
 def templates(draw: Callable[[Any], Any], good: str) -> str:
     """Draw a chat template: a good one with statements put into it, one of statements alone, or a damaged one."""
-    kind = draw(st.sampled_from(["good", "inside", "inside", "before", "alone", "damaged"]))
+    kind = draw(st.sampled_from(["good", "good", "inside", "inside", "before", "alone", "damaged"]))
     if kind == "good":
         return good
     if kind == "damaged":
