@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test zoo engines engines-long lint format bench mutants proof soak soak-local real real-short gpu bench-push clean help
+.PHONY: demo test zoo engines engines-long lint format bench mutants proof fuzz soak soak-local real real-short gpu bench-push clean help
 
 help:
 	@echo "make demo [SEED=1] [OUT=runs/demo]   the whole recipe on a little world, with a report"
@@ -18,6 +18,7 @@ help:
 	@echo "make lint                            ruff and mypy"
 	@echo "make mutants                         breaks the mathematics line by line; the tests must turn red"
 	@echo "make proof                           every known answer at full length, over three seeds; writes docs/proof.json"
+	@echo "make fuzz                            10,000 mutated inputs of each kind of file and of command lines; each succeeds or ends with one error"
 	@echo "make soak                            a run on a local Ray cluster whose workers are killed twenty times"
 	@echo "make soak-local                      runs of every method that are killed a hundred times, and at each file operation, against uninterrupted ones"
 	@echo "make real                            every verb on SmolLM2-135M-Instruct, with checks, before and after (25 CPU minutes)"
@@ -108,6 +109,9 @@ mutants: .venv/ready
 proof: .venv/ready
 	.venv/bin/python -m proof.run
 	.venv/bin/python -m proof.page
+
+fuzz: .venv/ready
+	.venv/bin/python -m proof.fuzz
 
 clean:
 	rm -rf .venv .venv-engines .venv-gpu .cache runs build *.egg-info src/*.egg-info

@@ -81,6 +81,21 @@ class Interrupted(KeyboardInterrupt):
         self.signum = signum
 
 
+LONGEST = 2000
+"""Largest number of characters of a message on the terminal."""
+
+
+def shown(error: BaseException) -> str:
+    """Return the error's message as one line: line breaks as spaces, what prints nothing as escapes, and the middle of a very
+    long one left out (it shows a value that was given).
+
+    >>> shown(WhetError("out: no such file" + chr(27) + "[0m" + chr(10) + "a.yaml"))
+    'out: no such file\\x1b[0m a.yaml'
+    """
+    text = visible(" ".join(str(error).split()))
+    return text if len(text) <= LONGEST else f"{text[: LONGEST * 3 // 4]} ... {text[-LONGEST // 4 :]}"
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of the error's message, or the name of its class if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

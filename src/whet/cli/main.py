@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from whet.errors import RecipeError, UserError, WhetError
+from whet.errors import RecipeError, UserError, WhetError, shown
 from whet.methods import catalogue
 from whet.terminal import caution, guard, say
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except WhetError as error:
         if debug:
             raise
-        caution(error)
+        caution(shown(error))
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt as error:
         if debug:
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if debug:
             raise
-        caution(f"{error}; what was written before is kept")
+        caution(f"{shown(error)}; what was written before is kept")
         return 1
 
 
@@ -87,7 +87,7 @@ def _named_method(about: str, recipe: str | None) -> str:
     """Return the `method` of a recipe. Raise RecipeError if the file does not exist or names no method."""
     from pathlib import Path
 
-    from whet.runs.config import read_yaml
+    from whet.runs.yaml_text import read_yaml
 
     if recipe is None:
         raise RecipeError(f"{about}: which recipe? whet {about} RECIPE.yaml")
@@ -216,7 +216,7 @@ def parsed(words: Sequence[str]) -> tuple[str | None, list[tuple[str, Any]], set
 
     Raise RecipeError for an unexpected word.
     """
-    import yaml
+    from whet.runs.yaml_text import given_value
 
     recipe, overrides, flags = None, [], set()
     rest = list(words)
@@ -233,22 +233,12 @@ def parsed(words: Sequence[str]) -> tuple[str | None, list[tuple[str, Any]], set
                     value = rest.pop(0)
             if name.replace("-", "_") in RESERVED:
                 raise RecipeError(f"--{name}: {RESERVED[name.replace('-', '_')]}")
-            overrides.append((name.replace("-", "_"), _scalar(value, yaml)))
+            overrides.append((name.replace("-", "_"), given_value(name, value)))
         elif recipe is None:
             recipe = word
         else:
             raise RecipeError(f"unexpected word {word!r}; options are written --name value")
     return recipe, overrides, flags
-
-
-def _scalar(value: str, yaml: Any) -> Any:
-    """Parse a value of the command line as YAML; return the text itself if it is not valid YAML."""
-    try:
-        found = yaml.safe_load(value)
-    except yaml.YAMLError:
-        return value
-    quoted = isinstance(found, str) and value[:1] == '"'  # in double quotes, \n is a line break
-    return found if quoted or isinstance(found, (bool, int, float, list, dict)) or found is None else value
 
 
 def _grouped(overrides: Sequence[tuple[str, Any]]) -> dict[str, Any]:

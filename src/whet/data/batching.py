@@ -1,43 +1,102 @@
 """Batching: order over epochs and sources, mini-batches, micro-batches in a token budget that counts padding."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
+from typing import overload
 
 import torch
 
 from whet.data.types import Batch, Row
 from whet.ops import address, addressed_uniform, permutation
 
+BLOCK = 65_536
+"""Draws of the sources of elements that are computed at once."""
+
 
 def order(
     sizes: Sequence[int], count: int, seed: int, *, weights: Sequence[float] | None = None, shuffle: bool = True
-) -> list[tuple[int, int]]:
+) -> "Order":
     """Return the first `count` elements of a run as (source, index in the source).
 
     Without weights, the sources are concatenated and used once per epoch, in a new order each epoch. With weights, each
     element first draws its source with that probability; each source has its own epochs.
+
+    >>> list(order([2, 1], 4, seed=5, shuffle=False))
+    [(0, 0), (0, 1), (1, 0), (0, 0)]
     """
-    if weights is None:
-        flat = [(source, index) for source, size in enumerate(sizes) for index in range(size)]
-        total = len(flat)
-        places: list[tuple[int, int]] = []
-        for epoch in range(-(-count // total)):
-            turn = permutation(address(seed, "order", epoch), total).tolist() if shuffle else range(total)
-            places.extend(flat[index] for index in turn)
-        return places[:count]
-    share = torch.tensor(weights, dtype=torch.float64)
-    draws = addressed_uniform(address(seed, "mix"), torch.arange(count))
-    sources = torch.searchsorted((share / share.sum()).cumsum(0), draws, right=True).clamp(max=len(sizes) - 1).tolist()
-    queues: list[list[int]] = [[] for _ in sizes]
-    epochs = [0] * len(sizes)
-    out = []
-    for source in sources:
-        if not queues[source]:
-            key = address(seed, "order", source, epochs[source])
-            turn = permutation(key, sizes[source]).tolist() if shuffle else list(range(sizes[source]))
-            queues[source] = turn[::-1]
-            epochs[source] += 1
-        out.append((source, queues[source].pop()))
-    return out
+    return Order(sizes, count, seed, weights, shuffle)
+
+
+class Order(Sequence[tuple[int, int]]):
+    """See `order`. The elements are computed when they are read, so a run of any length begins at once."""
+
+    def __init__(
+        self, sizes: Sequence[int], count: int, seed: int, weights: Sequence[float] | None, shuffle: bool
+    ) -> None:
+        self._count, self._seed, self._shuffle = count, seed, shuffle
+        self._sizes = [sum(sizes)] if weights is None else list(sizes)
+        self._ends = list(accumulate(sizes))
+        share = torch.tensor([1.0] if weights is None else weights, dtype=torch.float64)
+        self._shares = (share / share.sum()).cumsum(0)
+        self._mixed = weights is not None
+        self._turns: dict[tuple[int, int], list[int]] = {}
+        self._before: list[list[int]] = [[0] * len(self._sizes)]
+        self._blocks: dict[int, list[tuple[int, int]]] = {}
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, place: int) -> tuple[int, int]: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[tuple[int, int]]: ...
+
+    def __getitem__(self, place: int | slice) -> tuple[int, int] | list[tuple[int, int]]:
+        if isinstance(place, slice):
+            return [self[one] for one in range(*place.indices(self._count))]
+        if not 0 <= place < self._count:
+            raise IndexError(f"element {place} of {self._count}")
+        if self._mixed:
+            return self._drawn(place)
+        index = self._in_turn(0, place)
+        source = bisect_right(self._ends, index)
+        return source, index - (self._ends[source - 1] if source else 0)
+
+    def _in_turn(self, source: int, number: int) -> int:
+        """Return the index of element `number` of a source, which is used once per epoch."""
+        epoch, place = divmod(number, self._sizes[source])
+        if not self._shuffle:
+            return place
+        if (source, epoch) not in self._turns:
+            self._turns = {key: turn for key, turn in self._turns.items() if key[0] != source or key[1] == epoch - 1}
+            parts = (source, epoch) if self._mixed else (epoch,)
+            self._turns[source, epoch] = permutation(address(self._seed, "order", *parts), self._sizes[source]).tolist()
+        return self._turns[source, epoch][place]
+
+    def _drawn(self, place: int) -> tuple[int, int]:
+        """Return element `place` of a mix: its source, and its index there."""
+        number = place // BLOCK
+        while len(self._before) <= number:
+            self._block(len(self._before) - 1)
+        source, earlier = self._block(number)[place % BLOCK]
+        return source, self._in_turn(source, earlier)
+
+    def _block(self, number: int) -> list[tuple[int, int]]:
+        """Return the draws of a block: each source, and how many draws before had the same source."""
+        if number not in self._blocks:
+            places = torch.arange(number * BLOCK, (number + 1) * BLOCK)
+            draws = addressed_uniform(address(self._seed, "mix"), places)
+            sources = torch.searchsorted(self._shares, draws, right=True).clamp(max=len(self._sizes) - 1).tolist()
+            counts, found = list(self._before[number]), []
+            for source in sources:
+                found.append((source, counts[source]))
+                counts[source] += 1
+            if len(self._before) == number + 1:
+                self._before.append(counts)
+            self._blocks = {key: block for key, block in self._blocks.items() if key == number - 1} | {number: found}
+        return self._blocks[number]
 
 
 def per_epoch(elements: int, size: int, drop_last: bool = False) -> int:
@@ -58,19 +117,54 @@ def epoch_batches(
     weights: Sequence[float] | None = None,
     shuffle: bool = True,
     drop_last: bool = False,
-) -> list[list[tuple[int, int]]]:
+) -> "EpochBatches":
     """Return the elements of the first `count` batches of a run as (source, index in the source), see `order`.
 
     Without weights, a batch never spans two epochs: the last batch of an epoch is smaller, or left out with `drop_last`.
+
+    >>> list(epoch_batches([3], 3, 2, seed=5, shuffle=False))
+    [[(0, 0), (0, 1)], [(0, 2)], [(0, 0), (0, 1)]]
     """
-    total = sum(sizes)
-    each = per_epoch(total, size, drop_last)
-    if weights is not None or total % size == 0:
-        flat = order(sizes, count * size, seed, weights=weights, shuffle=shuffle)
-        return [flat[start : start + size] for start in range(0, count * size, size)]
-    flat = order(sizes, -(-count // each) * total, seed, shuffle=shuffle)
-    starts = [epoch * total + batch * size for epoch in range(-(-count // each)) for batch in range(each)]
-    return [flat[start : min(start + size, (start // total + 1) * total)] for start in starts[:count]]
+    return EpochBatches(sizes, count, size, seed, weights, shuffle, drop_last)
+
+
+class EpochBatches(Sequence[list[tuple[int, int]]]):
+    """See `epoch_batches`. The batches are computed when they are read, so a run of any length begins at once."""
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        count: int,
+        size: int,
+        seed: int,
+        weights: Sequence[float] | None,
+        shuffle: bool,
+        drop_last: bool,
+    ) -> None:
+        self._count, self._size, self._mixed, self._total = count, size, weights is not None, sum(sizes)
+        self._each = per_epoch(self._total, size, drop_last)
+        most = count * size if self._mixed else -(-count // self._each) * self._total
+        self._order = order(sizes, most, seed, weights=weights, shuffle=shuffle)
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, batch: int) -> list[tuple[int, int]]: ...
+
+    @overload
+    def __getitem__(self, batch: slice) -> list[list[tuple[int, int]]]: ...
+
+    def __getitem__(self, batch: int | slice) -> list[tuple[int, int]] | list[list[tuple[int, int]]]:
+        if isinstance(batch, slice):
+            return [self[one] for one in range(*batch.indices(self._count))]
+        if not 0 <= batch < self._count:
+            raise IndexError(f"batch {batch} of {self._count}")
+        if self._mixed:
+            return self._order[batch * self._size : (batch + 1) * self._size]
+        epoch, number = divmod(batch, self._each)
+        start = epoch * self._total + number * self._size
+        return self._order[start : min(start + self._size, (epoch + 1) * self._total)]
 
 
 def minibatches(elements: int, size: int, key: int) -> list[list[int]]:

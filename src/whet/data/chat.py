@@ -5,7 +5,6 @@ who wrote them. A token with characters of a prompt and of its answer belongs to
 such a token is split, because the prompt is a text of its own.
 """
 
-import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +13,10 @@ from typing import Any
 
 import torch
 
+from whet.data.payments import TemplateLimit
+from whet.data.templates import rendered, variables
 from whet.data.types import Row
-from whet.errors import DataError, ModelError
+from whet.errors import DataError, ModelError, first_line
 
 PLAIN = (
     "{% for message in messages %}"
@@ -213,9 +214,8 @@ class Chat:
         """Raise DataError for content that the chat template does not write: tools, documents, arguments, tool calls,
         thoughts, and messages of a role that it leaves out."""
         given = dict(extras or {})
-        source = _source(self.tokenizer)
         for name in [one for one in EXTRAS[:2] if one in given] + list(given.get(EXTRAS[2], {})):
-            if name not in _variables(source):
+            if name not in _variables(self.tokenizer):
                 raise DataError(
                     f"the chat template does not use {name!r}, so it would be dropped; remove it from the row"
                 )
@@ -338,19 +338,25 @@ class Chat:
         given |= dict(self.arguments) | dict(given.pop(EXTRAS[2], {}))
         plain = [dict(self._bare(message)) for message in messages]
 
-        def rendered(empty: str | None) -> str:
+        def text_with(empty: str | None) -> str:
             """Render with this content for messages that have a call alone."""
             filled = [{**one, "content": empty} if one.get("content") is None else one for one in plain]
-            return self.tokenizer.apply_chat_template(filled, tokenize=False, add_generation_prompt=opened, **given)
+            return _applied(self.tokenizer, filled, opened, given)
 
         try:
             if all(one.get("content") is not None for one in plain):
-                return rendered("")
+                return text_with("")
             try:
-                text = rendered(None)  # some templates tell such messages by it, others write the word None
-                return rendered("") if text == rendered("None") else text
+                text = text_with(None)  # some templates tell such messages by it, others write the word None
+                return text_with("") if text == text_with("None") else text
+            except TemplateLimit:
+                raise
             except Exception:
-                return rendered("")
+                return text_with("")
+        except TemplateLimit as error:
+            raise DataError(
+                f"the chat template does too much work on these messages: {error}; give another with --chat-template"
+            ) from error
         except Exception as error:  # a template may raise any error (raise_exception of Jinja)
             raise DataError(f"the chat template refuses these messages: {error}") from error
 
@@ -378,6 +384,19 @@ def extras_of(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: row[name] for name in EXTRAS if row.get(name)}
 
 
+def _applied(tokenizer: Any, messages: Messages, opened: bool, given: Mapping[str, Any]) -> str:
+    """Return the text of `tokenizer.apply_chat_template`, rendered by `data.templates` with its bounds if the tokenizer has a
+    Jinja template and no renderer of its own."""
+    if not type(tokenizer).apply_chat_template.__module__.startswith("transformers.tokenization_utils"):
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened, **given)
+    more = {"tools": None, "documents": None} | dict(given)
+    for name in EXTRAS[:2]:
+        if not all(isinstance(one, Mapping) for one in more[name] or ()):
+            raise DataError(f"{name!r} must be a list of objects, got {more[name]!r:.80}")
+    variables_ = {**tokenizer.special_tokens_map, **more, "messages": messages, "add_generation_prompt": opened}
+    return rendered(tokenizer.get_chat_template(tools=more["tools"]), **variables_)
+
+
 def _blank(tokenizer: Any, ids: Sequence[int]) -> int:
     """Return the number of tokens at the end that are only white space."""
     return next((n for n, one in enumerate(reversed(ids)) if tokenizer.decode([one]).strip()), len(ids))
@@ -393,15 +412,15 @@ def _source(tokenizer: Any) -> str:
     return "\n".join(template.values()) if isinstance(template, Mapping) else str(template)
 
 
-@functools.lru_cache(maxsize=8)
-def _variables(source: str) -> frozenset[str]:
-    """Return the names that a template takes from outside."""
-    import jinja2
-    import jinja2.meta
-
-    plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", source)
-    parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", "jinja2.ext.do"]).parse(plain)
-    return frozenset(jinja2.meta.find_undeclared_variables(parsed))
+def _variables(tokenizer: Any) -> frozenset[str]:
+    """Return the names that the chat template takes from outside. Raises ModelError if it is not valid Jinja."""
+    source = _source(tokenizer)
+    try:
+        return variables(source)
+    except Exception as error:  # Jinja raises many error types for an invalid template
+        raise ModelError(
+            f"the chat template cannot be used ({first_line(error)}); give another with --chat-template"
+        ) from error
 
 
 def _adds_bos(tokenizer: Any) -> bool:
@@ -444,7 +463,7 @@ def chat_format(
         )
     arguments = dict(arguments or {})
     for argument in arguments:
-        if argument not in _variables(_source(tokenizer)):
+        if argument not in _variables(tokenizer):
             raise ModelError(
                 f"model.chat_template_kwargs: the chat template of {name} does not use {argument!r}; leave it out"
             )

@@ -11,13 +11,53 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from whet.errors import WhetError, first_line
+
 SPECIAL = re.compile("[\x85\u2028\u2029\ud800-\udfff]")
 """Characters that are written as escapes: the line separators of Unicode, and halves of surrogate pairs."""
+
+
+LARGEST_JSON = 64 << 20
+"""Largest number of bytes of a JSON file that is read whole: records of runs, and configurations of models."""
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write an indented JSON file that ends with a newline."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(
+    path: Path, error: type[WhetError], advice: str = "restore it, or write it again", *, unique: bool = True
+) -> dict[str, Any]:
+    """Return the object of a JSON file. Raises an `error` with the file, the line and the advice if it is not UTF-8, not JSON,
+    not an object, larger than `LARGEST_JSON`, or (with `unique`) has a name twice. Raises OSError if the file cannot be read."""
+    with path.open("rb") as file:
+        data = file.read(LARGEST_JSON + 1)
+    line = 1
+    try:
+        if len(data) > LARGEST_JSON:
+            raise ValueError(f"it has more than {LARGEST_JSON} bytes")
+        found = json.loads(data.decode("utf-8"), object_pairs_hook=once if unique else dict)
+        if not isinstance(found, dict):
+            raise ValueError(f"expected an object, got {type(found).__name__}")
+    except (ValueError, RecursionError) as reason:
+        if isinstance(reason, json.JSONDecodeError):
+            line = reason.lineno
+        elif isinstance(reason, UnicodeDecodeError):
+            line = 1 + data.count(b"\n", 0, reason.start)
+        what = "objects and lists are nested too deeply" if isinstance(reason, RecursionError) else first_line(reason)
+        raise error(f"{path}:{line}: not the JSON of an object ({what}); {advice}") from reason
+    return found
+
+
+def once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of these names and values. Raises ValueError for a name that stands twice: one would be lost."""
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {twice!r} stands twice in one object; remove one of them")
+    return out
 
 
 def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

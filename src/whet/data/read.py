@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from whet.data.files import once
 from whet.data.values import plain_row
 from whet.errors import DataError, first_line
 
@@ -144,18 +145,8 @@ def _parsed(parse: Callable[..., Any], given: tuple[Any, ...], path: Path, numbe
         ) from error
     except RecursionError as error:
         raise DataError(f"{path}:{number}: lists and objects are nested too deeply; write them as text") from error
-    except ValueError as error:  # of _once and _integer
+    except ValueError as error:  # of once and _integer
         raise DataError(f"{path}:{number}: {error}") from error
-
-
-def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the object of these names and values. Raises ValueError for a name that stands twice: one would be lost."""
-    out = dict(pairs)
-    if len(out) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the name {twice!r} stands twice in one object; remove one of them")
-    return out
 
 
 def _integer(digits: str) -> int:
@@ -164,7 +155,7 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_int=_integer)
+DECODER = json.JSONDecoder(object_pairs_hook=once, parse_int=_integer)
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, dict]]:

@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 from torch import Tensor
 
 from whet.data import Chat, Sample, Weights, extras_of
@@ -12,7 +13,7 @@ from whet.data.values import valid_text
 from whet.errors import RecipeError
 from whet.generate.base import GeneratorContext, Request
 from whet.http import Http, api_key
-from whet.methods.options import Count, NotNegativeInt, Positive
+from whet.methods.options import Processes, Seconds
 from whet.ops import address
 
 
@@ -26,11 +27,11 @@ class Options:
     """name of the model on the server"""
     api_key_env: str = ""
     """environment variable that contains the API key, which is sent as a bearer token"""
-    timeout: Positive = 600.0
+    timeout: Seconds = 600.0
     """longest duration of a request in seconds"""
-    retries: NotNegativeInt = 3
+    retries: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 3
     """number of times a request is sent again if the server does not respond or fails (status 5xx)"""
-    connections: Count = 16
+    connections: Processes = 16
     """maximum number of concurrent requests"""
     token_ids: bool = False
     """request token ids from the server (return_token_ids of vLLM); otherwise the text is tokenized locally"""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from whet.data import Batch, Weights, dealt, measured
-from whet.data.files import remove, replace_folder, write_json
+from whet.data.files import read_json, remove, replace_folder, write_json
 from whet.distributed import Workers
 from whet.errors import CheckpointError, RecipeError, RunStopped
 from whet.learner.base import LearnerContext, LearnerOptions, UpdateResult, WeightsWriter, Work
@@ -210,9 +210,7 @@ class LocalLearner:
 
     def load(self, folder: Path, accepted: Collection[str] = ()) -> None:
         """See `Learner.load`."""
-        import json
-
-        about = json.loads((folder / "learner.json").read_text(encoding="utf-8"))
+        about = read_json(folder / "learner.json", CheckpointError)
         for name, mark in self._frozen().items():
             if about["frozen"].get(name, mark) != mark and name not in accepted:
                 raise CheckpointError(

@@ -4,7 +4,6 @@ A checkpoint is written to a temporary folder with checksums, then renamed. Inco
 not counted as kept ones.
 """
 
-import json
 import os
 import re
 import secrets
@@ -14,7 +13,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from whet.data.files import replace_folder, sha256, write_json
+from whet.data.files import read_json, replace_folder, sha256, write_json
 from whet.errors import CheckpointError, Interrupted, WhetError, WorkerDied, first_line
 from whet.learner import Learner
 from whet.loops.interrupt import Stop
@@ -124,14 +123,16 @@ class Keeper:
         self._good: set[Path] = set()
         self._saved_at, self._took = time.monotonic(), 0.0
 
-    def restore(self, accepted: Collection[str] = ()) -> dict[str, Any] | None:
+    def restore(self, begin: Mapping[str, Any], accepted: Collection[str] = ()) -> dict[str, Any] | None:
         """Load the newest complete checkpoint into the learner and return the state of the loop, or None without a checkpoint.
-        `accepted` names frozen roles whose weights may have changed. Raises CheckpointError if no checkpoint is complete."""
+        `begin` is the state with which a run begins. `accepted` names frozen roles whose weights may have changed. Raises
+        CheckpointError if no checkpoint is complete, or if its state lacks a value of `begin` or has another type there."""
         workers = self.learner.workers
         (found, *_) = workers.together(lambda: newest(self.folder, quiet=True) if workers.first else None)
         if found is None:
             return None
         loop = load(found, self.learner, accepted)
+        _check_state(loop, begin, f"{found}: loop.json: ")
         self.step = self.saved = loop["step"]
         self.version, self._good = self.learner.version, {found}
         self._tell_saved()
@@ -222,18 +223,20 @@ def newest(folder: Path, *, quiet: bool = False) -> Path | None:
 def fault(path: Path) -> str:
     """Return why a checkpoint is not complete, or "" if it is."""
     try:
-        sums = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if not isinstance(sums, dict) or not {"loop.json", "learner/learner.json"} <= sums.keys():
+        sums = read_json(path / MANIFEST, CheckpointError)
+        if not {"loop.json", "learner/learner.json"} <= sums.keys():
             return f"{MANIFEST} does not list the files of a checkpoint"
         for name, value in sums.items():
+            if not (path / name).resolve().is_relative_to(path.resolve()):
+                return f"{MANIFEST} lists {name!r:.80}, which is not in the folder"
             if sha256(path / name) != value:
                 return f"{name} has changed since it was written"
-        loop = json.loads((path / "loop.json").read_text(encoding="utf-8"))
-        if not isinstance(loop, dict) or loop.get("step") != int(path.name.removeprefix("step-")):
+        loop = read_json(path / "loop.json", CheckpointError)
+        if loop.get("step") != int(path.name.removeprefix("step-")):
             return f"loop.json is not of step {int(path.name.removeprefix('step-'))}"
     except FileNotFoundError as error:
         return f"{Path(error.filename).relative_to(path)} is missing"
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, CheckpointError) as error:
         return first_line(error)
     return ""
 
@@ -245,9 +248,22 @@ def load(path: Path, learner: Learner, accepted: Collection[str] = ()) -> dict[s
         learner.load(path / "learner", accepted)
     except (LookupError, TypeError, ValueError, AttributeError, OSError) as error:
         raise CheckpointError(
-            f"{path}: its files are not those of a checkpoint: {type(error).__name__}: {error}"
+            f"{path}: its files are not those of a checkpoint (a value is missing or of a wrong type: {first_line(error)})"
         ) from error
-    return json.loads((path / "loop.json").read_text(encoding="utf-8"))
+    return read_json(path / "loop.json", CheckpointError)
+
+
+def _check_state(loop: Mapping[str, Any], begin: Mapping[str, Any], where: str) -> None:
+    """Raise CheckpointError if a value of `begin` is missing in the state of a loop, or has another type there."""
+    for name, value in begin.items():
+        found = loop.get(name)
+        kinds = (int, float) if isinstance(value, (int, float)) else type(value)
+        counted = name in ("step", "drawn") and (type(found) is not int or found < 0)
+        if name not in loop or counted or not isinstance(found, (kinds, type(None)) if value is None else kinds):
+            got = f"got {found!r:.80}" if name in loop else "it is missing"
+            raise CheckpointError(f"{where}{name}: expected a {type(value).__name__}, {got}; restore the checkpoint")
+        if isinstance(value, Mapping) and isinstance(found, Mapping):
+            _check_state(found, value, f"{where}{name}.")
 
 
 def _all(folder: Path) -> list[Path]:

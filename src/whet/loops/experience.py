@@ -1,5 +1,6 @@
 """Conversion of groups to a batch: columns from samples and rewards, measured columns, and metrics of a rollout."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -179,14 +180,12 @@ class PtxStream:
     """Select the pre-training rows of each update. The selection depends only on the seed and the number of the update."""
 
     def __init__(self, elements: Sequence[Element], size: int, seed: int) -> None:
-        self.elements, self.size, self.seed = elements, size, seed
-        self.drawn: list[tuple[int, int]] = []
+        self.elements, self.size = elements, size
+        self.drawn = order([len(elements)], sys.maxsize, address(seed, "ptx") >> 1)
 
     def batch(self, step: int, number: int, per_step: int) -> dict[str, Batch]:
         """Return {"ptx": batch} for update `number` of this step, or {} without pre-training rows."""
         if not self.elements or not self.size:
             return {}
         first = (step * per_step + number) * self.size
-        if len(self.drawn) < first + self.size:
-            self.drawn = order([len(self.elements)], 2 * (first + self.size), address(self.seed, "ptx") >> 1)
         return {"ptx": Batch.of([self.elements[index] for _, index in self.drawn[first : first + self.size]])}

@@ -97,8 +97,8 @@ class OfflineLoop:
             self.run.checkpoints, learner, total=plan.steps, every=plan.save_every, minutes=plan.save_minutes, keep=plan.keep,
             last=plan.save_last, stop=self.stop,
         )  # fmt: skip
-        found = keeper.restore(self.run.accepted) if self.resume else None
-        loop: dict[str, Any] = found or {"step": 0, "state": self.state}
+        begin = {"step": 0, "state": self.state}
+        loop: dict[str, Any] = (keeper.restore(begin, self.run.accepted) if self.resume else None) or begin
         self.first, self.state = loop["step"], loop["state"]
         self._next = self.first
         self.divergence.restore(loop.get("divergence", {}))

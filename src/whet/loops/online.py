@@ -33,7 +33,7 @@ from whet.loops.interrupt import Stop
 from whet.loops.progress import Progress
 from whet.loops.record import RunFolder, mean_of
 from whet.loops.source import answered
-from whet.loops.steps import MiniBatch, OnlinePlan, StepLog, longest, trained_columns
+from whet.loops.steps import REHEARSED, MiniBatch, OnlinePlan, StepLog, longest, trained_columns
 from whet.methods import Algorithm, Term, advantages, clipping, diagnostics, paired, shaped, spread
 from whet.methods.options import Sampling
 from whet.methods.own import own_loss
@@ -108,8 +108,8 @@ class OnlineLoop:
             self.run.checkpoints, learner, total=plan.steps, every=plan.save_every, minutes=plan.save_minutes, keep=plan.keep,
             last=plan.save_last, stop=self.stop,
         )  # fmt: skip
-        found = keeper.restore(self.run.accepted) if self.resume else None
-        loop: dict[str, Any] = found or {"step": 0, "state": self.state, "drawn": 0}
+        begin = {"step": 0, "state": self.state, "drawn": 0}
+        loop: dict[str, Any] = (keeper.restore(begin, self.run.accepted) if self.resume else None) or begin
         self.first, self.state = loop["step"], loop["state"]
         self._next = self.first
         self.skipped = loop.get("skipped", 0)
@@ -133,9 +133,10 @@ class OnlineLoop:
         """Return a mini-batch of the longest prompt with answers of the largest length."""
         prompt, room = max((one.ids for one in self.prompts), key=len), self.sampling.max_new_tokens
         row = Row(torch.tensor([*prompt, *prompt[-1:] * room]), len(prompt), torch.ones(room, dtype=torch.bool))
+        size = min(self.plan.mini_batch_size, REHEARSED)
         if self.algorithm.pairs:
-            return longest([Pair(row, row)] * self.plan.mini_batch_size, self.plan.mini_batch_size)
-        return longest([*[row] * self.plan.mini_batch_size, *self.stream.elements], self.plan.mini_batch_size)
+            return longest([Pair(row, row)] * size, size)
+        return longest([*[row] * size, *self.stream.elements], size)
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, RunStopped) and self._running:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from whet.data import Batch, Group, Prompt, Sample, Segment, Weights, pad
-from whet.errors import DataError
+from whet.errors import DataError, first_line
 from whet.generate import Request
 from whet.learner import Learner, UpdateResult
 from whet.loops import checkpoint, rollouts
@@ -270,6 +270,12 @@ def recorded(folder: Path, step: int, names: Sequence[str]) -> tuple[list[Group]
         )
     except KeyError as error:
         raise DataError(f"{path}: it has no column {error}, from which a step is computed again") from error
+    except (TypeError, ValueError, IndexError, OverflowError, RuntimeError, AttributeError) as error:
+        raise DataError(
+            f"{path}: a value of a column is missing or of a wrong type ({first_line(error)}); restore the file"
+        ) from error
+    if not groups:
+        raise DataError(f"{path}: it has no answers; restore the file")
     return [Group(answers[0][0], tuple(one for _, one in answers)) for answers in groups.values()], scores
 
 

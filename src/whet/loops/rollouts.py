@@ -1,8 +1,7 @@
 """Write and read rollouts: a Parquet file per step, a row per answer, every column of the batch, per-token ones as lists."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +92,14 @@ def write_table(path: Path, table: Mapping[str, list[Any]], batch: Batch) -> Non
 def read(folder: Path, step: int, columns: Sequence[str] | None = None) -> dict[str, list[Any]]:
     """Read all columns (or the given ones) of a step, as column name -> one value per answer.
 
-    Raise DataError if a newer version of whet wrote the file, or if it is not a readable Parquet file.
+    Raises DataError if a newer version of whet wrote the file, or if it is damaged.
     """
     import pyarrow.parquet
 
-    with _readable(path_of(folder, step)) as path:
-        table = pyarrow.parquet.read_table(path, columns=None if columns is None else list(columns))
-    version = int((table.schema.metadata or {}).get(b"whet.schema", b"1"))
+    names = None if columns is None else list(columns)
+    table = _opened(path_of(folder, step), lambda path: pyarrow.parquet.read_table(path, columns=names))
+    found = (table.schema.metadata or {}).get(b"whet.schema", b"1")
+    version = int(found) if found.isdigit() and len(found) < 10 else SCHEMA + 1
     if version > SCHEMA:
         raise DataError(f"{path_of(folder, step)}: schema version {version}; this whet reads up to {SCHEMA}, update it")
     return table.to_pydict()
@@ -109,28 +109,27 @@ def dtype(folder: Path, step: int, name: str) -> torch.dtype:
     """Return the dtype that a column of the batch had; float32 if the file does not say it. Raise DataError for another word."""
     import pyarrow.parquet
 
-    with _readable(path_of(folder, step)) as path:
-        metadata = pyarrow.parquet.read_schema(path).metadata or {}
-    kind = json.loads(metadata.get(b"whet.dtypes", b"{}")).get(name, "float32")
-    found = getattr(torch, kind, None) if isinstance(kind, str) else None
+    path = path_of(folder, step)
+    metadata = _opened(path, pyarrow.parquet.read_schema).metadata or {}
+    try:
+        found = getattr(torch, json.loads(metadata.get(b"whet.dtypes", b"{}")).get(name, "float32"))
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        found = None
     if not isinstance(found, torch.dtype):
-        raise DataError(f"{path_of(folder, step)}: whet.dtypes has no dtype of torch for {name}, got {kind!r:.80}")
+        raise DataError(f"{path}: its metadata whet.dtypes are not as whet writes them; restore the file")
     return found
 
 
-@contextmanager
-def _readable(path: Path) -> Iterator[Path]:
-    """Raise DataError if the file of a step cannot be read."""
+def _opened(path: Path, read: Callable[[Path], Any]) -> Any:
+    """Return what `read` finds in a Parquet file. Raises DataError if it is damaged."""
     import pyarrow
 
     try:
-        yield path
-    except FileNotFoundError:
-        raise
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(
-            f"{path}: not a readable Parquet file ({first_line(error)}); restore it, or remove this run"
-        ) from error
+        return read(path)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise DataError(f"{path}: not a readable Parquet file ({first_line(error)}); restore it") from error
 
 
 def steps(folder: Path) -> list[int]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from whet.data import Group, Prompt, order
+from whet.errors import CheckpointError
 from whet.generate import Generator, Request
 from whet.methods.options import Sampling
 
@@ -82,7 +83,11 @@ class SynchronousSource:
         return {"drawn": self.queue.drawn}
 
     def restore(self, saved: Mapping[str, Any], step: int) -> None:
-        """See `GroupSource.restore`."""
+        """See `GroupSource.restore`. Raises CheckpointError for more prompts than the run can draw."""
+        if saved["drawn"] > len(self.queue.order):
+            raise CheckpointError(
+                f"the checkpoint has drawn {saved['drawn']} prompts, and the run draws at most {len(self.queue.order)}; restore it"
+            )
         self.queue.drawn = saved["drawn"]
 
     def close(self) -> None:

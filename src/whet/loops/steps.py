@@ -1,6 +1,6 @@
 """What the stages of an online run share: the plan of the run, mini-batches, and the log of a step."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +65,19 @@ class OnlinePlan:
         place = step % per_epoch(self.per_pass, self.prompts)
         return min(self.prompts, self.per_pass - place * self.prompts)
 
+    def summed(self, steps: int, amount: Callable[[int], int]) -> int:
+        """Return the sum of `amount(prompts of the step)` over the first steps of a run.
+
+        >>> OnlinePlan(4, 4, 4, per_pass=6).summed(3, lambda prompts: prompts)
+        10
+        """
+        if self.per_pass is None:
+            return steps * amount(self.prompts)
+        each = per_epoch(self.per_pass, self.prompts)
+        passes, rest = divmod(steps, each)
+        whole = (each - 1) * amount(self.prompts) + amount(self.prompts_in(each - 1))
+        return passes * whole + rest * amount(self.prompts)
+
 
 @dataclass(frozen=True, eq=False)
 class MiniBatch:
@@ -78,10 +91,18 @@ class MiniBatch:
     streams: Mapping[str, Batch] = field(default_factory=dict)
 
 
+REHEARSED = 16_384
+"""Largest number of elements of the batch that is tried before a run. Micro-batches are smaller, unless their budget is above
+16,384 times the longest row."""
+
+
 def longest(elements: Sequence[Element], count: int) -> Batch:
-    """Return a batch of the `count` longest elements, the one that needs most memory."""
-    size = {id(one): max(row.length for row in Batch.of([one]).rows) for one in elements}
-    return Batch.of(sorted(elements, key=lambda one: -size[id(one)])[:count])
+    """Return a batch of the `count` longest elements, the one that needs most memory, and of at most `REHEARSED` of them."""
+    size = {
+        name: max(row.length for row in Batch.of([one]).rows)
+        for name, one in {id(one): one for one in elements}.items()
+    }
+    return Batch.of(sorted(elements, key=lambda one: -size[id(one)])[: min(count, REHEARSED)])
 
 
 def trained_columns(terms: Iterable[Term]) -> dict[str, frozenset[str]]:

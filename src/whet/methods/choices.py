@@ -11,7 +11,17 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from whet.methods.options import KL, Count, Entropy, NotNegative, NotNegativeInt, Positive, Share, Truncated, Value
+from whet.methods.options import (
+    KL,
+    Count,
+    Elements,
+    Entropy,
+    NotNegative,
+    Positive,
+    Share,
+    Truncated,
+    Value,
+)
 
 Half = Annotated[float, msgspec.Meta(ge=0, lt=0.5)]
 
@@ -543,14 +553,14 @@ PART_SLOTS = frozenset({*ONLINE_SLOTS, *PREFERENCE_SLOTS, *REWARD_SLOTS})
 """Slots that hold a part, which may be given as a bare name."""
 
 PLAIN_SLOTS: dict[str, tuple[Any, str]] = {
-    "num_generations": (Count, "answers per prompt"),
+    "num_generations": (Elements, "answers per prompt"),
     "beta": (Positive, "strength of the implicit KL: rewards are beta x log-ratios"),
     "centering": (NotNegative, "weight of (chosen + rejected)^2, which keeps the scores near 0"),
     "entropy": (Entropy | None, "a bonus for entropy"),
     "kl_in_reward": (KL | None, "KL(policy || reference) subtracted from the reward; null switches it off"),
     "ptx_coef": (NotNegative, "weight of the pre-training loss in the same update; 0 switches it off"),
     "dynamic_sampling": (
-        NotNegativeInt,
+        Annotated[int, msgspec.Meta(ge=0, le=10_000)],
         "largest number of rounds that replace groups whose answers all have the same score; 0 switches it off",
     ),
     "sft_weight": (NotNegative, "weight of the SFT loss on the chosen answer"),

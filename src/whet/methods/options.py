@@ -9,8 +9,19 @@ import msgspec
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 NotNegative = Annotated[float, msgspec.Meta(ge=0)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
-Count = Annotated[int, msgspec.Meta(ge=1)]
-NotNegativeInt = Annotated[int, msgspec.Meta(ge=0)]
+Decay = Annotated[float, msgspec.Meta(ge=0, lt=1)]
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
+"""A time limit. Python's timers end at 9.2e9 seconds."""
+Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+NotNegativeInt = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+Seed = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+Elements = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+"""Prompts, answers or rows of one batch or rollout."""
+Processes = Annotated[int, msgspec.Meta(ge=1, le=10_000)]
+"""Processes, GPUs or connections."""
+MOST_STEPS = 99_999_999
+"""Largest number of steps of a run: the names of checkpoints and rollouts have eight digits."""
+Steps = Annotated[int, msgspec.Meta(ge=1, le=MOST_STEPS)]
 
 
 @dataclass(frozen=True)
@@ -46,7 +57,7 @@ class Optim:
     """optimizer; "muon" updates the matrices of the decoder layers, and adamw the rest"""
     muon_lr: Positive = 0.02
     """peak learning rate of the matrices updated by muon"""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """decay rates of adamw's first and second moments"""
     eps: Positive = 1e-8
     """epsilon of adamw"""
@@ -60,7 +71,7 @@ class Optim:
     """share of all updates used for the warm-up"""
     min_lr_ratio: Share = 0.1
     """final learning rate, as a share of lr; 0 ends at 0"""
-    schedule_steps: Count | None = None
+    schedule_steps: Steps | None = None
     """steps after which the schedule has ended; set it to extend a run later; default: all steps of the run"""
 
     def words(self) -> str:
@@ -95,7 +106,7 @@ class Optim:
 class LoRA:
     """Low-rank adapters, trained instead of all weights (Hu et al. 2021)."""
 
-    rank: Count = 16
+    rank: Annotated[int, msgspec.Meta(ge=1, le=65_536)] = 16
     """rank of the update of each matrix"""
     alpha: Count = 32
     """scale of the update, which is multiplied by alpha / rank"""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from whet.data.files import read_json
 from whet.errors import ModelError, first_line
 from whet.models import saved_adapters
 from whet.models.code import refuse_code
@@ -24,6 +25,8 @@ KERNELS = {
     "flash_attention_3": "flash-attn-3 on a machine with a Hopper GPU (github.com/Dao-AILab/flash-attention, folder hopper)",
 }
 """Packages of attention kernels that do not come with torch."""
+CONFIGURATIONS = ("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json")
+"""The files of a model folder that transformers reads as JSON, except the tokenizer."""
 HEADS = ("score", "classifier")
 """Names of the head of a sequence classifier."""
 
@@ -75,7 +78,8 @@ def load_tokenizer(source: ModelSource, *, pad_token: str | None = None) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=source.trust_remote_code)
     except Exception as error:  # transformers raises many error types for a folder without a tokenizer
-        raise ModelError(f"{source.path}: the tokenizer cannot be loaded ({first_line(error)})") from error
+        raise ModelError(f"{source.path}: the tokenizer cannot be loaded ({why(error)})") from error
+    _try_tokenizer(source.path, tokenizer)
     if pad_token is not None:
         if pad_token not in tokenizer.get_vocab():
             raise ModelError(f"--model.pad-token {pad_token!r}: the tokenizer of {source.path} has no such token")
@@ -83,6 +87,20 @@ def load_tokenizer(source: ModelSource, *, pad_token: str | None = None) -> Any:
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token  # other tools need one to batch inputs of the saved model
     return tokenizer
+
+
+def _try_tokenizer(path: str, tokenizer: Any) -> None:
+    """Raise ModelError for a tokenizer that loads and cannot be used, because a value of its files has a wrong type."""
+    try:
+        ids = tokenizer("a b")["input_ids"]
+        tokenizer.decode(ids)
+        usable = all(
+            type(one) is int and one >= 0 for one in [*ids, *tokenizer.get_vocab().values(), *tokenizer.all_special_ids]
+        )
+    except Exception as error:  # transformers and tokenizers raise many error types
+        raise ModelError(f"{path}: the tokenizer cannot be used ({why(error)})") from error
+    if not usable:
+        raise ModelError(f"{path}: the tokenizer cannot be used (an id of a token is not a number from 0)")
 
 
 def load_causal_lm(source: ModelSource, tokenizer: Any = None) -> Any:
@@ -218,15 +236,26 @@ def end_ids_of(source: ModelSource) -> list[int]:
     base, _ = _adapter_base(source.path)
     try:
         ends = GenerationConfig.from_pretrained(base).eos_token_id
-    except (OSError, ValueError, TypeError):  # none, or one that `mend_generation_config` refuses
+    except Exception:  # none, or one that `mend_generation_config` refuses
         return []
-    return [ends] if isinstance(ends, int) else list(ends or [])
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    if not all(type(one) is int and one >= 0 for one in ends):
+        raise ModelError(
+            f"{source.path}: eos_token_id of the generation config must be ids of tokens, got {ends!r:.80}"
+        )
+    return ends
 
 
 def positions(source: ModelSource) -> int:
     """Return the maximum sequence length of a model, from its configuration."""
-    about = _configuration(_adapter_base(source.path)[0], source.trust_remote_code)
-    return int(getattr(about, "max_position_embeddings", None) or 1 << 20)
+    base, _ = _adapter_base(source.path)
+    about = _configuration(base, source.trust_remote_code)
+    most = getattr(about, "max_position_embeddings", None) or 1 << 20
+    if type(most) is not int or most < 2:
+        raise ModelError(
+            f"{source.path}: max_position_embeddings of config.json must be a number of tokens, got {most!r:.80}"
+        )
+    return most
 
 
 def check_code(source: ModelSource) -> None:
@@ -243,7 +272,7 @@ def _configuration(path: str, trust_remote_code: bool = False) -> Any:
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many error types for a folder without a model
-        raise ModelError(f"{path}: the model configuration cannot be read ({first_line(error)})") from error
+        raise ModelError(f"{path}: the model configuration cannot be read ({why(error)})") from error
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -310,7 +339,7 @@ def _loaded(
     except ImportError as error:
         package = KERNELS.get(source.attn_implementation)
         if package is None:
-            raise ModelError(f"{source.path}: the model cannot be loaded ({first_line(error)})") from error
+            raise ModelError(f"{source.path}: the model cannot be loaded ({why(error)})") from error
         raise ModelError(
             f"model.attn_implementation: {source.attn_implementation} cannot be used on this machine ({first_line(error)}); "
             f"install {package}, or leave the option out"
@@ -321,7 +350,7 @@ def _loaded(
             f"safetensors where you trust the file ({first_line(error)})"
         ) from error
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for an invalid model
-        raise ModelError(f"{source.path}: the model cannot be loaded ({first_line(error)})") from error
+        raise ModelError(f"{source.path}: the model cannot be loaded ({why(error)})") from error
     if getattr(model, "_hf_peft_config_loaded", False):  # a hub name is seen to be an adapter only here
         raise ModelError(f"{source.path}: it is an adapter; download it to a folder, and give the folder")
     # transformers silently initializes missing weights at random
@@ -357,6 +386,16 @@ def _check_folder(path: str) -> None:
         raise ModelError(f"{path}: no such model folder; give a Hugging Face folder, or a hub name like owner/name")
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json", "tokenizer_config.json")):
         raise ModelError(f"{path}: not a model folder, it has no config.json")
+    for name in CONFIGURATIONS:
+        if (folder / name).is_file():
+            read_json(folder / name, ModelError, "download or save the model again", unique=False)
+
+
+def why(error: BaseException) -> str:
+    """Return the reason of an error of transformers, and that a value of a file is the cause where it does not say so."""
+    if isinstance(error, (AttributeError, TypeError, LookupError, AssertionError, UnboundLocalError, RecursionError)):
+        return f"a value in {', '.join(CONFIGURATIONS)} or tokenizer.json is missing or of a wrong type: {first_line(error)}"
+    return first_line(error)
 
 
 def has_tokenizer(path: str) -> bool:

@@ -42,6 +42,7 @@ def attach(model: Any, lora: LoRA, names: tuple[str, ...], *, seed: int, scorer:
     """
     from peft import get_peft_model
 
+    _check_rank(model, lora.rank)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -59,10 +60,24 @@ def attach(model: Any, lora: LoRA, names: tuple[str, ...], *, seed: int, scorer:
 
 def add_fresh(wrapped: Any, name: str, lora: LoRA, *, seed: int) -> None:
     """Add a new adapter to a shared base model."""
+    _check_rank(wrapped, lora.rank)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wrapped.add_adapter(name, _config(lora, None))
     redraw(wrapped, name, seed)
+
+
+def _check_rank(model: nn.Module, rank: int) -> None:
+    """Raise ModelError for a rank that no matrix of the model has, before the adapters are allocated."""
+    sizes = [
+        min(module.in_features, module.out_features) if isinstance(module, nn.Linear) else min(own.shape[-2:])
+        for module in model.modules()
+        for own in module.parameters(recurse=False)
+        if own.ndim >= 2
+    ]
+    largest = max(sizes, default=1)
+    if rank > largest:
+        raise ModelError(f"model.lora.rank: no matrix of the model has a rank above {largest}, got {rank}; lower it")
 
 
 def _config(lora: LoRA, heads: list[str] | None) -> Any:

@@ -1,6 +1,5 @@
 """Roles of a run: policy, reference, critic, reward. Each is a base model with a head; roles may share a base model."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from whet.data import chat_format
-from whet.data.files import write_json
+from whet.data.files import read_json, write_json
 from whet.errors import ModelError, first_line
 from whet.models import saved_adapters
 from whet.models.finite import check_finite
@@ -342,7 +341,7 @@ def readout_of(folder: str) -> Mapping[str, Any]:
     """Return the readout settings {"readout", "shift"} of the reward model in a folder; the defaults are "last" and 0."""
     file = Path(folder) / READOUT_FILE
     try:
-        given = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        given = read_json(file, ModelError, 'write {"readout": "last"}') if file.is_file() else {}
         shift = float(given.get("shift", 0.0))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ModelError(f'{file}: it cannot be read ({first_line(error)}); write {{"readout": "last"}}') from error

@@ -1,7 +1,6 @@
 """Folders with a PEFT adapter: read, check, load and merge them; and the weights of a model with an adapter merged."""
 
 import copy
-import json
 import re
 import warnings
 from collections import Counter
@@ -13,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from whet.data.files import read_json
 from whet.errors import ModelError, first_line
 from whet.models.finite import check_finite
 
@@ -31,11 +31,11 @@ def settings(path: str) -> dict[str, Any]:
     its kind."""
     file = Path(path) / "adapter_config.json"
     try:
-        about = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        about = read_json(file, ModelError, "save the adapter again")
+    except OSError as error:
         raise ModelError(f"{file}: it cannot be read ({first_line(error)}); save the adapter again") from error
     for key, what in (("base_model_name_or_path", "the folder or hub name of its base"), ("peft_type", "such as LORA")):
-        if not isinstance(about, dict) or not isinstance(about.get(key), str) or not about[key]:
+        if not isinstance(about.get(key), str) or not about[key]:
             raise ModelError(f"{file}: it has no {key}; add it ({what})")
     if about.get("revision") not in (None, "main") and not Path(about["base_model_name_or_path"]).is_dir():
         raise ModelError(

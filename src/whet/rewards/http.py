@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from whet.data import Group
 from whet.errors import RecipeError, RewardError, WorkerDied
 from whet.http import Http, api_key
-from whet.methods.options import Count, NotNegativeInt, Positive
+from whet.methods.options import Elements, Processes, Seconds
 from whet.rewards.base import Scores, checked, columns_of
 
 
@@ -16,13 +18,13 @@ from whet.rewards.base import Scores, checked, columns_of
 class Options:
     """Options of a reward over HTTP."""
 
-    timeout: Positive = 60.0
+    timeout: Seconds = 60.0
     """longest duration of a request in seconds"""
-    retries: NotNegativeInt = 3
+    retries: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 3
     """number of times a request is sent again if the server does not respond or fails (status 5xx)"""
-    batch_size: Count = 64
+    batch_size: Elements = 64
     """answers per request"""
-    connections: Count = 4
+    connections: Processes = 4
     """maximum number of concurrent requests"""
     api_key_env: str = ""
     """environment variable that contains the API key, which is sent as a bearer token"""

@@ -4,12 +4,14 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from whet.data import Group
 from whet.errors import RecipeError, RewardError, WorkerDied
 from whet.http import Http, api_key
-from whet.methods.options import Count, NotNegativeInt, Positive
+from whet.methods.options import Count, Processes, Seconds
 from whet.rewards.base import Scores, checked, columns_of
 
 PROMPT = (
@@ -35,11 +37,11 @@ class Options:
     """what the model is asked; {prompt} and {completion} are replaced"""
     api_key_env: str = ""
     """environment variable with the key, which is sent as a bearer token"""
-    timeout: Positive = 600.0
+    timeout: Seconds = 600.0
     """seconds that one request may take"""
-    retries: NotNegativeInt = 3
+    retries: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 3
     """times that a request is sent again when nothing answers or the server fails (status 5xx)"""
-    connections: Count = 16
+    connections: Processes = 16
     """requests at the same time"""
     no_score: str = ""
     """reply that means that the judge cannot say, such as N/A: it then does not apply to the answer. Without it, every reply must be

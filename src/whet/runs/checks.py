@@ -7,7 +7,7 @@ from whet import ops
 from whet.data.batching import per_epoch
 from whet.errors import RecipeError
 from whet.methods import Algorithm, Objective
-from whet.methods.options import Optim
+from whet.methods.options import MOST_STEPS, Optim
 from whet.models import load
 from whet.runs import models, rewards
 from whet.runs import recipe as fields
@@ -214,6 +214,14 @@ def steps_of(train: fields.Train, elements: int) -> int:
             f"train.drop_last: there are {elements} elements and a batch has {train.batch_size}, so nothing would be trained; "
             "lower train.batch_size"
         )
-    return train.num_steps or max(
-        1, math.ceil(train.num_epochs * per_epoch(elements, train.batch_size, train.drop_last))
-    )
+    if train.num_steps is not None:
+        return train.num_steps
+    steps = max(1, math.ceil(train.num_epochs * per_epoch(elements, train.batch_size, train.drop_last)))
+    check_steps("train.num_epochs", train.num_epochs, steps)
+    return steps
+
+
+def check_steps(name: str, epochs: float, steps: int) -> None:
+    """Raise RecipeError for more steps than the names of checkpoints can have."""
+    if steps > MOST_STEPS:
+        raise RecipeError(f"{name}: {epochs:g} passes are {steps} steps, and a run has at most {MOST_STEPS}; lower it")

@@ -19,7 +19,10 @@ from whet.methods.options import Optim
 from whet.runs.foreign import FOREIGN
 from whet.runs.layers import merge, merged_layers
 from whet.runs.recipe import MAIN_FIELD, OPEN, REWARDS
+from whet.runs.yaml_text import read_yaml, yaml_tree
 
+LARGEST = 1e30
+"""Largest number of a field: computed in float32, it stays finite."""
 SHIPPED = Path(__file__).parent / "recipes"
 
 LORA_RATE = 10.0
@@ -196,30 +199,6 @@ def _composed(verb: str, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return out | slots
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a recipe file as nested dicts. Raises RecipeError if it is not valid YAML or not a mapping."""
-    import yaml
-
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", None)
-        where = path if line is None else f"{path}:{line + 1}"
-        raise RecipeError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of fields, got {type(tree).__name__}")
-    return tree
-
-
-def yaml_tree(text: str) -> dict[str, Any]:
-    """Parse a YAML text."""
-    import yaml
-
-    return yaml.safe_load(text)
-
-
 def to_yaml(record: Any, verb: str | None = None) -> str:
     """Return a resolved recipe as YAML, with all defaults, and `verb` as its `method` if given."""
     import yaml
@@ -269,9 +248,14 @@ def converted(tree: Mapping[str, Any], kind: Any, where: str) -> Any:
 
 
 def _check_numbers(value: Any, name: str) -> None:
-    """Raise RecipeError for a number that is not finite in nested dicts and lists. An infinite `max_grad_norm` is no clipping."""
-    if isinstance(value, float) and not math.isfinite(value) and not name.endswith("max_grad_norm"):
+    """Raise RecipeError for a number that is not finite or beyond `LARGEST` in nested dicts and lists. An infinite `max_grad_norm`
+    is no clipping."""
+    if isinstance(value, float) and math.isinf(value) and value > 0 and name.endswith("max_grad_norm"):
+        return
+    if isinstance(value, float) and not math.isfinite(value):
         raise RecipeError(f"{name}: expected a finite number, got {value}")
+    if isinstance(value, (int, float)) and abs(value) > LARGEST:
+        raise RecipeError(f"{name}: expected a number of at most {LARGEST:g}, got {value!r:.40}")
     if isinstance(value, (dict, list, tuple)):
         for key, one in value.items() if isinstance(value, dict) else enumerate(value):
             _check_numbers(one, f"{name}.{key}".strip("."))

@@ -14,8 +14,8 @@ from whet.errors import RecipeError
 from whet.learner.store import Stored
 from whet.loops import checkpoint, rollouts
 from whet.loops.record import read_metrics
-from whet.runs import config
 from whet.runs.folder import begun, differing
+from whet.runs.yaml_text import read_yaml
 from whet.terminal import visible
 
 STAGES = ("prompt", "generate", "record", "reward", "measure", "advantage", "select", "update")
@@ -80,7 +80,7 @@ def diff(run: str | Path, other: str | Path) -> Compared:
     folders = Path(run), Path(other)
     for one in folders:
         check_run(one)
-    trees = [config.read_yaml(one / "recipe.yaml") for one in folders]
+    trees = [read_yaml(one / "recipe.yaml") for one in folders]
     fields = [name for name in differing(trees[0], trees[1]) if name != "out"]
     recipe = [(name, *(_at(tree, name) for tree in trees)) for name in fields]
     parts = {

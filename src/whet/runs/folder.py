@@ -17,6 +17,7 @@ from whet.loops import checkpoint
 from whet.loops.record import RunFolder, read_metrics
 from whet.runs import adapters, config, inputs, learners
 from whet.runs.recipe import OnlineRecipe, TrainingRecipe
+from whet.runs.yaml_text import read_yaml, yaml_tree
 from whet.terminal import caution
 from whet.trackers import TRACKERS, RunInfo, Tracker
 
@@ -135,7 +136,7 @@ def _refuse_inputs_inside(folder: Path, recipe: TrainingRecipe, recipe_file: Pat
     """Raise RecipeError if an input of the run is in the run folder. Only `inputs` may be there."""
     root = folder.resolve()
     located = [("recipe", str(recipe_file), recipe_file.resolve())] if recipe_file is not None else []
-    for field_, value, path in [*located, *inputs.located(config.yaml_tree(config.to_yaml(recipe)))]:
+    for field_, value, path in [*located, *inputs.located(yaml_tree(config.to_yaml(recipe)))]:
         if path.is_relative_to(root) and not path.is_relative_to(root / INPUTS):
             raise RecipeError(
                 f"{field_}: {value} is in the run folder {folder}, where the run could overwrite it; name another folder with --out"
@@ -144,8 +145,8 @@ def _refuse_inputs_inside(folder: Path, recipe: TrainingRecipe, recipe_file: Pat
 
 def _refuse_changes(folder: Path, recipe: TrainingRecipe, verb: str, accepted: Sequence[str]) -> None:
     """Raise RecipeError if the run in a folder has another recipe, except for what may change on a resume."""
-    saved = config.completed(config.read_yaml(folder / "recipe.yaml"), type(recipe))
-    changed = differing(_kept(saved), _kept(config.yaml_tree(config.to_yaml(recipe, verb))))
+    saved = config.completed(read_yaml(folder / "recipe.yaml"), type(recipe))
+    changed = differing(_kept(saved), _kept(yaml_tree(config.to_yaml(recipe, verb))))
     changed = [name for name in changed if not (name in accepted and name.startswith(("data.", "reward.", "ptx.")))]
     length = [name for name in changed if name.rpartition(".")[2] in LENGTH]
     if changed and changed == length:
@@ -179,7 +180,7 @@ def _check_length(saved: Mapping[str, Any], recipe: TrainingRecipe, changed: Seq
 def check_inputs(recipe: TrainingRecipe, verb: str, options: Options) -> None:
     """Raise RecipeError if a run is resumed with data, Python files or tokenizers that have changed since it began."""
     if options.resume and first():
-        inputs.check(of(recipe, verb), config.yaml_tree(config.to_yaml(recipe, verb)), options.accepted)
+        inputs.check(of(recipe, verb), yaml_tree(config.to_yaml(recipe, verb)), options.accepted)
 
 
 def check_steps(folder: Path, steps: int, options: Options) -> None:
@@ -243,7 +244,7 @@ def opened(folder: Path, recipe: TrainingRecipe, options: Options, verb: str, wo
         caution(f"no checkpoint was saved in {folder} yet; the run starts over")
     step = int(found.name.removeprefix("step-")) if found else 0
     text = config.to_yaml(recipe, verb)
-    info = RunInfo(folder.name, folder, config.yaml_tree(text))
+    info = RunInfo(folder.name, folder, yaml_tree(text))
     told = trackers(recipe.trackers, info) if workers.first else []
     run = RunFolder(
         folder,
@@ -254,7 +255,7 @@ def opened(folder: Path, recipe: TrainingRecipe, options: Options, verb: str, wo
     )
     run.environment(text, workers.size)
     if workers.first:
-        inputs.write(folder, config.yaml_tree(text), options.accepted, resumed=found is not None)
+        inputs.write(folder, yaml_tree(text), options.accepted, resumed=found is not None)
         note("begun")
     return run
 

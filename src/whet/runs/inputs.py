@@ -3,15 +3,14 @@
 import ast
 import hashlib
 import importlib.util
-import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from whet.data.files import sha256, write_json
-from whet.errors import RecipeError, first_line
+from whet.data.files import read_json, sha256, write_json
+from whet.errors import RecipeError
 
 FILE = "inputs.json"
 """The file of a run folder with the hashes."""
@@ -153,10 +152,7 @@ def _is_named(name: str, accepted: Collection[str]) -> bool:
 def _read(folder: Path) -> dict[str, str]:
     """Return the hashes of a run folder. Raises RecipeError if the file is not as whet writes it."""
     file = folder / FILE
-    try:
-        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
-        found = first_line(error)
-    if not isinstance(found, dict) or not all(isinstance(one, str) for one in found.values()):
+    found = read_json(file, RecipeError, "restore it, or remove it") if file.is_file() else {}
+    if not all(isinstance(one, str) for one in found.values()):
         raise RecipeError(f"--resume: {file} is not as whet writes it, got {found!r:.80}; restore it, or remove it")
     return found

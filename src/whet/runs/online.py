@@ -73,7 +73,7 @@ class OnlineJob:
     def length(self) -> str:
         """Return the length of the run in words: steps, prompts, answers and passes."""
         plan, answers = self.plan, self.algorithm.collect.num_generations
-        total = sum(plan.prompts_in(step) for step in range(plan.steps))
+        total = plan.summed(plan.steps, lambda prompts: prompts)
         return (
             f"{plan.steps} steps of {plan.prompts} prompts with {answers} answers each, {self.updates} updates: "
             f"{total / len(self.prompts):.4g} passes over {len(self.prompts)} prompts"
@@ -121,7 +121,7 @@ def prepare(method: str, recipe: fields.OnlineRecipe, *, recorded: bool = False)
     plan, longest = _plan_of(recipe, mini_batch_size, chat, prompts, refilled=bool(algorithm.collect.dynamic_sampling))
     each = 1 if algorithm.pairs else algorithm.collect.num_generations
     updates, scheduled = (
-        plan.epochs * sum(-(-plan.prompts_in(step) * each // mini_batch_size) for step in range(steps))
+        plan.epochs * plan.summed(steps, lambda prompts: -(-prompts * each // mini_batch_size))
         for steps in (plan.steps, recipe.optim.schedule_steps or plan.steps)
     )
     return OnlineJob(method, recipe, algorithm, plan, tokenizer, chat, prompts, longest, updates, scheduled, ptx)
@@ -131,7 +131,9 @@ def steps_of(rollout: fields.Rollout, prompts: int) -> int:
     """Return the steps of an online run: `num_steps`, or the steps of `num_epochs` passes over the prompts."""
     if rollout.num_epochs is None:
         return rollout.num_steps
-    return max(1, math.ceil(rollout.num_epochs * per_epoch(prompts, rollout.prompts_per_step)))
+    steps = max(1, math.ceil(rollout.num_epochs * per_epoch(prompts, rollout.prompts_per_step)))
+    checks.check_steps("rollout.num_epochs", rollout.num_epochs, steps)
+    return steps
 
 
 def _plan_of(

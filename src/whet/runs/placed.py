@@ -16,6 +16,7 @@ from whet.rewards import Weighted
 from whet.rewards.model import reading
 from whet.runs import config, generators, inputs, learners, models, rewards
 from whet.runs import recipe as fields
+from whet.runs.yaml_text import yaml_tree
 from whet.terminal import caution
 
 T = TypeVar("T")
@@ -94,7 +95,7 @@ def engine_alone(recipe: fields.OnlineRecipe, longest: int, number: int) -> Gene
 
 def carrying(recipe: fields.TrainingRecipe, make: Callable[..., T]) -> Callable[..., T]:
     """Return `make` for another process, with the Python objects that the recipe names."""
-    tree = config.yaml_tree(config.to_yaml(recipe))
+    tree = yaml_tree(config.to_yaml(recipe))
     return partial(_made, {name: OBJECTS[name] for _, name in inputs.strings(tree) if name in OBJECTS}, make)
 
 

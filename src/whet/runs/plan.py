@@ -1,12 +1,13 @@
 """`whet plan`: pass the roles, batch sizes and model shapes of a recipe to `whet.planning`."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from whet.errors import ModelError, RecipeError
+from whet.data.files import read_json
+from whet.errors import ModelError, RecipeError, first_line
 from whet.methods import compose
+from whet.models import saved_adapters
 from whet.planning import Hardware, Network, PlannedRun, Shape, parse_backend, report
 from whet.runs import checks, config, generators, rewards
 from whet.runs import recipe as fields
@@ -31,11 +32,15 @@ def shape_of(path: str) -> Shape:
     folder = Path(path)
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
-        return shape_of(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"])
+        return shape_of(saved_adapters.settings(path)["base_model_name_or_path"])
     file = folder / "config.json"
     if not file.is_file():
         raise ModelError(f"{path}: a plan reads the model's config.json, and there is none here; give a folder")
-    return Shape.of(json.loads(file.read_text(encoding="utf-8")))
+    config = read_json(file, ModelError, unique=False)
+    try:
+        return Shape.of(config)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise ModelError(f"{file}: a value is missing or of a wrong type ({first_line(error)}); mend it") from error
 
 
 def _common(recipe: fields.OfflineRecipe | fields.OnlineRecipe, options: fields.PlanOptions) -> dict[str, Any]:

@@ -7,7 +7,24 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from whet.methods.catalogue import PREFERENCE
-from whet.methods.options import Count, LoRA, NotNegative, NotNegativeInt, Optim, Positive, Sampling, Share
+from whet.methods.options import (
+    Count,
+    Elements,
+    LoRA,
+    NotNegative,
+    NotNegativeInt,
+    Optim,
+    Positive,
+    Processes,
+    Sampling,
+    Seconds,
+    Seed,
+    Share,
+    Steps,
+)  # fmt: skip
+
+MOST_THREADS = 4096
+"""Largest number of CPU threads. See also `sample.threads`, which knows the CPUs of the machine."""
 
 
 @dataclass(frozen=True)
@@ -105,11 +122,11 @@ class Loop:
     """concatenate rows instead of padding them"""
     save_every: NotNegativeInt = 0
     """updates (online: steps) between checkpoints; one is also saved at the end, on a signal, and if a step fails"""
-    save_minutes: Annotated[float, msgspec.Meta(ge=0)] = 10.0
+    save_minutes: Annotated[float, msgspec.Meta(ge=0, le=1e7)] = 10.0
     """save also when so many minutes, and 20 times the duration of a save, have passed since the last one; 0: never"""
     save_last: bool = True
     """save a checkpoint at the end, from which the run can be extended; it is about four times the size of the model"""
-    keep: Count = 2
+    keep: Elements = 2
     """number of checkpoints that are kept"""
     on_divergence: Literal["warn", "stop"] = "warn"
     """if loss, KL, entropy or lengths show that the run diverges: print a line, or also stop the run"""
@@ -121,9 +138,9 @@ class Train(Loop):
 
     num_epochs: Positive = 1.0
     """passes over the data"""
-    num_steps: Count | None = None
+    num_steps: Steps | None = None
     """updates in total; overrides num_epochs"""
-    batch_size: Count = 32
+    batch_size: Elements = 32
     """elements (conversations, pairs, rankings) per update; the last batch of an epoch is smaller"""
     drop_last: bool = False
     """leave out the last batch of an epoch if it is smaller"""
@@ -203,23 +220,23 @@ class Cluster:
 
     address: str | None = None
     """"auto" connects to a running Ray cluster, or starts one here; or host:port; default: no cluster"""
-    learners: Count = 1
+    learners: Processes = 1
     """workers of the learner"""
-    engines: NotNegativeInt = 0
+    engines: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 0
     """processes with a generator of their own; 0: the learner's workers generate"""
-    rewards: NotNegativeInt = 0
+    rewards: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 0
     """processes that compute rewards; 0: the learner's workers run reward models, and this process runs functions"""
     colocate: bool = False
     """engines share the learner's GPUs instead of having their own"""
     cpus: Positive = 1.0
     """CPUs and threads of each worker"""
-    min_learners: Count = 1
+    min_learners: Processes = 1
     """after a failure: smallest number of learners to continue with, if lost ones cannot be placed again"""
     restarts: NotNegativeInt = 20
     """number of restarts of workers before the run ends with an error"""
-    placement_timeout: Positive = 60.0
+    placement_timeout: Seconds = 60.0
     """seconds to wait for resources before fewer learners are tried"""
-    timeout: Positive = 1800.0
+    timeout: Seconds = 1800.0
     """seconds after which a call to a worker counts as failed"""
 
 
@@ -233,11 +250,11 @@ class OfflineRecipe:
     train: Train = Train()
     learner: Learning = Learning()
     cluster: Cluster = Cluster()
-    seed: NotNegativeInt = 0
+    seed: Seed = 0
     """seed of all random numbers"""
     out: str = ""
     """run folder"""
-    threads: NotNegativeInt = 0
+    threads: Annotated[int, msgspec.Meta(ge=0, le=MOST_THREADS)] = 0
     """CPU threads; 0 keeps the default of torch"""
     trackers: list[Any] = field(default_factory=list)
     """console, tensorboard, wandb, trackio, mlflow, ... (needs whet[trackers]), "mine.py:Tracker", or {name: ..., options}"""
@@ -318,7 +335,7 @@ class Ptx:
 
     data: str | None = None
     """`text` (or completion) rows"""
-    batch_size: Count = 32
+    batch_size: Elements = 32
     """rows per update"""
 
 
@@ -326,17 +343,17 @@ class Ptx:
 class Rollout:
     """Rollouts: their size, and the updates on them."""
 
-    num_steps: Count = 100
+    num_steps: Steps = 100
     """steps in total; one step is one rollout with its updates"""
-    prompts_per_step: Count = 64
+    prompts_per_step: Elements = 64
     """prompts per rollout"""
-    mini_batch_size: Count | None = None
+    mini_batch_size: Elements | None = None
     """answers (in online preference methods: pairs) per update; default: all of a rollout"""
     num_epochs: Positive | None = None
     """passes over the prompts; overrides num_steps"""
-    ppo_epochs: Count = 1
+    ppo_epochs: Elements = 1
     """passes over each rollout"""
-    max_num_seqs: Count = 256
+    max_num_seqs: Elements = 256
     """answers that are generated at the same time"""
     target_kl: Positive | None = None
     """stop the updates of a rollout when KL(old || new) of a mini-batch exceeds this, in nats per token (needs several updates)"""
@@ -369,11 +386,11 @@ class OnlineRecipe:
     cluster: Cluster = Cluster()
     trunk: Literal["separate", "shared"] = "separate"
     """"shared": one base model in memory, policy, critic and reward as adapters on it, the reference without (needs lora)"""
-    seed: NotNegativeInt = 0
+    seed: Seed = 0
     """seed of all random numbers"""
     out: str = ""
     """run folder"""
-    threads: NotNegativeInt = 0
+    threads: Annotated[int, msgspec.Meta(ge=0, le=MOST_THREADS)] = 0
     """CPU threads; 0 keeps the default of torch"""
     trackers: list[Any] = field(default_factory=list)
     """console, tensorboard, wandb, trackio, mlflow, ... (needs whet[trackers]), "mine.py:Tracker", or {name: ..., options}"""
@@ -387,7 +404,7 @@ class SampleRecipe:
     data: Rows = Rows()
     """`prompt` rows"""
     generator: Answering = Answering()
-    num_generations: Count = 4
+    num_generations: Elements = 4
     """answers per prompt"""
     reward: list[RewardSpec] = field(default_factory=list)
     """the rewards of the answers; several are summed by weight"""
@@ -396,13 +413,13 @@ class SampleRecipe:
     max_tokens_per_micro_batch: Count = 8192
     """most tokens of one forward pass of a reward model"""
     sampling: Sampling = Sampling()
-    max_num_seqs: Count = 256
+    max_num_seqs: Elements = 256
     """answers that are generated at the same time"""
-    seed: NotNegativeInt = 0
+    seed: Seed = 0
     """seed of all random numbers"""
     out: str = ""
     """JSONL file: the rows with `responses`"""
-    threads: NotNegativeInt = 0
+    threads: Annotated[int, msgspec.Meta(ge=0, le=MOST_THREADS)] = 0
     """CPU threads; 0 keeps the default of torch"""
 
 
@@ -436,17 +453,17 @@ class EvalRecipe:
     """prompts (win rate), rankings or pairs (accuracy of a reward model), text or conversations (loss)"""
     generator: Answering = Answering()
     sampling: Sampling = Sampling()
-    max_num_seqs: Count = 256
+    max_num_seqs: Elements = 256
     """answers that are generated at the same time"""
     answers: str | None = None
     """JSONL file for both models' answers with their scores and KL"""
     max_tokens_per_micro_batch: Count = 8192
     """most tokens of one forward pass"""
-    seed: NotNegativeInt = 0
+    seed: Seed = 0
     """seed of all random numbers"""
     out: str | None = None
     """JSON file for the numbers"""
-    threads: NotNegativeInt = 0
+    threads: Annotated[int, msgspec.Meta(ge=0, le=MOST_THREADS)] = 0
     """CPU threads; 0 keeps the default of torch"""
 
 
@@ -461,13 +478,13 @@ class ServeRecipe:
     """environment variable that contains its key; default: VLLM_API_KEY, if it is set; otherwise a port has a random key"""
     max_model_len: Annotated[int, msgspec.Meta(ge=2)] | None = None
     """longest prompt and answer together, in tokens; default: what the model's positions allow"""
-    max_num_seqs: Count = 256
+    max_num_seqs: Elements = 256
     """answers that are generated at the same time"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """the server's precision; "auto" is that of a training run: bfloat16 on a GPU; on a CPU, or if it is set, model.dtype"""
     transfer: Literal["auto", "shared", "gloo", "nccl", "ipc"] = "auto"
     """how weights travel to it; "auto" is shared memory"""
-    tensor_parallel: Count = 1
+    tensor_parallel: Processes = 1
     """GPUs that it is split over"""
     gpu_memory_utilization: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.5
     """share of a GPU's memory that it takes"""
@@ -481,17 +498,17 @@ class ServeRecipe:
 class PlanOptions:
     """What `whet plan` takes beside the recipe's fields."""
 
-    gpus: Count
+    gpus: Processes
     """number of GPUs"""
     gpu_memory: Positive = 80.0
     """memory of one GPU, in GiB"""
-    learners: Count | None = None
+    learners: Processes | None = None
     """GPUs of the learner; default: the fastest number that fits"""
     prompt_tokens: Count = 512
     """tokens of a prompt"""
     mean_answer: Positive | None = None
     """tokens of an answer on average; default: half of the longest"""
-    per_node: Count = 8
+    per_node: Processes = 8
     """GPUs of one machine"""
     inside: Positive = 300e9
     """bytes per second between the GPUs of one machine"""
@@ -503,11 +520,11 @@ class PlanOptions:
 class VerifyOptions:
     """What `whet verify-resume` takes beside the recipe's fields."""
 
-    kills: Count = 3
+    kills: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 3
     """number of kills of the second run"""
-    kill_seed: NotNegativeInt = 0
+    kill_seed: Seed = 0
     """seed of the moments of the kills"""
-    steps: Count | None = None
+    steps: Steps | None = None
     """steps of each run (offline: updates); default: all steps of the recipe"""
 
 

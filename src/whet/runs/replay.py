@@ -1,6 +1,5 @@
 """whet.replay: compute a step of a run again from its record, and compare the numbers with those of its log."""
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from whet.data.files import read_json
 from whet.distributed import Workers, first
 from whet.errors import RecipeError
 from whet.loops import checkpoint, rollouts
@@ -23,6 +23,7 @@ from whet.registry import forget_modules
 from whet.runs import adapters, config, folder, inputs, offline, online, rewards
 from whet.runs import recipe as fields
 from whet.runs.diff import Difference, check_run, first_difference, lines_of, same
+from whet.runs.yaml_text import read_yaml
 from whet.terminal import caution, visible
 
 
@@ -137,7 +138,7 @@ def opened(run: str | Path, step: int, accept_changed: str | Sequence[str] = ())
     if _in_use(where) and first():
         caution(f"a session is training in {where}; its checkpoints may be removed in the meantime")
     forget_modules()
-    tree = config.read_yaml(where / "recipe.yaml")
+    tree = read_yaml(where / "recipe.yaml")
     method = str(tree.get("method", ""))
     if method not in catalogue.TRAINED:
         raise config.unknown_method(method)
@@ -196,9 +197,15 @@ def _notes(where: Path, recipe: fields.TrainingRecipe) -> list[str]:
 
 
 def environment_of(where: Path) -> dict[str, Any]:
-    """Return environment.json of a run, {} if it is not there."""
+    """Return environment.json of a run, {} if it is not there. Raises RecipeError if it is not as whet writes it."""
     path = where / "environment.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = read_json(path, RecipeError) if path.is_file() else {}
+    threads = found.get("threads", 1)
+    if type(threads) is not int or not 1 <= threads <= fields.MOST_THREADS:
+        raise RecipeError(
+            f"{path}: threads: expected the number of threads of the run, got {threads!r:.40}; restore the file"
+        )
+    return found
 
 
 def recomputed(past: PastRun, *, watch: bool = False, quiet: bool = True) -> OnlineReplay | OfflineReplay:

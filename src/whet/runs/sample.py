@@ -122,7 +122,10 @@ def generator_of(
 
 
 def threads(count: int) -> None:
-    """Set the number of CPU threads of torch; 0 keeps the default."""
+    """Set the number of CPU threads of torch; 0 keeps the default. Raises RecipeError for far more than this machine has CPUs."""
+    cpus = os.cpu_count() or 1
+    if count > max(64, 4 * cpus):
+        raise RecipeError(f"threads: this machine has {cpus} CPUs, and so many threads would only wait; got {count}")
     if count:
         torch.set_num_threads(count)
 

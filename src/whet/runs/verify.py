@@ -18,6 +18,7 @@ from whet.loops.record import read_metrics
 from whet.runs import config, folder, inputs
 from whet.runs import recipe as fields
 from whet.runs.diff import diff
+from whet.runs.yaml_text import yaml_tree
 from whet.terminal import caution
 
 OUT = "runs/verify-resume"
@@ -185,7 +186,7 @@ def _check(recipe: fields.TrainingRecipe) -> None:
             "generator.max_staleness: answers that are generated ahead depend on time, so no two runs are equal; verify with "
             "--generator.max-staleness 0"
         )
-    for name, value in inputs.strings(config.yaml_tree(config.to_yaml(recipe))):
+    for name, value in inputs.strings(yaml_tree(config.to_yaml(recipe))):
         if value.startswith("python:"):
             raise RecipeError(
                 f'{name}: the runs have processes of their own, which a function or object cannot reach; give "file.py:name"'

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from whet.methods.options import Count, NotNegativeInt
 from whet.terminal import say
 from whet.trackers.base import RunInfo
 
@@ -12,9 +13,9 @@ from whet.trackers.base import RunInfo
 class Options:
     """Options of the console tracker."""
 
-    every: int = 1
+    every: Count = 1
     """number of steps between two lines"""
-    num_samples: int = 0
+    num_samples: NotNegativeInt = 0
     """number of answers per rollout to print"""
 
 

@@ -12,16 +12,16 @@ from whet.distributed import launched
 from whet.errors import RecipeError
 from whet.generate.base import Generator, GeneratorContext, require_vllm
 from whet.generate.vllm.push import Transfer
-from whet.methods.options import Count
+from whet.methods.options import Count, Processes
 
 
 @dataclass(frozen=True)
 class Options:
     """Options of the vLLM engines that whet starts."""
 
-    count: Count = 1
+    count: Processes = 1
     """engines of each learner process, which share its load (on a cluster: cluster.engines)"""
-    tensor_parallel: Count = 1
+    tensor_parallel: Processes = 1
     """GPUs of one engine"""
     push: Literal["weights", "adapter"] = "weights"
     """what is sent after an update: all weights, or with model.lora only the adapter"""

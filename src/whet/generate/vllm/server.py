@@ -13,7 +13,7 @@ from whet.generate.vllm.engine import Answer, EngineGenerator
 from whet.generate.vllm.gate import GATE, KEY, server_key
 from whet.generate.vllm.push import About, Inlet
 from whet.http import Http
-from whet.methods.options import Positive
+from whet.methods.options import Seconds
 from whet.terminal import caution
 
 UNSET = "default"
@@ -186,7 +186,7 @@ class Options:
     """environment variable that contains the key of the servers; default: VLLM_API_KEY, if it is set"""
     host: str = "127.0.0.1"
     """this machine's address as the servers reach it, if they take weights by gloo or nccl"""
-    timeout: Positive = 600.0
+    timeout: Seconds = 600.0
     """seconds that a server may take for one answer"""
 
     may_change = ("urls", "api_key_env")
