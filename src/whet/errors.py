@@ -78,7 +78,7 @@ def shown(error: BaseException) -> str:
     long one left out (it shows a value that was given).
 
     >>> shown(WhetError("out: no such file" + chr(27) + "[0m" + chr(10) + "a.yaml"))
-    'out: no such file\\x1b[0m a.yaml'
+    'out: no such file\\\\x1b[0m a.yaml'
     """
     text = " ".join(str(error).split())
     text = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
