@@ -45,6 +45,8 @@ QUOTED = re.compile(
 """Parts of messages that say what the input says."""
 LEAST = 0.1
 """Smallest share of the inputs of each kind that must succeed."""
+ENOUGH = 20
+"""Smallest number of inputs of a kind of which the share is required."""
 USED = ("transformers.models.qwen3.modeling_qwen3", "transformers.models.auto.modeling_auto", "peft", "pyarrow.parquet",
         "whet.cli.main", "whet.cli.help", "whet.runs.train", "whet.runs.session", "whet.runs.config", "whet.runs.explain",
         "whet.runs.why", "whet.runs.replay", "whet.runs.diff", "whet.runs.plan", "yaml", "msgspec", "rich.progress")  # fmt: skip
@@ -81,7 +83,11 @@ class Report:
 
     def refusing(self) -> list[str]:
         """Return the kinds of which too few inputs succeed."""
-        return [kind for kind, found in self.outcomes.items() if found["success"] < LEAST * found.total()]
+        return [
+            kind
+            for kind, found in self.outcomes.items()
+            if found.total() >= ENOUGH and found["success"] < LEAST * found.total()
+        ]
 
     def lines(self) -> list[str]:
         """Return a table of the outcomes."""

@@ -90,7 +90,7 @@ def shown(error: BaseException) -> str:
     long one left out (it shows a value that was given).
 
     >>> shown(WhetError("out: no such file" + chr(27) + "[0m" + chr(10) + "a.yaml"))
-    'out: no such file\\x1b[0m a.yaml'
+    'out: no such file\\\\x1b[0m a.yaml'
     """
     text = visible(" ".join(str(error).split()))
     return text if len(text) <= LONGEST else f"{text[: LONGEST * 3 // 4]} ... {text[-LONGEST // 4 :]}"

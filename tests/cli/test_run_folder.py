@@ -369,10 +369,13 @@ TORN = {
     "no manifest": (lambda path: (path / "manifest.json").unlink(), "manifest.json is missing"),
     "a manifest that is a list": (
         lambda path: (path / "manifest.json").write_text("[]"),
-        "manifest.json does not list",
+        "manifest.json:1: not the JSON of an object (expected an object, got list)",
     ),
     "an empty manifest": (lambda path: (path / "manifest.json").write_text("{}"), "manifest.json does not list"),
-    "half a manifest": (lambda path: (path / "manifest.json").write_text('{"a": '), "Expecting value"),
+    "half a manifest": (
+        lambda path: (path / "manifest.json").write_text('{"a": '),
+        "manifest.json:1: not the JSON of an object (Expecting value",
+    ),
     "a missing file": (lambda path: (path / "loop.json").unlink(), "loop.json is missing"),
 }
 
@@ -456,7 +459,7 @@ def test_a_checkpoint_of_another_kind_of_file_is_a_message(capsys: Any) -> None:
     sums["learner/learner.json"] = checkpoint.sha256(path / "learner" / "learner.json")
     (path / "manifest.json").write_text(json.dumps(sums))
     said = command(capsys, "sft", *words(SFT, "--resume"))
-    one_message(said.error, [f"{path}: its files are not those of a checkpoint"])
+    one_message(said.error, [f"{path}/learner/learner.json:1: ", "expected an object, got list"])
 
 
 # --- saves -----------------------------------------------------------------------------------------------------------

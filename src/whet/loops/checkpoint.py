@@ -237,7 +237,7 @@ def fault(path: Path) -> str:
     except FileNotFoundError as error:
         return f"{Path(error.filename).relative_to(path)} is missing"
     except (OSError, ValueError, CheckpointError) as error:
-        return first_line(error)
+        return first_line(error).removeprefix(f"{path}/")
     return ""
 
 
