@@ -15,7 +15,7 @@ from whet.cluster import folders
 from whet.distributed import Workers
 from whet.errors import RecipeError
 from whet.generate.vllm.transports import Shared
-from whet.processes import owned_folder
+from whet.processes import engine_folder
 
 STRANGER = 12345
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to others")
@@ -60,7 +60,7 @@ def test_a_private_folder_has_the_same_mode_under_every_umask(tmp_path: Path, um
     made = [private.private_folder(tmp_path, "whet-x-") for _ in range(3)]
     assert [mode(one) for one in made] == [0o700] * 3
     assert len({one.name for one in made}) == 3
-    assert mode(owned_folder(tmp_path)) == 0o700
+    assert mode(engine_folder(tmp_path)) == 0o700
 
 
 def test_weight_updates_are_written_where_only_this_user_can_go(shared: Path, umask: int) -> None:
@@ -151,8 +151,8 @@ def test_root_leaves_the_folders_of_other_users_alone(shared: Path, what: str) -
 
 def left_by_a_killed_engine(root: Path) -> Path:
     code = (
-        "import os, sys; from pathlib import Path; from whet.processes import owned_folder\n"
-        "print(owned_folder(Path(sys.argv[1])), flush=True); os.kill(os.getpid(), 9)"
+        "import os, sys; from pathlib import Path; from whet.processes import engine_folder\n"
+        "print(engine_folder(Path(sys.argv[1])), flush=True); os.kill(os.getpid(), 9)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(root)], capture_output=True, text=True)
     return Path(done.stdout.strip())
@@ -162,9 +162,9 @@ def test_an_engine_s_folder_of_another_user_is_left_alone(tmp_path: Path, monkey
     left = left_by_a_killed_engine(tmp_path)
     with monkeypatch.context() as patched:
         pretend_to_be_somebody_else(patched)
-        owned_folder(tmp_path)
+        engine_folder(tmp_path)
     assert left.is_dir()
-    owned_folder(tmp_path)
+    engine_folder(tmp_path)
     assert not left.exists()
 
 
@@ -173,7 +173,7 @@ def test_a_planted_name_or_link_does_not_stop_an_engine(tmp_path: Path, end: str
     """A name that is not made as whet makes it once raised ValueError in every engine of every user."""
     root = tmp_path / "root"
     root.mkdir()
-    machine = owned_folder(root).name.split("-")[2]
+    machine = engine_folder(root).name.split("-")[2]
     victim = tmp_path / "victim"
     victim.mkdir()
     (victim / "file").touch()
@@ -182,7 +182,7 @@ def test_a_planted_name_or_link_does_not_stop_an_engine(tmp_path: Path, end: str
         planted.symlink_to(victim)
     else:
         planted.mkdir()
-    assert owned_folder(root).is_dir()
+    assert engine_folder(root).is_dir()
     assert os.path.lexists(planted)
     assert (victim / "file").exists()
 

@@ -67,14 +67,14 @@ def test_a_watcher_kills_what_is_between_it_and_its_owner() -> None:
 
 def test_a_folder_of_a_process_that_was_killed_is_removed_by_the_next(tmp_path: Path) -> None:
     code = (
-        "import os, sys; from pathlib import Path; from whet.processes import owned_folder\n"
-        "print(owned_folder(Path(sys.argv[1])), flush=True); os.kill(os.getpid(), 9)"
+        "import os, sys; from pathlib import Path; from whet.processes import engine_folder\n"
+        "print(engine_folder(Path(sys.argv[1])), flush=True); os.kill(os.getpid(), 9)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     left = Path(done.stdout.strip())
     (tmp_path / "whet-engine-00000000-1-1.00-x").mkdir()  # of another machine
     assert left.is_dir()
-    own, other = (processes.owned_folder(tmp_path) for _ in range(2))
+    own, other = (processes.engine_folder(tmp_path) for _ in range(2))
     assert own.is_dir()
     assert other.is_dir()
     assert not left.exists()

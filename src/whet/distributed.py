@@ -1,7 +1,6 @@
 """Process groups: ranks, collective operations, startup with torchrun, and the restart budget."""
 
 import os
-import pickle
 import socket
 import threading
 import time
@@ -14,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from whet.errors import RestartsExhausted, WorkerDied
+from whet.errors import RestartsExhausted, WorkerDied, sendable_error
 from whet.terminal import caution
 
 T = TypeVar("T")
@@ -82,7 +81,7 @@ class Workers:
             found = work()
         except Exception as raised:
             error = raised
-        both = self.gather((found, error if self.size == 1 else _sendable(error)))
+        both = self.gather((found, error if self.size == 1 else sendable_error(error)))
         for _, raised_there in both:
             if raised_there is not None:
                 raise raised_there if error is None else error
@@ -117,14 +116,6 @@ def run_parallel(works: Sequence[Callable[[], T]]) -> list[T]:
     with ThreadPoolExecutor(max(1, len(works)), "whet-at-once") as threads:
         futures = [threads.submit(work) for work in works]
     return [future.result() for future in futures]
-
-
-def _sendable(error: Exception | None) -> Exception | None:
-    """Return the error, or a RuntimeError with the same message if the error cannot be pickled."""
-    try:
-        return pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def launched() -> bool:

@@ -16,6 +16,7 @@ The command line prints these as one message and exits with 2 (`UserError`), 1, 
 `--debug` shows the traceback. A message shows control characters as escapes.
 """
 
+import pickle
 from typing import Any
 
 from whet.terminal import visible
@@ -94,6 +95,15 @@ def shown(error: BaseException) -> str:
     """
     text = visible(" ".join(str(error).split()))
     return text if len(text) <= LONGEST else f"{text[: LONGEST * 3 // 4]} ... {text[-LONGEST // 4 :]}"
+
+
+def sendable_error(error: BaseException | None) -> BaseException | None:
+    """Return the error, or a RuntimeError with the same message if it cannot be pickled and unpickled."""
+    try:
+        pickle.loads(pickle.dumps(error))
+        return error
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def first_line(error: BaseException) -> str:

@@ -76,7 +76,7 @@ def end(processes: Sequence[Process], seconds: float) -> None:
             one.kill()
 
 
-def owned_folder(root: Path) -> Path:
+def engine_folder(root: Path) -> Path:
     """Create a private folder of this process in `root`. This user's folders of processes that have ended without removing
     them are removed."""
     # the processes of other machines and containers are not known here

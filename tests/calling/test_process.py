@@ -47,6 +47,17 @@ def judge(prompts, completions, **columns):
         os.kill(os.getpid(), signal.SIGSEGV)
     if what == "exits":
         sys.exit("wrong")
+    if what == "pool":  # as sandboxes of code and mathematics do
+        import multiprocessing
+        context = multiprocessing.get_context("fork")
+        late = context.Process(target=time.sleep, args=(600,))
+        late.start(), late.terminate(), late.join()
+        with context.Pool(1) as pool:
+            return pool.map(len, completions)
+    if what == "own error":
+        raise Wrong("the compiler", "gave up")
+    if what == "unreadable":
+        return [Here()] * len(completions)
     if what == "unsendable":
         return [lambda: 1]
     if what == "none":
@@ -56,6 +67,16 @@ def judge(prompts, completions, **columns):
         return torch.tensor([0.1] * len(completions))
     columns["edited"][0].append(9)
     return [calls + 0.1] * len(completions)
+
+from whet import RewardError
+
+class Wrong(RewardError):
+    def __init__(self, what, why):
+        super().__init__(f"{what} {why}")
+
+class Here:
+    def __reduce__(self):
+        return (__import__, ("no_such_module",))
 
 class Judge:
     per_group = True
@@ -189,7 +210,9 @@ def test_the_process_ends_with_a_run_that_is_killed(mine: str, busy: bool, tmp_p
     assert run.stdout is not None
     pid = next(int(line.split()[1]) for line in run.stdout if line.startswith("pid"))
     pids = [pid, *(one.pid for one in psutil.Process(pid).children())]
+    until = time.monotonic() + 60
     while busy and not (note.exists() and len(note.read_text().split()) == 3):
+        assert time.monotonic() < until
         time.sleep(0.02)
     pids += [int(one) for one in note.read_text().split()] if busy else []
     run.kill()
@@ -290,3 +313,32 @@ def no_process_is_left() -> Iterator[Callable[[], list[int]]]:
         one.pid for one in psutil.Process().children(recursive=True) if "whet.calling.child" in " ".join(one.cmdline())
     ]
     assert gone(left)
+
+
+def test_processes_of_the_function_end_when_it_ends_them(mine: str) -> None:
+    assert reward(mine).score(groups("pool")).answer.tolist() == [4.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("own error", "the compiler gave up"),
+        ("unreadable", "what it returned cannot be read here .*no_such_module"),
+    ],
+)
+def test_what_cannot_be_sent_back_is_an_error_of_the_function(mine: str, text: str, said: str) -> None:
+    own = reward(mine)
+    with pytest.raises(RewardError, match=said):
+        own.score(groups(text))
+    assert len(own.score(groups()).answer) == 2
+
+
+def test_a_process_that_cannot_load_the_function_says_so_each_time(mine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [Path("/elsewhere"), *sys.path])  # a path as an object is no fault
+    own = reward(mine)
+    Path(mine).write_text("raise OSError('moved')")
+    for _ in range(2):
+        with pytest.raises((RewardError, RecipeError), match="moved"):
+            own.score(groups())
+    Path(mine).write_text(SOURCE)
+    assert len(own.score(groups()).answer) == 2

@@ -13,8 +13,10 @@ import numpy
 import pytest
 import torch
 
+from whet.calling import state
 from whet.calling.guard import UserCall
 from whet.calling.state import restored
+from whet.registry import load_object
 
 LEFT: list[Any] = []
 """Contexts that the code entered and never left."""
@@ -79,7 +81,7 @@ def test_modes_that_the_caller_has_set_are_kept() -> None:
     assert torch.is_grad_enabled()
 
 
-def test_a_function_goes_on_with_its_own_random_numbers_and_changes_no_others() -> None:
+def test_functions_go_on_with_random_numbers_of_their_own_and_change_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     def draw() -> tuple[float, float, float]:
         return random.random(), float(numpy.random.random()), float(torch.rand(()))
 
@@ -89,10 +91,11 @@ def test_a_function_goes_on_with_its_own_random_numbers_and_changes_no_others() 
     seed()
     own = [draw() for _ in range(3)]
     seed()
-    call = UserCall(draw, "reward draw")
+    monkeypatch.setattr(state, "USERS", {})
+    calls = [UserCall(draw, "reward draw"), UserCall(lambda: draw(), "reward other")]
     got, between = [], []
-    for _ in range(3):
-        got.append(call("1 answer"))
+    for number in range(3):
+        got.append(calls[number % 2]("1 answer"))
         between.append(draw())
     assert got == own
     assert between == own  # as if the function had drawn none
@@ -111,7 +114,21 @@ def test_the_first_context_of_a_process_takes_no_time() -> None:
     """Some setters of torch import its compiler, which takes seconds; they are called only after a change."""
     code = (
         "import sys, torch\nfrom whet.calling.state import restored\nheavy = {'torch._dynamo', 'torch._inductor', 'sympy'}\n"
-        "before = heavy & set(sys.modules)\nwith restored({}): pass\nprint(heavy & set(sys.modules) - before)"
+        "before = heavy & set(sys.modules)\nwith restored(): pass\nprint(heavy & set(sys.modules) - before)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_a_seed_that_a_reward_file_sets_counts(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "import random\nrandom.seed(5)\n\ndef judge(completions, **columns):\n    return [random.random() for _ in completions]\n"
+    )
+    before = random.getstate()
+    with restored():
+        function = load_object(f"{tmp_path / 'own.py'}:judge")
+    expected = random.Random(5)
+    call = UserCall(function, "reward judge")
+    got = [call("2 answers", named={"completions": ["a", "b"]}) for _ in range(2)]
+    assert got == [[expected.random(), expected.random()] for _ in range(2)]
+    assert random.getstate() == before

@@ -21,8 +21,8 @@ SFT = [{"prompt": "hello a", "completion": "yes b c"}, {"prompt": "b", "completi
 PAIRS = [{"prompt": "hello a", "chosen": "yes b c", "rejected": "no"}, {"prompt": "b", "chosen": "no", "rejected": "a"}]
 JUDGES = {
     "good": "return [float(len(text.split())) for text in completions]",
-    "raises": "if calls > 2: raise KeyError('target')\n    return [1.0] * len(completions)",
-    "short": "return [1.0] * (len(completions) if calls < 3 else 2)",
+    "raises": "if calls > 2: raise KeyError('target')\n    return [float(n) for n in range(len(completions))]",
+    "short": "return [float(n) for n in range(len(completions) if calls < 3 else 2)]",
     "nan": "return [1.0] * (len(completions) - 1) + [float('nan') if calls > 2 else 2.0]",
 }
 

@@ -214,7 +214,7 @@ def test_an_adapter_of_a_base_with_code_and_one_for_megatron_are_refused(home: P
 def test_engines_and_servers_get_the_option_and_nothing_else_sets_it(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from whet.generate.vllm import adapter, engine, server
+    from whet.generate.vllm import adapter, engine, launch
     from whet.generate.vllm.start import engine_arguments
     from whet.runs import generators, models, serve
 
@@ -232,9 +232,9 @@ def test_engines_and_servers_get_the_option_and_nothing_else_sets_it(
         assert seen[0]["trust_remote_code"] is said
         arguments = engine_arguments("m", Path(), max_model_len=8, trust_remote_code=said)
         assert arguments["trust_remote_code"] is said
-        assert ("--trust-remote-code" in server.flags(arguments)) is said
+        assert ("--trust-remote-code" in launch.flags(arguments)) is said
         monkeypatch.setattr(serve, "require_vllm", lambda: None)
-        monkeypatch.setattr(server, "Server", lambda *_, seen=seen, **options: seen.append(options) or _stop())
+        monkeypatch.setattr(launch, "Server", lambda *_, seen=seen, **options: seen.append(options) or _stop())
         with pytest.raises(InterruptedError):
             serve.run_serve(fields.ServeRecipe(model=fields.Frozen(path="m", trust_remote_code=said)))
         assert seen[1]["trust_remote_code"] is said
@@ -250,14 +250,14 @@ def _stop() -> Any:
 def test_a_server_unpickles_nothing_even_if_its_environment_says_so(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from whet.generate.vllm import server
+    from whet.generate.vllm import launch
 
     started: dict[str, Any] = {}
-    monkeypatch.setattr(server, "require_vllm", lambda: None)
-    monkeypatch.setattr(server.subprocess, "Popen", lambda *_, **options: started.update(options) or _stop())
+    monkeypatch.setattr(launch, "require_vllm", lambda: None)
+    monkeypatch.setattr(launch.subprocess, "Popen", lambda *_, **options: started.update(options) or _stop())
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     with pytest.raises(InterruptedError):
-        server.Server("m", max_model_len=8)
+        launch.Server("m", max_model_len=8)
     assert started["env"]["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "0"
 
 
@@ -355,7 +355,7 @@ def test_the_dtype_of_a_rollout_is_a_dtype(run: Path, capsys: Any, tmp_path: Pat
     pyarrow.parquet.write_table(table.replace_schema_metadata(about), file)
     said = command(capsys, "replay", str(own), "--step", "2")
     assert said.status == 2
-    one_message(said.error, [str(file), "no dtype of torch for rewards, got 'load'"])
+    one_message(said.error, [str(file), "its metadata whet.dtypes are not as whet writes them"])
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "rows.csv", "rows.pkl", "rows.npy", "rows.pt", "rows"])

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from models import helpers as h
 
 from whet import methods
-from whet.data import Unpaired
+from whet.data import Sample, Segment, Unpaired
 from whet.generate import Request
 from whet.generate.local import LocalGenerator
 from whet.learner import UpdateResult, Work
@@ -57,6 +57,35 @@ class Rough(LocalGenerator):
         for sample in super().generate(requests):
             off = [0.6 * math.sin(3.0 * sample.draw + 5.0 * sample.answer + t) for t in range(len(sample.ids))]
             yield replace(sample, sampler_logp=tuple(v + o for v, o in zip(sample.sampler_logp, off, strict=True)))
+
+
+TOOL = (12, 13)
+
+
+class WithTool(LocalGenerator):
+    """Writes two tokens, gets a tool's result of two, and goes on. The tool's log-probs are `spoiled`: nobody may read them. An
+    end token among the first two ends only the turn if `turns` is set; `last` is what the tool writes at the end."""
+
+    spoiled, result, turns = 99.0, TOOL, False
+    last: tuple[int, ...] = ()
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
+        begun = list(super().generate([replace(one, most=2) for one in requests]))
+        for request, sample in zip(requests, begun, strict=True):
+            if sample.finish != "paused" and not (self.turns and sample.finish == "stop"):
+                yield sample
+                continue
+            told = self.told(sample, self.result)
+            (rest,) = super().generate([replace(request, begun=(*request.begun, *sample.ids, *self.result), most=0)])
+            whole = replace(sample, finish="paused").continued(told).continued(rest)
+            yield whole if not self.last else replace(whole.continued(self.told(sample, self.last)), finish=rest.finish)
+
+    def told(self, sample: Sample, ids: tuple[int, ...]) -> Sample:
+        """What the tool writes after a part of an answer."""
+        return Sample(
+            sample.draw, sample.answer, ids, (self.spoiled,) * len(ids), sample.version, "paused", "",
+            None if sample.support is None else ((),) * len(ids), segments=(Segment("tool", len(ids)),),
+        )  # fmt: skip
 
 
 class Recorder(h.Recorder):

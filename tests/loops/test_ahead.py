@@ -193,7 +193,7 @@ def test_answers_of_weights_that_are_too_old_stop_the_run(tmp_path: Path) -> Non
 
     lanes = Lanes(1)
     lanes.lanes = [Old(h.policy(dtype=torch.float32, name="sampler"), END, str, copy=True)]
-    with pytest.raises(RunStopped, match=r"step 2: an answer has tokens of weights that are \d steps old \(bound 1\)"):
+    with pytest.raises(RunStopped, match=r"step 3: an answer has tokens of weights that are \d steps old \(bound 1\)"):
         run(tmp_path, method_of("ppo"), driver=clock(), lanes=lanes, max_staleness=1)
 
 

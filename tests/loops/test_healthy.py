@@ -8,14 +8,15 @@ import pytest
 import torch
 from models import helpers as h
 
-from loops.helpers import END, PROMPTS, cast, learner_of, method_of
+from loops.helpers import END, PROMPTS, WithTool, cast, go, learner_of, method_of
 from whet import methods
 from whet.data import Pair, Ranking, Row
+from whet.errors import RunStopped
 from whet.generate.local import LocalGenerator
-from whet.loops import offline, online
+from whet.loops import offline, online, selfcheck
 from whet.loops.record import RunFolder, read_metrics
 from whet.methods.compose import SFT
-from whet.methods.options import Sampling
+from whet.methods.options import Sampling, Truncated
 from whet.rewards import Weighted
 
 STEPS, RATE = 8, 0.003
@@ -81,3 +82,56 @@ def test_a_healthy_online_run_raises_no_alarm(tmp_path: Path, capsys: Any, name:
     assert len(read_metrics(tmp_path)) == STEPS
     assert capsys.readouterr().err == ""
     assert not (tmp_path / "stopped").exists()
+
+
+# --- answers of several turns ------------------------------------------------------------------------------------------
+
+
+class Turns(WithTool):
+    """Turns of the policy end with an end token, as those of the tool do, which has the last word."""
+
+    result, last, turns = (12, END[0]), (8, END[0]), True
+
+
+@pytest.mark.parametrize("rule", ["keep", "mask", "penalize"])
+@pytest.mark.parametrize("name", ["ppo", "grpo"])
+def test_answers_with_tokens_of_a_tool_raise_no_alarm(tmp_path: Path, capsys: Any, name: str, rule: str) -> None:
+    """Also if a tool writes an end token, and if truncated answers of several turns are left out."""
+    method = method_of(name, truncated=Truncated(rule, **({"amount": 0.5} if rule == "penalize" else {})))  # type: ignore[arg-type]
+    go(
+        tmp_path,
+        method,
+        generator=Turns,
+        sampling=Sampling(6),
+        steps=3,
+        learner=learner_of(cast(method), lr=RATE),
+        on_divergence="stop",
+    )
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
+    assert not (tmp_path / "stopped").exists()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-4, 1e-2])
+def test_new_weights_whose_difference_is_less_than_the_rounding_are_not_refused(scale: float) -> None:
+    """A half-precision engine is off by 0.02 nats at random, and the update changed less, or as much: 200 pushes of each."""
+    draw = torch.Generator().manual_seed(4)
+
+    class Engine:
+        version = 1
+        reports: frozenset[str] = frozenset()
+
+        def logprobs(self, ids: Any) -> Any:
+            return [expected + 0.02 * torch.randn(159, generator=draw)]
+
+    for _ in range(200):
+        before = -3 * torch.rand(159, generator=draw)
+        expected = before + 0.02 * torch.randn(159, generator=draw) + scale * torch.randn(159, generator=draw)
+        selfcheck.published(0, Engine(), 1, torch.arange(160), before, expected, low_precision=True)  # type: ignore[arg-type]
+    expected = before + 0.2 * torch.randn(159, generator=draw)
+
+    class Stale(Engine):
+        def logprobs(self, ids: Any) -> Any:
+            return [before + 0.02 * torch.randn(159, generator=draw)]
+
+    with pytest.raises(RunStopped, match="the new weights did not arrive"):
+        selfcheck.published(0, Stale(), 1, torch.arange(160), before, expected, low_precision=True)  # type: ignore[arg-type]

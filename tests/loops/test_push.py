@@ -118,7 +118,7 @@ def test_a_lost_push_is_seen_where_the_scores_are_still_within_the_bound(rate: f
     def generator(*given: Any) -> Faulty:
         return Faulty(*given, fault=dropped_but_said_to_be_there)
 
-    with pytest.raises(RunStopped, match="step 1: after the push the generator still scores"):
+    with pytest.raises(RunStopped, match="step 2: after the push the generator still scores"):
         go(tmp_path, method, learner=learner_of(cast(method), lr=rate), generator=generator, steps=4)
 
 

@@ -1,7 +1,6 @@
 """Text that the model did not write: a tool's result in the middle of an answer goes through every online method."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,36 +8,12 @@ import pytest
 import torch
 from models import helpers as h
 
-from loops.helpers import ONLINE, go, method_of
+from loops.helpers import ONLINE, TOOL, WithTool, go, method_of
 from whet.data import Group, Prompt, Sample, Segment
-from whet.generate import Request
-from whet.generate.local import LocalGenerator
 from whet.loops import rollouts
 from whet.loops.record import read_metrics
 from whet.methods.options import Sampling
 from whet.rewards import Scores, Weighted, score_all
-
-TOOL = (12, 13)
-
-
-class WithTool(LocalGenerator):
-    """Writes two tokens, gets a tool's result of two, and goes on. The tool's log-probs are `spoiled`: nobody may read them."""
-
-    spoiled = 99.0
-
-    def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
-        begun = list(super().generate([replace(one, most=2) for one in requests]))
-        for request, sample in zip(requests, begun, strict=True):
-            if sample.finish != "paused":
-                yield sample
-                continue
-            support = None if sample.support is None else ((),) * len(TOOL)
-            result = Sample(
-                sample.draw, sample.answer, TOOL, (self.spoiled,) * len(TOOL), sample.version, "paused", "", support,
-                segments=(Segment("tool", len(TOOL)),),
-            )  # fmt: skip
-            (rest,) = super().generate([replace(request, begun=(*request.begun, *sample.ids, *TOOL), most=0)])
-            yield sample.continued(result).continued(rest)
 
 
 class Spoiled(WithTool):

@@ -10,11 +10,13 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
-from whet.errors import RewardError, WhetError
+from whet.errors import RewardError, WhetError, sendable_error
 from whet.processes import descendants
 from whet.registry import called
 
 T = TypeVar("T")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""The signals that end a run. They do not end this process: the run does."""
 
 
 def main(link: int, lifeline: int) -> None:
@@ -26,8 +28,9 @@ def main(link: int, lifeline: int) -> None:
     for one in (link, lifeline):
         os.set_inheritable(one, False)
     _end_with(lifeline, link)
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the run decides when it ends
+    for signum in SIGNALS:  # the run decides when this process ends; those that the function forks end as usual
         signal.signal(signum, lambda *_: None)
+    os.register_at_fork(before=_hold, after_in_parent=_release, after_in_child=_as_usual)
     connection = Connection(link)
     with suppress(EOFError, OSError):
         label, make = pickle.loads(connection.recv_bytes())
@@ -39,6 +42,22 @@ def main(link: int, lifeline: int) -> None:
             connection.send_bytes(_failed(error, f"{label}: its process cannot load it"))
         while function is not None:
             connection.send_bytes(_answer(function, label, connection.recv_bytes()))
+
+
+def _hold() -> None:
+    """Hold signals back, so that one that comes right after a fork finds the handlers of `_as_usual`."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _release() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def _as_usual() -> None:
+    """Let signals end a process that the function has forked."""
+    for signum in SIGNALS:
+        signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+    _release()
 
 
 def itself(thing: T) -> T:
@@ -55,7 +74,7 @@ def _end_with(lifeline: int, link: int) -> None:
         return
     try:
         os.close(link)
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for signum in SIGNALS:
             signal.signal(signum, signal.SIG_IGN)
         os.read(lifeline, 1)
         for one in descendants(watched):
@@ -82,7 +101,6 @@ def _failed(error: BaseException, otherwise: str) -> bytes:
     trace = "".join(traceback.format_exception(error))
     if not isinstance(error, WhetError):
         error = RewardError(f"{otherwise}: {type(error).__name__}: {error}")
-    try:
-        return pickle.dumps(("error", error, trace))
-    except Exception:  # an error class of the user with arguments that cannot be sent
-        return pickle.dumps(("error", RewardError(str(error)), trace))
+    if sendable_error(error) is not error:  # an error class of the user with arguments that cannot be sent
+        error = RewardError(str(error))
+    return pickle.dumps(("error", error, trace))

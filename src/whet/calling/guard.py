@@ -58,7 +58,6 @@ class UserCall:
         if seconds is not None:
             assert make is not None
             self.child = Child(sendable(make, f"{option}: {label}"), label, seconds)
-        self._random: dict[str, Any] = {}
 
     def start(self) -> None:
         """Start the process of a function with a limit. Raises an error if it cannot load the function."""
@@ -75,5 +74,5 @@ class UserCall:
             with told_if_slow(self.label, what, limit):
                 return self.child(what, given, named)
         assert self.function is not None
-        with told_if_slow(self.label, what, f"it has no limit, and {self.option} sets one"), restored(self._random):
+        with told_if_slow(self.label, what, f"it has no limit, and {self.option} sets one"), restored():
             return called(self.function, self.label, given, named)

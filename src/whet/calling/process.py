@@ -73,7 +73,7 @@ class Child:
             return
         ours, theirs = Pipe()
         read, write = os.pipe()
-        code = CODE.format(path=sys.path, link=theirs.fileno(), lifeline=read)
+        code = CODE.format(path=[str(one) for one in sys.path], link=theirs.fileno(), lifeline=read)
         process = subprocess.Popen(
             [sys.executable, "-c", code],
             stdin=subprocess.DEVNULL,
@@ -84,9 +84,12 @@ class Child:
         os.close(read)
         self._running = running = Running(process, ours, write)
         self._end = weakref.finalize(self, _end, running, os.getpid())
-        self._exchange(
-            pickle.dumps((self.label, self.make)), START, f"{self.label}: its process did not start within {START:g} s"
-        )
+        try:
+            late = f"{self.label}: its process did not start within {START:g} s"
+            self._exchange(pickle.dumps((self.label, self.make)), START, late)
+        except BaseException:
+            self.close()
+            raise
 
     def __call__(self, what: str, given: Sequence[Any], named: Mapping[str, Any]) -> Any:
         """Call the function and return its result. Raises its error, or RewardError if it takes too long or its process ends;
@@ -118,7 +121,7 @@ class Child:
         reply: Any = None
         try:
             running.link.send_bytes(message)
-            reply = pickle.loads(running.link.recv_bytes())
+            reply = _received(running.link.recv_bytes(), self.label)
         except (EOFError, OSError):  # the process was killed, or ended
             pass
         except BaseException:  # a signal: the reply would be that of the next call
@@ -134,6 +137,15 @@ class Child:
         if reply[0] == "error":
             raise reply[1] from RuntimeError(f"in the process of {self.label}:\n{reply[2]}")
         return reply[1]
+
+
+def _received(reply: bytes, label: str) -> Any:
+    """Return the reply of a process. Raises RewardError if it has a value that this process cannot make."""
+    try:
+        return pickle.loads(reply)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise RewardError(f"{label}: what it returned cannot be read here ({reason}); return numbers") from error
 
 
 def _status(process: "subprocess.Popen[bytes]") -> str:

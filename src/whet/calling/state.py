@@ -17,8 +17,12 @@ DEVICES = ("cpu", "cuda")
 """Devices whose autocast is restored."""
 
 
+USERS: dict[str, Any] = {}
+"""The state of the random generators at the end of the last of the user's calls or imports."""
+
+
 @contextmanager
-def restored(own: dict[str, Any] | None = None) -> Iterator[None]:
+def restored() -> Iterator[None]:
     """Restore global state at the end of the context, also after an error. It takes less than 1 ms.
 
     Restored are: the random generators of Python, numpy and torch (also on GPUs); torch's default dtype, default device, grad mode,
@@ -26,17 +30,17 @@ def restored(own: dict[str, Any] | None = None) -> Iterator[None]:
     directory, `sys.stdout` and `sys.stderr`, and in the main thread the handlers of `HANDLED`. Not restored are environment
     variables and attributes of modules.
 
-    `own` keeps the state of the random generators between the contexts of one function: it continues its own random numbers.
+    The user's code has random numbers of its own: each call continues those of the last one, also of another function, and of the
+    imports. So a seed that a file sets counts, and functions do not draw the same numbers.
     """
     drawn, before = _random(), [(read, write, read()) for read, write in _settings()]
-    if own:
-        _set_random(own)
+    if USERS:
+        _set_random(USERS)
     with _modes():
         try:
             yield
         finally:
-            if own is not None:
-                own.update(_random())
+            USERS.update(_random())
             _set_random(drawn)
             for read, write, value in before:
                 if read() != value:  # some writes are slow

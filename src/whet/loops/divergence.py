@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from whet.errors import CheckpointError
+
 MOVED = 4.0
 """Largest mean change of the policy's log-probs in one step, in nats per token."""
 KL_ONCE, KL_TWICE = 8.0, 3.0
@@ -14,8 +16,13 @@ AT_LIMIT, NOT_AT_LIMIT = 0.95, 0.5
 """Share of truncated answers that is reported, if the first step had at most the other share."""
 FLAT = 5
 """Steps in a row without any difference between the scores."""
-SETTLED = 5
-"""Steps after which the largest loss of a critic is taken as its scale."""
+SETTLED = 10
+"""Steps after which the largest loss is taken as the scale of a loss."""
+AT_ONCE, IN_A_ROW = 4.0, 2.0
+"""How far a loss rises above the largest one so far, as a multiple of 1 + that one: in any step, and in `ROW` steps in a row."""
+CRITIC = 30.0
+"""The same in a row for the loss of a critic, whose scale follows the rewards."""
+ROW = 3
 
 
 class Divergence:
@@ -36,9 +43,16 @@ class Divergence:
         return {"first": self._first, "most": self._most, "count": self._count, "said": self._said}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        """Restore the result of `state`; a checkpoint of an older version has none."""
-        self._first, self._most = dict(saved.get("first", {})), dict(saved.get("most", {}))
-        self._count, self._said = dict(saved.get("count", {})), list(saved.get("said", []))
+        """Restore the result of `state`. Raises CheckpointError for values of other types."""
+        numbers = [*saved["first"].values(), *saved["most"].values(), *saved["count"].values()]
+        if not all(isinstance(one, (int, float)) for one in numbers) or not all(
+            isinstance(one, str) for one in saved["said"]
+        ):
+            raise CheckpointError(
+                f"the state of a checkpoint has a value of a wrong type in divergence: {saved!r:.200}; restore it"
+            )
+        self._first, self._most = dict(saved["first"]), dict(saved["most"])
+        self._count, self._said = dict(saved["count"]), list(saved["said"])
 
     def signs(self, step: int, numbers: Mapping[str, float], moved: float = 0.0) -> list[tuple[str, bool]]:
         """Return the signs of divergence in the metrics of a step, each with whether it is fatal.
@@ -76,20 +90,18 @@ class Divergence:
             critic = name.startswith("loss/critic/")
             if not critic and name != "loss":
                 continue
-            value, most = numbers[name], self._most.get(name)
-            high, times = False, False
-            if most is not None and (not critic or step > SETTLED):
-                scale = 1.0 + abs(most)
-                high = value > most + (30.0 if critic else 1.0) * scale
-                times = self._in_a_row(name, high) or (not critic and value > most + 3.0 * scale)
+            value, most = numbers[name], self._most.get(name, numbers[name])
+            rise = (value - most) / (1.0 + abs(most))
+            high = step > SETTLED and rise > (CRITIC if critic else IN_A_ROW)
+            explodes = self._in_a_row(name, high, ROW) or (not critic and rise > AT_ONCE)
             if not high:
-                self._most[name] = value if most is None else max(most, value)
-            if times and most is not None:
-                what = "the loss of the critic" if critic else "the loss"
+                self._most[name] = max(most, value)
+            if explodes:
+                what, field = ("the loss of the critic", "critic.optim.lr") if critic else ("the loss", "optim.lr")
                 yield (
                     name,
                     f"{what} is {value:.4g}, and was at most {most:.4g} before; it explodes. Probably the learning rate is too "
-                    f"high{_rate(numbers)}: lower {'critic.optim.lr' if critic else 'optim.lr'}, or warm up longer (optim.warmup_ratio)",
+                    f"high{_rate(numbers, 'critic' if critic else '')}: lower {field}, or warm up longer (optim.warmup_ratio)",
                     True,
                 )
 
@@ -145,6 +157,7 @@ class Divergence:
             )
 
 
-def _rate(numbers: Mapping[str, float]) -> str:
-    rates = [f"{numbers[name]:.3g}" for name in ("lr/policy", "lr/reward") if name in numbers]
-    return f" (now {rates[0]})" if rates else ""
+def _rate(numbers: Mapping[str, float], role: str = "") -> str:
+    """Return the learning rate of a role, or else of the trained model, in words."""
+    names = [f"lr/{role}"] if role else ["lr/policy", "lr/reward"]
+    return next((f" (now {numbers[name]:.3g})" for name in names if name in numbers), "")

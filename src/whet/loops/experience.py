@@ -41,12 +41,19 @@ class RolloutScores:
         for name, values in named.items():
             if isinstance(values, list) and len(values) == len(answers):
                 scores = checked(values, answers, name)
+                if scores.token is not None:
+                    raise ValueError(
+                        f"scores {name}: expected one number per answer, got numbers per token; return them from a reward, and pass "
+                        "the result of score()"
+                    )
                 known[name] = scores.answer
                 applies |= {name: scores.applies} if scores.applies is not None else {}
             elif isinstance(values, Tensor) and tuple(values.shape) == (len(answers),):
                 known[name] = values.float()
             else:
-                raise ValueError(f"scores {name}: expected a tensor of shape ({len(answers)},), got {values!r:.80}")
+                raise ValueError(
+                    f"scores {name}: expected a tensor of shape ({len(answers)},), or a list of as many numbers or None, got {values!r:.80}"
+                )
         check_scored(list(known), groups, applies)
         longest = max(len(sample.ids) for sample in answers)
         return RolloutScores(known, torch.zeros(len(answers), longest), ends_of(answers), applies=applies)

@@ -97,11 +97,11 @@ class OfflineLoop:
             self.run.checkpoints, learner, total=plan.steps, every=plan.save_every, minutes=plan.save_minutes, keep=plan.keep,
             last=plan.save_last, stop=self.stop,
         )  # fmt: skip
-        begin = {"step": 0, "state": self.state}
+        begin = {"step": 0, "state": self.state, "divergence": self.divergence.state()}
         loop: dict[str, Any] = (keeper.restore(begin, self.run.accepted) if self.resume else None) or begin
         self.first, self.state = loop["step"], loop["state"]
         self._next = self.first
-        self.divergence.restore(loop.get("divergence", {}))
+        self.divergence.restore(loop["divergence"])
         if self.first < plan.steps:
             elements = [element for source in self.sources for element in source]
             learner.rehearse(longest(elements, plan.batch), trained_columns(self.objective.terms))
@@ -112,9 +112,11 @@ class OfflineLoop:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, RunStopped) and self._seen is not None:
-            self.run.stopped(error, self.step + 1, self.learner.version, self._seen)
-        self._stack.__exit__(kind, error, trace)
+        try:
+            if isinstance(error, RunStopped) and self._seen is not None:
+                self.run.stopped(error, self.step + 1, self.learner.version, self._seen)
+        finally:
+            self._stack.__exit__(kind, error, trace)
 
     def batches(self) -> Iterator[Batch]:
         """Yield one batch per step, with the columns that the objective reads. Requesting the next batch ends the step: its

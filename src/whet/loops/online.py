@@ -108,20 +108,24 @@ class OnlineLoop:
             self.run.checkpoints, learner, total=plan.steps, every=plan.save_every, minutes=plan.save_minutes, keep=plan.keep,
             last=plan.save_last, stop=self.stop,
         )  # fmt: skip
-        begin = {"step": 0, "state": self.state, "drawn": 0}
+        begin = {"step": 0, "state": self.state, "drawn": 0, "skipped": 0, "divergence": self.divergence.state()}
         loop: dict[str, Any] = (keeper.restore(begin, self.run.accepted) if self.resume else None) or begin
         self.first, self.state = loop["step"], loop["state"]
         self._next = self.first
-        self.skipped = loop.get("skipped", 0)
-        self.divergence.restore(loop.get("divergence", {}))
+        self.skipped = loop["skipped"]
+        self.divergence.restore(loop["divergence"])
         self.source.restore(loop, self.first)
         self.generator.load_weights(learner.publish())
         canary = torch.tensor([token for prompt in self.prompts for token in prompt.ids][: plan.canary])
         if len(canary) > 1:
             expected = scored(learner, canary)
-            selfcheck.published(
-                self.first, self.generator, learner.version, canary, expected, expected, plan.low_precision
-            )
+            try:
+                selfcheck.published(
+                    self.first, self.generator, learner.version, canary, expected, expected, plan.low_precision
+                )
+            except RunStopped as error:
+                self.run.stopped(error, self.first + 1, learner.version, None)
+                raise
         if self.first < plan.steps:
             learner.rehearse(self._longest(), trained_columns(self.algorithm.terms))
         self._stack.enter_context(keeper)
@@ -139,10 +143,12 @@ class OnlineLoop:
         return longest([*[row] * size, *self.stream.elements], size)
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, RunStopped) and self._running:
-            names = [one.name for one in self.rewards]
-            self.run.stopped(error, self.step + 1, self.learner.version, self._seen, self._groups, names)
-        self._stack.__exit__(kind, error, trace)
+        try:
+            if isinstance(error, RunStopped) and self._running:
+                names = [one.name for one in self.rewards]
+                self.run.stopped(error, self.step + 1, self.learner.version, self._seen, self._groups, names)
+        finally:
+            self._stack.__exit__(kind, error, trace)
 
     def steps(self) -> Iterator[StepLog]:
         """Yield the steps after the last checkpoint. Requesting the next step ends the current one: its metrics and rollout
@@ -316,10 +322,9 @@ class OnlineLoop:
     def _check(self, batch: Batch) -> None:
         """Run the self-checks between measuring and training."""
         step, plan, now = self.step, self.plan, self._now
-        left_out = batch["truncated"].tolist() if now.truncated.rule == "mask" and now.pairs is None else ()
-        selfcheck.tokens(step, batch, plan.end_ids, left_out)
         assert self._whole is not None
-        selfcheck.answers_in_place(step, self._whole, self._groups)
+        selfcheck.tokens(step, batch, ())
+        selfcheck.answers_in_place(step, self._whole, self._groups, plan.end_ids)
         selfcheck.finite(step, batch.columns)
         corrected = now.importance_correction is not None
         gap = selfcheck.sampler_agrees(step, batch, self.learner.version, plan.low_precision, corrected)
@@ -385,7 +390,7 @@ class OnlineLoop:
         if self.stop is not None:
             self.stop.wait_for(f"the end of step {self.step + 1}")
         update, self._mini, self._unpublished = self.learner.optim_step(), None, True
-        selfcheck.kl_in_loss(self.step, self._now.terms, update.losses)
+        selfcheck.kl_in_loss(self.step, self._now.terms, update.losses, mini.batch["mask"].shape[1])
         now = update.now.get("rollout", {})
         if mini.epoch == 0 and mini.number == 0:
             selfcheck.ratio_is_one(self.step, mini.batch, now)
@@ -454,7 +459,9 @@ class OnlineLoop:
             trained = batch.with_columns(ratio=self._ratio) if batch.rows else batch
             names = [one.name for one in self.rewards]
             self.run.rollout(done, self._groups, whole if self._now.pairs else trained, names)
-            self.run.caution(self.flat.caution(done, whole))
+            flat = self.flat.caution(done, whole)
+            if flat is not None and self.divergence.once("flat"):
+                self.run.caution(flat)
         self.state = state
         seconds = {"seconds": time.perf_counter() - self._began, "seconds/generate": self._sampled - self._began}
         self.run.metrics(done, **numbers, **seconds)

@@ -1,5 +1,6 @@
 """The record of a stop: when a self-check ends a run, what it looked at is written to `stopped/` in the run folder."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def record(
                 rollouts.write_table(rows, table_of(batch, groups, names), batch)
             write_json(path, about | {"seen": {name: _plain(value) for name, value in error.seen.items()}})
         error.args = (f"{message}{where}{path.with_suffix('.parquet') if batch is not None else path}",)
-    except OSError as failed:  # a full disk must not hide why the run ended
+    except Exception as failed:  # a full disk, or a column that no file can hold, must not hide why the run ended
         error.args = (f"{message}; what the check saw could not be written to {path.parent} ({first_line(failed)})",)
 
 
@@ -73,4 +74,9 @@ def table_of(batch: Batch, groups: Sequence[Group] = (), names: Sequence[str] = 
 
 
 def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, Tensor) else value
+    """Return tensors as lists, and numbers that JSON does not have (NaN, infinities) as text."""
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -10,7 +10,7 @@ from whet.calling.child import itself
 from whet.calling.guard import UserCall
 from whet.data import Group, Prompt
 from whet.errors import RecipeError
-from whet.methods.options import Positive
+from whet.methods.options import Seconds
 from whet.registry import load_object, objects, place_of
 from whet.rewards.base import REWARDS, Reward, Scores, checked, checked_scores, columns_of, copied
 
@@ -19,7 +19,7 @@ from whet.rewards.base import REWARDS, Reward, Scores, checked, checked_scores, 
 class Options:
     """Options of a function, and of a class that has no option of this name itself."""
 
-    timeout: Positive | None = None
+    timeout: Seconds | None = None
     """longest duration of a call in seconds; the function then runs in a process of its own, which is killed at this limit. Without
     it there is no limit"""
 

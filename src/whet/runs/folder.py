@@ -276,7 +276,8 @@ def _kept(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _untimed(reward: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a reward of a saved recipe without its limit of time, which changes no score."""
+    """Return a reward of a saved recipe without its option `timeout`: a limit of time, which changes no score. A user's class may
+    have an option of this name with another meaning; it may change too (docs/rewards.md)."""
     options = reward.get("options") or {}
     return {**reward, "options": {name: value for name, value in options.items() if name != "timeout"}}
 

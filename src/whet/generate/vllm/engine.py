@@ -23,7 +23,7 @@ from whet.generate.vllm.start import engine_arguments, leave_groups, processes_o
 from whet.generate.vllm.worker import OWNER
 from whet.models.load import missing_ids
 from whet.ops import address
-from whet.processes import end, owned_folder
+from whet.processes import end, engine_folder
 
 CLOSE = 15.0
 """Seconds for an engine to end by itself before it is killed."""
@@ -213,7 +213,7 @@ class VLLMGenerator(EngineGenerator):
         refuse_inside_ranks(separate)
         if transfer == "ipc" and not separate:
             raise RecipeError("generator.transfer: a process cannot open its own CUDA handles; take shared")
-        self._folder = owned_folder(shared_memory())
+        self._folder = engine_folder(shared_memory())
         self._remove = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._can_sleep = sleep
         self._owns_group = not separate and not torch.distributed.is_initialized()

@@ -23,7 +23,7 @@ from whet.generate.vllm.engine import CLOSE
 from whet.generate.vllm.gate import GATE, KEY
 from whet.generate.vllm.start import QUIET, engine_arguments, sockets_in
 from whet.http import UNIX, Http
-from whet.processes import descendants, end, owned_folder
+from whet.processes import descendants, end, engine_folder
 
 JSON_ROUTES = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "0"}
 """Environment of a server: it has the weight routes, and never unpickles what is sent to them."""
@@ -49,7 +49,7 @@ class Server:
         self, model: str | Path, *, port: int | None = None, key: str = "", start_timeout: float = 600.0, **options: Any
     ) -> None:
         require_vllm()
-        self.folder = owned_folder(shared_memory())
+        self.folder = engine_folder(shared_memory())
         arguments = engine_arguments(model, self.folder, **options)
         self.key_file: Path | None = None
         if port is not None and not key:
