@@ -14,7 +14,7 @@ from whet.errors import ModelError, first_line
 from whet.models import saved_adapters
 from whet.models.code import refuse_code
 from whet.models.finite import check_finite
-from whet.models.tokens import mend_generation_config
+from whet.models.tokens import CONFIGURATIONS, mend_generation_config, try_tokenizer, why
 from whet.ops import address
 
 MISSING = "ids_without_token"
@@ -25,8 +25,6 @@ KERNELS = {
     "flash_attention_3": "flash-attn-3 on a machine with a Hopper GPU (github.com/Dao-AILab/flash-attention, folder hopper)",
 }
 """Packages of attention kernels that do not come with torch."""
-CONFIGURATIONS = ("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json")
-"""The files of a model folder that transformers reads as JSON, except the tokenizer."""
 HEADS = ("score", "classifier")
 """Names of the head of a sequence classifier."""
 
@@ -79,7 +77,7 @@ def load_tokenizer(source: ModelSource, *, pad_token: str | None = None) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=source.trust_remote_code)
     except Exception as error:  # transformers raises many error types for a folder without a tokenizer
         raise ModelError(f"{source.path}: the tokenizer cannot be loaded ({why(error)})") from error
-    _try_tokenizer(source.path, tokenizer)
+    try_tokenizer(source.path, tokenizer)
     if pad_token is not None:
         if pad_token not in tokenizer.get_vocab():
             raise ModelError(f"--model.pad-token {pad_token!r}: the tokenizer of {source.path} has no such token")
@@ -87,20 +85,6 @@ def load_tokenizer(source: ModelSource, *, pad_token: str | None = None) -> Any:
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token  # other tools need one to batch inputs of the saved model
     return tokenizer
-
-
-def _try_tokenizer(path: str, tokenizer: Any) -> None:
-    """Raise ModelError for a tokenizer that loads and cannot be used, because a value of its files has a wrong type."""
-    try:
-        ids = tokenizer("a b")["input_ids"]
-        tokenizer.decode(ids)
-        usable = all(
-            type(one) is int and one >= 0 for one in [*ids, *tokenizer.get_vocab().values(), *tokenizer.all_special_ids]
-        )
-    except Exception as error:  # transformers and tokenizers raise many error types
-        raise ModelError(f"{path}: the tokenizer cannot be used ({why(error)})") from error
-    if not usable:
-        raise ModelError(f"{path}: the tokenizer cannot be used (an id of a token is not a number from 0)")
 
 
 def load_causal_lm(source: ModelSource, tokenizer: Any = None) -> Any:
@@ -389,13 +373,6 @@ def _check_folder(path: str) -> None:
     for name in CONFIGURATIONS:
         if (folder / name).is_file():
             read_json(folder / name, ModelError, "download or save the model again", unique=False)
-
-
-def why(error: BaseException) -> str:
-    """Return the reason of an error of transformers, and that a value of a file is the cause where it does not say so."""
-    if isinstance(error, (AttributeError, TypeError, LookupError, AssertionError, UnboundLocalError, RecursionError)):
-        return f"a value in {', '.join(CONFIGURATIONS)} or tokenizer.json is missing or of a wrong type: {first_line(error)}"
-    return first_line(error)
 
 
 def has_tokenizer(path: str) -> bool:

@@ -9,6 +9,30 @@ from whet.data.files import write_json
 from whet.errors import ModelError, first_line
 from whet.terminal import caution
 
+CONFIGURATIONS = ("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json")
+"""The files of a model folder that transformers reads as JSON, except the tokenizer."""
+
+
+def why(error: BaseException) -> str:
+    """Return the reason of an error of transformers, and that a value of a file is the cause where it does not say so."""
+    if isinstance(error, (AttributeError, TypeError, LookupError, AssertionError, UnboundLocalError, RecursionError)):
+        return f"a value in {', '.join(CONFIGURATIONS)} or tokenizer.json is missing or of a wrong type: {first_line(error)}"
+    return first_line(error)
+
+
+def try_tokenizer(path: str, tokenizer: Any) -> None:
+    """Raise ModelError for a tokenizer that loads and cannot be used, because a value of its files has a wrong type."""
+    try:
+        ids = tokenizer("a b")["input_ids"]
+        tokenizer.decode(ids)
+        usable = all(
+            type(one) is int and one >= 0 for one in [*ids, *tokenizer.get_vocab().values(), *tokenizer.all_special_ids]
+        )
+    except Exception as error:  # transformers and tokenizers raise many error types
+        raise ModelError(f"{path}: the tokenizer cannot be used ({why(error)})") from error
+    if not usable:
+        raise ModelError(f"{path}: the tokenizer cannot be used (an id of a token is not a number from 0)")
+
 
 def set_score_pad(tokenizer: Any, last_ids: Collection[int], name: str) -> None:
     """Give the tokenizer of a reward model a pad token that no complete text ends with.
