@@ -375,7 +375,7 @@ MUTANTS: list[Mutant] = [
     *_of(
         "loops/selfcheck.py",
         "loops/test_push.py",
-        ("and stale < off:", "and stale < 0:"),
+        ("and 2 * stale < off:", "and stale < 0:"),
         ("if not gap <= 10 * precision:", "if gap > 10 * precision:"),
         ("if generator.version != version:", "if False:"),
     ),

@@ -132,3 +132,18 @@ def test_a_seed_that_a_reward_file_sets_counts(tmp_path: Path) -> None:
     got = [call("2 answers", named={"completions": ["a", "b"]}) for _ in range(2)]
     assert got == [[expected.random(), expected.random()] for _ in range(2)]
     assert random.getstate() == before
+
+
+def test_an_autocast_that_was_never_left_ends_with_the_call() -> None:
+    """While one is open, torch keeps the weights that it has cast: later updates would not be seen."""
+    layer = torch.nn.Linear(2, 2)
+    with restored():
+        entered(torch.autocast("cpu", dtype=torch.bfloat16))
+        layer(torch.ones(1, 2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = layer(torch.ones(1, 2))
+    with torch.no_grad():
+        layer.weight.add_(1.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        after = layer(torch.ones(1, 2))
+    assert not torch.equal(before, after)

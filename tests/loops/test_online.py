@@ -12,7 +12,7 @@ from models import helpers as h
 
 from loops.helpers import ONLINE, Rough, cast, go, learner_of, method_of, rollout, separate
 from whet import ops
-from whet.data import COLUMNS, Batch, Group, Weights
+from whet.data import COLUMNS, Batch, Group, Weights, pad
 from whet.errors import RunStopped
 from whet.generate import Request
 from whet.generate.local import LocalGenerator
@@ -154,15 +154,13 @@ def test_an_untrained_end_token_stops_the_run(tmp_path: Path, monkeypatch: pytes
 
     def batch_of(*given: Any) -> Batch:
         batch = original(*given)
-        cut = tuple(
-            replace(row, mask=row.mask.clone().index_fill(0, torch.tensor([row.response - 1]), False))
-            for row in batch.rows
-        )
-        return replace(batch, rows=cut)
+        ends = torch.tensor(END)
+        cut = tuple(replace(row, mask=row.mask & ~torch.isin(row.ids[row.start :], ends)) for row in batch.rows)
+        return replace(batch, rows=cut, columns={**batch.columns, "mask": pad([row.mask for row in cut])})
 
     monkeypatch.setattr(online, "batch_of", batch_of)
     with pytest.raises(RunStopped, match="never learn to stop"):
-        go(tmp_path, method_of("grpo"), end_ids=range(27))
+        go(tmp_path, method_of("grpo"), end_ids=END)
 
 
 @pytest.mark.parametrize(("earned", "share"), [(0.0, "0526"), (1.0, "0505")])

@@ -266,8 +266,8 @@ def _weights(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "torn weights": (_write("adapter_model.safetensors", b"\0" * 40), "cannot be read"),
     "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "has no adapter_model"),
-    "torn settings": (_write("adapter_config.json", b"{"), "adapter_config.json: it cannot be read"),
-    "a list": (_write("adapter_config.json", b"[]"), "has no base_model_name_or_path"),
+    "torn settings": (_write("adapter_config.json", b"{"), "adapter_config.json:1: not the JSON of an object"),
+    "a list": (_write("adapter_config.json", b"[]"), "adapter_config.json:1: not the JSON of an object"),
     "no base": (_about(base_model_name_or_path="drop"), "has no base_model_name_or_path; add it"),
     "null base": (_about(base_model_name_or_path=None), "has no base_model_name_or_path; add it"),
     "no kind": (_about(peft_type="drop"), "has no peft_type"),

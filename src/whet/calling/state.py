@@ -93,7 +93,25 @@ def _settings() -> list[Setting]:
         *(_attribute(cudnn, name) for name in ("enabled", "benchmark", "deterministic")),
         *((partial(torch.is_autocast_enabled, one), partial(torch.set_autocast_enabled, one)) for one in DEVICES),
         *((partial(torch.get_autocast_dtype, one), partial(torch.set_autocast_dtype, one)) for one in DEVICES),
+        (_autocast_depth, _leave_autocast),
     ]
+
+
+def _autocast_depth() -> int:
+    """Return how many autocast contexts of this thread were entered and not left."""
+    torch = sys.modules["torch"]
+    depth: int = torch.autocast_increment_nesting() - 1
+    torch.autocast_decrement_nesting()
+    return depth
+
+
+def _leave_autocast(depth: int) -> None:
+    """Leave autocast contexts. While one is open, torch keeps the weights that it has cast, also after they have changed."""
+    torch = sys.modules["torch"]
+    while _autocast_depth() > depth:
+        torch.autocast_decrement_nesting()
+    if not depth:
+        torch.clear_autocast_cache()
 
 
 @contextmanager

@@ -41,7 +41,7 @@ class RolloutScores:
         for name, values in named.items():
             if isinstance(values, list) and len(values) == len(answers):
                 scores = checked(values, answers, name)
-                if scores.token is not None:
+                if any(isinstance(one, (list, tuple)) for one in values):
                     raise ValueError(
                         f"scores {name}: expected one number per answer, got numbers per token; return them from a reward, and pass "
                         "the result of score()"

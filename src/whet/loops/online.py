@@ -323,7 +323,7 @@ class OnlineLoop:
         """Run the self-checks between measuring and training."""
         step, plan, now = self.step, self.plan, self._now
         assert self._whole is not None
-        selfcheck.tokens(step, batch, ())
+        selfcheck.tokens(step, batch, plan.end_ids, alone=False)
         selfcheck.answers_in_place(step, self._whole, self._groups, plan.end_ids)
         selfcheck.finite(step, batch.columns)
         corrected = now.importance_correction is not None

@@ -14,6 +14,22 @@ from whet.errors import DataError, first_line
 
 SCHEMA = 1
 """Version of the columns, stored in the metadata of a file. A file without a version has version 1."""
+TEXTS = ("prompt_id", "prompt", "completion", "finish", "authors")
+"""Columns with text."""
+WHOLE = (
+    "prompt_ids",
+    "completion_ids",
+    "draw",
+    "answer",
+    "version",
+    "segment_lengths",
+    "group",
+    "token_version",
+    "support",
+)
+"""Columns with whole numbers."""
+LISTS = dict.fromkeys(("prompt_ids", "completion_ids", "authors", "segment_lengths"), 1)
+"""Columns with lists that are not columns of the batch, and their depth."""
 LEFT_OUT = ("element", "index", "rewards", "reward_applies", "address")
 """Columns of the batch that are not written."""
 REWARD = "reward/"
@@ -102,7 +118,33 @@ def read(folder: Path, step: int, columns: Sequence[str] | None = None) -> dict[
     version = int(found) if found.isdigit() and len(found) < 10 else SCHEMA + 1
     if version > SCHEMA:
         raise DataError(f"{path_of(folder, step)}: schema version {version}; this whet reads up to {SCHEMA}, update it")
+    for name in table.column_names:
+        _check_column(path_of(folder, step), name, table[name])
     return table.to_pydict()
+
+
+def _check_column(path: Path, name: str, column: Any) -> None:
+    """Raise DataError if a column of a file has values of another type than whet writes, or lacks some."""
+    from pyarrow import types
+
+    if name not in {*TEXTS, *WHOLE, *LISTS, *COLUMNS} and not name.startswith(REWARD):
+        return  # of a newer version
+    kind, values, depth, missing = column.type, column.combine_chunks(), 0, column.null_count
+    while types.is_list(kind) or types.is_large_list(kind):
+        kind, values, depth = kind.value_type, values.flatten(), depth + 1
+        missing += values.null_count
+    text = name in TEXTS
+    known = types.is_string(kind) or types.is_large_string(kind)
+    if not text:
+        known = types.is_integer(kind) or (name not in WHOLE and (types.is_floating(kind) or types.is_boolean(kind)))
+    if types.is_null(kind):  # lists without any value
+        known = depth > 0
+    lists = LISTS.get(name, 0)
+    if name in COLUMNS:
+        lists = len(COLUMNS[name].shape.split(",")) - (2 if COLUMNS[name].shape.endswith(",)") else 1)
+    if not known or depth != lists or (missing and not name.startswith(REWARD)):
+        fault = "has no value in some rows" if known and depth == lists else f"has the type {column.type}"
+        raise DataError(f"{path}: the column {name} {fault}, which whet does not write; restore the file")
 
 
 def dtype(folder: Path, step: int, name: str) -> torch.dtype:

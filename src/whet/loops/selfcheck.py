@@ -36,9 +36,10 @@ def stop(step: int, fact: str, **seen: Any) -> None:
     raise RunStopped(f"step {step + 1}: {fact}", **seen)
 
 
-def tokens(step: int, batch: Batch, end_ids: Sequence[int]) -> None:
+def tokens(step: int, batch: Batch, end_ids: Sequence[int], *, alone: bool = True) -> None:
     """Stop the run if no token is trained, if the mask of a row is not its own, or if the end token of an answer is not trained:
-    after the last trained token of a row, there must be none of `end_ids`. Rows without any trained token are left out."""
+    after the last trained token of a row, there must be none of `end_ids` if the model `alone` writes end tokens. Rows without any
+    trained token are left out."""
     if not bool(batch["mask"].any()):
         stop(step, "no token of this batch is trained; is every answer truncated and masked, or empty?")
     for number, row in enumerate(batch.rows):
@@ -46,8 +47,9 @@ def tokens(step: int, batch: Batch, end_ids: Sequence[int]) -> None:
         trained = own[: row.response].nonzero()
         if not len(trained) and not bool(own.any()):
             continue
-        rest = row.ids[row.start + (int(trained[-1]) + 1 if len(trained) else 0) :]
-        if any(one in end_ids for one in rest.tolist()):
+        lost = row.ids[row.start :][row.mask & ~own[: row.response]]
+        rest = row.ids[row.start + (int(trained[-1]) + 1 if len(trained) else 0) :] if alone else lost
+        if any(one in end_ids for one in [*rest.tolist(), *lost.tolist()]):
             _end_not_trained(step, number)
         if not bool((own[: row.response] == row.mask).all()) or bool(own[row.response :].any()):
             stop(
