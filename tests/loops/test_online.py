@@ -10,7 +10,7 @@ import pytest
 import torch
 from models import helpers as h
 
-from loops.helpers import ONLINE, Rough, cast, go, learner_of, method_of, rollout, separate
+from loops.helpers import END, ONLINE, Rough, cast, go, learner_of, method_of, rollout, separate
 from whet import ops
 from whet.data import COLUMNS, Batch, Group, Weights, pad
 from whet.errors import RunStopped
