@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -329,7 +330,7 @@ def told(error: BaseException) -> str:
         trace = trace.tb_next
     if isinstance(error, SyntaxError):
         where = f" (at {error.filename}:{error.lineno})"
-    return f"{type(error).__name__}: {error}{where}"
+    return f"{type(error).__name__}: {_text(error)}{where}"
 
 
 def called(
@@ -343,13 +344,17 @@ def called(
     """Call a function. If it raises, raise an error of the class `raises` with `label` and the line of the user's file. This is
     so for SystemExit too, which must not end the run. KeyboardInterrupt passes: a signal saves and ends the run.
 
-    `own` is the user's function if `function` only calls it.
+    `own` is the user's function if `function` only calls it. A copy of the process that the function forked ends here: it must
+    not continue the run.
     """
+    process = os.getpid()
     try:
-        return function(*given, **named)
-    except (WhetError, KeyboardInterrupt):
+        return _ended_if_forked(process, function(*given, **named))
+    except (WhetError, KeyboardInterrupt) as error:
+        _ended_if_forked(process, error)
         raise
     except BaseException as error:
+        _ended_if_forked(process, error)
         function = own or getattr(function, "func", function)  # functools.partial
         code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
         where = f"{code.co_filename}:{code.co_firstlineno}" if code else "?"
@@ -358,7 +363,24 @@ def called(
             if code and trace.tb_frame.f_code.co_filename == code.co_filename:
                 where = f"{code.co_filename}:{trace.tb_lineno}"
             trace = trace.tb_next
-        raise raises(f"{label} raised {type(error).__name__}: {error} (at {where})") from error
+        raise raises(f"{label} raised {type(error).__name__}: {_text(error)} (at {where})") from error
+
+
+def _ended_if_forked(process: int, outcome: Any) -> Any:
+    """Return the outcome in this process. In a fork of it, end the process: with the status of SystemExit, 1 after another error,
+    0 after a result."""
+    if os.getpid() == process:
+        return outcome
+    code = outcome.code if isinstance(outcome, SystemExit) else int(isinstance(outcome, BaseException))
+    os._exit(code if isinstance(code, int) else int(code is not None))
+
+
+def _text(error: BaseException) -> str:
+    """Return the message of an error. The class of a user's error may be unable to say it."""
+    try:
+        return str(error)
+    except Exception as failed:
+        return f"(its message cannot be read: {type(failed).__name__})"
 
 
 def _values(options: Any) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """A call of a user's function: SystemExit is its error, a signal passes, and a slow one is named while it runs."""
 
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -88,3 +90,24 @@ def test_a_fast_function_is_not_named(monkeypatch: pytest.MonkeyPatch, capfd: An
     time.sleep(0.3)
     assert capfd.readouterr().err == ""
     assert guard.SLOW == (0.1,)
+
+
+def test_a_fork_that_a_function_makes_never_continues_the_run(tmp_path: Path) -> None:
+    """It ends with the function, whatever that does in it: the run would go on twice."""
+    (tmp_path / "own.py").write_text(
+        "import os, sys\n\ndef judge(completions, **columns):\n    pid = os.fork()\n    if pid == 0 and completions[0] == 'exits':\n"
+        "        sys.exit(3)\n    if pid == 0 and completions[0] == 'raises':\n        raise ValueError('in the copy')\n"
+        "    if pid == 0:\n        return [0.0]\n    return [float(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))]\n"
+    )
+    code = (
+        "import sys; from whet.calling.guard import UserCall; from whet.registry import load_object\n"
+        f"call = UserCall(load_object({str(tmp_path / 'own.py')!r} + ':judge'), 'reward judge')\n"
+        "for text in ('returns', 'raises', 'exits'):\n    print(text, call('1 answer', named={'completions': [text]}), flush=True)\n"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert said.stdout.splitlines() == ["returns [0.0]", "raises [1.0]", "exits [3.0]"]
+
+
+def test_a_signal_mask_that_a_function_sets_ends_with_the_call() -> None:
+    UserCall(lambda: signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]), "reward own")("1 answer")
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])

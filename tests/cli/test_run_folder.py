@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import stat
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -626,3 +627,101 @@ def test_no_checkpoint_can_be_loaded_from_a_folder_without_one(tmp_path: Path) -
     (tmp_path / "step-00000001").mkdir()
     with pytest.raises(CheckpointError, match=r"manifest.json is missing; no checkpoint is complete"):
         checkpoint.newest(tmp_path)
+
+
+# --- found by breaking it ----------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_has_ended_without_a_checkpoint_is_not_started_over(capsys: Any) -> None:
+    more = ["--save-last", "false", "--optim.schedule", "constant"]
+    assert command(capsys, "sft", *words(SFT, *more)).status == 0
+    before = on_disk(Path("runs/r"))
+    tiny.write_jsonl(Path("rows.jsonl"), ROWS[:8])
+    for steps in (3, 6):
+        said = command(capsys, "sft", *words(SFT | {"num_steps": steps}, "--resume", *more))
+        assert said.status == 2
+        one_message(
+            said.error, ["runs/r has ended after 4 steps and has no checkpoint", "name another folder with --out"]
+        )
+    assert on_disk(Path("runs/r")) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "file"),
+    [
+        ("from lib import rules as own", "lib/rules.py"),
+        ("from lib.deep import rules as own", "lib/__init__.py"),
+        ("import lib.deep.rules as own", "lib/deep/rules.py"),
+    ],
+)
+def test_a_changed_module_of_a_package_beside_the_reward_is_refused_by_name(
+    text: str, file: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path.cwd())
+    for name in [one for one in sys.modules if one.partition(".")[0] == "lib"]:
+        monkeypatch.delitem(sys.modules, name)
+    Path("lib/deep").mkdir(parents=True)
+    for one in ("lib/__init__.py", "lib/deep/__init__.py", "lib/rules.py", "lib/deep/rules.py"):
+        Path(one).write_text("W = 1.0\n")
+    Path("rules.py").write_text(f"{text}\n" + RULES.format(module="math"))
+    more = ["--save-every", "1", "--optim.schedule", "constant"]
+    assert command(capsys, "grpo", *words(GRPO | {"num_steps": 2}, *more)).status == 0
+    Path(file).write_text("W = 2.0\n")
+    said = command(capsys, "grpo", *words(GRPO, "--resume", *more))
+    assert said.status == 2
+    one_message(said.error, ["rules.py:reward", "changed"])
+    assert command(capsys, "grpo", *words(GRPO, "--resume", "--accept-changed", "rules.py:reward", *more)).status == 0
+
+
+def test_a_changed_template_without_a_suffix_is_refused_by_name(capsys: Any) -> None:
+    Path("template").write_text("{% for one in messages %}{{ one.content }}{% endfor %}")
+    given = GRPO | {"num_steps": 2, "chat_template": "template"}
+    assert command(capsys, "grpo", *words(given, "--save-every", "1", "--optim.schedule", "constant")).status == 0
+    Path("template").write_text("{% for one in messages %}{{ one.content }} {% endfor %}")
+    said = command(
+        capsys,
+        "grpo",
+        *words(given | {"num_steps": 3}, "--resume", "--save-every", "1", "--optim.schedule", "constant"),
+    )
+    assert said.status == 2
+    one_message(said.error, ["model.chat_template", "template", "changed"])
+
+
+@pytest.mark.parametrize("make", [lambda path: path.mkdir(), lambda path: path.write_text("")], ids=["folder", "file"])
+@pytest.mark.parametrize("name", ["step-00000009", "step-abcdefgh"])
+def test_names_that_are_no_checkpoint_do_not_stop_a_resume(name: str, make: Any, capsys: Any) -> None:
+    more = ["--save-every", "1", "--optim.schedule", "constant"]
+    assert command(capsys, "sft", *words(SFT | {"num_steps": 2}, *more)).status == 0
+    make(Path("runs/r/checkpoints") / name)
+    said = command(capsys, "sft", *words(SFT, "--resume", *more))
+    assert said.status == 0, said.error
+    assert len(read_metrics(Path("runs/r"))) == 4
+
+
+PIPES = [
+    "runs/r/metrics.jsonl",
+    "runs/r/checkpoints/step-00000002/loop.json",
+    "m/config.json",
+    "m/tokenizer_config.json",
+]
+
+
+@pytest.mark.parametrize("name", PIPES)
+def test_a_pipe_in_the_place_of_a_file_is_named_and_does_not_block(name: str, capsys: Any) -> None:
+    more = ["--save-every", "1", "--save-last", "true", "--optim.schedule", "constant"]
+    assert command(capsys, "sft", *words(SFT | {"num_steps": 2}, *more)).status == 0
+    if name.startswith("m/"):
+        Path("runs/r").rename("runs/old")
+    Path(name).unlink()
+    os.mkfifo(name)
+    signal.alarm(60)  # a run that blocks ends this test
+    try:
+        said = command(capsys, "sft", *words(SFT, *(["--resume"] if not name.startswith("m/") else []), *more))
+    finally:
+        signal.alarm(0)
+    if "checkpoints" in name:  # the one before is used
+        assert said.status == 0
+        assert "step-00000002" in said.error
+    else:
+        assert said.status == 2
+        one_message(said.error, [str(Path(name).parent)])

@@ -25,8 +25,8 @@ CASES: list[tuple[list[dict[str, float]], int | None, str, bool]] = [
     ([{}, {"entropy": 0.041}, {"entropy": 0.041}], None, "", True),
     ([{}, {"entropy": 0.039}, {"entropy": 0.039}], 3, "the entropy of the policy is 0.039 nats per token, and was 2", True),
     ([{"entropy": 0.09}, {"entropy": 0.0}, {"entropy": 0.0}], None, "", True),
-    ([{}, {"truncated": 0.94}, {"truncated": 0.94}], None, "", True),
-    ([{}, {"truncated": 0.96}, {"truncated": 1.0}], 3, "100% of the answers reach sampling.max_new_tokens, and 10% did", True),
+    ([{}, {}, {"truncated": 0.94}, {"truncated": 0.94}], None, "", True),
+    ([{}, {}, {"truncated": 0.96}, {"truncated": 1.0}], 4, "100% of the answers reach sampling.max_new_tokens, and 10% did", True),
     ([{"truncated": 1.0}] * 4, None, "", True),
     ([{"score_std": 0.0}] * 4 + [{}] + [{"score_std": 0.0}] * 3, None, "", False),
     ([{"score_std": 0.0}] * 5, 5, "were equal in the last 5 steps (mean 1 now)", False),
@@ -45,11 +45,11 @@ def test_a_sign_is_found_in_this_step_and_said_once(
 ) -> None:
     one, signs = Divergence(), []
     for step, numbers in enumerate(steps, 1):
-        signs += [(step, *sign) for sign in one.signs(step, BASE | numbers)]
+        signs += [(step, *sign) for sign in one.signs(step, BASE | numbers, answers=32)]
         again = Divergence()
         again.restore(json.loads(json.dumps(one.state())))  # as a resumed run has it
         one = again
-    signs += [(0, *sign) for sign in one.signs(len(steps) + 1, BASE | steps[-1])]
+    signs += [(0, *sign) for sign in one.signs(len(steps) + 1, BASE | steps[-1], answers=32)]
     if found is None:
         assert signs == []
         return
@@ -75,6 +75,17 @@ def test_the_loss_of_an_offline_run_explodes(losses: list[float], found: int | N
     one = Divergence()
     steps = [step for step, loss in enumerate(losses, 1) if one.signs(step, {"loss": loss, "lr/policy": 0.5})]
     assert steps == ([] if found is None else [found])
+
+
+def test_few_answers_say_nothing_about_lengths_and_one_nothing_about_scores() -> None:
+    one = Divergence()
+    shares = [0.5, 0.5, 0.75, 0.25] * 4 + [1.0] * 15  # 4 answers a step: 64 at the start, then 60 at the limit
+    assert not [
+        sign for step, share in enumerate(shares, 1) for sign in one.signs(step, BASE | {"truncated": share}, answers=4)
+    ]
+    assert one.signs(32, BASE | {"truncated": 1.0}, answers=4)
+    alone = Divergence()
+    assert not [sign for step in range(1, 9) for sign in alone.signs(step, BASE | {"score_std": 0.0}, answers=1)]
 
 
 def test_the_rate_that_is_named_is_that_of_the_critic() -> None:

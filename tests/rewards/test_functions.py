@@ -245,3 +245,35 @@ def test_a_file_that_cannot_be_imported_is_named_with_the_cause(source: str, wha
     (tmp_path / "mine.py").write_text(source)
     with pytest.raises(RecipeError, match=rf"mine\.py:judge: importing .*mine\.py failed with {what}"):
         load_object(f"{tmp_path}/mine.py:judge")
+
+
+class BadLength(list):
+    def __len__(self) -> int:
+        raise ValueError("no length")
+
+
+class BadText(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
+UNREADABLE: dict[str, Any] = {
+    "a huge number": lambda: [10**5000, 1.0, 1.0, 1.0],
+    "a sparse tensor": lambda: torch.eye(2).to_sparse(),
+    "a tensor without data": lambda: torch.empty(2, device="meta"),
+    "a list without a length": lambda: BadLength([1.0, 2.0]),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_what_cannot_be_read_is_an_error_of_the_reward(kind: str) -> None:
+    with pytest.raises(RewardError, match=r"reward .*(cannot be read|expected a finite number)"):
+        scored(UNREADABLE[kind]())
+
+
+def test_an_error_that_cannot_say_its_message_is_an_error_of_the_function() -> None:
+    def judge(**columns: Any) -> list[float]:
+        raise BadText
+
+    with pytest.raises(RewardError, match=r"reward judge raised BadText: \(its message cannot be read: ValueError\)"):
+        FunctionReward(judge).score(groups())

@@ -79,6 +79,9 @@ def _settings() -> list[Setting]:
     out: list[Setting] = [(_folder, _chdir), _attribute(sys, "stdout"), _attribute(sys, "stderr")]
     if threading.current_thread() is threading.main_thread():
         out += [(partial(signal.getsignal, one), partial(_handle, one)) for one in HANDLED]
+        out.append(
+            (partial(signal.pthread_sigmask, signal.SIG_BLOCK, ()), partial(signal.pthread_sigmask, signal.SIG_SETMASK))
+        )
     torch = sys.modules.get("torch")
     if torch is None:
         return out

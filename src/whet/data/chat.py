@@ -463,6 +463,8 @@ def chat_format(
         )
     arguments = dict(arguments or {})
     for argument in arguments:
+        if argument in ("messages", "add_generation_prompt"):
+            raise ModelError(f"model.chat_template_kwargs: whet sets {argument!r} for each row itself; leave it out")
         if argument not in _variables(tokenizer):
             raise ModelError(
                 f"model.chat_template_kwargs: the chat template of {name} does not use {argument!r}; leave it out"

@@ -26,12 +26,19 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def regular(path: Path) -> Path:
+    """Return the path of a file. Raises OSError for a pipe or a device, which could block for ever or never end."""
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path}: not a regular file; put one there, or remove it")
+    return path
+
+
 def read_json(
     path: Path, error: type[WhetError], advice: str = "restore it, or write it again", *, unique: bool = True
 ) -> dict[str, Any]:
     """Return the object of a JSON file. Raises an `error` with the file, the line and the advice if it is not UTF-8, not JSON,
     not an object, larger than `LARGEST_JSON`, or (with `unique`) has a name twice. Raises OSError if the file cannot be read."""
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         data = file.read(LARGEST_JSON + 1)
     line = 1
     try:
@@ -132,5 +139,5 @@ def shared_memory() -> Path:
 
 def sha256(path: Path) -> str:
     """Return the SHA-256 hash of a file's content in hexadecimal."""
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

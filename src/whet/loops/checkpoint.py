@@ -266,6 +266,11 @@ def _check_state(loop: Mapping[str, Any], begin: Mapping[str, Any], where: str) 
             _check_state(found, value, f"{where}{name}.")
 
 
+def steps(folder: Path) -> list[int]:
+    """Return the steps of all checkpoints in a folder, complete or not, in order."""
+    return [int(path.name.removeprefix("step-")) for path in _all(folder)]
+
+
 def _all(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name))
 

@@ -12,8 +12,9 @@ KL_ONCE, KL_TWICE = 8.0, 3.0
 ENTROPY = 0.02
 """Smallest entropy as a share of that of the first step; the first step must have at least `LEAST_ENTROPY`."""
 LEAST_ENTROPY = 0.1
-AT_LIMIT, NOT_AT_LIMIT = 0.95, 0.5
-"""Share of truncated answers that is reported, if the first step had at most the other share."""
+AT_LIMIT, NOT_AT_LIMIT, ANSWERS = 0.95, 0.5, 64
+"""Share of truncated answers that is reported, if the first answers of the run had at most the other share; both over at least
+so many answers."""
 FLAT = 5
 """Steps in a row without any difference between the scores."""
 SETTLED = 10
@@ -54,22 +55,21 @@ class Divergence:
         self._first, self._most = dict(saved["first"]), dict(saved["most"])
         self._count, self._said = dict(saved["count"]), list(saved["said"])
 
-    def signs(self, step: int, numbers: Mapping[str, float], moved: float = 0.0) -> list[tuple[str, bool]]:
-        """Return the signs of divergence in the metrics of a step, each with whether it is fatal.
+    def signs(
+        self, step: int, numbers: Mapping[str, float], moved: float = 0.0, answers: int = 0
+    ) -> list[tuple[str, bool]]:
+        """Return the signs of divergence in the metrics of a step with `answers` answers, each with whether it is fatal.
 
         `moved` is the mean absolute change of the policy's log-probs on fixed tokens in this step, in nats per token.
         """
         found = []
-        for name, text, fatal in (
-            *self._of_losses(step, numbers),
-            *self._of_policy(numbers, moved),
-            *self._of_scores(numbers),
-        ):
+        signs = [*self._of_losses(step, numbers), *self._of_policy(numbers, moved)]
+        signs += [*self._of_lengths(numbers, answers), *self._of_scores(numbers, answers)]
+        for name, text, fatal in signs:
             if self.once(name):
                 found.append((text, fatal))
-        for name in ("entropy", "truncated"):
-            if name in numbers:
-                self._first.setdefault(name, numbers[name])
+        if "entropy" in numbers:
+            self._first.setdefault("entropy", numbers["entropy"])
         return found
 
     def once(self, name: str) -> bool:
@@ -133,19 +133,32 @@ class Divergence:
                     "whether one answer earns the reward for every prompt",
                     True,
                 )
-        if "truncated" in numbers:
-            first, now = self._first.get("truncated", 1.0), numbers["truncated"]
-            if self._in_a_row("truncated", first <= NOT_AT_LIMIT and now >= AT_LIMIT):
-                yield (
-                    "truncated",
-                    f"{now:.0%} of the answers reach sampling.max_new_tokens, and {first:.0%} did in the first step; the policy no longer "
-                    "ends its answers. Check whether the reward favors length; penalize it (overlong, truncated), or raise the limit",
-                    True,
-                )
 
-    def _of_scores(self, numbers: Mapping[str, float]) -> Iterator[tuple[str, str, bool]]:
+    def _of_lengths(self, numbers: Mapping[str, float], answers: int) -> Iterator[tuple[str, str, bool]]:
+        """Compare the share of truncated answers with that of the first answers of the run."""
+        if "truncated" not in numbers:
+            return
+        now, seen = numbers["truncated"], self._first.get("truncated.answers", 0.0)
+        if seen < ANSWERS:
+            self._first["truncated"] = (self._first.get("truncated", 0.0) * seen + now * answers) / max(
+                seen + answers, 1
+            )
+            self._first["truncated.answers"] = seen + answers
+            return
+        first = self._first["truncated"]
+        at_limit = first <= NOT_AT_LIMIT and now >= AT_LIMIT
+        self._count["answers at the limit"] = self._count.get("answers at the limit", 0) + answers if at_limit else 0
+        if self._in_a_row("truncated", at_limit) and self._count["answers at the limit"] >= ANSWERS:
+            yield (
+                "truncated",
+                f"{now:.0%} of the answers reach sampling.max_new_tokens, and {first:.0%} did at the start; the policy no longer ends "
+                "its answers. Check whether the reward favors length; penalize it (overlong, truncated), or raise the limit",
+                True,
+            )
+
+    def _of_scores(self, numbers: Mapping[str, float], answers: int) -> Iterator[tuple[str, str, bool]]:
         """Look for steps in a row without differences between the scores that are compared."""
-        if "score" not in numbers:
+        if "score" not in numbers or answers < 2:
             return
         flat = numbers["zero_spread"] == 1.0 if "zero_spread" in numbers else numbers["score_std"] == 0.0
         if self._in_a_row("flat", flat, FLAT):

@@ -465,7 +465,9 @@ class OnlineLoop:
         self.state = state
         seconds = {"seconds": time.perf_counter() - self._began, "seconds/generate": self._sampled - self._began}
         self.run.metrics(done, **numbers, **seconds)
-        selfcheck.diverging(self.run, self.step, self.divergence.signs(done, own, self._moved), self.plan.on_divergence)
+        answers = len(whole.rows) if whole is not None else 0
+        signs = self.divergence.signs(done, own, self._moved, answers)
+        selfcheck.diverging(self.run, self.step, signs, self.plan.on_divergence)
         assert self._progress is not None
         assert self._keeper is not None
         self._progress.advance(numbers)

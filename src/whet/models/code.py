@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from whet.data.files import regular
 from whet.errors import ModelError
 
 FILES = ("config.json", "tokenizer_config.json")
@@ -54,6 +55,6 @@ def _read(path: str, name: str) -> Any:
         except (OSError, ValueError):
             return None
     try:
-        return json.loads(Path(file).read_text(encoding="utf-8")) if file else None
+        return json.loads(regular(Path(file)).read_text(encoding="utf-8")) if file else None
     except (OSError, ValueError, RecursionError):
         return None

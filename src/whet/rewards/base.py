@@ -149,6 +149,18 @@ def checked(values: object, answers: Sequence[Sample], name: str) -> Scores:
     list of (last token of the segment, number). None in place of the number or the list of an answer says that the reward does
     not apply to it. Raises RewardError with the value for anything else.
     """
+    try:
+        return _converted(values, answers, name)
+    except RewardError:
+        raise
+    except Exception as error:  # a meta or sparse tensor, a list whose length fails, numbers that no text can show
+        raise RewardError(
+            f"reward {name}: what it returned, of the type {type(values).__name__}, cannot be read ({type(error).__name__}); return a "
+            "list with one number per answer"
+        ) from error
+
+
+def _converted(values: object, answers: Sequence[Sample], name: str) -> Scores:
     if isinstance(values, (Tensor,)) or hasattr(values, "tolist"):
         values = values.tolist()
     if not isinstance(values, Sequence) or isinstance(values, str):

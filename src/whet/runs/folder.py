@@ -107,6 +107,8 @@ def checked(recipe: TrainingRecipe, verb: str, options: Options, recipe_file: Pa
     for name in WRITTEN:
         if (folder / name).is_symlink():
             raise RecipeError(f"out: {folder / name} is a link, which a run does not follow; remove it")
+        if (folder / name).exists() and not ((folder / name).is_file() or (folder / name).is_dir()):
+            raise RecipeError(f"out: {folder / name} is neither a file nor a folder; remove it")
     if not begun(folder):
         _refuse_foreign(folder)
         return replace(options, resume=False)
@@ -184,11 +186,23 @@ def check_inputs(recipe: TrainingRecipe, verb: str, options: Options) -> None:
 
 
 def check_steps(folder: Path, steps: int, options: Options) -> None:
-    """Raise RecipeError if a resumed run has made more steps already than it should have."""
-    done = max((int(path.name[5:]) for path in (folder / "checkpoints").glob("step-????????")), default=0)
-    if options.resume and done > steps:
+    """Raise RecipeError if a resumed run has made more steps already than it should have, or if it has ended with another number
+    of steps and has no checkpoint from which it could go on."""
+    if not options.resume:
+        return
+    saved = checkpoint.steps(folder / "checkpoints")
+    for done in reversed(saved):
+        if done <= steps:
+            break
+        if not checkpoint.fault(folder / "checkpoints" / f"step-{done:08d}"):
+            raise RecipeError(
+                f"--resume: the run in {folder} has made {done} steps already, and would have {steps}; give more"
+            )
+    rows = read_metrics(folder) if not saved and (folder / "metrics.jsonl").is_file() else []
+    if rows and (folder / "model").is_dir() and rows[-1]["step"] != steps:
         raise RecipeError(
-            f"--resume: the run in {folder} has made {done} steps already, and would have {steps}; give more"
+            f"--resume: the run in {folder} has ended after {rows[-1]['step']:g} steps and has no checkpoint, so it cannot go on, and "
+            "starting over would replace its model; name another folder with --out"
         )
 
 

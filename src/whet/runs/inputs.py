@@ -4,7 +4,7 @@ import ast
 import hashlib
 import importlib.util
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ def digests(tree: Mapping[str, Any]) -> dict[str, str]:
     installed packages are not covered."""
     found = {}
     for field_, value in named(tree):
-        files = _files_of(value)
+        files = _files_of(value, field_)
         if files:
             sums = [f"{one.name} {sha256(one)}" for one in files]
             found[f"{field_}: {value}"] = hashlib.sha256("\n".join(sums).encode()).hexdigest()
@@ -65,7 +65,7 @@ def strings(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
             yield from strings(one, f"{name}.{key}".strip("."))
 
 
-def _files_of(value: str) -> list[Path]:
+def _files_of(value: str, field_: str) -> list[Path]:
     """Return the files that a recipe value names: a file, the file of "place:name", or the small files of a model folder."""
     path = Path(value)
     if ".py:" in value:
@@ -80,7 +80,8 @@ def _files_of(value: str) -> list[Path]:
         if path.is_file() and path.suffix == ".py":
             return _with_imports(path)
         if path.is_file():
-            return [path] if path.suffix and path.suffix not in WEIGHTS else []
+            named = path.suffix or field_.endswith("chat_template")
+            return [path] if named and path.suffix not in WEIGHTS else []
         if any((path / one).is_file() for one in ("config.json", "adapter_config.json")):
             return sorted(one for one in path.iterdir() if one.is_file() and one.suffix not in WEIGHTS)
     except OSError:  # a text that is too long for a path
@@ -98,15 +99,30 @@ def _with_imports(path: Path) -> list[Path]:
             nodes = list(ast.walk(ast.parse(file.read_bytes())))
         except (SyntaxError, ValueError, RecursionError):  # it is told when the file is loaded
             continue
-        names = [one.name for node in nodes if isinstance(node, ast.Import) for one in node.names]
-        names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
-        for name in names:
-            places = [start.joinpath(*name.split(".")) for start in (path.parent, Path())]
-            for one in [file for place in places for file in (place.with_suffix(".py"), place / "__init__.py")]:
+        for place in _imported(nodes, file, path.parent):
+            for one in (place.with_name(f"{place.name}.py"), place / "__init__.py"):
                 if one.is_file() and not any(one.samefile(other) for other in found):
                     found.add(one)
                     rest.append(one)
     return sorted(found)
+
+
+def _imported(nodes: Sequence[ast.AST], file: Path, home: Path) -> Iterator[Path]:
+    """Yield the places, without suffix, of the modules that a file may import: packages on the way, and names that may be modules
+    of a package. Names without dots are looked for in `home` and in the current folder, others from the file."""
+    for node in nodes:
+        starts, names = (home, Path()), list[str]()
+        if isinstance(node, ast.Import):
+            names = [one.name for one in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = f"{node.module}." if node.module else ""
+            names = [*([node.module] if node.module else []), *(f"{module}{one.name}" for one in node.names)]
+            if node.level:
+                starts = (file.parents[min(node.level, len(file.parents)) - 1],) * 2
+        for name in names:
+            parts = [one for one in name.split(".") if one not in ("", "*")]
+            for count in range(1, len(parts) + 1):
+                yield from (start.joinpath(*parts[:count]) for start in starts)
 
 
 def write(folder: Path, tree: Mapping[str, Any], accepted: Collection[str] = (), *, resumed: bool) -> None:
