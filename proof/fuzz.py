@@ -54,6 +54,10 @@ USED = ("transformers.models.qwen3.modeling_qwen3", "transformers.models.auto.mo
 ONE_STEP = ["--train.save-last", "false", "--train.save-every", "0"]
 
 
+SAVED = ("--train.save-every", "1", "--optim.schedule", "constant")
+"""Options of runs that can be resumed with more steps."""
+
+
 @dataclass(frozen=True)
 class Input:
     """The words of a command, and the files that are put into its folder, with their contents."""
@@ -181,10 +185,7 @@ class World:
                 "sft",
                 "--train.num-steps",
                 "2",
-                "--train.save-every",
-                "1",
-                "--optim.schedule",
-                "constant",
+                *SAVED,
                 "--out",
                 "sft-run",
             ),
@@ -192,10 +193,7 @@ class World:
                 "grpo",
                 "--num-generations",
                 "2",
-                "--train.save-every",
-                "1",
-                "--optim.schedule",
-                "constant",
+                *SAVED,
                 "--out",
                 "grpo-run",
                 steps=2,
