@@ -25,6 +25,7 @@ def on_answers(method: str, *more: str, reward: str = "rules.py:count", steps: i
     return [method, *COMMON, "--data", "prompts.jsonl", "--reward", reward, *size, *length, *more]
 
 
+EVALUATED = ["--eval.every", "2"]
 GROUPS = ["--num-generations", "3"]
 HALVES = ["--rollout.mini-batch-size", "9"]
 CONFIGURATIONS: dict[str, list[str]] = {
@@ -69,6 +70,18 @@ CONFIGURATIONS: dict[str, list[str]] = {
     "gspo": on_answers("gspo", *GROUPS, *HALVES),
     "clip_cov": on_answers("clip_cov", *GROUPS, *HALVES),
     "kl_cov": on_answers("kl_cov", *GROUPS, *HALVES),
+    "sft, evaluated, best kept": on_rows("sft", "sft", *EVALUATED, "--eval", "sft.jsonl", "--keep-best", "eval/loss"),
+    "reward, evaluated, may end early": on_rows(
+        "reward", "ranked", *EVALUATED, "--eval", "ranked.jsonl", "--keep-best", "eval/accuracy", "--early-stop", "1"
+    ),
+    "ppo, evaluated, LoRA, best kept": on_answers(
+        "ppo", *LORA, *EVALUATED, "--eval", "prompts.jsonl", "--eval.num-rows", "5", "--eval.num-generations", "2",
+        "--eval.judge", "rules.py:count", "--keep-best", "eval/judge/count_1",
+    ),
+    "grpo, evaluated, may end early": on_answers(
+        "grpo", *GROUPS, "--eval.every", "1", "--eval", "prompts.jsonl", "--eval.num-rows", "5", "--eval.judge", "rm/model",
+        "--keep-best", "eval/judge/rm", "--early-stop", "2",
+    ),
     "grpo_process": on_answers("grpo_process", *GROUPS, reward="own.py:ids"),
 }  # fmt: skip
 """Name -> the words of the command line. Every other training method has its own line with few options: see `every`."""

@@ -180,7 +180,7 @@ GIVEN: dict[str, tuple[str, list[str], list[str]]] = {
     "no such data file": ("sft", sft(data="HOME/nothing.jsonl"), ["HOME/nothing.jsonl", "no such file"]),
     "no such evaluation file": (
         "sft",
-        sft("--data.eval", "HOME/nothing.jsonl"),
+        sft("--eval", "HOME/nothing.jsonl"),
         ["HOME/nothing.jsonl", "no such file"],
     ),
     "no such model folder": ("sft", sft(model="nothing"), ["HOME/nothing", "no such model folder"]),
@@ -590,7 +590,7 @@ def test_degenerate_data_is_said_and_trained_on(home: Path, tmp_path: Path, caps
     rows = [{"prompt": prompt, "completion": "yes", "label": True} for prompt in "abc"]
     tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
     words = run_words(home, tmp_path, *sft("--train.num-steps", "1", data=str(tmp_path / "rows.jsonl")))
-    said = whet(capsys, "kto", *words, "--data.eval", f"{tmp_path}/rows.jsonl")
+    said = whet(capsys, "kto", *words, "--eval", f"{tmp_path}/rows.jsonl")
     assert said.status == 0
     line = f"whet: {tmp_path}/rows.jsonl: 3 of 3 answers have the label true, so nothing tells good from bad\n"
     assert said.error == line * 2  # the rows of the training, and those of the evaluation

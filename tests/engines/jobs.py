@@ -29,6 +29,7 @@ from whet.generate.local import LocalGenerator
 from whet.generate.shared import SharedGenerator
 from whet.learner.local import LocalLearner
 from whet.loops import offline, online
+from whet.loops.evaluation import EvalPlan, HeldOut
 from whet.loops.interrupt import graceful
 from whet.loops.record import RunFolder
 from whet.methods import Term, compose, part
@@ -632,9 +633,9 @@ def offline_run(make: Make, folder: Path, name: str, steps: int, batch: int) -> 
         objective,
         own,
         [elements],
-        offline.OfflinePlan(steps, batch, eval_every=5),
+        offline.OfflinePlan(steps, batch),
         run,
-        evaluation=elements,
+        evaluation=HeldOut(EvalPlan(every=5), lambda _: None, elements),
         quiet=True,
     )
 

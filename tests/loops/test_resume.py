@@ -20,6 +20,7 @@ from whet.errors import CheckpointError
 from whet.generate.local import LocalGenerator
 from whet.learner.local import LocalLearner
 from whet.loops import checkpoint, offline, online
+from whet.loops.evaluation import EvalPlan, HeldOut
 from whet.loops.interrupt import Stop
 from whet.loops.record import RunFolder, read_metrics
 from whet.methods import online as method_of
@@ -63,9 +64,10 @@ def sft(
         {"policy": h.policy(dtype=torch.float32)}, {"policy": optim}, total=6, budget=30, dropout=dropout, seed=4
     )
     own.dies = dies
-    plan = offline.OfflinePlan(6, 4, seed=4, save_every=every, eval_every=3)
+    plan = offline.OfflinePlan(6, 4, seed=4, save_every=every)
     run = opened(folder, resume)
-    offline.train(SFT, own, [h.rows()], plan, run, evaluation=h.rows()[:3], resume=resume, stop=stop, quiet=True)
+    held_out = HeldOut(EvalPlan(every=3), lambda _: None, h.rows()[:3])
+    offline.train(SFT, own, [h.rows()], plan, run, evaluation=held_out, resume=resume, stop=stop, quiet=True)
     return own
 
 

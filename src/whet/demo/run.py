@@ -84,7 +84,7 @@ class Story:
         self.say("base: pre-training on the desk's raw text")
         self.verb("pretrain", "base", model=self.at("base"), data=self.at("raw.jsonl"))
         self.say("sft: demonstrations")
-        evaluation = {"data.eval": self.at("demonstrations_heldout.jsonl")}
+        evaluation = {"eval": self.at("demonstrations_heldout.jsonl")}
         self.verb("sft", "sft", model=self.model("base"), data=self.at("demonstrations.jsonl"), **evaluation)
 
     def rank(self) -> None:

@@ -9,7 +9,7 @@ from whet.data import Batch, Element, Group, Prompt
 from whet.generate import Generator
 from whet.learner import Learner, look_across
 from whet.loops.source import answered
-from whet.methods import Objective
+from whet.methods import Objective, answer_scores
 from whet.methods.options import Sampling
 from whet.ops import Counts, address, addressed_uniform
 
@@ -19,14 +19,14 @@ def held_out(
 ) -> dict[str, float]:
     """Return the losses of the objective over all held-out elements, with global counts.
 
-    Selections across a mini-batch see `batch` elements at a time. If the elements are rankings or pairs and the model
-    gives scores, `accuracy` is the share of untied pairs that it orders correctly.
+    Selections across a mini-batch see `batch` elements at a time. If the elements are rankings or pairs and the objective scores
+    answers (a reward model, or an implicit reward), the numbers of `pair_numbers` over their untied pairs are there too.
     """
     parts = [Batch.of(elements[start : start + batch]) for start in range(0, len(elements), batch)]
     terms = objective.terms
     counts = [sum((part.counts(term.mask) for part in parts), Counts(0, 0, 0)) for term in terms]
     losses: dict[str, float] = {}
-    right = pairs = 0.0
+    margins: list[Tensor] = []
     columns = objective.reads() & {"ref_logp"}
     for part in parts:
         part = learner.measure(part, columns) if columns else part
@@ -34,13 +34,42 @@ def held_out(
         step = learner.evaluate([(term, part, own) for term, own in zip(terms, counts, strict=True)])
         for name, value in step.losses.items():
             losses[name] = losses.get(name, 0.0) + value
-        scores = step.now.get("train", {}).get("score")
+        now = step.now.get("train", {})
+        scores = now.get("score") if "score" in now else answer_scores(terms, {**part.columns, **now})
         if scores is not None and "target" not in part.columns:
             ranks = part["rank"] if "rank" in part.columns else part["index"] + 1
-            for rows in part.elements():
-                good, count = ordered_pairs(scores[rows].tolist(), ranks[rows].tolist())
-                right, pairs = right + good, pairs + count
-    return losses | ({"accuracy": right / pairs} if pairs else {})
+            margins += [pair_margins(scores[rows], ranks[rows]) for rows in part.elements()]
+    every = torch.cat(margins) if margins else torch.zeros(0)
+    return losses | (pair_numbers(every) if len(every) else {})
+
+
+def pair_margins(scores: Tensor, ranks: Tensor) -> Tensor:
+    """Return the score of the better answer minus that of the worse one for each pair of different rank, (pairs,). `scores` (K,) are
+    of the answers to one prompt, and `ranks` (K,) their ranks, 1 the best.
+
+    >>> pair_margins(torch.tensor([1.0, 0.0, 0.5]), torch.tensor([1, 2, 2])).tolist()
+    [1.0, 0.5]
+    """
+    better, worse = (ranks[:, None] < ranks).nonzero(as_tuple=True)
+    return scores[better] - scores[worse]
+
+
+def pair_numbers(margins: Tensor, bins: int = 10) -> dict[str, float]:
+    """Return accuracy, mean margin and calibration error of pairs, from their margins (n,) (see `pair_margins`).
+
+    accuracy is the share of positive margins; 0 counts one half. The calibration error compares the probability that
+    Bradley and Terry's model gives to the answer with the higher score, c = sigmoid(|margin|), with how often this answer
+    is the better one: sum over `bins` equal bins of c in [0.5, 1] of (share of pairs) |accuracy - mean c| (Guo et al. 2017, eq. 3).
+    """
+    right = (margins > 0).double() + 0.5 * (margins == 0).double()
+    sure = margins.double().abs().sigmoid()
+    place = ((sure - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    gap = torch.zeros(bins, dtype=torch.float64).index_add(0, place, right - sure)
+    return {
+        "accuracy": float(right.mean()),
+        "margin": float(margins.double().mean()),
+        "calibration_error": float(gap.abs().sum() / len(margins)),
+    }
 
 
 def kl(learner: Learner, groups: Sequence[Group], temperature: float = 1.0, *, batch: int = 64) -> Tensor:

@@ -13,7 +13,7 @@ from whet.errors import RunStopped
 from whet.learner import Learner, UpdateResult, look_across
 from whet.loops import checkpoint, selfcheck
 from whet.loops.divergence import Divergence
-from whet.loops.evaluate import held_out
+from whet.loops.evaluation import Evaluation, HeldOut, held_out_numbers
 from whet.loops.interrupt import Stop
 from whet.loops.progress import Progress
 from whet.loops.record import RunFolder
@@ -26,10 +26,10 @@ from whet.models.readers import BY_ROLE
 
 @dataclass(frozen=True)
 class OfflinePlan:
-    """The size and schedule of a run: total updates, elements per update, save and evaluation intervals in updates.
+    """The size and schedule of a run: total updates, elements per update, updates between saves.
 
-    The last batch of an epoch is smaller, or left out with `drop_last`. With `save_every` 0, there are no periodic saves;
-    with `eval_every` 0, no evaluation. `save_minutes` and `save_last`: see `checkpoint.Keeper`; `on_divergence`: see
+    The last batch of an epoch is smaller, or left out with `drop_last`. With `save_every` 0, there are no periodic saves.
+    `save_minutes` and `save_last`: see `checkpoint.Keeper`; `on_divergence`: see
     `OnlinePlan`. `end_ids` are the token ids that end an answer; the end token of a row must be trained. Every `sync_every`
     updates, the reference moves by the fraction `sync_mix` towards the policy (TR-DPO). `precompute` measures the reference
     once, before training.
@@ -40,7 +40,6 @@ class OfflinePlan:
     seed: int = 0
     shuffle: bool = True
     save_every: int = 0
-    eval_every: int = 0
     keep: int = 2
     end_ids: tuple[int, ...] = ()
     sync_every: int = 0
@@ -67,14 +66,20 @@ class OfflineLoop:
         run: RunFolder,
         *,
         weights: Sequence[float] | None = None,
-        evaluation: Sequence[Element] = (),
+        evaluation: HeldOut | None = None,
         resume: bool = False,
         stop: Stop | None = None,
         title: str = "train",
         quiet: bool = False,
     ) -> None:
         self.objective, self.learner, self.sources, self.plan, self.run = objective, learner, sources, plan, run
-        self.evaluation, self.resume, self.stop, self.title, self.quiet = evaluation, resume, stop, title, quiet
+        self.resume, self.stop, self.title, self.quiet = resume, stop, title, quiet
+        self.evaluation = None
+        if evaluation is not None:
+            held = evaluation
+            self.evaluation = Evaluation(
+                held.plan, lambda *_: held_out_numbers(learner, self._now, held.elements), held.export, run, learner
+            )
         self.order = epoch_batches(
             [len(source) for source in sources], plan.steps, plan.batch, plan.seed, weights=weights, shuffle=plan.shuffle,
             drop_last=plan.drop_last,
@@ -98,10 +103,13 @@ class OfflineLoop:
             last=plan.save_last, stop=self.stop,
         )  # fmt: skip
         begin = {"step": 0, "state": self.state, "divergence": self.divergence.state()}
+        begin |= {"eval": self.evaluation.state} if self.evaluation is not None else {}
         loop: dict[str, Any] = (keeper.restore(begin, self.run.accepted) if self.resume else None) or begin
         self.first, self.state = loop["step"], loop["state"]
         self._next = self.first
         self.divergence.restore(loop["divergence"])
+        if self.evaluation is not None:
+            self.evaluation.restore(loop["eval"])
         if self.first < plan.steps:
             elements = [element for source in self.sources for element in source]
             learner.rehearse(longest(elements, plan.batch), trained_columns(self.objective.terms))
@@ -117,6 +125,8 @@ class OfflineLoop:
                 self.run.stopped(error, self.step + 1, self.learner.version, self._seen)
         finally:
             self._stack.__exit__(kind, error, trace)
+            if self.evaluation is not None and self._keeper is not None:
+                self.evaluation.settle(self._keeper.saved)
 
     def batches(self) -> Iterator[Batch]:
         """Yield one batch per step, with the columns that the objective reads. Requesting the next batch ends the step: its
@@ -126,7 +136,12 @@ class OfflineLoop:
             raise RuntimeError(
                 f"batches: step {self.step} was left before its end; leave the session and resume the run"
             )
+        if self.evaluation is not None:
+            self._now = self.objective.at(self.state)
+            self.evaluation.start(self._next, plan.steps)
         for step in range(self._next, plan.steps):
+            if self.evaluation is not None and self.evaluation.ended:
+                return
             self.step, began = step, time.perf_counter()
             self._now, self._numbers = self.objective.at(self.state), {}
             taken = self.order[step]
@@ -181,15 +196,20 @@ class OfflineLoop:
         self._batch = None
         if not numbers or batch is None:
             raise RuntimeError(f"step {self.step}: the batch was not trained on; call forward_backward and optim_step")
-        if plan.eval_every and self.evaluation and (done % plan.eval_every == 0 or done == plan.steps):
-            found = held_out(self.learner, self._now, self.evaluation)
-            numbers |= {f"eval/{name}": value for name, value in found.items()}
-        self.run.metrics(done, **numbers, tokens=batch.counts().tokens, seconds=time.perf_counter() - began)
+        numbers |= {"tokens": batch.counts().tokens, "seconds": time.perf_counter() - began}
+        evaluation = self.evaluation
+        numbers |= evaluation.numbers(done, plan.steps, numbers) if evaluation is not None else {}
+        self.run.metrics(done, **numbers)
         selfcheck.diverging(self.run, self.step, self.divergence.signs(done, numbers), plan.on_divergence)
         assert self._progress is not None
         assert self._keeper is not None
         self._progress.advance(numbers)
-        self._keeper.done(done, {"state": dict(self.state), "divergence": self.divergence.state()})
+        kept = {"state": dict(self.state), "divergence": self.divergence.state()}
+        if evaluation is None:
+            self._keeper.done(done, kept)
+        else:
+            self._keeper.done(done, kept | {"eval": evaluation.state}, ended=evaluation.ended)
+            evaluation.settle(self._keeper.saved)
 
 
 def train(*given: Any, **options: Any) -> None:

@@ -16,6 +16,7 @@ from whet.learner import Learner, UpdateResult, look_across
 from whet.loops import checkpoint, selfcheck
 from whet.loops.ahead import AsynchronousSource, Driver, source_of
 from whet.loops.divergence import Divergence
+from whet.loops.evaluation import Asked, Evaluation, HeldOutPrompts
 from whet.loops.experience import (
     PtxStream,
     RolloutScores,
@@ -72,6 +73,7 @@ class OnlineLoop:
         title: str = "train",
         quiet: bool = False,
         driver: Driver | None = None,
+        evaluation: HeldOutPrompts | None = None,
     ) -> None:
         answers = algorithm.collect.num_generations
         if not algorithm.has_ratio() and (plan.epochs > 1 or plan.mini_batch_size < plan.prompts * answers):
@@ -92,6 +94,11 @@ class OnlineLoop:
         self.divergence = Divergence()
         self.skipped = 0
         self.stream = PtxStream(ptx, plan.ptx_batch, plan.seed)
+        self.evaluation = None
+        if evaluation is not None:
+            kl = "reference" in algorithm.roles()
+            asked = Asked(evaluation, rewards, self.generator, learner, run, plan.seed, kl)
+            self.evaluation = Evaluation(evaluation.plan, asked.measure, evaluation.export, run, learner)
         self.step = self.first = self._next = 0
         self.state: State = algorithm.init()
         self._running = False
@@ -109,11 +116,14 @@ class OnlineLoop:
             last=plan.save_last, stop=self.stop,
         )  # fmt: skip
         begin = {"step": 0, "state": self.state, "drawn": 0, "skipped": 0, "divergence": self.divergence.state()}
+        begin |= {"eval": self.evaluation.state} if self.evaluation is not None else {}
         loop: dict[str, Any] = (keeper.restore(begin, self.run.accepted) if self.resume else None) or begin
         self.first, self.state = loop["step"], loop["state"]
         self._next = self.first
         self.skipped = loop["skipped"]
         self.divergence.restore(loop["divergence"])
+        if self.evaluation is not None:
+            self.evaluation.restore(loop["eval"])
         self.source.restore(loop, self.first)
         self.generator.load_weights(learner.publish())
         canary = torch.tensor([token for prompt in self.prompts for token in prompt.ids][: plan.canary])
@@ -149,6 +159,8 @@ class OnlineLoop:
                 self.run.stopped(error, self.step + 1, self.learner.version, self._seen, self._groups, names)
         finally:
             self._stack.__exit__(kind, error, trace)
+            if self.evaluation is not None and self._keeper is not None:
+                self.evaluation.settle(self._keeper.saved)
 
     def steps(self) -> Iterator[StepLog]:
         """Yield the steps after the last checkpoint. Requesting the next step ends the current one: its metrics and rollout
@@ -156,7 +168,11 @@ class OnlineLoop:
         the step made no update."""
         if self._running:
             raise RuntimeError(f"steps: step {self.step} was left before its end; leave the session and resume the run")
+        if self.evaluation is not None:
+            self.evaluation.start(self._next, self.plan.steps)
         for step in range(self._next, self.plan.steps):
+            if self.evaluation is not None and self.evaluation.ended:
+                return
             log = StepLog(step)
             self._begin(step)
             yield log
@@ -463,8 +479,10 @@ class OnlineLoop:
             if flat is not None and self.divergence.once("flat"):
                 self.run.caution(flat)
         self.state = state
-        seconds = {"seconds": time.perf_counter() - self._began, "seconds/generate": self._sampled - self._began}
-        self.run.metrics(done, **numbers, **seconds)
+        numbers |= {"seconds": time.perf_counter() - self._began, "seconds/generate": self._sampled - self._began}
+        evaluation = self.evaluation
+        numbers |= evaluation.numbers(done, self.plan.steps, numbers) if evaluation is not None else {}
+        self.run.metrics(done, **numbers)
         answers = len(whole.rows) if whole is not None else 0
         signs = self.divergence.signs(done, own, self._moved, answers)
         selfcheck.diverging(self.run, self.step, signs, self.plan.on_divergence)
@@ -473,7 +491,12 @@ class OnlineLoop:
         self._progress.advance(numbers)
         self._running = False
         kept = {"skipped": self.skipped, "divergence": self.divergence.state()}
-        self._keeper.done(done, {"state": dict(state), **kept, **self.source.state()})
+        kept |= {"state": dict(state), **self.source.state()}
+        if evaluation is None:
+            self._keeper.done(done, kept)
+        else:
+            self._keeper.done(done, kept | {"eval": evaluation.state}, ended=evaluation.ended)
+            evaluation.settle(self._keeper.saved)
 
 
 def _check_groups(stage: str, groups: Sequence[Group]) -> None:

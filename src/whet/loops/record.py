@@ -91,6 +91,11 @@ class RunFolder:
             ]
             self._tell(lambda tracker: tracker.samples(step, rows))
 
+    def evaluation(self, step: int, groups: Sequence[Group], numbers: Mapping[str, list[Any]]) -> None:
+        """Write the answers of an evaluation, `eval/step-00000042.parquet` (see `rollouts.write_evaluation`)."""
+        if self.writes:
+            rollouts.write_evaluation(self.folder, step, groups, numbers)
+
     def stopped(
         self,
         error: RunStopped,

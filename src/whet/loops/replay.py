@@ -90,7 +90,7 @@ class RecomputedRun(RunFolder):
 class _Unsaved(checkpoint.Keeper):
     """A keeper that saves nothing."""
 
-    def done(self, step: int, state: Any) -> None:
+    def done(self, step: int, state: Any, *, ended: bool = False) -> None:
         self.step = step
 
 
@@ -190,9 +190,8 @@ class OfflineReplay(OfflineLoop):
         **options: Any,
     ) -> None:
         last = run.last
-        due = plan.eval_every and (last % plan.eval_every == 0 or last == plan.steps)
         super().__init__(objective, learner, sources, plan, run, **options)
-        self.plan = replace(plan, steps=last, eval_every=last if due else 0, on_divergence="warn")
+        self.plan = replace(plan, steps=last, on_divergence="warn")
         self.found, self.watch, self.updates, self.batch = found, watch, list[Update](), Batch((), {})
 
     def __enter__(self) -> "OfflineReplay":

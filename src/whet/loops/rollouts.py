@@ -36,6 +36,10 @@ REWARD = "reward/"
 """What the name of a column with the scores of one reward begins with."""
 
 
+EVALUATIONS = "eval"
+"""The folder of the answers of evaluations in a run folder."""
+
+
 def path_of(folder: Path, step: int) -> Path:
     """Return the path of the file of a step of the run in this folder."""
     return folder / "rollouts" / f"step-{step:08d}.parquet"
@@ -103,6 +107,29 @@ def write_table(path: Path, table: Mapping[str, list[Any]], batch: Batch) -> Non
     whole = pyarrow.table(typed).replace_schema_metadata(about)
     with replacing(path) as file:
         pyarrow.parquet.write_table(whole, file)
+
+
+def write_evaluation(folder: Path, step: int, groups: Sequence[Group], numbers: Mapping[str, list[Any]]) -> Path:
+    """Write `eval/step-00000042.parquet`, a row per answer of an evaluation, and return its path: index (of the held-out prompt),
+    answer, prompt_id, prompt, completion, and the columns of `numbers`, None where a reward or judge does not apply."""
+    import pyarrow
+    import pyarrow.parquet
+
+    each = [(index, group.prompt, sample) for index, group in enumerate(groups) for sample in group.samples]
+    table: dict[str, Any] = {
+        "index": [index for index, _, _ in each],
+        "answer": [sample.answer for _, _, sample in each],
+        "prompt_id": [prompt.id for _, prompt, _ in each],
+        "prompt": [valid_text(prompt.text) for _, prompt, _ in each],
+        "completion": [valid_text(sample.text) for _, _, sample in each],
+    }
+    for name, values in numbers.items():  # a column without any value has the type of the others
+        table[name] = values if name in ("length", "truncated") else pyarrow.array(values, pyarrow.float64())
+    path = folder / EVALUATIONS / f"step-{step:08d}.parquet"
+    path.parent.mkdir(exist_ok=True)
+    with replacing(path) as file:
+        pyarrow.parquet.write_table(pyarrow.table(table), file)
+    return path
 
 
 def read(folder: Path, step: int, columns: Sequence[str] | None = None) -> dict[str, list[Any]]:
@@ -184,3 +211,6 @@ def remove_after(folder: Path, step: int) -> None:
     for one in steps(folder):
         if one > step:
             path_of(folder, one).unlink()
+    for path in (folder / EVALUATIONS).glob("step-*.parquet"):
+        if path.stem[5:].isdigit() and int(path.stem[5:]) > step:
+            path.unlink()

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
         spread,
     )
     from whet.methods.compose import online, preference, reward
-    from whet.methods.parts import Objective, Part, Term, part
+    from whet.methods.parts import Objective, Part, Term, answer_scores, part
 
 _HOMES = {
     "algorithm": (
         "Algorithm", "Collect", "Penalty", "clipping", "advantages", "diagnostics", "outcome", "paired", "shaped", "spread",
     ),
     "compose": ("online", "preference", "reward"),
-    "parts": ("Objective", "Part", "Term", "part"),
+    "parts": ("Objective", "Part", "Term", "answer_scores", "part"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -36,6 +36,7 @@ __all__ = [
     "Penalty",
     "Term",
     "advantages",
+    "answer_scores",
     "clipping",
     "diagnostics",
     "online",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from whet.errors import RecipeError, WhetError
-from whet.ops import Controller, Counts, FixedKL, element_mean, implicit_reward
+from whet.ops import Controller, Counts, FixedKL, element_mean, implicit_reward, log_odds, policy_score
 from whet.registry import place_of, told
 
 
@@ -258,6 +258,16 @@ def mean_reward(terms: Sequence[Term], columns: Mapping[str, Any]) -> float:
                 rewards = one(columns)
                 return float((rewards[columns["index"] == 0] if "good" in columns else rewards).mean())
     return 0.0
+
+
+def answer_scores(terms: Sequence[Term], columns: Mapping[str, Any]) -> Tensor | None:
+    """Compute the score that a preference loss gives to each answer (B,): its implicit reward, its log-prob or its log-odds. None
+    for losses that score no answers."""
+    for term in terms:
+        for one in term.loss.walk():
+            if one.op in (implicit_reward, policy_score, log_odds):
+                return one(columns)
+    return None
 
 
 def fixed(value: float | Controller) -> Controller:

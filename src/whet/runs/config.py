@@ -42,11 +42,12 @@ SHORT: Mapping[str, tuple[str, ...]] = {
             "save_minutes",
             "save_last",
             "on_divergence",
-            "eval_every",
             "packing",
             "drop_last",
         )
     },
+    "eval_every": ("eval.every",),
+    **{name: (f"eval.{name}",) for name in ("keep_best", "early_stop")},
     "max_tokens_per_micro_batch": ("train.max_tokens_per_micro_batch",),
     **{
         name: (f"sampling.{name}",)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from whet import distributed
-from whet.data import Chat, Element, Prompt, Reader, degenerate, read_rows
+from whet.data import Chat, Prompt, Reader, degenerate, read_rows
 from whet.errors import DataError, RecipeError
 from whet.methods import Objective, catalogue
 from whet.models import load
@@ -88,9 +88,9 @@ def guarded(read: Callable[[Sequence[Any]], list], objective: Objective, name: s
     return checked
 
 
-def evaluation_of(data: fields.Data, read: Callable[[Sequence[Any]], list]) -> list[Element]:
-    """Read the held-out elements; an empty list without `data.eval`."""
-    return read(read_rows(data.eval)) if data.eval else []
+def held_out_of(evaluation: fields.Evaluation, read: Callable[[Sequence[Any]], list]) -> list:
+    """Read the held-out records; an empty list without `eval.data`."""
+    return read(read_rows(evaluation.data)[: evaluation.num_rows]) if evaluation.data else []
 
 
 def with_all_columns(prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -100,13 +100,13 @@ def with_all_columns(prompts: Sequence[Prompt]) -> list[Prompt]:
     return [one if one.row.keys() == names.keys() else replace(one, row=names | dict(one.row)) for one in prompts]
 
 
-def check_columns(prompts: Sequence[Prompt]) -> None:
+def check_columns(prompts: Sequence[Prompt], where: str = "data.train") -> None:
     """Raise RecipeError if a prompt row has a column with the name of an argument that whet passes to reward functions."""
     for prompt in prompts:
         for name in ("prompts", "completions", "completion_ids"):
             if name in prompt.row:
                 raise RecipeError(
-                    f"data.train: the prompt rows have a column {name!r}, which reward functions get from whet; rename it"
+                    f"{where}: the prompt rows have a column {name!r}, which reward functions get from whet; rename it"
                 )
 
 

@@ -14,6 +14,7 @@ from whet.errors import RecipeError
 from whet.generate import GENERATORS
 from whet.learner.base import LEARNERS
 from whet.loops import checkpoint
+from whet.loops.evaluation import PENDING, PREFIX
 from whet.loops.record import RunFolder, read_metrics
 from whet.runs import adapters, config, inputs, learners
 from whet.runs.recipe import OnlineRecipe, TrainingRecipe
@@ -27,7 +28,18 @@ INPUTS = "inputs"
 """The folder of a run folder with the rows and models that were given as Python objects."""
 UNBEGUN = (LOCK, INPUTS, "environment.json", inputs.FILE, "stopped")
 """What a run may leave that ended before its first step, beside its recipe."""
-WRITTEN = (*UNBEGUN, "recipe.yaml", "metrics.jsonl", "rollouts", "checkpoints", "model", "ema")
+WRITTEN = (
+    *UNBEGUN,
+    "recipe.yaml",
+    "metrics.jsonl",
+    "rollouts",
+    "checkpoints",
+    "model",
+    "ema",
+    "eval",
+    "best",
+    "report.html",
+)
 """What a run writes to its folder."""
 LOGS = (".log", ".out", ".err")
 """Endings of files that a run never writes, and that often stand in its folder: the output of the command."""
@@ -124,9 +136,11 @@ def _refuse_foreign(folder: Path) -> None:
     """Raise RecipeError if a folder without a run contains anything that such a run did not leave there."""
     if not folder.is_dir():
         return
-    own = UNBEGUN if not (folder / "environment.json").is_file() else (*UNBEGUN, "recipe.yaml")
+    own = UNBEGUN if not (folder / "environment.json").is_file() else (*UNBEGUN, "recipe.yaml", "eval")
     for path in sorted(folder.iterdir()):
         empty = path.name in ("checkpoints", "rollouts") and not _contains(path)
+        if path.name.startswith(PENDING) and "recipe.yaml" in own:  # it was ended in its first evaluation
+            continue
         if path.name not in own and path.suffix not in LOGS and not path.name.endswith(".writing") and not empty:
             raise RecipeError(
                 f"out: {folder} contains {path.name}, which is not of this run and could be overwritten; name another folder "
@@ -149,7 +163,9 @@ def _refuse_changes(folder: Path, recipe: TrainingRecipe, verb: str, accepted: S
     """Raise RecipeError if the run in a folder has another recipe, except for what may change on a resume."""
     saved = config.completed(read_yaml(folder / "recipe.yaml"), type(recipe))
     changed = differing(_kept(saved), _kept(yaml_tree(config.to_yaml(recipe, verb))))
-    changed = [name for name in changed if not (name in accepted and name.startswith(("data.", "reward.", "ptx.")))]
+    changed = [
+        name for name in changed if not (name in accepted and name.startswith(("data.", "eval.", "reward.", "ptx.")))
+    ]
     length = [name for name in changed if name.rpartition(".")[2] in LENGTH]
     if changed and changed == length:
         return _check_length(saved, recipe, length)
@@ -199,7 +215,7 @@ def check_steps(folder: Path, steps: int, options: Options) -> None:
                 f"--resume: the run in {folder} has made {done} steps already, and would have {steps}; give more"
             )
     rows = read_metrics(folder) if not saved and (folder / "metrics.jsonl").is_file() else []
-    if rows and (folder / "model").is_dir() and rows[-1]["step"] != steps:
+    if rows and (folder / "model").is_dir() and not _is_last(rows[-1], steps):
         raise RecipeError(
             f"--resume: the run in {folder} has ended after {rows[-1]['step']:g} steps and has no checkpoint, so it cannot go on, and "
             "starting over would replace its model; name another folder with --out"
@@ -211,7 +227,7 @@ def check_export(where: Path, folder: Path, exported: Collection[Path] = ()) -> 
     folder that a run does not write, or one of `exported`."""
     resolved, root = where.resolve(), folder.resolve()
     inside = resolved.relative_to(root).parts if resolved.is_relative_to(root) else ()
-    own = inside and (inside in (("model",), ("ema",)) or inside[0] not in WRITTEN)
+    own = inside and (inside in (("model",), ("ema",), ("best",)) or inside[0] not in WRITTEN)
     if own or resolved in exported:
         return
     if inside or where.is_symlink() or (where.exists() and not (where.is_dir() and not _contains(where))):
@@ -225,7 +241,12 @@ def finished(folder: Path, steps: int, options: Options) -> bool:
     if not options.resume or not (folder / "model").is_dir() or (folder / "checkpoints" / f"step-{steps:08d}").is_dir():
         return False
     rows = read_metrics(folder) if (folder / "metrics.jsonl").is_file() else []
-    return bool(rows) and rows[-1]["step"] == steps
+    return bool(rows) and _is_last(rows[-1], steps)
+
+
+def _is_last(row: Mapping[str, float], steps: int) -> bool:
+    """Return True if a line of metrics is the last one of a run of `steps` steps, or of one that ended early."""
+    return row["step"] == steps or f"{PREFIX}stopped_early" in row
 
 
 @contextmanager
@@ -278,6 +299,11 @@ def _kept(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields that must not change on resume: all except those that say how a run is saved and reported, where and
     how fast it is computed, and such options of adapters. Options with their default value are left out."""
     out = {name: value for name, value in recipe.items() if name not in (*UNCHANGING, "out")}
+    if isinstance(out.get("eval"), Mapping) and isinstance(out["eval"].get("judge"), list):
+        out["eval"] = {
+            **out["eval"],
+            "judge": [_untimed(one) for one in out["eval"]["judge"] if isinstance(one, Mapping)],
+        }
     out["train"] = {name: value for name, value in (out.get("train") or {}).items() if name not in SAVING}
     if isinstance(out.get("learner"), Mapping):
         out["learner"] = adapters.fixed_options(LEARNERS, out["learner"], "backend")

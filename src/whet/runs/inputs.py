@@ -20,9 +20,9 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".
 
 MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 """The form "package.module:name"."""
-PLACES = ("path", "source", "reference", "train", "eval", "data")
+PLACES = ("path", "source", "reference", "train", "data")
 """Last names of the fields that hold a path or a name of a model or of data."""
-FROZEN = re.compile(r"reference|critic|reward\d+")
+FROZEN = re.compile(r"reference|critic|reward\d+|judge\d+")
 """The names of roles whose weights a checkpoint has fingerprints of."""
 
 

@@ -177,11 +177,12 @@ def online_learner(
     *,
     scores: bool = True,
 ) -> LocalLearner:
-    """Load the models of an online run, with its reward models if `scores` is True, and build its learner. `rows` are some
-    of its prompts as token ids."""
+    """Load the models of an online run, with its judges, and with its reward models if `scores` is True, and build its learner.
+    `rows` are some of its prompts as token ids."""
     load.quiet()
+    judges = rewards.judge_roles(recipe)
     cast = models.cast(recipe, algorithm, tokenizer)
-    roles = dict(cast.roles)
+    roles = dict(cast.roles) | judges
     if scores:
         roles |= rewards.reward_roles(recipe, roles["policy"] if recipe.trunk == "shared" else None)
     return learner_of(recipe, roles, cast.optims, total, workers, rows)
@@ -191,7 +192,11 @@ def shared_rewards(
     recipe: fields.OnlineRecipe, tokenizer: Any, learner: Any, workers: Workers = Workers()
 ) -> list[Weighted]:
     """Build the rewards. The learner computes reward models. Rewards with `per_group` split the groups over the workers."""
-    out = rewards.rewards_of(recipe, tokenizer, learner.columns)
+    return spread(rewards.rewards_of(recipe, tokenizer, learner.columns), workers)
+
+
+def spread(out: list[Weighted], workers: Workers) -> list[Weighted]:
+    """Return rewards that split the groups over the workers if they have `per_group`."""
     if workers.size == 1:
         return out
     return [

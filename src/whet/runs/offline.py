@@ -13,11 +13,12 @@ from whet.data.batching import per_epoch
 from whet.errors import RecipeError
 from whet.learner import Learner
 from whet.loops import evaluate, offline
+from whet.loops.evaluation import HeldOut
 from whet.loops.interrupt import Stop
 from whet.methods import Objective, compose
 from whet.models import tokens
 from whet.models.probe import SOME
-from whet.runs import checks, config, data, folder, learners, models
+from whet.runs import checks, config, data, evaluation, folder, learners, models
 from whet.runs import recipe as fields
 from whet.runs.slots import checked
 
@@ -34,7 +35,7 @@ class OfflineJob:
     chat: Chat
     sources: Sequence[Sequence[Element]]
     weights: Sequence[float] | None = None
-    evaluation: Sequence[Element] = field(default_factory=list)
+    held_out: Sequence[Element] = field(default_factory=list)
 
     @property
     def make(self) -> Callable[..., Learner]:
@@ -47,8 +48,11 @@ class OfflineJob:
     def loop(self, learner: Learner, where: Path, options: folder.Options, stop: Stop) -> offline.OfflineLoop:
         """Open the run folder and return the training loop."""
         run = folder.opened(where, self.recipe, options, self.method, learner.workers)
+        held_out = None
+        if self.held_out:
+            held_out = HeldOut(evaluation.plan_of(self.recipe.eval), partial(self.export, learner), self.held_out)
         return offline.OfflineLoop(
-            self.objective, learner, self.sources, self.plan, run, weights=self.weights, evaluation=self.evaluation,
+            self.objective, learner, self.sources, self.plan, run, weights=self.weights, evaluation=held_out,
             resume=options.resume, stop=stop, title=self.method, quiet=options.quiet,
         )  # fmt: skip
 
@@ -73,16 +77,23 @@ class OfflineJob:
         if isinstance(recipe, fields.RewardModelRecipe) and recipe.head.standardize:
             elements = [element for source in self.sources for element in source]
             _standardize(learner, evaluate.scores(learner, self.objective, elements))
-        role = "reward" if isinstance(recipe, fields.RewardModelRecipe) else "policy"
-        merge = recipe.model.export == "merged"
-        learner.export(role, where / "model", self.tokenizer, merge=merge, end_ids=self.chat.end_ids)
+        self.export(learner, where / "model")
+
+    def export(self, learner: Learner, where: Path) -> None:
+        """Write the trained model with its current weights to a folder in Hugging Face format."""
+        role = "reward" if isinstance(self.recipe, fields.RewardModelRecipe) else "policy"
+        merge = self.recipe.model.export == "merged"
+        learner.export(role, where, self.tokenizer, merge=merge, end_ids=self.chat.end_ids)
 
 
 def prepare(method: str, recipe: fields.OfflineRecipe) -> OfflineJob:
     """Check the recipe and read the rows; load no weights. Raises RecipeError, DataError or ModelError."""
     checks.check_optim(recipe.optim, "optim")
-    if recipe.train.eval_every and not recipe.data.eval:
-        raise RecipeError("train.eval_every: there are no held-out rows; give --data.eval, or leave it out")
+    evaluation.check(recipe.eval)
+    if isinstance(recipe, fields.RewardModelRecipe) and recipe.head.standardize and recipe.eval.keep_best is not None:
+        raise RecipeError(
+            "eval.keep_best: head.standardize changes the model after its last step; leave one of them out"
+        )
     name, objective, rewards = method, compose.SFT, isinstance(recipe, fields.RewardModelRecipe)
     if isinstance(recipe, fields.RewardModelRecipe | fields.PreferenceRecipe):
         slots = checked(method, recipe.algorithm, config.leaves(type(recipe)))
@@ -99,7 +110,7 @@ def prepare(method: str, recipe: fields.OfflineRecipe) -> OfflineJob:
     read = data.guarded(read, objective, name) if objective is not compose.SFT else read
     read = data.cautioned(read, chat)
     sources, weights = data.sources_of(recipe.data, read)
-    evaluation = data.evaluation_of(recipe.data, read)
+    held_out = data.held_out_of(recipe.eval, read)
     data.tell_left_out(reader)
     if isinstance(recipe, fields.RewardModelRecipe):
         lasts = chat.closing_ids[-1:] or chat.end_ids[:1]
@@ -109,11 +120,11 @@ def prepare(method: str, recipe: fields.OfflineRecipe) -> OfflineJob:
     refresh = getattr(recipe, "sync_reference", fields.SyncReference())
     plan = offline.OfflinePlan(
         steps, recipe.train.batch_size, recipe.seed, recipe.data.shuffle, recipe.train.save_every,
-        recipe.train.eval_every or (steps if evaluation else 0), recipe.train.keep, end_ids=chat.end_ids, sync_every=refresh.every,
+        recipe.train.keep, end_ids=chat.end_ids, sync_every=refresh.every,
         sync_mix=refresh.mix, precompute=getattr(recipe, "precompute", False), drop_last=recipe.train.drop_last,
         save_minutes=recipe.train.save_minutes, save_last=recipe.train.save_last, on_divergence=recipe.train.on_divergence,
     )  # fmt: skip
-    return OfflineJob(method, recipe, objective, plan, tokenizer, chat, sources, weights, evaluation)
+    return OfflineJob(method, recipe, objective, plan, tokenizer, chat, sources, weights, held_out)
 
 
 @no_grad()

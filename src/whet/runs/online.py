@@ -17,12 +17,13 @@ from whet.errors import RecipeError
 from whet.generate import Generator
 from whet.learner import Learner
 from whet.loops import online
+from whet.loops.evaluation import HeldOutPrompts
 from whet.loops.interrupt import Stop
 from whet.methods import Algorithm, compose
 from whet.models import load
 from whet.models.probe import SOME
 from whet.rewards import Weighted
-from whet.runs import checks, config, data, folder, generators, learners, models, rewards
+from whet.runs import checks, config, data, evaluation, folder, generators, learners, models, rewards
 from whet.runs import recipe as fields
 from whet.runs.slots import checked
 from whet.terminal import caution
@@ -44,6 +45,7 @@ class OnlineJob:
     updates: int
     scheduled: int
     ptx: Sequence[Element] = field(default_factory=list)
+    held_out: Sequence[Prompt] = ()
 
     @property
     def make(self) -> Callable[..., Learner]:
@@ -65,9 +67,17 @@ class OnlineJob:
     ) -> online.OnlineLoop:
         """Open the run folder and return the training loop."""
         run = folder.opened(where, self.recipe, options, self.method, learner.workers)
+        held_out = None
+        if self.held_out:
+            own = self.recipe.eval
+            held_out = HeldOutPrompts(
+                evaluation.plan_of(own), partial(self.export, learner), self.held_out, evaluation.sampling_of(self.recipe),
+                own.num_generations, evaluation.judges_of(self.recipe, self.tokenizer, learner, learner.workers),
+            )  # fmt: skip
         return online.OnlineLoop(
             self.algorithm, learner, generator, scorers, self.prompts, self.recipe.sampling, self.plan, run, ptx=self.ptx,
             resume=options.resume, stop=stop, title=self.method, quiet=options.quiet,
+            evaluation=held_out,
         )  # fmt: skip
 
     def length(self) -> str:
@@ -81,17 +91,21 @@ class OnlineJob:
 
     def finish(self, loop: online.OnlineLoop, where: Path) -> None:
         """Write the trained policy to `where / "model"`, and its moving average, if any, to `where / "ema"`."""
-        merge = self.recipe.model.export == "merged"
-        ends = self.chat.end_ids
-        loop.learner.export("policy", where / "model", self.tokenizer, merge=merge, end_ids=ends)
+        self.export(loop.learner, where / "model")
         if self.recipe.rollout.ema is not None:
-            loop.learner.export("ema", where / "ema", self.tokenizer, end_ids=ends)
+            loop.learner.export("ema", where / "ema", self.tokenizer, end_ids=self.chat.end_ids)
+
+    def export(self, learner: Learner, where: Path) -> None:
+        """Write the policy with its current weights to a folder in Hugging Face format."""
+        merge = self.recipe.model.export == "merged"
+        learner.export("policy", where, self.tokenizer, merge=merge, end_ids=self.chat.end_ids)
 
 
 def prepare(method: str, recipe: fields.OnlineRecipe, *, recorded: bool = False) -> OnlineJob:
     """Check the recipe and read the prompts; load no weights. With `recorded`, the answers and scores are in the record of a
     run, so generator and rewards are not checked. Raises RecipeError, DataError or ModelError."""
     checks.check_optim(recipe.optim, "optim")
+    evaluation.check(recipe.eval)
     if recipe.critic.optim is not None:
         checks.check_optim(recipe.critic.optim, "critic.optim")
         if recipe.critic.optim.schedule_steps not in (None, recipe.optim.schedule_steps):
@@ -109,8 +123,13 @@ def prepare(method: str, recipe: fields.OnlineRecipe, *, recorded: bool = False)
     tokenizer, chat = models.tokenizer_and_chat(recipe.model, recipe.sampling)
     reader = data.reader_of(recipe.model, recipe.data, chat, room=recipe.sampling.max_new_tokens)
     prompts = data.with_all_columns(data.rows_of(recipe.data, data.cautioned(reader.prompts, chat)))
+    held_out = data.with_all_columns(data.held_out_of(recipe.eval, data.cautioned(reader.prompts, chat)))
     data.tell_left_out(reader)
     data.check_columns(prompts)
+    data.check_columns(held_out, "eval.data")
+    if held_out and not recorded:
+        evaluation.check_judges(recipe, tokenizer, held_out)
+        rewards.check_rewards(recipe, tokenizer, held_out)
     if not recorded:
         generators.check_generator(recipe, chat, int(os.environ["WORLD_SIZE"]) if launched() else 1)
         rewards.check_rewards(recipe, tokenizer, prompts)
@@ -118,13 +137,17 @@ def prepare(method: str, recipe: fields.OnlineRecipe, *, recorded: bool = False)
     ptx = data.cautioned(ptx_reader.demonstrations, chat)(read_rows(recipe.ptx.data)) if recipe.ptx.data else []
     for one in checks.cautions(recipe, algorithm) if first() and not recorded else ():
         caution(one)
-    plan, longest = _plan_of(recipe, mini_batch_size, chat, prompts, refilled=bool(algorithm.collect.dynamic_sampling))
+    plan, longest = _plan_of(
+        recipe, mini_batch_size, chat, prompts, held_out, refilled=bool(algorithm.collect.dynamic_sampling)
+    )
     each = 1 if algorithm.pairs else algorithm.collect.num_generations
     updates, scheduled = (
         plan.epochs * plan.summed(steps, lambda prompts: -(-prompts * each // mini_batch_size))
         for steps in (plan.steps, recipe.optim.schedule_steps or plan.steps)
     )
-    return OnlineJob(method, recipe, algorithm, plan, tokenizer, chat, prompts, longest, updates, scheduled, ptx)
+    return OnlineJob(
+        method, recipe, algorithm, plan, tokenizer, chat, prompts, longest, updates, scheduled, ptx, held_out
+    )
 
 
 def steps_of(rollout: fields.Rollout, prompts: int) -> int:
@@ -137,14 +160,20 @@ def steps_of(rollout: fields.Rollout, prompts: int) -> int:
 
 
 def _plan_of(
-    recipe: fields.OnlineRecipe, mini_batch_size: int, chat: Chat, prompts: Sequence[Prompt], refilled: bool
+    recipe: fields.OnlineRecipe,
+    mini_batch_size: int,
+    chat: Chat,
+    prompts: Sequence[Prompt],
+    held_out: Sequence[Prompt],
+    refilled: bool,
 ) -> tuple[online.OnlinePlan, int]:
     """Return the plan of the loop and the longest sequence of a generator, in tokens: prompt and answer, or the canary.
     `refilled`: dynamic sampling draws further prompts, so a step cannot end with a pass."""
     rollout, generator = recipe.rollout, recipe.generator
     positions = load.positions(models.source_of(recipe.model))
     canary = min(160, positions - 1)
-    longest = min(positions, max(canary + 1, max(len(one.ids) for one in prompts) + recipe.sampling.max_new_tokens))
+    largest = max(len(one.ids) for one in (*prompts, *held_out))
+    longest = min(positions, max(canary + 1, largest + recipe.sampling.max_new_tokens))
     dtype = getattr(generators.chosen_of(recipe).options, "dtype", "auto")
     plan = online.OnlinePlan(
         steps=steps_of(rollout, len(prompts)), prompts=rollout.prompts_per_step, mini_batch_size=mini_batch_size,

@@ -81,13 +81,40 @@ class DataSource:
 
 
 @dataclass(frozen=True)
+class EarlyStop:
+    """When a run ends early."""
+
+    patience: Elements | None = None
+    """evaluations in a row without improvement after which the run ends; default: it does not end early"""
+    metric: str | None = None
+    """the logged number that should improve; default: the one of keep_best"""
+    min_delta: NotNegative = 0.0
+    """smallest change of the number that is an improvement"""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Evaluation on held-out rows: before the first step, every n steps, and at the end. It changes no result of the run."""
+
+    data: str = ""
+    """held-out rows, in the format of the training rows"""
+    every: NotNegativeInt = 0
+    """steps between evaluations; 0: only at the start and at the end"""
+    num_rows: Elements | None = None
+    """only the first rows of the file; default: all"""
+    keep_best: str | None = None
+    """name of a logged number, such as "eval/loss"; the model of the step where it is best is kept in the folder best"""
+    early_stop: EarlyStop = EarlyStop()
+    greater_is_better: bool | None = None
+    """whether the numbers of keep_best and early_stop are better when they are higher; default: known for whet's own numbers"""
+
+
+@dataclass(frozen=True)
 class Data:
-    """The training and evaluation rows, and how long ones are handled."""
+    """The training rows, and how long ones are handled."""
 
     train: str | list[DataSource] = ""
     """a file or dataset; a list of {path, weight} is mixed by weight"""
-    eval: str | None = None
-    """held-out rows in the same format"""
     max_tokens: Annotated[int, msgspec.Meta(ge=2)] | None = None
     """maximum length of a sequence, in tokens; default: the number of positions of the model"""
     too_long: Literal["error", "drop", "cut"] = "error"
@@ -134,7 +161,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class Train(Loop):
-    """Length of an offline run, batch size and evaluation."""
+    """Length of an offline run, and batch size."""
 
     num_epochs: Positive = 1.0
     """passes over the data"""
@@ -146,8 +173,6 @@ class Train(Loop):
     """leave out the last batch of an epoch if it is smaller"""
     dropout: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
     """residual dropout; its masks do not depend on the micro-batches"""
-    eval_every: NotNegativeInt = 0
-    """updates between evaluations on data.eval; 0 evaluates at the end only"""
 
 
 @dataclass(frozen=True)
@@ -246,6 +271,7 @@ class OfflineRecipe:
 
     model: Model = Model()
     data: Data = Data()
+    eval: Evaluation = Evaluation()
     optim: Optim = Optim()
     train: Train = Train()
     learner: Learning = Learning()
@@ -290,6 +316,22 @@ class JudgeSpec:
     """a reward-model folder, "file.py:function", "file.py:Class" with a method score, a URL, or openai"""
     options: dict[str, Any] = field(default_factory=dict)
     """options of a function, of a URL, of openai or of a class, as for a reward"""
+    name: str | None = None
+    """its name in the logs"""
+
+
+@dataclass(frozen=True)
+class PromptEvaluation(Evaluation):
+    """Evaluation on held-out prompts: before the first step, every n steps, and at the end. It changes no result of the run."""
+
+    data: str = ""
+    """`prompt` rows that are not trained on"""
+    num_generations: Elements = 1
+    """answers per prompt"""
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=100)] | None = None
+    """sampling temperature of these answers; default: that of the run"""
+    judge: list[JudgeSpec] = field(default_factory=list)
+    """judges that score these answers and are never trained on: functions, reward-model folders, {source: openai, options: ...}"""
 
 
 @dataclass(frozen=True)
@@ -374,6 +416,7 @@ class OnlineRecipe:
     """the rewards of the answers; several are summed by weight"""
     data: Rows = Rows()
     """`prompt` rows; their other fields reach reward functions"""
+    eval: PromptEvaluation = PromptEvaluation()
     ptx: Ptx = Ptx()
     algorithm: dict[str, Any] = field(default_factory=dict)
     """the method's slots"""
@@ -552,6 +595,9 @@ MAIN_FIELD: Mapping[type, str] = {
     Model: "path",
     Data: "train",
     Rows: "train",
+    Evaluation: "data",
+    PromptEvaluation: "data",
+    EarlyStop: "patience",
     RewardSpec: "source",
     RewardSource: "source",
     JudgeSpec: "source",

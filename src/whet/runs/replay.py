@@ -146,7 +146,8 @@ def opened(run: str | Path, step: int, accept_changed: str | Sequence[str] = ())
     _check_inputs(where, tree, accepted)
     recipe = adapters.completed(config.resolve(fields.kind_of(method), method, where / "recipe.yaml", [], tree))
     notes = _notes(where, recipe)
-    recipe = replace(recipe, cluster=fields.Cluster())
+    plain: Any = type(recipe.eval)()  # an evaluation is not computed again
+    recipe = replace(recipe, cluster=fields.Cluster(), eval=plain)
     job: online.OnlineJob | offline.OfflineJob
     if isinstance(recipe, fields.OnlineRecipe):
         job = online.prepare(method, recipe, recorded=True)
@@ -171,10 +172,11 @@ def _in_use(where: Path) -> bool:
 
 def _check_inputs(where: Path, tree: Mapping[str, Any], accepted: Sequence[str]) -> None:
     """Raise RecipeError if an input that a replay reads is missing or has changed since the run began. Reward functions and
-    generators are not read: their results are in the record."""
+    generators are not read: their results are in the record. Held-out rows are not either:
+    an evaluation is not computed again."""
     for name, there in inputs.changed(where, tree, accepted).items():
         value = name.partition(": ")[2]
-        if name.startswith("generator.") or (name.startswith("reward.") and ":" in Path(value).name):
+        if name.startswith(("generator.", "eval.")) or (name.startswith("reward.") and ":" in Path(value).name):
             continue
         told = "has changed since the run began" if there else "is not there; paths are relative to the current folder"
         raise RecipeError(
@@ -227,9 +229,7 @@ def recomputed(past: PastRun, *, watch: bool = False, quiet: bool = True) -> Onl
             with loop:
                 online_steps(loop)
             return loop
-        rows = OfflineReplay(
-            job.objective, learner, job.sources, job.plan, run, weights=job.weights, evaluation=job.evaluation, **given
-        )
+        rows = OfflineReplay(job.objective, learner, job.sources, job.plan, run, weights=job.weights, **given)
         with rows:
             offline_steps(rows)
         return rows

@@ -122,6 +122,12 @@ def reward_roles(recipe: fields.OnlineRecipe, trunk: Role | None = None) -> dict
     return out
 
 
+def judge_roles(recipe: fields.OnlineRecipe) -> dict[str, Role]:
+    """Load the judges that are reward models, as frozen roles: `judge{i}` is the role of judge i."""
+    judges = [(f"judge{number}", one.source) for number, one in enumerate(recipe.eval.judge)]
+    return {name: reward_role(source, recipe.model, name) for name, source in judges if is_model(source)}
+
+
 def rewards_of(recipe: fields.OnlineRecipe, tokenizer: Any, read: Callable[..., Any]) -> list[Weighted]:
     """Build the rewards of a recipe. `read(role, batch, names)` returns columns that a reward model computes.
     Raises RecipeError for options that a reward does not have."""
@@ -152,14 +158,13 @@ def check_rewards(recipe: fields.OnlineRecipe, tokenizer: Any, prompts: Sequence
         if not math.isfinite(one.weight):
             raise RecipeError(f"reward.{number}.weight: expected a finite number, got {one.weight}")
         if is_model(one.source):
-            _check_scorer(one.source, recipe.model)
-            _check_positions(f"reward.{number}", one.source, recipe, tokenizer, prompts)
+            check_scorer(f"reward.{number}", one.source, recipe, tokenizer, prompts)
 
 
-def _check_positions(
-    where: str, path: str, recipe: fields.OnlineRecipe, tokenizer: Any, prompts: Sequence[Prompt]
-) -> None:
-    """Raise RecipeError if the longest prompt with an answer has more tokens than a reward model has positions."""
+def check_scorer(where: str, path: str, recipe: fields.OnlineRecipe, tokenizer: Any, prompts: Sequence[Prompt]) -> None:
+    """Raise ModelError if a folder contains no reward model, RecipeError if the longest prompt with an answer has more tokens than
+    it has positions."""
+    _check_scorer(path, recipe.model)
     limit = load.positions(models.source_of(recipe.model, path))
     chat, same = own_chat(path, recipe.model, tokenizer) if load.has_tokenizer(path) else (chat_format(tokenizer), True)
     lengths = (len(one.ids if same else chat.prompt_ids(one.messages, extras_of(one.row))) for one in prompts)
@@ -201,11 +206,23 @@ def own_chat(path: str, model: fields.Frozen, tokenizer: Any) -> tuple[Chat, boo
     return chat_format(own), False
 
 
+def judge_of(
+    judge: fields.JudgeSpec, model: fields.Frozen, tokenizer: Any, read: Callable[..., Any], where: str
+) -> Weighted:
+    """Build a judge of an evaluation while training. `read(batch, names)` returns columns that a reward model computes."""
+    name = judge.name or name_of(judge.source)
+    if not is_model(judge.source):
+        return Weighted(name, made(judge.source, judge.options, where))
+    _refuse_options(judge.options, where)
+    chat, same = own_chat(judge.source, model, tokenizer)
+    return Weighted(name, ModelReward(read, chat, same=same))
+
+
 def judges(recipe: fields.EvalRecipe, tokenizer: Any, prompts: Sequence[Prompt]) -> list[Weighted]:
     """Build the judges of an evaluation, and check that the functions take the columns of the prompts."""
     budget = recipe.max_tokens_per_micro_batch
     found = [
-        reward(one.source, recipe.model, tokenizer, budget, one.options, f"judge.{number}")
+        reward(one.source, recipe.model, tokenizer, budget, one.options, f"judge.{number}", one.name)
         for number, one in enumerate(recipe.judge)
     ]
     check_columns(found, prompts, "judge")
@@ -248,9 +265,10 @@ def reward(
     budget: int,
     options: Mapping[str, Any] = {},
     where: str = "reward",
+    name: str | None = None,
 ) -> Weighted:
-    """Build a reward in this process from a source, named by `name_of`. `budget` is tokens per micro-batch."""
-    name = name_of(source)
+    """Build a reward in this process from a source, named by `name` or else `name_of`. `budget` is tokens per micro-batch."""
+    name = name or name_of(source)
     if not is_model(source):
         return Weighted(name, made(source, options, where))
     _refuse_options(options, where)

@@ -51,7 +51,9 @@ class Sources:
             return self._rows(name, _listed(name, value), filled=True)
         if hasattr(value, "column_names"):
             raise DataError(f"{name}: a {type(value).__name__} is not read; give a list of its rows")
-        if isinstance(value, (list, tuple)) and name.partition(".")[0] in ("data", "ptx"):
+        if isinstance(value, (list, tuple)) and (
+            name.partition(".")[0] in ("data", "ptx") or name in ("eval", "eval.data")
+        ):
             if not value:
                 raise DataError(f"{name}: the list is empty; give at least one row or file")
             return self._rows(name, list(value)) if not _are_files(value) else [self.plain(name, one) for one in value]

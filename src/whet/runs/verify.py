@@ -26,6 +26,8 @@ OUT = "runs/verify-resume"
 WHOLE, KILLED = "whole", "killed"
 """The folders of the run without interruption and of the killed one."""
 METRICS, SAVED = "metrics.jsonl", "checkpoints/step-*"
+EVALUATED = ("eval/*.parquet", "best/*")
+"""The files of evaluations and of the best model, which are compared byte by byte."""
 GLANCE = 0.002
 """Seconds between two looks at a running process."""
 
@@ -59,7 +61,7 @@ def verified(
         stop.saved = f"the runs in {out} were not compared"
         whole.say(f"first a run without interruption, in {whole.folder}")
         seconds = whole.to_the_end()
-        rows = read_metrics(whole.folder)
+        rows = [row for row in read_metrics(whole.folder) if row["step"]]  # without the evaluation of the start
         steps, each = len(rows), sum(row["seconds"] for row in rows) / len(rows)
         every = save_interval(steps, options.kills)
         stream = random.Random(options.kill_seed)
@@ -85,14 +87,19 @@ def first_difference(whole: Path, killed: Path) -> str | None:
     for ours, theirs in zip(_parts(whole), _parts(killed), strict=True):
         if alone := sorted({*ours} ^ {*theirs}):
             return f"{alone[0]}: it is in one run alone"
+    for name in (str(one.relative_to(whole)) for pattern in EVALUATED for one in sorted(whole.glob(pattern))):
+        if (whole / name).read_bytes() != (killed / name).read_bytes():
+            return f"{name}: the files differ"
     return None
 
 
-def _parts(run: Path) -> tuple[list[str], list[str], list[str]]:
-    """Return the names of the metrics, the rollouts and the last checkpoint of a run."""
+def _parts(run: Path) -> list[list[str]]:
+    """Return the names of the metrics, of the rollouts, of the answers of evaluations and of the files of the best model, and of the
+    last checkpoint of a run."""
     metrics = [f"metrics of step {row['step']}" for row in read_metrics(run)]
-    files = [sorted(str(one.relative_to(run)) for one in run.glob(name)) for name in ("rollouts/*.parquet", SAVED)]
-    return metrics, files[0], files[1][-1:]
+    patterns = ("rollouts/*.parquet", *EVALUATED, SAVED)
+    files = [sorted(str(one.relative_to(run)) for one in run.glob(name)) for name in patterns]
+    return [metrics, *files[:-1], files[-1][-1:]]
 
 
 def save_interval(steps: int, kills: int) -> int:

@@ -1,0 +1,306 @@
+"""Evaluation while training: when it runs, what it logs, the best step and its model, and early stopping."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from whet.data import Batch, Element, Prompt
+from whet.data.files import remove, replace_folder
+from whet.errors import RecipeError
+from whet.generate import Generator
+from whet.learner import Learner
+from whet.loops.evaluate import answers, held_out, win_rate
+from whet.loops.experience import RolloutScores, batch_of, scores_of
+from whet.loops.record import RunFolder
+from whet.methods import Objective
+from whet.methods.options import Sampling
+from whet.ops import address, masked_sum
+from whet.rewards import Weighted
+
+BEST, PENDING = "best", "best.step-"
+"""The folder of the best model in the run folder; and the beginning of the name of one that no checkpoint names yet."""
+PREFIX = "eval/"
+"""What the name of each number of an evaluation begins with."""
+
+State = dict[str, Any]
+"""What an evaluation carries from step to step, as JSON values."""
+
+
+@dataclass(frozen=True)
+class EvalPlan:
+    """When a run is evaluated, and what follows from it.
+
+    every       steps between evaluations; there is one at step 0 and one at the end too
+    keep_best   name of the logged number whose best step is kept as a model in `best/`; None keeps none
+    metric      name of the logged number that `patience` looks at
+    patience    evaluations in a row without improvement after which the run ends; None never ends it
+    min_delta   smallest change of `metric` that is an improvement
+    higher      names of these two numbers that are better when they are higher; others are better when they are lower
+    """
+
+    every: int = 0
+    keep_best: str | None = None
+    metric: str | None = None
+    patience: int | None = None
+    min_delta: float = 0.0
+    higher: frozenset[str] = frozenset()
+
+
+class Evaluation:
+    """Evaluate a run, follow its best step, and say when it ends early.
+
+    `measure(step, start)` returns the numbers of an evaluation after `step` steps, with names that begin with `eval/`. It must
+    not change the state of the run. `start` is a dict that it may fill with JSON values at step 0 and read later; it is part of
+    the checkpoints. `export(folder)` writes the model with its current weights. The numbers of the first worker count on
+    every worker.
+
+    The best model is written beside `best/` first. A checkpoint names it, and only then it is moved there: `best/` is always
+    the model that the newest checkpoint names, also if a run is killed between the two.
+    """
+
+    def __init__(
+        self,
+        plan: EvalPlan,
+        measure: Callable[[int, dict[str, Any]], Mapping[str, float]],
+        export: Callable[[Path], None],
+        run: RunFolder,
+        learner: Learner,
+    ) -> None:
+        self.plan, self.measure, self.export, self.run, self.learner = plan, measure, export, run, learner
+        self.state = initial()
+
+    @property
+    def ended(self) -> bool:
+        """True if the run ends early."""
+        return bool(self.state["stopped"])
+
+    def restore(self, state: State) -> None:
+        """Go on from a saved state. Finish the move of a best model that it names; remove newer ones, whose steps come again."""
+        self.state = {**state, "start": dict(state["start"])}
+        for path in self._pending():
+            if path.name != f"{PENDING}{self.state['best_step']}":
+                remove(path)
+        self.settle(self.state["best_step"])
+
+    def settle(self, saved: int) -> None:
+        """Move the best model to `best/` if a checkpoint of at least its step names it: `saved` is the step of the newest one."""
+        if self.state["best_step"] <= saved:
+            for path in self._pending():
+                replace_folder(path, self.run.folder / BEST)
+
+    def _pending(self) -> list[Path]:
+        """Return the folder of a best model that is not in `best/` yet, if there is one and this worker writes."""
+        return sorted(self.run.folder.glob(f"{PENDING}*")) if self.learner.workers.first else []
+
+    def due(self, step: int, total: int) -> bool:
+        """Return True if the run is evaluated after `step` steps."""
+        if step == self.state["at"]:
+            return False
+        return step in (0, total) or (self.plan.every > 0 and step % self.plan.every == 0)
+
+    def start(self, step: int, total: int) -> None:
+        """Evaluate before the first step of a run, and log the numbers as step 0."""
+        if step == 0 and (found := self.numbers(0, total, {})):
+            self.run.metrics(0, **found)
+
+    def numbers(self, step: int, total: int, logged: Mapping[str, float]) -> dict[str, float]:
+        """Evaluate after `step` of `total` steps if it is due, and return the numbers to log; {} if it is not. `logged` has the
+        other numbers of this step. Raises RecipeError if `keep_best` or the number of early stopping is not logged."""
+        if not self.due(step, total):
+            return {}
+        began = time.perf_counter()
+        found = self._after(step, logged)
+        return found | {"seconds/eval": time.perf_counter() - began}
+
+    def _after(self, step: int, logged: Mapping[str, float]) -> dict[str, float]:
+        plan, state = self.plan, self.state
+        numbers = dict(self.learner.workers.broadcast(dict(self.measure(step, state["start"]))))
+        known = {**logged, **numbers}
+        state["at"] = step
+        if plan.keep_best is not None and self._has(plan.keep_best, "keep_best", step, known):
+            value = known[plan.keep_best]
+            if state["best_step"] < 0 or self._better(plan.keep_best, value, state["best"], 0.0):
+                state["best_step"], state["best"] = step, value
+                self._write(step)
+        if plan.keep_best is not None and state["best_step"] >= 0:
+            numbers[f"{PREFIX}best_step"] = float(state["best_step"])
+        if plan.patience is not None and plan.metric is not None and self._has(plan.metric, "early_stop", step, known):
+            value = known[plan.metric]
+            if not state["seen"] or self._better(plan.metric, value, state["reached"], plan.min_delta):
+                state["seen"], state["reached"], state["waited"] = True, value, 0
+            else:
+                state["waited"] += 1
+            if state["waited"] >= plan.patience:
+                state["stopped"] = True
+                numbers[f"{PREFIX}stopped_early"] = 1.0
+                self.run.caution(
+                    f"step {step}: {plan.metric} has not improved in {plan.patience} evaluations (it is {value:.4g}, and was "
+                    f"{state['reached']:.4g}); the run ends here (eval.early_stop)"
+                )
+        return numbers
+
+    def _has(self, name: str, option: str, step: int, known: Mapping[str, float]) -> bool:
+        """Return True if the number is known. At step 0 only the numbers of an evaluation are."""
+        if name in known:
+            return True
+        if step == 0 and not name.startswith(PREFIX):
+            return False
+        some = sorted(one for one in known if one.startswith(PREFIX)) or sorted(known)
+        raise RecipeError(f"eval.{option}: no number {name!r} is logged; known are {', '.join(some)}")
+
+    def _better(self, name: str, value: float, than: float, delta: float) -> bool:
+        return value > than + delta if name in self.plan.higher else value < than - delta
+
+    def _write(self, step: int) -> None:
+        """Write the model of a new best step beside `best/`, in place of one that no checkpoint names yet."""
+        for path in self._pending():
+            remove(path)
+        self.export(self.run.folder / f"{PENDING}{step}")
+
+
+def initial() -> State:
+    """Return the state before the first evaluation: the step of the last one, the best step and its value, the value that early
+    stopping waits for, for how many evaluations, and the scores of the start by the name of their reward or judge."""
+    return {
+        "at": -1, "best_step": -1, "best": 0.0, "seen": False, "reached": 0.0, "waited": 0, "stopped": False, "start": {},
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What an offline run is evaluated on: held-out elements."""
+
+    plan: EvalPlan
+    export: Callable[[Path], None]
+    elements: Sequence[Element]
+
+
+@dataclass(frozen=True)
+class HeldOutPrompts:
+    """What an online run is evaluated on: held-out prompts, the sampling and number of answers to each, and the judges, which score
+    answers and are not trained on."""
+
+    plan: EvalPlan
+    export: Callable[[Path], None]
+    prompts: Sequence[Prompt]
+    sampling: Sampling
+    num_generations: int = 1
+    judges: Sequence[Weighted] = ()
+
+
+def held_out_numbers(learner: Learner, objective: Objective, elements: Sequence[Element]) -> dict[str, float]:
+    """Return the numbers of an evaluation on held-out elements: the loss of the objective, that of each term, and accuracy, margin
+    and calibration error of pairs (see `evaluate.held_out`)."""
+    found = held_out(learner, objective, elements)
+    losses = {term.label: found.pop(term.label) for term in objective.terms}
+    numbers = {"loss": sum(losses.values()), **losses, **found}
+    return {f"{PREFIX}{name}": value for name, value in numbers.items()}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Evaluate a policy on held-out prompts: `measure` answers them, always with the same random numbers, and scores the answers
+    with the rewards of the run and with the judges.
+
+    The win rate compares the score of each prompt (the mean of its answers) with the one at the start of the run, which is kept
+    in the dict `start`. `kl` says that the learner has a reference.
+    """
+
+    held_out: HeldOutPrompts
+    rewards: Sequence[Weighted]
+    generator: Generator
+    learner: Learner
+    run: RunFolder
+    seed: int = 0
+    kl: bool = False
+
+    def measure(self, step: int, start: dict[str, Any]) -> dict[str, float]:
+        """Return the numbers of an evaluation (docs/metrics.md), and write its answers to `eval/step-00000042.parquet`."""
+        held, seed = self.held_out, address(self.seed, "eval")
+        groups = answers(self.generator, held.prompts, held.sampling, count=held.num_generations, seed=seed)
+        self.generator.sleep()
+        scores = scores_of(self.rewards, groups)
+        judged = {one.name: one.reward.score(groups) for one in held.judges}
+        batch = batch_of(groups, scores, held.sampling)
+        total = weighted(self.rewards, scores)
+        lengths = torch.tensor([float(row.mask.sum()) for row in batch.rows])
+        numbers = {
+            "score": float(total.mean()), "length": float(lengths.mean()),
+            "truncated": float(batch["truncated"].float().mean()),
+        }  # fmt: skip
+        each = self._kl(batch)
+        if each is not None:
+            numbers["kl"] = float(each.mean())
+        named = {f"reward/{name}": (values, scores.where(name)) for name, values in scores.named.items()}
+        named |= {f"judge/{name}": (own.answer, own.known()) for name, own in judged.items()}
+        for name, (values, applies) in named.items():
+            numbers |= self._of(name, values, applies, start)
+        table: dict[str, list[Any]] = {
+            "length": [int(one) for one in lengths.tolist()], "truncated": batch["truncated"].tolist(),
+            "kl": [None] * len(total) if each is None else each.tolist(), "score": total.tolist(),
+        }  # fmt: skip
+        for name, (values, applies) in named.items():
+            both = zip(values.tolist(), applies.tolist(), strict=True)
+            table[name] = [value if known else None for value, known in both]
+        self.run.evaluation(step, groups, table)
+        return {f"{PREFIX}{name}": value for name, value in numbers.items()}
+
+    def _kl(self, batch: Batch) -> Tensor | None:
+        """Return log policy(y) - log reference(y) of each answer, (B,), in nats: a sample of KL(policy || reference). None without a
+        reference, and for greedy answers, which are no samples."""
+        if not self.kl or self.held_out.sampling.temperature == 0:
+            return None
+        own = "old_full_logp" if "support" in batch.columns else "old_logp"
+        seen = self.learner.measure(batch, frozenset({own, "ref_logp"}))
+        return masked_sum(seen[own] - seen["ref_logp"], batch["mask"], 1)
+
+    def _of(self, name: str, values: Tensor, applies: Tensor, start: dict[str, Any]) -> dict[str, float]:
+        """Return the mean of one reward or judge, its win rate against the start, and pass@k if its scores are 0 and 1."""
+        count, short = self.held_out.num_generations, name.partition("/")[2]
+        shaped, known = values.double().reshape(-1, count), applies.reshape(-1, count)
+        if not bool(known.any()):
+            return {}
+        numbers = {name: float(values[applies].double().mean())}
+        if bool(known.all()) and bool(((shaped == 0) | (shaped == 1)).all()):
+            right = (shaped == 1).sum(1).tolist()
+            for k in powers(count):
+                numbers[f"pass@{k}/{short}"] = sum(pass_at(k, count, one) for one in right) / len(right)
+        mean = [float(row[own].mean()) if bool(own.any()) else None for row, own in zip(shaped, known, strict=True)]
+        before = start.setdefault(name, mean)
+        pairs = [(a, b) for a, b in zip(mean, before, strict=True) if a is not None and b is not None]
+        if pairs:
+            rate = win_rate(*zip(*pairs, strict=True))  # type: ignore[arg-type]
+            ends = ("win_rate", "win_rate_low", "win_rate_high")
+            numbers |= {f"{end}/{short}": value for end, value in zip(ends, rate, strict=True)}
+        return numbers
+
+
+def weighted(rewards: Sequence[Weighted], scores: RolloutScores) -> Tensor:
+    """Return the weighted sum of the rewards of each answer, (B,). A reward that does not apply to an answer adds 0."""
+    parts = [one.weight * scores.named[one.name] * scores.where(one.name) for one in rewards]
+    return torch.stack(parts).sum(0)
+
+
+def powers(count: int) -> list[int]:
+    """Return the powers of two up to `count`.
+
+    >>> powers(6)
+    [1, 2, 4]
+    """
+    return [1 << place for place in range(count.bit_length())]
+
+
+def pass_at(k: int, count: int, right: int) -> float:
+    """Return the unbiased estimate of the probability that at least one of k answers is right, from `right` of `count` answers:
+    1 - C(count - right, k) / C(count, k) (Chen et al. 2021, equation 1).
+
+    >>> pass_at(1, 4, 1), pass_at(2, 4, 1), pass_at(4, 4, 0)
+    (0.25, 0.5, 0.0)
+    """
+    return 1.0 - math.comb(count - right, k) / math.comb(count, k)

@@ -1,0 +1,144 @@
+"""Evaluation while training: its numbers by hand, the best step, early stopping, and what a kill leaves of the best model."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from whet.errors import RecipeError
+from whet.loops.evaluate import pair_margins, pair_numbers
+from whet.loops.evaluation import EvalPlan, Evaluation, pass_at, powers
+from whet.loops.record import RunFolder, read_metrics
+
+
+class Alone:
+    """The learner of one process."""
+
+    class workers:
+        first, size = True, 1
+
+        @staticmethod
+        def broadcast(thing: Any) -> Any:
+            return thing
+
+
+def evaluation(folder: Path, values: list[float], **plan: Any) -> Evaluation:
+    """An evaluation that measures these values of eval/x at steps 0, 1, 2 ... and exports the step as a file."""
+
+    def export(where: Path) -> None:
+        where.mkdir()
+        (where / "step").write_text(where.name)
+
+    given: dict[str, Any] = {"every": 1, "higher": frozenset({"eval/x"})} | plan
+    learner: Any = Alone()
+    return Evaluation(EvalPlan(**given), lambda step, _: {"eval/x": values[step]}, export, RunFolder(folder), learner)
+
+
+def go(one: Evaluation, total: int, saved: int | None = None) -> list[dict[str, float]]:
+    """Evaluate after each step until the run ends. A checkpoint is saved after each step up to `saved`, or after all of them."""
+    found = []
+    for step in range(total + 1):
+        found.append(one.numbers(step, total, {"score": 0.0}))
+        if saved is None or step <= saved:
+            one.settle(step)
+        if one.ended:
+            break
+    return found
+
+
+def test_pass_at_k_is_one_minus_the_share_of_draws_without_a_right_answer() -> None:
+    """With 2 right of 5 answers, 3 of the 10 pairs and 1 of the 10 triples have none."""
+    assert [pass_at(k, 5, 2) for k in (1, 2, 3, 4)] == pytest.approx([2 / 5, 7 / 10, 9 / 10, 1.0])
+    assert pass_at(1, 1, 0) == 0.0
+    assert [powers(count) for count in (1, 2, 3, 8)] == [[1], [1, 2], [1, 2], [1, 2, 4, 8]]
+
+
+def test_margins_are_of_the_pairs_of_different_rank() -> None:
+    margins = pair_margins(torch.tensor([2.0, 0.5, 1.0]), torch.tensor([2, 1, 2]))
+    assert sorted(margins.tolist()) == [-1.5, -0.5]
+
+
+def test_the_calibration_error_is_worked_by_hand() -> None:
+    """Margins log 3, log 3, -log 3 have confidence 3/4 (the bin of [0.75, 0.8)), and 2 of 3 are right: |2/3 - 3/4| x 3/4 of the pairs.
+    The margin log 19 has confidence 0.95 and is right: 0.05 x 1/4."""
+    margins = torch.tensor([math.log(3), math.log(3), -math.log(3), math.log(19)], dtype=torch.float64)
+    found = pair_numbers(margins)
+    assert found["accuracy"] == 0.75
+    assert found["margin"] == pytest.approx((math.log(3) + math.log(19)) / 4)
+    assert found["calibration_error"] == pytest.approx(3 / 4 * (3 / 4 - 2 / 3) + 1 / 4 * 0.05)
+
+
+def test_the_best_step_and_its_model_are_kept(tmp_path: Path) -> None:
+    one = evaluation(tmp_path, [0.1, 0.3, 0.2, 0.3], keep_best="eval/x")
+    assert [row["eval/best_step"] for row in go(one, 3)] == [0, 1, 1, 1]
+    assert (tmp_path / "best/step").read_text() == "best.step-1"
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+
+def test_lower_is_better_for_a_loss(tmp_path: Path) -> None:
+    one = evaluation(tmp_path, [0.5, 0.3, 0.4], keep_best="eval/x", higher=frozenset())
+    assert [row["eval/best_step"] for row in go(one, 2)] == [0, 1, 1]
+
+
+def test_patience_counts_evaluations_without_an_improvement_of_min_delta(tmp_path: Path) -> None:
+    values = [0.0, 1.0, 1.05, 1.15, 1.2, 1.2, 9.0]
+    one = evaluation(tmp_path, values, metric="eval/x", patience=2, min_delta=0.1)
+    rows = go(one, 6)  # 1.05 is no improvement, 1.15 is one of 0.15 over 1.0; 1.2 and 1.2 are none over 1.15
+    assert len(rows) == 6
+    assert one.state["waited"] == 2
+    assert ["eval/stopped_early" in row for row in rows] == [False] * 5 + [True]
+
+
+def test_a_run_is_evaluated_at_its_start_and_end_and_between(tmp_path: Path) -> None:
+    one = evaluation(tmp_path, [0.0] * 8, every=3)
+    assert [bool(one.numbers(step, 7, {})) for step in range(8)] == [True, False, False, True, False, False, True, True]
+    assert not one.due(7, 7), "no step is evaluated twice"
+
+
+def test_a_number_that_is_not_logged_is_refused_by_name(tmp_path: Path) -> None:
+    one = evaluation(tmp_path, [0.0, 0.0], keep_best="eval/y")
+    with pytest.raises(RecipeError, match=r"eval\.keep_best: no number 'eval/y' is logged; known are eval/x"):
+        one.numbers(0, 1, {})
+    late = evaluation(tmp_path, [0.0, 0.0], keep_best="mine")
+    assert late.numbers(0, 1, {}), "a number of the steps is not known before the first one"
+    with pytest.raises(RecipeError, match="'mine'"):
+        late.numbers(1, 1, {"score": 1.0})
+
+
+def test_the_best_model_of_a_step_that_no_checkpoint_has_is_dropped_on_resume(tmp_path: Path) -> None:
+    """Step 1 is saved, step 2 is better, and the run is killed before a checkpoint names it."""
+    one = evaluation(tmp_path, [0.1, 0.2, 0.3], keep_best="eval/x")
+    for step in (0, 1):
+        one.numbers(step, 5, {})
+        one.settle(step)
+    saved = {**one.state, "start": dict(one.state["start"])}
+    one.numbers(2, 5, {})
+    one.settle(1)
+    assert (tmp_path / "best/step").read_text() == "best.step-1"
+    assert (tmp_path / "best.step-2").is_dir()
+    again = evaluation(tmp_path, [0.1, 0.2, 0.0], keep_best="eval/x")
+    again.restore(saved)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best"]
+    assert again.numbers(2, 5, {})["eval/best_step"] == 1
+
+
+def test_the_best_model_that_a_checkpoint_names_is_moved_on_resume(tmp_path: Path) -> None:
+    """The run is killed between the checkpoint of its best step and the move of the model."""
+    one = evaluation(tmp_path, [0.1, 0.2], keep_best="eval/x")
+    for step in (0, 1):
+        one.numbers(step, 5, {})
+    again = evaluation(tmp_path, [0.1, 0.2], keep_best="eval/x")
+    again.restore(one.state)
+    assert (tmp_path / "best/step").read_text() == "best.step-1"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best"]
+
+
+def test_the_start_is_logged_as_step_0(tmp_path: Path) -> None:
+    one = evaluation(tmp_path, [0.5], every=0)
+    one.start(0, 9)
+    (row,) = read_metrics(tmp_path)
+    assert (row["step"], row["eval/x"]) == (0, 0.5)
+    one.start(4, 9)
+    assert len(read_metrics(tmp_path)) == 1
