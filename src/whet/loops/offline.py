@@ -15,6 +15,7 @@ from whet.loops import checkpoint, selfcheck
 from whet.loops.divergence import Divergence
 from whet.loops.evaluate import held_out
 from whet.loops.interrupt import Stop
+from whet.loops.numbers import per_second, update_columns
 from whet.loops.progress import Progress
 from whet.loops.record import RunFolder
 from whet.loops.steps import longest, trained_columns
@@ -85,6 +86,7 @@ class OfflineLoop:
         self.step = self.first = self._next = 0
         self._batch: Batch | None = None
         self._seen: Batch | None = None
+        self._trained = Batch((), {})
         self._known: dict[tuple[int, int], list[Tensor]] = {}
         self._numbers: dict[str, float] = {}
         self._stack = ExitStack()
@@ -153,6 +155,7 @@ class OfflineLoop:
         if loss is not None:
             own = own_loss(loss, {*batch.columns, *BY_ROLE[terms[0].role]}, terms[0].loss)
             terms = (replace(terms[0], loss=own, name=name_of(loss)), *terms[1:])
+        self._trained = batch
         return self.learner.forward_backward([(term, batch, batch.counts(term.mask)) for term in terms])
 
     def optim_step(self) -> UpdateResult:
@@ -170,6 +173,7 @@ class OfflineLoop:
         self._numbers = {"loss": sum(update.losses.values()), **update.losses}
         self._numbers |= {f"grad_norm/{role}": norm for role, norm in update.grad_norm.items()}
         self._numbers |= {f"lr/{role}": rate for role, rate in update.lr.items()}
+        self._numbers |= update_columns(self._now.terms, self._trained, update.now.get("train", {}))
         return update
 
     def metrics(self) -> dict[str, float]:
@@ -184,7 +188,8 @@ class OfflineLoop:
         if plan.eval_every and self.evaluation and (done % plan.eval_every == 0 or done == plan.steps):
             found = held_out(self.learner, self._now, self.evaluation)
             numbers |= {f"eval/{name}": value for name, value in found.items()}
-        self.run.metrics(done, **numbers, tokens=batch.counts().tokens, seconds=time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        self.run.metrics(done, **numbers, **per_second(batch.counts().tokens, seconds), seconds=seconds)
         selfcheck.diverging(self.run, self.step, self.divergence.signs(done, numbers), plan.on_divergence)
         assert self._progress is not None
         assert self._keeper is not None

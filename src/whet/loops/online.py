@@ -30,11 +30,12 @@ from whet.loops.experience import (
     update_numbers,
 )
 from whet.loops.interrupt import Stop
+from whet.loops.numbers import answer_numbers, per_second
 from whet.loops.progress import Progress
 from whet.loops.record import RunFolder, mean_of
 from whet.loops.source import answered
 from whet.loops.steps import REHEARSED, MiniBatch, OnlinePlan, StepLog, longest, trained_columns
-from whet.methods import Algorithm, Term, advantages, clipping, diagnostics, paired, shaped, spread
+from whet.methods import Algorithm, Term, advantages, clipping, critic_loss, diagnostics, paired, shaped, spread
 from whet.methods.options import Sampling
 from whet.methods.own import own_loss
 from whet.methods.parts import State, mean_reward, name_of
@@ -396,9 +397,11 @@ class OnlineLoop:
             selfcheck.ratio_is_one(self.step, mini.batch, now)
         current = mini.batch.with_columns(**({"logp": mini.batch["old_logp"]} | dict(now)))
         self._remember_ratio(mini, current)
-        numbers = update_numbers(update) | diagnostics(current, clipping(self._now)) | {"epoch": mini.epoch}
+        numbers = update_numbers(update) | diagnostics(current, clipping(self._now), critic_loss(self._now))
+        numbers["epoch"] = mini.epoch
         if self._now.pairs:
             numbers["implicit_reward"] = mean_reward(self._now.terms, current.columns)
+            numbers |= answer_numbers(self._now.terms, current.columns)
         if self.plan.target_kl is not None and numbers["kl_old"] > self.plan.target_kl:
             numbers["stopped"], self._stopped = 1.0, True
         self._updates.append(numbers)
@@ -464,7 +467,9 @@ class OnlineLoop:
                 self.run.caution(flat)
         self.state = state
         seconds = {"seconds": time.perf_counter() - self._began, "seconds/generate": self._sampled - self._began}
-        self.run.metrics(done, **numbers, **seconds)
+        if whole is not None:
+            own |= per_second(sum(int(row.mask.sum()) for row in whole.rows), seconds["seconds"])
+        self.run.metrics(done, log.metrics, **own, **seconds)
         answers = len(whole.rows) if whole is not None else 0
         signs = self.divergence.signs(done, own, self._moved, answers)
         selfcheck.diverging(self.run, self.step, signs, self.plan.on_divergence)
