@@ -1,4 +1,4 @@
-"""docs/methods.md, made of the catalogue, the choices and the proof's table, so that it says what the code does.
+"""docs/methods.md, made of the catalogue, the choices and the proof's table, and docs/metrics.md, made of the table of metrics.
 
 python -m proof.page
 """
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from whet.loops.metrics import ALL, FAMILIES, METRICS, OFFLINE, ROLLOUT
 from whet.methods import catalogue
 from whet.methods.choices import (
     LABELS,
@@ -268,6 +269,49 @@ def text() -> str:
     return "\n".join(out).rstrip() + "\n"
 
 
+METRICS_HEAD = """# Metrics
+
+Made by `python -m proof.page` from the table that the loops log from (`src/whet/loops/metrics.py`); a test keeps it fresh. A number
+that is not in the table cannot be logged, except numbers of your own (`step.log({...})` in a session).
+
+`metrics.jsonl` in the run folder has one line per step, from 1. All numbers are global: over the whole batch of an update, all of
+its micro-batches and all workers, so no split changes them. "Mean over the updates" means that the number is computed for each update
+of the step, and averaged. The numbers of a rollout are from before its updates.
+
+pi is the policy now, pi_old the policy when the rollout was taken, pi_ref the reference, pi_sampler what the generator reported; rho
+the ratio pi / pi_old; A the advantage; s the score of an answer y; r_t the reward of token t; V the critic; R the return. Trained
+tokens are those that the policy wrote (offline: those of the answers). Logs are natural. "Better" says which direction is an
+improvement; without an entry, neither is by itself. Numbers in bold are in the live view and in the summary of a run.
+"""
+KINDS = {
+    ALL: "all",
+    ROLLOUT: "online methods",
+    OFFLINE: "all methods on rows",
+    (*ROLLOUT, "reward"): "online methods, reward models",
+}
+
+
+def metrics_text() -> str:
+    """The page of metrics."""
+    training = [one for one in METRICS if not one.evaluation]
+    groups = {
+        "Online methods": [one for one in training if one.of != ALL and one.of[0] in ROLLOUT],
+        "Methods on rows": [one for one in training if one.of != ALL and one.of[0] in OFFLINE],
+        "All methods": [one for one in training if one.of == ALL],
+        "Evaluation": [one for one in METRICS if one.evaluation],
+    }
+    out = [METRICS_HEAD]
+    for title, found in groups.items():
+        rows = []
+        for one in found:
+            name = f"**`{one.name}`**" if one.shown else f"`{one.name}`"
+            methods = KINDS.get(one.of) or ", ".join(FAMILIES[family] for family in one.of)
+            rows.append([name, one.formula, one.unit, one.better or "", methods, one.when, one.source])
+        out += [f"## {title}", "", *table(["name", "formula", "unit", "better", "methods", "if", "known as"], rows)]
+    return "\n".join(out).rstrip() + "\n"
+
+
 if __name__ == "__main__":
     (DOCS / "methods.md").write_text(text(), encoding="utf-8")
+    (DOCS / "metrics.md").write_text(metrics_text(), encoding="utf-8")
     sys.exit(0)

@@ -27,6 +27,10 @@ def test_the_page_of_methods_is_fresh() -> None:
     assert (ROOT / "docs" / "methods.md").read_text() == page.text(), "run python -m proof.page"
 
 
+def test_the_page_of_metrics_is_the_table() -> None:
+    assert (ROOT / "docs" / "metrics.md").read_text() == page.metrics_text(), "run python -m proof.page"
+
+
 def test_the_vectors_are_fresh() -> None:
     assert (ROOT / "docs" / "conformance" / "vectors.json").read_text() == vectors.text(), "run python -m proof.vectors"
 

@@ -47,7 +47,7 @@ def words(given: dict[str, Any], *more: str) -> list[str]:
 
 def result(out: str = "runs/r") -> tuple[bytes, list[dict[str, float]]]:
     """The weights and the metrics of a run, without its times."""
-    rows = [{k: v for k, v in row.items() if "seconds" not in k} for row in read_metrics(Path(out))]
+    rows = [{k: v for k, v in row.items() if "second" not in k} for row in read_metrics(Path(out))]
     return (Path(out) / "model" / "model.safetensors").read_bytes(), rows
 
 

@@ -160,7 +160,7 @@ def ended(folder: Path) -> dict[str, Any]:
 
     from whet.loops.record import read_metrics
 
-    metrics = [{k: v for k, v in line.items() if "seconds" not in k} for line in read_metrics(folder)]
+    metrics = [{k: v for k, v in line.items() if "second" not in k} for line in read_metrics(folder)]
     rollouts = [[answer["completion_ids"] for answer in lh.rollout(folder, step + 1)] for step in range(len(metrics))]
     return {"ids": rollouts, "metrics": metrics, "weights": load_file(folder / "model" / "model.safetensors")}
 

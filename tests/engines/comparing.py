@@ -27,7 +27,7 @@ SCALES = (
 A KL is a difference of log-probs. A policy's loss is a sum of advantages of size 1 that nearly cancel."""
 SMALL = 0.1
 """The same for every other number, and for a tensor, whose largest element is its scale otherwise."""
-LEFT_OUT = re.compile(r"seconds|explained_variance")
+LEFT_OUT = re.compile(r"second|explained_variance")
 """Times, and a number that trains nothing and divides by a variance near 0."""
 
 

@@ -105,7 +105,7 @@ def worker(run: subprocess.Popen, rank: int) -> int:
 def metrics(folder: Path) -> list[dict[str, float]]:
     file = folder / "metrics.jsonl"
     lines = file.read_text().splitlines() if file.is_file() else []
-    return [{name: value for name, value in json.loads(line).items() if "seconds" not in name} for line in lines]
+    return [{name: value for name, value in json.loads(line).items() if "second" not in name} for line in lines]
 
 
 def tokens(folder: Path) -> list[list[list[int]]]:

@@ -25,15 +25,15 @@ class Alone:
 
 
 def evaluation(folder: Path, values: list[float], **plan: Any) -> Evaluation:
-    """An evaluation that measures these values of eval/x at steps 0, 1, 2 ... and exports the step as a file."""
+    """An evaluation that measures these values of eval/score at steps 0, 1, 2 ... and exports the step as a file."""
 
     def export(where: Path) -> None:
         where.mkdir()
         (where / "step").write_text(where.name)
 
-    given: dict[str, Any] = {"every": 1, "higher": frozenset({"eval/x"})} | plan
+    given: dict[str, Any] = {"every": 1, "higher": frozenset({"eval/score"})} | plan
     learner: Any = Alone()
-    return Evaluation(EvalPlan(**given), lambda step, _: {"eval/x": values[step]}, export, RunFolder(folder), learner)
+    return Evaluation(EvalPlan(**given), lambda step, _: {"eval/score": values[step]}, export, RunFolder(folder), learner)
 
 
 def go(one: Evaluation, total: int, saved: int | None = None) -> list[dict[str, float]]:
@@ -41,8 +41,7 @@ def go(one: Evaluation, total: int, saved: int | None = None) -> list[dict[str, 
     found = []
     for step in range(total + 1):
         found.append(one.numbers(step, total, {"score": 0.0}))
-        if saved is None or step <= saved:
-            one.settle(step)
+        one.settle(step if saved is None else min(step, saved))
         if one.ended:
             break
     return found
@@ -71,20 +70,20 @@ def test_the_calibration_error_is_worked_by_hand() -> None:
 
 
 def test_the_best_step_and_its_model_are_kept(tmp_path: Path) -> None:
-    one = evaluation(tmp_path, [0.1, 0.3, 0.2, 0.3], keep_best="eval/x")
+    one = evaluation(tmp_path, [0.1, 0.3, 0.2, 0.3], keep_best="eval/score")
     assert [row["eval/best_step"] for row in go(one, 3)] == [0, 1, 1, 1]
     assert (tmp_path / "best/step").read_text() == "best.step-1"
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
 
 def test_lower_is_better_for_a_loss(tmp_path: Path) -> None:
-    one = evaluation(tmp_path, [0.5, 0.3, 0.4], keep_best="eval/x", higher=frozenset())
+    one = evaluation(tmp_path, [0.5, 0.3, 0.4], keep_best="eval/score", higher=frozenset())
     assert [row["eval/best_step"] for row in go(one, 2)] == [0, 1, 1]
 
 
 def test_patience_counts_evaluations_without_an_improvement_of_min_delta(tmp_path: Path) -> None:
     values = [0.0, 1.0, 1.05, 1.15, 1.2, 1.2, 9.0]
-    one = evaluation(tmp_path, values, metric="eval/x", patience=2, min_delta=0.1)
+    one = evaluation(tmp_path, values, metric="eval/score", patience=2, min_delta=0.1)
     rows = go(one, 6)  # 1.05 is no improvement, 1.15 is one of 0.15 over 1.0; 1.2 and 1.2 are none over 1.15
     assert len(rows) == 6
     assert one.state["waited"] == 2
@@ -98,8 +97,8 @@ def test_a_run_is_evaluated_at_its_start_and_end_and_between(tmp_path: Path) -> 
 
 
 def test_a_number_that_is_not_logged_is_refused_by_name(tmp_path: Path) -> None:
-    one = evaluation(tmp_path, [0.0, 0.0], keep_best="eval/y")
-    with pytest.raises(RecipeError, match=r"eval\.keep_best: no number 'eval/y' is logged; known are eval/x"):
+    one = evaluation(tmp_path, [0.0, 0.0], keep_best="eval/loss")
+    with pytest.raises(RecipeError, match=r"eval\.keep_best: no number 'eval/loss' is logged; known are eval/score"):
         one.numbers(0, 1, {})
     late = evaluation(tmp_path, [0.0, 0.0], keep_best="mine")
     assert late.numbers(0, 1, {}), "a number of the steps is not known before the first one"
@@ -109,7 +108,7 @@ def test_a_number_that_is_not_logged_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_the_best_model_of_a_step_that_no_checkpoint_has_is_dropped_on_resume(tmp_path: Path) -> None:
     """Step 1 is saved, step 2 is better, and the run is killed before a checkpoint names it."""
-    one = evaluation(tmp_path, [0.1, 0.2, 0.3], keep_best="eval/x")
+    one = evaluation(tmp_path, [0.1, 0.2, 0.3], keep_best="eval/score")
     for step in (0, 1):
         one.numbers(step, 5, {})
         one.settle(step)
@@ -118,7 +117,7 @@ def test_the_best_model_of_a_step_that_no_checkpoint_has_is_dropped_on_resume(tm
     one.settle(1)
     assert (tmp_path / "best/step").read_text() == "best.step-1"
     assert (tmp_path / "best.step-2").is_dir()
-    again = evaluation(tmp_path, [0.1, 0.2, 0.0], keep_best="eval/x")
+    again = evaluation(tmp_path, [0.1, 0.2, 0.0], keep_best="eval/score")
     again.restore(saved)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best"]
     assert again.numbers(2, 5, {})["eval/best_step"] == 1
@@ -126,10 +125,10 @@ def test_the_best_model_of_a_step_that_no_checkpoint_has_is_dropped_on_resume(tm
 
 def test_the_best_model_that_a_checkpoint_names_is_moved_on_resume(tmp_path: Path) -> None:
     """The run is killed between the checkpoint of its best step and the move of the model."""
-    one = evaluation(tmp_path, [0.1, 0.2], keep_best="eval/x")
+    one = evaluation(tmp_path, [0.1, 0.2], keep_best="eval/score")
     for step in (0, 1):
         one.numbers(step, 5, {})
-    again = evaluation(tmp_path, [0.1, 0.2], keep_best="eval/x")
+    again = evaluation(tmp_path, [0.1, 0.2], keep_best="eval/score")
     again.restore(one.state)
     assert (tmp_path / "best/step").read_text() == "best.step-1"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best"]
@@ -139,6 +138,6 @@ def test_the_start_is_logged_as_step_0(tmp_path: Path) -> None:
     one = evaluation(tmp_path, [0.5], every=0)
     one.start(0, 9)
     (row,) = read_metrics(tmp_path)
-    assert (row["step"], row["eval/x"]) == (0, 0.5)
+    assert (row["step"], row["eval/score"]) == (0, 0.5)
     one.start(4, 9)
     assert len(read_metrics(tmp_path)) == 1

@@ -132,7 +132,7 @@ def rl(folder: Path, *, dies: int = 0, resume: bool = False, name: str = "instru
 def metrics(folder: Path) -> list[dict[str, float]]:
     if not (folder / "metrics.jsonl").is_file():
         return []
-    return [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in read_metrics(folder)]
+    return [{k: v for k, v in line.items() if "second" not in k} for line in read_metrics(folder)]
 
 
 def rollouts(folder: Path) -> dict[str, list]:

@@ -149,6 +149,9 @@ _ALL = (
     Column("full_logp", "(B, T)", "nats", "update", "current log-prob over the whole vocabulary, with gradient"),
     Column("exact_kl", "(B, T)", "nats", "update", "current KL(policy || reference), whole vocabulary, with gradient"),
     Column("logp", "(B, T)", "nats", "update", "current log-prob, with gradient"),
+    Column(
+        "correct", "(B, T)", "0 or 1", "update", "1 if no token was more likely than this one, at the current weights"
+    ),
     Column("entropy", "(B, T)", "nats", "update", "current entropy, with gradient"),
     Column("full_entropy", "(B, T)", "nats", "update", "current entropy over the whole vocabulary, with gradient"),
     Column("value", "(B, T)", "reward", "update", "current value, with gradient"),

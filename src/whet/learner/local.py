@@ -440,6 +440,8 @@ class LocalLearner:
             wanted = frozenset().union(*(term.reads() for term, _, _ in items)) & BARE - batch.columns.keys()
             if name == "policy" and "old_logp" in batch.columns:
                 wanted |= {"logp"}  # for the metrics of how far the policy moved
+            if name == "policy" and all(term.reads() == {"logp", term.mask} for term, _, _ in items):
+                wanted |= {"correct"}  # for the accuracy of next-token prediction
             turns = self._dealt(batch)
             router = self.roles[name].router if train and first[name] == key else None
             chosen = self._chosen(name, batch, turns, dropout) if router is not None else None

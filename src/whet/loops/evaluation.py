@@ -84,15 +84,16 @@ class Evaluation:
         """Go on from a saved state. Finish the move of a best model that it names; remove newer ones, whose steps come again."""
         self.state = {**state, "start": dict(state["start"])}
         for path in self._pending():
-            if path.name != f"{PENDING}{self.state['best_step']}":
+            if path.name == f"{PENDING}{self.state['best_step']}":
+                replace_folder(path, self.run.folder / BEST)
+            else:
                 remove(path)
-        self.settle(self.state["best_step"])
 
     def settle(self, saved: int) -> None:
-        """Move the best model to `best/` if a checkpoint of at least its step names it: `saved` is the step of the newest one."""
-        if self.state["best_step"] <= saved:
-            for path in self._pending():
-                replace_folder(path, self.run.folder / BEST)
+        """Move the best model to `best/` if a checkpoint of at least its step names it: `saved` is the step of the newest one, 0
+        without one."""
+        for path in self._pending() if 0 < saved >= self.state["best_step"] else ():
+            replace_folder(path, self.run.folder / BEST)
 
     def _pending(self) -> list[Path]:
         """Return the folder of a best model that is not in `best/` yet, if there is one and this worker writes."""

@@ -173,7 +173,29 @@ def policy_numbers(batch: Batch) -> dict[str, float]:
         out["kl"] = float(total.sum() / batch["mask"].any(1).sum().clamp(min=1))
     out["entropy"] = float(masked_mean(batch["old_entropy"], batch["mask"]))
     gap = (batch["sampler_logp"] - batch["old_logp"])[batch["mask"]].abs()
-    return out | {"sampler_gap": float(gap.mean()) if len(gap) else 0.0}
+    return out | {"sampler_gap": float(gap.mean()) if len(gap) else 0.0} | advantage_numbers(batch)
+
+
+def advantage_numbers(batch: Batch) -> dict[str, float]:
+    """Return metrics of the advantages of a rollout, {} for pairs: their mean and standard deviation over the trained tokens, with a
+    critic those of returns and values, and with a KL in the reward the total reward of an answer."""
+    if "advantage" not in batch.columns:
+        return {}
+    mask = batch["mask"]
+    mean, deviation = _spread(batch["advantage"][mask])
+    out = {"advantage_mean": mean, "advantage_std": deviation}
+    if "kl" in batch.columns:
+        out["total_reward"] = float(batch["token_reward"].sum(1).double().mean())
+    if "old_value" in batch.columns:
+        out["value_mean"] = _spread(batch["old_value"][mask])[0]
+        out["returns_mean"], out["returns_std"] = _spread(batch["returns"][mask])
+    return out
+
+
+def _spread(values: Tensor) -> tuple[float, float]:
+    """Return mean and standard deviation of values (n,), 0 if there are none."""
+    values = values.double()
+    return (float(values.mean()), float(values.std(correction=0))) if len(values) else (0.0, 0.0)
 
 
 def update_numbers(update: UpdateResult) -> dict[str, float]:

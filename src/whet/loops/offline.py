@@ -15,6 +15,7 @@ from whet.loops import checkpoint, selfcheck
 from whet.loops.divergence import Divergence
 from whet.loops.evaluation import Evaluation, HeldOut, held_out_numbers
 from whet.loops.interrupt import Stop
+from whet.loops.numbers import per_second, update_columns
 from whet.loops.progress import Progress
 from whet.loops.record import RunFolder
 from whet.loops.steps import longest, trained_columns
@@ -90,6 +91,7 @@ class OfflineLoop:
         self.step = self.first = self._next = 0
         self._batch: Batch | None = None
         self._seen: Batch | None = None
+        self._trained = Batch((), {})
         self._known: dict[tuple[int, int], list[Tensor]] = {}
         self._numbers: dict[str, float] = {}
         self._stack = ExitStack()
@@ -168,6 +170,7 @@ class OfflineLoop:
         if loss is not None:
             own = own_loss(loss, {*batch.columns, *BY_ROLE[terms[0].role]}, terms[0].loss)
             terms = (replace(terms[0], loss=own, name=name_of(loss)), *terms[1:])
+        self._trained = batch
         return self.learner.forward_backward([(term, batch, batch.counts(term.mask)) for term in terms])
 
     def optim_step(self) -> UpdateResult:
@@ -185,6 +188,7 @@ class OfflineLoop:
         self._numbers = {"loss": sum(update.losses.values()), **update.losses}
         self._numbers |= {f"grad_norm/{role}": norm for role, norm in update.grad_norm.items()}
         self._numbers |= {f"lr/{role}": rate for role, rate in update.lr.items()}
+        self._numbers |= update_columns(self._now.terms, self._trained, update.now.get("train", {}))
         return update
 
     def metrics(self) -> dict[str, float]:
@@ -196,7 +200,8 @@ class OfflineLoop:
         self._batch = None
         if not numbers or batch is None:
             raise RuntimeError(f"step {self.step}: the batch was not trained on; call forward_backward and optim_step")
-        numbers |= {"tokens": batch.counts().tokens, "seconds": time.perf_counter() - began}
+        seconds = time.perf_counter() - began
+        numbers |= per_second(batch.counts().tokens, seconds) | {"seconds": seconds}
         evaluation = self.evaluation
         numbers |= evaluation.numbers(done, plan.steps, numbers) if evaluation is not None else {}
         self.run.metrics(done, **numbers)
@@ -209,7 +214,7 @@ class OfflineLoop:
             self._keeper.done(done, kept)
         else:
             self._keeper.done(done, kept | {"eval": evaluation.state}, ended=evaluation.ended)
-            evaluation.settle(self._keeper.saved)
+            evaluation.settle(done if evaluation.ended or done == plan.steps else self._keeper.saved)
 
 
 def train(*given: Any, **options: Any) -> None:

@@ -31,11 +31,12 @@ from whet.loops.experience import (
     update_numbers,
 )
 from whet.loops.interrupt import Stop
+from whet.loops.numbers import answer_numbers, per_second
 from whet.loops.progress import Progress
 from whet.loops.record import RunFolder, mean_of
 from whet.loops.source import answered
 from whet.loops.steps import REHEARSED, MiniBatch, OnlinePlan, StepLog, longest, trained_columns
-from whet.methods import Algorithm, Term, advantages, clipping, diagnostics, paired, shaped, spread
+from whet.methods import Algorithm, Term, advantages, clipping, critic_loss, diagnostics, paired, shaped, spread
 from whet.methods.options import Sampling
 from whet.methods.own import own_loss
 from whet.methods.parts import State, mean_reward, name_of
@@ -412,9 +413,11 @@ class OnlineLoop:
             selfcheck.ratio_is_one(self.step, mini.batch, now)
         current = mini.batch.with_columns(**({"logp": mini.batch["old_logp"]} | dict(now)))
         self._remember_ratio(mini, current)
-        numbers = update_numbers(update) | diagnostics(current, clipping(self._now)) | {"epoch": mini.epoch}
+        numbers = update_numbers(update) | diagnostics(current, clipping(self._now), critic_loss(self._now))
+        numbers["epoch"] = mini.epoch
         if self._now.pairs:
             numbers["implicit_reward"] = mean_reward(self._now.terms, current.columns)
+            numbers |= answer_numbers(self._now.terms, current.columns)
         if self.plan.target_kl is not None and numbers["kl_old"] > self.plan.target_kl:
             numbers["stopped"], self._stopped = 1.0, True
         self._updates.append(numbers)
@@ -463,7 +466,6 @@ class OnlineLoop:
                 f"step {self.step}: no update was made; call forward_backward and optim_step for each mini-batch"
             )
         own, state, done = self.metrics(), self.state, self.step + 1
-        numbers = own | log.metrics
         batch, whole = self._batch, self._whole
         if batch is not None and whole is not None:
             steered = self.algorithm.steered() and self._trains
@@ -479,16 +481,19 @@ class OnlineLoop:
             if flat is not None and self.divergence.once("flat"):
                 self.run.caution(flat)
         self.state = state
-        numbers |= {"seconds": time.perf_counter() - self._began, "seconds/generate": self._sampled - self._began}
+        seconds = {"seconds": time.perf_counter() - self._began, "seconds/generate": self._sampled - self._began}
+        if whole is not None:
+            own |= per_second(sum(int(row.mask.sum()) for row in whole.rows), seconds["seconds"])
+        own |= seconds
         evaluation = self.evaluation
-        numbers |= evaluation.numbers(done, self.plan.steps, numbers) if evaluation is not None else {}
-        self.run.metrics(done, **numbers)
+        own |= evaluation.numbers(done, self.plan.steps, log.metrics | own) if evaluation is not None else {}
+        self.run.metrics(done, log.metrics, **own)
         answers = len(whole.rows) if whole is not None else 0
         signs = self.divergence.signs(done, own, self._moved, answers)
         selfcheck.diverging(self.run, self.step, signs, self.plan.on_divergence)
         assert self._progress is not None
         assert self._keeper is not None
-        self._progress.advance(numbers)
+        self._progress.advance(own | log.metrics)
         self._running = False
         kept = {"skipped": self.skipped, "divergence": self.divergence.state()}
         kept |= {"state": dict(state), **self.source.state()}
@@ -496,7 +501,7 @@ class OnlineLoop:
             self._keeper.done(done, kept)
         else:
             self._keeper.done(done, kept | {"eval": evaluation.state}, ended=evaluation.ended)
-            evaluation.settle(self._keeper.saved)
+            evaluation.settle(done if evaluation.ended or done == self.plan.steps else self._keeper.saved)
 
 
 def _check_groups(stage: str, groups: Sequence[Group]) -> None:

@@ -15,6 +15,7 @@ from whet.data import Batch, Group
 from whet.data.files import write_json, write_text
 from whet.errors import DataError, RunStopped, first_line
 from whet.loops import rollouts, stopped
+from whet.loops.metrics import checked
 from whet.registry import told
 from whet.terminal import caution
 from whet.trackers import Tracker
@@ -67,11 +68,15 @@ class RunFolder:
         write_json(self.folder / "environment.json", environment() | {"workers": workers})
         write_text(self.folder / "recipe.yaml", recipe_text)
 
-    def metrics(self, step: int, **numbers: float) -> None:
-        """Append one line to metrics.jsonl, and log the same numbers to the trackers."""
+    def metrics(self, step: int, also: Mapping[str, float] | None = None, /, **numbers: float) -> None:
+        """Append one line to metrics.jsonl, and log the same numbers to the trackers. `also` are numbers that a user logs.
+
+        Raises ValueError for a number that the table of `loops.metrics` does not have.
+        """
+        checked(numbers)
         if not self.writes:
             return
-        line = {"step": step} | {name: plain(value) for name, value in numbers.items()}
+        line = {"step": step} | {name: plain(value) for name, value in {**numbers, **(also or {})}.items()}
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         with os.fdopen(os.open(self._metrics, flags, 0o666), "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

@@ -1,6 +1,6 @@
 """Compute steps of a run again from its record: the answers and scores of its rollouts, and a checkpoint. Nothing is written."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from whet.generate import Request
 from whet.learner import Learner, UpdateResult
 from whet.loops import checkpoint, rollouts
 from whet.loops.experience import RolloutScores, scored
+from whet.loops.metrics import timed
 from whet.loops.offline import OfflineLoop, precomputed
 from whet.loops.online import MiniBatch, OnlineLoop
 from whet.loops.progress import Progress
@@ -73,10 +74,10 @@ class RecomputedRun(RunFolder):
         self.numbers: dict[str, float] = {}
         self.table: dict[str, list[Any]] = {}
 
-    def metrics(self, step: int, **numbers: float) -> None:
+    def metrics(self, step: int, also: Mapping[str, float] | None = None, /, **numbers: float) -> None:
         """Keep the numbers of step `last`."""
         if step == self.last:
-            self.numbers = {name: plain(value) for name, value in numbers.items()}
+            self.numbers = {name: plain(value) for name, value in {**numbers, **(also or {})}.items()}
 
     def stopped(self, *given: Any) -> None:
         """Write nothing."""
@@ -167,8 +168,7 @@ class OnlineReplay(OnlineLoop):
 
     def numbers(self) -> dict[str, float]:
         """Return the metrics of step `run.last`, without those that are not computed again."""
-        left_out = ("seconds", "seconds/generate")
-        return {name: value for name, value in self.run.numbers.items() if name not in left_out}
+        return {name: value for name, value in self.run.numbers.items() if not timed(name)}
 
 
 class OfflineReplay(OfflineLoop):
@@ -208,7 +208,7 @@ class OfflineReplay(OfflineLoop):
 
     def numbers(self) -> dict[str, float]:
         """Return the metrics of step `run.last`, without those that are not computed again."""
-        return {name: value for name, value in self.run.numbers.items() if name != "seconds"}
+        return {name: value for name, value in self.run.numbers.items() if not timed(name)}
 
 
 def _begin(loop: Any, found: Path | None) -> None:

@@ -113,7 +113,7 @@ def trained_columns(terms: Iterable[Term]) -> dict[str, frozenset[str]]:
     return {role: names for role, names in out.items() if names}
 
 
-RESERVED = ("step", "seconds", "seconds/generate", "seconds/eval")
+RESERVED = ("step", "seconds", "seconds/generate", "seconds/eval", "tokens_per_second")
 """Metrics that the loop writes in each line of metrics.jsonl."""
 
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
         Penalty,
         advantages,
         clipping,
+        critic_loss,
         diagnostics,
         outcome,
         paired,
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "algorithm": (
-        "Algorithm", "Collect", "Penalty", "clipping", "advantages", "diagnostics", "outcome", "paired", "shaped", "spread",
+        "Algorithm", "Collect", "Penalty", "clipping", "critic_loss", "advantages", "diagnostics", "outcome", "paired", "shaped", "spread",
     ),
     "compose": ("online", "preference", "reward"),
     "parts": ("Objective", "Part", "Term", "answer_scores", "part"),
@@ -38,6 +39,7 @@ __all__ = [
     "advantages",
     "answer_scores",
     "clipping",
+    "critic_loss",
     "diagnostics",
     "online",
     "outcome",

@@ -309,11 +309,12 @@ def paired(batch: Batch, labels: Part = HARD) -> Batch:
     return out.with_columns(probability=labels.filled(out.columns, (count,)).float().repeat_interleave(2))
 
 
-def diagnostics(batch: Batch, clip: Part | None) -> dict[str, float]:
+def diagnostics(batch: Batch, clip: Part | None, critic: Part | None = None) -> dict[str, float]:
     """Compute metrics of a mini-batch after the forward pass of its update: ratio, clip fraction, KL(old || new) per token.
 
-    `batch` has logp (current) and old_logp. `clip` is the clipping part of the surrogate, or None. With its ratio (of a
-    token or of the whole answer):
+    `batch` has logp (current) and old_logp. `clip` is the clipping part of the surrogate, or None; `critic` is the part of the
+    critic's loss. kl_old and kl_old_k1 are the estimators k3 and k1 of KL(old || new). With the clip's ratio (of a token or of
+    the whole answer):
     - clip_fraction: share of the tokens whose gradient the clip stops, ratio > 1 + clip_high with A > 0 or
       ratio < 1 - clip_low with A < 0 (pg_clipfrac in verl, clip_ratio/region_mean in TRL's GRPO);
     - ratio_outside: share of the tokens with a ratio outside the interval, whatever the advantage;
@@ -324,12 +325,21 @@ def diagnostics(batch: Batch, clip: Part | None) -> dict[str, float]:
     out = {
         "ratio_mean": float(ops.masked_mean(ratio, mask)),
         "kl_old": float(ops.masked_mean(torch.expm1(log_ratio) - log_ratio, mask)),
+        "kl_old_k1": float(ops.masked_mean(-log_ratio, mask)),
     }
+    out["ratio_std"] = float(ops.masked_mean((ratio - out["ratio_mean"]) ** 2, mask)) ** 0.5
     if clip is not None:
         shares = clipped(batch.columns, clip)[1]
         out |= {name: float(ops.masked_mean(share.to(ratio.dtype), mask)) for name, share in shares.items()}
     if "value" in batch.columns:
-        out["explained_variance"] = float(ops.explained_variance(batch["old_value"], batch["returns"], mask))
+        value, old, returns = batch["value"], batch["old_value"], batch["returns"]
+        out["explained_variance"] = float(ops.explained_variance(old, returns, mask))
+        out["value_error"] = float(ops.masked_mean((value - returns) ** 2, mask))
+        limit = None if critic is None else critic.options.get("clip")
+        if limit is not None:
+            bounded = old + (value - old).clamp(-limit, limit)
+            worse = (bounded - returns) ** 2 > (value - returns) ** 2
+            out["value_clip_fraction"] = float(ops.masked_mean(worse.to(value.dtype), mask))
     return out
 
 
@@ -343,6 +353,11 @@ def clipped(columns: Mapping[str, Tensor], clip: Part) -> tuple[Tensor, dict[str
     if "bound" in clip.options:
         shares["dual_clip_fraction"] = (held > clip.options["bound"]) & worse
     return held, shares
+
+
+def critic_loss(algorithm: Algorithm) -> Part | None:
+    """Return the part of the critic's loss, or None."""
+    return next((term.loss for term in algorithm.terms if term.role == "critic"), None)
 
 
 def clipping(algorithm: Algorithm) -> Part | None:

@@ -18,10 +18,10 @@ from whet.models.dropout import Dropout
 from whet.models.roles import Role
 from whet.models.router import Routed
 from whet.models.shell import through
-from whet.ops import entropy, exact_kl, linear_collision, linear_kl, linear_logprobs, token_logprobs
+from whet.ops import entropy, exact_kl, linear_collision, linear_kl, linear_tokens, token_logprobs
 from whet.ops.logprobs import precise
 
-LANGUAGE = frozenset({"logp", "full_logp", "entropy", "full_entropy", "collision", "exact_kl"})
+LANGUAGE = frozenset({"logp", "full_logp", "entropy", "full_entropy", "collision", "exact_kl", "correct"})
 ATTENTION: dict[str, Callable[[Tensor], Tensor]] = {
     "attention_mean": lambda weights: weights.mean(1),
     "attention_max": lambda weights: weights.amax(1),
@@ -252,7 +252,7 @@ def _columns(
 def _language(
     role: Role, states: Tensor, tokens: Tensor, temperature: Tensor, support: Tensor | None, names: frozenset[str]
 ) -> dict[str, Tensor]:
-    """Compute logp, entropy, full_logp, full_entropy and collision of the trained tokens, (N,) each, if in `names`."""
+    """Compute logp, entropy, correct, full_logp, full_entropy and collision of the trained tokens, (N,) each, if in `names`."""
     tokens, temperature = tokens.to(states.device), temperature.to(states.device, _precise(states))
     support = None if support is None else support.to(states.device)
     out: dict[str, Tensor] = {}
@@ -262,16 +262,17 @@ def _language(
     else:  # the states are logits
         states, weight, bias = states.to(_precise(states)), None, None
 
-    def logprobs(within: Tensor | None, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+    def logprobs(within: Tensor | None, with_entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         if weight is not None:
-            return linear_logprobs(
+            return linear_tokens(
                 states, weight, tokens, bias=bias, temperature=temperature, support=within, with_entropy=with_entropy
             )
         logits = role.close(states) / temperature[:, None]
         uncertainty = entropy(logits, support=within) if with_entropy else None
-        return token_logprobs(logits, tokens, support=within), uncertainty
+        logp = token_logprobs(logits, tokens, support=within)
+        return logp, uncertainty, logits.gather(1, tokens[:, None])[:, 0] == logits.amax(1)
 
-    if names & {"logp", "entropy"} or (support is None and names & {"full_logp", "full_entropy"}):
+    if names & {"logp", "entropy", "correct"} or (support is None and names & {"full_logp", "full_entropy"}):
         uncertain = "entropy" in names or (support is None and "full_entropy" in names)
         out |= _named(names, "", *logprobs(support, uncertain))
     if support is None:
@@ -286,9 +287,12 @@ def _language(
     return out
 
 
-def _named(names: frozenset[str], prefix: str, logp: Tensor, uncertainty: Tensor | None) -> dict[str, Tensor]:
-    """Return the log-prob and the entropy by column name; the prefix is "full_" for the whole vocabulary."""
-    out = {f"{prefix}logp": logp}
+def _named(
+    names: frozenset[str], prefix: str, logp: Tensor, uncertainty: Tensor | None, correct: Tensor
+) -> dict[str, Tensor]:
+    """Return the log-prob, the entropy and whether the token is the most likely one, by column name; the prefix is "full_" for the
+    whole vocabulary."""
+    out = {f"{prefix}logp": logp} | ({"correct": correct.to(logp.dtype)} if not prefix else {})
     return out | ({f"{prefix}entropy": uncertainty} if uncertainty is not None else {})
 
 

@@ -32,7 +32,7 @@ from whet.ops.kl import (
     k3_weighted,
     linear_kl,
 )
-from whet.ops.logprobs import entropy, linear_collision, linear_logprobs, log_softmax, token_logprobs
+from whet.ops.logprobs import entropy, linear_collision, linear_logprobs, linear_tokens, log_softmax, token_logprobs
 from whet.ops.masked import masked_mean, masked_sum, whiten
 from whet.ops.policy import (
     cispo,
@@ -177,6 +177,7 @@ __all__ = [
     "linear_collision",
     "linear_kl",
     "linear_logprobs",
+    "linear_tokens",
     "log_exp",
     "log_odds",
     "log_softmax",

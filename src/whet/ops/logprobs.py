@@ -81,6 +81,27 @@ def linear_logprobs(
     gradient is computed for hidden, weight and bias. Under `torch.autocast` the products are in its dtype, in the backward
     pass too, which runs outside of it.
     """
+    logp, entropies, _ = linear_tokens(
+        hidden, weight, ids, bias=bias, temperature=temperature, support=support, with_entropy=with_entropy, workspace=workspace
+    )  # fmt: skip
+    return logp, entropies
+
+
+def linear_tokens(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: Tensor | float = 1.0,
+    support: Tensor | None = None,
+    with_entropy: bool = True,
+    workspace: int = WORKSPACE,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return the results of `linear_logprobs`, and where no token has a larger logit than the one of `ids`, (N,) bool.
+
+    It costs one comparison per token more, since the sums know both logits.
+    """
     if not isinstance(temperature, Tensor):
         kind = precise(hidden[:0]).dtype  # half precision would round the temperature
         temperature = torch.full((hidden.shape[0],), float(temperature), dtype=kind, device=hidden.device)
@@ -127,6 +148,10 @@ class _Sums:
             inside, place = _places(self.ids, start, logits.shape[-1])
             self.chosen = torch.where(inside, logits.gather(-1, place[..., None])[..., 0], self.chosen)
 
+    def most_likely(self) -> Tensor | None:
+        """Return where the logit of `ids` is the largest one."""
+        return None if self.ids is None else self.chosen == self.top
+
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """Return (log-prob of `ids`, entropy, log-sum-exp of the logits)."""
         log_total = self.total.log()
@@ -171,6 +196,13 @@ def _finite(x: Tensor) -> Tensor:
     return x.clamp_(min=-1e4)
 
 
+def _constant(ctx: Any, values: Tensor | None) -> Tensor | None:
+    """Return a result of a Function that has no gradient."""
+    if values is not None:
+        ctx.mark_non_differentiable(values)
+    return values
+
+
 class _Logprobs(torch.autograd.Function):
     """Log-probs of `ids` and entropies from logits (..., V); only the logits are kept for the backward pass."""
 
@@ -180,11 +212,11 @@ class _Logprobs(torch.autograd.Function):
         sums.add(logits, 0)
         logp, entropies, log_total = sums.results()
         ctx.save_for_backward(logits, ids, log_total, entropies)
-        return logp, entropies
+        return logp, entropies, _constant(ctx, sums.most_likely())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> Any:
+    def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _: Any) -> Any:
         logits, ids, log_total, entropies = ctx.saved_tensors
         return _gradient(logits, 0, ids, log_total, entropies, grad_logp, grad_entropy), None, None
 
@@ -228,11 +260,11 @@ class _ChunkedLogprobs(torch.autograd.Function):
         logp, entropies, log_total = sums.results()
         ctx.save_for_backward(hidden, weight, bias, ids, temperature, support, log_total, entropies)
         ctx.chunk = chunk
-        return logp, entropies
+        return logp, entropies, _constant(ctx, sums.most_likely())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_logp, grad_entropy):
+    def backward(ctx, grad_logp, grad_entropy, _):
         hidden, weight, bias, ids, temperature, support, log_total, entropies = ctx.saved_tensors
         _, of_weight, of_bias, *_ = ctx.needs_input_grad  # with adapters the head is frozen
         grad_hidden = torch.zeros_like(precise(hidden))

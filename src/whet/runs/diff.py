@@ -13,6 +13,7 @@ from whet.data import COLUMNS
 from whet.errors import RecipeError
 from whet.learner.store import Stored
 from whet.loops import checkpoint, rollouts
+from whet.loops.metrics import timed
 from whet.loops.record import read_metrics
 from whet.runs.folder import begun, differing
 from whet.runs.yaml_text import read_yaml
@@ -113,11 +114,6 @@ def _at(tree: Any, name: str) -> Any:
     for key in name.split("."):
         tree = tree.get(key) if isinstance(tree, Mapping) else None
     return tree
-
-
-def timed(name: str) -> bool:
-    """Whether a metric is a time, which no two runs have equal."""
-    return name.partition("/")[0] == "seconds"
 
 
 def same(ours: Any, theirs: Any) -> bool:
