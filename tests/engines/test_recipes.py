@@ -132,6 +132,8 @@ if __name__ == "__main__":
     whet.train(
         "grpo", model="model", data="prompts.jsonl", reward=make_reward(1.0), generator={"name": Engine, "unit": 4}, cluster=cluster,
         num_generations=2, num_steps=2, prompts_per_step=4, mini_batch_size=4, max_new_tokens=8, lr=1e-3, out=sys.argv[1],
+        eval={"data": [{"prompt": "a e"}, {"prompt": "b f"}], "every": 1, "judge": make_reward(2.0), "keep_best": "eval/kl",
+              "greater_is_better": True},
     )
 '''
 
@@ -146,3 +148,4 @@ def test_python_objects_go_along_to_the_workers_of_a_cluster(place: Path) -> Non
         assert done.returncode == 0, done.stderr[-3000:]
     worst, where = gap(metrics(place / "cluster"), metrics(place / "one"))
     assert worst <= TOLERANCE, f"{where}: {worst:.3g}"
+    assert (place / "cluster/best/model.safetensors").is_file()

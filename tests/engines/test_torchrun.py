@@ -28,6 +28,9 @@ import time
 def score(prompts, completions, **_):
     time.sleep(0.2)
     return [float(len(one.split()) % 5) for one in completions]
+
+def words(prompts, completions, **_):
+    return [float(len(one.split())) for one in completions]
 '''
 
 
@@ -48,7 +51,8 @@ def ppo(place: Path, out: str) -> list[str]:
         "model": place / "model", "data": place / "prompts.jsonl", "reward": f"{place / 'reward.py'}:score",
         "rollout.num_steps": STEPS, "rollout.prompts_per_step": 4, "rollout.mini_batch_size": 2, "rollout.max-num-seqs": 2,
         "max-new-tokens": 6, "optim.lr": 0.001, "critic.optim.lr": 0.001, "train.save-every": 1, "train.keep": 10,
-        "out": place / out,
+        "eval": place / "prompts.jsonl", "eval.every": 2, "eval.num-rows": 3, "eval.num-generations": 2,
+        "eval.judge": f"{place / 'reward.py'}:words", "keep-best": "eval/judge/words", "out": place / out,
     }  # fmt: skip
     return ["ppo", *(str(part) for name, value in options.items() for part in (f"--{name}", value)), "--quiet"]
 
@@ -125,7 +129,7 @@ def until(condition: Callable[[], bool], run: subprocess.Popen, seconds: float =
 def two(place: Path) -> Path:
     """A run of two workers that nobody disturbed."""
     said = ended(started(ppo(place, "two")))
-    assert len(metrics(place / "two")) == STEPS, said[-3000:]
+    assert len(metrics(place / "two")) == STEPS + 1, said[-3000:]
     return place / "two"
 
 
@@ -136,6 +140,7 @@ def weights(folder: Path) -> Any:
 def test_a_run_of_two_workers_has_the_numbers_and_tokens_of_one_process(place: Path, two: Path) -> None:
     assert main(ppo(place, "one")) in (0, None)
     assert tokens(two) == tokens(place / "one")
+    assert (two / "best/model.safetensors").is_file()
     assert gap(metrics(two), metrics(place / "one"))[0] <= 1e-5
     for name, value in weights(two).items():
         assert float((value - weights(place / "one")[name]).abs().max()) < 1e-5

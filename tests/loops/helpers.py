@@ -143,7 +143,7 @@ def listed(one: Any) -> list[Any]:
 def opened(folder: Path, resume: bool = False) -> RunFolder:
     """The run folder as the command line opens it."""
     found = checkpoint.latest(folder / "checkpoints") if resume else None
-    step = json.loads((found / "loop.json").read_text())["step"] if found else 0
+    step = json.loads((found / "loop.json").read_text())["step"] if found else -1
     return RunFolder(folder, resume_at=step if resume else None)
 
 

@@ -213,7 +213,8 @@ MAIN = (
     ("algorithm.kl-in-loss.coef", "kl-in-loss.coef"), ("algorithm.beta", "beta"), ("algorithm.surrogate.clip-low", "clip-low"),
     ("algorithm.surrogate.clip-high", "clip-high"), ("algorithm.advantage.gae-lambda", "gae-lambda"),
     ("model.lora.rank", "lora.rank"), ("model.chat-template", "chat-template"), ("train.save-every", "save-every"),
-    ("learner.backend", "learner"), ("generator.name", "generator"), ("trackers", "trackers"),
+    ("eval.data", "eval"), ("eval.every", "eval.every"), ("eval.judge", "eval.judge"), ("eval.keep-best", "keep-best"),
+    ("eval.early-stop.patience", "early-stop"), ("learner.backend", "learner"), ("generator.name", "generator"), ("trackers", "trackers"),
 )  # fmt: skip
 """Options in the short help, as (full name, short name)."""
 

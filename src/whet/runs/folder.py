@@ -277,7 +277,7 @@ def opened(folder: Path, recipe: TrainingRecipe, options: Options, verb: str, wo
     (found, *_) = workers.together(lambda: checkpoint.newest(folder / "checkpoints") if reads else None)
     if options.resume and found is None and workers.first:
         caution(f"no checkpoint was saved in {folder} yet; the run starts over")
-    step = int(found.name.removeprefix("step-")) if found else 0
+    step = int(found.name.removeprefix("step-")) if found else -1  # also the evaluation of the start comes again
     text = config.to_yaml(recipe, verb)
     info = RunInfo(folder.name, folder, yaml_tree(text))
     told = trackers(recipe.trackers, info) if workers.first else []

@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -85,7 +86,7 @@ def first_difference(whole: Path, killed: Path) -> str | None:
     if found.parting is not None:
         return str(found.parting)
     for ours, theirs in zip(_parts(whole), _parts(killed), strict=True):
-        if alone := sorted({*ours} ^ {*theirs}):
+        if alone := sorted((Counter(ours) - Counter(theirs)) + (Counter(theirs) - Counter(ours))):
             return f"{alone[0]}: it is in one run alone"
     for name in (str(one.relative_to(whole)) for pattern in EVALUATED for one in sorted(whole.glob(pattern))):
         if (whole / name).read_bytes() != (killed / name).read_bytes():
