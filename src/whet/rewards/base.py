@@ -62,6 +62,7 @@ REWARDS = Registry(
         "repetition": "whet.rewards.verifiers.repetition",
         "language": "whet.rewards.verifiers.language",
         "sentiment": "whet.rewards.verifiers.sentiment",
+        "unit_tests": "whet.rewards.verifiers.unit_tests",
     },
     Reward,
 )

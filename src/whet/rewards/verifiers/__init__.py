@@ -10,8 +10,9 @@ from whet.rewards.verifiers.numeric_match import NumericMatch
 from whet.rewards.verifiers.regex import Regex
 from whet.rewards.verifiers.repetition import Repetition
 from whet.rewards.verifiers.sentiment import Sentiment
+from whet.rewards.verifiers.unit_tests import UnitTests
 
 __all__ = [
-    "ExactMatch", "JsonSchema", "Language", "Length", "MathMatch", "NumericMatch", "Regex", "Repetition", "Sentiment", "Verdict",
-    "Verifier",
+    "ExactMatch", "JsonSchema", "Language", "Length", "MathMatch", "NumericMatch", "Regex", "Repetition", "Sentiment", "UnitTests",
+    "Verdict", "Verifier",
 ]  # fmt: skip

@@ -29,7 +29,8 @@ SIGN = r"(?:(?<![\w)\]}])[-+]\s?)?"
 CURRENCY = r"(?:\\?[$€£¥₹]\s?)?"
 NUMBER = re.compile(
     rf"(?P<sign>{SIGN}){CURRENCY}(?P<inner>(?<![\w)\]}}])-)?"
-    rf"(?:(?P<whole>(?<![\w^.])[0-9]+)?\s?\\[dtc]?frac\s*\{{\s*(?P<over>[-+]?{PLAIN})\s*\}}\s*\{{\s*(?P<under>[-+]?{PLAIN})\s*\}}"  # \frac{1}{2}, 2\frac{1}{2}
+    rf"(?:(?P<whole>(?<![\w^.])[0-9]+)?\s?\\[dtc]?frac\s*"  # \frac{1}{2}, 2\frac{1}{2}
+    rf"\{{\s*(?P<over>[-+]?{PLAIN})\s*\}}\s*\{{\s*(?P<under>[-+]?{PLAIN})\s*\}}"
     rf"|(?:(?P<units>(?<![\w^.])[0-9]+)[ ])?(?P<top>(?<![\w^.]){PLAIN})\s?/\s?(?P<bottom>{PLAIN})"  # 3/4, 1 3/4
     rf"|(?<![\w^.])(?P<plain>{PLAIN})(?:[eE](?P<e>[-+]?[0-9]+)(?!\w)|\s*(?:[×*·x]|\\times|\\cdot)\s*10\s*(?:\^|\*\*)\s*\{{?\s*(?P<power>[-+]?[0-9]+)\s*\}}?)?)"
     rf"\s?(?P<percent>\\?%|per\s?cent\b)?"
