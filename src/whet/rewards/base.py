@@ -20,13 +20,15 @@ class Scores:
     `answer` (B,) has one score per answer. A dense reward also has `token`, one tensor (|ids|,) per answer, whose sum is
     the score of the answer, and `ends`, one bool tensor (|ids|,) per answer that is True where a step ends. If `ends` is
     None, a step ends at every token. `applies` (B,) bool is False where the reward does not apply to an answer; its scores
-    there are not read. If it is None, the reward applies to every answer.
+    there are not read. If it is None, the reward applies to every answer. `reasons` may say in a few words why an answer has its
+    score; they change nothing.
     """
 
     answer: Tensor
     token: tuple[Tensor, ...] | None = None
     ends: tuple[Tensor, ...] | None = None
     applies: Tensor | None = None
+    reasons: tuple[str, ...] | None = None
 
     def known(self) -> Tensor:
         """Return to which answers the reward applies, (B,) bool."""
@@ -46,8 +48,26 @@ class Reward(Protocol):
         type, or NaN."""
 
 
-REWARDS = Registry("rewards", {"http": "whet.rewards.http", "openai": "whet.rewards.openai"}, Reward)
-"""The rewards that are made from options alone. Functions and reward models are recognized by their source."""
+REWARDS = Registry(
+    "rewards",
+    {
+        "http": "whet.rewards.http",
+        "openai": "whet.rewards.openai",
+        "exact_match": "whet.rewards.verifiers.exact_match",
+        "numeric_match": "whet.rewards.verifiers.numeric_match",
+        "math_match": "whet.rewards.verifiers.math_match",
+        "regex": "whet.rewards.verifiers.regex",
+        "json_schema": "whet.rewards.verifiers.json_schema",
+        "length": "whet.rewards.verifiers.length",
+        "repetition": "whet.rewards.verifiers.repetition",
+        "language": "whet.rewards.verifiers.language",
+        "sentiment": "whet.rewards.verifiers.sentiment",
+        "unit_tests": "whet.rewards.verifiers.unit_tests",
+    },
+    Reward,
+)
+"""The rewards that are made from options alone. Functions and reward models are recognized by their source. `make` gets the source,
+`check` the field of the recipe."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +154,9 @@ def joined(parts: Sequence[Scores | None]) -> Scores:
     partial = any(part.applies is not None for part in found)
     applies = torch.cat([part.known() for part in found]) if partial else None
     if telling[0].token is None:
-        return Scores(answer, applies=applies)
+        said = [part.reasons for part in found]
+        reasons = None if None in said else tuple(reason for own in said for reason in own or ())
+        return Scores(answer, applies=applies, reasons=reasons)
     token = tuple(one for part in found for one in part.token or ())
     if all(part.ends is None for part in telling):
         return Scores(answer, token, applies=applies)
@@ -200,7 +222,7 @@ def _silenced(scores: Scores, answers: Sequence[Sample]) -> Scores:
         ends = tuple(torch.zeros(len(sample.ids), dtype=torch.bool) for sample in answers)
     if token is not None:
         token = tuple(one if own else torch.zeros_like(one) for one, own in zip(token, kept.tolist(), strict=True))
-    return Scores(answer, token, ends, kept)
+    return Scores(answer, token, ends, kept, scores.reasons)
 
 
 def checked_scores(scores: Scores, answers: Sequence[Sample], name: str) -> Scores:
@@ -218,7 +240,8 @@ def checked_scores(scores: Scores, answers: Sequence[Sample], name: str) -> Scor
         )
     applies = None if bool(scores.known().all()) else scores.applies
     if scores.token is None:
-        return _silenced(Scores(checked(scores.listed(), answers, name).answer, applies=applies), answers)
+        answer = checked(scores.listed(), answers, name).answer
+        return _silenced(Scores(answer, applies=applies, reasons=scores.reasons), answers)
     for tensors, what in ((scores.token, "token"), (scores.ends, "ends")):
         lengths = None if tensors is None else [tuple(one.shape) for one in tensors]
         if lengths is not None and lengths != [(len(sample.ids),) for sample in answers]:

@@ -1,6 +1,7 @@
 """Build the rewards of a recipe (functions, reward models, HTTP services), and check them before models are loaded."""
 
 import dataclasses
+import difflib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -64,9 +65,11 @@ def made(source: str, options: Mapping[str, Any], where: str) -> Reward:
             limit = config.converted({"timeout": options["timeout"]}, functions.Options, where).timeout
             options = {key: value for key, value in options.items() if key != "timeout"}
     chosen = adapters.chosen(REWARDS, adapters.named(name, options, where), where)
+    chosen.check(where)
     if limit is not None:
         given = {one.name: getattr(chosen.options, one.name) for one in dataclasses.fields(chosen.options)}
-        found = _loaded(source) if kind == "object" else chosen.adapter.home
+        home = chosen.make(source) if source in REWARDS.built_in else chosen.adapter.home
+        found = _loaded(source) if kind == "object" else home
         return functions.limited(source, found, given, name_of(source), limit, where)
     if kind == "http":
         return chosen.make(source)
@@ -177,17 +180,22 @@ def check_scorer(where: str, path: str, recipe: fields.OnlineRecipe, tokenizer: 
 
 
 def check_columns(rewards: Sequence[Weighted], prompts: Sequence[Prompt], where: str = "reward") -> None:
-    """Raise RecipeError if a reward function cannot be called with the columns of these prompt rows, or an error if the process
-    of a reward with a limit cannot load it."""
+    """Raise RecipeError if a reward function cannot be called with the columns of these prompt rows, or a ready-made reward lacks
+    one, or an error if the process of a reward with a limit cannot load it."""
     for number, one in enumerate(rewards):
         if isinstance(one.reward, FunctionReward):
             one.reward.check(prompts, f"{where}.{number}")
+        if isinstance(one.reward, ObjectReward) and hasattr(one.reward.own, "check_rows"):
+            one.reward.own.check_rows(prompts, f"{where}.{number}", len(rewards) == 1)
         if isinstance(one.reward, (FunctionReward, ObjectReward)):
             one.reward.call.start()
 
 
 def _check_scorer(path: str, model: fields.Frozen) -> None:
-    """Raise ModelError if the folder contains no reward model."""
+    """Raise ModelError if the folder contains no reward model, RecipeError for what is rather a name of a ready-made reward."""
+    near = difflib.get_close_matches(path, [] if Path(path).exists() else REWARDS.names(), n=1, cutoff=0.75)
+    if near:
+        raise RecipeError(f"reward: unknown reward {path!r}; did you mean {near[0]!r}?")
     if not load.is_scorer(path, model.trust_remote_code):
         raise ModelError(f"{path}: no reward model and no judge, it has no scalar head; train one with whet reward")
 

@@ -1,0 +1,127 @@
+"""Hostile programs in the sandbox: each scores 0 with its reason, nothing outside changes, and the next call works."""
+
+import os
+import re
+import resource
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from sandbox.hostile import HOSTILE
+from whet.rewards.verifiers.unit_tests import UnitTests, run
+from whet.sandbox import outside
+
+OPTIONS = UnitTests(cpu_time=1.0, timeout=30.0, memory=256)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("outside")
+    (folder / "secret").write_text("secret")
+    for one in (folder, *list(folder.parents)[:2]):
+        one.chmod(0o777)
+    (folder / "secret").chmod(0o666)
+    victim = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as abstract:
+        port = server.getsockname()[1]
+        abstract.bind(f"\0whet-test-{port}")
+        abstract.listen()
+        server.settimeout(0.05)
+        abstract.settimeout(0.05)
+        yield {
+            "OUTSIDE": str(folder),
+            "PORT": port,
+            "VICTIM": victim.pid,
+            "servers": (server, abstract),
+            "process": victim,
+        }
+    victim.kill()
+    victim.wait()
+
+
+def judged(row: tuple[str, str, str, str], place: dict[str, Any]) -> tuple[str, float | None, str]:
+    name, kind, code, expected = row
+    options = replace(OPTIONS, timeout=3.0) if "more than 3 s" in expected else OPTIONS
+    head = "".join(f"{one} = {place[one]!r}\n" for one in ("OUTSIDE", "PORT", "VICTIM"))
+    tests: Any = ["assert f(2) == 4"] if kind == "call" else [{"input": "", "output": "right"}]
+    verdict = run(head + code, tests, options=options)
+    return name, verdict.score, verdict.reason
+
+
+def listing(folder: str) -> list[tuple[str, float, int]]:
+    return sorted((str(one), one.stat().st_mtime, one.stat().st_mode) for one in Path(folder).rglob("*"))
+
+
+def test_hostile_programs_score_0_with_their_reason_and_nothing_outside_changes(
+    place: dict[str, Any], monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("WHET_TEST_KEY", "key")
+    assert len(HOSTILE) >= 40
+    assert outside.found_abilities() == outside.Abilities(True, True, True), (
+        "this machine confines programs less than CI's"
+    )
+    before = listing(place["OUTSIDE"])
+    began = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda row: judged(row, place), HOSTILE))
+    wrong = [
+        (name, score, reason, expected)
+        for (name, score, reason), (*_, expected) in zip(found, HOSTILE, strict=True)
+        if score != 0.0 or not re.fullmatch(expected, reason)
+    ]
+    assert not wrong
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime < 60
+    assert listing(place["OUTSIDE"]) == before
+    assert place["process"].poll() is None
+    for server in place["servers"]:
+        with pytest.raises(TimeoutError):
+            server.accept()
+    assert psutil.Process().children(recursive=True) == [psutil.Process(place["VICTIM"])]
+    strays = [
+        one for one in psutil.process_iter(["uids"]) if one.info["uids"] and 60_000 <= one.info["uids"].real < 65_000
+    ]
+    assert not strays
+    assert run("def f(x): return x * x", ["assert f(2) == 4"]).score == 1.0
+
+
+def test_processes_of_a_program_are_killed_at_once_at_its_end(place: dict[str, Any]) -> None:
+    daemon = "import os, time\nif not os.fork():\n    os.setsid()\n    time.sleep(20)\nprint('right')"
+    began = time.monotonic()
+    assert run(daemon, [{"input": "", "output": "right"}]).score == 1.0
+    assert time.monotonic() - began < 10
+    assert psutil.Process().children(recursive=True) == [psutil.Process(place["VICTIM"])]
+
+
+def test_pairs_of_one_answer_do_not_meet_processes_of_the_last_one() -> None:
+    code = "import os, time\nprint(len([1 for _ in range(6) if os.fork() or time.sleep(9)]))"
+    pairs = [{"input": "", "output": "6"}] * 3
+    assert run(code, pairs, options=UnitTests(processes=8)).score == 1.0
+
+
+def test_the_run_that_is_killed_leaves_no_process_behind() -> None:
+    code = (
+        "import sys\nfrom whet.rewards.verifiers.unit_tests import run\nprint('go', flush=True)\n"
+        "run('import time\\nprint(1, flush=True)\\ntime.sleep(60)', [{'input': '', 'output': '1'}])"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=os.environ) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == b"go\n"
+        until = time.monotonic() + 30
+        family: list[psutil.Process] = []
+        while len(family) < 3 and time.monotonic() < until:  # launcher, process 1, program
+            family = psutil.Process(owner.pid).children(recursive=True)
+            time.sleep(0.02)
+        assert len(family) >= 3
+        owner.kill()
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not [one for one in alive if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
