@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from whet.data import Chat, Element, Prompt, read_rows
+from whet.data import Chat, Element, Prompt
 from whet.data.batching import per_epoch
 from whet.distributed import first, launched
 from whet.errors import RecipeError
@@ -115,7 +115,7 @@ def prepare(method: str, recipe: fields.OnlineRecipe, *, recorded: bool = False)
         generators.check_generator(recipe, chat, int(os.environ["WORLD_SIZE"]) if launched() else 1)
         rewards.check_rewards(recipe, tokenizer, prompts)
     ptx_reader = data.reader_of(recipe.model, fields.Rows(), chat)
-    ptx = data.cautioned(ptx_reader.demonstrations, chat)(read_rows(recipe.ptx.data)) if recipe.ptx.data else []
+    ptx = data.ptx_of(recipe.ptx, data.cautioned(ptx_reader.demonstrations, chat))
     for one in checks.cautions(recipe, algorithm) if first() and not recorded else ():
         caution(one)
     plan, longest = _plan_of(recipe, mini_batch_size, chat, prompts, refilled=bool(algorithm.collect.dynamic_sampling))
