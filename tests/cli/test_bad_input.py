@@ -321,8 +321,8 @@ GIVEN: dict[str, tuple[str, list[str], list[str]]] = {
     ),
     "two prompt files": (
         "grpo",
-        [*online(), "--data", "[{path: HOME/prompts.jsonl}]"],
-        ["data.train", "`str`", "HOME/prompts.jsonl"],
+        [*online(), "--data", "[{path: HOME/prompts.jsonl}, {path: HOME/sft.jsonl}]"],
+        ["data.train: one source is read here, got 2; join them to one file or one folder"],
     ),
     "rank without a file to write": ("rank", ["--data", "HOME/answers.jsonl"], ["out", "--out"]),
     "rank without judge and scores": (

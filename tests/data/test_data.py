@@ -77,7 +77,7 @@ FILES = [
     ("bad.csv", b"prompt,completion\na,b,c\n", ":2: the row has another number of fields than the header"),
     ("bad.csv", b"prompt,completion\na,\xff\n", ":2: not valid UTF-8 at byte 2 of the line, got b'\\xff'"),
     ("bad.parquet", b"PAR? no", ": not a readable Parquet file"),
-    ("bad.txt", b"hello", ": expected a .jsonl, .parquet or .csv file or the name of a dataset"),
+    ("bad.txt", b"hello", ": expected a .jsonl, .json, .parquet, .csv or .tsv file, a folder"),
 ]
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import decimal
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -76,7 +77,12 @@ TEXTS = [
     ("csv", b'prompt,completion\n"a\nb",c\nd\n', [":4: the row has another number of fields than the header: 1, not 2"]),
     ("csv", b"prompt,completion\n" + b"a,b\n" * 9000 + b"a,\xff\n", [":9002: not valid UTF-8 at byte 2 of the line"]),
     ("csv", "prompt,completion\na,b\n".encode("utf-16-le"), [":1: a NUL byte"]),
-    ("jsonl.gz", b"\x1f\x8b", [": expected a .jsonl", "unpack"]),
+    ("jsonl.bz2", b"BZh", [": expected a .jsonl", "unpack"]),
+    ("jsonl.gz", b"\x1f\x8b", [": the file cannot be read (Compressed file ended"]),
+    ("jsonl.gz", GOOD, [": the file cannot be read (Not a gzipped file"]),
+    ("json.gz", gzip.compress(b"[\n" + GOOD + b",{"), [":3: not valid JSON"]),
+    ("jsonl.gz", gzip.compress(GOOD * 500)[:-20], [": the file cannot be read ("]),
+    ("tsv", b"prompt\tcompletion\na\tb\nc\n", [":3: the row has another number of fields", "fields with tabs"]),
 ]  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from whet.data.batching import dealt, epoch_batches, micro_batches, minibatches, order, pad_ids, take_elements
 from whet.data.chat import PLAIN, Chat, chat_format, extras_of
 from whet.data.columns import COLUMNS, Column, measured
-from whet.data.read import Located, read_rows
+from whet.data.read import read_rows
 from whet.data.rows import Reader, numbers, ranks_of
 from whet.data.types import (
     Batch,
@@ -23,6 +23,7 @@ from whet.data.types import (
     pad,
     pad_support,
 )
+from whet.data.values import Located
 
 __all__ = [
     "COLUMNS",

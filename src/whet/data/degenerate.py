@@ -1,11 +1,12 @@
 """Data from which little or nothing can be learned: equal answers, ties, one label or score, empty answers, copies."""
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from whet.data.read import Located
 from whet.data.rows import numbers
 from whet.data.types import Labeled, Pair, Prompt, Ranking, Row, Stepped, Unpaired
+from whet.data.values import Located
 from whet.errors import DataError
 
 NAMES = {Pair: "pairs", Ranking: "rankings", Row: "rows", Prompt: "prompts"}
@@ -30,7 +31,7 @@ def cautions(rows: Sequence[Located], records: Sequence[Any], end_ids: Sequence[
     if equal:
         what = "chosen equal to rejected" if isinstance(records[0], Pair) else "equal answers at different ranks"
         lines.append(f"{equal} of {total} {_name(records)} have {what}, token by token")
-    where = rows[0].where.rpartition(":")[0]
+    where = _source_of(rows)
     if tied + equal == total:
         raise DataError(f"{where}: nothing says which answer is better: {'; '.join(lines)}")
     lines += [*_one_value(records), *_empty(records, end_ids)]
@@ -38,6 +39,12 @@ def cautions(rows: Sequence[Located], records: Sequence[Any], end_ids: Sequence[
     if 4 * different < total:
         lines.append(f"{total - different} of {total} {_name(records)} are copies of earlier ones")
     return [f"{where}: {one}" for one in lines]
+
+
+def _source_of(rows: Sequence[Located]) -> str:
+    """Return the file of the rows, or what the names of several files have in common."""
+    files = {one.where.rpartition(":")[0]: None for one in rows}
+    return next(iter(files)) if len(files) == 1 else f"{os.path.commonpath(list(files))} ({len(files)} files)"
 
 
 def constant(values: Sequence[float]) -> bool:

@@ -1,72 +1,93 @@
-"""Read the rows of data files: JSONL, JSON, Parquet, CSV, and datasets of the Hugging Face hub."""
+"""Read the rows of data sources: JSONL, JSON, Parquet, CSV and TSV files, folders of them, and datasets."""
 
 import csv
-import difflib
+import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from whet.data.files import once
-from whet.data.values import plain_row
+from whet.data.forms import canonical
+from whet.data.hub import dataset_rows
+from whet.data.places import files_of, kind_of, missing
+from whet.data.values import Located, plain_row
 from whet.errors import DataError, first_line
 
 BOM = b"\xef\xbb\xbf"
 """The byte-order mark of UTF-8."""
-PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
-"""Endings of compressed files."""
 
 
-@dataclass(frozen=True)
-class Located:
-    """A data row and its location, such as "my.jsonl:12" (lines and rows count from 1)."""
+def read_rows(
+    source: str, *, columns: Mapping[str, str] | None = None, num_rows: int | None = None, streaming: bool = False
+) -> list[Located]:
+    """Read the rows of a data source, with the columns of whet.
 
-    row: Mapping[str, Any]
-    where: str
-
-
-def read_rows(source: str) -> list[Located]:
-    """Read all rows of a JSONL, Parquet or CSV file, of a JSON file with one array, or of a `datasets` name ("name",
-    "name:split"). Fields with the value null are left out; `whet.data.values.plain_row` says what the values may be.
+    A source is a JSONL, JSON, Parquet, CSV or TSV file (also `.jsonl.gz`), a folder or a pattern ("rows/*.jsonl") of such
+    files, a folder written by `save_to_disk` of the library datasets, or the name of a dataset: "name", "name:split",
+    "name:configuration:split". `columns` renames columns (whet's name -> the column of the source), and rows of other tools get whet's
+    columns (see `whet.data.forms.canonical`). Only the first `num_rows` rows are read. With `streaming` a dataset of the hub
+    is not downloaded whole; it needs `num_rows`. Fields with the value null are left out; `whet.data.values.plain_row` says
+    what the values may be.
 
     Raises DataError with the line (Parquet: the row) for a missing, empty or damaged file, text that is not UTF-8, invalid
     JSON or CSV, a row that is not an object, a name that stands twice, a value that JSON cannot hold, and two rows with the
     same `id`.
     """
-    path = Path(source)
-    readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".csv": _csv}
-    if path.suffix in readers:
-        if not path.is_file():
-            raise DataError(f"{source}: no such file")
-        try:
-            found = list(readers[path.suffix](path))
-        except OSError as error:
-            raise DataError(f"{source}: the file cannot be read ({first_line(error)})") from error
-    elif path.exists():
-        advice = f"; unpack {path.name} first" if path.suffix in PACKED else ""
-        raise DataError(f"{source}: expected a .jsonl, .parquet or .csv file or the name of a dataset{advice}")
-    else:
-        found = list(_hub(source))
-    if not found:
-        raise DataError(f"{source}: the file is empty; at least one row is needed")
-    filled = path.suffix not in (".jsonl", ".json")
+    files = files_of(source)
+    if streaming and files is not None:
+        raise DataError(f"{source}: data.streaming is for datasets by name, and this is a file or folder; leave it out")
+    if streaming and num_rows is None:
+        raise DataError(
+            f"{source}: data.streaming reads the first rows of a dataset; say how many with --data.num-rows 10000"
+        )
+    found = _rows_of_files(files) if files is not None else _rows_of_dataset(source, streaming)
     rows = []
     seen: dict[str, str] = {}
-    for where, raw in found:
+    for where, raw, filled in islice(found, num_rows):
         row = {name: value for name, value in plain_row(raw, where, filled=filled).items() if value is not None}
         rows.append(Located(row, where))
-        if "id" in row:
-            name = str(row["id"])
+    if not rows:
+        raise DataError(f"{source}: the file is empty; at least one row is needed")
+    rows = canonical(rows, columns, source)
+    for one in rows:
+        if "id" in one.row:
+            name = str(one.row["id"])
             if name in seen:
-                raise DataError(f"{where}: id {row['id']!r} was already used at {seen[name]}; ids must be unique")
-            seen[name] = where
+                raise DataError(
+                    f"{one.where}: id {one.row['id']!r} was already used at {seen[name]}; ids must be unique"
+                )
+            seen[name] = one.where
     return rows
 
 
+def _rows_of_dataset(source: str, streaming: bool) -> Iterator[tuple[str, Mapping[str, Any], bool]]:
+    return ((where, row, True) for where, row in dataset_rows(source, streaming=streaming))
+
+
+def _rows_of_files(files: Sequence[Path]) -> Iterator[tuple[str, Mapping[str, Any], bool]]:
+    """Yield the location and the raw row of each row of these files, and whether the file fills every key of an object."""
+    readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".csv": _csv, ".tsv": _csv}
+    for path in files:
+        if not path.is_file():
+            raise missing(str(path))
+        try:
+            kind = kind_of(path)
+            yield from ((where, row, kind not in (".jsonl", ".json")) for where, row in readers[kind](path))
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{path}: the file cannot be read ({first_line(error)})") from error
+
+
+def _opened(path: Path) -> BinaryIO:
+    """Open a file, unpacked if it is compressed with gzip."""
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+
+
 def _jsonl(path: Path) -> Iterator[tuple[str, dict]]:
-    with path.open("rb") as lines:
+    with _opened(path) as lines:
         for number, raw in enumerate(lines, 1):
             line = _utf8(raw, path, number)
             if line.strip():
@@ -76,7 +97,8 @@ def _jsonl(path: Path) -> Iterator[tuple[str, dict]]:
 
 def _json(path: Path) -> Iterator[tuple[str, dict]]:
     """Read a file with one array of objects, object by object for their lines; a file without an array is read as JSONL."""
-    data = path.read_bytes()
+    with _opened(path) as file:
+        data = file.read()
     if not data.lstrip().startswith(b"["):
         yield from _jsonl(path)
         return
@@ -200,8 +222,10 @@ def _rows_of(batch: Any, path: Path, before: int) -> list[dict]:
 
 def _csv(path: Path) -> Iterator[tuple[str, dict]]:
     csv.field_size_limit(1 << 30)
-    text = _utf8(path.read_bytes().removeprefix(BOM), path, 1)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    with _opened(path) as file:
+        text = _utf8(file.read().removeprefix(BOM), path, 1)
+    between = "\t" if kind_of(path) == ".tsv" else ","
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=between)
     header: list[str] | None = None
     first = 1
     try:
@@ -214,7 +238,7 @@ def _csv(path: Path) -> Iterator[tuple[str, dict]]:
                 if len(row) != len(header):
                     raise DataError(
                         f"{where}: the row has another number of fields than the header: {len(row)}, not {len(header)}; "
-                        "put fields with commas or line breaks in quotes"
+                        f"put fields with {'tabs' if between != ',' else 'commas'} or line breaks in quotes"
                     )
                 yield where, dict(zip(header, row, strict=True))
     except csv.Error as error:
@@ -233,33 +257,3 @@ def _check_names(names: Sequence[str], where: str) -> None:
             )
         if name in names[: number - 1]:
             raise DataError(f"{where}: two columns have the name {name!r}; rename or remove one")
-
-
-def _hub(source: str) -> Iterator[tuple[str, dict]]:
-    path = Path(source.partition(":")[0])
-    if path.suffix or source.startswith((".", "/", "~")):
-        near = (
-            difflib.get_close_matches(path.name, [one.name for one in path.parent.glob("*")], n=1)
-            if path.parent.is_dir()
-            else []
-        )
-        raise DataError(f"{source}: no such file" + (f"; did you mean {path.with_name(near[0])}?" if near else ""))
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(f"{source}: no such file; for a dataset by name install whet[datasets]") from error
-    name, _, split = source.partition(":")
-    try:
-        rows = iter(datasets.load_dataset(name, split=split or "train"))
-    except Exception as error:  # any error of the hub client: offline, unknown name, unknown split
-        raise DataError(f"{source}: neither a file nor a dataset that can be loaded ({first_line(error)})") from error
-    number = 0
-    while True:
-        number += 1
-        try:
-            row = next(rows, None)
-        except Exception as error:  # a value that its library cannot decode
-            raise DataError(f"{source}:{number}: the row cannot be read ({first_line(error)})") from error
-        if row is None:
-            return
-        yield f"{source}:{number}", row

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from whet.data.chat import Chat, extras_of
-from whet.data.read import Located
+from whet.data.forms import prompted, split_pair
 from whet.data.types import Labeled, Pair, Prompt, Ranking, Row, Stepped, Unpaired
+from whet.data.values import Located
 from whet.errors import DataError
 
 LARGEST = torch.finfo(torch.float32).max
@@ -70,6 +71,15 @@ def _messages(located: Located, name: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not value:
         raise DataError(f"{located.where}: field {name!r} must be a string or a list of messages, got {value!r:.80}")
     return [_message(located, name, number, message) for number, message in enumerate(value)]
+
+
+def _with_messages(located: Located) -> Located:
+    """Return the row with its lists of several messages in `chosen` and `rejected` checked and in one form."""
+    row = dict(located.row)
+    for name in ("chosen", "rejected"):
+        if isinstance(row.get(name), list) and len(row[name]) > 1:
+            row[name] = _messages(located, name)
+    return Located(row, located.where)
 
 
 def _message(located: Located, name: str, number: int, message: Any) -> dict[str, Any]:
@@ -179,10 +189,12 @@ class Reader:
         return self._some(out, "no text has two tokens")
 
     def prompts(self, rows: Sequence[Located]) -> list[Prompt]:
-        """Read `prompt` rows (a string or messages). The other fields are passed to reward functions as columns; `tools`,
-        `documents` and `chat_template_kwargs` also reach the chat template."""
+        """Read `prompt` rows (a string or messages), or the prompts of conversations (see `whet.data.forms.prompted`). The other
+        fields are passed to reward functions as columns; `tools`, `documents` and `chat_template_kwargs` also reach the chat
+        template."""
         out = []
-        for number, located in enumerate(rows):
+        for number, given in enumerate(rows):
+            located = prompted(_with_messages(given))
             messages = self._checked(located, _messages(located, "prompt"))
             ids = self._located(located, self.chat.prompt_ids, messages, extras_of(located.row))
             if len(ids) > self.max_tokens:
@@ -220,7 +232,7 @@ class Reader:
         `probability` (of the first answer being better) and `margin` are optional. `responses` rows have them as K x K
         tables, in which row i, column j is about answer i against answer j; with a table of probabilities each pair counts,
         and no `ranks` are needed. Without `prompt`, chosen and rejected are whole conversations that differ only in
-        their last message.
+        their last message (see `whet.data.forms.split_pair`).
         """
         out: list[Pair] = []
         tied = False
@@ -373,21 +385,9 @@ class Reader:
     def _two(self, located: Located) -> tuple[list[dict[str, Any]], list[_Answer]]:
         """Return the prompt and the two answers of a pair."""
         _one_form(located, "chosen", "responses")
-        if located.row.get("prompt") is not None:
-            messages = _messages(located, "prompt")
-            answers = [_answer(located, "chosen"), _answer(located, "rejected")]
-        else:
-            if isinstance(_field(located, "chosen"), str):
-                raise DataError(
-                    f"{located.where}: field 'prompt' is missing; without it chosen and rejected must be lists of messages"
-                )
-            chosen, rejected = _messages(located, "chosen"), _messages(located, "rejected")
-            if chosen[:-1] != rejected[:-1] or len(chosen) < 2:
-                raise DataError(f"{located.where}: chosen and rejected must share every message but the last")
-            for name, side in (("chosen", chosen), ("rejected", rejected)):
-                if side[-1]["role"] != "assistant":
-                    raise DataError(f"{located.where}: field {name!r} must end with an assistant message")
-            messages, answers = chosen[:-1], [chosen[-1], rejected[-1]]
+        located = split_pair(_with_messages(located))
+        messages = _messages(located, "prompt")
+        answers = [_answer(located, "chosen"), _answer(located, "rejected")]
         self._checked(located, messages)
         ids = [located.row.get(f"{name}_ids") for name in ("chosen", "rejected")]
         return messages, self._with_ids(located, messages, answers, ids, ("chosen_ids", "rejected_ids"))

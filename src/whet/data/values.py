@@ -5,6 +5,7 @@ import decimal
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from whet.errors import DataError
@@ -14,11 +15,20 @@ MAX = sys.float_info.max
 DEEPEST = 100
 """Largest number of lists and objects inside each other."""
 CONVERSATIONS = (
-    "messages", "prompt", "chosen", "rejected", "completion", "tools", "documents", "chat_template_kwargs",
+    "messages", "prompt", "chosen", "rejected", "completion", "tools", "documents", "chat_template_kwargs", "conversations",
+    "history",
 )  # fmt: skip
 """The fields in which a null is as if it were absent."""
 OWN_NULLS = ("arguments", "parameters")
 """Keys of a tool call and of a tool. In JSON a null below them is a value of the caller's own, and is kept."""
+
+
+@dataclass(frozen=True)
+class Located:
+    """A data row and its location, such as "my.jsonl:12" (lines and rows count from 1)."""
+
+    row: Mapping[str, Any]
+    where: str
 
 
 def plain_row(row: Mapping[Any, Any], where: str, *, filled: bool = False) -> dict[str, Any]:

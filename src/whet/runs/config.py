@@ -370,6 +370,9 @@ def _expand(kind: type, tree: Any, where: str) -> Any:
         if kind not in MAIN_FIELD or tree is None:
             return tree
         tree = {MAIN_FIELD[kind]: tree}
+    if MAIN_FIELD.get(kind) == "train" and "path" in tree:  # {path, name, split} in the place of the section
+        source = {key: tree[key] for key in ("path", "name", "split") if key in tree}
+        tree = {"train": [source]} | {key: value for key, value in tree.items() if key not in source}
     known = fields_of(kind)
     out: dict[str, Any] = {}
     for key, value in tree.items():
@@ -399,6 +402,8 @@ def _expand(kind: type, tree: Any, where: str) -> Any:
             value = _expand(inner, value, name)
         elif typing.get_origin(known[key]) is list and not isinstance(value, list):
             value = [_expand(element, value, name) if element else value]
+        elif element is not None and isinstance(value, Mapping):
+            value = [_expand(element, value, name)]  # one {path, name, split}
         elif element is not None and isinstance(value, list):
             value = [_expand(element, one, name) for one in value]
         out[key] = value

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from whet import distributed
-from whet.data import Chat, Prompt, Reader, degenerate, read_rows
+from whet.data import Chat, Element, Located, Prompt, Reader, degenerate, read_rows
 from whet.errors import DataError, RecipeError
 from whet.methods import Objective, catalogue
 from whet.models import load
@@ -35,18 +35,37 @@ def reader_of(
     return Reader(chat, longest, advice, data.too_long, closing=closing, **more)
 
 
-def rows_of(data: fields.Rows, read: Callable[[Sequence[Any]], list]) -> list:
-    """Read the records of a single training file. Raises RecipeError without one."""
+def sources(data: fields.Data | fields.Rows) -> list[fields.DataSource]:
+    """Return the training sources of a section. Raises RecipeError without one."""
     if not data.train:
         raise RecipeError("data.train: which rows? give --data with a file or a dataset's name")
-    return read(read_rows(data.train))
+    return [fields.DataSource(data.train)] if isinstance(data.train, str) else list(data.train)
+
+
+def located(data: fields.Data | fields.Rows, one: fields.DataSource) -> list[Located]:
+    """Read the rows of a source as its section says: renamed columns, the first rows, streaming."""
+    columns = one.columns or data.columns
+    return read_rows(one.source, columns=columns, num_rows=data.num_rows, streaming=data.streaming)
+
+
+def located_rows(data: fields.Rows) -> list[Located]:
+    """Read the rows of a section with a single source. Raises RecipeError without one, or for several."""
+    given = sources(data)
+    if len(given) > 1:
+        raise RecipeError(f"data.train: one source is read here, got {len(given)}; join them to one file or one folder")
+    return located(data, given[0])
+
+
+def rows_of(data: fields.Rows, read: Callable[[Sequence[Any]], list]) -> list:
+    """Read the records of a section with a single source."""
+    return read(located_rows(data))
 
 
 def sources_of(data: fields.Data, read: Callable[[Sequence[Any]], list]) -> tuple[list[list], list[float] | None]:
-    """Return the elements of each training source, and the weights of the sources (None for a single file)."""
-    if isinstance(data.train, str):
-        return [rows_of(fields.Rows(data.train), read)], None
-    return [read(read_rows(one.path)) for one in data.train], [one.weight for one in data.train]
+    """Return the elements of each training source, and the weights of the sources (None for a single one)."""
+    given = sources(data)
+    weights = [one.weight for one in given] if len(given) > 1 else None
+    return [read(located(data, one)) for one in given], weights
 
 
 def cautioned(read: Callable[[Sequence[Any]], list], chat: Chat) -> Callable[[Sequence[Any]], list]:
@@ -88,9 +107,16 @@ def guarded(read: Callable[[Sequence[Any]], list], objective: Objective, name: s
     return checked
 
 
-def held_out_of(evaluation: fields.Evaluation, read: Callable[[Sequence[Any]], list]) -> list:
-    """Read the held-out records; an empty list without `eval.data`."""
-    return read(read_rows(evaluation.data)[: evaluation.num_rows]) if evaluation.data else []
+def held_out_of(
+    evaluation: fields.Evaluation, data: fields.Data | fields.Rows, read: Callable[[Sequence[Any]], list]
+) -> list:
+    """Read the held-out records, with the renamed columns of the training rows; an empty list without `eval.data`."""
+    return read(read_rows(evaluation.data, columns=data.columns)[: evaluation.num_rows]) if evaluation.data else []
+
+
+def ptx_of(ptx: fields.Ptx, read: Callable[[Sequence[Any]], list]) -> list[Element]:
+    """Read the pre-training elements; an empty list without `ptx.data`."""
+    return read(read_rows(ptx.data, columns=ptx.columns)) if ptx.data else []
 
 
 def with_all_columns(prompts: Sequence[Prompt]) -> list[Prompt]:

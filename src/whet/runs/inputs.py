@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from whet.data.files import read_json, sha256, write_json
+from whet.data.places import contents, place_of
 from whet.errors import RecipeError
 
 FILE = "inputs.json"
@@ -22,14 +23,16 @@ MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 """The form "package.module:name"."""
 PLACES = ("path", "source", "reference", "train", "data")
 """Last names of the fields that hold a path or a name of a model or of data."""
+DATA = ("data", "eval", "ptx")
+"""Sections with data sources."""
 FROZEN = re.compile(r"reference|critic|reward\d+|judge\d+")
 """The names of roles whose weights a checkpoint has fingerprints of."""
 
 
 def digests(tree: Mapping[str, Any]) -> dict[str, str]:
     """Return "field: path" -> hash for the files and model folders that a recipe names: data, users' Python files with the
-    files beside them that they import, configurations and tokenizers. Hub names, URLs, files without a suffix, and
-    installed packages are not covered."""
+    files beside them that they import, configurations and tokenizers. For a folder or a pattern of data files, and for a saved
+    dataset, it is one hash of all files. Hub names, URLs, files without a suffix, and installed packages are not covered."""
     found = {}
     for field_, value in named(tree):
         files = _files_of(value, field_)
@@ -51,9 +54,10 @@ def located(tree: Mapping[str, Any]) -> Iterator[tuple[str, str, Path]]:
         if name.rpartition(".")[2] not in PLACES and not re.search("[./:]", value):
             continue
         with suppress(OSError):  # a text that is too long for a path
-            found = next((one for one in (value, value.rpartition(":")[0]) if one and Path(one).exists()), None)
+            found = next((Path(one) for one in (value, value.rpartition(":")[0]) if one and Path(one).exists()), None)
+            found = place_of(value) if found is None and _is_data(name) else found
             if found is not None:
-                yield name, value, Path(found).resolve()
+                yield name, value, found.resolve()
 
 
 def strings(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
@@ -65,9 +69,17 @@ def strings(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
             yield from strings(one, f"{name}.{key}".strip("."))
 
 
+def _is_data(field_: str) -> bool:
+    """Whether a field names a data source."""
+    return field_.partition(".")[0] in DATA and field_.rpartition(".")[2] in ("path", "train", "eval", "data")
+
+
 def _files_of(value: str, field_: str) -> list[Path]:
-    """Return the files that a recipe value names: a file, the file of "place:name", or the small files of a model folder."""
+    """Return the files that a recipe value names: a file, the file of "place:name", the files of a data source, or the small files
+    of a model folder."""
     path = Path(value)
+    if _is_data(field_) and not path.is_file():
+        return contents(value)
     if ".py:" in value:
         path = Path(value.rpartition(":")[0])
     elif MODULE.fullmatch(value):

@@ -110,7 +110,7 @@ def prepare(method: str, recipe: fields.OfflineRecipe) -> OfflineJob:
     read = data.guarded(read, objective, name) if objective is not compose.SFT else read
     read = data.cautioned(read, chat)
     sources, weights = data.sources_of(recipe.data, read)
-    held_out = data.held_out_of(recipe.eval, read)
+    held_out = data.held_out_of(recipe.eval, recipe.data, read)
     data.tell_left_out(reader)
     if isinstance(recipe, fields.RewardModelRecipe):
         lasts = chat.closing_ids[-1:] or chat.end_ids[:1]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from whet.data import Chat, Element, Prompt, read_rows
+from whet.data import Chat, Element, Prompt
 from whet.data.batching import per_epoch
 from whet.distributed import first, launched
 from whet.errors import RecipeError
@@ -123,7 +123,7 @@ def prepare(method: str, recipe: fields.OnlineRecipe, *, recorded: bool = False)
     tokenizer, chat = models.tokenizer_and_chat(recipe.model, recipe.sampling)
     reader = data.reader_of(recipe.model, recipe.data, chat, room=recipe.sampling.max_new_tokens)
     prompts = data.with_all_columns(data.rows_of(recipe.data, data.cautioned(reader.prompts, chat)))
-    held_out = data.with_all_columns(data.held_out_of(recipe.eval, data.cautioned(reader.prompts, chat)))
+    held_out = data.with_all_columns(data.held_out_of(recipe.eval, recipe.data, data.cautioned(reader.prompts, chat)))
     data.tell_left_out(reader)
     data.check_columns(prompts)
     data.check_columns(held_out, "eval.data")
@@ -134,7 +134,7 @@ def prepare(method: str, recipe: fields.OnlineRecipe, *, recorded: bool = False)
         generators.check_generator(recipe, chat, int(os.environ["WORLD_SIZE"]) if launched() else 1)
         rewards.check_rewards(recipe, tokenizer, prompts)
     ptx_reader = data.reader_of(recipe.model, fields.Rows(), chat)
-    ptx = data.cautioned(ptx_reader.demonstrations, chat)(read_rows(recipe.ptx.data)) if recipe.ptx.data else []
+    ptx = data.ptx_of(recipe.ptx, data.cautioned(ptx_reader.demonstrations, chat))
     for one in checks.cautions(recipe, algorithm) if first() and not recorded else ():
         caution(one)
     plan, longest = _plan_of(

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from whet.data import read_rows
 from whet.data.degenerate import constant
 from whet.data.files import write_jsonl
 from whet.errors import RecipeError, RewardError, UserError
@@ -11,7 +10,7 @@ from whet.feedback import RANKERS, Question
 from whet.feedback.base import check_ranks
 from whet.feedback.judge import RewardJudge
 from whet.registry import called
-from whet.runs import adapters, rewards, sample
+from whet.runs import adapters, data, rewards, sample
 from whet.runs import recipe as fields
 from whet.terminal import caution
 
@@ -27,7 +26,7 @@ def run_rank(recipe: fields.RankRecipe) -> Path:
         raise RecipeError("ranker: the judge ranks; leave one of judge and ranker out")
     if not recipe.data.train:
         raise RecipeError("data.train: which answers? give --data with one file of `responses` rows")
-    rows = read_rows(recipe.data.train)
+    rows = data.located_rows(recipe.data)
     for located in rows:
         answers = located.row.get("responses")
         if not isinstance(answers, list) or len(answers) < 2 or not all(isinstance(answer, str) for answer in answers):

@@ -72,12 +72,23 @@ class Model(Frozen):
 
 @dataclass(frozen=True)
 class DataSource:
-    """One data file and its sampling weight."""
+    """One data source and its sampling weight."""
 
     path: str
-    """a .jsonl, .parquet or .csv file, or a dataset's name ("name:split")"""
+    """a file, a folder, a pattern, or the name of a dataset"""
     weight: Positive = 1.0
-    """sampling weight, relative to the other files"""
+    """sampling weight, relative to the other sources"""
+    name: str = ""
+    """configuration of a dataset"""
+    split: str = ""
+    """split of a dataset; default: train"""
+    columns: dict[str, str] = field(default_factory=dict)
+    """renamed columns of this source; default: those of the section"""
+
+    @property
+    def source(self) -> str:
+        """The source as one text: "path", "path:split" or "path:name:split"."""
+        return self.path + (f":{self.name}:{self.split}" if self.name else f":{self.split}" if self.split else "")
 
 
 @dataclass(frozen=True)
@@ -114,7 +125,13 @@ class Data:
     """The training rows, and how long ones are handled."""
 
     train: str | list[DataSource] = ""
-    """a file or dataset; a list of {path, weight} is mixed by weight"""
+    """a file, a folder, a pattern or a dataset ("name:split"), or {path, name, split}; a list of {path, weight} is mixed by weight"""
+    columns: dict[str, str] = field(default_factory=dict)
+    """renamed columns, whet's name -> the column of the data, as {prompt: question, completion: answer}"""
+    num_rows: Count | None = None
+    """read the first rows of each source alone; default: all"""
+    streaming: bool = False
+    """do not download a dataset whole; needs num_rows"""
     max_tokens: Annotated[int, msgspec.Meta(ge=2)] | None = None
     """maximum length of a sequence, in tokens; default: the number of positions of the model"""
     too_long: Literal["error", "drop", "cut"] = "error"
@@ -131,8 +148,14 @@ class Data:
 class Rows:
     """Rows whose texts are not trained, such as prompts."""
 
-    train: str = ""
-    """a .jsonl, .parquet or .csv file, or a dataset's name ("name:split")"""
+    train: str | list[DataSource] = ""
+    """a file, a folder, a pattern or a dataset ("name:split"), or {path, name, split}"""
+    columns: dict[str, str] = field(default_factory=dict)
+    """renamed columns, whet's name -> the column of the data, as {prompt: question, completion: answer}"""
+    num_rows: Count | None = None
+    """read the first rows of each source alone; default: all"""
+    streaming: bool = False
+    """do not download a dataset whole; needs num_rows"""
     max_tokens: Annotated[int, msgspec.Meta(ge=2)] | None = None
     """maximum length of a prompt, in tokens; default: the positions of the model minus the longest answer"""
     too_long: Literal["error", "drop"] = "error"
@@ -377,6 +400,8 @@ class Ptx:
 
     data: str | None = None
     """`text` (or completion) rows"""
+    columns: dict[str, str] = field(default_factory=dict)
+    """renamed columns, whet's name -> the column of the data"""
     batch_size: Elements = 32
     """rows per update"""
 
