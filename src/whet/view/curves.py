@@ -26,8 +26,13 @@ class Group:
     log: bool = False
 
     def names(self, known: Iterable[str]) -> list[str]:
-        """Return the numbers that belong to the group."""
-        return [name for name in known if re.fullmatch(self.pattern, name)]
+        """Return the numbers that belong to the group, those of training first."""
+        found = [name for name in known if re.fullmatch(self.pattern, name)]
+        return sorted(found, key=lambda name: name.startswith(EVALUATED))
+
+    def names_one(self, name: str) -> bool:
+        """Return whether a number is one of several of its kind, such as the score of one judge."""
+        return "/" in name.removeprefix(EVALUATED) and name != self.title
 
 
 MAIN_OFFLINE = (
@@ -107,8 +112,9 @@ def plots_of(
     if len(runs) == 1 or seeds:
         lines = [line for color, name in enumerate(names[:MOST_LINES]) for line in _lines(name, runs, color)]
         more = f" {len(names) - MOST_LINES} more are left out." if len(names) > MOST_LINES else ""
-        note = _note(names, runs, lines) + equal + more
-        return [Plot(group.title, lines, "step", group.y, log=group.log, note=note.strip())]
+        note = _note(names, runs, lines, seeds=seeds) + equal + more
+        title = f"{group.title}: {told(names[0])}" if len(names) == 1 and group.names_one(names[0]) else group.title
+        return [Plot(title, lines, "step", group.y, log=group.log, note=note.strip())]
     out = []
     for name in names[:MOST_LINES]:
         lines = [
@@ -117,7 +123,7 @@ def plots_of(
             if run.series.get(name)
         ]
         title = group.title if len(names) == 1 else f"{group.title}: {told(name)}"
-        out.append(Plot(title, lines, "step", group.y, log=group.log, note=_note([name], runs, lines)))
+        out.append(Plot(title, lines, "step", group.y, log=group.log, note=_note([name], runs, lines, seeds=False)))
     return out
 
 
@@ -166,14 +172,12 @@ def _mean_line(name: str, runs: Sequence[Run], color: int) -> Line:
     return Line(told(name), points, color, band, marked=marked)
 
 
-def _note(names: Sequence[str], runs: Sequence[Run], lines: Sequence[Line]) -> str:
-    window = max((_window(name, run) for name in names for run in runs), default=1)
-    parts = (
-        [f"Mean over the last {window} steps{', thin: each step' if any(line.faint for line in lines) else ''}."]
-        if window > 1
-        else []
-    )
-    if len(runs) > 1 and any(line.band for line in lines):
+def _note(names: Sequence[str], runs: Sequence[Run], lines: Sequence[Line], *, seeds: bool) -> str:
+    windows = sorted({_window(name, run) for name in names for run in runs if run.series.get(name)} - {1})
+    span = f"{windows[0]} to {windows[-1]}" if len(windows) > 1 else "".join(map(str, windows))
+    thin = ", thin: each step" if any(line.faint for line in lines) else ""
+    parts = [f"Mean over the last {span} steps{thin}."] if windows else []
+    if seeds and any(line.band for line in lines):
         parts.append(f"Mean of {len(runs)} runs; the band goes from the lowest to the highest.")
     elif any(line.band for line in lines):
         parts.append("The band is the 95 % interval.")
@@ -251,7 +255,7 @@ def _paths(runs: Sequence[Run], name: str, color: int) -> list[Line]:
     label = LABELS.get(name, told(name))
     if len(runs) == 1:
         return [one for one in [_path(runs[0], name, label, color)] if one.points]
-    each = [_path(run, name, label, color) for run in runs]
+    each = [line for run in runs if (line := _path(run, name, label, color)).points]
     longest = min((len(one.points) for one in each), default=0)
     if not longest:
         return []
@@ -270,6 +274,8 @@ def _ends(line: Line) -> list[Mark]:
 
 def _with_marks(run: Run, lines: Sequence[Line], seeds: bool) -> list[Plot]:
     """Return the lines in one plot with marks for start, best and end, or each in its own plot if their scales differ."""
+    if not lines:
+        return []
     together = comparable([line.points for line in lines if not line.faint])
     groups: list[list[Line]] = [list(lines)] if together else []
     if not together:

@@ -99,7 +99,8 @@ def read(path: Path) -> list[Shown]:
         raise DataError(
             f"{path}: it has no columns prompt and completion, which are needed to show answers; restore the file"
         )
-    only = scored if len(scored) != 1 or scored[0].startswith("judge/") else []  # one reward is the score
+    rewards = [name for name in scored if name.startswith("reward/")]
+    only = [name for name in scored if name not in rewards or len(rewards) > 1]  # one reward is the score
     out = []
     for row in range(len(table["prompt"])):
         at = {name: values[row] for name, values in table.items()}
@@ -130,7 +131,10 @@ def _side_by_side(kind: str, heads: Mapping[int, str], known: Mapping[int, list[
     """Return the first answers to the same prompts at each of the steps, or of different prompts if none is common."""
     if not heads:
         return []
-    by_key = {step: {one.key: one for one in reversed(known[step])} for step in heads}
+    by_key: dict[int, dict[object, Shown]] = {step: {} for step in heads}
+    for step, own in by_key.items():
+        for one in known[step]:
+            own.setdefault(one.key, one)
     first, *others = heads
     common = [key for key in dict.fromkeys(one.key for one in known[first]) if all(key in by_key[s] for s in others)]
     chosen = spaced(common, count)
