@@ -32,7 +32,7 @@ help:
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --upgrade -c constraints.txt pip setuptools wheel
 	.venv/bin/python -m pip install --quiet -c constraints.txt torch
-	.venv/bin/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[demo,dev]'
+	.venv/bin/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
 
 # vLLM wants exact versions and packages that have no CPU build, so its tests have an environment of their own.

@@ -24,7 +24,7 @@ LAYERS = (
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 HEAVY = {
     "transformers": {"models", "generate", "demo"}, "peft": {"models"}, "pyarrow": {"data", "loops"}, "datasets": {"data"},
-    "matplotlib": {"view"}, "jinja2": {"data", "view"}, "yaml": {"cli", "runs"}, "rich": {"terminal", "loops", "demo"},
+    "jinja2": {"data", "view"}, "yaml": {"cli", "runs"}, "rich": {"terminal", "loops", "demo"},
     "accelerate": {"trackers"}, "tokenizers": {"demo"}, "safetensors": {"models", "learner", "generate"},
     "vllm": {"generate"}, "deepspeed": {"learner"}, "ray": {"cluster"},
 }  # fmt: skip

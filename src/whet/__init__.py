@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from whet.runs.calls import evaluate, explain, plan, rank, sample, serve, verify_resume
     from whet.runs.diff import diff
     from whet.runs.replay import replay
+    from whet.runs.report import report
     from whet.runs.session import Session
     from whet.runs.train import train
     from whet.runs.why import why
@@ -36,6 +37,7 @@ _HOMES = {
     "whet.runs.calls": ("evaluate", "explain", "plan", "rank", "sample", "serve", "verify_resume"),
     "whet.runs.diff": ("diff",),
     "whet.runs.replay": ("replay",),
+    "whet.runs.report": ("report",),
     "whet.runs.why": ("why",),
     "whet.data": ("Batch", "Group", "Prompt", "Sample"),
     "whet.loops.experience": ("RolloutScores",),
@@ -47,7 +49,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "Batch", "CheckpointError", "DataError", "Group", "MiniBatch", "ModelError", "Prompt", "RecipeError", "RewardError",
     "RolloutScores", "RunStopped", "Sample", "Scores", "Session", "StepLog", "UserError", "WhetError", "diff", "evaluate", "explain",
-    "plan", "rank", "replay", "sample", "serve", "train", "verify_resume", "why",
+    "plan", "rank", "replay", "report", "sample", "serve", "train", "verify_resume", "why",
 ]  # fmt: skip
 
 

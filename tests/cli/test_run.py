@@ -46,6 +46,7 @@ def test_training_returns_its_folder_with_recipe_metrics_and_a_model(home: Path,
         "metrics.jsonl",
         "checkpoints",
         "model",
+        "report.html",
     }
     assert [line["step"] for line in rows(out / "metrics.jsonl")] == [1, 2, 3]
     numbers = whet.evaluate(model=f"{out}/model", data=f"{home}/sft.jsonl")

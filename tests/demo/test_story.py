@@ -6,10 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
+from markupsafe import escape
 
 from whet.cli.main import main
 from whet.demo import world
 from whet.demo.run import with_edit
+from whet.loops import rollouts
+from whet.view import plots
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +37,30 @@ def test_the_summary_has_its_fields(story: Path) -> None:
 
 def test_the_report_is_one_page_that_loads_nothing(story: Path) -> None:
     page = (story / "report.html").read_text()
-    assert page.count("<svg") == 7
-    assert not re.search(r'(src|href)="(?!#)', page)
+    assert re.findall(r'(?:src|href)="([^"]*)"', page) == ["data:,"]
+    assert "default-src 'none'" in page
     summary = json.loads((story / "summary.json").read_text())
     assert f"{summary['models']['ppo']['gold']:.2f}" in page
+    parts = re.findall(r"<h2>(.*?)</h2>", page)
+    assert parts == [
+        "Before and after", "Result", "Proxy and gold", "What the answers do", "The reward model", "What ptx does",
+        "What these models cannot do", "The stages before PPO", "The PPO run: Result", "The PPO run: Curves", "The PPO run: Samples",
+        "The PPO run: Self-checks", "The PPO run: Recipe and environment",
+    ]  # fmt: skip
+    assert page.index("before (SFT)") < page.index("after (PPO)") < page.index("Over-optimized: proxy and gold")
+
+
+def test_the_report_shows_answers_of_the_over_optimized_run(story: Path) -> None:
+    page = (story / "report.html").read_text()
+    table = rollouts.read(story / "over_optimized", 3, ["completion", "score"])
+    best = max(range(len(table["score"])), key=table["score"].__getitem__)
+    assert str(escape(table["completion"][best])) in page
+    assert f"proxy {plots.number(table['score'][best])}" in page
+
+
+def test_every_run_of_the_demo_has_its_report(story: Path) -> None:
+    for run in ("base", "sft", "reward", "ppo", "ppo_without_ptx", "small_reward", "over_optimized"):
+        assert "Finished" in (story / run / "report.html").read_text()
 
 
 def test_the_judge_reached_training_through_rankings_alone(story: Path) -> None:

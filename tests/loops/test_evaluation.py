@@ -33,7 +33,9 @@ def evaluation(folder: Path, values: list[float], **plan: Any) -> Evaluation:
 
     given: dict[str, Any] = {"every": 1, "higher": frozenset({"eval/score"})} | plan
     learner: Any = Alone()
-    return Evaluation(EvalPlan(**given), lambda step, _: {"eval/score": values[step]}, export, RunFolder(folder), learner)
+    return Evaluation(
+        EvalPlan(**given), lambda step, _: {"eval/score": values[step]}, export, RunFolder(folder), learner
+    )
 
 
 def go(one: Evaluation, total: int, saved: int | None = None) -> list[dict[str, float]]:

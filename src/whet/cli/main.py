@@ -27,6 +27,7 @@ OTHERS = {
     "replay": "compute a step of a run again from its record, and compare the numbers",
     "diff": "the first step and column or tensor in which two runs differ",
     "why": "the answers of a step token by token: what each adds to the loss",
+    "report": "one HTML page about one run or several: curves, samples, what the self-checks said",
     "demo": "run all training stages on a small synthetic task, and write a report",
 }
 RESERVED = {
@@ -172,6 +173,24 @@ def _inspected(verb: str, words: list[str]) -> int:
     return 0 if result.equal else 1
 
 
+def _reported(words: list[str]) -> int:
+    """Run `whet report RUN [RUN ...] [--out FILE]`, and print the path of the page."""
+    import whet
+
+    runs = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+    extra, overrides, flags = parsed(words[len(runs) :])
+    options = _grouped(overrides)
+    unknown = [*(name for name in options if name != "out"), *sorted(flags - {"quiet", "debug"})]
+    if not runs or extra is not None:
+        raise RecipeError(
+            f"report: expected whet report RUN [RUN ...] with --out FILE after it, got {' '.join(words)!r}"
+        )
+    if unknown:
+        raise RecipeError(f"report: unknown option {unknown[0]!r}; it has --out")
+    say(whet.report(*runs, **{name: str(value) for name, value in options.items()}))
+    return 0
+
+
 def _command(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         say(_overview())
@@ -188,6 +207,8 @@ def _command(words: list[str]) -> int:
         return _about(verb, words[1:])
     if verb in INSPECT and not {"-h", "--help", "--help-all"} & set(words):
         return _inspected(verb, words[1:])
+    if verb == "report" and not {"-h", "--help", "--help-all"} & set(words):
+        return _reported(words[1:])
     recipe, overrides, flags = parsed(words[1:])
     if flags & {"help", "help-all"}:
         say(_verb_help(verb, _grouped(overrides), everything="help-all" in flags))
@@ -315,6 +336,17 @@ def _verb_help(verb: str, given: Mapping[str, Any] = {}, *, everything: bool = F
         named = [f"  --{name.replace('_', '-'):<16} {meaning}" for name, meaning in options.items()]
         return "\n".join(
             [*lines[:3], *(["", "options:", *named] if named else []), "", "exit status: 0 equal, 1 different"]
+        )
+    if verb == "report":
+        lines[0] = "usage: whet report RUN [RUN ...] [--out FILE]"
+        default = "report.html in the run folder; of several runs, report.html in the current folder"
+        return "\n".join(
+            [
+                *lines[:3],
+                "",
+                "options [default]:",
+                f"  --out      the HTML file; an earlier report is replaced [{default}]",
+            ]
         )
     if verb == "train":
         return "\n".join([*lines[:3], "", "takes every field of the recipe's method"])

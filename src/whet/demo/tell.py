@@ -10,9 +10,12 @@ from whet.data.files import write_json
 from whet.demo import judge
 from whet.loops import rollouts
 from whet.loops.record import read_metrics
+from whet.runs import report
 from whet.terminal import console, say
-from whet.view.plots import Plot, smoothed
-from whet.view.report import Figures, Prose, Section, Table, Talk, page
+from whet.view import story
+from whet.view.plots import Line, Mark, Plot, number, smoothed
+from whet.view.report import Answer, Block, Figures, Prose, Section, Table, Talk, page
+from whet.view.samples import spaced
 
 WINDOW = 5
 """number of rollouts over which the proxy and gold curves are smoothed"""
@@ -86,6 +89,10 @@ def aspect_rates(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
     return out
 
 
+Curve = Sequence[tuple[float, float, float]]
+"""(sqrt(KL), proxy, gold) of each step."""
+
+
 def curve(run: Path) -> list[tuple[float, float, float]]:
     """Return (sqrt(KL to SFT), reward-model score, gold) of each rollout of a run. Gold is computed after the run."""
     out = []
@@ -129,21 +136,13 @@ def sections(
         for name, value in raw.items()
     ]
     blind = [kind.replace("_", " ") for kind, (share, _) in numbers["edits"].items() if share < 0.65]
+    told = "The first held-out prompts, not chosen: the answer of SFT, from which PPO starts, and that of PPO."
     return [
+        Section("Before and after", [Prose(told), *_talks(texts)]),
         Section("Result", [Prose(GOLD_WORDS), Table(HEADS, table_rows(summary)), Prose(_result(summary))]),
+        Section("Proxy and gold", _over_optimization(out, main, over)),
         _answers(rates),
         _reward_model(summary, numbers),
-        Section(
-            "Proxy and gold",
-            [
-                Prose(
-                    "Left: the run above. Right: a reward model from 400 rankings only, and no term that keeps the policy near SFT, "
-                    "neither a KL cost nor the pre-training term (over-optimization, Gao, Schulman and Hilton 2022). "
-                    + _turn(over)
-                ),
-                Figures([_proxy_plot("PPO-ptx", main), _proxy_plot("over-optimized", over)]),
-            ],
-        ),
         Section(
             "What ptx does",
             [
@@ -153,10 +152,51 @@ def sections(
                 Table(("", "loss", "against SFT"), raw_rows),
             ],
         ),
-        Section("Training", [Figures(_training_plots(out))]),
         Section("What these models cannot do", [Prose(_limits(blind, rates))]),
-        Section("Before and after", [Prose("The first held-out prompts, not chosen."), *_talks(texts)]),
+        Section("The stages before PPO", [Figures(_training_plots(out))]),
+        *(Section(f"The PPO run: {one.title}", one.blocks) for one in story.sections(report.record(out / "ppo"))),
     ]
+
+
+def _over_optimization(out: Path, main: Curve, over: Curve) -> list[Block]:
+    """Return the picture of proxy and gold, and answers of the over-optimized run at its start, at gold's top and at its end."""
+    run = out / "over_optimized"
+    gold = smoothed([point[2] for point in over], WINDOW)
+    top = max(range(len(gold)), key=gold.__getitem__) + 1
+    heads = {1: "start", top: "gold's top"} | {len(over): "end" if top < len(over) else "gold's top and end"}
+    rows = {step: _rated(run, step) for step in heads}
+    picked = {step: spaced(found, 3) for step, found in rows.items()}
+    best = sorted(rows[len(over)], key=lambda row: -row[2])[:4]
+    return [
+        Prose(
+            "First picture: PPO against a reward model from 400 rankings only, and no term that keeps the policy near SFT, neither a KL "
+            "cost nor the pre-training term (over-optimization, Gao, Schulman and Hilton 2022). The reward model's score, the proxy, is "
+            f"what training raises; gold is what was wanted. {_turn(over)} Second picture: the PPO run of this report."
+        ),
+        Figures([_proxy_plot("Over-optimized: proxy and gold", over), _proxy_plot("PPO-ptx: proxy and gold", main)]),
+        Prose(
+            "Answers of the over-optimized run, evenly spaced in the rollout and not chosen (each step has other prompts):"
+        ),
+        *(_rated_talk([(f"{heads[step]} (step {step})", picked[step][place]) for step in heads]) for place in range(3)),
+        Prose("The answers of its last step that the reward model rates highest:"),
+        _rated_talk([(f"proxy {number(row[2])}", row) for row in best]),
+    ]
+
+
+Rated = tuple[str, str, float, float]
+"""A prompt, an answer, its reward-model score and its gold."""
+
+
+def _rated(run: Path, step: int) -> list[Rated]:
+    """Return the answers of a rollout."""
+    table = rollouts.read(run, step, ["prompt", "completion", "score"])
+    gold = judge.gold(table["prompt"], table["completion"])
+    return list(zip(table["prompt"], table["completion"], table["score"], gold, strict=True))
+
+
+def _rated_talk(rows: Sequence[tuple[str, Rated]]) -> Talk:
+    answers = [Answer(head, row[1], f"proxy {number(row[2])}, gold {row[3]:+.1f}") for head, row in rows]
+    return Talk(answers, prompts=[row[0] for _, row in rows])
 
 
 def _answers(rates: Mapping[str, Any]) -> Section:
@@ -245,7 +285,7 @@ def _limits(blind: Sequence[str], rates: Mapping[str, Mapping[str, float]]) -> s
     )
 
 
-def _turn(points: Sequence[tuple[float, float, float]]) -> str:
+def _turn(points: Curve) -> str:
     """Describe the smoothed curves: where gold was highest, and where both curves ended."""
     kl, proxy, gold = (smoothed([point[i] for point in points], WINDOW) for i in range(3))
     top = max(range(len(gold)), key=gold.__getitem__)
@@ -255,43 +295,43 @@ def _turn(points: Sequence[tuple[float, float, float]]) -> str:
     )
 
 
-def _proxy_plot(title: str, points: Sequence[tuple[float, float, float]]) -> Plot:
+def _proxy_plot(title: str, points: Curve) -> Plot:
+    """Return proxy and gold over sqrt(KL), with marks at the start, at gold's top and at the end."""
     kl, proxy, gold = (smoothed([point[i] for point in points], WINDOW) for i in range(3))
-    return Plot(
-        title,
-        {"reward model": list(zip(kl, proxy, strict=True)), "gold": list(zip(kl, gold, strict=True))},
-        "sqrt(KL to SFT)",
-        "score",
-    )
+    top = max(range(len(gold)), key=gold.__getitem__)
+    marks = [Mark(kl[0], proxy[0], "start"), Mark(kl[-1], proxy[-1], f"proxy at the end {proxy[-1]:.2f}")]
+    marks += [Mark(kl[0], gold[0], "start", 1), Mark(kl[top], gold[top], f"gold's top {gold[top]:.2f}", 1)]
+    marks += [Mark(kl[-1], gold[-1], f"gold at the end {gold[-1]:.2f}", 1)] if top < len(gold) - 1 else []
+    lines = [
+        Line("reward model (proxy)", list(zip(kl, proxy, strict=True)), 0, path=True),
+        Line("gold", list(zip(kl, gold, strict=True)), 1, path=True),
+    ]
+    note = f"Means over the last {WINDOW} steps; arrows show the direction of training."
+    return Plot(title, lines, "sqrt(KL to SFT), KL in nats per answer", "score", marks, note=note, wide=True)
 
 
 def _training_plots(out: Path) -> list[Plot]:
-    def line(run: str, name: str, window: int) -> list[tuple[float, float]]:
-        rows = [row for row in read_metrics(out / run) if name in row]
-        values = smoothed([row[name] for row in rows], window)
-        return list(zip([row["step"] for row in rows], values, strict=True))
+    def line(run: str, color: int, window: int) -> Line:
+        rows = [row for row in read_metrics(out / run) if "loss" in row]
+        values = smoothed([row["loss"] for row in rows], window)
+        return Line(run, list(zip([float(row["step"]) for row in rows], values, strict=True)), color)
 
-    losses = {"base": line("base", "loss", 10), "sft": line("sft", "loss", 10)}
     return [
-        Plot("loss of base and SFT", losses, "update", "nats per token"),
-        Plot("reward model, K-way loss", {"reward": line("reward", "loss", 20)}, "update", "loss"),
-        Plot("PPO: answer length", {"tokens": line("ppo", "length", 3)}, "rollout", "tokens"),
-        Plot("PPO: KL to SFT", {"kl": line("ppo", "kl", 3)}, "rollout", "nats per answer"),
-        Plot(
-            "PPO: critic", {"explained variance": line("ppo", "explained_variance", 3)}, "rollout", "explained variance"
-        ),
+        Plot("Loss of base and SFT", [line("base", 0, 10), line("sft", 1, 10)], "step", "nats per token", log=True),
+        Plot("Reward model, K-way loss", [line("reward", 0, 20)], "step", "loss"),
     ]
 
 
-def _talks(texts: Mapping[str, Sequence[tuple[str, str]]], count: int = 8) -> list[Talk]:
+def _talks(texts: Mapping[str, Sequence[tuple[str, str]]], count: int = 6) -> list[Talk]:
     out = []
-    for number in range(count):
-        prompt = texts["sft"][number][0]
+    for place in range(count):
+        prompt = texts["sft"][place][0]
+        heads = {"sft": "before (SFT)", "ppo": "after (PPO)"}
         answers = [
-            (name, texts[name][number][1], f"gold {judge.gold_score(prompt, texts[name][number][1]):+.1f}")
-            for name in texts
+            Answer(head, texts[name][place][1], f"gold {judge.gold_score(prompt, texts[name][place][1]):+.1f}")
+            for name, head in heads.items()
         ]
-        out.append(Talk(prompt, answers))
+        out.append(Talk(answers, prompt))
     return out
 
 

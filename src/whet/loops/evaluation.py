@@ -142,7 +142,8 @@ class Evaluation:
                 numbers[f"{PREFIX}stopped_early"] = 1.0
                 self.run.caution(
                     f"step {step}: {plan.metric} has not improved in {plan.patience} evaluations (it is {value:.4g}, and was "
-                    f"{state['reached']:.4g}); the run ends here (eval.early_stop)"
+                    f"{state['reached']:.4g}); the run ends here (eval.early_stop)",
+                    step,
                 )
         return numbers
 

@@ -333,7 +333,7 @@ class OnlineLoop:
                 self.step,
                 f"{fact}, as in the {SKIPS} steps before; raise sampling.max_new_tokens, or set truncated.rule to keep or penalize",
             )
-        self.run.caution(f"step {self.step + 1}: {fact}; this rollout is skipped and no weight changes")
+        self.run.caution(f"step {self.step + 1}: {fact}; this rollout is skipped and no weight changes", self.step + 1)
         return True
 
     def _check(self, batch: Batch) -> None:
@@ -346,7 +346,7 @@ class OnlineLoop:
         corrected = now.importance_correction is not None
         gap = selfcheck.sampler_agrees(step, batch, self.learner.version, plan.low_precision, corrected)
         if gap is not None and self.divergence.once("sampler"):
-            self.run.caution(gap)
+            self.run.caution(gap, step + 1)
         selfcheck.kl_in_reward(step, batch, now)
         if step == 0 and plan.equal_start and "ref_logp" in batch.columns:
             selfcheck.kl_is_zero(step, batch)
@@ -479,7 +479,7 @@ class OnlineLoop:
             self.run.rollout(done, self._groups, whole if self._now.pairs else trained, names)
             flat = self.flat.caution(done, whole)
             if flat is not None and self.divergence.once("flat"):
-                self.run.caution(flat)
+                self.run.caution(flat, done)
         self.state = state
         seconds = {"seconds": time.perf_counter() - self._began, "seconds/generate": self._sampled - self._began}
         if whole is not None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from whet.data import Batch, Group
-from whet.data.files import write_json, write_text
+from whet.data.files import read_json, write_json, write_text
 from whet.errors import DataError, RunStopped, first_line
 from whet.loops import rollouts, stopped
 from whet.loops.metrics import checked
@@ -22,6 +22,8 @@ from whet.trackers import Tracker
 
 SHOWN = 16
 """Number of answers per rollout that are sent to trackers."""
+CAUTIONS = "cautions.jsonl"
+"""The file of a run folder with the cautions of its self-checks."""
 PACKAGES = ("torch", "transformers", "peft", "numpy", "tokenizers", "safetensors")
 
 
@@ -46,12 +48,15 @@ class RunFolder:
         if not writes:
             return
         folder.mkdir(parents=True, exist_ok=True)
+        self._resumed_at = resume_at
+        _keep_cautions(folder, resume_at)
         if resume_at is not None and self._metrics.is_file():
             kept = [row for row in read_metrics(folder) if row["step"] <= resume_at]
             missing = sorted(set(range(1, resume_at + 1)) - {row["step"] for row in kept})
             if missing:
                 self.caution(
-                    f"{self._metrics}: the lines of {len(missing)} steps are missing, the first is {missing[0]}"
+                    f"{self._metrics}: the lines of {len(missing)} steps are missing, the first is {missing[0]}",
+                    resume_at,
                 )
             write_text(self._metrics, "".join(json.dumps(row) + "\n" for row in kept))
             rollouts.remove_after(folder, resume_at)
@@ -62,10 +67,14 @@ class RunFolder:
         return self.folder / "checkpoints"
 
     def environment(self, recipe_text: str, workers: int = 1) -> None:
-        """Write environment.json (versions, numbers of threads and of learner processes), then recipe.yaml (resolved)."""
+        """Write environment.json (versions, numbers of threads and of learner processes, and after which steps the run was resumed),
+        then recipe.yaml (resolved)."""
         if not self.writes:
             return
-        write_json(self.folder / "environment.json", environment() | {"workers": workers})
+        about = environment() | {"workers": workers}
+        if self._resumed_at is not None:
+            about["resumed_at"] = [*_resumes(self.folder), max(self._resumed_at, 0)]
+        write_json(self.folder / "environment.json", about)
         write_text(self.folder / "recipe.yaml", recipe_text)
 
     def metrics(self, step: int, also: Mapping[str, float] | None = None, /, **numbers: float) -> None:
@@ -77,9 +86,7 @@ class RunFolder:
         if not self.writes:
             return
         line = {"step": step} | {name: plain(value) for name, value in {**numbers, **(also or {})}.items()}
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-        with os.fdopen(os.open(self._metrics, flags, 0o666), "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        _append(self._metrics, line)
         self._tell(lambda tracker: tracker.log(step, {name: value for name, value in line.items() if name != "step"}))
 
     def rollout(self, step: int, groups: Sequence[Group], batch: Batch, names: Sequence[str]) -> None:
@@ -113,10 +120,15 @@ class RunFolder:
         """Write what the self-check looked at that ended the run, and name the file in its message (see `loops.stopped`)."""
         stopped.record(self.folder, error, step, version, batch, groups, names, writes=self.writes)
 
-    def caution(self, text: str | None) -> None:
-        """Print a caution on the terminal, if there is one."""
-        if text is not None and self.writes:
-            caution(text)
+    def caution(self, text: str | None, step: int) -> None:
+        """Print a caution on the terminal, if there is one, and append it to cautions.jsonl with the step that it is about, from 1."""
+        if text is None or not self.writes:
+            return
+        caution(text)
+        try:
+            _append(self.folder / CAUTIONS, {"step": step, "text": text})
+        except OSError as error:  # a full disk must not end the run for the sake of a caution
+            caution(f"{self.folder / CAUTIONS}: the caution could not be written ({first_line(error)})")
 
     def close(self) -> None:
         """End the trackers; they write their buffered data. May be called more than once."""
@@ -133,6 +145,38 @@ class RunFolder:
                 self.trackers = tuple(one for one in self.trackers if one is not tracker)
 
 
+def _append(path: Path, line: Mapping[str, Any]) -> None:
+    """Append a line of JSON to a file. A link is not followed."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    with os.fdopen(os.open(path, flags, 0o666), "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _keep_cautions(folder: Path, resume_at: int | None) -> None:
+    """Remove the cautions after the step at which a run is resumed, all of them if it begins: they come again if they hold."""
+    path = folder / CAUTIONS
+    if not path.is_file():
+        return
+    try:
+        kept = [row for row in read_cautions(folder) if resume_at is not None and row["step"] <= resume_at]
+    except DataError as error:  # of use to readers only, so a damaged file does not stop a resume
+        caution(f"{error}; the cautions before are left out")
+        kept = []
+    if kept:
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+    else:
+        path.unlink()
+
+
+def _resumes(folder: Path) -> list[int]:
+    """Return the steps after which the run was resumed before, as environment.json has them."""
+    try:
+        found = read_json(folder / "environment.json", DataError).get("resumed_at", [])
+    except (DataError, OSError):
+        return []
+    return [one for one in found if type(one) is int] if isinstance(found, list) else []
+
+
 def environment() -> dict[str, Any]:
     """Return what the last digits of a run depend on: versions, kind of processor, and number of threads."""
     about = {"python": sys.version.split()[0], "machine": platform.machine(), "threads": torch.get_num_threads()}
@@ -144,8 +188,18 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
     Raises DataError with file and line for any other line that is not as whet writes it.
     """
-    path, rows = folder / "metrics.jsonl", []
-    lines = path.read_bytes().split(b"\n")
+    return _lines(folder / "metrics.jsonl", "a line of metrics")
+
+
+def read_cautions(folder: Path) -> list[dict[str, Any]]:
+    """Return the cautions of a run in order, each with `step` (from 1) and `text`. Raises DataError as `read_metrics` does."""
+    rows = _lines(folder / CAUTIONS, "a caution") if (folder / CAUTIONS).is_file() else []
+    return [row for row in rows if isinstance(row.get("text"), str)]
+
+
+def _lines(path: Path, what: str) -> list[dict[str, Any]]:
+    """Return the lines of a file, each an object with the number of a step, without an incomplete last one."""
+    rows, lines = [], path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
@@ -156,7 +210,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
             if number == len(lines):  # whole lines end with a line feed
                 break
             raise DataError(
-                f"{path}:{number}: not a line of metrics ({first_line(error)}), got {line[:80]!r}; restore or remove the line"
+                f"{path}:{number}: not {what} ({first_line(error)}), got {line[:80]!r}; restore or remove the line"
             ) from error
     return rows
 

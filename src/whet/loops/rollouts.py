@@ -137,17 +137,35 @@ def read(folder: Path, step: int, columns: Sequence[str] | None = None) -> dict[
 
     Raises DataError if a newer version of whet wrote the file, or if it is damaged.
     """
-    import pyarrow.parquet
-
-    names = None if columns is None else list(columns)
-    table = _opened(path_of(folder, step), lambda path: pyarrow.parquet.read_table(path, columns=names))
-    found = (table.schema.metadata or {}).get(b"whet.schema", b"1")
-    version = int(found) if found.isdigit() and len(found) < 10 else SCHEMA + 1
-    if version > SCHEMA:
-        raise DataError(f"{path_of(folder, step)}: schema version {version}; this whet reads up to {SCHEMA}, update it")
+    table = _table(path_of(folder, step), columns)
     for name in table.column_names:
         _check_column(path_of(folder, step), name, table[name])
     return table.to_pydict()
+
+
+def read_file(path: Path, columns: Sequence[str] | None = None) -> dict[str, list[Any]]:
+    """Read a Parquet file, also one with the answers of an evaluation, as `read` does. The types of its values are not checked."""
+    return _opened(path, lambda one: _table(one, columns).to_pydict())
+
+
+def _table(path: Path, columns: Sequence[str] | None) -> Any:
+    """Return a file as a table of pyarrow. Raises DataError for a newer schema version or a damaged file."""
+    import pyarrow.parquet
+
+    names = None if columns is None else list(columns)
+    table = _opened(path, lambda one: pyarrow.parquet.read_table(one, columns=names))
+    found = (table.schema.metadata or {}).get(b"whet.schema", b"1")
+    version = int(found) if found.isdigit() and len(found) < 10 else SCHEMA + 1
+    if version > SCHEMA:
+        raise DataError(f"{path}: schema version {version}; this whet reads up to {SCHEMA}, update it")
+    return table
+
+
+def names_in(path: Path) -> list[str]:
+    """Return the names of the columns of a file. Raises DataError if it is damaged."""
+    import pyarrow.parquet
+
+    return list(_opened(path, pyarrow.parquet.read_schema).names)
 
 
 def _check_column(path: Path, name: str, column: Any) -> None:

@@ -156,7 +156,7 @@ def diverging(run: Any, step: int, signs: Sequence[tuple[str, bool]], mode: str)
                 step,
                 f"{text}. The run stops here since train.on_divergence is stop; the last checkpoint is from before",
             )
-        run.caution(f"step {step + 1}: {text}")
+        run.caution(f"step {step + 1}: {text}", step + 1)
 
 
 def masked(values: Tensor, mask: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from whet.generate import GENERATORS
 from whet.learner.base import LEARNERS
 from whet.loops import checkpoint
 from whet.loops.evaluation import PENDING, PREFIX
-from whet.loops.record import RunFolder, read_metrics
+from whet.loops.record import CAUTIONS, RunFolder, read_metrics
 from whet.runs import adapters, config, inputs, learners
 from whet.runs.recipe import OnlineRecipe, TrainingRecipe
 from whet.runs.yaml_text import read_yaml, yaml_tree
@@ -26,7 +26,7 @@ LOCK = ".lock"
 """The file of a run folder that a session locks while it trains."""
 INPUTS = "inputs"
 """The folder of a run folder with the rows and models that were given as Python objects."""
-UNBEGUN = (LOCK, INPUTS, "environment.json", inputs.FILE, "stopped")
+UNBEGUN = (LOCK, INPUTS, "environment.json", inputs.FILE, "stopped", CAUTIONS)
 """What a run may leave that ended before its first step, beside its recipe."""
 WRITTEN = (
     *UNBEGUN,
@@ -269,6 +269,19 @@ def locked(recipe: TrainingRecipe, verb: str, options: Options) -> Iterator[None
         raise RecipeError(
             f"out: another session is training in {folder}; wait for its end, or name another folder with --out"
         ) from error
+
+
+def in_use(where: Path) -> bool:
+    """Return True if a session holds the lock of a run folder. The file of the lock is only read."""
+    with suppress(ImportError, FileNotFoundError, PermissionError):  # no fcntl on Windows
+        import fcntl
+
+        with (where / LOCK).open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return True
+    return False
 
 
 def opened(folder: Path, recipe: TrainingRecipe, options: Options, verb: str, workers: Workers) -> RunFolder:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -135,7 +135,7 @@ def opened(run: str | Path, step: int, accept_changed: str | Sequence[str] = ())
     if step not in lines:
         have = f"it has the steps {min(lines)} to {max(lines)}" if lines else "no step of it was finished"
         raise RecipeError(f"--step {step}: {where} has no such step; {have}")
-    if _in_use(where) and first():
+    if folder.in_use(where) and first():
         caution(f"a session is training in {where}; its checkpoints may be removed in the meantime")
     forget_modules()
     tree = read_yaml(where / "recipe.yaml")
@@ -155,19 +155,6 @@ def opened(run: str | Path, step: int, accept_changed: str | Sequence[str] = ())
         job = offline.prepare(method, recipe)
     found = checkpoint.latest(where / "checkpoints", step - 1)
     return PastRun(where, method, job, step, lines[step], found, notes, accepted)
-
-
-def _in_use(where: Path) -> bool:
-    """Return True if a session holds the lock of a run folder. The file of the lock is only read."""
-    with suppress(ImportError, FileNotFoundError, PermissionError):  # no fcntl on Windows
-        import fcntl
-
-        with (where / folder.LOCK).open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
-                return True
-    return False
 
 
 def _check_inputs(where: Path, tree: Mapping[str, Any], accepted: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ from whet.loops.interrupt import graceful
 from whet.loops.online import MiniBatch, OnlineLoop, StepLog
 from whet.methods import catalogue
 from whet.registry import forget_modules
-from whet.runs import adapters, checks, config, folder, generators, learners, offline, online, placed, sample
+from whet.runs import adapters, checks, config, folder, generators, learners, offline, online, placed, report, sample
 from whet.runs import recipe as fields
 from whet.runs.recipe import kind_of
 from whet.runs.sources import Sources
@@ -145,8 +145,11 @@ class Session:
         return self.finish()
 
     def finish(self) -> Path:
-        """Write the trained model to `model` in the run folder. Return the run folder. Call it after the last step."""
+        """Write the trained model to `model` and the report to `report.html` in the run folder. Return the run folder. Call it after
+        the last step."""
         self.job.finish(self._loop, self.folder)  # type: ignore[arg-type]
+        if self._loop.learner.workers.first:
+            report.at_end(self.folder)
         return self.folder
 
     @property

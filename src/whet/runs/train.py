@@ -9,7 +9,7 @@ from typing import Any
 from whet.cluster import Attempt
 from whet.distributed import first
 from whet.loops.interrupt import graceful
-from whet.runs import folder, generators, learners, online, placed
+from whet.runs import folder, generators, learners, online, placed, report
 from whet.runs.session import Resume, Session, run_loop
 from whet.terminal import caution
 
@@ -66,12 +66,14 @@ def _on_cluster(session: Session) -> Path:
                 run_loop(loop)
                 loop.run.close()
                 job.finish(loop, session.folder)
+                report.at_end(session.folder)
         else:
             learner = place.learner(placed.carrying(recipe, job.make))  # type: ignore[arg-type]
             with graceful() as stop, job.loop(learner, session.folder, options, stop) as rows:
                 run_loop(rows)
                 rows.run.close()
                 job.finish(rows, session.folder)
+                report.at_end(session.folder)
 
     with folder.locked(session.recipe, session.method, session.options):
         placed.on_cluster(recipe, attempt, session.options.resume, session.options.quiet)

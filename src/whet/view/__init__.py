@@ -1,1 +1,1 @@
-"""Building blocks of HTML reports: plots and a page template. Callers supply the data."""
+"""Reports of runs: reading of run folders, curves, samples, plots as SVG, and one HTML page."""
