@@ -456,7 +456,7 @@ def test_a_tensor_of_a_checkpoint_or_of_the_model_is_named(home: Path, tmp_path:
 
 def test_a_shorter_run_is_no_equal_one(home: Path, tmp_path: Path, capsys: Any) -> None:
     folder = copy("sft", tmp_path)
-    tiny.write_jsonl(folder / "metrics.jsonl", read_metrics(folder)[:3])
+    tiny.write_jsonl(folder / "metrics.jsonl", read_metrics(folder)[:4])  # the start, and three steps
     said = command(capsys, "diff", run("sft"), folder)
     assert said.status == 1
     assert said.out.splitlines()[0] == "no difference in 3 steps; the first run has 4 steps, the second 3"

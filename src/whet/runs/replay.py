@@ -131,7 +131,7 @@ def opened(run: str | Path, step: int, accept_changed: str | Sequence[str] = ())
     check_run(where)
     if isinstance(step, bool) or not isinstance(step, int):
         raise RecipeError(f"step: expected the number of a step, from 1, got {step!r:.80}")
-    lines = {int(row["step"]): row for row in lines_of(where)}
+    lines = {int(row["step"]): row for row in lines_of(where) if row["step"]}  # the evaluation of the start is no step
     if step not in lines:
         have = f"it has the steps {min(lines)} to {max(lines)}" if lines else "no step of it was finished"
         raise RecipeError(f"--step {step}: {where} has no such step; {have}")
