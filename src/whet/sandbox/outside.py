@@ -131,7 +131,7 @@ class Runner:
     ) -> Iterator["subprocess.Popen[bytes]"]:
         """Start a sandbox with a job, and end it at the end of the context. It gets the file descriptors `link`, which are closed
         here."""
-        folder = tempfile.mkdtemp(prefix="whet-sandbox-")
+        folder = tempfile.mkdtemp(prefix=f"whet-sandbox-{os.getpid()}-")
         process = None
         try:
             limits = asdict(replace(self.limits, timeout=self.limits.timeout + more))
