@@ -16,6 +16,7 @@ import tiny
 import torch
 
 import whet
+from whet.cli.main import main
 from whet.data import Group, Prompt, Sample
 from whet.errors import RecipeError
 from whet.rewards import REWARDS, Scores
@@ -188,3 +189,38 @@ def test_a_signal_ends_the_run_and_every_process_of_the_sandbox(place: Path) -> 
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not [one for one in alive if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
     assert not list(Path("/tmp").glob(f"whet-sandbox-{run.pid}-*"))
+
+
+def test_the_help_lists_the_names_and_the_options(capsys: pytest.CaptureFixture[str]) -> None:
+    def helped(*words: str) -> str:
+        assert main([*words]) == 0
+        return capsys.readouterr().out
+
+    for verb, field in (("grpo", "reward"), ("sample", "reward"), ("rank", "judge"), ("eval", "judge")):
+        line = next(one for one in helped(verb, "--help").splitlines() if one.strip().startswith(f"--{field} "))
+        assert all(name in line for name in NAMES), (verb, line)
+    assert '[["mine.py:score"]]' in helped("grpo", "--reward", "mine.py:score", "--help-all")
+    said = helped("grpo", "--reward", "numeric_match", "--help-all")
+    assert "options of reward numeric_match [default]:" in said
+    assert "--reward.absolute " in said
+    assert "largest difference that still counts as equal, in units of the answer [0.0]" in said
+    assert "--judge-options.pattern " in helped("rank", "--judge", "regex", "--help")
+
+
+def test_the_command_line_takes_a_name_with_options() -> None:
+    words = [
+        "--model",
+        "m",
+        "--data",
+        "rows.jsonl",
+        "--reward",
+        "exact_match",
+        "--reward.answer",
+        "number",
+        "--num-steps",
+        "1",
+    ]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    sizes = ["--prompts-per-step", "2", "--num-generations", "2", "--max-new-tokens", "4", "--quiet"]
+    assert main(["grpo", *words, *sizes, "--out", "r"]) == 0
+    assert "answer: number" in (Path("r") / "recipe.yaml").read_text()
