@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 HOUSE = ROOT / "src" / "whet"
 LAYERS = (
     ("terminal",), ("errors",), ("registry", "private"), ("ops",), ("data",), ("methods",), ("distributed", "http", "processes"),
-    ("models", "calling"),
+    ("models", "calling", "sandbox"),
     ("generate", "rewards", "feedback", "learner", "trackers"), ("cluster",), ("loops",), ("planning", "view"), ("runs",),
     ("demo", "conformance"), ("cli",),
 )  # fmt: skip
@@ -27,6 +27,7 @@ HEAVY = {
     "jinja2": {"data", "view"}, "yaml": {"cli", "runs"}, "rich": {"terminal", "loops", "demo"},
     "accelerate": {"trackers"}, "tokenizers": {"demo"}, "safetensors": {"models", "learner", "generate"},
     "vllm": {"generate"}, "deepspeed": {"learner"}, "ray": {"cluster"},
+    "math_verify": {"rewards"}, "jsonschema": {"rewards"}, "py3langid": {"rewards"}, "vaderSentiment": {"rewards"},
 }  # fmt: skip
 """Which packages may import a library at all."""
 
@@ -134,6 +135,7 @@ MAY_RUN = {
         "pickle.loads",
     ),  # between the run and the process of a user's function, over a pipe of their own
     "calling/process.py": ("pickle.loads",),
+    "sandbox/calls.py": ("exec", "compile"),  # programs and their tests, in a process of a sandbox
 }
 """Which calls of RUNS a module may make, by the start of their names, and why."""
 UNSAFE = {"weights_only": False, "allow_pickle": True, "trust_remote_code": True, "shell": True}

@@ -1,5 +1,6 @@
 """Hostile programs in the sandbox: each scores 0 with its reason, nothing outside changes, and the next call works."""
 
+import json
 import os
 import re
 import resource
@@ -125,3 +126,55 @@ def test_the_run_that_is_killed_leaves_no_process_behind() -> None:
         owner.kill()
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not [one for one in alive if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+
+
+ALONE = """
+import json, sys
+sys.path[:0] = {path!r}
+from sandbox.hostile import HOSTILE
+from whet.sandbox.outside import Abilities, Limits, Runner
+runner = Runner(Limits(cpu_time=1.0, timeout=20.0, memory=256 << 20), Abilities(False, True, True))
+head = {head!r}
+found = {{}}
+for name, kind, code, _ in HOSTILE:
+    if name in {names!r}:
+        if kind == "call":
+            found[name] = runner.tests(head + code, ["assert f(2) == 4"], "", apart=True)[0]
+        else:
+            result = runner.programs(head + code, [""])[0]
+            found[name] = result.reason or result.output.decode()
+found["right"] = runner.tests("import csv\\ndef f(x): return x * x", ["assert f(2) == 4"], "", apart=True)[0]
+print(json.dumps(found))
+"""
+WITHOUT = {
+    "fork bomb": "BlockingIOError", "read a file outside": "PermissionError|FileNotFoundError", "connect to loopback": "PermissionError",
+    "write a file outside": "PermissionError|FileNotFoundError", "abstract socket": "PermissionError", "kill the parent": "PermissionError",
+    "read passwords": "PermissionError|FileNotFoundError", "environment of the parent": "PermissionError", "kill all": "PermissionError",
+    "kill a process outside": "PermissionError", "execute another program": "PermissionError", "trace the parent": "PermissionError",
+    "daemon in a session of its own": "DONE\n", "remove the working folder": "PermissionError", "memory": "MemoryError", "right": "",
+    "exit before the tests": "the program ended", "one large file": "OSError", "namespace of its own": "PermissionError",
+}  # fmt: skip
+"""What programs get to see that run without namespaces."""
+
+
+def test_landlock_and_seccomp_confine_where_there_are_no_namespaces(place: dict[str, Any], tmp_path: Path) -> None:
+    head = "".join(f"{one} = {place[one]!r}\n" for one in ("OUTSIDE", "PORT", "VICTIM"))
+    code = ALONE.format(
+        path=[one for one in sys.path if one and not one.startswith(sys.base_prefix)], head=head, names=list(WITHOUT)
+    )
+    for one in (tmp_path, *list(tmp_path.parents)[:2]):
+        one.chmod(0o755)
+    python, mounted = tmp_path / "python", ""
+    python.mkdir()
+    own = Path(getattr(sys, "_base_executable", sys.executable)).resolve().relative_to(Path(sys.base_prefix).resolve())
+    if os.getuid() == 0:  # Python may be in a folder of root's, which the user without rights cannot read
+        mounted = f"mount --bind {sys.base_prefix} {python} && "
+        command = ["unshare", "-m", "sh", "-c", f'{mounted}exec {python / own} -c "$0"', code]
+    else:
+        command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {name: found[name] for name in WITHOUT if not re.fullmatch(WITHOUT[name], found[name])} == {}
+    assert place["process"].poll() is None
+    assert os.listdir(place["OUTSIDE"]) == ["secret"]

@@ -12,6 +12,7 @@ from typing import Any
 from whet.methods.catalogue import REWARD
 from whet.methods.choices import HIDDEN, ONLINE_SLOTS, OPTIONS, PLAIN_SLOTS, PREFERENCE_SLOTS, REWARD_SLOTS, Choice
 from whet.runs.config import choices, fields_of, section
+from whet.runs.recipe import MAIN_FIELD
 
 ROOT = Path(__file__).parent.parent
 
@@ -83,7 +84,7 @@ def recipe_lines(kind: type, defaults: Any, prefix: str = "", off: str = "") -> 
     return lines
 
 
-TABLES = {"generator": "generate/base.py", "learner": "learner/base.py"}
+TABLES = {"generator": "generate/base.py", "learner": "learner/base.py", "reward": "rewards/base.py"}
 """The files with the tables of adapters that have a section in a recipe. They are parsed, not imported."""
 
 
@@ -96,8 +97,8 @@ def adapters(section_: str) -> dict[str, str]:
     return {name: module.removeprefix("whet.").replace(".", "/") + ".py" for name, module in found.items()}
 
 
-def adapter_lines(section_: str, name: str) -> list[str]:
-    """Return one line per option of an adapter."""
+def adapter_lines(section_: str, name: str, shown_as: str = "") -> list[str]:
+    """Return one line per option of an adapter. `shown_as` is the section in the lines, if it is another one."""
     file = adapters(section_)[name]
     docs = field_docs(TABLES[section_]) | field_docs(file)
     aliases = {
@@ -108,7 +109,7 @@ def adapter_lines(section_: str, name: str) -> list[str]:
     lines = []
     for option, (default, meaning) in docs[aliases.get("Options", "Options")].items():
         shown = default.strip("'") if default not in ("''", "()") else ""
-        lines.append(_line(f"{section_}.{option}", meaning, None, f" [{shown}]" if shown else ""))
+        lines.append(_line(f"{shown_as or section_}.{option}", meaning, None, f" [{shown}]" if shown else ""))
     return lines or ["  none"]
 
 
@@ -118,8 +119,8 @@ def _source(file: str) -> str:
 
 def _written(value: Any) -> str:
     """Return a value as it is written on the command line."""
-    if isinstance(value, (list, tuple)):
-        return json.dumps(list(value))
+    if isinstance(value, (list, tuple)):  # a section of a list, such as one reward, is shown as a bare value
+        return json.dumps([getattr(one, MAIN_FIELD[type(one)]) if type(one) in MAIN_FIELD else one for one in value])
     return json.dumps(value) if isinstance(value, str) and not value.isprintable() else str(value)
 
 

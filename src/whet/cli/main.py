@@ -310,7 +310,22 @@ def _adapter_help(verb: str, given: Mapping[str, Any]) -> list[str]:
             lines += ["", f"options of {section} {name} [default]:", *help.adapter_lines(section, name)]
         else:
             lines += ["", f"options of a {section}: whet {verb} --{section} {' | '.join(known)} --help-all"]
-    return lines
+    return lines + _reward_help(verb, given)
+
+
+def _reward_help(verb: str, given: Mapping[str, Any]) -> list[str]:
+    """Return the options of the ready-made reward that is named beside --help, or how to list them."""
+    from whet.cli import help
+
+    field = "judge" if verb in ("eval", "rank") else "reward" if verb in {**ONLINE, "sample": ""} else ""
+    if not field:
+        return []
+    known = {name: file for name, file in help.adapters("reward").items() if name != "http"}
+    name = given.get(field, given.get(f"{field}.source"))
+    if isinstance(name, str) and name in known:
+        own = help.adapter_lines("reward", name, "judge-options" if verb == "rank" else field)
+        return ["", f"options of {field} {name} [default]:", *own]
+    return ["", f"options of a {field}: whet {verb} --{field} {' | '.join(known)} --help-all"]
 
 
 def _verb_help(verb: str, given: Mapping[str, Any] = {}, *, everything: bool = False) -> str:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from whet.data import Prompt
 from whet.data.degenerate import constant
 from whet.data.files import write_jsonl
 from whet.errors import RecipeError, RewardError, UserError
@@ -65,7 +66,11 @@ def _ranker_of(recipe: fields.RankRecipe, rows: list[Any]) -> Any:
         if rewards.kind_of(source) != "object" or rewards.has_score(source):
             if recipe.judge_form != "score":
                 raise RecipeError("judge_form: only a function can rank by itself; leave it out")
-            return RewardJudge(rewards.made(source, options, "judge"))
+            judge = rewards.made(source, options, "judge_options")
+            if hasattr(getattr(judge, "own", None), "check_rows"):
+                prompts = [Prompt(located.where, (), (), located.row) for located in rows]
+                judge.own.check_rows(prompts, "judge_options", True)  # type: ignore[attr-defined]
+            return RewardJudge(judge)
         for option in options.keys() - {"timeout"}:
             raise RecipeError(f"judge_options.{option}: a function has no option but timeout; leave it out")
         spec = {**options, "name": "judge", "function": source, "form": recipe.judge_form}

@@ -336,9 +336,9 @@ class JudgeSpec:
     """A judge of answers in an evaluation."""
 
     source: str
-    """a reward-model folder, "file.py:function", "file.py:Class" with a method score, a URL, or openai"""
+    """a reward-model folder, "file.py:function", "file.py:Class" with a method score, a URL, openai, or a ready-made one"""
     options: dict[str, Any] = field(default_factory=dict)
-    """options of a function, of a URL, of openai or of a class, as for a reward"""
+    """options of a function, of a URL, of openai, of a class or of a ready-made one, as for a reward"""
     name: str | None = None
     """its name in the logs"""
 
@@ -354,7 +354,7 @@ class PromptEvaluation(Evaluation):
     temperature: Annotated[float, msgspec.Meta(ge=0, le=100)] | None = None
     """sampling temperature of these answers; default: that of the run"""
     judge: list[JudgeSpec] = field(default_factory=list)
-    """judges that score these answers and are never trained on: functions, reward-model folders, {source: openai, options: ...}"""
+    """judges that score these answers and are never trained on, named like rewards: functions, reward models, ready-made ones"""
 
 
 @dataclass(frozen=True)
@@ -362,12 +362,12 @@ class RewardSpec:
     """A reward of whole answers: a model, a function, a server."""
 
     source: str
-    """a reward-model folder, "file.py:function", "file.py:Class" with a method score, a URL, or openai"""
+    """a reward-model folder, "file.py:function", "file.py:Class" with a method score, a URL, openai, or a ready-made one"""
     weight: float = 1.0
     """its weight in the score"""
     options: dict[str, Any] = field(default_factory=dict)
-    """options of a function (timeout), of a URL (timeout, retries, ...), of openai (url, model, ...) or of a class; also written
-    beside `source`"""
+    """options of a function (timeout), of a URL (timeout, retries, ...), of openai (url, model, ...), of a class or of a ready-made
+    one; also written beside `source`"""
 
 
 @dataclass(frozen=True)
@@ -438,7 +438,8 @@ class OnlineRecipe:
     """reference model; default: the model itself"""
     critic: Critic = Critic()
     reward: list[RewardSource] = field(default_factory=list)
-    """the rewards of the answers; several are summed by weight"""
+    """the rewards of the answers; several are summed by weight. A reward-model folder, "file.py:function", a URL, openai, or a
+    ready-made one: exact_match, numeric_match, math_match, regex, json_schema, length, repetition, language, sentiment, unit_tests"""
     data: Rows = Rows()
     """`prompt` rows; their other fields reach reward functions"""
     eval: PromptEvaluation = PromptEvaluation()
@@ -475,7 +476,8 @@ class SampleRecipe:
     num_generations: Elements = 4
     """answers per prompt"""
     reward: list[RewardSpec] = field(default_factory=list)
-    """the rewards of the answers; several are summed by weight"""
+    """the rewards of the answers; several are summed by weight. A reward-model folder, "file.py:function", a URL, openai, or a
+    ready-made one: exact_match, numeric_match, math_match, regex, json_schema, length, repetition, language, sentiment, unit_tests"""
     keep: Literal["all", "best"] = "all"
     """"best" writes the answer with the highest score alone, as prompt and completion: best of n as SFT data"""
     max_tokens_per_micro_batch: Count = 8192
@@ -498,9 +500,10 @@ class RankRecipe:
     data: Rows = Rows()
     """rows with `prompt` and `responses`, and `scores` when there is no judge"""
     judge: str | None = None
-    """"file.py:function": f(prompts, completions, **columns) -> scores; or a URL, openai, "file.py:Class" as for rewards"""
+    """"file.py:function": f(prompts, completions, **columns) -> scores; or a URL, openai, "file.py:Class" as for rewards, or a
+    ready-made one: exact_match, numeric_match, math_match, regex, json_schema, length, repetition, language, sentiment, unit_tests"""
     judge_options: dict[str, Any] = field(default_factory=dict)
-    """options of a function, of a URL, of openai or of a class, as for a reward"""
+    """options of a function, of a URL, of openai, of a class or of a ready-made one, as for a reward"""
     judge_form: Literal["score", "rank"] = "score"
     """"rank": the function is f(prompt, responses, **columns) -> ranks"""
     ranker: Ranking = Ranking()
@@ -516,7 +519,8 @@ class EvalRecipe:
     against: str | None = None
     """the other model of a win rate"""
     judge: list[JudgeSpec] = field(default_factory=list)
-    """what scores the answers of a win rate: a function, a reward-model folder, {source: openai, options: ...}; or several"""
+    """what scores the answers of a win rate: a function, a reward-model folder, {source: openai, options: ...}, or a ready-made
+    reward: exact_match, numeric_match, math_match, regex, json_schema, length, repetition, language, sentiment, unit_tests; or several"""
     data: Rows = Rows()
     """prompts (win rate), rankings or pairs (accuracy of a reward model), text or conversations (loss)"""
     generator: Answering = Answering()

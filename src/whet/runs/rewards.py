@@ -42,6 +42,13 @@ def is_model(source: str) -> bool:
     return kind_of(source) == "model"
 
 
+def _check_name(source: str, where: str) -> None:
+    """Raise RecipeError if a source is no folder, and almost the name of a reward."""
+    near = difflib.get_close_matches(source, [] if Path(source).exists() else REWARDS.names(), n=1, cutoff=0.75)
+    if near:
+        raise RecipeError(f"{where}: unknown reward {source!r}; did you mean {near[0]!r}?")
+
+
 def made(source: str, options: Mapping[str, Any], where: str) -> Reward:
     """Build the reward of a source that is not a model. Raises RecipeError for options that it does not have.
 
@@ -140,6 +147,7 @@ def rewards_of(recipe: fields.OnlineRecipe, tokenizer: Any, read: Callable[..., 
             raise RecipeError(f"reward.{number}.dense: a function decides itself; it returns one list per answer")
         own: Reward
         if is_model(one.source):
+            _check_name(one.source, f"reward.{number}")
             _refuse_options(one.options, f"reward.{number}")
             on_trunk = recipe.trunk == "shared" and is_adapter(one.source)
             chat, same = chat_format(tokenizer, arguments=recipe.model.chat_template_kwargs), True
@@ -192,10 +200,7 @@ def check_columns(rewards: Sequence[Weighted], prompts: Sequence[Prompt], where:
 
 
 def _check_scorer(path: str, model: fields.Frozen) -> None:
-    """Raise ModelError if the folder contains no reward model, RecipeError for what is rather a name of a ready-made reward."""
-    near = difflib.get_close_matches(path, [] if Path(path).exists() else REWARDS.names(), n=1, cutoff=0.75)
-    if near:
-        raise RecipeError(f"reward: unknown reward {path!r}; did you mean {near[0]!r}?")
+    """Raise ModelError if the folder contains no reward model."""
     if not load.is_scorer(path, model.trust_remote_code):
         raise ModelError(f"{path}: no reward model and no judge, it has no scalar head; train one with whet reward")
 
@@ -221,6 +226,7 @@ def judge_of(
     name = judge.name or name_of(judge.source)
     if not is_model(judge.source):
         return Weighted(name, made(judge.source, judge.options, where))
+    _check_name(judge.source, where)
     _refuse_options(judge.options, where)
     chat, same = own_chat(judge.source, model, tokenizer)
     return Weighted(name, ModelReward(read, chat, same=same))
@@ -279,6 +285,7 @@ def reward(
     name = name or name_of(source)
     if not is_model(source):
         return Weighted(name, made(source, options, where))
+    _check_name(source, where)
     _refuse_options(options, where)
     chat, same = own_chat(source, model, tokenizer)
     return Weighted(name, ModelReward(reward_role(source, model, name), chat, same=same, budget=budget))

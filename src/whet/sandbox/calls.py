@@ -134,17 +134,19 @@ def _silent() -> None:
 def serve(code: str, read: int, write: int) -> None:
     """Run a program as the module "solution", send its names, and do what the other process asks for."""
     _silent()
-    link, things = Link(read, write), list[Any]()
+    link, things, places = Link(read, write), list[Any](), dict[int, int]()
 
     def handle(thing: Any) -> Any:
         if isinstance(thing, types.ModuleType):
             return {"m": thing.__name__}
         if type(thing).__module__ == "numpy" and hasattr(thing, "tolist"):
             return packed(thing.tolist(), handle)
-        things.append(thing)
+        place = places.setdefault(id(thing), len(things))
+        if place == len(things):
+            things.append(thing)  # which keeps it, and so its id
         kinds = thing.__mro__ if isinstance(thing, type) and issubclass(thing, BaseException) else ()
         return {
-            "h": len(things) - 1,
+            "h": place,
             "name": getattr(thing, "__name__", type(thing).__name__),
             "kinds": [one.__name__ for one in kinds],
         }

@@ -16,9 +16,9 @@ NOBODY = 60_000
 """First of the 5,000 user ids from which a program gets one; they are far from those of people, and in the range of containers."""
 
 
-def end_with_parent() -> None:
-    """Let the kernel kill this process when the thread that started it ends."""
-    kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
+def end_with_parent(signum: int = signal.SIGKILL) -> None:
+    """Let the kernel send this process a signal when the thread that started it ends."""
+    kernel.prctl(kernel.PR_SET_PDEATHSIG, signum)
 
 
 def enter_namespaces() -> None:
@@ -55,7 +55,7 @@ def make_root(folder: str, visible: Sequence[str], disk: int) -> None:
         elif os.path.exists(path):
             os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o644))
             _bind(path, target)
-    os.mkdir(folder + HOME)
+    os.makedirs(folder + HOME, exist_ok=True)
     os.chmod(folder + HOME, 0o1777)
     kernel.enter_root(folder)
 

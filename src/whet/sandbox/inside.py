@@ -12,7 +12,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from whet.sandbox import calls, confine, kernel
 
@@ -45,6 +45,8 @@ def main(owner: int) -> None:
         confine.end_with_parent()
         confine.make_root(job["folder"], job["visible"], job["disk"])
     else:
+        signal.signal(signal.SIGTERM, lambda *_: _stop(job))
+        confine.end_with_parent(signal.SIGTERM)
         kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
         if os.getuid() == 0:
             os.chown(job["folder"], *[confine.NOBODY + job["number"] % 5_000] * 2)
@@ -102,6 +104,7 @@ def _prepare(job: Mapping[str, Any], ends: Sequence[int]) -> None:
         sys.stdin = os.fdopen(0, encoding="utf-8", errors="surrogateescape", closefd=False)
         sys.stdout = os.fdopen(1, "w", encoding="utf-8", errors="surrogateescape", closefd=False)
         sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         confine.confine(job, secret=job["kind"] != "answer")
         with os.fdopen(3, "wb") as file:
             file.write(b"1")
@@ -189,6 +192,11 @@ def _reap(job: Mapping[str, Any]) -> None:
         while True:
             _kill_all(job)
             os.waitpid(-1, 0)
+
+
+def _stop(job: Mapping[str, Any]) -> NoReturn:
+    _reap(job)
+    os._exit(1)
 
 
 def _reason(status: int, seconds: float, job: Mapping[str, Any], err: bytes) -> str:

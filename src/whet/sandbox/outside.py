@@ -88,7 +88,15 @@ class Runner:
         """Kill all that runs."""
         self.stopped = True
         for one in list(self.running):
-            one.kill()  # the kernel then kills all processes of the sandbox
+            self._kill(one)
+
+    def _kill(self, process: "subprocess.Popen[bytes]") -> None:
+        """End a sandbox with all its processes."""
+        if not self.abilities.namespaces:  # it kills them itself
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(5.0)
+        process.kill()  # with namespaces the kernel then kills all
 
     def programs(self, code: str, inputs: Sequence[str]) -> list[Result]:
         """Run a program once for each text on its standard input, in one sandbox. Raises RewardError if the sandbox fails."""
@@ -112,7 +120,7 @@ class Runner:
             with suppress(subprocess.TimeoutExpired):
                 program.wait(2.0 if any("the program ended" in one.output.decode() for one in results) else 0.0)
             ended = program.poll() is not None
-            program.kill()
+            self._kill(program)
             own = self._results(program) if ended else []
         reason = own[0].reason if own else f"more than {self.limits.timeout:g} s"
         return _outcome(results, reason if re.match("more than|ended by", reason) else "the program ended")
@@ -123,7 +131,7 @@ class Runner:
     ) -> Iterator["subprocess.Popen[bytes]"]:
         """Start a sandbox with a job, and end it at the end of the context. It gets the file descriptors `link`, which are closed
         here."""
-        folder = tempfile.mkdtemp(prefix="whet-sandbox-")
+        folder = tempfile.mkdtemp(prefix=f"whet-sandbox-{os.getpid()}-")
         process = None
         try:
             limits = asdict(replace(self.limits, timeout=self.limits.timeout + more))
@@ -141,7 +149,7 @@ class Runner:
             link = ()
             self.running.add(process)
             if self.stopped:
-                process.kill()
+                self._kill(process)
             assert process.stdin is not None
             with suppress(BrokenPipeError):
                 process.stdin.write(json.dumps(job).encode())
@@ -153,7 +161,7 @@ class Runner:
             for one in link:
                 os.close(one)
             if process is not None:
-                process.kill()
+                self._kill(process)
                 process.communicate()
                 self.running.discard(process)
             shutil.rmtree(folder, ignore_errors=True)
@@ -163,7 +171,7 @@ class Runner:
         try:
             out, err = process.communicate(timeout=self.limits.timeout + MORE)
         except subprocess.TimeoutExpired:
-            process.kill()
+            self._kill(process)
             out, err = process.communicate()
         if process.returncode not in (0, -9):
             raise RewardError(f"the sandbox failed: {_last_line(err)}")

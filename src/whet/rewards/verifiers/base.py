@@ -86,7 +86,12 @@ class VerifierReward:
             having = [prompt for prompt in prompts if prompt.row.get(name) is not None]
             if prompts and (not having or (alone and len(having) < len(prompts))):
                 lacking = next(prompt for prompt in prompts if prompt.row.get(name) is None)
-                raise RecipeError(f"{_missing(f'{where}.{option}', name, lacking.row)} (row {lacking.id})")
+                if name not in lacking.row:
+                    raise RecipeError(f"{_missing(f'{where}.{option}', name, lacking.row)} (row {lacking.id})")
+                raise RecipeError(
+                    f"{where}.{option}: row {lacking.id} has no value in the column {name!r}; give it one, leave the row out, or add a "
+                    "reward that scores it"
+                )
             for prompt in having:
                 self.verifier.check_value(prompt.row[name], f"{where}.{option}: row {prompt.id}")
 

@@ -116,19 +116,19 @@ class UnitTests(Verifier):
     def _judged(self, runner: Runner, completion: str, value: Any, entry: Any) -> Verdict:
         if value is None:
             return Verdict(None, "the row has no tests")
-        code = self._program(completion)
-        if code is None or not code.strip():
+        program = self._program(completion)
+        if program is None or not program.strip():
             return Verdict(0.0, "no program")
-        code = code.encode("utf-8", "replace").decode()
+        program = program.encode("utf-8", "replace").decode()
         asserts, pairs = cases(value)
         if pairs:
-            results = runner.programs(code, [given for given, _ in pairs])
+            results = runner.programs(program, [given for given, _ in pairs])
             wrong = [
                 one.reason or ("" if _plain(one.output.decode(errors="replace")) == _plain(right) else "another output")
                 for one, (_, right) in zip(results, pairs, strict=True)
             ]
         else:
-            wrong = runner.tests(code, asserts, str(entry or ""), apart=self.isolation == "process")
+            wrong = runner.tests(program, asserts, str(entry or ""), apart=self.isolation == "process")
         passed = wrong.count("")
         if passed == len(wrong):
             return RIGHT
