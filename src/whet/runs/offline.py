@@ -10,7 +10,7 @@ from torch import Tensor, no_grad
 
 from whet.data import Batch, Chat, Element
 from whet.data.batching import per_epoch
-from whet.errors import RecipeError
+from whet.errors import Problems, RecipeError
 from whet.learner import Learner
 from whet.loops import evaluate, offline
 from whet.loops.interrupt import Stop
@@ -78,33 +78,47 @@ class OfflineJob:
         learner.export(role, where / "model", self.tokenizer, merge=merge, end_ids=self.chat.end_ids)
 
 
-def prepare(method: str, recipe: fields.OfflineRecipe) -> OfflineJob:
-    """Check the recipe and read the rows; load no weights. Raises RecipeError, DataError or ModelError."""
-    checks.check_optim(recipe.optim, "optim")
-    if recipe.train.eval_every and not recipe.data.eval:
-        raise RecipeError("train.eval_every: there are no held-out rows; give --data.eval, or leave it out")
+def prepare(method: str, recipe: fields.OfflineRecipe, *, problems: Problems | None = None) -> OfflineJob:
+    """Check the recipe and read the rows; load no weights. `problems` are those that were found before. Raises RecipeError,
+    DataError or ModelError, or a UserError with several of them: first what the recipe alone shows, then what needs the
+    tokenizer."""
+    problems = problems or Problems()
+    with problems:
+        checks.check_optim(recipe.optim, "optim")
+    with problems:
+        if recipe.train.eval_every and not recipe.data.eval:
+            raise RecipeError("train.eval_every: there are no held-out rows; give --data.eval, or leave it out")
     name, objective, rewards = method, compose.SFT, isinstance(recipe, fields.RewardModelRecipe)
-    if isinstance(recipe, fields.RewardModelRecipe | fields.PreferenceRecipe):
-        slots = checked(method, recipe.algorithm, config.leaves(type(recipe)))
-        name = recipe.algorithm["name"] if rewards else method
-        objective = compose.reward_of(slots) if rewards else compose.preference_of(slots)
-    if isinstance(recipe, fields.PreferenceRecipe):
-        checks.check_reference(recipe, objective)
-    models.check_code(recipe.model, recipe.model.path, getattr(recipe, "reference", None))
-    tokenizer, chat = models.tokenizer_and_chat(recipe.model)
-    reader = data.reader_of(recipe.model, recipe.data, chat, closing=rewards)
-    reading = data.reading(name, objective)
-    data.check_data(recipe.data, reading)
-    read: Callable[[Sequence[Any]], list] = getattr(reader, reading)
-    read = data.guarded(read, objective, name) if objective is not compose.SFT else read
-    read = data.cautioned(read, chat)
-    sources, weights = data.sources_of(recipe.data, read)
-    evaluation = data.evaluation_of(recipe.data, read)
-    data.tell_left_out(reader)
-    if isinstance(recipe, fields.RewardModelRecipe):
-        lasts = chat.closing_ids[-1:] or chat.end_ids[:1]
-        tokens.set_score_pad(tokenizer, lasts, recipe.model.path)
-        checks.check_score_adapter(recipe, lasts)
+    with problems:
+        if isinstance(recipe, fields.RewardModelRecipe | fields.PreferenceRecipe):
+            slots = checked(method, recipe.algorithm, config.leaves(type(recipe)))
+            name = recipe.algorithm["name"] if rewards else method
+            objective = compose.reward_of(slots) if rewards else compose.preference_of(slots)
+        if isinstance(recipe, fields.PreferenceRecipe):
+            checks.check_reference(recipe, objective)
+        reading = data.reading(name, objective)
+        data.check_data(recipe.data, reading)
+    problems.tell()
+    with problems:
+        models.check_code(recipe.model, recipe.model.path, getattr(recipe, "reference", None))
+        tokenizer, chat = models.tokenizer_and_chat(recipe.model)
+        with problems:
+            reader = data.reader_of(recipe.model, recipe.data, chat, closing=rewards)
+            read: Callable[[Sequence[Any]], list] = getattr(reader, reading)
+            read = data.guarded(read, objective, name) if objective is not compose.SFT else read
+            read = data.cautioned(read, chat)
+            with problems:
+                sources, weights = data.sources_of(recipe.data, read)
+            with problems:
+                evaluation = data.evaluation_of(recipe.data, read)
+            if not problems.found:
+                data.tell_left_out(reader)
+        with problems:
+            if isinstance(recipe, fields.RewardModelRecipe):
+                lasts = chat.closing_ids[-1:] or chat.end_ids[:1]
+                tokens.set_score_pad(tokenizer, lasts, recipe.model.path)
+                checks.check_score_adapter(recipe, lasts)
+    problems.tell()
     steps = checks.steps_of(recipe.train, sum(map(len, sources)))
     refresh = getattr(recipe, "sync_reference", fields.SyncReference())
     plan = offline.OfflinePlan(

@@ -12,16 +12,17 @@ from urllib.parse import urlsplit
 
 from whet.calling.state import restored
 from whet.data import Chat, Group, Prompt, chat_format, extras_of
-from whet.errors import ModelError, RecipeError
+from whet.errors import ModelError, Problems, RecipeError
 from whet.models import load, lora
+from whet.models.folders import is_adapter
 from whet.models.roles import Role, readout_of
-from whet.models.saved_adapters import is_adapter
 from whet.registry import load_object
 from whet.rewards import REWARDS, Reward, Scores, Weighted, functions
 from whet.rewards.functions import FunctionReward, ObjectReward
 from whet.rewards.model import ModelReward
 from whet.runs import adapters, config, models
 from whet.runs import recipe as fields
+from whet.runs.early import refuse_options
 
 Kind = Literal["model", "http", "registered", "object"]
 """The kinds of reward sources. An "object" is a user's function, class, or instance of a class."""
@@ -72,12 +73,6 @@ def made(source: str, options: Mapping[str, Any], where: str) -> Reward:
         return chosen.make(source)
     with restored():
         return ObjectReward(chosen.make(source), name_of(source))
-
-
-def _refuse_options(options: Mapping[str, Any], where: str) -> None:
-    """Raise RecipeError for options of a reward model, which has none."""
-    for option in options:
-        raise RecipeError(f"{where}.{option}: a reward model has no options; leave it out")
 
 
 def has_score(source: str) -> bool:
@@ -131,7 +126,7 @@ def rewards_of(recipe: fields.OnlineRecipe, tokenizer: Any, read: Callable[..., 
             raise RecipeError(f"reward.{number}.dense: a function decides itself; it returns one list per answer")
         own: Reward
         if is_model(one.source):
-            _refuse_options(one.options, f"reward.{number}")
+            refuse_options(one.options, f"reward.{number}")
             on_trunk = recipe.trunk == "shared" and is_adapter(one.source)
             chat, same = chat_format(tokenizer, arguments=recipe.model.chat_template_kwargs), True
             if load.has_tokenizer(one.source) or not on_trunk:  # an adapter without a tokenizer has the trunk's
@@ -145,15 +140,22 @@ def rewards_of(recipe: fields.OnlineRecipe, tokenizer: Any, read: Callable[..., 
 
 
 def check_rewards(recipe: fields.OnlineRecipe, tokenizer: Any, prompts: Sequence[Prompt]) -> None:
-    """Raise RecipeError or ModelError if a reward cannot be found, read, or called with the columns of the prompts.
-    Load no models."""
-    check_columns(rewards_of(recipe, tokenizer, lambda *_: {}), prompts)
+    """Raise RecipeError or ModelError if a reward cannot be found, read, or called with the columns of the prompts, or one error
+    for several rewards. Without prompts, which could not be read, what depends on them is left out. Load no models."""
+    problems = Problems()
+    with problems:
+        found = rewards_of(recipe, tokenizer, lambda *_: {})
+        if prompts:
+            check_columns(found, prompts)
     for number, one in enumerate(recipe.reward):
-        if not math.isfinite(one.weight):
-            raise RecipeError(f"reward.{number}.weight: expected a finite number, got {one.weight}")
-        if is_model(one.source):
-            _check_scorer(one.source, recipe.model)
-            _check_positions(f"reward.{number}", one.source, recipe, tokenizer, prompts)
+        with problems:
+            if not math.isfinite(one.weight):
+                raise RecipeError(f"reward.{number}.weight: expected a finite number, got {one.weight}")
+            if is_model(one.source):
+                _check_scorer(one.source, recipe.model)
+                if prompts:
+                    _check_positions(f"reward.{number}", one.source, recipe, tokenizer, prompts)
+    problems.tell()
 
 
 def _check_positions(
@@ -174,11 +176,14 @@ def _check_positions(
 def check_columns(rewards: Sequence[Weighted], prompts: Sequence[Prompt], where: str = "reward") -> None:
     """Raise RecipeError if a reward function cannot be called with the columns of these prompt rows, or an error if the process
     of a reward with a limit cannot load it."""
+    problems = Problems()
     for number, one in enumerate(rewards):
-        if isinstance(one.reward, FunctionReward):
-            one.reward.check(prompts, f"{where}.{number}")
-        if isinstance(one.reward, (FunctionReward, ObjectReward)):
-            one.reward.call.start()
+        with problems:
+            if isinstance(one.reward, FunctionReward):
+                one.reward.check(prompts, f"{where}.{number}")
+            if isinstance(one.reward, (FunctionReward, ObjectReward)):
+                one.reward.call.start()
+    problems.tell()
 
 
 def _check_scorer(path: str, model: fields.Frozen) -> None:
@@ -253,7 +258,7 @@ def reward(
     name = name_of(source)
     if not is_model(source):
         return Weighted(name, made(source, options, where))
-    _refuse_options(options, where)
+    refuse_options(options, where)
     chat, same = own_chat(source, model, tokenizer)
     return Weighted(name, ModelReward(reward_role(source, model, name), chat, same=same, budget=budget))
 
