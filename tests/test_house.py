@@ -130,6 +130,7 @@ MAY_RUN = {
     "conformance.py": ("importlib.import_module",),  # the module that its user names
     "__init__.py": ("importlib.import_module",),  # own modules, on first use
     "methods/__init__.py": ("importlib.import_module",),
+    "data/__init__.py": ("importlib.import_module",),
     "errors.py": ("pickle.loads",),  # an error of this process, to see whether it can be sent
     "calling/child.py": (
         "pickle.loads",

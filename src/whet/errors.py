@@ -31,7 +31,9 @@ class WhetError(Exception):
 
 
 class UserError(WhetError):
-    """The input is invalid."""
+    """The input is invalid. `problems` has the single errors if several were found at once (see `Problems`)."""
+
+    problems: tuple["UserError", ...] = ()
 
 
 class RecipeError(UserError):
@@ -44,6 +46,49 @@ class DataError(UserError):
 
 class ModelError(UserError):
     """A model or tokenizer folder is invalid; the message names the folder."""
+
+
+class Problems:
+    """The errors of checks that do not depend on each other, to be told at once. Use it as `with problems:` around each check.
+
+    >>> problems = Problems()
+    >>> with problems:
+    ...     raise RecipeError("lr: expected a number")
+    >>> with problems:
+    ...     raise DataError("a.jsonl:3: field 'prompt' is missing")
+    >>> problems.tell()
+    Traceback (most recent call last):
+    whet.errors.UserError: 2 problems:
+    lr: expected a number
+    a.jsonl:3: field 'prompt' is missing
+    """
+
+    def __init__(self) -> None:
+        self.found: list[UserError] = []
+
+    def __enter__(self) -> "Problems":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        if not isinstance(error, UserError):
+            return False
+        for one in error.problems or (error,):
+            if str(one) not in map(str, self.found):
+                self.found.append(one)
+        return True
+
+    def tell(self) -> None:
+        """Raise the only error as it is, or one error that lists all on lines of their own. It has the class of the errors if
+        they have the same one, and is a UserError else."""
+        if len(self.found) == 1:
+            raise self.found[0]
+        if self.found:
+            kinds = {type(one) for one in self.found}
+            error = (kinds.pop() if len(kinds) == 1 else UserError)(
+                "\n".join([f"{len(self.found)} problems:", *map(str, self.found)])
+            )
+            error.problems = tuple(self.found)
+            raise error
 
 
 class RewardError(WhetError):

@@ -247,7 +247,11 @@ GIVEN: dict[str, tuple[str, list[str], list[str]]] = {
         ["algorithm.value", "group_zscore has no critic"],
     ),
     "a credit without its critic": ("grpo", online("--advantage", "gae"), ["algorithm.value", "gae needs a critic"]),
-    "an unknown option of dpo": ("dpo", sft("--bta", "3"), ["bta", "did you mean 'algorithm.beta'?"]),
+    "an unknown option of dpo": (
+        "dpo",
+        sft("--bta", "3", data="HOME/pairs.jsonl"),
+        ["bta", "did you mean 'algorithm.beta'?"],
+    ),
     "an unknown reward method": (
         "reward",
         sft("--algorithm.name", "pairwsie"),
@@ -363,6 +367,8 @@ GIVEN: dict[str, tuple[str, list[str], list[str]]] = {
             "HOME/m",
             "--data",
             "HOME/prompts.jsonl",
+            "--max-new-tokens",
+            "8",
             "--out",
             "OUT/a",
             "--reward",
@@ -372,7 +378,7 @@ GIVEN: dict[str, tuple[str, list[str], list[str]]] = {
     ),
     "a win rate against nobody": (
         "eval",
-        ["--model", "HOME/m", "--data", "HOME/prompts.jsonl", "--judge", "HOME/good.py:judge"],
+        ["--model", "HOME/m", "--data", "HOME/prompts.jsonl", "--judge", "HOME/good.py:judge", "--max-new-tokens", "8"],
         ["--against", "--judge"],
     ),
 }

@@ -11,9 +11,11 @@ import pytest
 import tiny
 
 from whet.data import Located, read_rows
+from whet.data.fields import check_fields
 from whet.data.forms import canonical, prompted, split_pair
 from whet.errors import DataError, RecipeError
 
+from . import test_data
 from .helpers import at, drawn, reader
 
 U, A, S = "user", "assistant", "system"
@@ -296,6 +298,36 @@ def test_a_row_that_is_not_of_its_form_is_refused_with_file_and_line(reading: st
     with pytest.raises(DataError) as caught:
         getattr(reader(), reading)(rows(good, row))
     assert str(caught.value).startswith(f"my.jsonl:2: {what}")
+
+
+ROWS = [*test_data.BAD, *REFUSED]
+
+
+@pytest.mark.parametrize("number", range(len(ROWS)))
+def test_the_early_check_of_a_row_says_what_the_reader_says(number: int) -> None:
+    reading, row, _ = ROWS[number]
+    said = []
+    for read in (lambda given: check_fields(reading, given[0]), getattr(reader(), reading)):
+        try:
+            read(rows(row))
+            said.append("")
+        except DataError as error:
+            said.append(str(error))
+    assert said[0] in ("", said[1])
+    assert said[1]
+
+
+def test_the_early_check_of_a_row_refuses_no_row_that_is_read() -> None:
+    good: list[tuple[str, dict[str, Any]]] = [
+        ("texts", {"text": "a"}), ("demonstrations", {"text": "a"}), ("demonstrations", test_data.ROWS[0]), ("prompts", {"prompt": "a"}),
+        ("prompts", HH), ("prompts", SIDES), ("pairs", HH), ("pairs", test_data.PAIRS[0]),
+        ("rankings", test_data.PAIRS[0]), ("rankings", test_data.ANSWERS | {"scores": [1, 2, 3]}),
+        ("pairs", test_data.ANSWERS | {"ranks": [1, 2, 3]}), ("labeled", {"prompt": "a", "completion": "", "score": "1"}),
+        ("steps", {"prompt": "a", "completions": ["b"], "labels": [1]}), ("demonstrations", {"messages": SIDES["chosen"]}),
+    ]  # fmt: skip
+    for reading, row in good:
+        check_fields(reading, at(row)[0])
+        getattr(reader(), reading)(at(row))
 
 
 COLUMNS: list[tuple[dict[str, str], type, str]] = [

@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except WhetError as error:
         if debug:
             raise
-        caution(shown(error))
+        for one in getattr(error, "problems", ()) or (error,):
+            caution(shown(one))
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt as error:
         if debug:
@@ -221,9 +222,9 @@ def _command(words: list[str]) -> int:
         if recipe is not None:
             raise RecipeError(f"{recipe}: demo takes no recipe; its own are in the package")
         return run(verb, None, flags, _grouped(overrides))
-    from whet.distributed import first
-
     result = run(verb, recipe, flags, _grouped(overrides))
+    from whet.distributed import first  # torch, which a refusal does not need
+
     if isinstance(result, dict):
         width = max(map(len, result))
         say("\n".join(f"{name:<{width}}  {value:.6g}" for name, value in result.items()))

@@ -1,29 +1,84 @@
-"""Data records passed between components, and the conversion of text to tensors."""
+"""Data records passed between components, and the conversion of text to tensors. Names are imported when they are first used,
+since reading files needs no torch."""
 
-from whet.data.batching import dealt, epoch_batches, micro_batches, minibatches, order, pad_ids, take_elements
-from whet.data.chat import PLAIN, Chat, chat_format, extras_of
-from whet.data.columns import COLUMNS, Column, measured
-from whet.data.read import read_rows
-from whet.data.rows import Reader, numbers, ranks_of
-from whet.data.types import (
-    Batch,
-    Element,
-    Group,
-    HasWeights,
-    Labeled,
-    Pair,
-    Prompt,
-    Ranking,
-    Row,
-    Sample,
-    Segment,
-    Stepped,
-    Unpaired,
-    Weights,
-    pad,
-    pad_support,
-)
-from whet.data.values import Located
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from whet.data.batching import dealt, epoch_batches, micro_batches, minibatches, order, pad_ids, take_elements
+    from whet.data.chat import PLAIN, Chat, chat_format, extras_of
+    from whet.data.columns import COLUMNS, Column, measured
+    from whet.data.fields import numbers
+    from whet.data.read import read_rows
+    from whet.data.rows import Reader, ranks_of
+    from whet.data.types import (
+        Batch,
+        Element,
+        Group,
+        HasWeights,
+        Labeled,
+        Pair,
+        Prompt,
+        Ranking,
+        Row,
+        Sample,
+        Segment,
+        Stepped,
+        Unpaired,
+        Weights,
+        pad,
+        pad_support,
+    )
+    from whet.data.values import Located
+
+_HOMES = {
+    "whet.data.batching": (
+        "dealt",
+        "epoch_batches",
+        "micro_batches",
+        "minibatches",
+        "order",
+        "pad_ids",
+        "take_elements",
+    ),
+    "whet.data.chat": (
+        "PLAIN",
+        "Chat",
+        "chat_format",
+        "extras_of",
+    ),
+    "whet.data.columns": (
+        "COLUMNS",
+        "Column",
+        "measured",
+    ),
+    "whet.data.fields": ("numbers",),
+    "whet.data.read": ("read_rows",),
+    "whet.data.rows": (
+        "Reader",
+        "ranks_of",
+    ),
+    "whet.data.types": (
+        "Batch",
+        "Element",
+        "Group",
+        "HasWeights",
+        "Labeled",
+        "Pair",
+        "Prompt",
+        "Ranking",
+        "Row",
+        "Sample",
+        "Segment",
+        "Stepped",
+        "Unpaired",
+        "Weights",
+        "pad",
+        "pad_support",
+    ),
+    "whet.data.values": ("Located",),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "COLUMNS",
@@ -62,3 +117,10 @@ __all__ = [
     "read_rows",
     "take_elements",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """The names of this package."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'whet.data' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

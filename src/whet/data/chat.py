@@ -8,13 +8,12 @@ such a token is split, because the prompt is a text of its own.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from whet.data.payments import TemplateLimit
-from whet.data.templates import rendered, variables
+from whet.data.templates import no_template, rendered, template_file, variables
 from whet.data.types import Row
 from whet.errors import DataError, ModelError, first_line
 
@@ -449,18 +448,12 @@ def chat_format(
     raw = template == RAW or (template is None and tokenizer.chat_template in (JOINED, BOS + JOINED))
     if raw or template == "plain":
         template = (BOS if _adds_bos(tokenizer) else "") + (JOINED if raw else PLAIN)
-    elif template is not None and "{" not in template:
-        path = Path(template)
-        if not path.is_file():
-            raise ModelError(f'chat template {template!r}: expected "plain", "none" or an existing Jinja file')
+    elif (path := template_file(template)) is not None:
         template = path.read_text(encoding="utf-8")
     if template is not None:
         tokenizer.chat_template = template
     if not tokenizer.chat_template:
-        raise ModelError(
-            f"{name}: the tokenizer has no chat template; give one with --chat-template plain (### Human / ### Assistant), "
-            'a Jinja file, or "none" to join prompt and completion as they are'
-        )
+        raise no_template(name)
     arguments = dict(arguments or {})
     for argument in arguments:
         if argument in ("messages", "add_generation_prompt"):

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from whet.data.rows import numbers
+from whet.data.fields import numbers
 from whet.data.types import Labeled, Pair, Prompt, Ranking, Row, Stepped, Unpaired
 from whet.data.values import Located
 from whet.errors import DataError

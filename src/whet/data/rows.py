@@ -13,134 +13,22 @@ from typing import Any
 import torch
 
 from whet.data.chat import Chat, extras_of
+from whet.data.fields import (
+    answer_of,
+    field_of,
+    finish_of,
+    messages_of,
+    number_of,
+    numbers,
+    one_form,
+    table_of,
+    text_of,
+    with_messages,
+)
 from whet.data.forms import prompted, split_pair
 from whet.data.types import Labeled, Pair, Prompt, Ranking, Row, Stepped, Unpaired
 from whet.data.values import Located
 from whet.errors import DataError
-
-LARGEST = torch.finfo(torch.float32).max
-"""Largest number of a field: losses are computed in float32."""
-
-
-def _text(located: Located, name: str) -> str:
-    value = _field(located, name)
-    if not isinstance(value, str):
-        raise DataError(f"{located.where}: field {name!r} must be a string, got {type(value).__name__}")
-    if not value.strip():
-        raise DataError(f"{located.where}: field {name!r} is empty")
-    return value
-
-
-def _field(located: Located, name: str) -> Any:
-    if located.row.get(name) is None:
-        have = ", ".join(sorted(key for key, value in located.row.items() if value is not None)) or "nothing"
-        raise DataError(f"{located.where}: field {name!r} is missing (the row has {have})")
-    return located.row[name]
-
-
-def _number(located: Located, name: str, value: Any) -> float:
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            pass
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:  # also NaN
-        large = f"; the largest is {LARGEST:.2g}" if isinstance(value, (int, float)) else ""
-        raise DataError(f"{located.where}: field {name!r} must be a finite number, got {value!r:.40}{large}")
-    return float(value)
-
-
-def numbers(located: Located, name: str, count: int) -> list[float]:
-    """Return the field as a list of `count` finite numbers, one per answer. Raises DataError for anything else."""
-    values = _field(located, name)
-    if not isinstance(values, list) or len(values) != count:
-        got = len(values) if isinstance(values, list) else repr(values)
-        raise DataError(f"{located.where}: field {name!r} must have one number per answer: {count} answers, got {got}")
-    return [_number(located, name, value) for value in values]
-
-
-def _messages(located: Located, name: str) -> list[dict[str, Any]]:
-    """Return the field as a list of messages; a string is one user message.
-
-    Content parts of type text are joined. A message with tool calls may have no content, and an answer or the result of a
-    tool may be empty.
-    """
-    value = _field(located, name)
-    if isinstance(value, str):
-        return [{"role": "user", "content": _text(located, name)}]
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{located.where}: field {name!r} must be a string or a list of messages, got {value!r:.80}")
-    return [_message(located, name, number, message) for number, message in enumerate(value)]
-
-
-def _with_messages(located: Located) -> Located:
-    """Return the row with its lists of several messages in `chosen` and `rejected` checked and in one form."""
-    row = dict(located.row)
-    for name in ("chosen", "rejected"):
-        if isinstance(row.get(name), list) and len(row[name]) > 1:
-            row[name] = _messages(located, name)
-    return Located(row, located.where)
-
-
-def _message(located: Located, name: str, number: int, message: Any) -> dict[str, Any]:
-    where = f"{located.where}: field {name!r}, message {number}"
-    content = message.get("content") if isinstance(message, dict) else None
-    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-        for part in content:
-            if part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise DataError(f"{where}: a content part must be of type text, got {part!r:.80}")
-        content = "".join(part["text"] for part in content)
-    calls = (
-        isinstance(message, dict) and content is None and (message.get("tool_calls") or message.get("function_call"))
-    )
-    if calls and "role" in message:
-        return {**message, "content": None}  # templates tell a message with a call alone by it
-    if not isinstance(message, dict) or not isinstance(content, str) or "role" not in message:
-        raise DataError(f'{where}: expected {{"role": ..., "content": "..."}}, got {message!r:.80}')
-    if message["role"] not in ("system", "developer", "user", "assistant", "tool"):
-        raise DataError(f"{where}: role {message['role']!r} is none of system, developer, user, assistant, tool")
-    if not content.strip() and message["role"] not in ("assistant", "tool"):
-        raise DataError(f"{where}: the content is empty")
-    return {**message, "content": content}
-
-
-def _finish(located: Located, count: int) -> list[bool]:
-    """Return which answers are complete: the field `finish` is "length" for an answer that was cut off at its limit. It has
-    one entry per answer, or is a string if there is only one answer."""
-    finish = located.row.get("finish")
-    if finish is None:
-        return [True] * count
-    finish = [finish] if count == 1 and isinstance(finish, str) else finish
-    if not isinstance(finish, list) or len(finish) != count or not set(finish) <= {"stop", "length"}:
-        raise DataError(
-            f'{located.where}: field \'finish\' must have "stop" or "length" for each answer ({count}), got {finish!r:.80}'
-        )
-    return [one != "length" for one in finish]
-
-
-def _answer(located: Located, name: str) -> dict[str, Any]:
-    """Return the field as one answer: a string (it may be empty), or a list with one assistant message."""
-    value = _field(located, name)
-    if isinstance(value, str):
-        return {"role": "assistant", "content": value}
-    if not isinstance(value, list):
-        raise DataError(f"{located.where}: field {name!r} must be a string, got {type(value).__name__}")
-    messages = _messages(located, name)
-    if len(messages) != 1 or messages[0]["role"] != "assistant":
-        raise DataError(f"{located.where}: field {name!r} must be one assistant message, got {len(messages)} messages")
-    return messages[0]
-
-
-def _table(located: Located, name: str, count: int) -> list[list[float]] | None:
-    """Return the field of a `responses` row as a K x K table of numbers, or None if the row does not have it."""
-    value = located.row.get(name)
-    if value is None:
-        return None
-    if not isinstance(value, list) or len(value) != count or any(not isinstance(one, list) for one in value):
-        raise DataError(
-            f"{located.where}: field {name!r} must be a table of {count} x {count} numbers, one row per answer, got {value!r:.80}"
-        )
-    return [numbers(Located({name: one}, located.where), name, count) for one in value]
 
 
 @dataclass(frozen=True)
@@ -182,7 +70,7 @@ class Reader:
         Each piece starts with the last token of the previous piece, so each token is predicted once.
         """
         out = []
-        for ids in self.chat.text_ids([_text(located, "text") for located in rows]):
+        for ids in self.chat.text_ids([text_of(located, "text") for located in rows]):
             for start in range(0, len(ids) - 1, self.max_tokens - 1):
                 piece = ids[start : start + self.max_tokens]
                 out.append(Row(torch.tensor(piece), 1, torch.ones(len(piece) - 1, dtype=torch.bool)))
@@ -194,8 +82,8 @@ class Reader:
         template."""
         out = []
         for number, given in enumerate(rows):
-            located = prompted(_with_messages(given))
-            messages = self._checked(located, _messages(located, "prompt"))
+            located = prompted(with_messages(given))
+            messages = self._checked(located, messages_of(located, "prompt"))
             ids = self._located(located, self.chat.prompt_ids, messages, extras_of(located.row))
             if len(ids) > self.max_tokens:
                 if self.too_long == "drop":
@@ -215,13 +103,13 @@ class Reader:
                 out.extend(self.texts([located]))
                 continue
             if located.row.get("messages") is not None:
-                messages, (ended,) = self._checked(located, _messages(located, "messages")), _finish(located, 1)
+                messages, (ended,) = self._checked(located, messages_of(located, "messages")), finish_of(located, 1)
                 extras = extras_of(located.row)
                 made = self._located(
                     located, partial(self.chat.rows, messages, turns=self.turns, ended=ended, extras=extras)
                 )
             else:
-                prompt = self._checked(located, _messages(located, "prompt"))
+                prompt = self._checked(located, messages_of(located, "prompt"))
                 made = [self._made(located, prompt, self._one(located))]
             out.extend(kept for row in made for kept in self._fit(located, row, "the conversation"))
         return self._some(out)
@@ -246,10 +134,10 @@ class Reader:
             sides = [self._answer_row(located, messages, answer) for answer in answers]
             if sides[0] is None or sides[1] is None:
                 continue
-            probability = _number(located, "probability", located.row.get("probability", 1.0))
+            probability = number_of(located, "probability", located.row.get("probability", 1.0))
             if not 0 <= probability <= 1:
                 raise DataError(f"{located.where}: field 'probability' must be in [0, 1], got {probability}")
-            margin = _number(located, "margin", located.row.get("margin", 0.0))
+            margin = number_of(located, "margin", located.row.get("margin", 0.0))
             out.append(_ordered(sides[0], sides[1], probability, margin))
         return self._some(out, "every ranking has ties alone, and no pair comes from those" if tied else "")
 
@@ -257,7 +145,7 @@ class Reader:
         """Return the pairs of a `responses` row, and whether any two answers are untied."""
         messages, answers = self._answers(located)
         count = len(answers)
-        probability, margin = _table(located, "probability", count), _table(located, "margin", count)
+        probability, margin = table_of(located, "probability", count), table_of(located, "margin", count)
         if probability is None:
             ranks = self._ranks(located, count)
         else:
@@ -301,8 +189,8 @@ class Reader:
         """Read `prompt`, `completion`, `score` rows."""
         out = []
         for located in rows:
-            score = _number(located, "score", _field(located, "score"))
-            messages = self._checked(located, _messages(located, "prompt"))
+            score = number_of(located, "score", field_of(located, "score"))
+            messages = self._checked(located, messages_of(located, "prompt"))
             row = self._answer_row(located, messages, self._one(located))
             if row is not None:
                 out.append(Labeled(row, score))
@@ -320,12 +208,12 @@ class Reader:
                 messages, answers = self._two(located)
                 told += [(located, messages, answers[0], True), (located, messages, answers[1], False)]
                 continue
-            good = _field(located, "label")
+            good = field_of(located, "label")
             if isinstance(good, str) and good.lower() in ("true", "false"):
                 good = good.lower() == "true"
             if not isinstance(good, bool) and good not in (0, 1):
                 raise DataError(f"{located.where}: field 'label' must be true or false, got {good!r}")
-            messages = self._checked(located, _messages(located, "prompt"))
+            messages = self._checked(located, messages_of(located, "prompt"))
             told.append((located, messages, self._one(located), bool(good)))
         out = []
         for number, (located, messages, answer, good) in enumerate(told):
@@ -348,7 +236,7 @@ class Reader:
         """
         out = []
         for located in rows:
-            steps = _field(located, "completions")
+            steps = field_of(located, "completions")
             if not isinstance(steps, list) or not steps or not all(isinstance(one, str) and one for one in steps):
                 raise DataError(f"{located.where}: field 'completions' must be a list of steps, got {steps!r:.80}")
             for number, one in enumerate(steps):
@@ -357,15 +245,15 @@ class Reader:
                         f"{located.where}: field 'completions', step {number} has the separator {self.separator!r} in it; "
                         "name another with --data.separator"
                     )
-            given = _field(located, "labels")
+            given = field_of(located, "labels")
             labels = (
                 [float(one) if isinstance(one, bool) else one for one in given] if isinstance(given, list) else given
             )
             labels = numbers(Located({**located.row, "labels": labels}, located.where), "labels", len(steps))
             if not all(0 <= label <= 1 for label in labels):
                 raise DataError(f"{located.where}: field 'labels' must be in [0, 1], got {labels}")
-            prompt = self._checked(located, _messages(located, "prompt"))
-            (ended,) = _finish(located, 1)
+            prompt = self._checked(located, messages_of(located, "prompt"))
+            (ended,) = finish_of(located, 1)
             answer = _Answer({"role": "assistant", "content": self.separator.join(steps)}, ended)
             row = self._made(located, prompt, answer, closing=False)
             ends = torch.tensor([self.chat.ends_step(token, self.separator) for token in row.ids[row.start :].tolist()])
@@ -384,19 +272,19 @@ class Reader:
 
     def _two(self, located: Located) -> tuple[list[dict[str, Any]], list[_Answer]]:
         """Return the prompt and the two answers of a pair."""
-        _one_form(located, "chosen", "responses")
-        located = split_pair(_with_messages(located))
-        messages = _messages(located, "prompt")
-        answers = [_answer(located, "chosen"), _answer(located, "rejected")]
+        one_form(located, "chosen", "responses")
+        located = split_pair(with_messages(located))
+        messages = messages_of(located, "prompt")
+        answers = [answer_of(located, "chosen"), answer_of(located, "rejected")]
         self._checked(located, messages)
         ids = [located.row.get(f"{name}_ids") for name in ("chosen", "rejected")]
         return messages, self._with_ids(located, messages, answers, ids, ("chosen_ids", "rejected_ids"))
 
     def _answers(self, located: Located) -> tuple[list[dict[str, Any]], list[_Answer]]:
         """Return the prompt and the K answers of a `responses` row."""
-        _one_form(located, "responses", "chosen")
-        messages = self._checked(located, _messages(located, "prompt"))
-        responses = _field(located, "responses")
+        one_form(located, "responses", "chosen")
+        messages = self._checked(located, messages_of(located, "prompt"))
+        responses = field_of(located, "responses")
         if not isinstance(responses, list) or len(responses) < 2:
             raise DataError(
                 f"{located.where}: field 'responses' must be a list of at least two answers, got {responses!r:.80}"
@@ -417,10 +305,10 @@ class Reader:
 
     def _one(self, located: Located) -> _Answer:
         """Return the answer of a `completion` row."""
-        _one_form(located, "completion", "responses")
+        one_form(located, "completion", "responses")
         ids = [located.row.get("completion_ids")]
-        messages = _messages(located, "prompt")
-        return self._with_ids(located, messages, [_answer(located, "completion")], ids, ["completion_ids"])[0]
+        messages = messages_of(located, "prompt")
+        return self._with_ids(located, messages, [answer_of(located, "completion")], ids, ["completion_ids"])[0]
 
     def _with_ids(
         self,
@@ -431,7 +319,7 @@ class Reader:
         names: Sequence[str],
     ) -> list[_Answer]:
         """Return the answers with their ends and sampled ids. Ids of another tokenizer or template are left out."""
-        ended = _finish(located, len(answers))
+        ended = finish_of(located, len(answers))
         known, own = located.row.get("prompt_ids"), True
         if known is not None and any(one is not None for one in ids):
             own = list(known) == self._located(located, self.chat.prompt_ids, messages, extras_of(located.row))
@@ -509,12 +397,6 @@ class Reader:
             return make(*given)
         except DataError as error:
             raise DataError(f"{located.where}: {error}") from error
-
-
-def _one_form(located: Located, name: str, other: str) -> None:
-    """Raise DataError for a row with answers in two forms."""
-    if located.row.get(other) is not None and located.row.get(name) is not None:
-        raise DataError(f"{located.where}: the row has {name!r} and {other!r}; leave one of them out")
 
 
 def _ordered(chosen: Row, rejected: Row, probability: float, margin: float) -> Pair:

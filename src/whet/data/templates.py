@@ -16,6 +16,7 @@ import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -26,6 +27,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 from whet.data import payments
+from whet.errors import ModelError
 
 LARGEST_SOURCE = 1 << 20
 """Largest number of characters of a template."""
@@ -290,3 +292,21 @@ def environment() -> Any:
     found.globals |= {"raise_exception": _raise, "strftime_now": lambda format: datetime.now().strftime(format)}
     del found.globals["lipsum"]
     return found
+
+
+def template_file(template: str | None) -> Path | None:
+    """Return the file of a chat template, None for a name or for the template itself. Raises ModelError if it is not there."""
+    if template is None or template in ("plain", "none") or "{" in template:
+        return None
+    path = Path(template)
+    if not path.is_file():
+        raise ModelError(f'chat template {template!r}: expected "plain", "none" or an existing Jinja file')
+    return path
+
+
+def no_template(name: str) -> ModelError:
+    """Return the error for a tokenizer without a chat template."""
+    return ModelError(
+        f"{name}: the tokenizer has no chat template; give one with --chat-template plain (### Human / ### Assistant), "
+        'a Jinja file, or "none" to join prompt and completion as they are'
+    )

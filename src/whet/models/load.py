@@ -3,18 +3,17 @@
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from whet.data.files import read_json
 from whet.errors import ModelError, first_line
 from whet.models import saved_adapters
 from whet.models.code import refuse_code
 from whet.models.finite import check_finite
-from whet.models.tokens import CONFIGURATIONS, mend_generation_config, try_tokenizer, why
+from whet.models.folders import adapter_base, check_folder, has_tokenizer, settings
+from whet.models.tokens import mend_generation_config, try_tokenizer, why
 from whet.ops import address
 
 MISSING = "ids_without_token"
@@ -68,8 +67,8 @@ def load_tokenizer(source: ModelSource, *, pad_token: str | None = None) -> Any:
     """Load the tokenizer of a folder or name. Raises ModelError if there is none. Without a pad token, it is the end token."""
     from transformers import AutoTokenizer
 
-    _check_folder(source.path)
-    path = source.path if has_tokenizer(source.path) else _adapter_base(source.path)[0]
+    check_folder(source.path)
+    path = source.path if has_tokenizer(source.path) else adapter_base(source.path)[0]
     if not has_tokenizer(path):  # transformers would silently make an empty tokenizer
         raise ModelError(f"{source.path}: the folder has no tokenizer; save it there (tokenizer.save_pretrained)")
     refuse_code(path, source.trust_remote_code)
@@ -96,7 +95,7 @@ def load_causal_lm(source: ModelSource, tokenizer: Any = None) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    base, adapter = _adapter_base(source.path)
+    base, adapter = adapter_base(source.path)
     if adapter is not None and is_scorer(adapter):
         raise ModelError(f"{source.path}: it is the adapter of a reward model, not of a language model")
     model = _loaded(AutoModelForCausalLM.from_pretrained, source, base)
@@ -124,7 +123,7 @@ def load_scorer(source: ModelSource, tokenizer: Any = None, *, seed: int = 0) ->
     """
     from transformers import AutoModelForSequenceClassification
 
-    base, adapter = _adapter_base(source.path)
+    base, adapter = adapter_base(source.path)
     if adapter is not None and is_scorer(adapter):
         plain = _quiet(_scorer(source, base))
         model = _merged(source, plain, adapter)
@@ -165,7 +164,7 @@ def backbone(source: ModelSource) -> Any:
     """Load a model without its head; an adapter-only folder is merged into its base."""
     from transformers import AutoModel
 
-    base, adapter = _adapter_base(source.path)
+    base, adapter = adapter_base(source.path)
     return load_causal_lm(source).base_model if adapter else _loaded(AutoModel.from_pretrained, source, base)
 
 
@@ -209,7 +208,7 @@ def draw_head(head: nn.Linear, seed: int) -> None:
 
 def pad_of(path: str, trust_remote_code: bool = False) -> int | None:
     """Return the pad token in the configuration of a model; of its base for an adapter."""
-    base, _ = _adapter_base(path)
+    base, _ = adapter_base(path)
     return _configuration(base, trust_remote_code).get_text_config().pad_token_id
 
 
@@ -217,7 +216,7 @@ def end_ids_of(source: ModelSource) -> list[int]:
     """Return the tokens with which a model ends by its own generation configuration; empty if it has none."""
     from transformers import GenerationConfig
 
-    base, _ = _adapter_base(source.path)
+    base, _ = adapter_base(source.path)
     try:
         ends = GenerationConfig.from_pretrained(base).eos_token_id
     except Exception:  # none, or one that `mend_generation_config` refuses
@@ -232,7 +231,7 @@ def end_ids_of(source: ModelSource) -> list[int]:
 
 def positions(source: ModelSource) -> int:
     """Return the maximum sequence length of a model, from its configuration."""
-    base, _ = _adapter_base(source.path)
+    base, _ = adapter_base(source.path)
     about = _configuration(base, source.trust_remote_code)
     most = getattr(about, "max_position_embeddings", None) or 1 << 20
     if type(most) is not int or most < 2:
@@ -244,14 +243,14 @@ def positions(source: ModelSource) -> int:
 
 def check_code(source: ModelSource) -> None:
     """Raise ModelError if a model, or the base of an adapter, comes with code that the source does not trust. Load nothing."""
-    for path in dict.fromkeys((source.path, _adapter_base(source.path)[0])):
+    for path in dict.fromkeys((source.path, adapter_base(source.path)[0])):
         refuse_code(path, source.trust_remote_code)
 
 
 def _configuration(path: str, trust_remote_code: bool = False) -> Any:
     from transformers import AutoConfig
 
-    _check_folder(path)
+    check_folder(path)
     refuse_code(path, trust_remote_code)
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -302,7 +301,7 @@ def _loaded(
     load: Callable[..., Any], source: ModelSource, path: str, *, new: tuple[str, ...] = (), **options: Any
 ) -> Any:
     """Load a model with `load`. Only weights whose names start with one of `new` may be missing in its folder."""
-    _check_folder(path)
+    check_folder(path)
     refuse_code(path, source.trust_remote_code)
     device = source.torch_device()
     if source.quantize == "4bit":
@@ -361,46 +360,11 @@ def _four_bit(device: torch.device) -> Any:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
 
 
-def _check_folder(path: str) -> None:
-    folder = Path(path)
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
-    if not folder.exists() and not looks_local:
-        return  # owner/name: a hub name
-    if not folder.is_dir():
-        raise ModelError(f"{path}: no such model folder; give a Hugging Face folder, or a hub name like owner/name")
-    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json", "tokenizer_config.json")):
-        raise ModelError(f"{path}: not a model folder, it has no config.json")
-    for name in CONFIGURATIONS:
-        if (folder / name).is_file():
-            read_json(folder / name, ModelError, "download or save the model again", unique=False)
-
-
-def has_tokenizer(path: str) -> bool:
-    """Return whether a folder has a tokenizer; a hub name is taken to have one."""
-    names = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
-    return not Path(path).is_dir() or any((Path(path) / name).is_file() for name in names)
-
-
-def _adapter_base(path: str) -> tuple[str, str | None]:
-    """Return (path of the base model, adapter folder or None). Raises ModelError for an adapter whose base is not there."""
-    if not saved_adapters.is_adapter(path):
-        return path, None
-    base = saved_adapters.settings(path)["base_model_name_or_path"]
-    try:
-        _check_folder(base)
-    except ModelError as error:
-        raise ModelError(
-            f"{path}: the base of this adapter is not there ({error}); set base_model_name_or_path in its "
-            "adapter_config.json to the folder of its base"
-        ) from error
-    return base, path
-
-
 def is_scorer(path: str, trust_remote_code: bool = False) -> bool:
     """Return whether a folder or name is a sequence classifier, as a full model or as an adapter."""
-    base, adapter = _adapter_base(path)
+    base, adapter = adapter_base(path)
     if adapter is not None:
-        return saved_adapters.settings(adapter).get("task_type") == "SEQ_CLS"
+        return settings(adapter).get("task_type") == "SEQ_CLS"
     names = _configuration(base, trust_remote_code).architectures or []
     return any("SequenceClassification" in name or "RewardModel" in name for name in names)
 

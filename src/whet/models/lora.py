@@ -13,6 +13,7 @@ from whet.errors import ModelError, first_line
 from whet.methods.options import LoRA
 from whet.models import load, saved_adapters
 from whet.models.finite import check_finite
+from whet.models.folders import is_adapter, settings
 from whet.models.saved_adapters import owner
 from whet.ops import address, addressed_uniform
 
@@ -114,7 +115,7 @@ def add_from_folder(wrapped: Any, name: str, folder: str) -> nn.Linear:
     """
     from peft import PeftType
 
-    if not saved_adapters.is_adapter(folder):
+    if not is_adapter(folder):
         raise ModelError(
             f"{folder}: roles on a shared trunk are adapters, and this is a whole model; give an adapter, or set --trunk separate"
         )
@@ -175,7 +176,7 @@ def _split_head(folder: str, weights: dict[str, Tensor]) -> tuple[nn.Linear, dic
 
 def _check_base(model: Any, folder: str) -> None:
     """Raise ModelError if the base of an adapter has other weights than the trunk, as far as the scalar head reads them."""
-    base, trunk = saved_adapters.settings(folder)["base_model_name_or_path"], str(model.name_or_path)
+    base, trunk = settings(folder)["base_model_name_or_path"], str(model.name_or_path)
     if base == trunk or (trunk and Path(base).resolve() == Path(trunk).resolve()):
         return
     inner = {

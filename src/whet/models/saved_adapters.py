@@ -12,37 +12,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from whet.data.files import read_json
 from whet.errors import ModelError, first_line
 from whet.models.finite import check_finite
+from whet.models.folders import settings
 
 _OWNED = re.compile(r"(?:^|\.)(?:lora_\w+|modules_to_save|trainable_tokens_\w+)\.(\w+)(?:\.|$)")
 PREFIX = "base_model.model."
 """What peft puts before the names of a model's weights in an adapter's file."""
-
-
-def is_adapter(path: str) -> bool:
-    """Return whether the folder holds only an adapter."""
-    return (Path(path) / "adapter_config.json").is_file()
-
-
-def settings(path: str) -> dict[str, Any]:
-    """Return the adapter_config.json of an adapter folder. Raises ModelError if it cannot be read, or if it lacks its base or
-    its kind."""
-    file = Path(path) / "adapter_config.json"
-    try:
-        about = read_json(file, ModelError, "save the adapter again")
-    except OSError as error:
-        raise ModelError(f"{file}: it cannot be read ({first_line(error)}); save the adapter again") from error
-    for key, what in (("base_model_name_or_path", "the folder or hub name of its base"), ("peft_type", "such as LORA")):
-        if not isinstance(about.get(key), str) or not about[key]:
-            raise ModelError(f"{file}: it has no {key}; add it ({what})")
-    if about.get("revision") not in (None, "main") and not Path(about["base_model_name_or_path"]).is_dir():
-        raise ModelError(
-            f"{file}: it names the revision {about['revision']!r} of its base; download that revision to a folder and set "
-            "base_model_name_or_path to it"
-        )
-    return about
 
 
 def config_of(path: str) -> Any:

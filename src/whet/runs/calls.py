@@ -8,7 +8,7 @@ from typing import Any
 from whet.errors import RecipeError
 from whet.methods import catalogue
 from whet.registry import forget_modules
-from whet.runs import config
+from whet.runs import config, early
 from whet.runs.recipe import kind_of
 from whet.runs.sources import Sources
 
@@ -20,26 +20,38 @@ def sample(recipe: str | Path | None = None, *, tokenizer: Any = None, **fields:
     `keep="best"` writes only the best answer. Return the path of the file. Raises RecipeError, DataError or ModelError for
     invalid arguments, RewardError if a reward function fails.
     """
-    from whet.runs.sample import run_sample
 
-    return _called("sample", run_sample, recipe, tokenizer, fields)
+    def run(resolved: Any) -> Any:
+        from whet.runs.sample import run_sample
+
+        return run_sample(resolved)
+
+    return _called("sample", run, recipe, tokenizer, fields)
 
 
 def rank(recipe: str | Path | None = None, **fields: Any) -> Path:
     """Rank the answers in a file by a judge function or by their `scores`, and write them with `ranks` to the file `out`.
     Return its path. Raises UserError for invalid arguments or rows, RewardError if the judge fails."""
-    from whet.runs.rank import run_rank
 
-    return _called("rank", run_rank, recipe, None, fields)
+    def run(resolved: Any) -> Any:
+        from whet.runs.rank import run_rank
+
+        return run_rank(resolved)
+
+    return _called("rank", run, recipe, None, fields)
 
 
 def evaluate(recipe: str | Path | None = None, *, tokenizer: Any = None, **fields: Any) -> dict[str, float]:
     """Evaluate a model. Return the metrics by name: the win rate (0 to 1) against another model under judges, the loss and
     accuracy of a reward model, or the loss of a language model in nats per token. Raises RecipeError, DataError or
     ModelError for invalid arguments, RewardError if a judge fails."""
-    from whet.runs.evaluate import run_eval
 
-    return _called("eval", run_eval, recipe, tokenizer, fields)
+    def run(resolved: Any) -> Any:
+        from whet.runs.evaluate import run_eval
+
+        return run_eval(resolved)
+
+    return _called("eval", run, recipe, tokenizer, fields)
 
 
 def serve(recipe: str | Path | None = None, **fields: Any) -> str:
@@ -92,7 +104,10 @@ def verify_resume(
 def _called(
     verb: str, run: Callable[[Any], Any], recipe: str | Path | None, tokenizer: Any, fields: dict[str, Any]
 ) -> Any:
-    """Resolve the recipe and call `run` with it. Python objects are written to a temporary folder for the call."""
+    """Resolve the recipe and call `run` with it, which loads torch. Python objects are written to a temporary folder for the
+    call."""
+    config.check_call(verb, recipe)
+    early.refuse(verb, recipe, fields)
     with tempfile.TemporaryDirectory() as folder:
         return run(_resolved(verb, recipe, Sources(Path(folder), tokenizer), fields))
 

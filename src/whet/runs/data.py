@@ -11,6 +11,7 @@ from whet.methods import Objective, catalogue
 from whet.models import load
 from whet.runs import models
 from whet.runs import recipe as fields
+from whet.runs.early import longest_of, sources
 from whet.terminal import caution
 
 
@@ -20,26 +21,12 @@ def reader_of(
     """Build the reader of the rows. Keep `room` positions free for an answer. With `closing` it reads answers as a reward model
     does. Raises RecipeError if lengths do not fit."""
     limit = load.positions(models.source_of(model))
-    longest = min(data.max_tokens or limit, limit - room)
-    if data.max_tokens and data.max_tokens > limit:
-        raise RecipeError(f"data.max_tokens: the model has {limit} positions; got {data.max_tokens}")
-    if longest < 2:
-        raise RecipeError(
-            f"sampling.max_new_tokens: the model has {limit} positions for prompt and answer; got {room}, lower it with "
-            "--max-new-tokens"
-        )
+    longest = longest_of(data, limit, room)
     advice = "raise --data.max-tokens" if longest < limit - room else "the model has no more positions"
     if room:
         advice = "lower --max-new-tokens" if advice.startswith("the") else advice
     more: dict[str, Any] = {"turns": data.turns, "separator": data.separator} if isinstance(data, fields.Data) else {}
     return Reader(chat, longest, advice, data.too_long, closing=closing, **more)
-
-
-def sources(data: fields.Data | fields.Rows) -> list[fields.DataSource]:
-    """Return the training sources of a section. Raises RecipeError without one."""
-    if not data.train:
-        raise RecipeError("data.train: which rows? give --data with a file or a dataset's name")
-    return [fields.DataSource(data.train)] if isinstance(data.train, str) else list(data.train)
 
 
 def located(data: fields.Data | fields.Rows, one: fields.DataSource) -> list[Located]:

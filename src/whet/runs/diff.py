@@ -15,7 +15,8 @@ from whet.learner.store import Stored
 from whet.loops import checkpoint, rollouts
 from whet.loops.metrics import timed
 from whet.loops.record import read_metrics
-from whet.runs.folder import begun, differing
+from whet.runs.early import begun
+from whet.runs.folder import differing
 from whet.runs.yaml_text import read_yaml
 from whet.terminal import visible
 

@@ -19,7 +19,7 @@ from whet.models import load
 from whet.models.probe import SOME, probe
 from whet.ops import address
 from whet.rewards.base import check_scored
-from whet.runs import data, models, rewards, sample
+from whet.runs import data, early, models, rewards, sample
 from whet.runs import recipe as fields
 from whet.terminal import caution
 
@@ -28,15 +28,8 @@ def run_eval(recipe: fields.EvalRecipe) -> dict[str, float]:
     """Return the win rate under judges, the loss and accuracy of a reward model, or the loss in nats per token, by name.
     Raises RecipeError if only one of `against` and `judge` is given."""
     sample.threads(recipe.threads)
-    if (recipe.against is None) != (not recipe.judge):
-        raise RecipeError(
-            "eval: a win rate needs both --against (the other model) and --judge; a loss or an accuracy needs neither"
-        )
-    if recipe.answers:
-        sample.out_file(recipe.answers, "eval")
-    if recipe.out and Path(recipe.out).is_dir():
-        raise RecipeError(f"out: {recipe.out} is a folder; name a file, such as {recipe.out}/eval.json")
-    out = sample.out_file(recipe.out, "eval") if recipe.out else None
+    early.check_against(recipe)
+    out = early.eval_files(recipe)
     numbers = _win_rates(recipe) if recipe.judge else _held_out(recipe)
     if out is not None:
         write_json(out, numbers)

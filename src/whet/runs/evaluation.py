@@ -7,38 +7,13 @@ from typing import Any
 
 from whet.data import Prompt
 from whet.distributed import Workers
-from whet.errors import RecipeError
-from whet.loops.evaluation import PREFIX, EvalPlan
+from whet.errors import Problems
+from whet.loops.evaluation import EvalPlan
 from whet.loops.metrics import direction
 from whet.methods.options import Sampling
 from whet.rewards import Weighted
 from whet.runs import learners, rewards
 from whet.runs import recipe as fields
-
-
-def check(evaluation: fields.Evaluation) -> None:
-    """Raise RecipeError for options of an evaluation that contradict each other, or that no held-out rows can serve."""
-    own, plain, stop = evaluation, type(evaluation)(), evaluation.early_stop
-    if not own.data:
-        for name in vars(plain):
-            if getattr(own, name) != getattr(plain, name):
-                raise RecipeError(f"eval.{name}: there are no held-out rows; give --eval with a file, or leave it out")
-        return
-    if stop.patience is None and stop != fields.EarlyStop():
-        raise RecipeError("eval.early_stop.patience: after how many evaluations without improvement? give it")
-    if stop.patience is not None and stop.metric is None and own.keep_best is None:
-        raise RecipeError(
-            f"eval.early_stop.metric: which number should improve? name a logged one, such as {PREFIX}loss or {PREFIX}score"
-        )
-    if stop.patience is not None and not own.every:
-        raise RecipeError("eval.every: a run that may end early is evaluated between its steps; set it")
-    for metric in (own.keep_best, stop.metric):
-        if metric is not None and own.greater_is_better is None and direction(metric) is None:
-            raise RecipeError(
-                f"eval.greater_is_better: it is not known whether {metric} should be high or low; set it to true or false"
-            )
-    if isinstance(own, fields.PromptEvaluation) and own.temperature == 0 and own.num_generations > 1:
-        raise RecipeError("eval.num_generations: greedy answers to one prompt are all equal; leave it at 1")
 
 
 def plan_of(evaluation: fields.Evaluation) -> EvalPlan:
@@ -71,9 +46,15 @@ def judges_of(
 
 
 def check_judges(recipe: fields.OnlineRecipe, tokenizer: Any, prompts: Sequence[Prompt]) -> None:
-    """Raise RecipeError or ModelError if a judge cannot be found, read, or called with the columns of the held-out prompts. Load
-    no models."""
-    rewards.check_columns(judges_of(recipe, tokenizer, None), prompts, "eval.judge")
+    """Raise RecipeError or ModelError if a judge cannot be found, read, or called with the columns of the held-out prompts, or one
+    error for several judges. Without prompts, which could not be read, what depends on them is left out. Load no models."""
+    problems = Problems()
+    with problems:
+        found = judges_of(recipe, tokenizer, None)
+        if prompts:
+            rewards.check_columns(found, prompts, "eval.judge")
     for number, one in enumerate(recipe.eval.judge):
-        if rewards.is_model(one.source):
-            rewards.check_scorer(f"eval.judge.{number}", one.source, recipe, tokenizer, prompts)
+        with problems:
+            if rewards.is_model(one.source):
+                rewards.check_scorer(f"eval.judge.{number}", one.source, recipe, tokenizer, prompts)
+    problems.tell()

@@ -17,6 +17,7 @@ from whet.loops import checkpoint
 from whet.loops.evaluation import PENDING, PREFIX
 from whet.loops.record import CAUTIONS, RunFolder, read_metrics
 from whet.runs import adapters, config, inputs, learners
+from whet.runs.early import begun, check_out, contains
 from whet.runs.recipe import OnlineRecipe, TrainingRecipe
 from whet.runs.yaml_text import read_yaml, yaml_tree
 from whet.terminal import caution
@@ -87,18 +88,6 @@ def restarted(options: Options) -> Options:
     return replace(options, resume=options.resume or (first() and noted("begun")))
 
 
-def begun(folder: Path) -> bool:
-    """Return True if a folder contains a run: a recipe, and rollouts, metrics or checkpoints."""
-    return (folder / "recipe.yaml").is_file() and any(
-        _contains(folder / one) for one in ("rollouts", "metrics.jsonl", "checkpoints")
-    )
-
-
-def _contains(path: Path) -> bool:
-    """Return True for a file, and for a folder that is not empty."""
-    return path.is_file() or (path.is_dir() and any(path.iterdir()))
-
-
 def of(recipe: TrainingRecipe, verb: str) -> Path:
     """Return the run folder of a recipe."""
     return Path(recipe.out or f"runs/{verb}")
@@ -112,7 +101,7 @@ def checked(recipe: TrainingRecipe, verb: str, options: Options, recipe_file: Pa
     """
     folder = of(recipe, verb)
     if folder.exists() and not folder.is_dir():
-        raise RecipeError(f"out: {folder} is a file; name a folder with --out")
+        check_out(folder)
     if not first():  # only rank 0 reads the folder; it broadcasts `resume`
         return options
     _refuse_inputs_inside(folder, recipe, recipe_file)
@@ -124,10 +113,7 @@ def checked(recipe: TrainingRecipe, verb: str, options: Options, recipe_file: Pa
     if not begun(folder):
         _refuse_foreign(folder)
         return replace(options, resume=False)
-    if not options.resume:
-        raise RecipeError(
-            f"out: {folder} already holds a run; continue it with --resume or name another folder with --out"
-        )
+    check_out(folder, resume=options.resume)
     _refuse_changes(folder, recipe, verb, options.accepted)
     return options
 
@@ -138,7 +124,7 @@ def _refuse_foreign(folder: Path) -> None:
         return
     own = UNBEGUN if not (folder / "environment.json").is_file() else (*UNBEGUN, "recipe.yaml", "eval")
     for path in sorted(folder.iterdir()):
-        empty = path.name in ("checkpoints", "rollouts") and not _contains(path)
+        empty = path.name in ("checkpoints", "rollouts") and not contains(path)
         if path.name.startswith(PENDING) and "recipe.yaml" in own:  # it was ended in its first evaluation
             continue
         if path.name not in own and path.suffix not in LOGS and not path.name.endswith(".writing") and not empty:
@@ -230,7 +216,7 @@ def check_export(where: Path, folder: Path, exported: Collection[Path] = ()) -> 
     own = inside and (inside in (("model",), ("ema",), ("best",)) or inside[0] not in WRITTEN)
     if own or resolved in exported:
         return
-    if inside or where.is_symlink() or (where.exists() and not (where.is_dir() and not _contains(where))):
+    if inside or where.is_symlink() or (where.exists() and not (where.is_dir() and not contains(where))):
         raise RecipeError(
             f"export: {where} already exists or is of the run, and could be overwritten; name a new folder"
         )

@@ -12,11 +12,12 @@ from whet.errors import ModelError, RecipeError
 from whet.methods import Algorithm
 from whet.methods.options import Optim, Sampling
 from whet.models import load, lora
+from whet.models.folders import is_adapter
 from whet.models.roles import Role, readout_of
 from whet.models.router import router_of
-from whet.models.saved_adapters import is_adapter
 from whet.runs import recipe as fields
 from whet.runs import rewards
+from whet.runs.early import NO_MODEL
 
 
 def source_of(model: fields.Frozen, path: str | None = None) -> load.ModelSource:
@@ -24,7 +25,7 @@ def source_of(model: fields.Frozen, path: str | None = None) -> load.ModelSource
     Raises RecipeError without a path."""
     name = path or model.path
     if not name:
-        raise RecipeError("model.path: which model? give --model with a Hugging Face folder or a hub name")
+        raise RecipeError(NO_MODEL)
     return load.ModelSource(
         name, dtype_of(model), model.device, model.trust_remote_code, model.quantize, model.attn_implementation
     )

@@ -10,7 +10,7 @@ from torch import Tensor, no_grad
 
 from whet.data import Batch, Chat, Element
 from whet.data.batching import per_epoch
-from whet.errors import RecipeError
+from whet.errors import Problems, RecipeError
 from whet.learner import Learner
 from whet.loops import evaluate, offline
 from whet.loops.evaluation import HeldOut
@@ -20,6 +20,7 @@ from whet.models import tokens
 from whet.models.probe import SOME
 from whet.runs import checks, config, data, evaluation, folder, learners, models
 from whet.runs import recipe as fields
+from whet.runs.early import check_evaluation
 from whet.runs.slots import checked
 
 
@@ -86,36 +87,54 @@ class OfflineJob:
         learner.export(role, where, self.tokenizer, merge=merge, end_ids=self.chat.end_ids)
 
 
-def prepare(method: str, recipe: fields.OfflineRecipe) -> OfflineJob:
-    """Check the recipe and read the rows; load no weights. Raises RecipeError, DataError or ModelError."""
-    checks.check_optim(recipe.optim, "optim")
-    evaluation.check(recipe.eval)
-    if isinstance(recipe, fields.RewardModelRecipe) and recipe.head.standardize and recipe.eval.keep_best is not None:
-        raise RecipeError(
-            "eval.keep_best: head.standardize changes the model after its last step; leave one of them out"
-        )
+def prepare(method: str, recipe: fields.OfflineRecipe, *, problems: Problems | None = None) -> OfflineJob:
+    """Check the recipe and read the rows; load no weights. `problems` are those that were found before. Raises RecipeError,
+    DataError or ModelError, or a UserError with several of them: first what the recipe alone shows, then what needs the
+    tokenizer."""
+    problems = problems or Problems()
+    with problems:
+        checks.check_optim(recipe.optim, "optim")
+    with problems:
+        check_evaluation(recipe.eval)
+        if (
+            isinstance(recipe, fields.RewardModelRecipe)
+            and recipe.head.standardize
+            and recipe.eval.keep_best is not None
+        ):
+            raise RecipeError(
+                "eval.keep_best: head.standardize changes the model after its last step; leave one of them out"
+            )
     name, objective, rewards = method, compose.SFT, isinstance(recipe, fields.RewardModelRecipe)
-    if isinstance(recipe, fields.RewardModelRecipe | fields.PreferenceRecipe):
-        slots = checked(method, recipe.algorithm, config.leaves(type(recipe)))
-        name = recipe.algorithm["name"] if rewards else method
-        objective = compose.reward_of(slots) if rewards else compose.preference_of(slots)
-    if isinstance(recipe, fields.PreferenceRecipe):
-        checks.check_reference(recipe, objective)
-    models.check_code(recipe.model, recipe.model.path, getattr(recipe, "reference", None))
-    tokenizer, chat = models.tokenizer_and_chat(recipe.model)
-    reader = data.reader_of(recipe.model, recipe.data, chat, closing=rewards)
-    reading = data.reading(name, objective)
-    data.check_data(recipe.data, reading)
-    read: Callable[[Sequence[Any]], list] = getattr(reader, reading)
-    read = data.guarded(read, objective, name) if objective is not compose.SFT else read
-    read = data.cautioned(read, chat)
-    sources, weights = data.sources_of(recipe.data, read)
-    held_out = data.held_out_of(recipe.eval, recipe.data, read)
-    data.tell_left_out(reader)
-    if isinstance(recipe, fields.RewardModelRecipe):
-        lasts = chat.closing_ids[-1:] or chat.end_ids[:1]
-        tokens.set_score_pad(tokenizer, lasts, recipe.model.path)
-        checks.check_score_adapter(recipe, lasts)
+    with problems:
+        if isinstance(recipe, fields.RewardModelRecipe | fields.PreferenceRecipe):
+            slots = checked(method, recipe.algorithm, config.leaves(type(recipe)))
+            name = recipe.algorithm["name"] if rewards else method
+            objective = compose.reward_of(slots) if rewards else compose.preference_of(slots)
+        if isinstance(recipe, fields.PreferenceRecipe):
+            checks.check_reference(recipe, objective)
+        reading = data.reading(name, objective)
+        data.check_data(recipe.data, reading)
+    problems.tell()
+    with problems:
+        models.check_code(recipe.model, recipe.model.path, getattr(recipe, "reference", None))
+        tokenizer, chat = models.tokenizer_and_chat(recipe.model)
+        with problems:
+            reader = data.reader_of(recipe.model, recipe.data, chat, closing=rewards)
+            read: Callable[[Sequence[Any]], list] = getattr(reader, reading)
+            read = data.guarded(read, objective, name) if objective is not compose.SFT else read
+            read = data.cautioned(read, chat)
+            with problems:
+                sources, weights = data.sources_of(recipe.data, read)
+            with problems:
+                held_out = data.held_out_of(recipe.eval, recipe.data, read)
+            if not problems.found:
+                data.tell_left_out(reader)
+        with problems:
+            if isinstance(recipe, fields.RewardModelRecipe):
+                lasts = chat.closing_ids[-1:] or chat.end_ids[:1]
+                tokens.set_score_pad(tokenizer, lasts, recipe.model.path)
+                checks.check_score_adapter(recipe, lasts)
+    problems.tell()
     steps = checks.steps_of(recipe.train, sum(map(len, sources)))
     refresh = getattr(recipe, "sync_reference", fields.SyncReference())
     plan = offline.OfflinePlan(

@@ -13,7 +13,7 @@ import torch
 from whet.data import Chat, Element, Prompt
 from whet.data.batching import per_epoch
 from whet.distributed import first, launched
-from whet.errors import RecipeError
+from whet.errors import Problems, RecipeError
 from whet.generate import Generator
 from whet.learner import Learner
 from whet.loops import online
@@ -25,6 +25,7 @@ from whet.models.probe import SOME
 from whet.rewards import Weighted
 from whet.runs import checks, config, data, evaluation, folder, generators, learners, models, rewards
 from whet.runs import recipe as fields
+from whet.runs.early import NO_REWARD, check_evaluation
 from whet.runs.slots import checked
 from whet.terminal import caution
 
@@ -101,40 +102,62 @@ class OnlineJob:
         learner.export("policy", where, self.tokenizer, merge=merge, end_ids=self.chat.end_ids)
 
 
-def prepare(method: str, recipe: fields.OnlineRecipe, *, recorded: bool = False) -> OnlineJob:
+def prepare(
+    method: str, recipe: fields.OnlineRecipe, *, recorded: bool = False, problems: Problems | None = None
+) -> OnlineJob:
     """Check the recipe and read the prompts; load no weights. With `recorded`, the answers and scores are in the record of a
-    run, so generator and rewards are not checked. Raises RecipeError, DataError or ModelError."""
-    checks.check_optim(recipe.optim, "optim")
-    evaluation.check(recipe.eval)
-    if recipe.critic.optim is not None:
-        checks.check_optim(recipe.critic.optim, "critic.optim")
-        if recipe.critic.optim.schedule_steps not in (None, recipe.optim.schedule_steps):
+    run, so generator and rewards are not checked. `problems` are those that were found before. Raises RecipeError, DataError or
+    ModelError, or a UserError with several of them: first what the recipe alone shows, then what needs the tokenizer."""
+    problems = problems or Problems()
+    with problems:
+        check_evaluation(recipe.eval)
+    for optim, name in ((recipe.optim, "optim"), (recipe.critic.optim, "critic.optim")):
+        with problems:
+            if optim is not None:
+                checks.check_optim(optim, name)
+    with problems:
+        if recipe.critic.optim and recipe.critic.optim.schedule_steps not in (None, recipe.optim.schedule_steps):
             raise RecipeError("critic.optim.schedule_steps: the critic has the one of optim; leave it out")
-    slots = checked(method, recipe.algorithm, config.leaves(fields.OnlineRecipe))
-    longest, weights = recipe.sampling.max_new_tokens, [one.weight for one in recipe.reward] or [1.0]
-    algorithm = compose.online_of(slots, longest=longest, weights=weights)
     if not recipe.reward:
-        raise RecipeError(
-            'reward: what scores the answers? give --reward with a reward-model folder or "file.py:function"'
-        )
-    mini_batch_size = checks.check_arithmetic(recipe, algorithm, method)
-    checks.check_ptx(recipe, algorithm, method)
-    models.check_code(recipe.model, recipe.model.path, recipe.reference, recipe.critic.path)
-    tokenizer, chat = models.tokenizer_and_chat(recipe.model, recipe.sampling)
-    reader = data.reader_of(recipe.model, recipe.data, chat, room=recipe.sampling.max_new_tokens)
-    prompts = data.with_all_columns(data.rows_of(recipe.data, data.cautioned(reader.prompts, chat)))
-    held_out = data.with_all_columns(data.held_out_of(recipe.eval, recipe.data, data.cautioned(reader.prompts, chat)))
-    data.tell_left_out(reader)
-    data.check_columns(prompts)
-    data.check_columns(held_out, "eval.data")
-    if held_out and not recorded:
-        evaluation.check_judges(recipe, tokenizer, held_out)
-        rewards.check_rewards(recipe, tokenizer, held_out)
-    if not recorded:
-        generators.check_generator(recipe, chat, int(os.environ["WORLD_SIZE"]) if launched() else 1)
-        rewards.check_rewards(recipe, tokenizer, prompts)
-    ptx_reader = data.reader_of(recipe.model, fields.Rows(), chat)
-    ptx = data.ptx_of(recipe.ptx, data.cautioned(ptx_reader.demonstrations, chat))
+        with problems:
+            raise RecipeError(NO_REWARD)
+    longest, weights = recipe.sampling.max_new_tokens, [one.weight for one in recipe.reward] or [1.0]
+    with problems:
+        slots = checked(method, recipe.algorithm, config.leaves(fields.OnlineRecipe))
+        algorithm = compose.online_of(slots, longest=longest, weights=weights)
+        with problems:
+            mini_batch_size = checks.check_arithmetic(recipe, algorithm, method)
+        with problems:
+            checks.check_ptx(recipe, algorithm, method)
+    problems.tell()
+    with problems:
+        models.check_code(recipe.model, recipe.model.path, recipe.reference, recipe.critic.path)
+        tokenizer, chat = models.tokenizer_and_chat(recipe.model, recipe.sampling)
+        prompts: Sequence[Prompt] = []
+        held_out: Sequence[Prompt] = []
+        with problems:
+            reader = data.reader_of(recipe.model, recipe.data, chat, room=recipe.sampling.max_new_tokens)
+            prompts = data.with_all_columns(data.rows_of(recipe.data, data.cautioned(reader.prompts, chat)))
+            data.tell_left_out(reader)
+            data.check_columns(prompts)
+        with problems:
+            held_out = data.with_all_columns(
+                data.held_out_of(recipe.eval, recipe.data, data.cautioned(reader.prompts, chat))
+            )
+            data.check_columns(held_out, "eval.data")
+        with problems:
+            ptx_reader = data.reader_of(recipe.model, fields.Rows(), chat)
+            ptx = data.ptx_of(recipe.ptx, data.cautioned(ptx_reader.demonstrations, chat))
+        if not recorded:
+            with problems:
+                generators.check_generator(recipe, chat, int(os.environ["WORLD_SIZE"]) if launched() else 1)
+            with problems:
+                rewards.check_rewards(recipe, tokenizer, prompts)
+            with problems:
+                if held_out:
+                    rewards.check_rewards(recipe, tokenizer, held_out)
+                evaluation.check_judges(recipe, tokenizer, held_out)
+    problems.tell()
     for one in checks.cautions(recipe, algorithm) if first() and not recorded else ():
         caution(one)
     plan, longest = _plan_of(

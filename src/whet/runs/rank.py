@@ -11,22 +11,23 @@ from whet.feedback import RANKERS, Question
 from whet.feedback.base import check_ranks
 from whet.feedback.judge import RewardJudge
 from whet.registry import called
-from whet.runs import adapters, data, rewards, sample
+from whet.runs import adapters, data, rewards
 from whet.runs import recipe as fields
+from whet.runs.early import NO_ANSWERS, out_file
 from whet.terminal import caution
 
 
 def run_rank(recipe: fields.RankRecipe) -> Path:
     """Rank the answers of each row and write the rows with `ranks`. Return the path of the written file.
     Raises UserError for invalid options or rows, RewardError if the judge or ranker fails."""
-    out = sample.out_file(recipe.out, "rank")
+    out = out_file(recipe.out, "rank")
     for name in ("judge_form", "judge_options"):
         if recipe.judge is None and getattr(recipe, name) != getattr(fields.RankRecipe(), name):
             raise RecipeError(f"{name}: there is no judge; give --judge FILE.py:FUNCTION, or leave it out")
     if recipe.judge is not None and recipe.ranker.name is not None:
         raise RecipeError("ranker: the judge ranks; leave one of judge and ranker out")
     if not recipe.data.train:
-        raise RecipeError("data.train: which answers? give --data with one file of `responses` rows")
+        raise RecipeError(NO_ANSWERS)
     rows = data.located_rows(recipe.data)
     for located in rows:
         answers = located.row.get("responses")

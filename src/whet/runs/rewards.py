@@ -13,16 +13,17 @@ from urllib.parse import urlsplit
 
 from whet.calling.state import restored
 from whet.data import Chat, Group, Prompt, chat_format, extras_of
-from whet.errors import ModelError, RecipeError
+from whet.errors import ModelError, Problems, RecipeError
 from whet.models import load, lora
+from whet.models.folders import is_adapter
 from whet.models.roles import Role, readout_of
-from whet.models.saved_adapters import is_adapter
 from whet.registry import load_object
 from whet.rewards import REWARDS, Reward, Scores, Weighted, functions
 from whet.rewards.functions import FunctionReward, ObjectReward
 from whet.rewards.model import ModelReward
 from whet.runs import adapters, config, models
 from whet.runs import recipe as fields
+from whet.runs.early import refuse_options
 
 Kind = Literal["model", "http", "registered", "object"]
 """The kinds of reward sources. An "object" is a user's function, class, or instance of a class."""
@@ -84,12 +85,6 @@ def made(source: str, options: Mapping[str, Any], where: str) -> Reward:
         return ObjectReward(chosen.make(source), name_of(source))
 
 
-def _refuse_options(options: Mapping[str, Any], where: str) -> None:
-    """Raise RecipeError for options of a reward model, which has none."""
-    for option in options:
-        raise RecipeError(f"{where}.{option}: a reward model has no options; leave it out")
-
-
 def has_score(source: str) -> bool:
     """Return True if a source names a user's class or instance with a method `score`, and not a function."""
     return kind_of(source) == "object" and hasattr(_loaded(source), "score")
@@ -148,7 +143,7 @@ def rewards_of(recipe: fields.OnlineRecipe, tokenizer: Any, read: Callable[..., 
         own: Reward
         if is_model(one.source):
             _check_name(one.source, f"reward.{number}")
-            _refuse_options(one.options, f"reward.{number}")
+            refuse_options(one.options, f"reward.{number}")
             on_trunk = recipe.trunk == "shared" and is_adapter(one.source)
             chat, same = chat_format(tokenizer, arguments=recipe.model.chat_template_kwargs), True
             if load.has_tokenizer(one.source) or not on_trunk:  # an adapter without a tokenizer has the trunk's
@@ -162,20 +157,28 @@ def rewards_of(recipe: fields.OnlineRecipe, tokenizer: Any, read: Callable[..., 
 
 
 def check_rewards(recipe: fields.OnlineRecipe, tokenizer: Any, prompts: Sequence[Prompt]) -> None:
-    """Raise RecipeError or ModelError if a reward cannot be found, read, or called with the columns of the prompts.
-    Load no models."""
-    check_columns(rewards_of(recipe, tokenizer, lambda *_: {}), prompts)
+    """Raise RecipeError or ModelError if a reward cannot be found, read, or called with the columns of the prompts, or one error
+    for several rewards. Without prompts, which could not be read, what depends on them is left out. Load no models."""
+    problems = Problems()
+    with problems:
+        found = rewards_of(recipe, tokenizer, lambda *_: {})
+        if prompts:
+            check_columns(found, prompts)
     for number, one in enumerate(recipe.reward):
-        if not math.isfinite(one.weight):
-            raise RecipeError(f"reward.{number}.weight: expected a finite number, got {one.weight}")
-        if is_model(one.source):
-            check_scorer(f"reward.{number}", one.source, recipe, tokenizer, prompts)
+        with problems:
+            if not math.isfinite(one.weight):
+                raise RecipeError(f"reward.{number}.weight: expected a finite number, got {one.weight}")
+            if is_model(one.source):
+                check_scorer(f"reward.{number}", one.source, recipe, tokenizer, prompts)
+    problems.tell()
 
 
 def check_scorer(where: str, path: str, recipe: fields.OnlineRecipe, tokenizer: Any, prompts: Sequence[Prompt]) -> None:
     """Raise ModelError if a folder contains no reward model, RecipeError if the longest prompt with an answer has more tokens than
-    it has positions."""
+    it has positions. Without prompts, which could not be read, the second is left out."""
     _check_scorer(path, recipe.model)
+    if not prompts:
+        return
     limit = load.positions(models.source_of(recipe.model, path))
     chat, same = own_chat(path, recipe.model, tokenizer) if load.has_tokenizer(path) else (chat_format(tokenizer), True)
     lengths = (len(one.ids if same else chat.prompt_ids(one.messages, extras_of(one.row))) for one in prompts)
@@ -190,13 +193,16 @@ def check_scorer(where: str, path: str, recipe: fields.OnlineRecipe, tokenizer: 
 def check_columns(rewards: Sequence[Weighted], prompts: Sequence[Prompt], where: str = "reward") -> None:
     """Raise RecipeError if a reward function cannot be called with the columns of these prompt rows, or a ready-made reward lacks
     one, or an error if the process of a reward with a limit cannot load it."""
+    problems = Problems()
     for number, one in enumerate(rewards):
-        if isinstance(one.reward, FunctionReward):
-            one.reward.check(prompts, f"{where}.{number}")
-        if isinstance(one.reward, ObjectReward) and hasattr(one.reward.own, "check_rows"):
-            one.reward.own.check_rows(prompts, f"{where}.{number}", len(rewards) == 1)
-        if isinstance(one.reward, (FunctionReward, ObjectReward)):
-            one.reward.call.start()
+        with problems:
+            if isinstance(one.reward, FunctionReward):
+                one.reward.check(prompts, f"{where}.{number}")
+            if isinstance(one.reward, ObjectReward) and hasattr(one.reward.own, "check_rows"):
+                one.reward.own.check_rows(prompts, f"{where}.{number}", len(rewards) == 1)
+            if isinstance(one.reward, (FunctionReward, ObjectReward)):
+                one.reward.call.start()
+    problems.tell()
 
 
 def _check_scorer(path: str, model: fields.Frozen) -> None:
@@ -227,7 +233,7 @@ def judge_of(
     if not is_model(judge.source):
         return Weighted(name, made(judge.source, judge.options, where))
     _check_name(judge.source, where)
-    _refuse_options(judge.options, where)
+    refuse_options(judge.options, where)
     chat, same = own_chat(judge.source, model, tokenizer)
     return Weighted(name, ModelReward(read, chat, same=same))
 
@@ -286,7 +292,7 @@ def reward(
     if not is_model(source):
         return Weighted(name, made(source, options, where))
     _check_name(source, where)
-    _refuse_options(options, where)
+    refuse_options(options, where)
     chat, same = own_chat(source, model, tokenizer)
     return Weighted(name, ModelReward(reward_role(source, model, name), chat, same=same, budget=budget))
 

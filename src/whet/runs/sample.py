@@ -18,7 +18,7 @@ from whet.generate import Generator
 from whet.loops import evaluate
 from whet.methods.options import Sampling
 from whet.rewards.base import check_scored
-from whet.runs import data, generators, models, rewards
+from whet.runs import data, early, generators, models, rewards
 from whet.runs import recipe as fields
 from whet.terminal import caution
 
@@ -35,9 +35,8 @@ def run_sample(recipe: fields.SampleRecipe) -> Path:
     The rows have `responses`, their `finish`, the token ids (`prompt_ids`, `response_ids`) and, with rewards, `scores`; with
     keep="best" only the best answer (`completion`, `completion_ids`) with its `finish` and `score`."""
     threads(recipe.threads)
-    out = out_file(recipe.out, "sample")
-    if recipe.keep == "best" and not recipe.reward:
-        raise RecipeError("keep: which answer is the best? give --reward with a reward-model folder or a function")
+    out = early.out_file(recipe.out, "sample")
+    early.check_keep(recipe)
     tokenizer, chat = models.tokenizer_and_chat(recipe.model, recipe.sampling)
     budget, sources = recipe.max_tokens_per_micro_batch, list(enumerate(recipe.reward))
     found = [
@@ -128,16 +127,3 @@ def threads(count: int) -> None:
         raise RecipeError(f"threads: this machine has {cpus} CPUs, and so many threads would only wait; got {count}")
     if count:
         torch.set_num_threads(count)
-
-
-def out_file(out: str, verb: str) -> Path:
-    """Return the path of the output file. Raises RecipeError if no path is given, the file exists or cannot be written."""
-    if not out:
-        raise RecipeError(f"out: which file shall {verb} write? give --out FILE.jsonl")
-    path = Path(out)
-    if path.exists():
-        raise RecipeError(f"out: {out} already exists; name another file with --out, or remove it")
-    parent = next(one for one in path.absolute().parents if one.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise RecipeError(f"out: {out} cannot be written; {parent} is no folder or not writable, name another file")
-    return path

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from whet.data import Batch, Group
 from whet.distributed import Workers, first
-from whet.errors import RecipeError
+from whet.errors import Problems, RecipeError
 from whet.learner import UpdateResult
 from whet.loops import offline as offline_loop
 from whet.loops import online as online_loop
@@ -18,7 +18,20 @@ from whet.loops.interrupt import graceful
 from whet.loops.online import MiniBatch, OnlineLoop, StepLog
 from whet.methods import catalogue
 from whet.registry import forget_modules
-from whet.runs import adapters, checks, config, folder, generators, learners, offline, online, placed, report, sample
+from whet.runs import (
+    adapters,
+    checks,
+    config,
+    early,
+    folder,
+    generators,
+    learners,
+    offline,
+    online,
+    placed,
+    report,
+    sample,
+)
 from whet.runs import recipe as fields
 from whet.runs.recipe import kind_of
 from whet.runs.sources import Sources
@@ -71,22 +84,33 @@ class Session:
         self.method, self.quiet = method, quiet
         resolved = config.resolve(kind_of(method), method, recipe, list(plain.items()), given)
         self.recipe: fields.TrainingRecipe = adapters.completed(resolved)
-        sample.threads(self.recipe.threads)
-        placed.check_cluster(self.recipe)
-        folder.trackers(self.recipe.trackers, None)
         accepted = (accept_changed,) if isinstance(accept_changed, str) else tuple(accept_changed)
-        given_options = folder.restarted(folder.Options(bool(resume), quiet, accepted))
-        self.folder = folder.of(self.recipe, method)
-        self.options = folder.checked(self.recipe, method, given_options, config.recipe_file(recipe))
-        if resume is True and not self.options.resume and first():
-            caution(f"there is no run in {self.folder} yet; it starts")
-        folder.check_inputs(self.recipe, method, self.options)
+        problems = (
+            Problems()
+        )  # what is wrong with paths, options and packages is told at once, before files are written
+        with problems:
+            sample.threads(self.recipe.threads)
+        with problems:
+            placed.check_cluster(self.recipe)
+        with problems:
+            folder.trackers(self.recipe.trackers, None)
+        self.folder, self.options = folder.of(self.recipe, method), folder.Options(bool(resume), quiet, accepted)
+        with problems:
+            self.options = folder.restarted(self.options)
+            self.options = folder.checked(self.recipe, method, self.options, config.recipe_file(recipe))
+            if resume is True and not self.options.resume and first():
+                caution(f"there is no run in {self.folder} yet; it starts")
+            folder.check_inputs(self.recipe, method, self.options)
+        if problems.found and self.sources.pending:
+            problems.tell()
         self.sources.write()
+        if not self.options.resume:
+            early.collect(method, self.recipe, problems)
         self.job: online.OnlineJob | offline.OfflineJob
         if isinstance(self.recipe, fields.OnlineRecipe):
-            self.job = online.prepare(method, self.recipe)
+            self.job = online.prepare(method, self.recipe, problems=problems)
         else:
-            self.job = offline.prepare(method, self.recipe)
+            self.job = offline.prepare(method, self.recipe, problems=problems)
         folder.check_steps(self.folder, self.job.plan.steps, self.options)
         if first() and not quiet:
             critic = isinstance(self.job, online.OnlineJob) and "critic" in self.job.algorithm.roles()

@@ -61,6 +61,11 @@ class Sources:
             return [self.plain(f"{name}.{number}", one) for number, one in enumerate(value)]
         return value
 
+    @property
+    def pending(self) -> bool:
+        """Whether `write` has anything to write."""
+        return bool(self._writes)
+
     def write(self) -> None:
         """Write the models and rows whose files do not exist yet."""
         for one in self._writes:

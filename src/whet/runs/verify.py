@@ -16,7 +16,7 @@ from whet.distributed import launched
 from whet.errors import RecipeError, WhetError
 from whet.loops.interrupt import graceful
 from whet.loops.record import read_metrics
-from whet.runs import config, folder, inputs
+from whet.runs import config, early, inputs
 from whet.runs import recipe as fields
 from whet.runs.diff import diff
 from whet.runs.yaml_text import yaml_tree
@@ -162,7 +162,7 @@ class Run:
         path = self.folder.with_suffix(".yaml")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(config.to_yaml(self.recipe, self.method), encoding="utf-8")
-        flags = [*(["--resume"] if folder.begun(self.folder) else []), *(["--quiet"] if self.quiet else [])]
+        flags = [*(["--resume"] if early.begun(self.folder) else []), *(["--quiet"] if self.quiet else [])]
         words = [sys.executable, "-m", "whet", self.method, str(path), "--out", str(self.folder), *flags]
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
         try:
