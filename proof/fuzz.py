@@ -347,6 +347,7 @@ class World:
                     ["replay", "grpo-run", "--step", "1", "--quiet"],
                     ["why", "grpo-run", "--step", "1", "--quiet"],
                     ["diff", "grpo-run", "other"],
+                    ["report", "grpo-run"],
                 ]
             )
         )

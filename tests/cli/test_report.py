@@ -138,6 +138,18 @@ def test_a_report_that_cannot_be_written_is_a_caution_and_the_run_is_kept(
     assert not Path("run/report.html").exists()
 
 
+def test_a_run_that_stops_itself_has_its_report(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every answer is cut off and masked: five rollouts are skipped, and the sixth stops the run."""
+    more = ["--algorithm.truncated.rule", "mask", "--sampling.max-new-tokens", 1, "--sampling.top-k", 1]
+    said = whet(capsys, *online(inside, "run", *more, steps=8))
+    assert said.status == 1
+    text = Path("run/report.html").read_text()
+    assert "Stopped by a self-check in step 6, after 5 of 8 steps." in text
+    assert "A self-check stopped the run. step 6: all 4 answers are truncated and masked" in text
+    assert "Skipped rollouts, in which no weight changed" not in text  # no step has a number of an update
+    assert text.count("this rollout is skipped and no weight changes") == 5
+
+
 def test_a_link_named_report_html_is_refused_before_the_run(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("run").mkdir()
     Path("run/report.html").symlink_to("../precious")

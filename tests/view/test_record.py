@@ -107,6 +107,16 @@ def test_a_torn_last_line_is_left_out_and_another_damage_is_an_error(tmp_path: P
         record(folder)
 
 
+def test_a_line_without_a_possible_step_is_left_out_and_told(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "run", steps=3)
+    (folder / "metrics.jsonl").write_text(
+        '{"step": 1, "a": 1.0}\n{"step": -1, "a": 2.0}\n{"step": 1%s, "a": 2.0}\n' % ("0" * 400)
+    )
+    run = record(folder)
+    assert run.series == {"a": [(1, 1.0)]}
+    assert "2 lines have no number of a step, such as -1" in run.notes[0]
+
+
 def test_damage_beside_the_metrics_is_a_note(tmp_path: Path) -> None:
     folder = evaluated(tmp_path / "run", steps=4, every=2)
     (folder / "environment.json").write_text("{")

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from whet.cluster import Attempt
 from whet.distributed import first
+from whet.errors import RunStopped
 from whet.loops.interrupt import graceful
-from whet.runs import folder, generators, learners, online, placed, report
+from whet.runs import early, folder, generators, learners, online, placed, report
 from whet.runs.session import Session, run_loop
 from whet.terminal import caution
 
@@ -18,10 +19,15 @@ def trained(session: Session) -> Path:
         if first():
             caution(f"the run in {session.folder} has ended; its model is {session.folder / 'model'}")
         return session.folder
-    if session.recipe.cluster.address is not None:
-        return _on_cluster(session)
-    with session:
-        return session.run()
+    try:
+        if session.recipe.cluster.address is not None:
+            return _on_cluster(session)
+        with session:
+            return session.run()
+    except RunStopped:
+        if first() and early.begun(session.folder):
+            report.at_end(session.folder)
+        raise
 
 
 def _on_cluster(session: Session) -> Path:

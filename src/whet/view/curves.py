@@ -178,7 +178,8 @@ def _note(names: Sequence[str], runs: Sequence[Run], lines: Sequence[Line], *, s
     thin = ", thin: each step" if any(line.faint for line in lines) else ""
     parts = [f"Mean over the last {span} steps{thin}."] if windows else []
     if seeds and any(line.band for line in lines):
-        parts.append(f"Mean of {len(runs)} runs; the band goes from the lowest to the highest.")
+        count = sum(any(run.series.get(name) for name in names) for run in runs)
+        parts.append(f"Mean of {count} runs; the band goes from the lowest to the highest.")
     elif any(line.band for line in lines):
         parts.append("The band is the 95 % interval.")
     return " ".join(parts)
@@ -198,7 +199,7 @@ def main_plots(runs: Sequence[Run], labels: Sequence[str], *, seeds: bool) -> tu
         plots = [replace(one, wide=len(plots) == 1) for one in plots]
         return plots, "Loss of training and of held-out rows; accuracy and margin where the method has pairs."
     with_kl = [run for run in runs if "kl" in run.series or "eval/kl" in run.series]
-    held = runs[0].held_out[:2] if any(run.held_out for run in runs) else []
+    held = next((_telling(run.held_out) for run in runs if run.held_out), [])
     if not with_kl:
         names = ["score", *held]
         group = Group("Score over the steps", "score", "")
@@ -236,6 +237,12 @@ NOT_EVALUATED = (
     "answers became better: set eval.data, and eval.judge with a second judge."
 )
 LABELS = {"score": "training score (proxy)", "eval/score": "same score, held-out prompts"}
+
+
+def _telling(names: Sequence[str]) -> list[str]:
+    """Return two judges and the held-out score, or what else there is of held-out scores."""
+    judges = [name for name in names if name.startswith("eval/judge/")]
+    return [*judges[:2], *(name for name in names if name == "eval/score")] or list(names[:2])
 
 
 def _path(run: Run, name: str, label: str, color: int) -> Line:

@@ -10,13 +10,17 @@ from typing import Any
 
 from whet.data.files import read_json
 from whet.errors import DataError, WhetError
-from whet.loops import rollouts, stopped
+from whet.loops import stopped
 from whet.loops.record import read_cautions, read_metrics
 from whet.methods import catalogue
 from whet.view.plots import smoothed
 
 EVALUATED = "eval/"
 """What the names of the numbers of an evaluation begin with."""
+FILE = re.compile(r"step-(\d{8,10})\.parquet")
+"""The names of the files with the answers of a step."""
+LAST = 10**10
+"""Larger numbers of steps are damage."""
 LOWER_IS_BETTER = re.compile(r"(.*/)?(loss|nll|perplexity|calibration_error|kl|truncated)|eval/(policy|reward)/\w+/.*")
 """Numbers of which the lowest is the best: losses, errors, and the drift from the reference."""
 
@@ -178,8 +182,11 @@ def read_run(
     """Read the record of a run, also of one that was killed. `recipe` is its recipe. Raises DataError with file and line if
     metrics.jsonl has a line that is not as whet writes it, other than an incomplete last one."""
     rows = read_metrics(folder) if (folder / "metrics.jsonl").is_file() else []
-    rows.sort(key=lambda row: row["step"])
     notes: list[str] = []
+    if wrong := [row["step"] for row in rows if not 0 <= row["step"] < LAST]:
+        told = f"{len(wrong)} lines have no number of a step, such as {wrong[0]!r:.40}"
+        notes.append(f"{folder / 'metrics.jsonl'}: {told}; they are left out")
+    rows = sorted((row for row in rows if 0 <= row["step"] < LAST), key=lambda row: row["step"])
     environment: Mapping[str, Any] = {}
     cautions: list[dict[str, Any]] = []
     stops: list[dict[str, Any]] = []
@@ -214,14 +221,13 @@ def skipped(run: Run) -> list[int]:
 
 def answer_files(folder: Path) -> tuple[str, dict[int, Path]]:
     """Return the files with answers of a run, by step: those of its evaluations, else its rollouts, and which they are."""
-    evaluations = {
-        int(path.stem.split("-")[1]): path
-        for path in sorted((folder / "eval").glob("step-*.parquet"))
-        if path.stem.split("-")[1].isdigit()
+    known = {"evaluation": folder / "eval", "rollout": folder / "rollouts"}
+    found = {
+        kind: {int(name[1]): path for path in sorted(where.glob("step-*")) if (name := FILE.fullmatch(path.name))}
+        for kind, where in known.items()
     }
-    if evaluations:
-        return "evaluation", evaluations
-    return "rollout", {step: rollouts.path_of(folder, step) for step in rollouts.steps(folder)}
+    kind = "evaluation" if found["evaluation"] else "rollout"
+    return kind, found[kind]
 
 
 def finite(value: Any) -> float | None:

@@ -21,7 +21,7 @@ MOST_NOTES = 6
 class Shown:
     """An answer with its prompt: `key` is the same for answers to one prompt. `kl` is in nats per answer, `length` in tokens."""
 
-    key: object
+    key: str
     prompt: str
     text: str
     scores: Mapping[str, float]
@@ -67,7 +67,7 @@ def blocks(run: Run, count: int = PROMPTS) -> list[Block]:
         if step not in known:
             try:
                 known[step] = read(files[step])
-            except (DataError, OSError) as error:
+            except (DataError, OSError, OverflowError) as error:
                 known[step] = []
                 out.append(Prose(f"The answers of step {step} cannot be shown. {error}", "caution"))
     heads = {step: head for step, head in moments(run, sorted(files)).items() if known[step]}
@@ -108,7 +108,7 @@ def read(path: Path) -> list[Shown]:
         length = finite(at.get("length"))
         if length is None and isinstance(at.get("mask"), list):
             length = float(sum(map(bool, at["mask"])))
-        key, kl, text = at.get("index", at["prompt"]), _kl(at), str(at["completion"])
+        key, kl, text = str(at.get("index", at["prompt"])), _kl(at), str(at["completion"])
         out.append(
             Shown(key, str(at["prompt"]), text, scores, finite(at.get("score")), kl, None if length is None else int(length),
                   bool(at.get("truncated")))
@@ -131,7 +131,7 @@ def _side_by_side(kind: str, heads: Mapping[int, str], known: Mapping[int, list[
     """Return the first answers to the same prompts at each of the steps, or of different prompts if none is common."""
     if not heads:
         return []
-    by_key: dict[int, dict[object, Shown]] = {step: {} for step in heads}
+    by_key: dict[int, dict[str, Shown]] = {step: {} for step in heads}
     for step, own in by_key.items():
         for one in known[step]:
             own.setdefault(one.key, one)
