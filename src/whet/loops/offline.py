@@ -189,7 +189,8 @@ class OfflineLoop:
             found = held_out(self.learner, self._now, self.evaluation)
             numbers |= {f"eval/{name}": value for name, value in found.items()}
         seconds = time.perf_counter() - began
-        self.run.metrics(done, **numbers, **per_second(batch.counts().tokens, seconds), seconds=seconds)
+        numbers |= per_second(batch.counts().tokens, seconds)
+        self.run.metrics(done, **numbers, seconds=seconds)
         selfcheck.diverging(self.run, self.step, self.divergence.signs(done, numbers), plan.on_divergence)
         assert self._progress is not None
         assert self._keeper is not None

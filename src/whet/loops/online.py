@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from whet.loops.experience import (
     rollout_numbers,
     scored,
     scores_of,
+    shown_answer,
     update_numbers,
 )
 from whet.loops.interrupt import Stop
@@ -450,7 +452,6 @@ class OnlineLoop:
                 f"step {self.step}: no update was made; call forward_backward and optim_step for each mini-batch"
             )
         own, state, done = self.metrics(), self.state, self.step + 1
-        numbers = own | log.metrics
         batch, whole = self._batch, self._whole
         if batch is not None and whole is not None:
             steered = self.algorithm.steered() and self._trains
@@ -475,7 +476,7 @@ class OnlineLoop:
         selfcheck.diverging(self.run, self.step, signs, self.plan.on_divergence)
         assert self._progress is not None
         assert self._keeper is not None
-        self._progress.advance(numbers)
+        self._progress.advance(own | log.metrics, sample=partial(shown_answer, self._groups, whole, done))
         self._running = False
         kept = {"skipped": self.skipped, "divergence": self.divergence.state()}
         self._keeper.done(done, {"state": dict(state), **kept, **self.source.state()})
