@@ -11,7 +11,8 @@ from whet.distributed import first
 from whet.loops.interrupt import graceful
 from whet.runs import folder, generators, learners, online, placed
 from whet.runs.session import Resume, Session, run_loop
-from whet.terminal import caution
+from whet.runs.summary import summary
+from whet.terminal import caution, say
 
 
 def train(
@@ -39,12 +40,16 @@ def train(
             caution(f"the run in {session.folder} has ended; its model is {session.folder / 'model'}")
         return session.folder
     if session.recipe.cluster.address is not None:
-        return _on_cluster(session)
-    with session:
-        return session.run()
+        _on_cluster(session)
+    else:
+        with session:
+            session.run()
+    if first() and not quiet:
+        say(f"\n{method}: {summary(session.folder)}", error=True)
+    return session.folder
 
 
-def _on_cluster(session: Session) -> Path:
+def _on_cluster(session: Session) -> None:
     job, recipe = session.job, session.recipe
 
     def attempt(place: Attempt, resume: bool) -> None:
@@ -75,4 +80,3 @@ def _on_cluster(session: Session) -> Path:
 
     with folder.locked(session.recipe, session.method, session.options):
         placed.on_cluster(recipe, attempt, session.options.resume, session.options.quiet)
-    return session.folder
