@@ -71,9 +71,9 @@ def measured(workload: str, world: Path, out: Path, *, short: bool = False) -> d
     stamps: list[float] = []
     write = record.RunFolder.metrics
 
-    def stamped(run: Any, *given: Any, **numbers: float) -> None:
+    def stamped(run: Any, step: int, also: Any = None, /, **numbers: float) -> None:
         stamps.append(time.process_time())
-        write(run, *given, **numbers)
+        write(run, step, also, **numbers)
 
     record.RunFolder.metrics = stamped  # type: ignore[method-assign]
     common: dict[str, Any] = {"model": str(world / "model"), "out": str(out / workload), "threads": 1, "lr": 1e-5}

@@ -7,6 +7,8 @@ import sys
 import threading
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 UNSAFE = re.compile(
@@ -43,9 +45,33 @@ def caution(text: object) -> None:
     say(f"whet: {visible(str(text))}", error=True)
 
 
+_held: list[str] | None = None
+"""Texts of `caution_at_once` that a live view shows, None if there is no live view."""
+
+
 def caution_at_once(text: object) -> None:
-    """Print as `caution` does, from a signal handler: past the streams, which the interrupted code may be writing to."""
-    os.write(2, f"whet: {visible(str(text))}\n".encode())
+    """Print as `caution` does, from a signal handler: past the streams, which the interrupted code may be writing to. A live view
+    shows the text instead (see `held_notices`)."""
+    line = f"whet: {visible(str(text))}"
+    if _held is not None:
+        _held.append(line)
+    else:
+        os.write(2, f"{line}\n".encode())
+
+
+@contextmanager
+def held_notices() -> Iterator[list[str]]:
+    """Yield a list that gets the texts of `caution_at_once` within the context, for a live view, which alone may write to the
+    terminal meanwhile. They are printed when the context ends."""
+    global _held
+    held: list[str] = []
+    _held = held
+    try:
+        yield held
+    finally:
+        _held = None
+        for line in held:
+            say(line, error=True)
 
 
 def console(*, error: bool = False, **options: Any) -> Any:

@@ -152,7 +152,7 @@ def test_a_number_that_differs_is_named_with_both_values(home: Path, tmp_path: P
     said = command(capsys, "replay", folder, "--step", 4, "--quiet")
     assert said.status == 1
     assert said.out.splitlines()[0] == (
-        f"step 4 differs in 1 of 6 numbers, the first is grad_norm/policy: logged {rows[3]['grad_norm/policy']!r}, recomputed {true!r}"
+        f"step 4 differs in 1 of 12 numbers, the first is grad_norm/policy: logged {rows[3]['grad_norm/policy']!r}, recomputed {true!r}"
     )
     assert command(capsys, "replay", folder, "--step", 3, "--quiet").status == 0
 

@@ -1,6 +1,7 @@
 """The command line: the table of commands, parsing of options, and errors as one message."""
 
 import itertools
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -74,13 +75,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(verb: str, recipe: str | None, flags: set[str], fields: dict[str, Any]) -> Any:
     """Run a verb with the public functions of whet and return its result: the run folder, a file, or metrics (eval)."""
     import whet
+    from whet.distributed import first
 
     if verb == "demo":
         from whet.demo.run import demo
 
         return demo(fields)
     if verb in {**OFFLINE, **ONLINE}:
-        return whet.train(verb, recipe, resume="resume" in flags, quiet="quiet" in flags, **fields)
+        folder = whet.train(verb, recipe, resume="resume" in flags, quiet="quiet" in flags, **fields)
+        if "quiet" not in flags and first():
+            from whet.runs.summary import following
+
+            more = [shlex.join(["whet", "report", str(folder)])] if "report" in {**OTHERS, **INSPECT} else []
+            say("\n".join(["", "next:", *(f"  {line}" for line in [*following(folder), *more])]), error=True)
+        return folder
     calls: dict[str, Any] = {"sample": whet.sample, "rank": whet.rank, "eval": whet.evaluate, "serve": whet.serve}
     return calls[verb](recipe, **fields)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from whet.data import Batch, Group, Row, order, pad, pad_support, take_elements
 from whet.data.types import Element
 from whet.learner import Learner, UpdateResult
+from whet.loops.progress import Shown
 from whet.methods.options import Sampling
 from whet.ops import address, masked_mean, masked_sum
 from whet.rewards import Weighted, score_all
@@ -196,6 +197,17 @@ def _spread(values: Tensor) -> tuple[float, float]:
     """Return mean and standard deviation of values (n,), 0 if there are none."""
     values = values.double()
     return (float(values.mean()), float(values.std(correction=0))) if len(values) else (0.0, 0.0)
+
+
+def shown_answer(groups: Sequence[Group], batch: Batch | None, step: int) -> Shown | None:
+    """Return one answer of a step, from 1, that is shown on the terminal: another prompt in each step."""
+    if batch is None or "score" not in batch.columns or not groups:
+        return None
+    place = step % len(groups)
+    row = sum(len(group.samples) for group in groups[:place])
+    if row >= len(batch.rows):
+        return None
+    return Shown(groups[place].prompt.text, groups[place].samples[0].text, float(batch["score"][row]), step)
 
 
 def update_numbers(update: UpdateResult) -> dict[str, float]:

@@ -203,7 +203,7 @@ _EVALUATION = (
     Metric("eval/stopped_early", "1 in the last line of a run that eval.early_stop ended", "0 or 1", of=ALL, when="eval.early_stop"),
 )  # fmt: skip
 
-METRICS: tuple[Metric, ...] = (*_ONLINE, *_OFFLINE, *_EVERY, *_EVALUATION)
+METRICS: tuple[Metric, ...] = (*_ONLINE, *_OFFLINE, *_EVALUATION, *_EVERY)
 """Every metric. The first one whose name matches a logged name is meant, so literal names stand before patterns."""
 _LITERAL = sorted(METRICS, key=lambda one: ("{" in one.name, one.name.startswith(("reward/", "eval/reward/"))))
 
@@ -244,7 +244,7 @@ def checked(names: Iterable[str]) -> None:
 def order(names: Iterable[str]) -> list[str]:
     """Return the names that matter, in the order of the table: those with `shown`.
 
-    >>> order(["grad_norm/policy", "score_std", "reward/b", "kl", "score"])
+    >>> order(["grad_norm/policy", "ratio_mean", "reward/b", "kl", "score"])
     ['score', 'reward/b', 'kl', 'grad_norm/policy']
     """
     found = [(METRICS.index(metric), name) for name in names if (metric := find(name)) is not None and metric.shown]

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from whet.loops.experience import (
     rollout_numbers,
     scored,
     scores_of,
+    shown_answer,
     update_numbers,
 )
 from whet.loops.interrupt import Stop
@@ -493,7 +495,7 @@ class OnlineLoop:
         selfcheck.diverging(self.run, self.step, signs, self.plan.on_divergence)
         assert self._progress is not None
         assert self._keeper is not None
-        self._progress.advance(own | log.metrics)
+        self._progress.advance(own | log.metrics, sample=partial(shown_answer, self._groups, whole, done))
         self._running = False
         kept = {"skipped": self.skipped, "divergence": self.divergence.state()}
         kept |= {"state": dict(state), **self.source.state()}

@@ -10,27 +10,32 @@ from whet.errors import RunStopped
 from whet.loops.interrupt import graceful
 from whet.runs import early, folder, generators, learners, online, placed, report
 from whet.runs.session import Session, run_loop
-from whet.terminal import caution
+from whet.runs.summary import summary
+from whet.terminal import caution, say
 
 
 def trained(session: Session) -> Path:
-    """Run a session to its end, if it has not ended before. Return its run folder."""
+    """Run a session to its end, if it has not ended before, and print a summary unless it is quiet. Return its run folder."""
     if session.finished:
         if first():
             caution(f"the run in {session.folder} has ended; its model is {session.folder / 'model'}")
         return session.folder
     try:
         if session.recipe.cluster.address is not None:
-            return _on_cluster(session)
-        with session:
-            return session.run()
+            _on_cluster(session)
+        else:
+            with session:
+                session.run()
     except RunStopped:
         if first() and early.begun(session.folder):
             report.at_end(session.folder)
         raise
+    if first() and not session.quiet:
+        say(f"\n{session.method}: {summary(session.folder)}", error=True)
+    return session.folder
 
 
-def _on_cluster(session: Session) -> Path:
+def _on_cluster(session: Session) -> None:
     job, recipe = session.job, session.recipe
 
     def attempt(place: Attempt, resume: bool) -> None:
@@ -63,4 +68,3 @@ def _on_cluster(session: Session) -> Path:
 
     with folder.locked(session.recipe, session.method, session.options):
         placed.on_cluster(recipe, attempt, session.options.resume, session.options.quiet)
-    return session.folder
