@@ -105,10 +105,12 @@ class Evaluation:
             return False
         return step in (0, total) or (self.plan.every > 0 and step % self.plan.every == 0)
 
-    def start(self, step: int, total: int) -> None:
-        """Evaluate before the first step of a run, and log the numbers as step 0."""
-        if step == 0 and (found := self.numbers(0, total, {})):
+    def start(self, step: int, total: int) -> dict[str, float]:
+        """Evaluate before the first step of a run, log the numbers as step 0, and return them; {} later in a run."""
+        found = self.numbers(0, total, {}) if step == 0 else {}
+        if found:
             self.run.metrics(0, **found)
+        return found
 
     def numbers(self, step: int, total: int, logged: Mapping[str, float]) -> dict[str, float]:
         """Evaluate after `step` of `total` steps if it is due, and return the numbers to log; {} if it is not. `logged` has the

@@ -140,7 +140,9 @@ class OfflineLoop:
             )
         if self.evaluation is not None:
             self._now = self.objective.at(self.state)
-            self.evaluation.start(self._next, plan.steps)
+            found = self.evaluation.start(self._next, plan.steps)
+            if found and self._progress is not None:
+                self._progress.advance(found, 0)
         for step in range(self._next, plan.steps):
             if self.evaluation is not None and self.evaluation.ended:
                 return

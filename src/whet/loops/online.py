@@ -172,7 +172,9 @@ class OnlineLoop:
         if self._running:
             raise RuntimeError(f"steps: step {self.step} was left before its end; leave the session and resume the run")
         if self.evaluation is not None:
-            self.evaluation.start(self._next, self.plan.steps)
+            found = self.evaluation.start(self._next, self.plan.steps)
+            if found and self._progress is not None:
+                self._progress.advance(found, 0)
         for step in range(self._next, self.plan.steps):
             if self.evaluation is not None and self.evaluation.ended:
                 return

@@ -39,7 +39,8 @@ def refuse(verb: str, recipe: str | Path | None, given: Mapping[str, Any], *, re
     Python objects. Raises RecipeError, DataError, ModelError, or one UserError with several of them."""
     if resume or {"RANK", "WORLD_SIZE"} <= os.environ.keys() or not all(map(_is_plain, given.values())):
         return
-    resolved = config.resolve(fields.kind_of(verb), verb, recipe, list(given.items()))
+    plain = [(name, _without_paths(value)) for name, value in given.items()]
+    resolved = config.resolve(fields.kind_of(verb), verb, recipe, plain)
     problems = Problems()
     with problems:
         if isinstance(resolved, fields.TrainingRecipe):
@@ -63,6 +64,15 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(isinstance(one, str) for one in value)
     return value is None or isinstance(value, (str, int, float, Path))
+
+
+def _without_paths(value: Any) -> Any:
+    """Return a value with each Path in it as text."""
+    if isinstance(value, Mapping):
+        return {key: _without_paths(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_paths(one) for one in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def check_out(folder: Path, *, resume: bool = False) -> None:
