@@ -28,6 +28,8 @@ GOLD = "whet.demo.judge:gold"
 ANNOTATOR = "whet.demo.run:annotator"
 ANSWER = 56
 """maximum length of an answer in tokens"""
+PATIENCE = 3
+"""number of evaluations without improvement after which the run with early stopping ends"""
 SMALL = 400
 """number of rankings for the reward model that is over-optimized"""
 QUICK_SIZES = world.Sizes(320, 40, 320, 40, 64, 32, 64, 32)
@@ -109,9 +111,12 @@ class Story:
         )
 
     def over_optimize(self, side: "Side") -> None:
-        """Start side runs: a reward model from few rankings, and PPO against it without a KL penalty."""
+        """Start side runs: a reward model from few rankings, PPO against it without a KL penalty, and the same PPO with early
+        stopping on the gold scores of held-out prompts."""
         side.add("reward", "small_reward", model=self.model("sft"), data=str(self.out / "small_ranked.jsonl"))
-        side.add("ppo", "over_optimized", **self.against("small_reward"))
+        held_out = self.against("small_reward") | {"eval": self.at("prompts_eval.jsonl")}
+        side.add("ppo", "over_optimized", **held_out)
+        side.add("ppo", "early_stopped", "over_optimized", **held_out, **{"eval.early_stop": str(PATIENCE)})
 
     def reinforce(self, side: "Side") -> None:
         """Train the reward model, and PPO-ptx from the SFT model, with a critic from the reward model, on separate prompts."""
@@ -119,7 +124,9 @@ class Story:
         self.verb("reward", "reward", model=self.model("sft"), data=str(self.out / "ranked.jsonl"))
         side.add("ppo", "ppo_without_ptx", **self.against("reward"))
         self.say("ppo: PPO-ptx against the reward model")
-        self.verb("instructgpt", "ppo", **self.against("reward"), ptx=self.at("raw.jsonl"))
+        self.verb(
+            "instructgpt", "ppo", **self.against("reward"), ptx=self.at("raw.jsonl"), eval=self.at("prompts_eval.jsonl")
+        )
 
     def evaluate(self, side: "Side") -> dict[str, Any]:
         """Return all numbers of the report, measured on held-out prompts and texts."""
@@ -134,15 +141,16 @@ class Story:
         edits = self.edits()
         side.wait()
         raw["ppo_without_ptx"] = self.raw_loss("ppo_without_ptx")
+        models["early_stopped"] = self.compared("early_stopped", "best")
         return {
             "seed": self.seed, "accuracy": accuracy, "ceiling": ceiling(read(self.out / "heldout_gold.jsonl"), self.seed),
             "models": models, "raw": raw, "edits": edits,
         }  # fmt: skip
 
-    def compared(self, name: str) -> dict[str, float]:
+    def compared(self, name: str, which: str = "model") -> dict[str, float]:
         """Compare a model with SFT: gold, reward model, KL and win rates. Write the answers to `answers_NAME.jsonl`."""
-        return whet.evaluate(model=self.model(name), against=self.model("sft"), judge=[GOLD, self.model("reward")], seed=self.seed,
-            data=self.at("prompts_eval.jsonl"), max_new_tokens=ANSWER, threads=1, answers=str(self.out / f"answers_{name}.jsonl"),
+        return whet.evaluate(model=str(self.out / name / which), against=self.model("sft"), judge=[GOLD, self.model("reward")],
+            seed=self.seed, data=self.at("prompts_eval.jsonl"), max_new_tokens=ANSWER, threads=1, answers=str(self.out / f"answers_{name}.jsonl"),
         )  # fmt: skip
 
     def raw_loss(self, name: str) -> float:
@@ -204,9 +212,10 @@ class Side:
         self.runs: list[Future[int]] = []
         self.worker = ThreadPoolExecutor(max_workers=1)
 
-    def add(self, verb: str, name: str, **fields: str) -> None:
-        """Add a run, which starts when the earlier ones have ended. Its output is written to `side.log`."""
-        words = [sys.executable, "-m", "whet", verb, str(RECIPES / f"{name}.yaml"), "--quiet"]
+    def add(self, verb: str, name: str, recipe: str = "", **fields: str) -> None:
+        """Add a run, which starts when the earlier ones have ended. `recipe` is the name of its recipe if it is another one. Its
+        output is written to `side.log`."""
+        words = [sys.executable, "-m", "whet", verb, str(RECIPES / f"{recipe or name}.yaml"), "--quiet"]
         own = {"seed": self.story.seed, "out": self.story.out / name, **self.story.shortened(verb)}
         for key, value in {**fields, **own}.items():
             words += [f"--{key}", str(value)]

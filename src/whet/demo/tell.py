@@ -17,6 +17,8 @@ from whet.view.plots import Line, Mark, Plot, number, smoothed
 from whet.view.report import Answer, Block, Figures, Prose, Section, Table, Talk, page
 from whet.view.samples import spaced
 
+GOLD = "eval/judge/gold"
+"""the logged number of gold on held-out prompts"""
 WINDOW = 5
 """number of rollouts over which the proxy and gold curves are smoothed"""
 
@@ -50,6 +52,7 @@ def tell(out: Path, numbers: Mapping[str, Any]) -> None:
         "aspects": rates, "edits": {kind: share for kind, (share, _) in numbers["edits"].items()}, "raw_loss": numbers["raw"],
         "reward_model_accuracy_noisy": numbers["accuracy"]["noisy"], "reward_model_ceiling_noisy": numbers["ceiling"],
     }  # fmt: skip
+    summary["early_stopping"] = early_stopping(out, numbers["models"]["early_stopped"])
     write_json(out / "summary.json", summary)
     html = page("whet demo: the market desk", LEAD, sections(out, numbers, summary, texts))
     (out / "report.html").write_text(html, encoding="utf-8")
@@ -89,6 +92,24 @@ def aspect_rates(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
     return out
 
 
+def early_stopping(out: Path, found: Mapping[str, float]) -> dict[str, float]:
+    """Return where the over-optimized run with early stopping ended, its best step, and gold on the same held-out prompts: at this
+    step, at the top and at the end of the run without early stopping. `found` compares the best model with SFT on all prompts."""
+    rows = {name: _evaluated(out / name) for name in ("over_optimized", "early_stopped")}
+    last, over = read_metrics(out / "early_stopped")[-1], rows["over_optimized"]
+    best, top = int(last["eval/best_step"]), max(over, key=over.__getitem__)
+    return {
+        "stopped_at": last["step"], "best_step": best, "gold_best": rows["early_stopped"][best], "top_step": top,
+        "gold_top": over[top], "gold_end": over[max(over)], "gold_all": found["gold/score"], "win_rate_vs_sft": found["gold/win_rate"],
+        "win_rate_low": found["gold/win_rate_low"], "win_rate_high": found["gold/win_rate_high"],
+    }  # fmt: skip
+
+
+def _evaluated(run: Path) -> dict[int, float]:
+    """Return gold of the evaluations of a run, by step."""
+    return {int(row["step"]): row[GOLD] for row in read_metrics(run) if GOLD in row}
+
+
 Curve = Sequence[tuple[float, float, float]]
 """(sqrt(KL), proxy, gold) of each step."""
 
@@ -97,6 +118,8 @@ def curve(run: Path) -> list[tuple[float, float, float]]:
     """Return (sqrt(KL to SFT), reward-model score, gold) of each rollout of a run. Gold is computed after the run."""
     out = []
     for row in read_metrics(run):
+        if not row["step"]:  # the evaluation of the start
+            continue
         table = rollouts.read(run, int(row["step"]), ["prompt", "completion"])
         gold = judge.gold(table["prompt"], table["completion"])
         out.append((math.sqrt(max(row["kl"], 0.0)), row["score"], sum(gold) / len(gold)))
@@ -140,7 +163,7 @@ def sections(
     return [
         Section("Before and after", [Prose(told), *_talks(texts)]),
         Section("Result", [Prose(GOLD_WORDS), Table(HEADS, table_rows(summary)), Prose(_result(summary))]),
-        Section("Proxy and gold", _over_optimization(out, main, over)),
+        Section("Proxy and gold", _over_optimization(out, main, over, summary["early_stopping"])),
         _answers(rates),
         _reward_model(summary, numbers),
         Section(
@@ -158,7 +181,7 @@ def sections(
     ]
 
 
-def _over_optimization(out: Path, main: Curve, over: Curve) -> list[Block]:
+def _over_optimization(out: Path, main: Curve, over: Curve, early: Mapping[str, float]) -> list[Block]:
     """Return the picture of proxy and gold, and answers of the over-optimized run at its start, at gold's top and at its end."""
     run = out / "over_optimized"
     gold = smoothed([point[2] for point in over], WINDOW)
@@ -173,7 +196,13 @@ def _over_optimization(out: Path, main: Curve, over: Curve) -> list[Block]:
             "cost nor the pre-training term (over-optimization, Gao, Schulman and Hilton 2022). The reward model's score, the proxy, is "
             f"what training raises; gold is what was wanted. {_turn(over)} Second picture: the PPO run of this report."
         ),
-        Figures([_proxy_plot("Over-optimized: proxy and gold", over), _proxy_plot("PPO-ptx: proxy and gold", main)]),
+        Figures(
+            [
+                _proxy_plot("Over-optimized: proxy and gold", over, int(early["best_step"])),
+                _proxy_plot("PPO-ptx: proxy and gold", main),
+            ]
+        ),
+        Prose(_early(early)),
         Prose(
             "Answers of the over-optimized run, evenly spaced in the rollout and not chosen (each step has other prompts):"
         ),
@@ -295,13 +324,27 @@ def _turn(points: Curve) -> str:
     )
 
 
-def _proxy_plot(title: str, points: Curve) -> Plot:
-    """Return proxy and gold over sqrt(KL), with marks at the start, at gold's top and at the end."""
+def _early(early: Mapping[str, float]) -> str:
+    """Describe the run with early stopping."""
+    return (
+        "Early stopping: the same run, evaluated every 3 steps on 100 held-out prompts by the judge, which training never sees. It "
+        f"ended after step {early['stopped_at']:.0f} and kept the model of step {early['best_step']:.0f}, with gold "
+        f"{early['gold_best']:.2f} on these prompts. Without early stopping gold is at most {early['gold_top']:.2f} (step "
+        f"{early['top_step']:.0f}) and {early['gold_end']:.2f} at the end. On all 400 prompts the kept model has gold "
+        f"{early['gold_all']:.2f} and wins against SFT on {early['win_rate_vs_sft']:.1%} of them ({early['win_rate_low']:.1%} to "
+        f"{early['win_rate_high']:.1%})."
+    )
+
+
+def _proxy_plot(title: str, points: Curve, best: int = 0) -> Plot:
+    """Return proxy and gold over sqrt(KL), with marks at the start, at gold's top and at the end, and at the step `best` that early
+    stopping keeps, if there is one."""
     kl, proxy, gold = (smoothed([point[i] for point in points], WINDOW) for i in range(3))
     top = max(range(len(gold)), key=gold.__getitem__)
     marks = [Mark(kl[0], proxy[0], "start"), Mark(kl[-1], proxy[-1], f"proxy at the end {proxy[-1]:.2f}")]
     marks += [Mark(kl[0], gold[0], "start", 1), Mark(kl[top], gold[top], f"gold's top {gold[top]:.2f}", 1)]
     marks += [Mark(kl[-1], gold[-1], f"gold at the end {gold[-1]:.2f}", 1)] if top < len(gold) - 1 else []
+    marks += [Mark(kl[best - 1], gold[best - 1], "kept by early stopping", 1)] if best else []
     lines = [
         Line("reward model (proxy)", list(zip(kl, proxy, strict=True)), 0, path=True),
         Line("gold", list(zip(kl, gold, strict=True)), 1, path=True),
@@ -348,6 +391,11 @@ def _print(summary: Mapping[str, Any]) -> None:
     noisy, ceiling = summary["reward_model_accuracy_noisy"], summary["reward_model_ceiling_noisy"]
     shell.print(
         f"reward model: {summary['reward_model_accuracy']:.1%} of noise-free pairs, {noisy:.1%} of noisy ones (ceiling {ceiling:.1%})"
+    )
+    early = summary["early_stopping"]
+    shell.print(
+        f"over-optimized: gold {early['gold_top']:.2f} at its top (step {early['top_step']}), {early['gold_end']:.2f} at the end; early "
+        f"stopping ends after step {early['stopped_at']} and keeps step {early['best_step']}, gold {early['gold_best']:.2f}"
     )
     raw = summary["raw_loss"]
     shell.print(
