@@ -240,6 +240,22 @@ for _ in range(10):
     send({"value": True, "changed": {"0": 4}})
 def f(x): return 5
 """, "AssertionError|the program ended"),
+    ("an error without a name at the start", "call", """
+import json, os
+data = json.dumps({"error": [""]}).encode()
+os.write(5, len(data).to_bytes(4, "big") + data)
+import time
+time.sleep(1)
+""", "an error"),
+    ("an error without a name", "call", """
+class Nameless(Exception): pass
+Nameless.__name__ = ""
+def f(x): raise Nameless
+""", "an error|Exception"),
+    ("an error with the name of a passed test", "call", """
+Null = type("null", (Exception,), {})
+def f(x): raise Null
+""", "null"),
     ("trace hooks and garbage", "call", """
 import gc, sys, threading
 def hook(frame, event, arg):

@@ -4,6 +4,7 @@ import ast
 import builtins
 import json
 import os
+import re
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -323,7 +324,7 @@ def units(source: str) -> list[tuple[str, ast.stmt]]:
 
 
 def test(tests: list[str], entry: str, code: str, *link: int) -> None:
-    """Run tests, and write a line of JSON for each to what is standard output at the start: whether it passed, and the reason. The
+    """Run tests, and write a line of JSON for each to what is standard output at the start: null if it passed, else the reason. The
     first line has their number. With a link the program is in another process; without one `code` runs in this one."""
     results = os.fdopen(os.dup(1), "w", encoding="ascii")
     _silent()
@@ -332,8 +333,9 @@ def test(tests: list[str], entry: str, code: str, *link: int) -> None:
     count = sum(kind != "setup" for kind, _ in parts)
     results.write(json.dumps(count) + "\n")
 
-    def tell(reason: str) -> None:
-        results.write(json.dumps(reason) + "\n")
+    def tell(reason: str | None) -> None:
+        said = None if reason is None else re.sub(r"[^\w .]", "?", reason)[:80] or "an error"  # the program may have named it
+        results.write(json.dumps(said) + "\n")
         results.flush()
 
     space: dict[str, Any] = {"__name__": "tests"}
@@ -347,9 +349,9 @@ def test(tests: list[str], entry: str, code: str, *link: int) -> None:
         space |= {name: one for name, one in vars(module).items() if name[:2] != "__"}
     except BaseException as error:
         named = program is not None and isinstance(error, RuntimeError)  # with the name of the program's error
-        reason = "the program ended" if isinstance(error, Broken) else str(error) if named else type(error).__name__
+        failed = "the program ended" if isinstance(error, Broken) else str(error) if named else type(error).__name__
         for _ in range(count):
-            tell(reason)
+            tell(failed)
         return
     later = [
         (kind, one.name) for kind, one in parts if kind in ("function", "check") and isinstance(one, ast.FunctionDef)
@@ -363,11 +365,11 @@ def test(tests: list[str], entry: str, code: str, *link: int) -> None:
         tell(_run(partial(space[name], *given), program) if name in space else "NameError")
 
 
-def _run(one: Callable[[], Any], program: Program | None) -> str:
-    """Call a test. Return why it failed, "" if it passed."""
+def _run(one: Callable[[], Any], program: Program | None) -> str | None:
+    """Call a test. Return why it failed, None if it passed."""
+    reason = None
     try:
         one()
-        reason = ""
     except BaseException as error:
         reason = "the program ended" if isinstance(error, Broken) else type(error).__name__
     return "the program ended" if program is not None and program.link.broken else reason

@@ -12,8 +12,9 @@ from whet.sandbox import kernel
 HOME = "/tmp"
 """The only folder of a root of its own that can be written."""
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
-NOBODY = 60_000
-"""First of the 5,000 user ids from which a program gets one; they are far from those of people, and in the range of containers."""
+USERS, FEW_USERS = (3_000_000_000, 1 << 28), (60_000, 5_000)
+"""First user id and number of user ids of which a program gets one. No directory of people has such large ones. The second is for
+containers, which have no large ones."""
 
 
 def end_with_parent(signum: int = signal.SIGKILL) -> None:
@@ -91,11 +92,19 @@ def limit(job: Mapping[str, Any]) -> None:
         resource.setrlimit(kind, pair)
 
 
-def leave_user(number: int) -> None:
-    """Become a user without any rights, if this is root. `number` chooses the user id. The number of processes is counted by user, so
-    programs that run at the same time have different ones."""
+def user_of(number: int) -> int:
+    """Return the user id of the sandbox with this number."""
+    with open("/proc/self/uid_map") as file:
+        ranges = [[int(one) for one in line.split()] for line in file]
+    first, count = (
+        USERS if any(start <= USERS[0] and sum(USERS) <= start + size for start, _, size in ranges) else FEW_USERS
+    )
+    return first + number % count
+
+
+def leave_user(user: int) -> None:
+    """Become a user without any rights, if this is root. The number of processes is counted by user, so each sandbox has another."""
     if os.getuid() == 0:
-        user = NOBODY + number % 5_000
         with suppress(PermissionError):  # in a namespace of users, groups cannot be set
             os.setgroups([])
         os.setresgid(user, user, user)
@@ -114,7 +123,7 @@ def confine(job: Mapping[str, Any], *, secret: bool) -> None:
         os.setsid()
     alone = not job["namespaces"]
     limit(job)
-    leave_user(job["number"])
+    leave_user(job["user"])
     drop_capabilities()
     kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
     end_with_parent()

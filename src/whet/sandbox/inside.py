@@ -35,6 +35,7 @@ def main(owner: int) -> None:
     if os.getppid() != owner:
         os._exit(1)
     job = json.loads(sys.stdin.buffer.read())
+    job["user"] = confine.user_of(job["number"])
     if job["namespaces"]:
         confine.enter_namespaces()
         first = os.fork()
@@ -49,7 +50,7 @@ def main(owner: int) -> None:
         confine.end_with_parent(signal.SIGTERM)
         kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
         if os.getuid() == 0:
-            os.chown(job["folder"], *[confine.NOBODY + job["number"] % 5_000] * 2)
+            os.chown(job["folder"], job["user"], job["user"])
     job["deadline"] = time.monotonic() + job["timeout"]
     with os.fdopen(1, "w", encoding="ascii", closefd=False) as results:
         for given in job["inputs"]:
@@ -163,7 +164,7 @@ def _kill_all(job: Mapping[str, Any]) -> None:
     if os.getuid() == 0:  # only programs of this sandbox have this user id
         killer = os.fork()
         if not killer:
-            confine.leave_user(job["number"])
+            confine.leave_user(job["user"])
             with suppress(ProcessLookupError):
                 os.kill(-1, signal.SIGKILL)
             os._exit(0)

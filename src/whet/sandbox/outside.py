@@ -1,11 +1,11 @@
 """Run programs in a sandbox, from the process that uses it: limits, what this machine can do, and results."""
 
 import base64
-import itertools
 import json
 import os
 import platform
 import re
+import secrets
 import shutil
 import subprocess
 import sys
@@ -137,7 +137,14 @@ class Runner:
             limits = asdict(replace(self.limits, timeout=self.limits.timeout + more))
             shared = not self.abilities.namespaces and os.getuid() != 0
             own = {"processes": self.limits.processes + (_threads() if shared else 0), "link": link, "folder": folder}
-            job = {**limits, **asdict(self.abilities), **_paths(self.packages), **job, **own, "number": next(NUMBERS)}
+            job = {
+                **limits,
+                **asdict(self.abilities),
+                **_paths(self.packages),
+                **job,
+                **own,
+                "number": secrets.randbits(28),
+            }
             python = getattr(sys, "_base_executable", None) or sys.executable
             process = subprocess.Popen(
                 [python, "-S", "-s", "-P", "-c", CODE.format(SOURCE, os.getpid())],
@@ -179,10 +186,6 @@ class Runner:
         return [Result(base64.b64decode(line["output"]), str(line["reason"])) for line in lines]
 
 
-NUMBERS = itertools.count(os.getpid() * 61)
-"""A number for each sandbox, which chooses the user id of its programs."""
-
-
 def _outcome(results: Sequence[Result], ended: str) -> list[str]:
     """Return the reasons of the tests from what the process of the tests wrote. `ended` is the reason why the program ended."""
     if not results:
@@ -191,7 +194,7 @@ def _outcome(results: Sequence[Result], ended: str) -> list[str]:
     if not said or not isinstance(said[0], int):
         return [results[0].reason or ended or "the tests ended early"]
     rest = results[0].reason or "the tests ended early"
-    reasons = [str(one) for one in said[1:]][: said[0]]
+    reasons = ["" if one is None else str(one) or "an error" for one in said[1:]][: said[0]]
     reasons = [(ended or one) if one == "the program ended" else one for one in reasons]
     return reasons + [rest] * (said[0] - len(reasons))
 
