@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from whet.data import Batch, Group
-from whet.distributed import Workers, first
+from whet.distributed import Workers, first, launched
 from whet.errors import Problems, RecipeError
 from whet.learner import UpdateResult
 from whet.loops import offline as offline_loop
@@ -18,7 +18,20 @@ from whet.loops.interrupt import graceful
 from whet.loops.online import MiniBatch, OnlineLoop, StepLog
 from whet.methods import catalogue
 from whet.registry import forget_modules
-from whet.runs import adapters, checks, config, early, folder, generators, learners, offline, online, placed, sample
+from whet.runs import (
+    adapters,
+    checks,
+    config,
+    early,
+    folder,
+    generators,
+    learners,
+    models,
+    offline,
+    online,
+    placed,
+    sample,
+)
 from whet.runs import recipe as fields
 from whet.runs.recipe import kind_of
 from whet.runs.sources import Sources
@@ -79,6 +92,11 @@ class Session:
             sample.threads(self.recipe.threads)
         with problems:
             placed.check_cluster(self.recipe)
+        if self.recipe.cluster.address is None and not launched():
+            with problems:
+                learners.backend_of(self.recipe, 1)
+            with problems:
+                models.check_machine(self.recipe.model)
         with problems:
             folder.trackers(self.recipe.trackers, None)
         self.folder, self.options = folder.of(self.recipe, method), folder.Options(bool(resume), quiet, accepted)
