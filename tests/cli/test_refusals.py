@@ -12,6 +12,7 @@ import pytest
 import tiny
 
 import whet as package
+from whet.data.forms import FIELDS
 from whet.errors import DataError, ModelError, Problems, RecipeError, UserError
 
 from .helpers import whet
@@ -132,6 +133,30 @@ def test_options_that_contradict_each_other_are_told_at_once(capsys: Any) -> Non
         "rollout.mini_batch_size",
         "ptx.data",
     ], found
+
+
+def test_what_this_machine_lacks_is_told_with_the_rest(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
+    monkeypatch.setattr("whet.learner.deepspeed.find_spec", lambda name: None)
+    lacking = {
+        "cluster": "auto",
+        "trackers": "wandb",
+        "learner": "zero2",
+        "model.device": "cuda:7",
+        "data.columns.zzz": "a",
+    }
+    found = told(capsys, "sft", words(reward=None, max_new_tokens=None, data="some/set", **lacking))
+    assert found == ["data.columns: whet reads no column 'zzz'; it has " + ", ".join(FIELDS)]
+    found = told(
+        capsys, "sft", words(reward=None, max_new_tokens=None, data="t.jsonl", **(lacking | {"data.columns.zzz": None}))
+    )
+    assert [one.partition(":")[0] for one in found] == ["cluster.address", "trackers"], found
+    found = told(
+        capsys,
+        "sft",
+        words(reward=None, max_new_tokens=None, data="t.jsonl", learner="zero2", **{"model.device": "cuda:7"}),
+    )
+    assert [one.partition(":")[0] for one in found] == ["learner.backend", "model.device"], found
 
 
 def test_the_error_of_python_has_the_single_ones_and_their_class() -> None:

@@ -168,7 +168,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(count: i
 @pytest.mark.parametrize("verb", ["eval", "sample", "rank"])
 def test_an_output_file_that_exists_is_refused_before_any_work(verb: str, capsys: Any) -> None:
     Path("out.json").write_text("mine")
-    model = [] if verb == "rank" else ["--model", "m"]
+    model = [] if verb == "rank" else ["--model", "m", "--max-new-tokens", "4"]
     said = command(capsys, verb, *model, "--data", "rows.jsonl", "--out", "out.json")
     one_message(said.error, ["out: out.json already exists"])
     assert said.status == 2

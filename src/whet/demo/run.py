@@ -149,8 +149,9 @@ class Story:
 
     def compared(self, name: str, which: str = "model") -> dict[str, float]:
         """Compare a model with SFT: gold, reward model, KL and win rates. Write the answers to `answers_NAME.jsonl`."""
-        return whet.evaluate(model=str(self.out / name / which), against=self.model("sft"), judge=[GOLD, self.model("reward")],
-            seed=self.seed, data=self.at("prompts_eval.jsonl"), max_new_tokens=ANSWER, threads=1, answers=str(self.out / f"answers_{name}.jsonl"),
+        return whet.evaluate(
+            model=str(self.out / name / which), against=self.model("sft"), judge=[GOLD, self.model("reward")], seed=self.seed,
+            data=self.at("prompts_eval.jsonl"), max_new_tokens=ANSWER, threads=1, answers=str(self.out / f"answers_{name}.jsonl"),
         )  # fmt: skip
 
     def raw_loss(self, name: str) -> float:

@@ -3,6 +3,7 @@
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -346,15 +347,18 @@ def _loaded(
     return model
 
 
-def _four_bit(device: torch.device) -> Any:
+def check_four_bit(device: torch.device) -> None:
+    """Raise ModelError if this machine cannot load a base in 4 bits."""
     if device.type != "cuda":
         raise ModelError(
             "model.quantize: a 4-bit base needs a GPU, and this machine has none; set it to none (LoRA works on CPU)"
         )
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise ModelError("model.quantize: a 4-bit base needs bitsandbytes; install whet[quantize]") from error
+    if find_spec("bitsandbytes") is None:
+        raise ModelError("model.quantize: a 4-bit base needs bitsandbytes; install whet[quantize]")
+
+
+def _four_bit(device: torch.device) -> Any:
+    check_four_bit(device)
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)

@@ -12,6 +12,7 @@ from typing import Any
 from whet.calling.state import restored
 from whet.data.fields import check_fields
 from whet.data.files import read_json
+from whet.data.forms import check_names
 from whet.data.places import files_of, kind_of
 from whet.data.read import read_rows
 from whet.errors import ModelError, Problems, RecipeError
@@ -308,6 +309,9 @@ def _check_data(verb: str, recipe: Any, data: fields.Data | fields.Rows, problem
             limit = _positions(recipe.model)
             if limit is not None:
                 longest_of(data, limit, room)
+    for named in (data, *(data.train if isinstance(data.train, list) else [])):
+        with problems:
+            check_names(named.columns)
     given: Sequence[fields.DataSource] = []
     with problems:
         if verb == "rank" and not data.train:

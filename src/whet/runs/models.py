@@ -31,6 +31,13 @@ def source_of(model: fields.Frozen, path: str | None = None) -> load.ModelSource
     )
 
 
+def check_machine(model: fields.Frozen) -> None:
+    """Raise ModelError if this machine does not have the device of a model, or what a base in 4 bits needs. Load nothing."""
+    device = source_of(model).torch_device()
+    if model.quantize == "4bit":
+        load.check_four_bit(device)
+
+
 def check_code(model: fields.Frozen, *paths: str | None) -> None:
     """Raise ModelError if one of the models of a recipe comes with code that the recipe does not trust. Load nothing."""
     for path in paths:

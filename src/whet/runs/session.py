@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from whet.data import Batch, Group
-from whet.distributed import Workers, first
+from whet.distributed import Workers, first, launched
 from whet.errors import Problems, RecipeError
 from whet.learner import UpdateResult
 from whet.loops import offline as offline_loop
@@ -26,6 +26,7 @@ from whet.runs import (
     folder,
     generators,
     learners,
+    models,
     offline,
     online,
     placed,
@@ -92,6 +93,11 @@ class Session:
             sample.threads(self.recipe.threads)
         with problems:
             placed.check_cluster(self.recipe)
+        if self.recipe.cluster.address is None and not launched():
+            with problems:
+                learners.backend_of(self.recipe, 1)
+            with problems:
+                models.check_machine(self.recipe.model)
         with problems:
             folder.trackers(self.recipe.trackers, None)
         self.folder, self.options = folder.of(self.recipe, method), folder.Options(bool(resume), quiet, accepted)
