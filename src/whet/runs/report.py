@@ -100,4 +100,11 @@ def _value(tree: Any, name: str) -> str:
         if not isinstance(tree, Mapping) or key not in tree:
             return ""
         tree = tree[key]
-    return cut("none" if tree is None else tree, LONGEST_VALUE)
+    return cut("none" if tree is None else _set(tree), LONGEST_VALUE)
+
+
+def _set(value: Any) -> Any:
+    """Return a value without the fields inside it that say nothing: null, false, and empty ones."""
+    if isinstance(value, Mapping):
+        return {key: _set(one) for key, one in value.items() if not (one is None or one is False or one in ({}, []))}
+    return [_set(one) for one in value] if isinstance(value, list) else value
