@@ -96,6 +96,12 @@ class RunFolder:
             ]
             self._tell(lambda tracker: tracker.samples(step, rows))
 
+    def eval_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Send some answers of an evaluation to the trackers: dicts with prompt, completion and score, and whatever else they have."""
+        if self.writes and self.trackers:
+            shown = [{**row, "evaluation": True} for row in rows[:SHOWN]]
+            self._tell(lambda tracker: tracker.samples(step, shown))
+
     def stopped(
         self,
         error: RunStopped,
