@@ -104,9 +104,19 @@ class RunFolder:
             self._tell(lambda tracker: tracker.samples(step, rows))
 
     def evaluation(self, step: int, groups: Sequence[Group], numbers: Mapping[str, list[Any]]) -> None:
-        """Write the answers of an evaluation, `eval/step-00000042.parquet` (see `rollouts.write_evaluation`)."""
-        if self.writes:
-            rollouts.write_evaluation(self.folder, step, groups, numbers)
+        """Write the answers of an evaluation, `eval/step-00000042.parquet` (see `rollouts.write_evaluation`), and send some of them to
+        the trackers. `numbers` has a value for each answer in each column, such as `score`."""
+        if not self.writes:
+            return
+        rollouts.write_evaluation(self.folder, step, groups, numbers)
+        if self.trackers:
+            samples = [(group.prompt.text, sample.text) for group in groups for sample in group.samples][:SHOWN]
+            rows = [
+                {"prompt": prompt, "completion": text, "evaluation": True}
+                | {name: own[place] for name, own in numbers.items()}
+                for place, (prompt, text) in enumerate(samples)
+            ]
+            self._tell(lambda tracker: tracker.samples(step, rows))
 
     def stopped(
         self,

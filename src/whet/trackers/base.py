@@ -27,7 +27,8 @@ class Tracker(Protocol):
         """Log the metrics of one step. A resumed run may log a step again."""
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Log some answers of a rollout: dicts with prompt, completion and score."""
+        """Log some answers of a rollout: dicts with prompt, completion and score. Those of an evaluation come in a call of their own,
+        and have `evaluation` True too."""
 
     def end(self) -> None:
         """End logging, and write buffered data."""
