@@ -18,12 +18,15 @@ from whet.trackers.accelerate import PACKAGES, Options, check, flat
 HOSTILE = "<b>bold</b> | **x** \x1b[31m"
 RUN = """
 import sys
+from whet.data import Group, Prompt, Sample
 from whet.loops.record import RunFolder
 metrics = RunFolder.metrics
 def with_evaluation(self, step, *given, **numbers):
     if step == 2:
         numbers = {**numbers, "eval/pass@4/exact": 0.5, "eval/score": 1.5}
-        self.eval_samples(step, [{"index": 0, "prompt": "held out", "completion": sys.argv[1], "score": 1.5}])
+        prompt = Prompt("0", (3,), ({"role": "user", "content": "held out"},))
+        group = Group(prompt, (Sample(0, 0, (5,), (-1.0,), 0, "stop", sys.argv[1]),))
+        self.evaluation(step, [group], {"score": [1.5], "length": [1], "truncated": [False]})
     metrics(self, step, *given, **numbers)
 RunFolder.metrics = with_evaluation
 from whet.cli.main import main
