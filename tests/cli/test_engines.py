@@ -79,7 +79,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("changes", "said"), REFUSED.values(), ids=REFUSED)
-def test_what_an_engine_cannot_do_is_refused(given: dict[str, Any], changes: dict[str, Any], said: str) -> None:
+def test_what_an_engine_cannot_do_is_refused(
+    given: dict[str, Any], changes: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("whet.models.load.check_four_bit", lambda device: None)  # as on a machine with a GPU
     with pytest.raises(RecipeError, match=said):
         whet.train("reinforce", **{**given, **changes})
     assert not Path(given["out"]).exists()

@@ -194,6 +194,8 @@ TORCHLESS: list[tuple[list[str], str]] = [
     (["ppo", *words(model="/nonexistent")], "/nonexistent: no such model folder"),
     (["ppo", *words(model="empty")], "empty: not a model folder"),
     (["sft", "--model", "bare", "--data", "t.jsonl"], "bare: the tokenizer has no chat template"),
+    (["grpo", *words(), "--pad-token", "<pda>"], "--model.pad-token '<pda>': the tokenizer of m has no such token"),
+    (["grpo", *words(), "--chat-template", "no.jinja"], "chat template 'no.jinja': expected"),
     (["grpo", *words(data="pp.jsonl")], "pp.jsonl: no such file; did you mean p.jsonl?"),
     (["grpo", *words(data="broken.jsonl")], "broken.jsonl:2: not valid JSON"),
     (["grpo", *words(data="q.jsonl")], "q.jsonl:1: field 'prompt' is missing"),

@@ -203,9 +203,26 @@ def _check_model(model: fields.Frozen) -> None:
         raise ModelError(f"{model.path}: the folder has no tokenizer; save it there (tokenizer.save_pretrained)")
     from whet.data.templates import no_template, template_file
 
+    _check_pad_token(model, Path(base))
     template_file(model.chat_template)
     if model.chat_template is None and _lacks_template(Path(base)):
         raise no_template(base)
+
+
+def _check_pad_token(model: fields.Frozen, folder: Path) -> None:
+    """Raise ModelError for a pad token that no file of the tokenizer has. A tokenizer in other files is looked at later."""
+    file, more = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    if model.pad_token is None or not file.is_file():
+        return
+    about = read_json(file, ModelError, "download or save the model again", unique=False)
+    vocabulary = (about.get("model") or {}).get("vocab")
+    names = {one[0] if isinstance(one, list) else one for one in vocabulary or ()}
+    names |= {one.get("content") for one in about.get("added_tokens") or () if isinstance(one, dict)}
+    if more.is_file():
+        added = read_json(more, ModelError, unique=False).get("added_tokens_decoder") or {}
+        names |= {one.get("content") for one in added.values() if isinstance(one, dict)}
+    if vocabulary and model.pad_token not in names:
+        raise ModelError(f"--model.pad-token {model.pad_token!r}: the tokenizer of {model.path} has no such token")
 
 
 def refuse_local_code(path: str, trusted: bool) -> None:
