@@ -198,8 +198,8 @@ def _over_optimization(out: Path, main: Curve, over: Curve, early: Mapping[str, 
         ),
         Figures(
             [
-                _proxy_plot("Over-optimized: proxy and gold", over, int(early["best_step"])),
-                _proxy_plot("PPO-ptx: proxy and gold", main),
+                proxy_plot("Over-optimized: proxy and gold", over, int(early["best_step"])),
+                proxy_plot("PPO-ptx: proxy and gold", main),
             ]
         ),
         Prose(_early(early)),
@@ -336,7 +336,7 @@ def _early(early: Mapping[str, float]) -> str:
     )
 
 
-def _proxy_plot(title: str, points: Curve, best: int = 0) -> Plot:
+def proxy_plot(title: str, points: Curve, best: int = 0) -> Plot:
     """Return proxy and gold over sqrt(KL), with marks at the start, at gold's top and at the end, and at the step `best` that early
     stopping keeps, if there is one."""
     kl, proxy, gold = (smoothed([point[i] for point in points], WINDOW) for i in range(3))
