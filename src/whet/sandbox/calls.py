@@ -334,7 +334,9 @@ def test(tests: list[str], entry: str, code: str, *link: int) -> None:
     results.write(json.dumps(count) + "\n")
 
     def tell(reason: str | None) -> None:
-        said = None if reason is None else re.sub(r"[^\w .]", "?", reason)[:80] or "an error"  # the program may have named it
+        said = (
+            None if reason is None else re.sub(r"[^\w .]", "?", reason)[:80] or "an error"
+        )  # the program may have named it
         results.write(json.dumps(said) + "\n")
         results.flush()
 
