@@ -134,6 +134,7 @@ MAY_RUN = {
         "pickle.loads",
     ),  # between the run and the process of a user's function, over a pipe of their own
     "calling/process.py": ("pickle.loads",),
+    "trackers/accelerate.py": ("importlib.import_module",),  # the packages of its table
 }
 """Which calls of RUNS a module may make, by the start of their names, and why."""
 UNSAFE = {"weights_only": False, "allow_pickle": True, "trust_remote_code": True, "shell": True}
