@@ -137,6 +137,7 @@ MAY_RUN = {
     ),  # between the run and the process of a user's function, over a pipe of their own
     "calling/process.py": ("pickle.loads",),
     "sandbox/calls.py": ("exec", "compile"),  # programs and their tests, in a process of a sandbox
+    "trackers/accelerate.py": ("importlib.import_module",),  # the packages of its table
 }
 """Which calls of RUNS a module may make, by the start of their names, and why."""
 UNSAFE = {"weights_only": False, "allow_pickle": True, "trust_remote_code": True, "shell": True}

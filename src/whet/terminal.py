@@ -8,7 +8,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any, TextIO
 
 UNSAFE = re.compile(
@@ -72,6 +72,13 @@ def held_notices() -> Iterator[list[str]]:
         _held = None
         for line in held:
             say(line, error=True)
+
+
+@contextmanager
+def to_standard_error() -> Iterator[None]:
+    """Send what other libraries print to standard output to standard error: standard output has the result of a command alone."""
+    with redirect_stdout(sys.stderr):
+        yield
 
 
 def console(*, error: bool = False, **options: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from whet.errors import RecipeError
+from whet.errors import RecipeError, RewardError
 from whet.rewards.verifiers.unit_tests import UnitTests, cases, default_workers, run
 from whet.sandbox.calls import packed, unpacked
 
@@ -207,6 +207,11 @@ BAD: list[tuple[Any, str]] = [
 def test_tests_that_cannot_be_read_are_refused_with_the_row(value: Any, message: str) -> None:
     with pytest.raises(RecipeError, match=rf"reward\.0\.tests: row 7: .*{message}"):
         UnitTests().check_value(value, "reward.0.tests: row 7")
+
+
+def test_tests_that_cannot_be_read_are_named_in_a_call_too() -> None:
+    with pytest.raises(RewardError, match=r"unit_tests\.tests: column 'tests': there is no test in 'x = 1'"):
+        run(SQUARE, "x = 1")
 
 
 def test_cases_of_both_kinds() -> None:

@@ -377,6 +377,7 @@ REFUSED: list[tuple[Verifier, str]] = [
     (JsonSchema({"type": "strin"}), r"reward\.0\.schema: it is no JSON schema: 'strin' is not valid.* \(at type\)"),
     (JsonSchema("nowhere.json"), r"reward\.0\.schema: the schema cannot be read: .*nowhere\.json"),
     (JsonSchema({"$ref": "https://example.org/s.json"}), r"reward\.0\.schema: .*leads out of the schema"),
+    (JsonSchema({"$ref": "#/$defs/x"}), r"reward\.0\.schema: .*the reference '#/\$defs/x' leads nowhere"),
     (Language("english"), r"reward\.0\.language: unknown language 'english'; did you mean 'en'\?"),
 ]  # fmt: skip
 
@@ -420,5 +421,6 @@ ANY = ("answer", "tests", "self", "prompt", "options", "where", "verifier", "nam
 def test_a_column_may_have_any_name(name: str) -> None:
     options = REWARDS.find(name).options
     verifier = options(**NEEDED.get(name, {}))
-    assert len(verifier(["p"], ["x"], **{one: ["x"] for one in ANY})) == 1
+    columns: dict[str, Any] = {one: ["x"] for one in ANY} | {"tests": ["assert True"]}
+    assert len(verifier(["p"], ["x"], **columns)) == 1
     assert verifier.name() == name

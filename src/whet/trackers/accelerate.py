@@ -5,17 +5,15 @@ import importlib
 import json
 import os
 import re
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
 from whet.errors import RecipeError
 from whet.registry import told
-from whet.terminal import visible
+from whet.terminal import to_standard_error, visible
 from whet.trackers.base import RunInfo
 from whet.trackers.system import System
 
@@ -72,7 +70,7 @@ class AccelerateTracker:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of a tracker that is not there, for which an error is raised below
                 self._accelerator = Accelerator(log_with=[self.name], project_dir=str(run.folder), cpu=True)
-            with redirect_stdout(sys.stderr):  # standard output has the run folder alone
+            with to_standard_error():  # standard output has the run folder alone
                 self._accelerator.init_trackers(
                     self.options.project or run.name,
                     config=flat(run.recipe),
@@ -104,7 +102,7 @@ class AccelerateTracker:
 
     def end(self) -> None:
         """See `Tracker.end`."""
-        with redirect_stdout(sys.stderr):
+        with to_standard_error():
             if (
                 self.name == "trackio"
             ):  # accelerate would leave it open, and it would end once more, and print so, at exit

@@ -1,5 +1,6 @@
 """What all ready-made rewards share: a verdict with a reason for each answer, checks before a run starts, and texts in answers."""
 
+import os
 import re
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -112,7 +113,7 @@ class VerifierReward:
     def _tell(self, verdicts: Sequence[Verdict]) -> None:
         """Print, once, how often each reason was given, the most frequent ones first."""
         counts = Counter(one.reason for one in verdicts if one.reason)
-        if self.told or not counts:
+        if self.told or not counts or os.environ.get("RANK", "0") != "0":  # one of torchrun's workers prints it
             return
         self.told = True
         most = ", ".join(f"{reason} ({count})" for reason, count in counts.most_common(5))

@@ -157,7 +157,8 @@ def _validator(schema: Any) -> Any:
 @lru_cache(1024)
 def _made(text: str) -> Any:
     import jsonschema
-    import referencing
+    import referencing.exceptions
+    import referencing.jsonschema
     import regex
 
     schema = json.loads(text)
@@ -168,6 +169,16 @@ def _made(text: str) -> Any:
         target = one.get("$ref", one.get("$dynamicRef", "#"))
         if isinstance(target, str) and not target.startswith("#") and target.partition("#")[0] not in own:
             raise ValueError(f"the reference {target!r} leads out of the schema; put its target into $defs")
+
+    if not any("$id" in one for one in _objects(schema) if one is not schema):  # else a reference may start elsewhere
+        draft = referencing.jsonschema.specification_with(kind.META_SCHEMA["$schema"])
+        resolver = referencing.Registry().with_resource("", draft.create_resource(schema)).resolver()
+        for one in _objects(schema):
+            try:
+                if isinstance(one.get("$ref"), str) and one["$ref"].startswith("#"):
+                    resolver.lookup(one["$ref"])
+            except referencing.exceptions.Unresolvable as error:
+                raise ValueError(f"the reference {one['$ref']!r} leads nowhere") from error
 
     def pattern(validator: Any, expression: str, instance: Any, _: Any) -> Any:
         if isinstance(instance, str) and not regex.search(expression, instance, timeout=SECONDS):

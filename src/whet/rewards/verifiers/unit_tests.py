@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from whet.errors import RecipeError
+from whet.errors import RecipeError, RewardError
 from whet.methods.options import Count, Processes, Seconds
 from whet.rewards.verifiers.base import RIGHT, Verdict, Verifier, blocks, check, make
 from whet.rewards.verifiers.json_schema import strict_json
@@ -120,7 +120,10 @@ class UnitTests(Verifier):
         if program is None or not program.strip():
             return Verdict(0.0, "no program")
         program = program.encode("utf-8", "replace").decode()
-        asserts, pairs = cases(value)
+        try:
+            asserts, pairs = cases(value)
+        except (ValueError, SyntaxError) as error:
+            raise RewardError(f"unit_tests.tests: column {self.tests!r}: {error}") from error
         if pairs:
             results = runner.programs(program, [given for given, _ in pairs])
             wrong = [
@@ -143,7 +146,7 @@ class UnitTests(Verifier):
 def run(completion: str, tests: Any, entry_point: str = "", options: UnitTests = UnitTests()) -> Verdict:
     """Run the program in an answer against tests, and return the score with the reason. `tests` is the value of a column.
 
-    Raises ValueError or SyntaxError for tests that cannot be read, RecipeError if programs cannot be confined on this machine.
+    Raises RewardError for tests that cannot be read, RecipeError if programs cannot be confined on this machine.
     """
     return options.verdict(completion, {options.tests: tests, options.entry_point: entry_point})
 
@@ -198,7 +201,9 @@ def default_workers() -> int:
 
 @cache
 def _tell() -> None:
-    caution(f"reward unit_tests: programs run with {found_abilities().words()}")
+    words = found_abilities().words()
+    if os.environ.get("RANK", "0") == "0":  # one of torchrun's workers prints it
+        caution(f"reward unit_tests: programs run with {words}")
 
 
 Options = UnitTests
