@@ -176,6 +176,45 @@ def test_a_reward_model_is_the_same_as_reward_and_as_judge(trunk: str) -> None:
     assert len(set(table["reward/rm"])) > 1
 
 
+FLAKY = """
+from pathlib import Path
+
+def judge(prompts, completions, **columns):
+    if Path("broken").exists():
+        raise OSError("the judge is away")
+    return [float(len(one)) for one in completions]
+"""
+
+
+def test_a_judge_that_fails_loses_no_step(tmp_path: Path) -> None:
+    """The judge fails after step 2. The step is saved; a resume evaluates it, and ends as the run with a healthy judge."""
+    Path("flaky.py").write_text(FLAKY)
+    options = ANSWERS | GROUPS | {"kl_in_loss.coef": 0.1, "save_every": 0}
+    evaluation = {"eval": {"data": "h.jsonl", "every": 2, "judge": ["flaky.py:judge"], "keep_best": "eval/judge/judge"}}
+    whole = whet.train("grpo", **options, **evaluation, out=tmp_path / "whole")
+    broken = Path("broken")
+
+    def own_loop() -> None:
+        with whet.Session("grpo", **options, **evaluation, out=tmp_path / "flaky") as session:
+            for step in session.steps():
+                if step.number == 1:
+                    broken.touch()
+                for mini in session.minibatches(session.rollout()):
+                    session.update(mini)
+                session.publish()
+
+    with pytest.raises(whet.RewardError, match="the judge is away"):
+        own_loop()
+    assert [row["step"] for row in read_metrics(tmp_path / "flaky")] == [0, 1, 2]
+    assert (tmp_path / "flaky/checkpoints/step-00000002").is_dir()
+    with pytest.raises(whet.RewardError, match="the judge is away"):
+        whet.train("grpo", **options, **evaluation, out=tmp_path / "flaky", resume=True)
+    broken.unlink()
+    whet.train("grpo", **options, **evaluation, out=tmp_path / "flaky", resume=True)
+    assert [row["step"] for row in read_metrics(tmp_path / "flaky")] == [0, 1, 2, 3, 4]
+    assert first_difference(whole, tmp_path / "flaky") is None
+
+
 STOPPING = {
     "eval": {"data": "h.jsonl", "every": 1, "keep_best": "eval/judge/yes", "judge": ["judge.py:yes"], "early_stop": 2}
 }

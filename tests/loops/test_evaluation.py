@@ -92,6 +92,18 @@ def test_patience_counts_evaluations_without_an_improvement_of_min_delta(tmp_pat
     assert ["eval/stopped_early" in row for row in rows] == [False] * 5 + [True]
 
 
+def test_nan_is_no_improvement(tmp_path: Path) -> None:
+    nan = math.nan
+    one = evaluation(tmp_path, [nan, 0.1, nan, 0.2, nan], keep_best="eval/score", metric="eval/score", patience=3)
+    assert [row.get("eval/best_step") for row in go(one, 4)] == [None, 1, 1, 3, 3]
+
+
+def test_patience_that_ends_with_the_last_step_does_not_end_it_early(tmp_path: Path) -> None:
+    one = evaluation(tmp_path, [1.0, 0.0, 0.0], metric="eval/score", patience=2)
+    assert not any("eval/stopped_early" in row for row in go(one, 2))
+    assert not one.ended
+
+
 def test_a_run_is_evaluated_at_its_start_and_end_and_between(tmp_path: Path) -> None:
     one = evaluation(tmp_path, [0.0] * 8, every=3)
     assert [bool(one.numbers(step, 7, {})) for step in range(8)] == [True, False, False, True, False, False, True, True]
@@ -100,12 +112,14 @@ def test_a_run_is_evaluated_at_its_start_and_end_and_between(tmp_path: Path) -> 
 
 def test_a_number_that_is_not_logged_is_refused_by_name(tmp_path: Path) -> None:
     one = evaluation(tmp_path, [0.0, 0.0], keep_best="eval/loss")
+    assert one.numbers(0, 1, {}) == {}
     with pytest.raises(RecipeError, match=r"eval\.keep_best: no number 'eval/loss' is logged; known are eval/score"):
-        one.numbers(0, 1, {})
+        one.raise_failure()
     late = evaluation(tmp_path, [0.0, 0.0], keep_best="mine")
     assert late.numbers(0, 1, {}), "a number of the steps is not known before the first one"
+    late.numbers(1, 1, {"score": 1.0})
     with pytest.raises(RecipeError, match="'mine'"):
-        late.numbers(1, 1, {"score": 1.0})
+        late.raise_failure()
 
 
 def test_the_best_model_of_a_step_that_no_checkpoint_has_is_dropped_on_resume(tmp_path: Path) -> None:
@@ -114,7 +128,7 @@ def test_the_best_model_of_a_step_that_no_checkpoint_has_is_dropped_on_resume(tm
     for step in (0, 1):
         one.numbers(step, 5, {})
         one.settle(step)
-    saved = {**one.state, "start": dict(one.state["start"])}
+    saved = {"eval": {**one.state, "start": dict(one.state["start"])}}
     one.numbers(2, 5, {})
     one.settle(1)
     assert (tmp_path / "best/step").read_text() == "best.step-1"
@@ -131,7 +145,7 @@ def test_the_best_model_that_a_checkpoint_names_is_moved_on_resume(tmp_path: Pat
     for step in (0, 1):
         one.numbers(step, 5, {})
     again = evaluation(tmp_path, [0.1, 0.2], keep_best="eval/score")
-    again.restore(one.state)
+    again.restore(one.saved())
     assert (tmp_path / "best/step").read_text() == "best.step-1"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best"]
 
@@ -141,5 +155,14 @@ def test_the_start_is_logged_as_step_0(tmp_path: Path) -> None:
     one.start(0, 9)
     (row,) = read_metrics(tmp_path)
     assert (row["step"], row["eval/score"]) == (0, 0.5)
-    one.start(4, 9)
+    assert one.start(4, 9) == {}
     assert len(read_metrics(tmp_path)) == 1
+
+
+def test_an_evaluation_that_failed_is_added_to_the_line_of_its_step(tmp_path: Path) -> None:
+    one = evaluation(tmp_path, [0.5, 0.6, 0.7])
+    one.start(0, 2)
+    one.run.metrics(1, {"mine": 3.0}, score=0.25)
+    one.start(1, 2)
+    assert [(row["step"], row["eval/score"]) for row in read_metrics(tmp_path)] == [(0, 0.5), (1, 0.6)]
+    assert read_metrics(tmp_path)[1].items() >= {"score": 0.25, "mine": 3.0}.items()

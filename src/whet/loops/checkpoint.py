@@ -138,15 +138,16 @@ class Keeper:
         self._tell_saved()
         return loop
 
-    def done(self, step: int, state: Mapping[str, Any], *, ended: bool = False) -> None:
+    def done(self, step: int, state: Mapping[str, Any], *, ended: bool = False, save: bool = False) -> None:
         """Record that `step` steps are complete, and save if due. On a stop request, save and raise Interrupted. `state` is
-        the state of the loop without its step. `ended` says that no step follows, also if there were to be `total`."""
+        the state of the loop without its step. `ended` says that no step follows, also if there were to be `total`. `save` says
+        that it is due."""
         ended = ended or step == self.total
         self.step, self.state, self.version = step, state, self.learner.version
         facts = self.learner.workers.gather((self.stop.signum, self._due_by_time()))  # the first worker's clock decides
         asked, by_time = next((signum for signum, _ in facts if signum), 0), facts[0][1]
-        due = asked or by_time or ended or (self.every and step % self.every == 0)
-        if due and (not ended or self.last):
+        due = save or asked or by_time or ended or (self.every and step % self.every == 0)
+        if due and (save or not ended or self.last):
             self._save()
         self.stop.wait_for(None)
         if self.stop.at_once:  # a signal during the save

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from whet.data import Batch, Element, Prompt
 from whet.data.files import remove, replace_folder
-from whet.errors import RecipeError
+from whet.errors import RecipeError, RewardError
 from whet.generate import Generator
 from whet.learner import Learner
 from whet.loops.evaluate import answers, held_out, win_rate
@@ -58,7 +58,10 @@ class Evaluation:
     `measure(step, start)` returns the numbers of an evaluation after `step` steps, with names that begin with `eval/`. It must
     not change the state of the run. `start` is a dict that it may fill with JSON values at step 0 and read later; it is part of
     the checkpoints. `export(folder)` writes the model with its current weights. The numbers of the first worker count on
-    every worker.
+    every worker. Without a plan, a run is never evaluated.
+
+    If a reward or judge fails, the step is complete nevertheless: its numbers are logged and a checkpoint is saved, then
+    `raise_failure` raises the error. A resume evaluates the step again.
 
     The best model is written beside `best/` first. A checkpoint names it, and only then it is moved there: `best/` is always
     the model that the newest checkpoint names, also if a run is killed between the two.
@@ -66,23 +69,31 @@ class Evaluation:
 
     def __init__(
         self,
-        plan: EvalPlan,
+        plan: EvalPlan | None,
         measure: Callable[[int, dict[str, Any]], Mapping[str, float]],
         export: Callable[[Path], None],
         run: RunFolder,
         learner: Learner,
     ) -> None:
-        self.plan, self.measure, self.export, self.run, self.learner = plan, measure, export, run, learner
+        self.planned, self.plan = plan is not None, plan or EvalPlan()
+        self.measure, self.export, self.run, self.learner = measure, export, run, learner
         self.state = initial()
+        self.failure: RewardError | RecipeError | None = None
 
     @property
     def ended(self) -> bool:
         """True if the run ends early."""
         return bool(self.state["stopped"])
 
-    def restore(self, state: State) -> None:
-        """Go on from a saved state. Finish the move of a best model that it names; remove newer ones, whose steps come again."""
-        self.state = {**state, "start": dict(state["start"])}
+    def saved(self) -> dict[str, State]:
+        """Return what a checkpoint keeps, {} for a run that is never evaluated."""
+        return {"eval": self.state} if self.planned else {}
+
+    def restore(self, loop: Mapping[str, Any]) -> None:
+        """Go on from the state of a loop. Finish the move of a best model that it names; remove newer ones, whose steps come again."""
+        if not self.planned:
+            return
+        self.state = {**loop["eval"], "start": dict(loop["eval"]["start"])}
         for path in self._pending():
             if path.name == f"{PENDING}{self.state['best_step']}":
                 replace_folder(path, self.run.folder / BEST)
@@ -101,45 +112,59 @@ class Evaluation:
 
     def due(self, step: int, total: int) -> bool:
         """Return True if the run is evaluated after `step` steps."""
-        if step == self.state["at"]:
+        if not self.planned or step == self.state["at"]:
             return False
         return step in (0, total) or (self.plan.every > 0 and step % self.plan.every == 0)
 
     def start(self, step: int, total: int) -> dict[str, float]:
-        """Evaluate before the first step of a run, log the numbers as step 0, and return them; {} later in a run."""
-        found = self.numbers(0, total, {}) if step == 0 else {}
-        if found:
-            self.run.metrics(0, **found)
+        """Evaluate before the first step of a run, and after a step whose evaluation failed before the run was resumed. Log the
+        numbers and return them, {} if no evaluation is due. Raises RewardError if a reward or judge fails, RecipeError if
+        `keep_best` or the number of early stopping is not logged."""
+        if not self.due(step, total):
+            return {}
+        found = self.numbers(step, total, self.run.line(step))
+        self.raise_failure()
+        self.run.amend(step, **found)
         return found
 
     def numbers(self, step: int, total: int, logged: Mapping[str, float]) -> dict[str, float]:
-        """Evaluate after `step` of `total` steps if it is due, and return the numbers to log; {} if it is not. `logged` has the
-        other numbers of this step. Raises RecipeError if `keep_best` or the number of early stopping is not logged."""
+        """Evaluate after `step` of `total` steps if it is due, and return the numbers to log; {} if it is not, or if it fails (see
+        `raise_failure`). `logged` has the other numbers of this step."""
         if not self.due(step, total):
             return {}
         began = time.perf_counter()
-        found = self._after(step, logged)
+        try:
+            found = self._after(step, total, logged)
+        except (RewardError, RecipeError) as error:
+            self.failure = error
+            return {}
         return found | {"seconds/eval": time.perf_counter() - began}
 
-    def _after(self, step: int, logged: Mapping[str, float]) -> dict[str, float]:
+    def raise_failure(self) -> None:
+        """Raise the error of the last evaluation, if it failed."""
+        if self.failure is not None:
+            raise self.failure
+
+    def _after(self, step: int, total: int, logged: Mapping[str, float]) -> dict[str, float]:
         plan, state = self.plan, self.state
         numbers = dict(self.learner.workers.broadcast(dict(self.measure(step, state["start"]))))
         known = {**logged, **numbers}
-        state["at"] = step
         if plan.keep_best is not None and self._has(plan.keep_best, "keep_best", step, known):
             value = known[plan.keep_best]
-            if state["best_step"] < 0 or self._better(plan.keep_best, value, state["best"], 0.0):
+            first = state["best_step"] < 0 and not math.isnan(value)
+            if first or (state["best_step"] >= 0 and self._better(plan.keep_best, value, state["best"], 0.0)):
                 state["best_step"], state["best"] = step, value
                 self._write(step)
         if plan.keep_best is not None and state["best_step"] >= 0:
             numbers[f"{PREFIX}best_step"] = float(state["best_step"])
         if plan.patience is not None and plan.metric is not None and self._has(plan.metric, "early_stop", step, known):
             value = known[plan.metric]
-            if not state["seen"] or self._better(plan.metric, value, state["reached"], plan.min_delta):
+            first = not state["seen"] and not math.isnan(value)
+            if first or (state["seen"] and self._better(plan.metric, value, state["reached"], plan.min_delta)):
                 state["seen"], state["reached"], state["waited"] = True, value, 0
             else:
                 state["waited"] += 1
-            if state["waited"] >= plan.patience:
+            if state["waited"] >= plan.patience and step < total:
                 state["stopped"] = True
                 numbers[f"{PREFIX}stopped_early"] = 1.0
                 self.run.caution(
@@ -147,6 +172,7 @@ class Evaluation:
                     f"{state['reached']:.4g}); the run ends here (eval.early_stop)",
                     step,
                 )
+        state["at"] = step
         return numbers
 
     def _has(self, name: str, option: str, step: int, known: Mapping[str, float]) -> bool:
@@ -159,6 +185,7 @@ class Evaluation:
         raise RecipeError(f"eval.{option}: no number {name!r} is logged; known are {', '.join(some)}")
 
     def _better(self, name: str, value: float, than: float, delta: float) -> bool:
+        """Return True for an improvement. NaN is none."""
         return value > than + delta if name in self.plan.higher else value < than - delta
 
     def _write(self, step: int) -> None:
@@ -178,22 +205,22 @@ def initial() -> State:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What an offline run is evaluated on: held-out elements."""
+    """What an offline run is evaluated on: held-out elements. Without a plan, nothing."""
 
-    plan: EvalPlan
-    export: Callable[[Path], None]
-    elements: Sequence[Element]
+    plan: EvalPlan | None
+    export: Callable[[Path], None] = lambda _: None
+    elements: Sequence[Element] = ()
 
 
 @dataclass(frozen=True)
 class HeldOutPrompts:
     """What an online run is evaluated on: held-out prompts, the sampling and number of answers to each, and the judges, which score
-    answers and are not trained on."""
+    answers and are not trained on. Without a plan, nothing."""
 
-    plan: EvalPlan
-    export: Callable[[Path], None]
-    prompts: Sequence[Prompt]
-    sampling: Sampling
+    plan: EvalPlan | None
+    export: Callable[[Path], None] = lambda _: None
+    prompts: Sequence[Prompt] = ()
+    sampling: Sampling = Sampling()
     num_generations: int = 1
     judges: Sequence[Weighted] = ()
 

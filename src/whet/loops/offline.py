@@ -75,12 +75,10 @@ class OfflineLoop:
     ) -> None:
         self.objective, self.learner, self.sources, self.plan, self.run = objective, learner, sources, plan, run
         self.resume, self.stop, self.title, self.quiet = resume, stop, title, quiet
-        self.evaluation = None
-        if evaluation is not None:
-            held = evaluation
-            self.evaluation = Evaluation(
-                held.plan, lambda *_: held_out_numbers(learner, self._now, held.elements), held.export, run, learner
-            )
+        held = evaluation or HeldOut(None)
+        self.evaluation = Evaluation(
+            held.plan, lambda *_: held_out_numbers(learner, self._now, held.elements), held.export, run, learner
+        )
         self.order = epoch_batches(
             [len(source) for source in sources], plan.steps, plan.batch, plan.seed, weights=weights, shuffle=plan.shuffle,
             drop_last=plan.drop_last,
@@ -105,13 +103,12 @@ class OfflineLoop:
             last=plan.save_last, stop=self.stop,
         )  # fmt: skip
         begin = {"step": 0, "state": self.state, "divergence": self.divergence.state()}
-        begin |= {"eval": self.evaluation.state} if self.evaluation is not None else {}
+        begin |= self.evaluation.saved()
         loop: dict[str, Any] = (keeper.restore(begin, self.run.accepted) if self.resume else None) or begin
         self.first, self.state = loop["step"], loop["state"]
         self._next = self.first
         self.divergence.restore(loop["divergence"])
-        if self.evaluation is not None:
-            self.evaluation.restore(loop["eval"])
+        self.evaluation.restore(loop)
         if self.first < plan.steps:
             elements = [element for source in self.sources for element in source]
             learner.rehearse(longest(elements, plan.batch), trained_columns(self.objective.terms))
@@ -127,7 +124,7 @@ class OfflineLoop:
                 self.run.stopped(error, self.step + 1, self.learner.version, self._seen)
         finally:
             self._stack.__exit__(kind, error, trace)
-            if self.evaluation is not None and self._keeper is not None:
+            if self._keeper is not None:
                 self.evaluation.settle(self._keeper.saved)
 
     def batches(self) -> Iterator[Batch]:
@@ -138,13 +135,12 @@ class OfflineLoop:
             raise RuntimeError(
                 f"batches: step {self.step} was left before its end; leave the session and resume the run"
             )
-        if self.evaluation is not None:
-            self._now = self.objective.at(self.state)
-            found = self.evaluation.start(self._next, plan.steps)
-            if found and self._progress is not None:
-                self._progress.advance(found, 0)
+        self._now = self.objective.at(self.state)
+        found = self.evaluation.start(self._next, plan.steps)
+        if found and self._progress is not None:
+            self._progress.advance(found, 0)
         for step in range(self._next, plan.steps):
-            if self.evaluation is not None and self.evaluation.ended:
+            if self.evaluation.ended:
                 return
             self.step, began = step, time.perf_counter()
             self._now, self._numbers = self.objective.at(self.state), {}
@@ -204,19 +200,17 @@ class OfflineLoop:
             raise RuntimeError(f"step {self.step}: the batch was not trained on; call forward_backward and optim_step")
         seconds = time.perf_counter() - began
         numbers |= per_second(batch.counts().tokens, seconds) | {"seconds": seconds}
-        evaluation = self.evaluation
-        numbers |= evaluation.numbers(done, plan.steps, numbers) if evaluation is not None else {}
+        numbers |= self.evaluation.numbers(done, plan.steps, numbers)
         self.run.metrics(done, **numbers)
         selfcheck.diverging(self.run, self.step, self.divergence.signs(done, numbers), plan.on_divergence)
         assert self._progress is not None
         assert self._keeper is not None
         self._progress.advance(numbers)
-        kept = {"state": dict(self.state), "divergence": self.divergence.state()}
-        if evaluation is None:
-            self._keeper.done(done, kept)
-        else:
-            self._keeper.done(done, kept | {"eval": evaluation.state}, ended=evaluation.ended)
-            evaluation.settle(done if evaluation.ended or done == plan.steps else self._keeper.saved)
+        kept = {"state": dict(self.state), "divergence": self.divergence.state(), **self.evaluation.saved()}
+        ended = self.evaluation.ended
+        self._keeper.done(done, kept, ended=ended, save=self.evaluation.failure is not None)
+        self.evaluation.settle(done if ended or done == plan.steps else self._keeper.saved)
+        self.evaluation.raise_failure()
 
 
 def train(*given: Any, **options: Any) -> None:

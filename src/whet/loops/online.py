@@ -97,11 +97,9 @@ class OnlineLoop:
         self.divergence = Divergence()
         self.skipped = 0
         self.stream = PtxStream(ptx, plan.ptx_batch, plan.seed)
-        self.evaluation = None
-        if evaluation is not None:
-            kl = "reference" in algorithm.roles()
-            asked = Asked(evaluation, rewards, self.generator, learner, run, plan.seed, kl)
-            self.evaluation = Evaluation(evaluation.plan, asked.measure, evaluation.export, run, learner)
+        held = evaluation or HeldOutPrompts(None)
+        asked = Asked(held, rewards, self.generator, learner, run, plan.seed, "reference" in algorithm.roles())
+        self.evaluation = Evaluation(held.plan, asked.measure, held.export, run, learner)
         self.step = self.first = self._next = 0
         self.state: State = algorithm.init()
         self._running = False
@@ -119,14 +117,13 @@ class OnlineLoop:
             last=plan.save_last, stop=self.stop,
         )  # fmt: skip
         begin = {"step": 0, "state": self.state, "drawn": 0, "skipped": 0, "divergence": self.divergence.state()}
-        begin |= {"eval": self.evaluation.state} if self.evaluation is not None else {}
+        begin |= self.evaluation.saved()
         loop: dict[str, Any] = (keeper.restore(begin, self.run.accepted) if self.resume else None) or begin
         self.first, self.state = loop["step"], loop["state"]
         self._next = self.first
         self.skipped = loop["skipped"]
         self.divergence.restore(loop["divergence"])
-        if self.evaluation is not None:
-            self.evaluation.restore(loop["eval"])
+        self.evaluation.restore(loop)
         self.source.restore(loop, self.first)
         self.generator.load_weights(learner.publish())
         canary = torch.tensor([token for prompt in self.prompts for token in prompt.ids][: plan.canary])
@@ -162,7 +159,7 @@ class OnlineLoop:
                 self.run.stopped(error, self.step + 1, self.learner.version, self._seen, self._groups, names)
         finally:
             self._stack.__exit__(kind, error, trace)
-            if self.evaluation is not None and self._keeper is not None:
+            if self._keeper is not None:
                 self.evaluation.settle(self._keeper.saved)
 
     def steps(self) -> Iterator[StepLog]:
@@ -171,12 +168,11 @@ class OnlineLoop:
         the step made no update."""
         if self._running:
             raise RuntimeError(f"steps: step {self.step} was left before its end; leave the session and resume the run")
-        if self.evaluation is not None:
-            found = self.evaluation.start(self._next, self.plan.steps)
-            if found and self._progress is not None:
-                self._progress.advance(found, 0)
+        found = self.evaluation.start(self._next, self.plan.steps)
+        if found and self._progress is not None:
+            self._progress.advance(found, 0)
         for step in range(self._next, self.plan.steps):
-            if self.evaluation is not None and self.evaluation.ended:
+            if self.evaluation.ended:
                 return
             log = StepLog(step)
             self._begin(step)
@@ -489,8 +485,7 @@ class OnlineLoop:
         if whole is not None:
             own |= per_second(sum(int(row.mask.sum()) for row in whole.rows), seconds["seconds"])
         own |= seconds
-        evaluation = self.evaluation
-        own |= evaluation.numbers(done, self.plan.steps, log.metrics | own) if evaluation is not None else {}
+        own |= self.evaluation.numbers(done, self.plan.steps, log.metrics | own)
         self.run.metrics(done, log.metrics, **own)
         answers = len(whole.rows) if whole is not None else 0
         signs = self.divergence.signs(done, own, self._moved, answers)
@@ -500,12 +495,11 @@ class OnlineLoop:
         self._progress.advance(own | log.metrics, sample=partial(shown_answer, self._groups, whole, done))
         self._running = False
         kept = {"skipped": self.skipped, "divergence": self.divergence.state()}
-        kept |= {"state": dict(state), **self.source.state()}
-        if evaluation is None:
-            self._keeper.done(done, kept)
-        else:
-            self._keeper.done(done, kept | {"eval": evaluation.state}, ended=evaluation.ended)
-            evaluation.settle(done if evaluation.ended or done == self.plan.steps else self._keeper.saved)
+        kept |= {"state": dict(state), **self.source.state(), **self.evaluation.saved()}
+        ended, failed = self.evaluation.ended, self.evaluation.failure is not None
+        self._keeper.done(done, kept, ended=ended, save=failed)
+        self.evaluation.settle(done if ended or done == self.plan.steps else self._keeper.saved)
+        self.evaluation.raise_failure()
 
 
 def _check_groups(stage: str, groups: Sequence[Group]) -> None:

@@ -89,6 +89,20 @@ class RunFolder:
         _append(self._metrics, line)
         self._tell(lambda tracker: tracker.log(step, {name: value for name, value in line.items() if name != "step"}))
 
+    def line(self, step: int) -> dict[str, float]:
+        """Return the numbers of a step that are in metrics.jsonl, {} if it has no line."""
+        rows = read_metrics(self.folder) if self._metrics.is_file() else []
+        found = next((row for row in rows if row["step"] == step), {})
+        return {name: value for name, value in found.items() if name != "step"}
+
+    def amend(self, step: int, **numbers: float) -> None:
+        """Add numbers to the line of a step in metrics.jsonl; write the line if there is none."""
+        before = self.line(step) if self.writes else {}
+        if self.writes and self._metrics.is_file():
+            kept = [row for row in read_metrics(self.folder) if row["step"] != step]
+            write_text(self._metrics, "".join(json.dumps(row) + "\n" for row in kept))
+        self.metrics(step, before, **numbers)
+
     def rollout(self, step: int, groups: Sequence[Group], batch: Batch, names: Sequence[str]) -> None:
         """Write `rollouts/step-00000042.parquet` (see `loops.rollouts`), and send some of its answers to the trackers."""
         if not self.writes:

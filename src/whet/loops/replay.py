@@ -91,7 +91,7 @@ class RecomputedRun(RunFolder):
 class _Unsaved(checkpoint.Keeper):
     """A keeper that saves nothing."""
 
-    def done(self, step: int, state: Any, *, ended: bool = False) -> None:
+    def done(self, step: int, state: Any, *, ended: bool = False, save: bool = False) -> None:
         self.step = step
 
 
