@@ -7,10 +7,11 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test zoo engines engines-long lint format bench mutants proof fuzz soak soak-local real real-short gpu bench-push clean help
+.PHONY: demo demo-seeds test zoo engines engines-long lint format bench mutants proof fuzz soak soak-local real real-short gpu bench-push clean help
 
 help:
 	@echo "make demo [SEED=1] [OUT=runs/demo]   the whole recipe on a little world, with a report"
+	@echo "make demo-seeds                      the demo with three seeds; writes docs/demo.md and its pictures"
 	@echo "make test                            all tests"
 	@echo "make zoo                             every causal architecture of transformers, tiny, against its own forward"
 	@echo "make engines                         the tests of vLLM, FSDP2, DeepSpeed and Ray, in an environment of their own"
@@ -55,6 +56,9 @@ help:
 
 demo: .venv/ready
 	.venv/bin/python -m whet demo --seed $(SEED) --out $(OUT)
+
+demo-seeds: .venv/ready
+	.venv/bin/python -m proof.demo_seeds
 
 test: .venv/ready
 	.venv/bin/python -m pytest -q -n 2 --dist worksteal --ignore tests/engines

@@ -138,7 +138,7 @@ The numbers depend on the machine. Made with: {"; ".join(dict.fromkeys(runs))}. 
 
 TABLE
 
-Gold is the score of a judge that training never sees; 3 is the best. The over-optimized run is PPO against a reward model from 400
+Gold is the score of a judge that training never sees; 3 is the best. The over-optimized run is PPO against a reward model from 150
 rankings, without a KL term. It is evaluated every 3 steps by gold on 100 held-out prompts. The run with early stopping is the same run with
 `--early-stop 3`.
 

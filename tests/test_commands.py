@@ -29,6 +29,7 @@ SHORT = {
 }  # fmt: skip
 """The modules that are run with `python -m`, with the words that make the command short."""
 ELSEWHERE = {
+    "proof.demo_seeds": "tests/demo/test_story.py",
     "proof.soak": "tests/engines/test_cluster.py",
     "benchmarks.pushes": "tests/engines/test_vllm.py",
     "proof.real": ".ci/run (make real-short)",
