@@ -100,14 +100,14 @@ class Place:
         pip = [str(self.bin / "python"), "-m", "pip", "install", "--quiet", "-c", str(ROOT / "constraints.txt")]
         subprocess.run([*pip, *what], check=True, cwd=self.away)
 
-    def run(self, *words: str, cwd: Path | None = None) -> str:
-        """Run a program of the environment and return what it prints."""
+    def run(self, *words: str, cwd: Path | None = None, status: int = 0) -> str:
+        """Run a program of the environment and return what it prints: of one that is refused, with status 2, its errors."""
         done = subprocess.run(
             [str(self.bin / words[0]), *words[1:]],
             cwd=cwd or self.away, env=self.environment, capture_output=True, text=True,
         )  # fmt: skip
-        expect(done.returncode == 0, f"{' '.join(words)[:60]}: {done.stdout[-2000:]}\n{done.stderr[-3000:]}")
-        return done.stdout
+        expect(done.returncode == status, f"{' '.join(words)[:60]}: {done.stdout[-2000:]}\n{done.stderr[-3000:]}")
+        return done.stderr if status else done.stdout
 
 
 def check(place: Place) -> None:
@@ -124,6 +124,10 @@ def check(place: Place) -> None:
     page, numbers = place.away / "demo" / "report.html", json.loads((place.away / "demo" / "summary.json").read_text())
     expect(page.stat().st_size > 10_000 and "</html>" in page.read_text(), "the report of the demo is not whole")
     expect(numbers["seconds"] > 0 and len(numbers) > 3, f"summary.json has only {list(numbers)}")
+    given = ["--model", "demo/sft/model", "--data", "demo/world/demonstrations.jsonl", "--out", "lacking"]
+    lacking = place.run("whet", "sft", *given, "--trackers", "[tensorboard]", status=2)
+    expect(re.fullmatch(r"whet: trackers: .* not installed; pip install .*\n", lacking) is not None, lacking)
+    expect(not (place.away / "lacking").exists(), "a refused run has a folder")
 
 
 def tried(name: str, python: str, folder: Path, wheel: Path, *, tests: bool) -> str:

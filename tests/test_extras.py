@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import whet
+from proof.wheel import supported
 from whet.errors import UserError
 from whet.extras import REQUIREMENTS, VARIANTS, command, installed, require
 
@@ -167,8 +168,10 @@ def test_what_the_package_imports_is_required_or_checked() -> None:
 
 
 def test_no_message_names_the_package_on_an_index() -> None:
-    for path in sorted(HOUSE.rglob("*.py")):
-        assert "whet[" not in path.read_text(), f"{path}: whet is on no package index; use whet.extras.require"
+    for path in [*sorted(HOUSE.rglob("*.py")), *ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        assert "whet[" not in path.read_text(), (
+            f"{path}: whet is on no package index; see whet.extras and docs/install.md"
+        )
 
 
 def test_a_folder_of_the_same_name_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,3 +187,15 @@ def test_a_folder_of_the_same_name_is_no_package(tmp_path: Path, monkeypatch: py
 def test_nothing_is_told_of_what_is_installed() -> None:
     require("here: this", "datasets", "jsonschema")
     assert command("a>=1,<2", "b", upgrade=True) == 'pip install --upgrade "a>=1,<2" b'
+
+
+def test_the_page_lists_every_extra_with_its_packages() -> None:
+    page = (ROOT / "docs" / "install.md").read_text()
+    rows = re.findall(r"^\| (`.+?`) \| (.+?) \|", page, re.MULTILINE)
+    listed = {name for names, _ in rows for name in re.findall(r"`(.+?)`", names)}
+    assert listed == PROJECT["optional-dependencies"].keys()
+    for names, packages in rows:
+        for name in set(re.findall(r"`(.+?)`", names)) - {"dev"}:
+            for one in named(PROJECT["optional-dependencies"][name]):
+                assert one in map(canonicalize_name, re.findall(r"[\w-]+", packages)), (name, one)
+    assert " or ".join(", ".join(supported()).rsplit(", ", 1)) in page
