@@ -156,15 +156,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="whet-wheel-") as temporary:
         wheel = built(Path(temporary))
         print(f"{wheel.name}: {wheel.stat().st_size / 1024:.0f} KB", flush=True)
+        failed = 0
         for name, python in programs.items():
-            print(tried(name, python, Path(temporary) / name, wheel, tests=given.pythons), flush=True)
+            try:
+                print(tried(name, python, Path(temporary) / name, wheel, tests=given.pythons), flush=True)
+            except SystemExit as error:  # the other versions are tried all the same
+                print(f"Python {name}: {error}", flush=True)
+                failed += 1
             shutil.rmtree(Path(temporary) / name)
     missing = [one for one in supported() if one not in programs]
     if given.pythons and missing:
         print(f"not on this machine: Python {', '.join(missing)}")
     spent = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(f"{spent.ru_utime + spent.ru_stime:.0f} CPU seconds")
-    return 0
+    return min(failed, 1)
 
 
 if __name__ == "__main__":
