@@ -33,6 +33,7 @@ ELSEWHERE = {
     "proof.soak": "tests/engines/test_cluster.py",
     "benchmarks.pushes": "tests/engines/test_vllm.py",
     "proof.real": ".ci/run (make real-short)",
+    "proof.wheel": ".ci/run (make wheel)",
     "pytest": "make test",
     "pip": "make test",
     "venv": "make test",
