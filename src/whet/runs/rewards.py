@@ -176,6 +176,7 @@ def check_rewards(recipe: fields.OnlineRecipe, tokenizer: Any, prompts: Sequence
 def check_scorer(where: str, path: str, recipe: fields.OnlineRecipe, tokenizer: Any, prompts: Sequence[Prompt]) -> None:
     """Raise ModelError if a folder contains no reward model, RecipeError if the longest prompt with an answer has more tokens than
     it has positions. Without prompts, which could not be read, the second is left out."""
+    _check_name(path, where)
     _check_scorer(path, recipe.model)
     if not prompts:
         return
