@@ -234,7 +234,7 @@ def test_the_short_help_shows_few_options_whose_short_names_are_taken(
     for line in lines:
         name = line.split()[0].removeprefix("--").replace("-", "_")
         value = {"data": "x", "model": "x", "out": "x", "reward": "f.py:f", "learner": "fsdp", "generator": "vllm",
-                 "chat_template": "plain", "trackers": ["console"]}.get(name, 1)  # fmt: skip
+                 "chat_template": "plain", "trackers": ["console"], "eval": "x"}.get(name, 1)  # fmt: skip
         config.resolve(kind_of(verb), verb, None, [(name, value)])  # an unknown name would be refused
 
 
