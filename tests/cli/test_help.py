@@ -234,7 +234,8 @@ def test_the_short_help_shows_few_options_whose_short_names_are_taken(
     for line in lines:
         name = line.split()[0].removeprefix("--").replace("-", "_")
         value = {"data": "x", "model": "x", "out": "x", "reward": "f.py:f", "learner": "fsdp", "generator": "vllm",
-                 "chat_template": "plain", "trackers": ["console"], "eval": "x", "eval.judge": "f.py:f", "keep_best": "x"}.get(name, 1)  # fmt: skip
+                 "chat_template": "plain", "trackers": ["console"],
+                 "eval": "x", "keep_best": "eval/loss", "eval.judge": "f.py:f"}.get(name, 1)  # fmt: skip
         config.resolve(kind_of(verb), verb, None, [(name, value)])  # an unknown name would be refused
 
 
