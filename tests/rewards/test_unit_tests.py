@@ -176,6 +176,14 @@ def test_limits_are_options_and_the_next_answer_works() -> None:
     ]
 
 
+def test_programs_for_which_no_time_is_left_score_0_and_raise_nothing() -> None:
+    """The first input uses all the time of the answer, so the program does not run for the others."""
+    tests = [{"input": one, "output": "x"} for one in ("sleep", "", "")]
+    code = "import time\nif input() == 'sleep': time.sleep(60)\nprint('x')"
+    verdict = run(code, tests, options=UnitTests(timeout=1.0))
+    assert (verdict.score, verdict.reason) == (0.0, "more than 1 s")
+
+
 def test_answers_run_at_the_same_time() -> None:
     code = "import time\ntime.sleep(1)\nprint('x')"
     began = time.monotonic()
