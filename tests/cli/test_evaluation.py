@@ -111,6 +111,14 @@ def test_an_evaluation_changes_no_bit_of_the_run(case: str, tmp_path: Path) -> N
     assert equal(weights(watched, "best"), weights(watched)) or best < 4
 
 
+def test_single_answers_have_no_pairs() -> None:
+    """The mismatched rows of KTO are no answers that could be ordered."""
+    rows = [one | {"label": bool(number % 2)} for number, one in enumerate(SFT)]
+    run = whet.train("kto", **ROWS | {"num_steps": 1}, data=rows, eval=rows, out="kto")
+    for row in read_metrics(run):
+        assert {name for name in row if name.startswith("eval/")} == {"eval/loss", "eval/policy/train/kto"}
+
+
 def test_the_best_model_is_the_one_of_its_step() -> None:
     """A run that is ended at the best step of another one has its best model as its last one."""
     options = {**ROWS, "optim.schedule": "constant", "optim.warmup_ratio": 0.0, "lr": 0.3, "data": "sft.jsonl"}
