@@ -32,6 +32,12 @@ def yes(prompts, completions, **columns):
     random.random()  # its random numbers are no others in the run
     return [float("e" in one) for one in completions]
 
+calls = []
+
+def late(prompts, completions, **columns):
+    calls.append(0)
+    return [None if len(calls) == 1 else float(len(calls)) for _ in completions]
+
 def sometimes(prompts, completions, **columns):
     return [None if prompt.startswith("one") else 1.0 for prompt in prompts]
 """
@@ -168,6 +174,15 @@ def test_a_judge_that_does_not_apply_to_an_answer_is_left_out() -> None:
     assert table["judge/two"] == [None, None, 1.0]
 
 
+def test_a_judge_that_applies_to_no_answer_at_the_start_has_no_win_rate() -> None:
+    options = ANSWERS | GROUPS | {"num_steps": 2}
+    run = whet.train("grpo", **options, eval={"data": "h.jsonl", "every": 1, "judge": "judge.py:late"}, out="late")
+    rows = read_metrics(run)
+    assert [row.get("eval/judge/late") for row in rows] == [None, 2.0, 3.0]
+    assert not any("eval/win_rate/late" in row for row in rows)
+    assert rows[0]["eval/win_rate/short"] == 0.5
+
+
 @pytest.mark.parametrize("trunk", ["separate", "shared"])
 def test_a_reward_model_is_the_same_as_reward_and_as_judge(trunk: str) -> None:
     judge = (
@@ -290,6 +305,7 @@ def test_a_run_that_is_killed_at_every_step_ends_as_the_whole_one(
         (["--eval", "h.jsonl", "--eval.early-stop.min-delta", "1"], ["eval.early_stop.patience"]),
         (["--eval", "h.jsonl", "--early-stop", "2", "--keep-best", "eval/score"], ["eval.every"]),
         (["--eval", "h.jsonl", "--keep-best", "mine"], ["eval.greater_is_better", "mine"]),
+        (["--eval", "h.jsonl", "--keep-best", "tokens_per_second"], ["eval.keep_best", "depends on the clock"]),
         (["--eval", "h.jsonl", "--keep-best", "eval/kl"], ["eval.greater_is_better", "eval/kl"]),
         (["--eval", "h.jsonl", "--eval.judge", "judge.py:nothing"], ["judge.py", "nothing"]),
         (["--eval", "h.jsonl", "--eval.judge", "m"], ["m: no reward model and no judge"]),
