@@ -157,6 +157,14 @@ def test_entry_points_rows_without_tests_and_the_score_of_all() -> None:
     assert run(SQUARE, "assert f(1) == 1\nassert f(1) == 2", options=UnitTests(score="all")).score == 0.0
 
 
+def test_a_function_with_the_name_of_a_builtin_is_tested_if_it_is_the_entry_point() -> None:
+    code = "def sum(a, b): return 10 * a + b\ndef all(values): return True"
+    assert run(code, "assert sum(1, 2) == 12", "sum").score == 1.0
+    assert run(code, "assert sum(1, 2) == 3", "sum").reason == "AssertionError"
+    assert run(code, "assert sum([1, 2]) == 3").score == 1.0
+    assert run(code, "assert all([sum(1, 2) == 3])", "sum").score == 0.0, "the builtin all is not that of the program"
+
+
 def test_installed_packages_are_seen_when_it_is_asked_for() -> None:
     code = "import numpy\ndef f(x): return numpy.int64(x) * numpy.arange(3)"
     assert run(code, "assert f(2) == [0, 2, 4]").reason == "ModuleNotFoundError"
