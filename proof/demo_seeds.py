@@ -78,16 +78,17 @@ ROWS: Sequence[Row] = (
 
 def demo(seed: int, out: Path) -> None:
     """Run the demo of a seed in a process of its own, and note how it was made. Do nothing if it is there."""
-    if (out / "summary.json").is_file():
+    if (out / MADE).is_file():
         return
+    how = made()
     subprocess.run([sys.executable, "-m", "whet", "demo", "--seed", str(seed), "--out", str(out)], check=True)
-    write_json(out / MADE, made())
+    write_json(out / MADE, how)
 
 
 def made() -> dict[str, str]:
-    """Return the commit, the machine and the day."""
+    """Return the commit (with "-dirty" if files differ from it), the machine and the day."""
     done = subprocess.run(
-        ["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+        ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     info = Path("/proc/cpuinfo")
     names = (
@@ -128,7 +129,7 @@ def table(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
 def page(folders: Sequence[Path]) -> str:
     """Return the text of docs/demo.md."""
     summaries = [json.loads((one / "summary.json").read_text()) for one in folders]
-    known = [json.loads((one / MADE).read_text()) if (one / MADE).is_file() else made() for one in folders]
+    known = [json.loads((one / MADE).read_text()) for one in folders]
     runs = [f"commit {one['commit']}, {one['machine']}, {one['software']}, {one['day']}" for one in known]
     seconds = ", ".join(f"{one['seconds']:.0f}" for one in summaries)
     text = f"""# The demo over {len(folders)} seeds

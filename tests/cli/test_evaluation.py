@@ -32,6 +32,12 @@ def yes(prompts, completions, **columns):
     random.random()  # its random numbers are no others in the run
     return [float("e" in one) for one in completions]
 
+calls = []
+
+def late(prompts, completions, **columns):
+    calls.append(0)
+    return [None if len(calls) == 1 else float(len(calls)) for _ in completions]
+
 def sometimes(prompts, completions, **columns):
     return [None if prompt.startswith("one") else 1.0 for prompt in prompts]
 """
@@ -111,6 +117,14 @@ def test_an_evaluation_changes_no_bit_of_the_run(case: str, tmp_path: Path) -> N
     assert equal(weights(watched, "best"), weights(watched)) or best < 4
 
 
+def test_single_answers_have_no_pairs() -> None:
+    """The mismatched rows of KTO are no answers that could be ordered."""
+    rows = [one | {"label": bool(number % 2)} for number, one in enumerate(SFT)]
+    run = whet.train("kto", **ROWS | {"num_steps": 1}, data=rows, eval=rows, out="kto")
+    for row in read_metrics(run):
+        assert {name for name in row if name.startswith("eval/")} == {"eval/loss", "eval/policy/train/kto"}
+
+
 def test_the_best_model_is_the_one_of_its_step() -> None:
     """A run that is ended at the best step of another one has its best model as its last one."""
     options = {**ROWS, "optim.schedule": "constant", "optim.warmup_ratio": 0.0, "lr": 0.3, "data": "sft.jsonl"}
@@ -158,6 +172,15 @@ def test_a_judge_that_does_not_apply_to_an_answer_is_left_out() -> None:
     assert read_metrics(run)[1]["eval/judge/two"] == 1.0
     table = pyarrow.parquet.read_table(run / "eval/step-00000001.parquet").to_pydict()
     assert table["judge/two"] == [None, None, 1.0]
+
+
+def test_a_judge_that_applies_to_no_answer_at_the_start_has_no_win_rate() -> None:
+    options = ANSWERS | GROUPS | {"num_steps": 2}
+    run = whet.train("grpo", **options, eval={"data": "h.jsonl", "every": 1, "judge": "judge.py:late"}, out="late")
+    rows = read_metrics(run)
+    assert [row.get("eval/judge/late") for row in rows] == [None, 2.0, 3.0]
+    assert not any("eval/win_rate/late" in row for row in rows)
+    assert rows[0]["eval/win_rate/short"] == 0.5
 
 
 @pytest.mark.parametrize("trunk", ["separate", "shared"])
@@ -282,6 +305,7 @@ def test_a_run_that_is_killed_at_every_step_ends_as_the_whole_one(
         (["--eval", "h.jsonl", "--eval.early-stop.min-delta", "1"], ["eval.early_stop.patience"]),
         (["--eval", "h.jsonl", "--early-stop", "2", "--keep-best", "eval/score"], ["eval.every"]),
         (["--eval", "h.jsonl", "--keep-best", "mine"], ["eval.greater_is_better", "mine"]),
+        (["--eval", "h.jsonl", "--keep-best", "tokens_per_second"], ["eval.keep_best", "depends on the clock"]),
         (["--eval", "h.jsonl", "--keep-best", "eval/kl"], ["eval.greater_is_better", "eval/kl"]),
         (["--eval", "h.jsonl", "--eval.judge", "judge.py:nothing"], ["judge.py", "nothing"]),
         (["--eval", "h.jsonl", "--eval.judge", "m"], ["m: no reward model and no judge"]),

@@ -49,6 +49,10 @@ RUNS: dict[str, tuple[tuple[object, ...], list[str]]] = {
     "reward": (("--data", "pairs.jsonl", *SHORT), ["ppo"]),
     "dpo": (("--data", "pairs.jsonl", *SHORT), ["eval"]),
     "ppo": (("--data", "rows.jsonl", "--reward", "judge.py:long", *ONLINE), ["eval"]),
+    "grpo": (
+        ("--data", "rows.jsonl", "--eval", "held.jsonl", "--reward", "regex", "--reward.pattern", "a", *ONLINE[:4], *ONLINE[6:]),
+        ["eval"],
+    ),
 }
 
 
@@ -56,11 +60,13 @@ RUNS: dict[str, tuple[tuple[object, ...], list[str]]] = {
 def test_the_next_commands_run_as_they_are_printed(verb: str, home: Path, capsys: Any) -> None:
     given, expected = RUNS[verb]
     tiny.write_jsonl(Path("texts.jsonl"), [{"text": "yes please"}] * 4)
+    tiny.write_jsonl(Path("held.jsonl"), [{"prompt": "yes"}, {"prompt": "no"}])
     said = command(capsys, verb, "--model", "m", "--out", "runs/my run", *given)
     assert (said.status, said.out) == (0, "runs/my run\n")
     lines = said.error.splitlines()
     next_ones = [shlex.split(line) for line in lines[lines.index("next:") + 1 :]]
     assert [words[1] for words in next_ones if words[1] != "report"] == expected
+    assert verb != "grpo" or {"held.jsonl", "JUDGE"} <= set(next_ones[0])
     for words in next_ones:
         fill = {"REWARD": "judge.py:long", "JUDGE": "judge.py:long", "DATA": "rows.jsonl"}
         filled = [fill.get(word, word) for word in words[1:]]

@@ -104,6 +104,22 @@ def test_patience_that_ends_with_the_last_step_does_not_end_it_early(tmp_path: P
     assert not one.ended
 
 
+def test_all_workers_decide_by_the_numbers_of_the_first_one(tmp_path: Path) -> None:
+    """A worker whose own number differs must not export a best model alone: the export takes all workers."""
+
+    class Second(Alone):
+        class workers(Alone.workers):
+            @staticmethod
+            def broadcast(thing: Any) -> Any:
+                logged, numbers = thing
+                return {**logged, "mine": 0.25}, numbers
+
+    one = evaluation(tmp_path, [0.0, 0.0], keep_best="mine", higher=frozenset({"mine"}))
+    one.learner = Second()  # type: ignore[assignment]
+    one.numbers(1, 2, {"mine": 0.75})
+    assert one.state["best"] == 0.25
+
+
 def test_a_run_is_evaluated_at_its_start_and_end_and_between(tmp_path: Path) -> None:
     one = evaluation(tmp_path, [0.0] * 8, every=3)
     assert [bool(one.numbers(step, 7, {})) for step in range(8)] == [True, False, False, True, False, False, True, True]

@@ -157,6 +157,14 @@ def test_entry_points_rows_without_tests_and_the_score_of_all() -> None:
     assert run(SQUARE, "assert f(1) == 1\nassert f(1) == 2", options=UnitTests(score="all")).score == 0.0
 
 
+def test_a_function_with_the_name_of_a_builtin_is_tested_if_it_is_the_entry_point() -> None:
+    code = "def sum(a, b): return 10 * a + b\ndef all(values): return True"
+    assert run(code, "assert sum(1, 2) == 12", "sum").score == 1.0
+    assert run(code, "assert sum(1, 2) == 3", "sum").reason == "AssertionError"
+    assert run(code, "assert sum([1, 2]) == 3").score == 1.0
+    assert run(code, "assert all([sum(1, 2) == 3])", "sum").score == 0.0, "the builtin all is not that of the program"
+
+
 def test_installed_packages_are_seen_when_it_is_asked_for() -> None:
     code = "import numpy\ndef f(x): return numpy.int64(x) * numpy.arange(3)"
     assert run(code, "assert f(2) == [0, 2, 4]").reason == "ModuleNotFoundError"
@@ -174,6 +182,14 @@ def test_limits_are_options_and_the_next_answer_works() -> None:
         "MemoryError",
         "",
     ]
+
+
+def test_programs_for_which_no_time_is_left_score_0_and_raise_nothing() -> None:
+    """The first input uses all the time of the answer, so the program does not run for the others."""
+    tests = [{"input": one, "output": "x"} for one in ("sleep", "", "")]
+    code = "import time\nif input() == 'sleep': time.sleep(60)\nprint('x')"
+    verdict = run(code, tests, options=UnitTests(timeout=1.0))
+    assert (verdict.score, verdict.reason) == (0.0, "more than 1 s")
 
 
 def test_answers_run_at_the_same_time() -> None:

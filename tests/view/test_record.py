@@ -25,6 +25,10 @@ def test_the_state_of_a_run(tmp_path: Path) -> None:
     rows = online_rows(8, every=2)[:6]
     write_metrics(folder, [*rows[:-1], {**rows[-1], "eval/stopped_early": 1.0}])
     assert record(folder).state == "stopped early after 5 of 8 steps: eval/judge/gold no longer improved"
+    recipe = (folder / "recipe.yaml").read_text()
+    assert "metric: null" in recipe
+    (folder / "recipe.yaml").write_text(recipe.replace("metric: null", "metric: eval/score"))
+    assert record(folder).state == "stopped early after 5 of 8 steps: eval/score no longer improved"
     (folder / "metrics.jsonl").unlink()
     assert record(folder).state == "no step has finished yet"
 

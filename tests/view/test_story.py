@@ -113,6 +113,16 @@ def test_several_seeds_are_a_mean_with_a_band(tmp_path: Path) -> None:
         assert (mean, low, high) == (pytest.approx(sum(own) / 3), min(own), max(own))
 
 
+def test_the_mean_over_sqrt_kl_is_of_the_same_steps(tmp_path: Path) -> None:
+    """The second run skipped the rollout of step 2, which has no KL."""
+    rows = [{"step": step, "score": float(step), "kl": float(step * step)} for step in (1, 2, 3)]
+    for seed, own in enumerate((rows, [rows[0], {"step": 2, "score": 9.0}, rows[2]])):
+        write_metrics(saved(tmp_path / f"seed{seed}", steps=3), own)
+    plots, _ = curves.main_plots([record(tmp_path / f"seed{seed}") for seed in (0, 1)], ["a", "b"], seeds=True)
+    (mean,) = [line for line in plots[0].lines if not line.faint]
+    assert mean.points == [(1.0, 1.0), (3.0, 3.0)]
+
+
 def test_other_recipes_are_a_line_each_with_a_table_of_fields(tmp_path: Path) -> None:
     runs = [evaluated(tmp_path / "slow" / "run"), evaluated(tmp_path / "fast" / "run", seed=1)]
     saved(runs[1], **{"optim.lr": 0.5})

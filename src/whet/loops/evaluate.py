@@ -20,7 +20,8 @@ def held_out(
     """Return the losses of the objective over all held-out elements, with global counts.
 
     Selections across a mini-batch see `batch` elements at a time. If the elements are rankings or pairs and the objective scores
-    answers (a reward model, or an implicit reward), the numbers of `pair_numbers` over their untied pairs are there too.
+    answers (a reward model, or an implicit reward), the numbers of `pair_numbers` over their untied pairs are there too. Single
+    answers (KTO) have no such pairs.
     """
     parts = [Batch.of(elements[start : start + batch]) for start in range(0, len(elements), batch)]
     terms = objective.terms
@@ -36,7 +37,7 @@ def held_out(
             losses[name] = losses.get(name, 0.0) + value
         now = step.now.get("train", {})
         scores = now.get("score") if "score" in now else answer_scores(terms, {**part.columns, **now})
-        if scores is not None and "target" not in part.columns:
+        if scores is not None and not {"target", "good"} & part.columns.keys():
             ranks = part["rank"] if "rank" in part.columns else part["index"] + 1
             margins += [pair_margins(scores[rows], ranks[rows]) for rows in part.elements()]
     every = torch.cat(margins) if margins else torch.zeros(0)

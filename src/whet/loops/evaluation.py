@@ -147,7 +147,8 @@ class Evaluation:
 
     def _after(self, step: int, total: int, logged: Mapping[str, float]) -> dict[str, float]:
         plan, state = self.plan, self.state
-        numbers = dict(self.learner.workers.broadcast(dict(self.measure(step, state["start"]))))
+        measured = dict(self.measure(step, state["start"]))
+        logged, numbers = self.learner.workers.broadcast((dict(logged), measured))  # all workers must decide the same
         known = {**logged, **numbers}
         if plan.keep_best is not None and self._has(plan.keep_best, "keep_best", step, known):
             value = known[plan.keep_best]
@@ -271,7 +272,7 @@ class Asked:
         named = {f"reward/{name}": (values, scores.where(name)) for name, values in scores.named.items()}
         named |= {f"judge/{name}": (own.answer, own.known()) for name, own in judged.items()}
         for name, (values, applies) in named.items():
-            numbers |= self._of(name, values, applies, start)
+            numbers |= self._of(name, values, applies, start, first=step == 0)
         table: dict[str, list[Any]] = {
             "length": [int(one) for one in lengths.tolist()], "truncated": batch["truncated"].tolist(),
             "kl": [None] * len(total) if each is None else each.tolist(), "score": total.tolist(),
@@ -291,8 +292,11 @@ class Asked:
         seen = self.learner.measure(batch, frozenset({own, "ref_logp"}))
         return masked_sum(seen[own] - seen["ref_logp"], batch["mask"], 1)
 
-    def _of(self, name: str, values: Tensor, applies: Tensor, start: dict[str, Any]) -> dict[str, float]:
-        """Return the mean of one reward or judge, its win rate against the start, and pass@k if its scores are 0 and 1."""
+    def _of(
+        self, name: str, values: Tensor, applies: Tensor, start: dict[str, Any], *, first: bool
+    ) -> dict[str, float]:
+        """Return the mean of one reward or judge, its win rate against the start, and pass@k if its scores are 0 and 1. With `first`
+        these are the scores at the start; one that applied to no answer there has no win rate later."""
         count, short = self.held_out.num_generations, name.partition("/")[2]
         shaped, known = values.double().reshape(-1, count), applies.reshape(-1, count)
         if not bool(known.any()):
@@ -303,7 +307,9 @@ class Asked:
             for k in powers(count):
                 numbers[f"pass@{k}/{short}"] = sum(pass_at(k, count, one) for one in right) / len(right)
         mean = [float(row[own].mean()) if bool(own.any()) else None for row, own in zip(shaped, known, strict=True)]
-        before = start.setdefault(name, mean)
+        if first:
+            start[name] = mean
+        before = start.get(name, [None] * len(mean))
         pairs = [(a, b) for a, b in zip(mean, before, strict=True) if a is not None and b is not None]
         if pairs:
             rate = win_rate(*zip(*pairs, strict=True))  # type: ignore[arg-type]

@@ -172,7 +172,7 @@ _EVERY = (
     Metric("lr/{role}", "learning rate; online: mean over the updates", "-", of=ALL, source="cleanrl: lr"),
     Metric("tokens", "trained tokens of the step; online: tokens that the policy wrote, each counted once", "tokens", of=ALL),
     Metric("tokens_per_second", "tokens / seconds", "tokens per second", "higher", of=ALL, timed=True),
-    Metric("seconds", "duration of the step; offline with its evaluation", "seconds", "lower", of=ALL, timed=True),
+    Metric("seconds", "duration of the step, without its evaluation", "seconds", "lower", of=ALL, timed=True),
     Metric("seconds/eval", "duration of the evaluation after this step", "seconds", of=ALL, when="eval", timed=True),
 )  # fmt: skip
 

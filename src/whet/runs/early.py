@@ -17,7 +17,7 @@ from whet.data.hub import require_datasets
 from whet.data.places import files_of, kind_of
 from whet.data.read import read_rows
 from whet.errors import ModelError, Problems, RecipeError
-from whet.loops.metrics import direction
+from whet.loops.metrics import direction, timed
 from whet.methods import catalogue
 from whet.methods.choices import OPTIONS, PAIR_LOSSES, PLAIN_SLOTS, SINGLE_LOSSES
 from whet.models.code import refuse_code
@@ -184,7 +184,9 @@ def check_evaluation(evaluation: fields.Evaluation) -> None:
         )
     if stop.patience is not None and not own.every:
         raise RecipeError("eval.every: a run that may end early is evaluated between its steps; set it")
-    for metric in (own.keep_best, stop.metric):
+    for name, metric in (("keep_best", own.keep_best), ("early_stop.metric", stop.metric)):
+        if metric is not None and timed(metric):
+            raise RecipeError(f"eval.{name}: {metric} depends on the clock, so no two runs have it equal; name another number")
         if metric is not None and own.greater_is_better is None and direction(metric) is None:
             raise RecipeError(
                 f"eval.greater_is_better: it is not known whether {metric} should be high or low; set it to true or false"

@@ -66,7 +66,7 @@ def following(folder: Path) -> list[str]:
     """Return commands that make sense after the run in a folder, with its paths. A word in capitals is to be filled in.
 
     SFT: look at answers, then train with a reward. Reward models: train a policy against it. Preference and online methods: compare
-    the model with the one that the run started from, under the held-out judge if the run had one.
+    the model with the one that the run started from, on the held-out rows and under the held-out judge if the run had them.
     """
     recipe = read_yaml(folder / "recipe.yaml")
     method, start = str(recipe.get("method")), _path(recipe.get("model", {}).get("path"), "MODEL")
@@ -77,6 +77,7 @@ def following(folder: Path) -> list[str]:
     if method == "reward":
         return [_command("ppo", "--model", start, "--data", data, "--reward", model)]
     if method in {*ONLINE, *ONLINE_PREFERENCE, *PREFERENCE}:
+        data = _path((recipe.get("eval") or {}).get("data"), data)
         return [
             _command("eval", "--model", model, "--against", start, "--data", held_out, "--judge", _judge(recipe), *limit)
         ]
@@ -106,10 +107,11 @@ def _data(recipe: Mapping[str, Any]) -> str:
 
 
 def _judge(recipe: Mapping[str, Any]) -> str:
-    """Return what can judge the answers of a run: its held-out judge, or else its first reward."""
+    """Return what can judge the answers of a run: its held-out judge, or else its first reward. One with options is left out, since
+    the command would lack them."""
     held_out = (recipe.get("eval") or {}).get("judge") or []
     for one in [*held_out, *(recipe.get("reward") or [])]:
         source = _path(one.get("source") if isinstance(one, Mapping) else one, "")
-        if source:
+        if source and not (isinstance(one, Mapping) and one.get("options")):
             return source
     return "JUDGE"

@@ -236,14 +236,16 @@ class Program:
     def __init__(self, link: Link) -> None:
         self.link, self.errors, self.known = link, dict[str, type[BaseException]](), dict[int, Any]()
 
-    def names(self) -> dict[str, Any]:
-        """Return the names of the program. Raises RuntimeError with the name of the error if it could not be run."""
+    def names(self, entry: str = "") -> dict[str, Any]:
+        """Return the names of the program, without those of builtins other than `entry`, the function that is tested. Raises
+        RuntimeError with the name of the error if it could not be run."""
         message = self.link.receive()
         if "error" in message:
             raise RuntimeError(str(message["error"][0]))
         try:
             # a builtin of the program's own would replace one that the tests use
-            names = {str(name): one for name, one in message["names"].items() if name not in dir(builtins)}
+            kept = set(dir(builtins)) - {entry}
+            names = {str(name): one for name, one in message["names"].items() if name not in kept}
             return {name: unpacked(one, self._known) for name, one in names.items()}
         except Exception as error:
             self.link.broken = True
@@ -347,7 +349,7 @@ def test(tests: list[str], entry: str, code: str, *link: int) -> None:
         if program is None:
             execute(code, module)
         else:
-            vars(module).update(program.names())
+            vars(module).update(program.names(entry))
         space |= {name: one for name, one in vars(module).items() if name[:2] != "__"}
     except BaseException as error:
         named = program is not None and isinstance(error, RuntimeError)  # with the name of the program's error

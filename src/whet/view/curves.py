@@ -247,30 +247,31 @@ def _telling(names: Sequence[str]) -> list[str]:
 
 def _path(run: Run, name: str, label: str, color: int) -> Line:
     """Return a number over the square root of the KL of its step, both as trailing means."""
+    return Line(label, list(_by_step(run, name).values()), color, path=True, marked=name.startswith(EVALUATED))
+
+
+def _by_step(run: Run, name: str) -> dict[float, tuple[float, float]]:
+    """Return the points of `_path` by their steps."""
     evaluated = name.startswith(EVALUATED)
     over = "eval/kl" if evaluated and "eval/kl" in run.series else "kl"
     kl = dict(run.points(over, 1 if over == "eval/kl" else run.window))
-    points = [
-        (math.sqrt(max(kl[step], 0.0)), value)
-        for step, value in run.points(name, 1 if evaluated else run.window)
-        if step in kl
-    ]
-    return Line(label, points, color, path=True, marked=evaluated)
+    found = run.points(name, 1 if evaluated else run.window)
+    return {step: (math.sqrt(max(kl[step], 0.0)), value) for step, value in found if step in kl}
 
 
 def _paths(runs: Sequence[Run], name: str, color: int) -> list[Line]:
     label = LABELS.get(name, told(name))
     if len(runs) == 1:
         return [one for one in [_path(runs[0], name, label, color)] if one.points]
-    each = [line for run in runs if (line := _path(run, name, label, color)).points]
-    longest = min((len(one.points) for one in each), default=0)
-    if not longest:
+    each = [points for run in runs if (points := _by_step(run, name))]
+    common = [step for step in (each[0] if each else ()) if all(step in one for one in each)]
+    if not common:
         return []
     mean = [
-        (sum(one.points[i][0] for one in each) / len(each), sum(one.points[i][1] for one in each) / len(each))
-        for i in range(longest)
+        (sum(one[step][0] for one in each) / len(each), sum(one[step][1] for one in each) / len(each))
+        for step in common
     ]
-    return [*(replace(one, path=False, marked=False, faint=True) for one in each), Line(label, mean, color, path=True)]
+    return [*(Line(label, list(one.values()), color, faint=True) for one in each), Line(label, mean, color, path=True)]
 
 
 def _ends(line: Line) -> list[Mark]:

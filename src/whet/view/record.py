@@ -11,6 +11,7 @@ from typing import Any
 from whet.data.files import read_json
 from whet.errors import DataError, WhetError
 from whet.loops import stopped
+from whet.loops.metrics import direction
 from whet.loops.record import read_cautions, read_metrics
 from whet.methods import catalogue
 from whet.view.plots import smoothed
@@ -21,8 +22,6 @@ FILE = re.compile(r"step-(\d{8,10})\.parquet")
 """The names of the files with the answers of a step."""
 LAST = 10**10
 """Larger numbers of steps are damage."""
-LOWER_IS_BETTER = re.compile(r"(.*/)?(loss|nll|perplexity|calibration_error|kl|truncated)|eval/(policy|reward)/\w+/.*")
-"""Numbers of which the lowest is the best: losses, errors, and the drift from the reference."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +124,14 @@ class Run:
             return chosen
         return (self.held_out or ["score" if self.online else "loss"])[0]
 
+    @property
+    def stopped_by(self) -> str:
+        """The name of the number that early stopping looks at."""
+        section = self.recipe.get("eval")
+        early = section.get("early_stop") if isinstance(section, Mapping) else None
+        metric = early.get("metric") if isinstance(early, Mapping) else None
+        return metric if isinstance(metric, str) else self.judged_by
+
     @cached_property
     def best(self) -> int | None:
         """The best step: the one that the run kept, else the one with the best evaluation, else with the best mean of training."""
@@ -135,7 +142,7 @@ class Run:
         points = [one for one in points if one[0] >= self.window or self.judged_by.startswith(EVALUATED)]
         if not points:
             return None
-        pick = min if LOWER_IS_BETTER.fullmatch(self.judged_by) else max
+        pick = min if direction(self.judged_by) == "lower" else max
         return int(pick(points, key=lambda one: one[1])[0])
 
     @property
@@ -165,7 +172,7 @@ class Run:
         if not self.steps:
             return "no step has finished yet"
         if self.ended_early and (self.folder / "model").is_dir():
-            return f"stopped early after {of}: {self.judged_by} no longer improved"
+            return f"stopped early after {of}: {self.stopped_by} no longer improved"
         if (self.folder / "model").is_dir() and (self.planned is None or self.steps >= self.planned):
             return f"finished: {self.steps} step{'' if self.steps == 1 else 's'}"
         return f"not finished: {of} are done; continue it with --resume"

@@ -14,7 +14,7 @@ from whet.rewards.verifiers.base import RIGHT, Verdict, Verifier, blocks, check,
 DEEPEST = 100
 """Largest depth of nested lists and objects."""
 SECONDS = 1.0
-"""Longest time of one `pattern` of a schema on one text."""
+"""Longest time of one regular expression of a schema (`pattern`, `patternProperties`) on one text."""
 
 
 @dataclass(frozen=True)
@@ -181,12 +181,43 @@ def _made(text: str) -> Any:
             except referencing.exceptions.Unresolvable as error:
                 raise ValueError(f"the reference {one['$ref']!r} leads nowhere") from error
 
+    if any("unevaluatedProperties" in one for one in _objects(schema)) and any(
+        "patternProperties" in one for one in _objects(schema)
+    ):
+        raise ValueError("unevaluatedProperties with patternProperties is not supported; use additionalProperties")
+
+    # the package matches with re, which has no limit of time
+    def matches(expression: str, text: str) -> bool:
+        return bool(regex.search(expression, text, timeout=SECONDS))
+
     def pattern(validator: Any, expression: str, instance: Any, _: Any) -> Any:
-        if isinstance(instance, str) and not regex.search(expression, instance, timeout=SECONDS):
+        if isinstance(instance, str) and not matches(expression, instance):
             yield jsonschema.ValidationError("a text does not match its pattern")
 
+    def pattern_properties(validator: Any, patterns: Any, instance: Any, _: Any) -> Any:
+        names = instance if isinstance(instance, dict) else ()
+        for expression, inner in patterns.items():
+            for name in names:
+                if matches(expression, name):
+                    yield from validator.descend(instance[name], inner, path=name, schema_path=expression)
+
+    def additional_properties(validator: Any, allowed: Any, instance: Any, own_schema: Any) -> Any:
+        names, patterns = own_schema.get("properties", {}), own_schema.get("patternProperties", {})
+        for name in instance if isinstance(instance, dict) else ():
+            if name in names or any(matches(one, name) for one in patterns):
+                continue
+            if allowed is False:
+                yield jsonschema.ValidationError("a name that no property allows")
+            else:
+                yield from validator.descend(instance[name], allowed, path=name)
+
     # without a registry the package would load foreign references from the network
-    return jsonschema.validators.extend(kind, {"pattern": pattern})(schema, registry=referencing.Registry())
+    timed = {
+        "pattern": pattern,
+        "patternProperties": pattern_properties,
+        "additionalProperties": additional_properties,
+    }
+    return jsonschema.validators.extend(kind, timed)(schema, registry=referencing.Registry())
 
 
 def _objects(value: Any) -> list[dict[str, Any]]:
