@@ -88,7 +88,11 @@ def demo(seed: int, out: Path) -> None:
 def made() -> dict[str, str]:
     """Return the commit (with "-dirty" if files differ from it), the machine and the day."""
     done = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"], cwd=ROOT, capture_output=True, text=True, check=False
+        ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     info = Path("/proc/cpuinfo")
     names = (
@@ -144,8 +148,20 @@ rankings, without a KL term. It is evaluated every 3 steps by gold on 100 held-o
 `--early-stop 3`.
 
 ![proxy and gold of the over-optimized run](images/proxy_gold.svg)
+
+The first held-out prompts of seed {summaries[0]["seed"]}, not chosen, with the answer of SFT and that of PPO:
+
+SAMPLES
 """
-    return text.replace("TABLE", "\n".join(table(summaries)))
+    return text.replace("TABLE", "\n".join(table(summaries))).replace("SAMPLES", samples(folders[0]))
+
+
+def samples(folder: Path, count: int = 3) -> str:
+    """Return the first held-out prompts of a demo with the answers before and after PPO, as blocks of code in Markdown."""
+    lines = (folder / "answers_ppo.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+    rows = [json.loads(line) for line in lines]
+    texts = [f"{row['prompt']}\n\nSFT: {row['against']}\nPPO: {row['answer']}" for row in rows]
+    return "\n\n".join(f"```text\n{text.replace('```', '')}\n```" for text in texts)
 
 
 def alone(plot: plots.Plot) -> str:
