@@ -88,7 +88,7 @@ TOGETHER: list[tuple[str, dict[str, str | None], list[str]]] = [
         "nowhere: no such model folder", "/nowhere: no such model folder", "sampling.max_new_tokens: the model has 128 positions",
         "n.jsonl: no such file",
     ]),
-    ("dpo", {"reward": None, "max_new_tokens": None, "data": "[p.jsonl, pairs.jsonl, q.jsonl]", "data.eval": "broken.jsonl"}, [
+    ("dpo", {"reward": None, "max_new_tokens": None, "data": "[p.jsonl, pairs.jsonl, q.jsonl]", "eval": "broken.jsonl"}, [
         "p.jsonl:1: field 'chosen' is missing", "q.jsonl:1: field 'prompt' is missing", "broken.jsonl:2: not valid JSON",
     ]),
     ("sample", {"model": "bare", "data": "q.jsonl", "keep": "best", "reward": None, "out": "p.jsonl"}, [
@@ -117,7 +117,7 @@ def test_what_needs_the_tokenizer_is_told_at_once_too(capsys: Any) -> None:
     found = told(capsys, "grpo", words(reward="[{source: rules.py:picky}, {source: ./m}]"))
     assert [one.split(":")[0] for one in found] == ["reward.0", "./m"], found
     assert "level" in found[0]
-    given = words(reward=None, max_new_tokens=None, data="[late.jsonl, p.jsonl]", **{"data.eval": "late.jsonl"})
+    given = words(reward=None, max_new_tokens=None, data="[late.jsonl, p.jsonl]", **{"eval": "late.jsonl"})
     assert told(capsys, "pretrain", given)[0].startswith("late.jsonl:1: field 'text' is missing")
 
 

@@ -83,7 +83,7 @@ def test_renamed_columns_give_the_same_run_from_python_a_recipe_and_the_command_
     recipe = "model: m\noptim: {lr: 1e-3}\ntrain: {num_steps: 2, batch_size: 4}\nout: recipe\n"
     recipe += "data: {train: qa.jsonl, eval: held.jsonl, columns: {prompt: question, completion: answer}}\n"
     Path("r.yaml").write_text(recipe)
-    words = ["--data", "qa.jsonl", "--data.eval", "held.jsonl", "--data.columns.prompt", "question"]
+    words = ["--data", "qa.jsonl", "--eval", "held.jsonl", "--data.columns.prompt", "question"]
     words += ["--data.columns.completion", "answer", "--model", "m", "--lr", "1e-3", "--num-steps", "2"]
     assert command(capsys, "sft", "r.yaml", "--quiet").status == 0
     assert command(capsys, "sft", *words, "--batch-size", "4", "--out", "words", "--quiet").status == 0

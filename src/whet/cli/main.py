@@ -75,7 +75,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(verb: str, recipe: str | None, flags: set[str], fields: dict[str, Any]) -> Any:
     """Run a verb with the public functions of whet and return its result: the run folder, a file, or metrics (eval)."""
     import whet
-    from whet.distributed import first
 
     if verb == "demo":
         from whet.demo.run import demo
@@ -83,11 +82,12 @@ def run(verb: str, recipe: str | None, flags: set[str], fields: dict[str, Any]) 
         return demo(fields)
     if verb in {**OFFLINE, **ONLINE}:
         folder = whet.train(verb, recipe, resume="resume" in flags, quiet="quiet" in flags, **fields)
-        if "quiet" not in flags and first():
-            from whet.runs.summary import following
+        from whet.distributed import first  # torch, which a refusal does not need
+        from whet.runs.summary import following
 
-            more = [shlex.join(["whet", "report", str(folder)])] if "report" in {**OTHERS, **INSPECT} else []
-            say("\n".join(["", "next:", *(f"  {line}" for line in [*following(folder), *more])]), error=True)
+        if "quiet" not in flags and first():
+            lines = [*following(folder), shlex.join(["whet", "report", str(folder)])]
+            say("\n".join(["", "next:", *(f"  {line}" for line in lines)]), error=True)
         return folder
     calls: dict[str, Any] = {"sample": whet.sample, "rank": whet.rank, "eval": whet.evaluate, "serve": whet.serve}
     return calls[verb](recipe, **fields)
