@@ -88,7 +88,11 @@ def demo(seed: int, out: Path) -> None:
 def made() -> dict[str, str]:
     """Return the commit (with "-dirty" if files differ from it), the machine and the day."""
     done = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"], cwd=ROOT, capture_output=True, text=True, check=False
+        ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     info = Path("/proc/cpuinfo")
     names = (

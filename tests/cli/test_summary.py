@@ -50,7 +50,18 @@ RUNS: dict[str, tuple[tuple[object, ...], list[str]]] = {
     "dpo": (("--data", "pairs.jsonl", *SHORT), ["eval"]),
     "ppo": (("--data", "rows.jsonl", "--reward", "judge.py:long", *ONLINE), ["eval"]),
     "grpo": (
-        ("--data", "rows.jsonl", "--eval", "held.jsonl", "--reward", "regex", "--reward.pattern", "a", *ONLINE[:4], *ONLINE[6:]),
+        (
+            "--data",
+            "rows.jsonl",
+            "--eval",
+            "held.jsonl",
+            "--reward",
+            "regex",
+            "--reward.pattern",
+            "a",
+            *ONLINE[:4],
+            *ONLINE[6:],
+        ),
         ["eval"],
     ),
 }

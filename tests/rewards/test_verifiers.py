@@ -283,10 +283,20 @@ def test_a_schema_of_a_column_or_a_file_and_patterns_with_a_limit(tmp_path: Any)
     assert reason(evil, '"' + "a" * 5000 + 'b"') == "a pattern took more than 1 s"
     name = '{"' + "a" * 5000 + 'b": 1}'
     for more in ({}, {"additionalProperties": False}):
-        assert reason(JsonSchema({"patternProperties": {"^(a|aa)+$(?<=x)": {}}} | more), name) == "a pattern took more than 1 s"
-    named = JsonSchema({"properties": {"a": {}}, "patternProperties": {"^x": {"type": "string"}}, "additionalProperties": False})
+        assert (
+            reason(JsonSchema({"patternProperties": {"^(a|aa)+$(?<=x)": {}}} | more), name)
+            == "a pattern took more than 1 s"
+        )
+    named = JsonSchema(
+        {"properties": {"a": {}}, "patternProperties": {"^x": {"type": "string"}}, "additionalProperties": False}
+    )
     texts = ('{"a": 1, "x1": ""}', '{"x": 1}', '{"b": 1}', "[1]")
-    assert [reason(named, text) for text in texts] == ["", "against the schema: type", "against the schema: additionalProperties", ""]
+    assert [reason(named, text) for text in texts] == [
+        "",
+        "against the schema: type",
+        "against the schema: additionalProperties",
+        "",
+    ]
     with pytest.raises(RecipeError, match="unevaluatedProperties with patternProperties"):
         JsonSchema({"unevaluatedProperties": False, "allOf": [{"patternProperties": {}}]}).check("reward.0")
     tree = {"$defs": {"node": {"type": "array", "items": {"$ref": "#/$defs/node"}}}, "$ref": "#/$defs/node"}

@@ -185,7 +185,9 @@ def check_evaluation(evaluation: fields.Evaluation) -> None:
         raise RecipeError("eval.every: a run that may end early is evaluated between its steps; set it")
     for name, metric in (("keep_best", own.keep_best), ("early_stop.metric", stop.metric)):
         if metric is not None and timed(metric):
-            raise RecipeError(f"eval.{name}: {metric} depends on the clock, so no two runs have it equal; name another number")
+            raise RecipeError(
+                f"eval.{name}: {metric} depends on the clock, so no two runs have it equal; name another number"
+            )
         if metric is not None and own.greater_is_better is None and direction(metric) is None:
             raise RecipeError(
                 f"eval.greater_is_better: it is not known whether {metric} should be high or low; set it to true or false"
