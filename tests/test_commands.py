@@ -29,9 +29,11 @@ SHORT = {
 }  # fmt: skip
 """The modules that are run with `python -m`, with the words that make the command short."""
 ELSEWHERE = {
+    "proof.demo_seeds": "tests/demo/test_story.py",
     "proof.soak": "tests/engines/test_cluster.py",
     "benchmarks.pushes": "tests/engines/test_vllm.py",
     "proof.real": ".ci/run (make real-short)",
+    "proof.wheel": ".ci/run (make wheel)",
     "pytest": "make test",
     "pip": "make test",
     "venv": "make test",
@@ -62,7 +64,7 @@ def test_every_module_that_is_named_is_run_by_a_test() -> None:
 
 def test_every_target_that_is_named_exists_and_is_run_by_a_test() -> None:
     known = recipes()
-    assert named(r"`?make ([a-z]+(?:-[a-z]+)*)[` \n]") - {"sure", "it", "an", "a"} <= known.keys()
+    assert named(r"`?make ([a-z]+(?:-[a-z]+)*)[` \n]") - {"sure", "sense", "it", "an", "a"} <= known.keys()
     for target, recipe in known.items():
         modules = re.findall(r"python -m ([a-z_.]+)", recipe)
         assert target in TARGETS or (modules and all(one in SHORT or one in ELSEWHERE for one in modules)), target

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 HOUSE = ROOT / "src" / "whet"
 LAYERS = (
-    ("terminal",), ("errors",), ("registry", "private"), ("ops",), ("data",), ("methods",), ("distributed", "http", "processes"),
+    ("terminal",), ("errors",), ("registry", "private", "extras"), ("ops",), ("data",), ("methods",), ("distributed", "http", "processes"),
     ("models", "calling", "sandbox"),
     ("generate", "rewards", "feedback", "learner", "trackers"), ("cluster",), ("loops",), ("planning", "view"), ("runs",),
     ("demo", "conformance"), ("cli",),

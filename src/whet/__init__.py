@@ -54,7 +54,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The public names that load torch."""
+    """The version, and the public names that load torch."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("whet")
     if name not in _HOME:
         raise AttributeError(f"module 'whet' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

@@ -1,4 +1,4 @@
-"""What engines cannot do is refused by name before any model is loaded; a missing extra is one line with the install command."""
+"""What engines cannot do is refused by name before any model is loaded."""
 
 from pathlib import Path
 from typing import Any
@@ -100,25 +100,6 @@ def test_one_process_cannot_be_two(given: dict[str, Any]) -> None:
         generators.check_generator(
             config.resolve(OnlineRecipe, "ppo", None, [("generator.max_staleness", 1)]), PLAIN, 2
         )
-
-
-MISSING = {
-    "vllm": ({"generator": "vllm"}, r'pip install "whet\[vllm\]"'),
-    "deepspeed": ({"learner": "zero2"}, r'pip install "whet\[deepspeed\]"'),
-    "ray": ({"cluster": "auto"}, r'pip install "whet\[ray\]"'),
-}
-
-
-@pytest.mark.parametrize("name", MISSING)
-def test_a_missing_extra_is_one_line_with_the_install_command(
-    name: str, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for place in ("whet.generate.base", "whet.learner.deepspeed"):
-        monkeypatch.setattr(f"{place}.find_spec", lambda *_: None)
-    changes, said = MISSING[name]
-    with pytest.raises(RecipeError, match=said) as raised:
-        whet.train("reinforce", **{**given, **changes})
-    assert "\n" not in str(raised.value)
 
 
 def test_the_correction_that_is_advised_exists(given: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

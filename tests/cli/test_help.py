@@ -230,11 +230,12 @@ def test_the_short_help_shows_few_options_whose_short_names_are_taken(
 
     assert main([verb, "--help"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]
-    assert 8 <= len(lines) <= 24
+    assert 8 <= len(lines) <= 28
     for line in lines:
         name = line.split()[0].removeprefix("--").replace("-", "_")
         value = {"data": "x", "model": "x", "out": "x", "reward": "f.py:f", "learner": "fsdp", "generator": "vllm",
-                 "chat_template": "plain", "trackers": ["console"]}.get(name, 1)  # fmt: skip
+                 "chat_template": "plain", "trackers": ["console"],
+                 "eval": "x", "keep_best": "eval/loss", "eval.judge": "f.py:f"}.get(name, 1)  # fmt: skip
         config.resolve(kind_of(verb), verb, None, [(name, value)])  # an unknown name would be refused
 
 

@@ -137,7 +137,7 @@ def test_options_that_contradict_each_other_are_told_at_once(capsys: Any) -> Non
 
 def test_what_this_machine_lacks_is_told_with_the_rest(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
-    monkeypatch.setattr("whet.learner.deepspeed.find_spec", lambda name: None)
+    monkeypatch.setattr("whet.extras.installed", lambda name: name == "datasets")
     lacking = {
         "cluster": "auto",
         "trackers": "wandb",

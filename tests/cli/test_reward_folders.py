@@ -167,7 +167,7 @@ def test_separated_embeddings_are_not_sent_to_an_engine_that_shares_them(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """vLLM would drop the head and sample from the embeddings."""
-    monkeypatch.setattr("whet.generate.base.find_spec", lambda *_: True)
+    monkeypatch.setattr("whet.extras.installed", lambda _: True)
     for targets, refused in ((["lm_head"], True), (["embed_tokens", "q_proj"], True), (["q_proj"], False)):
         given = recipe(
             home,

@@ -363,7 +363,7 @@ def written(path: Path, given: list[dict]) -> Path:
     else:
         between = "\t" if ".tsv" in path.suffixes else ","
         text = "".join(between.join(one) + "\n" for one in [list(given[0]), *(list(row.values()) for row in given)])
-    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    path.write_bytes(gzip.compress(text.encode(), mtime=0) if path.suffix == ".gz" else text.encode())
     return path
 
 

@@ -80,8 +80,8 @@ TEXTS = [
     ("jsonl.bz2", b"BZh", [": expected a .jsonl", "unpack"]),
     ("jsonl.gz", b"\x1f\x8b", [": the file cannot be read (Compressed file ended"]),
     ("jsonl.gz", GOOD, [": the file cannot be read (Not a gzipped file"]),
-    ("json.gz", gzip.compress(b"[\n" + GOOD + b",{"), [":3: not valid JSON"]),
-    ("jsonl.gz", gzip.compress(GOOD * 500)[:-20], [": the file cannot be read ("]),
+    ("json.gz", gzip.compress(b"[\n" + GOOD + b",{", mtime=0), [":3: not valid JSON"]),
+    ("jsonl.gz", gzip.compress(GOOD * 500, mtime=0)[:-20], [": the file cannot be read ("]),
     ("tsv", b"prompt\tcompletion\na\tb\nc\n", [":3: the row has another number of fields", "fields with tabs"]),
 ]  # fmt: skip
 

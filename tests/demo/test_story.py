@@ -4,10 +4,12 @@ import json
 import random
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from markupsafe import escape
 
+from proof import demo_seeds
 from whet.cli.main import main
 from whet.demo import world
 from whet.demo.run import with_edit
@@ -28,6 +30,9 @@ def test_the_summary_has_its_fields(story: Path) -> None:
     assert summary["seconds"] > 0
     assert 0 <= summary["reward_model_accuracy"] <= 1
     assert list(summary["models"]) == ["base", "sft", "ppo"]
+    early = summary["early_stopping"]
+    assert early["gold_best"] <= early["gold_top"]
+    assert 0 <= early["best_step"] <= early["stopped_at"] <= 3
     for found in summary["models"].values():
         assert found.keys() == {"gold", "gold_ci", "reward_model", "kl_to_sft", "win_rate_vs_sft", "win_rate_ci"}
         low, high = found["gold_ci"]
@@ -121,3 +126,17 @@ def test_an_edited_answer_has_no_sampled_ids_and_is_complete() -> None:
                 ([7], "length") if same else (None, "stop")
             )
     assert changed > 5
+
+
+def test_the_page_over_seeds_has_the_numbers_and_pictures_of_a_demo(story: Path, tmp_path: Path) -> None:
+    (tmp_path / "1").symlink_to(story)
+    assert demo_seeds.main(["--seeds", "1", "--out", str(tmp_path), "--docs", str(tmp_path / "docs")]) == 0
+    page = (tmp_path / "docs/demo.md").read_text()
+    found = json.loads((story / "summary.json").read_text())
+    gold = [found["models"][name]["gold"] for name in ("sft", "ppo")]
+    assert f"| gold, SFT -> PPO (at most 3) | {gold[0]:.2f} -> {gold[1]:.2f} |" in page
+    assert f"{found['early_stopping']['best_step']} -> {found['early_stopping']['stopped_at']}" in page
+    for name in ("proxy_gold", "terminal"):
+        picture = (tmp_path / f"docs/images/{name}.svg").read_text()
+        ElementTree.fromstring(picture)
+        assert not re.search(r"(?:href|src)=|url\((?!#)|@import|@font-face", picture)

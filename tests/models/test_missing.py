@@ -64,7 +64,7 @@ def closed(model: Any, ids: Tensor) -> Tensor:
 def test_every_column_is_of_the_distribution_over_tokens(
     head: str, packed: bool, workspace: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("linear_logprobs", "linear_collision", "linear_kl"):
+    for name in ("linear_tokens", "linear_collision", "linear_kl"):
         monkeypatch.setattr(readers, name, partial(getattr(readers, name), workspace=workspace))
     own, reference = role(HEADS[head](0)), role(HEADS[head](1), "reference")
     with torch.no_grad():

@@ -7,8 +7,9 @@ import resource
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -24,12 +25,20 @@ from whet.sandbox import outside
 OPTIONS = UnitTests(cpu_time=1.0, timeout=30.0, memory=256)
 
 
+def open_to_all(folder: Path, mode: int) -> None:
+    """Let every user read a temporary folder and those above it, which pytest makes for one user."""
+    root = Path(tempfile.gettempdir()).resolve()
+    for one in (folder, *folder.parents):
+        if one.resolve() == root or root not in one.resolve().parents:
+            break
+        one.chmod(mode)
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("outside")
     (folder / "secret").write_text("secret")
-    for one in (folder, *list(folder.parents)[:2]):
-        one.chmod(0o777)
+    open_to_all(folder, 0o777)
     (folder / "secret").chmod(0o666)
     victim = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as abstract:
@@ -58,6 +67,24 @@ def judged(row: tuple[str, str, str, str], place: dict[str, Any]) -> tuple[str, 
     return name, verdict.score, verdict.reason
 
 
+def settles(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
+    """Whether a condition holds within some seconds. Another test process may be using sandboxes at the same time."""
+    until = time.monotonic() + seconds
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.1)
+    return condition()
+
+
+def children() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
+
+
+def confined() -> list[psutil.Process]:
+    """The processes of users without rights."""
+    found = [(one, one.info["uids"]) for one in psutil.process_iter(["uids"])]
+    return [one for one, uids in found if uids and 60_000 <= uids.real < 65_000]
+
+
 def listing(folder: str) -> list[tuple[str, float, int]]:
     return sorted((str(one), one.stat().st_mtime, one.stat().st_mode) for one in Path(folder).rglob("*"))
 
@@ -70,7 +97,7 @@ def test_hostile_programs_score_0_with_their_reason_and_nothing_outside_changes(
     assert outside.found_abilities() == outside.Abilities(True, True, True), (
         "this machine confines programs less than CI's"
     )
-    before = listing(place["OUTSIDE"])
+    before, family = listing(place["OUTSIDE"]), children()
     began = resource.getrusage(resource.RUSAGE_CHILDREN)
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda row: judged(row, place), HOSTILE))
@@ -87,20 +114,17 @@ def test_hostile_programs_score_0_with_their_reason_and_nothing_outside_changes(
     for server in place["servers"]:
         with pytest.raises(TimeoutError):
             server.accept()
-    assert psutil.Process().children(recursive=True) == [psutil.Process(place["VICTIM"])]
-    strays = [
-        one for one in psutil.process_iter(["uids"]) if one.info["uids"] and 60_000 <= one.info["uids"].real < 65_000
-    ]
-    assert not strays
+    assert children() <= family
+    assert settles(lambda: not confined())
     assert run("def f(x): return x * x", ["assert f(2) == 4"]).score == 1.0
 
 
 def test_processes_of_a_program_are_killed_at_once_at_its_end(place: dict[str, Any]) -> None:
     daemon = "import os, time\nif not os.fork():\n    os.setsid()\n    time.sleep(20)\nprint('right')"
-    began = time.monotonic()
+    began, family = time.monotonic(), children()
     assert run(daemon, [{"input": "", "output": "right"}]).score == 1.0
-    assert time.monotonic() - began < 10
-    assert psutil.Process().children(recursive=True) == [psutil.Process(place["VICTIM"])]
+    assert time.monotonic() - began < 15
+    assert children() <= family
 
 
 def test_pairs_of_one_answer_do_not_meet_processes_of_the_last_one() -> None:
@@ -162,8 +186,7 @@ def test_landlock_and_seccomp_confine_where_there_are_no_namespaces(place: dict[
     code = ALONE.format(
         path=[one for one in sys.path if one and not one.startswith(sys.base_prefix)], head=head, names=list(WITHOUT)
     )
-    for one in (tmp_path, *list(tmp_path.parents)[:2]):
-        one.chmod(0o755)
+    open_to_all(tmp_path, 0o755)
     python, mounted = tmp_path / "python", ""
     python.mkdir()
     own = Path(getattr(sys, "_base_executable", sys.executable)).resolve().relative_to(Path(sys.base_prefix).resolve())

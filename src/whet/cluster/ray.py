@@ -1,6 +1,5 @@
 """Connection to Ray: to a running cluster, or to one that is started on loopback for this run only."""
 
-import importlib.util
 import logging
 import math
 import os
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from whet.errors import RecipeError, first_line
+from whet.extras import require as require_packages
 from whet.private import private_folder, remove_owned, user
 from whet.terminal import caution
 
@@ -78,8 +78,7 @@ def _joined(given: Mapping[str, Any], where: str) -> Iterator[None]:
 
 def require() -> None:
     """Raise RecipeError if Ray is not installed."""
-    if importlib.util.find_spec("ray") is None:
-        raise RecipeError('cluster.address: ray is not installed; pip install "whet[ray]"')
+    require_packages("cluster.address: a cluster", "ray")
 
 
 def there(what: str) -> float:

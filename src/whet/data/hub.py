@@ -7,6 +7,7 @@ from typing import Any
 
 from whet.data.places import Named, missing, named
 from whet.errors import DataError, first_line
+from whet.extras import require
 
 
 def dataset_rows(source: str, *, streaming: bool = False) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -19,11 +20,9 @@ def dataset_rows(source: str, *, streaming: bool = False) -> Iterator[tuple[str,
     name = named(source)
     if name.folder is None:
         _refuse_path(source, name.path)
-    try:
-        import datasets
-    except ImportError as error:
-        what = "a saved dataset" if name.folder is not None else "no such file; for a dataset by name"
-        raise DataError(f"{source}: {what} needs the library datasets: install whet[datasets]") from error
+    require_datasets(source)
+    import datasets
+
     try:
         rows = iter(_saved(source, name, datasets) if name.saved else _loaded(name, datasets, streaming))
     except DataError:
@@ -44,6 +43,12 @@ def dataset_rows(source: str, *, streaming: bool = False) -> Iterator[tuple[str,
         if row is None:
             return
         yield f"{source}:{number}", row
+
+
+def require_datasets(source: str) -> None:
+    """Raise DataError if the library that reads a source is not installed."""
+    what = "a dataset by name (there is no such file)" if named(source).folder is None else "a saved dataset"
+    require(f"{source}: {what}", "datasets", raises=DataError)
 
 
 def _loaded(name: Named, datasets: Any, streaming: bool) -> Any:

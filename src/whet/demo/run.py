@@ -30,7 +30,7 @@ ANSWER = 56
 """maximum length of an answer in tokens"""
 PATIENCE = 3
 """number of evaluations without improvement after which the run with early stopping ends"""
-SMALL = 400
+SMALL = 150
 """number of rankings for the reward model that is over-optimized"""
 QUICK_SIZES = world.Sizes(320, 40, 320, 40, 64, 32, 64, 32)
 """rows of the world for `quick`, which only tests that everything runs"""

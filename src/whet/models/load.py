@@ -3,13 +3,13 @@
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from whet.errors import ModelError, first_line
+from whet.extras import require
 from whet.models import saved_adapters
 from whet.models.code import refuse_code
 from whet.models.finite import check_finite
@@ -353,8 +353,7 @@ def check_four_bit(device: torch.device) -> None:
         raise ModelError(
             "model.quantize: a 4-bit base needs a GPU, and this machine has none; set it to none (LoRA works on CPU)"
         )
-    if find_spec("bitsandbytes") is None:
-        raise ModelError("model.quantize: a 4-bit base needs bitsandbytes; install whet[quantize]")
+    require("model.quantize: a base in 4 bits", "accelerate", "bitsandbytes", raises=ModelError)
 
 
 def _four_bit(device: torch.device) -> Any:

@@ -13,6 +13,7 @@ from whet.calling.state import restored
 from whet.data.fields import check_fields
 from whet.data.files import read_json
 from whet.data.forms import check_names
+from whet.data.hub import require_datasets
 from whet.data.places import files_of, kind_of
 from whet.data.read import read_rows
 from whet.errors import ModelError, Problems, RecipeError
@@ -398,6 +399,7 @@ def _peek(
     library loads is read later."""
     files = files_of(source)
     if files is None and not source.startswith((".", "/", "~")) and not Path(source.partition(":")[0]).suffix:
+        require_datasets(source)
         return
     whole = [one for one in files or [] if kind_of(one) not in (".jsonl", ".parquet") and one.is_file()]
     if any(one.stat().st_size > MOST for one in whole):

@@ -43,6 +43,7 @@ def _win_rates(recipe: fields.EvalRecipe) -> dict[str, float]:
     judged = (one.source for one in recipe.judge if rewards.is_model(one.source))
     models.check_code(recipe.model, recipe.model.path, recipe.against, *judged)
     tokenizer, chat = models.tokenizer_and_chat(recipe.model, recipe.sampling)
+    sample.check_generator(recipe, chat)
     prompts = sample.prompts_of(recipe.model, recipe.data, chat, recipe.sampling)
     judges = rewards.judges(recipe, tokenizer, prompts)
     other_tokenizer, other_chat = models.tokenizer_and_chat(replace(recipe.model, path=recipe.against), recipe.sampling)

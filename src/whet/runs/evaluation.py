@@ -1,4 +1,4 @@
-"""Evaluation while training: check its options, and build its plan and its judges from the recipe."""
+"""Evaluation while training: build its plan and its judges from the recipe, and check the judges."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -264,7 +264,7 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Processes on a Ray cluster. Needs whet[ray]."""
+    """Processes on a Ray cluster. Needs the package ray (the extra `ray`)."""
 
     address: str | None = None
     """"auto" connects to a running Ray cluster, or starts one here; or host:port; default: no cluster"""
@@ -306,7 +306,7 @@ class OfflineRecipe:
     threads: Annotated[int, msgspec.Meta(ge=0, le=MOST_THREADS)] = 0
     """CPU threads; 0 keeps the default of torch"""
     trackers: list[Any] = field(default_factory=list)
-    """console, tensorboard, wandb, trackio, mlflow, ... (needs whet[trackers]), "mine.py:Tracker", or {name: ..., options}"""
+    """console, tensorboard, wandb, trackio, mlflow, ... (the extra `trackers` of whet), "mine.py:Tracker", or {name: ..., options}"""
 
 
 @dataclass(frozen=True)
@@ -462,7 +462,7 @@ class OnlineRecipe:
     threads: Annotated[int, msgspec.Meta(ge=0, le=MOST_THREADS)] = 0
     """CPU threads; 0 keeps the default of torch"""
     trackers: list[Any] = field(default_factory=list)
-    """console, tensorboard, wandb, trackio, mlflow, ... (needs whet[trackers]), "mine.py:Tracker", or {name: ..., options}"""
+    """console, tensorboard, wandb, trackio, mlflow, ... (the extra `trackers` of whet), "mine.py:Tracker", or {name: ..., options}"""
 
 
 @dataclass(frozen=True)
@@ -541,7 +541,7 @@ class EvalRecipe:
 
 @dataclass(frozen=True)
 class ServeRecipe:
-    """Recipe of serve: a vLLM server that takes weights. Needs whet[vllm]."""
+    """Recipe of serve: a vLLM server that takes weights. Needs the package vllm (the extra `vllm`)."""
 
     model: Frozen = Frozen()
     port: Annotated[int, msgspec.Meta(ge=0, le=65535)] | None = None

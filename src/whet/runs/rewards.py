@@ -176,6 +176,7 @@ def check_rewards(recipe: fields.OnlineRecipe, tokenizer: Any, prompts: Sequence
 def check_scorer(where: str, path: str, recipe: fields.OnlineRecipe, tokenizer: Any, prompts: Sequence[Prompt]) -> None:
     """Raise ModelError if a folder contains no reward model, RecipeError if the longest prompt with an answer has more tokens than
     it has positions. Without prompts, which could not be read, the second is left out."""
+    _check_name(path, where)
     _check_scorer(path, recipe.model)
     if not prompts:
         return
@@ -240,11 +241,7 @@ def judge_of(
 
 def judges(recipe: fields.EvalRecipe, tokenizer: Any, prompts: Sequence[Prompt]) -> list[Weighted]:
     """Build the judges of an evaluation, and check that the functions take the columns of the prompts."""
-    budget = recipe.max_tokens_per_micro_batch
-    found = [
-        reward(one.source, recipe.model, tokenizer, budget, one.options, f"judge.{number}", one.name)
-        for number, one in enumerate(recipe.judge)
-    ]
+    found = all_of(recipe.judge, recipe.model, tokenizer, recipe.max_tokens_per_micro_batch, "judge")
     check_columns(found, prompts, "judge")
     return distinct(found)
 
@@ -295,6 +292,20 @@ def reward(
     refuse_options(options, where)
     chat, same = own_chat(source, model, tokenizer)
     return Weighted(name, ModelReward(reward_role(source, model, name), chat, same=same, budget=budget))
+
+
+def all_of(
+    given: Sequence[fields.RewardSpec | fields.JudgeSpec], model: fields.Frozen, tokenizer: Any, budget: int, where: str
+) -> list[Weighted]:
+    """Build rewards in this process, in the order in which they are given. The reward models are loaded after all others are
+    built, so that a wrong option or a missing package is told early. See `reward` for the arguments."""
+    found: dict[int, Weighted] = {}
+    for number in sorted(range(len(given)), key=lambda number: is_model(given[number].source)):
+        one = given[number]
+        found[number] = reward(
+            one.source, model, tokenizer, budget, one.options, f"{where}.{number}", getattr(one, "name", None)
+        )
+    return [found[number] for number in range(len(given))]
 
 
 def name_of(source: str) -> str:

@@ -38,13 +38,10 @@ def run_sample(recipe: fields.SampleRecipe) -> Path:
     out = early.out_file(recipe.out, "sample")
     early.check_keep(recipe)
     tokenizer, chat = models.tokenizer_and_chat(recipe.model, recipe.sampling)
-    budget, sources = recipe.max_tokens_per_micro_batch, list(enumerate(recipe.reward))
-    found = [
-        rewards.reward(one.source, recipe.model, tokenizer, budget, one.options, f"reward.{number}")
-        for number, one in sources
-    ]
+    check_generator(recipe, chat)
+    found = rewards.all_of(recipe.reward, recipe.model, tokenizer, recipe.max_tokens_per_micro_batch, "reward")
     scorers = rewards.distinct(
-        [replace(one, weight=spec.weight) for one, (_, spec) in zip(found, sources, strict=True)]
+        [replace(one, weight=spec.weight) for one, spec in zip(found, recipe.reward, strict=True)]
     )
     questions = prompts_of(recipe.model, recipe.data, chat, recipe.sampling)
     rewards.check_columns(scorers, questions)
@@ -109,15 +106,19 @@ def prompts_of(model: fields.Frozen, rows: fields.Rows, chat: Chat, sampling: Sa
     return data.rows_of(rows, data.cautioned(reader.prompts, chat))
 
 
+def check_generator(recipe: fields.SampleRecipe | fields.EvalRecipe, chat: Chat) -> None:
+    """Raise an error if this machine lacks what the model or the generator of a recipe needs. Call it before models are loaded."""
+    models.check_machine(recipe.model)
+    generators.chosen_of(recipe).check(generators.context_of(recipe, chat))
+
+
 def generator_of(
     recipe: fields.SampleRecipe | fields.EvalRecipe, tokenizer: Any, chat: Chat, prompts: Sequence[Prompt]
 ) -> Generator:
     """Build the generator of a recipe for these prompts."""
     role = partial(models.causal_role, "policy", recipe.model, tokenizer, trained=False, seed=0)
     longest = max(len(one.ids) for one in prompts) + recipe.sampling.max_new_tokens
-    context = generators.context_of(recipe, chat, role=role, longest=longest)
-    generators.chosen_of(recipe).check(context)
-    return generators.built(recipe, context)
+    return generators.built(recipe, generators.context_of(recipe, chat, role=role, longest=longest))
 
 
 def threads(count: int) -> None:

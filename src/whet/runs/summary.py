@@ -71,6 +71,7 @@ def following(folder: Path) -> list[str]:
     recipe = read_yaml(folder / "recipe.yaml")
     method, start = str(recipe.get("method")), _path(recipe.get("model", {}).get("path"), "MODEL")
     data, model = _data(recipe), str(folder / "model")
+    held_out = (recipe.get("eval") or {}).get("data") or data
     length = (recipe.get("sampling") or {}).get("max_new_tokens", 64)
     limit = ["--max-new-tokens", str(length)]
     if method == "reward":
@@ -78,7 +79,7 @@ def following(folder: Path) -> list[str]:
     if method in {*ONLINE, *ONLINE_PREFERENCE, *PREFERENCE}:
         data = _path((recipe.get("eval") or {}).get("data"), data)
         return [
-            _command("eval", "--model", model, "--against", start, "--data", data, "--judge", _judge(recipe), *limit)
+            _command("eval", "--model", model, "--against", start, "--data", held_out, "--judge", _judge(recipe), *limit)
         ]
     sample = ["sample", "--model", model, "--data", data, *limit, "--out", f"{folder}-answers.jsonl"]
     ppo = ["ppo", "--model", model, "--data", data, "--reward", "REWARD"]

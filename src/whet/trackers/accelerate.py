@@ -8,27 +8,15 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 from whet.errors import RecipeError
+from whet.extras import REQUIREMENTS, command, installed, require
 from whet.registry import told
 from whet.terminal import to_standard_error, visible
 from whet.trackers.base import RunInfo
 from whet.trackers.system import System
 
-PACKAGES: Mapping[str, tuple[str, str]] = {
-    "aim": ("aim", "aim"),
-    "clearml": ("clearml", "clearml"),
-    "comet_ml": ("comet_ml", "comet-ml"),
-    "dvclive": ("dvclive", "dvclive"),
-    "mlflow": ("mlflow", "mlflow-skinny sqlalchemy alembic"),
-    "swanlab": ("swanlab", "swanlab"),
-    "tensorboard": ("tensorboard", "tensorboard"),
-    "trackio": ("trackio", "trackio"),
-    "wandb": ("wandb", "wandb"),
-}
-"""For each tracker the module that it needs, and what to install."""
 SETTINGS: Mapping[str, Mapping[str, str]] = {"wandb": {"WANDB_CONSOLE": "off"}}
 """Environment variables of trackers that are set if they are not: W&B would record every frame of the live view."""
 
@@ -128,7 +116,7 @@ class AccelerateTracker:
 
         file = f"{kind}/step-{step:08d}.json"
         columns = {name: [row[name] for row in rows] for name in rows[0]}
-        if find_spec("pandas") is not None:
+        if installed("pandas"):
             mlflow.log_table(columns, file)
         else:
             mlflow.log_dict({"columns": list(columns), "data": [list(row.values()) for row in rows]}, file)
@@ -182,19 +170,15 @@ def literal(value: Any) -> str:
 
 def check(options: Options, context: Any) -> None:
     """Raise RecipeError if accelerate or the package of the tracker named `context` is not installed or cannot be imported."""
-    module, install = PACKAGES[str(context)]
-    for package, name in (("accelerate", "accelerate"), (module, install)):
-        if find_spec(package) is None:
-            raise RecipeError(
-                f"trackers: {context} needs the package {package}, which is not installed; pip install {name}"
-            )
+    module = str(context)
+    require(f"trackers: {module}", "accelerate", module)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             importlib.import_module(module)
     except (Exception, SystemExit) as error:
         raise RecipeError(
-            f"trackers: {context}: importing {module} failed with {told(error)}; pip install --upgrade {install}"
+            f"trackers: {module}: importing it failed with {told(error)}; {command(*REQUIREMENTS[module], upgrade=True)}"
         ) from error
 
 

@@ -5,7 +5,6 @@ import re
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -14,9 +13,6 @@ from whet.data import Group, Prompt
 from whet.errors import RecipeError, RewardError
 from whet.rewards.base import Scores, columns_of
 from whet.terminal import caution
-
-INSTALL = 'pip install "whet[verifiers]"'
-"""The command that installs the optional packages of all ready-made rewards."""
 
 
 @dataclass(frozen=True)
@@ -154,12 +150,6 @@ def check_accepted(value: Any, where: str) -> None:
         accepted(value, where)
     except RewardError as error:
         raise RecipeError(str(error)) from error
-
-
-def need(module: str, package: str, where: str) -> None:
-    """Raise RecipeError with the command that installs an optional package, if it is not installed."""
-    if find_spec(module) is None:
-        raise RecipeError(f"{where}: it needs the package {package}, which is not installed; install it with {INSTALL}")
 
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from whet.errors import RecipeError, RewardError
-from whet.rewards.verifiers.base import RIGHT, Verdict, Verifier, blocks, check, make, need
+from whet.extras import require
+from whet.rewards.verifiers.base import RIGHT, Verdict, Verifier, blocks, check, make
 
 DEEPEST = 100
 """Largest depth of nested lists and objects."""
@@ -41,7 +42,7 @@ class JsonSchema(Verifier):
 
     def check(self, where: str) -> None:
         """See `Verifier.check`."""
-        need("jsonschema", "jsonschema", where)
+        require(f"{where}: json_schema", "jsonschema")
         if (self.schema is None) == (self.column is None):
             raise RecipeError(f"{where}: which schema? give one of schema and column")
         if self.schema is not None:

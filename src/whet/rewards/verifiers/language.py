@@ -8,8 +8,9 @@ from functools import cache
 from typing import Any, Literal
 
 from whet.errors import RecipeError
+from whet.extras import require
 from whet.methods.options import NotNegativeInt
-from whet.rewards.verifiers.base import RIGHT, Verdict, Verifier, check, make, need
+from whet.rewards.verifiers.base import RIGHT, Verdict, Verifier, check, make
 
 CODE = re.compile(r"^[ \t]*(```|~~~).*?(^[ \t]*\1|\Z)|`[^`\n]*`|https?://\S+", re.MULTILINE | re.DOTALL)
 """What has no language: fenced and inline code, and addresses."""
@@ -39,7 +40,7 @@ class Language(Verifier):
 
     def check(self, where: str) -> None:
         """See `Verifier.check`."""
-        need("py3langid", "py3langid", where)
+        require(f"{where}: language", "py3langid")
         known = sorted(_identifier().labels)
         if self.language not in known:
             code = self.language.lower()[:2]  # of "en-US" and "English"

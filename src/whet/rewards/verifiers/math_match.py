@@ -10,8 +10,9 @@ from typing import Any, Literal
 from whet.calling.child import itself
 from whet.calling.process import Child, sendable
 from whet.errors import RecipeError, RewardError
+from whet.extras import require
 from whet.methods.options import Count, Seconds
-from whet.rewards.verifiers.base import RIGHT, Verdict, Verifier, accepted, boxed, check, check_accepted, make, need
+from whet.rewards.verifiers.base import RIGHT, Verdict, Verifier, accepted, boxed, check, check_accepted, make
 
 LONGEST = 2000
 """Most characters of an expression; longer ones score 0."""
@@ -41,7 +42,7 @@ class MathMatch(Verifier):
 
     def check(self, where: str) -> None:
         """See `Verifier.check`."""
-        need("math_verify", "math-verify", where)
+        require(f"{where}: math_match", "math_verify")
 
     def check_value(self, value: Any, where: str) -> None:
         """See `Verifier.check_value`. A right answer that is too long is refused."""

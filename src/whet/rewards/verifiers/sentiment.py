@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
+from whet.extras import require
 from whet.methods.options import Count
-from whet.rewards.verifiers.base import Verdict, Verifier, check, make, need
+from whet.rewards.verifiers.base import Verdict, Verifier, check, make
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Sentiment(Verifier):
 
     def check(self, where: str) -> None:
         """See `Verifier.check`."""
-        need("vaderSentiment", "vaderSentiment", where)
+        require(f"{where}: sentiment", "vaderSentiment")
 
     def verdict(self, completion: str, row: Mapping[str, Any]) -> Verdict:
         """See `Verifier.verdict`."""
