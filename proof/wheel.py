@@ -119,7 +119,8 @@ def check(place: Place) -> None:
     count, *files = place.run("python", "-c", MODULES).split("\n")
     foreign = [one for one in files if one and Path(one).is_relative_to(ROOT)]
     expect(not foreign, f"imported from the checkout: {foreign[:3]}")
-    expect(int(count) == len([one for one in tracked() if re.fullmatch(r"src/whet/.*\.py", one)]) - 2, "modules")
+    modules = [one for one in tracked() if re.fullmatch(r"src/whet/.*\.py", one)]
+    expect(int(count) == len(modules) - 2, f"{count} modules imported")  # without whet itself and __main__
     place.run("whet", "demo", "--quick", "--out", "demo")
     page, numbers = place.away / "demo" / "report.html", json.loads((place.away / "demo" / "summary.json").read_text())
     expect(page.stat().st_size > 10_000 and "</html>" in page.read_text(), "the report of the demo is not whole")

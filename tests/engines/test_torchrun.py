@@ -146,6 +146,32 @@ def test_a_run_of_two_workers_has_the_numbers_and_tokens_of_one_process(place: P
         assert float((value - weights(place / "one")[name]).abs().max()) < 1e-5
 
 
+LAME = """
+import os
+from whet.rewards import Scores
+import torch
+
+class Judge:
+    calls = 0
+
+    def score(self, groups):
+        self.calls += 1
+        if self.calls == 2 and os.environ.get("RANK") == "1":
+            raise RuntimeError("on one worker alone")
+        return Scores(torch.ones(sum(len(group.samples) for group in groups)))
+"""
+
+
+@pytest.mark.long
+def test_a_judge_that_fails_on_one_worker_ends_all_of_them_and_loses_no_step(place: Path) -> None:
+    (place / "lame.py").write_text(LAME)
+    given = [one.replace("reward.py:words", "lame.py:Judge") for one in ppo(place, "lame")]
+    said = ended(started([one.replace("eval/judge/words", "eval/judge/Judge") for one in given]))
+    assert said.count("on one worker alone") == 2, said[-3000:]
+    assert [row["step"] for row in metrics(place / "lame")] == [0, 1, 2]
+    assert (place / "lame/checkpoints/step-00000002").is_dir()
+
+
 @pytest.mark.long
 def test_sft_of_two_workers_has_the_numbers_of_one_process(place: Path) -> None:
     assert main(sft(place, "sft-one")) in (0, None)

@@ -98,6 +98,11 @@ def test_nan_is_no_improvement(tmp_path: Path) -> None:
     assert [row.get("eval/best_step") for row in go(one, 4)] == [None, 1, 1, 3, 3]
 
 
+def test_no_run_ends_before_its_first_step(tmp_path: Path) -> None:
+    one = evaluation(tmp_path, [math.nan, 1.0, 2.0], metric="eval/score", patience=1)
+    assert len(go(one, 2)) == 3
+
+
 def test_patience_that_ends_with_the_last_step_does_not_end_it_early(tmp_path: Path) -> None:
     one = evaluation(tmp_path, [1.0, 0.0, 0.0], metric="eval/score", patience=2)
     assert not any("eval/stopped_early" in row for row in go(one, 2))
@@ -136,6 +141,20 @@ def test_a_number_that_is_not_logged_is_refused_by_name(tmp_path: Path) -> None:
     late.numbers(1, 1, {"score": 1.0})
     with pytest.raises(RecipeError, match="'mine'"):
         late.raise_failure()
+
+
+def test_a_number_that_is_missing_in_one_evaluation_is_no_improvement(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A judge may apply to no answer of an evaluation. The run goes on: a resume would find the same."""
+    one = evaluation(tmp_path, [0.1, 0.2, 0.3], keep_best="eval/score", metric="eval/score", patience=2)
+    found = one.measure
+    one.measure = lambda step, start: {} if step == 1 else found(step, start)
+    rows = [one.numbers(step, 3, {}) for step in range(3)]
+    one.raise_failure()
+    assert [row["eval/best_step"] for row in rows] == [0, 0, 2]
+    assert one.state["waited"] == 0
+    assert "step 1: eval/score is not logged in this evaluation" in capsys.readouterr().err
 
 
 def test_the_best_model_of_a_step_that_no_checkpoint_has_is_dropped_on_resume(tmp_path: Path) -> None:

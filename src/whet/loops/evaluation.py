@@ -119,7 +119,7 @@ class Evaluation:
     def start(self, step: int, total: int) -> dict[str, float]:
         """Evaluate before the first step of a run, and after a step whose evaluation failed before the run was resumed. Log the
         numbers and return them, {} if no evaluation is due. Raises RewardError if a reward or judge fails, RecipeError if
-        `keep_best` or the number of early stopping is not logged."""
+        `keep_best` or the number of early stopping has never been logged."""
         if not self.due(step, total):
             return {}
         found = self.numbers(step, total, self.run.line(step))
@@ -150,38 +150,45 @@ class Evaluation:
         measured = dict(self.measure(step, state["start"]))
         logged, numbers = self.learner.workers.broadcast((dict(logged), measured))  # all workers must decide the same
         known = {**logged, **numbers}
-        if plan.keep_best is not None and self._has(plan.keep_best, "keep_best", step, known):
-            value = known[plan.keep_best]
+        value = self._value(plan.keep_best, "keep_best", step, known, state["best_step"] >= 0)
+        if plan.keep_best is not None and value is not None:
             first = state["best_step"] < 0 and not math.isnan(value)
             if first or (state["best_step"] >= 0 and self._better(plan.keep_best, value, state["best"], 0.0)):
                 state["best_step"], state["best"] = step, value
                 self._write(step)
         if plan.keep_best is not None and state["best_step"] >= 0:
             numbers[f"{PREFIX}best_step"] = float(state["best_step"])
-        if plan.patience is not None and plan.metric is not None and self._has(plan.metric, "early_stop", step, known):
-            value = known[plan.metric]
+        metric = plan.metric if plan.patience is not None else None
+        value = self._value(metric, "early_stop", step, known, state["seen"])
+        if plan.patience is not None and metric is not None and value is not None:
             first = not state["seen"] and not math.isnan(value)
-            if first or (state["seen"] and self._better(plan.metric, value, state["reached"], plan.min_delta)):
+            if first or (state["seen"] and self._better(metric, value, state["reached"], plan.min_delta)):
                 state["seen"], state["reached"], state["waited"] = True, value, 0
             else:
                 state["waited"] += 1
-            if state["waited"] >= plan.patience and step < total:
+            if state["waited"] >= plan.patience and 0 < step < total:
                 state["stopped"] = True
                 numbers[f"{PREFIX}stopped_early"] = 1.0
                 self.run.caution(
-                    f"step {step}: {plan.metric} has not improved in {plan.patience} evaluations (it is {value:.4g}, and was "
+                    f"step {step}: {metric} has not improved in {plan.patience} evaluations (it is {value:.4g}, and was "
                     f"{state['reached']:.4g}); the run ends here (eval.early_stop)",
                     step,
                 )
         state["at"] = step
         return numbers
 
-    def _has(self, name: str, option: str, step: int, known: Mapping[str, float]) -> bool:
-        """Return True if the number is known. At step 0 only the numbers of an evaluation are."""
-        if name in known:
-            return True
+    def _value(self, name: str | None, option: str, step: int, known: Mapping[str, float], seen: bool) -> float | None:
+        """Return the number `name`, None without a name. At step 0 only the numbers of an evaluation are known. One that was `seen`
+        before and is missing now, such as the score of a judge that applies to no answer, is NaN."""
+        if name is None or name in known:
+            return None if name is None else known[name]
         if step == 0 and not name.startswith(PREFIX):
-            return False
+            return None
+        if seen:
+            self.run.caution(
+                f"step {step}: {name} is not logged in this evaluation (eval.{option}); it is no improvement", step
+            )
+            return math.nan
         some = sorted(one for one in known if one.startswith(PREFIX)) or sorted(known)
         raise RecipeError(f"eval.{option}: no number {name!r} is logged; known are {', '.join(some)}")
 

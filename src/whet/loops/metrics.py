@@ -181,8 +181,8 @@ _EVALUATION = (
            shown=True),
     Metric("eval/reward/{name}", "mean of a training reward over these answers", "score", "higher"),
     Metric("eval/judge/{name}", "mean of a judge's score over these answers; training never sees it", "score", "higher", shown=True),
-    Metric("eval/win_rate/{name}", "share of the prompts where the answer has a higher score than the answer at the start of the "
-           "run, a tie counts one half", "share", "higher", shown=True),
+    Metric("eval/win_rate/{name}", "share of the prompts whose mean score of its answers is higher than at the start of the run, "
+           "a tie counts one half", "share", "higher", shown=True),
     Metric("eval/win_rate_low/{name}", "lower end of the 95 % bootstrap interval of eval/win_rate", "share", "higher"),
     Metric("eval/win_rate_high/{name}", "upper end of the 95 % bootstrap interval of eval/win_rate", "share", "higher"),
     Metric("eval/kl", "mean over these answers of sum_t log pi(y_t) - log pi_ref(y_t): KL(policy || reference)", "nats per answer",
@@ -195,8 +195,8 @@ _EVALUATION = (
     Metric("eval/{role}/train/{term}", "loss of one term over the held-out rows", "-", "lower", of=OFFLINE),
     Metric("eval/accuracy", "share of the held-out pairs that are ordered correctly, a tie counts one half", "share", "higher",
            of=("reward", "pairs"), shown=True),
-    Metric("eval/margin", "mean over the held-out pairs of the better answer's score (or implicit reward) minus the other's", "score",
-           "higher", of=("reward", "pairs")),
+    Metric("eval/margin", "mean over the held-out pairs of the better answer's score (implicit reward; orpo: log odds) minus the "
+           "other's", "score", "higher", of=("reward", "pairs")),
     Metric("eval/calibration_error", "mean over bins of |accuracy - mean predicted probability|, weighted by the pairs in the bin",
            "share", "lower", of=("reward", "pairs"), source="expected calibration error, Guo et al. 2017"),
     Metric("eval/best_step", "the step with the best value of eval.keep_best so far", "step", of=ALL, when="eval.keep_best"),

@@ -98,7 +98,9 @@ def held_out_of(
     evaluation: fields.Evaluation, data: fields.Data | fields.Rows, read: Callable[[Sequence[Any]], list]
 ) -> list:
     """Read the held-out records, with the renamed columns of the training rows; an empty list without `eval.data`."""
-    return read(read_rows(evaluation.data, columns=data.columns)[: evaluation.num_rows]) if evaluation.data else []
+    if not evaluation.data:
+        return []
+    return read(read_rows(evaluation.data, columns=data.columns, num_rows=evaluation.num_rows))
 
 
 def ptx_of(ptx: fields.Ptx, read: Callable[[Sequence[Any]], list]) -> list[Element]:

@@ -71,7 +71,7 @@ def strings(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 def _is_data(field_: str) -> bool:
     """Whether a field names a data source."""
-    return field_.partition(".")[0] in DATA and field_.rpartition(".")[2] in ("path", "train", "eval", "data")
+    return field_.partition(".")[0] in DATA and field_.rpartition(".")[2] in ("path", "train", "data")
 
 
 def _files_of(value: str, field_: str) -> list[Path]:

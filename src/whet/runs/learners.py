@@ -17,7 +17,7 @@ from whet.models import load
 from whet.models.probe import probe
 from whet.models.roles import Role
 from whet.rewards import Weighted
-from whet.rewards.shared import SharedReward
+from whet.rewards.shared import RepeatedReward, SharedReward
 from whet.runs import config, models, rewards
 from whet.runs import recipe as fields
 from whet.runs.adapters import AUTO, Chosen, chosen, named
@@ -196,12 +196,14 @@ def shared_rewards(
 
 
 def spread(out: list[Weighted], workers: Workers) -> list[Weighted]:
-    """Return rewards that split the groups over the workers if they have `per_group`."""
+    """Return rewards that split the groups over the workers if they have `per_group`, and otherwise score all groups on each of
+    them. An error of one worker is raised on all."""
     if workers.size == 1:
         return out
     return [
-        Weighted(one.name, SharedReward(one.reward, workers), one.weight)
-        if getattr(one.reward, "per_group", False)
-        else one
+        replace(
+            one,
+            reward=(SharedReward if getattr(one.reward, "per_group", False) else RepeatedReward)(one.reward, workers),
+        )
         for one in out
     ]

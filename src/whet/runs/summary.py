@@ -77,7 +77,6 @@ def following(folder: Path) -> list[str]:
     if method == "reward":
         return [_command("ppo", "--model", start, "--data", data, "--reward", model)]
     if method in {*ONLINE, *ONLINE_PREFERENCE, *PREFERENCE}:
-        data = _path((recipe.get("eval") or {}).get("data"), data)
         return [
             _command(
                 "eval", "--model", model, "--against", start, "--data", held_out, "--judge", _judge(recipe), *limit
