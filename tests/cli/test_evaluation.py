@@ -377,3 +377,17 @@ def test_rows_of_python_are_evaluated_and_are_an_input_of_the_run() -> None:
     run = whet.train("sft", **options, eval=SFT[:2], out="python-rows")
     assert [row["step"] for row in read_metrics(run)] == [0, 1]
     assert any(name.startswith("eval") for name in json.loads((run / "inputs.json").read_text()))
+
+
+def test_a_run_that_goes_on_with_other_held_out_prompts_has_no_win_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = Path("other.jsonl")
+    tiny.write_jsonl(rows, PROMPTS[:3])
+    options = ANSWERS | GROUPS | {"eval": {"data": str(rows), "every": 1}, "out": "other-prompts"}
+    whet.train("grpo", **options | {"num_steps": 2})
+    tiny.write_jsonl(rows, PROMPTS[:5])
+    capsys.readouterr()
+    run = whet.train("grpo", **options, resume=True, accept_changed="eval.data")
+    logged = {row["step"]: row for row in read_metrics(run)}
+    assert ["eval/win_rate/short" in logged[step] for step in (0, 2, 3, 4)] == [True, True, False, False]
+    assert "eval/reward/short" in logged[4]
+    assert capsys.readouterr().err.count("no win rate is logged") == 1

@@ -75,13 +75,12 @@ def test_other_forms_give_the_same_run(verb: str, rows: list, others: list) -> N
 
 
 def test_renamed_columns_give_the_same_run_from_python_a_recipe_and_the_command_line(capsys: Any) -> None:
-    weights = trained("sft", {"train": ROWS, "eval": ROWS[:3]}, "plain")
-    given = {"train": QA, "eval": QA[:3], "columns": QAS}
-    assert trained("sft", given, "python") == weights
+    weights = trained("sft", ROWS, "plain", eval=ROWS[:3])
+    assert trained("sft", {"train": QA, "columns": QAS}, "python", eval=QA[:3]) == weights
     tiny.write_jsonl(Path("qa.jsonl"), QA)
     tiny.write_jsonl(Path("held.jsonl"), QA[:3])
     recipe = "model: m\noptim: {lr: 1e-3}\ntrain: {num_steps: 2, batch_size: 4}\nout: recipe\n"
-    recipe += "data: {train: qa.jsonl, eval: held.jsonl, columns: {prompt: question, completion: answer}}\n"
+    recipe += "data: {train: qa.jsonl, columns: {prompt: question, completion: answer}}\neval: held.jsonl\n"
     Path("r.yaml").write_text(recipe)
     words = ["--data", "qa.jsonl", "--eval", "held.jsonl", "--data.columns.prompt", "question"]
     words += ["--data.columns.completion", "answer", "--model", "m", "--lr", "1e-3", "--num-steps", "2"]

@@ -1,6 +1,7 @@
 """Evaluation while training: its numbers by hand, the best step, early stopping, and what a kill leaves of the best model."""
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,14 @@ def test_the_best_model_that_a_checkpoint_names_is_moved_on_resume(tmp_path: Pat
     again.restore(one.saved())
     assert (tmp_path / "best/step").read_text() == "best.step-1"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best"]
+
+
+def test_a_best_model_that_was_removed_is_named_on_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = evaluation(tmp_path, [0.1, 0.2], keep_best="eval/score")
+    go(one, 1)
+    shutil.rmtree(tmp_path / "best")
+    evaluation(tmp_path, [0.1, 0.2], keep_best="eval/score").restore(one.saved())
+    assert "the best model, of step 1, is missing" in capsys.readouterr().err
 
 
 def test_the_start_is_logged_as_step_0(tmp_path: Path) -> None:

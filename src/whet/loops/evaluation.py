@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from whet.methods import Objective
 from whet.methods.options import Sampling
 from whet.ops import address, masked_sum
 from whet.rewards import Weighted
+from whet.terminal import caution
 
 BEST, PENDING = "best", "best.step-"
 """The folder of the best model in the run folder; and the beginning of the name of one that no checkpoint names yet."""
@@ -99,6 +100,11 @@ class Evaluation:
                 replace_folder(path, self.run.folder / BEST)
             else:
                 remove(path)
+        step, best = self.state["best_step"], self.run.folder / BEST
+        if step >= 0 and self.learner.workers.first and not best.is_dir():
+            caution(
+                f"{best}: the best model, of step {step}, is missing; it is written again only if a later step is better"
+            )
 
     def settle(self, saved: int) -> None:
         """Move the best model to `best/` if a checkpoint of at least its step names it: `saved` is the step of the newest one, 0
@@ -248,7 +254,7 @@ class Asked:
     with the rewards of the run and with the judges.
 
     The win rate compares the score of each prompt (the mean of its answers) with the one at the start of the run, which is kept
-    in the dict `start`. `kl` says that the learner has a reference.
+    in the dict `start`. A run that is continued with other prompts has no win rate. `kl` says that the learner has a reference.
     """
 
     held_out: HeldOutPrompts
@@ -258,6 +264,7 @@ class Asked:
     run: RunFolder
     seed: int = 0
     kl: bool = False
+    told: list[int] = field(default_factory=list)
 
     def measure(self, step: int, start: dict[str, Any]) -> dict[str, float]:
         """Return the numbers of an evaluation (docs/metrics.md), and write its answers to `eval/step-00000042.parquet`."""
@@ -268,6 +275,7 @@ class Asked:
         judged = {one.name: one.reward.score(groups) for one in held.judges}
         batch = batch_of(groups, scores, held.sampling)
         total = weighted(self.rewards, scores)
+        self._check_start(step, start)
         lengths = torch.tensor([float(row.mask.sum()) for row in batch.rows])
         numbers = {
             "score": float(total.mean()), "length": float(lengths.mean()),
@@ -299,6 +307,19 @@ class Asked:
         seen = self.learner.measure(batch, frozenset({own, "ref_logp"}))
         return masked_sum(seen[own] - seen["ref_logp"], batch["mask"], 1)
 
+    def _asked(self) -> str:
+        """Return a hash of the held-out prompts, in their order."""
+        return f"{address(*(token for one in self.held_out.prompts for token in (len(one.ids), *one.ids))):016x}"
+
+    def _check_start(self, step: int, start: dict[str, Any]) -> None:
+        """Keep the hash of the prompts in `start`. If the scores there are of other prompts, say so once in this session."""
+        if start.setdefault("prompts", self._asked()) != self._asked() and not self.told:
+            self.told.append(step)
+            self.run.caution(
+                f"step {step}: the held-out prompts are not those of the start of the run (eval.data); no win rate is logged",
+                step,
+            )
+
     def _of(
         self, name: str, values: Tensor, applies: Tensor, start: dict[str, Any], *, first: bool
     ) -> dict[str, float]:
@@ -316,7 +337,8 @@ class Asked:
         mean = [float(row[own].mean()) if bool(own.any()) else None for row, own in zip(shaped, known, strict=True)]
         if first:
             start[name] = mean
-        before = start.get(name, [None] * len(mean))
+        same = start["prompts"] == self._asked()
+        before = start.get(name, [None] * len(mean)) if same else [None] * len(mean)
         pairs = [(a, b) for a, b in zip(mean, before, strict=True) if a is not None and b is not None]
         if pairs:
             rate = win_rate(*zip(*pairs, strict=True))  # type: ignore[arg-type]
