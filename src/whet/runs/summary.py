@@ -71,7 +71,7 @@ def following(folder: Path) -> list[str]:
     recipe = read_yaml(folder / "recipe.yaml")
     method, start = str(recipe.get("method")), _path(recipe.get("model", {}).get("path"), "MODEL")
     data, model = _data(recipe), str(folder / "model")
-    held_out = (recipe.get("eval") or {}).get("data") or data
+    held_out = _path((recipe.get("eval") or {}).get("data"), data)
     length = (recipe.get("sampling") or {}).get("max_new_tokens", 64)
     limit = ["--max-new-tokens", str(length)]
     if method == "reward":
