@@ -69,10 +69,10 @@ ROWS: Sequence[Row] = (
     ("states a wrong value, SFT -> PPO", aspect("wrong_value"), ".3f"),
     ("loss on raw text, PPO-ptx and PPO without ptx", pair(of("raw_loss", "ppo"), of("raw_loss", "ppo_without_ptx")), ".2f"),
     ("over-optimized: gold at its top, at the end", pair(of("early_stopping", "gold_top"), of("early_stopping", "gold_end")), ".2f"),
-    ("over-optimized: step of the top, of 48", single(of("early_stopping", "top_step")), ".0f"),
+    ("over-optimized: step of the top", single(of("early_stopping", "top_step")), ".0f"),
     ("with early stopping: step kept, last step", pair(of("early_stopping", "best_step"), of("early_stopping", "stopped_at")), ".0f"),
     ("with early stopping: gold of the model kept", single(of("early_stopping", "gold_best")), ".2f"),
-    ("with early stopping: win rate against SFT, all prompts", single(of("early_stopping", "win_rate_vs_sft")), ".3f"),
+    ("with early stopping: win rate against SFT, other prompts", single(of("early_stopping", "win_rate_vs_sft")), ".3f"),
 )  # fmt: skip
 
 
@@ -144,8 +144,8 @@ The numbers depend on the machine. Made with: {"; ".join(dict.fromkeys(runs))}. 
 TABLE
 
 Gold is the score of a judge that training never sees; 3 is the best. The over-optimized run is PPO against a reward model from 150
-rankings, without a KL term. It is evaluated every 3 steps by gold on 100 held-out prompts. The run with early stopping is the same run with
-`--early-stop 3`.
+rankings, without a KL term. It is evaluated every 3 steps by gold on a quarter of the held-out prompts. The run with early stopping is the same
+run with `--early-stop 3`.
 
 ![proxy and gold of the over-optimized run](images/proxy_gold.svg)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from whet.errors import RecipeError
+from whet.errors import CheckpointError, RecipeError
 from whet.loops.evaluate import pair_margins, pair_numbers
 from whet.loops.evaluation import EvalPlan, Evaluation, pass_at, powers
 from whet.loops.record import RunFolder, read_metrics
@@ -23,6 +23,10 @@ class Alone:
         @staticmethod
         def broadcast(thing: Any) -> Any:
             return thing
+
+        @staticmethod
+        def gather(thing: Any) -> list[Any]:
+            return [thing]
 
 
 def evaluation(folder: Path, values: list[float], **plan: Any) -> Evaluation:
@@ -156,6 +160,27 @@ def test_a_number_that_is_missing_in_one_evaluation_is_no_improvement(
     assert [row["eval/best_step"] for row in rows] == [0, 0, 2]
     assert one.state["waited"] == 0
     assert "step 1: eval/score is not logged in this evaluation" in capsys.readouterr().err
+
+
+def test_a_best_model_that_cannot_be_written_is_no_best_step(tmp_path: Path) -> None:
+    """The disk is full at step 1. The step is not lost, and a resume evaluates it again and writes its model."""
+    one = evaluation(tmp_path, [0.1, 0.2, 0.3], keep_best="eval/score")
+    one.numbers(0, 2, {})
+    one.settle(1)
+    export = one.export
+
+    def full(_: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    one.export = full
+    assert one.numbers(1, 2, {}) == {}
+    with pytest.raises(CheckpointError, match="best model could not be written .*No space left on device"):
+        one.raise_failure()
+    assert (one.state["best_step"], one.state["at"]) == (0, 0)
+    again = evaluation(tmp_path, [0.1, 0.2, 0.3], keep_best="eval/score")
+    again.restore(one.saved())
+    again.export = export
+    assert again.start(1, 2)["eval/best_step"] == 1
 
 
 def test_the_best_model_of_a_step_that_no_checkpoint_has_is_dropped_on_resume(tmp_path: Path) -> None:

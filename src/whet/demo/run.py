@@ -28,6 +28,8 @@ GOLD = "whet.demo.judge:gold"
 ANNOTATOR = "whet.demo.run:annotator"
 ANSWER = 56
 """maximum length of an answer in tokens"""
+WATCHED, REST = "prompts_watched.jsonl", "prompts_rest.jsonl"
+"""the quarter of the held-out prompts on which runs are evaluated while they train, and the others"""
 PATIENCE = 3
 """number of evaluations without improvement after which the run with early stopping ends"""
 SMALL = 150
@@ -83,6 +85,9 @@ class Story:
         """Write the files of the world, and train the base model and the SFT model."""
         self.say("the market desk: texts, demonstrations, prompts")
         world.write_world(self.world, self.seed, QUICK_SIZES if self.quick else world.Sizes())
+        prompts = read(self.world / "prompts_eval.jsonl")
+        write_jsonl(self.world / WATCHED, prompts[: len(prompts) // 4])
+        write_jsonl(self.world / REST, prompts[len(prompts) // 4 :])
         self.say("base: pre-training on the desk's raw text")
         self.verb("pretrain", "base", model=self.at("base"), data=self.at("raw.jsonl"))
         self.say("sft: demonstrations")
@@ -114,7 +119,7 @@ class Story:
         """Start side runs: a reward model from few rankings, PPO against it without a KL penalty, and the same PPO with early
         stopping on the gold scores of held-out prompts."""
         side.add("reward", "small_reward", model=self.model("sft"), data=str(self.out / "small_ranked.jsonl"))
-        held_out = self.against("small_reward") | {"eval": self.at("prompts_eval.jsonl")}
+        held_out = self.against("small_reward") | {"eval": self.at(WATCHED)}
         side.add("ppo", "over_optimized", **held_out)
         side.add("ppo", "early_stopped", "over_optimized", **held_out, **{"eval.early_stop": str(PATIENCE)})
 
@@ -141,17 +146,17 @@ class Story:
         edits = self.edits()
         side.wait()
         raw["ppo_without_ptx"] = self.raw_loss("ppo_without_ptx")
-        models["early_stopped"] = self.compared("early_stopped", "best")
+        models["early_stopped"] = self.compared("early_stopped", "best", REST)
         return {
             "seed": self.seed, "accuracy": accuracy, "ceiling": ceiling(read(self.out / "heldout_gold.jsonl"), self.seed),
             "models": models, "raw": raw, "edits": edits,
         }  # fmt: skip
 
-    def compared(self, name: str, which: str = "model") -> dict[str, float]:
+    def compared(self, name: str, which: str = "model", prompts: str = "prompts_eval.jsonl") -> dict[str, float]:
         """Compare a model with SFT: gold, reward model, KL and win rates. Write the answers to `answers_NAME.jsonl`."""
         return whet.evaluate(
             model=str(self.out / name / which), against=self.model("sft"), judge=[GOLD, self.model("reward")], seed=self.seed,
-            data=self.at("prompts_eval.jsonl"), max_new_tokens=ANSWER, threads=1, answers=str(self.out / f"answers_{name}.jsonl"),
+            data=self.at(prompts), max_new_tokens=ANSWER, threads=1, answers=str(self.out / f"answers_{name}.jsonl"),
         )  # fmt: skip
 
     def raw_loss(self, name: str) -> float:

@@ -11,6 +11,7 @@ from whet.demo import judge
 from whet.loops import rollouts
 from whet.loops.record import read_metrics
 from whet.runs import report
+from whet.runs.yaml_text import read_yaml
 from whet.terminal import console, say
 from whet.view import story
 from whet.view.plots import Line, Mark, Plot, number, smoothed
@@ -69,8 +70,8 @@ def summarized(numbers: Mapping[str, Any]) -> dict[str, Any]:
         "ppo": _model(ppo, "score", ppo["kl"], "win_rate"),
     }
     return {
-        "seed": numbers["seed"], "seconds": numbers["seconds"], "reward_model_accuracy": numbers["accuracy"]["noise_free"],
-        "models": models,
+        "seed": numbers["seed"], "prompts": ppo["prompts"], "seconds": numbers["seconds"],
+        "reward_model_accuracy": numbers["accuracy"]["noise_free"], "models": models,
     }  # fmt: skip
 
 
@@ -94,14 +95,16 @@ def aspect_rates(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
 
 def early_stopping(out: Path, found: Mapping[str, float]) -> dict[str, float]:
     """Return where the over-optimized run with early stopping ended, its best step, and gold on the same held-out prompts: at this
-    step, at the top and at the end of the run without early stopping. `found` compares the best model with SFT on all prompts."""
+    step, at the top and at the end of the run without early stopping. `found` compares the best model with SFT on other prompts."""
     rows = {name: _evaluated(out / name) for name in ("over_optimized", "early_stopped")}
     last, over = read_metrics(out / "early_stopped")[-1], rows["over_optimized"]
+    section = read_yaml(out / "early_stopped" / "recipe.yaml")["eval"]
     best, top = int(last["eval/best_step"]), max(over, key=over.__getitem__)
     return {
         "stopped_at": last["step"], "best_step": best, "gold_best": rows["early_stopped"][best], "top_step": top,
         "gold_top": over[top], "gold_end": over[max(over)], "gold_all": found["gold/score"], "win_rate_vs_sft": found["gold/win_rate"],
-        "win_rate_low": found["gold/win_rate_low"], "win_rate_high": found["gold/win_rate_high"],
+        "win_rate_low": found["gold/win_rate_low"], "win_rate_high": found["gold/win_rate_high"], "prompts": found["prompts"],
+        "every": section["every"], "watched": len(_rows(Path(section["data"]))),
     }  # fmt: skip
 
 
@@ -170,7 +173,7 @@ def sections(
             "What ptx does",
             [
                 Prose(
-                    "Loss on held-out raw text, nats per token. SFT forgets some of it; the pre-training term brings it back."
+                    "Loss on held-out raw text, nats per token: after SFT, after PPO with the pre-training term, and after PPO without."
                 ),
                 Table(("", "loss", "against SFT"), raw_rows),
             ],
@@ -298,7 +301,7 @@ def _result(summary: Mapping[str, Any]) -> str:
     return (
         f"Seed {summary['seed']}, {summary['seconds']:.0f} seconds. PPO's answers win against SFT's on "
         f"{summary['models']['ppo']['win_rate_vs_sft']:.1%} of the prompts (a tie counts one half) and score {gold:+.2f} in gold. "
-        "Intervals are bootstraps over the 400 prompts of this one seed; other seeds differ by more than that."
+        f"Intervals are bootstraps over the {summary['prompts']} prompts of this one seed."
     )
 
 
@@ -327,10 +330,11 @@ def _turn(points: Curve) -> str:
 def _early(early: Mapping[str, float]) -> str:
     """Describe the run with early stopping."""
     return (
-        "Early stopping: the same run, evaluated every 3 steps on 100 held-out prompts by the judge, which training never sees. It "
+        f"Early stopping: the same run, evaluated every {early['every']} steps on {early['watched']} held-out prompts by the judge, which "
+        "training never sees. It "
         f"ended after step {early['stopped_at']:.0f} and kept the model of step {early['best_step']:.0f}, with gold "
         f"{early['gold_best']:.2f} on these prompts. Without early stopping gold is at most {early['gold_top']:.2f} (step "
-        f"{early['top_step']:.0f}) and {early['gold_end']:.2f} at the end. On all 400 prompts the kept model has gold "
+        f"{early['top_step']:.0f}) and {early['gold_end']:.2f} at the end. On {early['prompts']:.0f} other prompts the kept model has gold "
         f"{early['gold_all']:.2f} and wins against SFT on {early['win_rate_vs_sft']:.1%} of them ({early['win_rate_low']:.1%} to "
         f"{early['win_rate_high']:.1%})."
     )

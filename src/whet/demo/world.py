@@ -42,7 +42,7 @@ VALUES: Mapping[str, tuple[str, ...]] = {
 
 ATTRIBUTES: tuple[str, ...] = tuple(VALUES)
 
-COLOURS: tuple[str, ...] = (
+COLORS: tuple[str, ...] = (
     "red", "green", "blue", "white", "black", "grey", "golden", "brown", "pink", "striped", "old", "new",
 )  # fmt: skip
 THINGS: tuple[str, ...] = (
@@ -161,7 +161,7 @@ def draw_card(stream: random.Random, absent_share: float = 0.5) -> Card:
     asked = stream.sample(given, 1) + stream.sample(lacking, 1) if one_absent else stream.sample(given, 2)
     stream.shuffle(asked)
     return Card(
-        item=f"{stream.choice(COLOURS)} {stream.choice(THINGS)}",
+        item=f"{stream.choice(COLORS)} {stream.choice(THINGS)}",
         facts={attribute: stream.choice(VALUES[attribute]) for attribute in given},
         asked=tuple(asked),
         question=stream.choice(QUESTIONS).format(*asked),
@@ -426,7 +426,7 @@ def vocabulary() -> list[str]:
     questions = [form.format(attribute, attribute) for form in QUESTIONS for attribute in ATTRIBUTES]
     headings = ["Card:", "Note:", "Proof:", "Answer:", "Missing:"]
     first = [*headings, *labels, *questions, *SENTENCES]
-    later = [*SENTENCES, *ATTRIBUTES, *capitals, *COLOURS, *THINGS, "nothing,", *(f"[{mark}]" for mark in MARKS)]
+    later = [*SENTENCES, *ATTRIBUTES, *capitals, *COLORS, *THINGS, "nothing,", *(f"[{mark}]" for mark in MARKS)]
     pieces = [piece for text in (*first, *(f" {text}" for text in later)) for piece in re.findall(WORD, text)]
     return list(dict.fromkeys((*SPECIAL_TOKENS, "\n", *pieces)))
 

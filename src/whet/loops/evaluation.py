@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from whet.data import Batch, Element, Prompt
 from whet.data.files import remove, replace_folder
-from whet.errors import RecipeError, RewardError
+from whet.errors import CheckpointError, RecipeError, RewardError, first_line
 from whet.generate import Generator
 from whet.learner import Learner
 from whet.loops.evaluate import answers, held_out, win_rate
@@ -61,8 +62,8 @@ class Evaluation:
     the checkpoints. `export(folder)` writes the model with its current weights. The numbers of the first worker count on
     every worker. Without a plan, a run is never evaluated.
 
-    If a reward or judge fails, the step is complete nevertheless: its numbers are logged and a checkpoint is saved, then
-    `raise_failure` raises the error. A resume evaluates the step again.
+    If a reward or judge fails, or the best model cannot be written, the step is complete nevertheless: its numbers are logged and
+    a checkpoint is saved, then `raise_failure` raises the error. A resume evaluates the step again.
 
     The best model is written beside `best/` first. A checkpoint names it, and only then it is moved there: `best/` is always
     the model that the newest checkpoint names, also if a run is killed between the two.
@@ -79,7 +80,7 @@ class Evaluation:
         self.planned, self.plan = plan is not None, plan or EvalPlan()
         self.measure, self.export, self.run, self.learner = measure, export, run, learner
         self.state = initial()
-        self.failure: RewardError | RecipeError | None = None
+        self.failure: RewardError | RecipeError | CheckpointError | None = None
 
     @property
     def ended(self) -> bool:
@@ -141,7 +142,7 @@ class Evaluation:
         began = time.perf_counter()
         try:
             found = self._after(step, total, logged)
-        except (RewardError, RecipeError) as error:
+        except (RewardError, RecipeError, CheckpointError) as error:
             self.failure = error
             return {}
         return found | {"seconds/eval": time.perf_counter() - began}
@@ -160,8 +161,8 @@ class Evaluation:
         if plan.keep_best is not None and value is not None:
             first = state["best_step"] < 0 and not math.isnan(value)
             if first or (state["best_step"] >= 0 and self._better(plan.keep_best, value, state["best"], 0.0)):
-                state["best_step"], state["best"] = step, value
                 self._write(step)
+                state["best_step"], state["best"] = step, value
         if plan.keep_best is not None and state["best_step"] >= 0:
             numbers[f"{PREFIX}best_step"] = float(state["best_step"])
         metric = plan.metric if plan.patience is not None else None
@@ -204,9 +205,18 @@ class Evaluation:
 
     def _write(self, step: int) -> None:
         """Write the model of a new best step beside `best/`, in place of one that no checkpoint names yet."""
-        for path in self._pending():
-            remove(path)
-        self.export(self.run.folder / f"{PENDING}{step}")
+        path, error = self.run.folder / f"{PENDING}{step}", None
+        try:
+            for old in self._pending():
+                remove(old)
+            self.export(path)
+        except (OSError, SafetensorError) as failed:  # a full disk, on the worker that writes
+            error = first_line(failed)
+        told = next((one for one in self.learner.workers.gather(error) if one is not None), None)
+        if told is not None:
+            raise CheckpointError(
+                f"{path}: the best model could not be written ({told}); make room, continue with --resume"
+            )
 
 
 def initial() -> State:
@@ -330,7 +340,10 @@ class Asked:
         if not bool(known.any()):
             return {}
         numbers = {name: float(values[applies].double().mean())}
-        if bool(known.all()) and bool(((shaped == 0) | (shaped == 1)).all()):
+        others = start.setdefault("others", [])  # rewards and judges that have had scores other than 0 and 1
+        if not bool((((shaped == 0) | (shaped == 1)) | ~known).all()) and name not in others:
+            others.append(name)
+        if bool(known.all()) and name not in others:
             right = (shaped == 1).sum(1).tolist()
             for k in powers(count):
                 numbers[f"pass@{k}/{short}"] = sum(pass_at(k, count, one) for one in right) / len(right)

@@ -122,7 +122,10 @@ class RunFolder:
         the trackers. `numbers` has a value for each answer in each column, such as `score`."""
         if not self.writes:
             return
-        rollouts.write_evaluation(self.folder, step, groups, numbers)
+        try:
+            rollouts.write_evaluation(self.folder, step, groups, numbers)
+        except OSError as error:  # the numbers are logged nevertheless
+            self.caution(f"step {step}: the answers of the evaluation could not be written ({first_line(error)})", step)
         if self.trackers:
             samples = [(group.prompt.text, sample.text) for group in groups for sample in group.samples][:SHOWN]
             rows = [

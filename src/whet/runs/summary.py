@@ -34,7 +34,7 @@ def summary(folder: Path) -> str:
         past.add({name: value for name, value in row.items() if name != "step"})
     cells = [[name, *_ends(name, rows)] for name in past.shown() if not timed(name)]
     steps, seconds = max((int(row["step"]) for row in rows), default=0), sum(row.get("seconds", 0.0) for row in rows)
-    lines = [f"{steps} steps in {_duration(seconds)}", ""]
+    lines = [f"{steps} step{'' if steps == 1 else 's'} in {_duration(seconds)}", ""]
     lines += [table(["", "start", "end", "best", "at step"], cells), ""] if cells else []
     there = [name for name in LIES if (folder / name).exists()]
     width = max((len(str(folder / name)) for name in there), default=0)
