@@ -144,8 +144,8 @@ The numbers depend on the machine. Made with: {"; ".join(dict.fromkeys(runs))}. 
 TABLE
 
 Gold is the score of a judge that training never sees; 3 is the best. The over-optimized run is PPO against a reward model from 150
-rankings, without a KL term. It is evaluated every 3 steps by gold on a quarter of the held-out prompts. The run with early stopping is the same
-run with `--early-stop 3`.
+rankings, without a KL term. It is evaluated every 3 steps by gold on a quarter of the held-out prompts. The run with early stopping is the
+same run with `--early-stop 3`.
 
 ![proxy and gold of the over-optimized run](images/proxy_gold.svg)
 

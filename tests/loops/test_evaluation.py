@@ -174,7 +174,7 @@ def test_a_best_model_that_cannot_be_written_is_no_best_step(tmp_path: Path) -> 
 
     one.export = full
     assert one.numbers(1, 2, {}) == {}
-    with pytest.raises(CheckpointError, match="best model could not be written .*No space left on device"):
+    with pytest.raises(CheckpointError, match=r"best model could not be written .*No space left on device"):
         one.raise_failure()
     assert (one.state["best_step"], one.state["at"]) == (0, 0)
     again = evaluation(tmp_path, [0.1, 0.2, 0.3], keep_best="eval/score")
