@@ -1,5 +1,6 @@
 """A full disk, Ctrl-C, a power cut: what was good stays whole, and --resume goes on to the same bits."""
 
+import io
 import json
 import os
 import re
@@ -169,3 +170,32 @@ def test_ctrl_c_saves_and_resuming_gives_the_same_bits(home: Path, tmp_path: Pat
     assert whet(capsys, "sft", *words(home, whole, STEPS)).status == 0
     assert result(out) == result(whole)
     assert losses(out) == losses(whole)
+
+
+@pytest.mark.parametrize(
+    ("words", "status"), [(["sft", "--data", "x"], 141), (["sft", "--help"], 0), (["why", "run"], 0)]
+)
+def test_a_run_whose_pipe_is_closed_does_not_end_with_0(
+    words: list[str], status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from whet.cli import main
+
+    def closed(_: list[str]) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(main, "_command", closed)
+    monkeypatch.setattr("sys.stderr", io.StringIO())  # it is closed
+    assert main.main(words) == status
+
+
+def test_an_interruption_without_a_reason_says_what_is_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from whet.cli import main
+
+    def interrupted(_: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "_command", interrupted)
+    assert main.main(["rank"]) == 130
+    assert capsys.readouterr().err == "whet: interrupted; what was written before is kept\n"

@@ -377,6 +377,13 @@ def test_sentiment() -> None:
     assert score(Sentiment(scale="unit"), "good") == ((score(Sentiment(), "good") or 0) + 1) / 2
 
 
+def test_the_limit_of_sentiment_counts_the_words_of_emojis() -> None:
+    """VADER writes an emoji as words first, "grinning face", and its time grows with the square of the text."""
+    short = Sentiment(max_characters=60)
+    assert score(short, "\U0001f600" * 2 + " awful") != score(short, "\U0001f600" * 2)
+    assert score(short, "\U0001f600" * 5 + " awful") == score(short, "\U0001f600" * 4)
+
+
 def test_boxes_and_blocks() -> None:
     assert boxed(r"\boxed{\{1\}} \fbox{ a}") == "a"
     assert boxed(r"\boxed{a\}b}") == r"a\}b"

@@ -97,3 +97,19 @@ def test_an_option_that_a_tracker_lacks_is_named(given: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match=r"unknown field 'trackers.evry'; did you mean 'trackers.every'\?"):
         whet.train("sft", trackers=[{"name": "console", "evry": 2}], **given)
     assert {"console", "tensorboard", "wandb"} <= set(TRACKERS.names())
+
+
+def test_a_tracker_that_cannot_be_started_is_named(given: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "broken.py"
+    broken = [
+        "",
+        "",
+        "class Broken(Jsonl):",
+        "    def __init__(self):",
+        "        pass",
+        "",
+        "    def start(self, run):",
+    ]
+    file.write_text(MINE + "\n".join([*broken, "        raise ValueError('no server')", ""]))
+    with pytest.raises(RecipeError, match=r"Broken cannot be started: ValueError: no server \(at .*broken.py:\d+\)"):
+        whet.train("sft", **given | {"trackers": [f"{file}:Broken"]})

@@ -4,6 +4,7 @@ import itertools
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from whet.errors import RecipeError, UserError, WhetError, shown
@@ -60,11 +61,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         if debug:
             raise
-        caution(f"interrupted; {error or 'nothing was saved since the last checkpoint'}")
+        caution(f"interrupted; {str(error) or 'what was written before is kept'}")
         return 128 + getattr(error, "signum", 2)
     except BrokenPipeError:
-        sys.stderr.close()  # the reader closed the pipe (`whet --help | head`)
-        return 0
+        works = {**OFFLINE, **ONLINE, "train": "", "sample": "", "rank": "", "eval": "", "demo": ""}
+        if words[0].replace("-", "_") not in works or not {"-h", "--help", "--help-all"}.isdisjoint(words):
+            sys.stderr.close()  # the reader closed the pipe (`whet --help | head`)
+            return 0
+        with suppress(OSError):  # nothing to write to, or the connection of a run was closed
+            caution("a pipe or connection was closed at its other end; what was written before is kept")
+        return 128 + 13
     except OSError as error:
         if debug:
             raise

@@ -10,12 +10,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from whet.distributed import Workers, first, free_port, join, launched, leave, note, noted
-from whet.errors import RecipeError
+from whet.errors import RecipeError, WhetError
 from whet.generate import GENERATORS
 from whet.learner.base import LEARNERS
 from whet.loops import checkpoint
 from whet.loops.evaluation import PENDING, PREFIX
 from whet.loops.record import CAUTIONS, RunFolder, read_metrics
+from whet.registry import told
 from whet.runs import adapters, config, inputs, learners
 from whet.runs.early import begun, check_out, contains
 from whet.runs.recipe import OnlineRecipe, TrainingRecipe
@@ -279,11 +280,11 @@ def opened(folder: Path, recipe: TrainingRecipe, options: Options, verb: str, wo
     step = int(found.name.removeprefix("step-")) if found else -1  # also the evaluation of the start comes again
     text = config.to_yaml(recipe, verb)
     info = RunInfo(folder.name, folder, yaml_tree(text))
-    told = trackers(recipe.trackers, info) if workers.first else []
+    started = trackers(recipe.trackers, info) if workers.first else []
     run = RunFolder(
         folder,
         resume_at=step if options.resume else None,
-        trackers=told,
+        trackers=started,
         writes=workers.first,
         accepted=options.accepted,
     )
@@ -334,14 +335,22 @@ def differing(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -
 
 
 def trackers(specs: Sequence[Any], info: RunInfo | None) -> list[Tracker]:
-    """Check the trackers of a recipe. With the `info` of a run, start them and return them; else return an empty list."""
+    """Check the trackers of a recipe. With the `info` of a run, start them and return them; else return an empty list. Raises
+    RecipeError if one cannot be started."""
     found = [
         (adapters.chosen(TRACKERS, one, "trackers"), one if isinstance(one, str) else one["name"]) for one in specs
     ]
     for one, name in found:
         one.check(name)
     out: list[Tracker] = [one.make(name) for one, name in found] if info else []
-    for tracker in out:
+    for tracker, (_, name) in zip(out, found, strict=bool(info)):
         assert info is not None
-        tracker.start(info)
+        try:
+            tracker.start(info)
+        except WhetError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise RecipeError(
+                f"trackers: {name} cannot be started: {told(error)}; correct it, or leave it out"
+            ) from error
     return out

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate, takewhile
 from typing import Any, Literal
 
 from whet.extras import require
@@ -24,7 +25,7 @@ class Sentiment(Verifier):
     scale: Literal["signed", "unit"] = "signed"
     """signed is from -1 (negative) to 1 (positive) with 0 for neutral, unit maps this to 0 to 1"""
     max_characters: Count = 10_000
-    """characters of an answer that are read; its time grows with their square"""
+    """characters of an answer that are read, an emoji as the words that VADER reads for it; its time grows with their square"""
 
     def check(self, where: str) -> None:
         """See `Verifier.check`."""
@@ -32,8 +33,15 @@ class Sentiment(Verifier):
 
     def verdict(self, completion: str, row: Mapping[str, Any]) -> Verdict:
         """See `Verifier.verdict`."""
-        value = float(_analyzer().polarity_scores(completion[: self.max_characters])["compound"])
+        value = float(_analyzer().polarity_scores(_beginning(completion, self.max_characters))["compound"])
         return Verdict(value if self.scale == "signed" else (value + 1.0) / 2.0)
+
+
+def _beginning(text: str, most: int) -> str:
+    """Return the beginning of a text that has at most so many characters when its emojis are written in words."""
+    emojis = _analyzer().emojis
+    lengths = accumulate(len(emojis.get(one, one)) for one in text[:most])
+    return text[: sum(1 for _ in takewhile(lambda length: length <= most, lengths))]
 
 
 @cache
