@@ -377,3 +377,8 @@ def test_every_error_of_reading_is_one_of_ours(tmp_path: Path) -> None:
             (tmp_path / name).write_bytes(one)
             with contextlib.suppress(DataError):
                 read_rows(str(tmp_path / name))
+
+
+def test_an_empty_path_is_refused() -> None:
+    with pytest.raises(DataError, match="data: the path is empty"):
+        read_rows("")

@@ -201,3 +201,16 @@ def test_landlock_and_seccomp_confine_where_there_are_no_namespaces(place: dict[
     assert {name: found[name] for name in WITHOUT if not re.fullmatch(WITHOUT[name], found[name])} == {}
     assert place["process"].poll() is None
     assert os.listdir(place["OUTSIDE"]) == ["secret"]
+
+
+def test_empty_folders_of_killed_processes_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with subprocess.Popen(["true"]) as dead:
+        pass
+    kept = [tmp_path / f"{outside.FOLDER}{os.getpid()}-a", tmp_path / f"{outside.FOLDER}x-b", tmp_path / "other-1-c"]
+    for one in (tmp_path / f"{outside.FOLDER}{dead.pid}-d", *kept):
+        one.mkdir()
+    (tmp_path / f"{outside.FOLDER}{dead.pid}-full").mkdir()
+    (tmp_path / f"{outside.FOLDER}{dead.pid}-full" / "file").touch()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    outside._sweep.__wrapped__()
+    assert {one.name for one in tmp_path.iterdir()} == {one.name for one in kept} | {f"{outside.FOLDER}{dead.pid}-full"}

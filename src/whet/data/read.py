@@ -37,6 +37,8 @@ def read_rows(
     JSON or CSV, a row that is not an object, a name that stands twice, a value that JSON cannot hold, and two rows with the
     same `id`.
     """
+    if not source:
+        raise DataError("data: the path is empty; name a file, a folder or a dataset")
     files = files_of(source)
     if streaming and files is not None:
         raise DataError(f"{source}: data.streaming is for datasets by name, and this is a file or folder; leave it out")

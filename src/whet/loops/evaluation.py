@@ -196,7 +196,8 @@ class Evaluation:
                 f"step {step}: {name} is not logged in this evaluation (eval.{option}); it is no improvement", step
             )
             return math.nan
-        some = sorted(one for one in known if one.startswith(PREFIX)) or sorted(known)
+        held_out = sorted(one for one in known if one.startswith(PREFIX))
+        some = held_out if name.startswith(PREFIX) and held_out else sorted(known)
         raise RecipeError(f"eval.{option}: no number {name!r} is logged; known are {', '.join(some)}")
 
     def _better(self, name: str, value: float, than: float, delta: float) -> bool:

@@ -6,6 +6,8 @@ FOREIGN: Mapping[str, str] = {
     # Hugging Face TrainingArguments
     "learning_rate": "lr",
     "num_train_epochs": "num_epochs",
+    "steps": "num_steps",
+    "epochs": "num_epochs",
     "max_steps": "num_steps (TRL counts updates; an online method here counts rollouts)",
     "per_device_train_batch_size": "batch_size (elements per update over all devices), or mini_batch_size for an online method",
     "train_batch_size": "batch_size, or mini_batch_size for an online method",

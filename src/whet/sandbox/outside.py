@@ -76,6 +76,20 @@ class Result:
     reason: str
 
 
+FOLDER = "whet-sandbox-"
+"""What the names of the folders of sandboxes begin with, before the id of the process."""
+
+
+@cache
+def _sweep() -> None:
+    """Remove the empty folders that processes of this user left which were killed. Once per process."""
+    for path in Path(tempfile.gettempdir()).glob(f"{FOLDER}*-*"):
+        pid = path.name.removeprefix(FOLDER).partition("-")[0]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            with suppress(OSError):  # of another user, or not empty
+                path.rmdir()
+
+
 class Runner:
     """Run programs, some at the same time. `stop` kills those that run, and lets no more begin."""
 
@@ -131,7 +145,8 @@ class Runner:
     ) -> Iterator["subprocess.Popen[bytes]"]:
         """Start a sandbox with a job, and end it at the end of the context. It gets the file descriptors `link`, which are closed
         here."""
-        folder = tempfile.mkdtemp(prefix=f"whet-sandbox-{os.getpid()}-")
+        _sweep()
+        folder = tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-")
         process = None
         try:
             limits = asdict(replace(self.limits, timeout=self.limits.timeout + more))
