@@ -17,6 +17,7 @@ from .helpers import whet
 
 JUDGE = (
     "def yes(prompts, completions, **columns):\n    return [float(text.split().count('yes')) for text in completions]\n"
+    "def right(prompts, completions, **columns):\n    return [float('a' in text) for text in completions]\n"
 )
 
 
@@ -47,6 +48,15 @@ def online(home: Path, out: Path, *more: object) -> list[object]:
 
 
 SEVERAL = ("--num-generations", 4)
+
+
+def evaluated(data: str, best: str, *more: object) -> tuple[object, ...]:
+    """The options of a run that is evaluated after each step, and that ends early."""
+    stop = ("--early-stop", 1, "--eval.early-stop.min-delta", 1000)
+    return ("--eval", f"{{home}}/{data}.jsonl", "--eval.every", 1, "--keep-best", best, *stop, *more)
+
+
+JUDGED = evaluated("prompts", "eval/judge/right", "--eval.judge", "{home}/judge.py:right", "--kl-in-reward.coef", 0)
 RUNS: dict[str, tuple[str, str, str, tuple[object, ...]]] = {
     "sft": ("sft", "sft", "demonstrations", ()),
     "pretrain": ("sft", "pretrain", "texts", ()),
@@ -66,6 +76,12 @@ RUNS: dict[str, tuple[str, str, str, tuple[object, ...]]] = {
     "online_dpo": ("online_pairs", "online_dpo", "prompts", SEVERAL),
     "online_dpo, ahead": ("online_pairs", "online_dpo", "prompts", (*SEVERAL, "--generator.max-staleness", 1)),
     "online_dpo, target_kl": ("online_pairs", "online_dpo", "prompts", (*SEVERAL, "--rollout.target-kl", 1e-9, "--rollout.ppo-epochs", 2)),
+    "sft, evaluated": ("sft", "sft", "demonstrations", evaluated("demonstrations", "eval/loss")),
+    "dpo, evaluated": ("pairs", "dpo", "pairs", evaluated("pairs", "eval/accuracy")),
+    "kto, evaluated": ("singles", "kto", "singles", evaluated("singles", "eval/loss")),
+    "pairwise, evaluated": ("reward", "reward", "pairs", evaluated("pairs", "eval/margin")),
+    "ppo, evaluated": ("online", "ppo", "prompts", JUDGED),
+    "online_dpo, evaluated": ("online_pairs", "online_dpo", "prompts", (*SEVERAL, *JUDGED[:-2])),
     "online bco": ("online_pairs", "online_dpo", "prompts", (*SEVERAL, "--loss", "bco_pair")),
 }  # fmt: skip
 """Every verb of the catalogue, and the options that add a number: its family, its words, its rows."""
@@ -120,12 +136,7 @@ def test_every_logged_name_is_in_the_table_with_the_family_of_its_method(logged:
 
 def test_every_entry_is_logged_by_each_family_that_it_names(logged: dict[str, set[str]]) -> None:
     seen = {(RUNS[case][0], find(name)) for case, names in logged.items() for name in names}
-    told = {
-        (family, one)
-        for one in METRICS
-        if not one.name.startswith("eval/") and one.name != "seconds/eval"
-        for family in one.of
-    }
+    told = {(family, one) for one in METRICS for family in one.of}
     assert {(family, one.name) for family, one in told - seen} == set()
 
 
