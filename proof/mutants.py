@@ -14,6 +14,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 
@@ -470,8 +471,32 @@ def status(source: Path, paths: str, limit: float | None = None) -> int | None:
     return process.exitcode
 
 
+def _share(source: Path, mutants: list[Mutant], told: Any) -> None:
+    """In a process of its own: try these mutants on a copy of the sources. Send the survivors over the connection `told`, or the
+    paths of tests that fail without any mutant."""
+    shutil.copytree(ROOT / "src", source)
+    limits: dict[str, float] = {}
+    for paths in dict.fromkeys(one.tests for one in mutants):
+        began = time.monotonic()
+        fine = status(source, paths) == 0
+        limits[paths] = 60 + 10 * (time.monotonic() - began)
+        if not fine:
+            told.send(paths)
+            return
+    survivors = []
+    for one in mutants:
+        target = source / "whet" / one.file
+        text = target.read_text(encoding="utf-8")
+        target.write_text(text.replace(one.old, one.new), encoding="utf-8")
+        if status(source, one.tests, limits[one.tests]) != 1:
+            survivors.append(one)
+            print(f"survived: {one.file}: {one.old!r} -> {one.new!r}", flush=True)
+        target.write_text(text, encoding="utf-8")
+    told.send(survivors)
+
+
 def main(part: str = "") -> int:
-    """Runs all mutants (of the files whose name has `part` in it); 1 when one survives."""
+    """Runs all mutants (of the files whose name has `part` in it), a share on each core; 1 when one survives."""
     import pytest  # noqa: F401  loaded once, before the processes part
     import torch  # noqa: F401
     import transformers  # noqa: F401
@@ -479,28 +504,23 @@ def main(part: str = "") -> int:
     os.chdir(ROOT)
     mutants = [one for one in MUTANTS if part in one.file]
     check(mutants)
-    survivors = []
+    context, count = multiprocessing.get_context("fork"), max(1, min(os.cpu_count() or 1, len(mutants)))
+    survivors = 0
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "src"
-        shutil.copytree(ROOT / "src", source)
-        limits: dict[str, float] = {}
-        for paths in dict.fromkeys(one.tests for one in mutants):
-            began = time.monotonic()
-            fine = status(source, paths) == 0
-            limits[paths] = 60 + 10 * (time.monotonic() - began)
-            if not fine:
-                print(f"tests/{paths}: they fail without any mutant")
+        ends = []
+        for number in range(count):
+            ours, theirs = context.Pipe(duplex=False)
+            place = Path(folder) / str(number) / "src"
+            context.Process(target=_share, args=(place, mutants[number::count], theirs)).start()
+            theirs.close()
+            ends.append(ours)
+        for end in ends:
+            result = end.recv()  # EOFError if the process died
+            if isinstance(result, str):
+                print(f"tests/{result}: they fail without any mutant")
                 return 1
-        for number, one in enumerate(mutants, 1):
-            target = source / "whet" / one.file
-            text = target.read_text(encoding="utf-8")
-            target.write_text(text.replace(one.old, one.new), encoding="utf-8")
-            alive = status(source, one.tests, limits[one.tests]) != 1
-            target.write_text(text, encoding="utf-8")
-            if alive:
-                survivors.append(one)
-                print(f"survived {number}: {one.file}: {one.old!r} -> {one.new!r}", flush=True)
-    print(f"{len(mutants) - len(survivors)} of {len(mutants)} mutants killed")
+            survivors += len(result)
+    print(f"{len(mutants) - survivors} of {len(mutants)} mutants killed")
     return 1 if survivors else 0
 
 
