@@ -313,6 +313,14 @@ def test_a_run_that_is_killed_at_every_step_ends_as_the_whole_one(
         (["--eval", "nothing.jsonl"], ["nothing.jsonl"]),
         (["--eval", "sft.jsonl", "--eval.num-rows", "0"], ["eval.num_rows"]),
         (["--metric-for-best-model", "loss"], ["eval.keep_best"]),
+        (
+            ["--eval", "h.jsonl", "--keep-best", "eval/scor"],
+            ["eval/scor is no number of whet", "did you mean 'eval/score'?"],
+        ),
+        (
+            ["--eval", "h.jsonl", "--keep-best", "eval/judge/gold"],
+            ["eval/judge/gold is not logged", "rewards are short", "judges are none"],
+        ),
     ],
 )
 def test_options_that_no_evaluation_can_follow_are_refused_before_the_models_are_loaded(
@@ -351,7 +359,7 @@ def test_a_number_that_no_evaluation_logs_ends_the_run_before_its_first_step(
         "--eval",
         "h.jsonl",
         "--keep-best",
-        "eval/judge/gold",
+        "eval/pass@1/short",
     ]
     said = command(
         capsys,
@@ -368,7 +376,7 @@ def test_a_number_that_no_evaluation_logs_ends_the_run_before_its_first_step(
         "--quiet",
     )
     assert said.status == 2
-    one_message(said.error, ["eval.keep_best: no number 'eval/judge/gold' is logged", "eval/reward/short"])
+    one_message(said.error, ["eval.keep_best: no number 'eval/pass@1/short' is logged", "eval/reward/short"])
     assert not (Path("unknown") / "metrics.jsonl").exists()
 
 

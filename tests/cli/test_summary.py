@@ -131,7 +131,7 @@ def test_objects_of_a_program_are_words_to_fill_in(home: Path, capsys: Any) -> N
     )
     said = capsys.readouterr()
     assert said.out == ""
-    assert "grpo: 1 steps in " in said.err
+    assert "grpo: 1 step in " in said.err
     assert "next:" not in said.err  # of the command line
     (line,) = following(run)
     assert "--judge JUDGE" in line

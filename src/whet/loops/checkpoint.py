@@ -182,7 +182,7 @@ class Keeper:
                     return
                 raise Interrupted(str(failed), error.signum) from error
             if isinstance(error, Interrupted):
-                raise Interrupted(self.stop.saved, error.signum) from error
+                raise Interrupted(self.stop.saved, error.signum) from None
 
     def _save(self) -> None:
         self.stop.wait_for(f"the checkpoint of step {self.step}")

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from whet.errors import RecipeError
+from whet.errors import Problems, RecipeError
 from whet.methods import catalogue
 from whet.methods.choices import changed
 from whet.methods.options import Optim
@@ -120,7 +120,11 @@ def resolve(
         if named_verb != verb:
             raise RecipeError(f"method: {recipe} is a recipe of {named_verb}; got {verb}")
         layers.append(_expand(kind, given, ""))
-    layers += [_expand(kind, _nested(kind, name.replace("-", "_"), value), "") for name, value in overrides]
+    problems = Problems()  # all wrong options are told at once
+    for name, value in overrides:
+        with problems:
+            layers.append(_expand(kind, _nested(kind, name.replace("-", "_"), value), ""))
+    problems.tell()
     users = layers[1:] if shipped.is_file() else layers
     merged: dict[str, Any] = {}
     methods = [_method_of(layer) for layer in layers]

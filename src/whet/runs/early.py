@@ -4,6 +4,7 @@
 """
 
 import ast
+import difflib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from whet.data.hub import require_datasets
 from whet.data.places import files_of, kind_of
 from whet.data.read import read_rows
 from whet.errors import ModelError, Problems, RecipeError
-from whet.loops.metrics import direction, timed
+from whet.loops.metrics import METRICS, direction, find, timed
 from whet.methods import catalogue
 from whet.methods.choices import OPTIONS, PAIR_LOSSES, PLAIN_SLOTS, SINGLE_LOSSES
 from whet.models.code import refuse_code
@@ -188,6 +189,15 @@ def check_evaluation(evaluation: fields.Evaluation) -> None:
         if metric is not None and timed(metric):
             raise RecipeError(
                 f"eval.{name}: {metric} depends on the clock, so no two runs have it equal; name another number"
+            )
+        if metric is not None and own.greater_is_better is None and find(metric) is None:
+            near = difflib.get_close_matches(
+                metric, [one.name for one in METRICS if "{" not in one.name], n=1, cutoff=0.7
+            )
+            hint = f"did you mean {near[0]!r}?" if near else "docs/metrics.md lists them."
+            raise RecipeError(
+                f"eval.{name}: {metric} is no number of whet; {hint} For a number of your own (step.log), set "
+                "eval.greater_is_better too"
             )
         if metric is not None and own.greater_is_better is None and direction(metric) is None:
             raise RecipeError(

@@ -7,7 +7,7 @@ from typing import Any
 
 from whet.data import Prompt
 from whet.distributed import Workers
-from whet.errors import Problems
+from whet.errors import Problems, RecipeError
 from whet.loops.evaluation import EvalPlan
 from whet.loops.metrics import direction
 from whet.methods.options import Sampling
@@ -53,8 +53,24 @@ def check_judges(recipe: fields.OnlineRecipe, tokenizer: Any, prompts: Sequence[
         found = judges_of(recipe, tokenizer, None)
         if prompts:
             rewards.check_columns(found, prompts, "eval.judge")
+        _check_names(recipe.eval, [one.name for one in rewards.unbuilt(recipe)], [one.name for one in found])
     for number, one in enumerate(recipe.eval.judge):
         with problems:
             if rewards.is_model(one.source):
                 rewards.check_scorer(f"eval.judge.{number}", one.source, recipe, tokenizer, prompts)
     problems.tell()
+
+
+def _check_names(evaluation: fields.PromptEvaluation, known: Sequence[str], judges: Sequence[str]) -> None:
+    """Raise RecipeError if `keep_best` or early stopping names the number of a reward or judge that the run does not have."""
+    for option, metric in (("keep_best", evaluation.keep_best), ("early_stop.metric", evaluation.early_stop.metric)):
+        parts = (metric or "").split("/", 2)
+        if len(parts) < 3 or parts[0] != "eval":
+            continue
+        kind, name = parts[1], parts[2]
+        of = {"judge": judges, "reward": known}.get(kind, [*known, *judges])
+        if name not in of:
+            raise RecipeError(
+                f"eval.{option}: {metric} is not logged; the rewards are {', '.join(known)}, and the judges are "
+                f"{', '.join(judges) or 'none'} (a judge with the name of a reward gets a number; give it a name of its own)"
+            )

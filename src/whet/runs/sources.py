@@ -88,6 +88,7 @@ class Sources:
         if not hasattr(self.tokenizer, "save_pretrained"):
             raise ModelError(f"tokenizer: expected a tokenizer object, got {self.tokenizer!r:.80}; load it first")
         from whet.learner.local import fingerprint
+        from whet.models.load import quiet
 
         about = [
             fingerprint(dict(model.named_parameters())),
@@ -98,6 +99,7 @@ class Sources:
         path = self.folder / f"{name.replace('.', '-')}-{type(model).__name__}-{mark}"
 
         def save(aside: Path) -> None:
+            quiet()
             model.save_pretrained(aside)
             self.tokenizer.save_pretrained(aside)
 

@@ -48,6 +48,8 @@ def _ends(name: str, rows: Sequence[Mapping[str, float]]) -> list[Any]:
     finite = [one for one in known if math.isfinite(one[0])]
     if better is None or not finite:
         return [_digits(known[0][0]), _digits(known[-1][0]), None, None]
+    if len({value for value, _ in finite}) == 1:  # it never moved
+        return [_digits(known[0][0]), _digits(known[-1][0]), None, None]
     value, step = (max if better == "higher" else min)(finite, key=lambda one: one[0])
     return [_digits(known[0][0]), _digits(known[-1][0]), _digits(value), step]
 
@@ -70,7 +72,7 @@ def following(folder: Path) -> list[str]:
     """
     recipe = read_yaml(folder / "recipe.yaml")
     method, start = str(recipe.get("method")), _path(recipe.get("model", {}).get("path"), "MODEL")
-    data, model = _data(recipe), str(folder / "model")
+    data, model = _data(recipe), str(folder / ("best" if (folder / "best").is_dir() else "model"))
     held_out = _path((recipe.get("eval") or {}).get("data"), data)
     length = (recipe.get("sampling") or {}).get("max_new_tokens", 64)
     limit = ["--max-new-tokens", str(length)]
@@ -108,10 +110,9 @@ def _data(recipe: Mapping[str, Any]) -> str:
 
 
 def _judge(recipe: Mapping[str, Any]) -> str:
-    """Return what can judge the answers of a run: its held-out judge, or else its first reward. One with options is left out, since
-    the command would lack them."""
-    held_out = (recipe.get("eval") or {}).get("judge") or []
-    for one in [*held_out, *(recipe.get("reward") or [])]:
+    """Return the held-out judge of a run, "JUDGE" if it has none: the reward that it was trained on is no judge of it. One with options
+    is left out, since the command would lack them."""
+    for one in (recipe.get("eval") or {}).get("judge") or []:
         source = _path(one.get("source") if isinstance(one, Mapping) else one, "")
         if source and not (isinstance(one, Mapping) and one.get("options")):
             return source
