@@ -136,7 +136,7 @@ def page(folders: Sequence[Path]) -> str:
     known = [json.loads((one / MADE).read_text()) for one in folders]
     runs = [f"commit {one['commit']}, {one['machine']}, {one['software']}, {one['day']}" for one in known]
     seconds = ", ".join(f"{one['seconds']:.0f}" for one in summaries)
-    text = f"""# The demo over {len(folders)} seeds
+    text = f"""# The demo over several seeds
 
 `make demo-seeds` wrote this page. Each seed has its own data and models. 400 held-out prompts, temperature 1; a tie counts one half.
 The numbers depend on the machine. Made with: {"; ".join(dict.fromkeys(runs))}. Seconds per seed: {seconds}.
