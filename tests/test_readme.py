@@ -92,7 +92,7 @@ def test_the_readmes_commands_run_and_their_folders_load(place: Path, monkeypatc
     assert main(["instructgpt", "instruct.yaml", *SHORT["instructgpt"], "--quiet"]) == 0
     rewards = [
         key
-        for key in json.loads((place / "runs/mine/metrics.jsonl").read_text().splitlines()[0])
+        for key in json.loads((place / "runs/mine/metrics.jsonl").read_text().splitlines()[1])
         if key.startswith("reward/")
     ]
     assert rewards == ["reward/reward", "reward/polite"]
