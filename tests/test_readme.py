@@ -119,5 +119,5 @@ def test_the_readme_is_short_and_its_numbers_are_those_of_the_page_of_the_demo()
         re.MULTILINE,
     )
     assert len(told) > 4
-    for name, value in told:
-        assert name in ("| ", "|") or rows[name].endswith(f"| {value} |"), name
+    for name, value in told[1:]:  # without the headings
+        assert rows[name].endswith(f"| {value} |"), name
