@@ -14,6 +14,7 @@ from whet.cli.main import main
 from whet.demo import world
 from whet.demo.run import with_edit
 from whet.loops import rollouts
+from whet.runs.yaml_text import read_yaml
 from whet.view import plots
 
 
@@ -69,9 +70,14 @@ def test_every_run_of_the_demo_has_its_report(story: Path) -> None:
 
 
 def test_the_judge_reached_training_through_rankings_alone(story: Path) -> None:
-    """No recipe of a run that trained names the judge or a column of its scores."""
-    for run in ("base", "sft", "reward", "ppo", "ppo_without_ptx", "small_reward", "over_optimized"):
-        assert "judge" not in (story / run / "recipe.yaml").read_text()
+    """No recipe of a run that trained names the judge or a column of its scores, except to evaluate the run."""
+    for run in ("base", "sft", "reward", "ppo", "ppo_without_ptx", "small_reward", "over_optimized", "early_stopped"):
+        recipe = read_yaml(story / run / "recipe.yaml")
+        evaluation = recipe.pop("eval")
+        assert "judge" not in json.dumps(recipe)
+        assert ("judge" in json.dumps(evaluation.get("judge") or [])) == (
+            run in ("ppo", "over_optimized", "early_stopped")
+        )
     assert set(json.loads((story / "ranked.jsonl").read_text().splitlines()[0])) == {
         "prompt",
         "responses",
@@ -130,6 +136,7 @@ def test_an_edited_answer_has_no_sampled_ids_and_is_complete() -> None:
 
 def test_the_page_over_seeds_has_the_numbers_and_pictures_of_a_demo(story: Path, tmp_path: Path) -> None:
     (tmp_path / "1").symlink_to(story)
+    (story / demo_seeds.MADE).write_text(json.dumps(demo_seeds.made()))
     assert demo_seeds.main(["--seeds", "1", "--out", str(tmp_path), "--docs", str(tmp_path / "docs")]) == 0
     page = (tmp_path / "docs/demo.md").read_text()
     found = json.loads((story / "summary.json").read_text())

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from whet.data import Batch, Element, Prompt
 from whet.data.files import remove, replace_folder
-from whet.errors import CheckpointError, RecipeError, RewardError, first_line
+from whet.errors import CheckpointError, RecipeError, RewardError, WorkerDied, first_line
 from whet.generate import Generator
 from whet.learner import Learner
 from whet.loops.evaluate import answers, held_out, win_rate
@@ -211,7 +210,9 @@ class Evaluation:
             for old in self._pending():
                 remove(old)
             self.export(path)
-        except (OSError, SafetensorError) as failed:  # a full disk, on the worker that writes
+        except WorkerDied:  # a worker failed, not the disk
+            raise
+        except Exception as failed:  # OSError, or SafetensorError for the same cause, on the worker that writes
             error = first_line(failed)
         told = next((one for one in self.learner.workers.gather(error) if one is not None), None)
         if told is not None:

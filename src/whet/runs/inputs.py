@@ -44,7 +44,8 @@ def digests(tree: Mapping[str, Any]) -> dict[str, str]:
 
 def named(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield the dotted name and the text of each field of a recipe that can name an input."""
-    return strings({key: one for key, one in tree.items() if key not in ("out", "cluster", "trackers")})
+    found = strings({key: one for key, one in tree.items() if key not in ("out", "cluster", "trackers")})
+    return ((name, value) for name, value in found if value)  # an empty text names nothing, and not the current folder
 
 
 def located(tree: Mapping[str, Any]) -> Iterator[tuple[str, str, Path]]:
