@@ -17,6 +17,7 @@ from whet.generate import Generator
 from whet.learner import Learner
 from whet.loops.evaluate import answers, held_out, win_rate
 from whet.loops.experience import RolloutScores, batch_of, scores_of
+from whet.loops.metrics import EVALUATED
 from whet.loops.record import RunFolder
 from whet.methods import Objective
 from whet.methods.options import Sampling
@@ -26,8 +27,6 @@ from whet.terminal import caution
 
 BEST, PENDING = "best", "best.step-"
 """The folder of the best model in the run folder; and the beginning of the name of one that no checkpoint names yet."""
-PREFIX = "eval/"
-"""What the name of each number of an evaluation begins with."""
 
 State = dict[str, Any]
 """What an evaluation carries from step to step, as JSON values."""
@@ -163,7 +162,7 @@ class Evaluation:
                 self._write(step)
                 state["best_step"], state["best"] = step, value
         if plan.keep_best is not None and state["best_step"] >= 0:
-            numbers[f"{PREFIX}best_step"] = float(state["best_step"])
+            numbers[f"{EVALUATED}best_step"] = float(state["best_step"])
         metric = plan.metric if plan.patience is not None else None
         value = self._value(metric, "early_stop", step, known, state["seen"])
         if plan.patience is not None and metric is not None and value is not None:
@@ -174,7 +173,7 @@ class Evaluation:
                 state["waited"] += 1
             if state["waited"] >= plan.patience and 0 < step < total:
                 state["stopped"] = True
-                numbers[f"{PREFIX}stopped_early"] = 1.0
+                numbers[f"{EVALUATED}stopped_early"] = 1.0
                 self.run.caution(
                     f"step {step}: {metric} has not improved in {plan.patience} evaluations (it is {value:.4g}, and was "
                     f"{state['reached']:.4g}); the run ends here (eval.early_stop)",
@@ -188,15 +187,15 @@ class Evaluation:
         before and is missing now, such as the score of a judge that applies to no answer, is NaN."""
         if name is None or name in known:
             return None if name is None else known[name]
-        if step == 0 and not name.startswith(PREFIX):
+        if step == 0 and not name.startswith(EVALUATED):
             return None
         if seen:
             self.run.caution(
                 f"step {step}: {name} is not logged in this evaluation (eval.{option}); it is no improvement", step
             )
             return math.nan
-        held_out = sorted(one for one in known if one.startswith(PREFIX))
-        some = held_out if name.startswith(PREFIX) and held_out else sorted(known)
+        held_out = sorted(one for one in known if one.startswith(EVALUATED))
+        some = held_out if name.startswith(EVALUATED) and held_out else sorted(known)
         raise RecipeError(f"eval.{option}: no number {name!r} is logged; known are {', '.join(some)}")
 
     def _better(self, name: str, value: float, than: float, delta: float) -> bool:
@@ -257,7 +256,7 @@ def held_out_numbers(learner: Learner, objective: Objective, elements: Sequence[
     found = held_out(learner, objective, elements)
     losses = {term.label: found.pop(term.label) for term in objective.terms}
     numbers = {"loss": sum(losses.values()), **losses, **found}
-    return {f"{PREFIX}{name}": value for name, value in numbers.items()}
+    return {f"{EVALUATED}{name}": value for name, value in numbers.items()}
 
 
 @dataclass(frozen=True)
@@ -308,7 +307,7 @@ class Asked:
             both = zip(values.tolist(), applies.tolist(), strict=True)
             table[name] = [value if known else None for value, known in both]
         self.run.evaluation(step, groups, table)
-        return {f"{PREFIX}{name}": value for name, value in numbers.items()}
+        return {f"{EVALUATED}{name}": value for name, value in numbers.items()}
 
     def _kl(self, batch: Batch) -> Tensor | None:
         """Return log policy(y) - log reference(y) of each answer, (B,), in nats: a sample of KL(policy || reference). None without a

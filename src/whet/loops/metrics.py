@@ -11,6 +11,8 @@ from functools import lru_cache
 from typing import Literal
 
 Direction = Literal["higher", "lower"]
+EVALUATED = "eval/"
+"""What the name of each number of an evaluation begins with."""
 FAMILIES: Mapping[str, str] = {
     "sft": "sft, pretrain",
     "reward": "reward models",
@@ -47,7 +49,7 @@ class Metric:
     @property
     def evaluation(self) -> bool:
         """Whether it is measured on held-out rows or prompts."""
-        return self.name.startswith("eval/")
+        return self.name.startswith(EVALUATED)
 
     def matches(self, name: str) -> bool:
         """Return whether a logged name is this metric."""

@@ -14,7 +14,8 @@ from whet.errors import RecipeError, WhetError
 from whet.generate import GENERATORS
 from whet.learner.base import LEARNERS
 from whet.loops import checkpoint
-from whet.loops.evaluation import PENDING, PREFIX
+from whet.loops.evaluation import PENDING
+from whet.loops.metrics import EVALUATED
 from whet.loops.record import CAUTIONS, RunFolder, read_metrics
 from whet.registry import told
 from whet.runs import adapters, config, inputs, learners
@@ -233,7 +234,7 @@ def finished(folder: Path, steps: int, options: Options) -> bool:
 
 def _is_last(row: Mapping[str, float], steps: int) -> bool:
     """Return True if a line of metrics is the last one of a run of `steps` steps, or of one that ended early."""
-    return row["step"] == steps or f"{PREFIX}stopped_early" in row
+    return row["step"] == steps or f"{EVALUATED}stopped_early" in row
 
 
 @contextmanager

@@ -5,8 +5,9 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from whet.loops.metrics import EVALUATED
 from whet.view.plots import Line, Mark, Plot, Points, number
-from whet.view.record import EVALUATED, Run
+from whet.view.record import Run
 
 MOST_OTHERS = 60
 """Largest number of plots of numbers that have no place of their own."""

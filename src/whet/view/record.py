@@ -11,13 +11,11 @@ from typing import Any
 from whet.data.files import read_json
 from whet.errors import DataError, WhetError
 from whet.loops import stopped
-from whet.loops.metrics import direction
+from whet.loops.metrics import EVALUATED, direction
 from whet.loops.record import read_cautions, read_metrics
 from whet.methods import catalogue
 from whet.view.plots import smoothed
 
-EVALUATED = "eval/"
-"""What the names of the numbers of an evaluation begin with."""
 FILE = re.compile(r"step-(\d{8,10})\.parquet")
 """The names of the files with the answers of a step."""
 LAST = 10**10
