@@ -260,7 +260,7 @@ def held_out_numbers(learner: Learner, objective: Objective, elements: Sequence[
 
 
 @dataclass(frozen=True)
-class Asked:
+class PromptEvaluator:
     """Evaluate a policy on held-out prompts: `measure` answers them, always with the same random numbers, and scores the answers
     with the rewards of the run and with the judges.
 

@@ -17,7 +17,7 @@ from whet.learner import Learner, UpdateResult, look_across
 from whet.loops import checkpoint, selfcheck
 from whet.loops.ahead import AsynchronousSource, Driver, source_of
 from whet.loops.divergence import Divergence
-from whet.loops.evaluation import Asked, Evaluation, HeldOutPrompts
+from whet.loops.evaluation import Evaluation, HeldOutPrompts, PromptEvaluator
 from whet.loops.experience import (
     PtxStream,
     RolloutScores,
@@ -98,8 +98,10 @@ class OnlineLoop:
         self.skipped = 0
         self.stream = PtxStream(ptx, plan.ptx_batch, plan.seed)
         held = evaluation or HeldOutPrompts(None)
-        asked = Asked(held, rewards, self.generator, learner, run, plan.seed, "reference" in algorithm.roles())
-        self.evaluation = Evaluation(held.plan, asked.measure, held.export, run, learner)
+        evaluator = PromptEvaluator(
+            held, rewards, self.generator, learner, run, plan.seed, "reference" in algorithm.roles()
+        )
+        self.evaluation = Evaluation(held.plan, evaluator.measure, held.export, run, learner)
         self.step = self.first = self._next = 0
         self.state: State = algorithm.init()
         self._running = False
