@@ -179,60 +179,83 @@ def take_elements(batch: Batch, elements: Sequence[int]) -> Batch:
     return batch.take([row for element in elements for row in rows[element]])
 
 
-def micro_batches(batch: Batch, budget: int) -> list[list[int]]:
-    """Split the rows of a batch so that rows x longest row is at most `budget` tokens, without splitting elements.
+def micro_batches(batch: Batch, budget: int, *, packed: bool = False, shared: bool = False) -> list[list[int]]:
+    """Split the rows of a batch so that a forward has at most `budget` tokens, without splitting elements.
 
-    Elements of similar length are grouped, which reduces padding. An element over the budget forms its own micro-batch.
-    The split depends only on the lengths and their order, so `measure` and `update` split in the same way.
+    A padded micro-batch has rows x longest row tokens, so elements of similar length are grouped. A `packed` one has the tokens of
+    its rows, and with `shared` a prompt counts once for all rows that have it, so elements with the same prompt are grouped, and
+    all micro-batches are of similar size. An element over the budget forms its own micro-batch.
+    The split depends only on the rows and their order, so `measure` and `update` split in the same way.
     """
-    elements = batch.elements()
-    longest = [max(batch.rows[row].length for row in element) for element in elements]
-    out: list[list[int]] = []
-    width = 0
-    for number in sorted(range(len(elements)), key=lambda number: (longest[number], number)):
-        width = max(width, longest[number])
-        if out and (len(out[-1]) + len(elements[number])) * width <= budget:
-            out[-1].extend(elements[number])
-        else:
-            out.append(list(elements[number]))
-            width = longest[number]
-    return out
+    return dealt(batch, budget, 1, packed=packed, shared=shared)[0]
 
 
-def dealt(batch: Batch, budget: int, workers: int) -> list[list[list[int]]]:
+def dealt(
+    batch: Batch, budget: int, workers: int, *, packed: bool = False, shared: bool = False
+) -> list[list[list[int]]]:
     """Split the rows of a batch into micro-batches for several workers: one list per worker, all of the same length.
 
-    The number of rounds is the smallest that the budget allows. Elements are sorted by length and cut into contiguous
-    micro-batches, so that the largest cost (rows x longest row) is as small as possible. Each round takes the next most
-    expensive micro-batches, so the workers of a round have similar work. If there are too few micro-batches, the lists
-    are filled with empty ones. For one worker, the result is that of `micro_batches`.
+    The number of rounds is the smallest that the budget allows, see `micro_batches`. Elements are sorted by length (packed: by
+    prompt) and cut into contiguous micro-batches, so that the largest number of tokens is as small as possible. Each round takes
+    the next most expensive micro-batches, so the workers of a round have similar work. If there are too few micro-batches, the
+    lists are filled with empty ones. Padded rows of one worker are cut at the budget itself.
     """
-    if workers == 1:
-        return [micro_batches(batch, budget)]
-    elements = batch.elements()
-    longest = [max(batch.rows[row].length for row in element) for element in elements]
-    turn = sorted(range(len(elements)), key=lambda number: (longest[number], number))
-
-    def cut(most: int) -> list[tuple[int, list[int]]]:
-        """Cut into contiguous parts of at most `most` tokens (a larger element is alone); return (cost, rows) of each."""
-        parts: list[tuple[int, list[int]]] = []
-        for number in turn:
-            rows = elements[number]
-            cost = (len(parts[-1][1]) + len(rows)) * longest[number] if parts else most + 1
-            if cost <= most:
-                parts[-1] = (cost, parts[-1][1] + list(rows))
-            else:
-                parts.append((len(rows) * longest[number], list(rows)))
-        return parts
-
-    places = -(-len(cut(budget)) // workers) * workers
+    pieces = _sized(batch, packed, shared)
+    if workers == 1 and not packed:
+        return [[rows for _, rows in _cut(pieces, budget, packed)]]
+    places = -(-len(_cut(pieces, budget, packed)) // workers) * workers
     low, high = 1, budget
     while low < high:  # binary search for the smallest bound that gives at most `places` parts
         middle = (low + high) // 2
-        low, high = (low, middle) if len(cut(middle)) <= places else (middle + 1, high)
-    parts = sorted(cut(low), key=lambda part: -part[0])
+        low, high = (low, middle) if len(_cut(pieces, middle, packed)) <= places else (middle + 1, high)
+    parts = _cut(pieces, low, packed)
+    if workers > 1:
+        parts = sorted(parts, key=lambda part: -part[0])
     parts += [(0, [])] * (places - len(parts))
     return [[rows for _, rows in parts[worker::workers]] for worker in range(workers)]
+
+
+_Sized = tuple[list[int], int, tuple[bytes, int]]
+"""An element: its rows, its size (packed: tokens outside its prompt; padded: its longest row), and its prompt with its length."""
+
+
+def _sized(batch: Batch, packed: bool, shared: bool) -> list[_Sized]:
+    """Return the elements of a batch in the order in which they are cut."""
+    elements = batch.elements()
+    if not packed:
+        longest = [max(batch.rows[row].length for row in element) for element in elements]
+        turn = sorted(range(len(elements)), key=lambda number: (longest[number], number))
+        return [(elements[number], longest[number], (b"", 0)) for number in turn]
+    out: list[_Sized] = []
+    first: dict[bytes, int] = {}
+    for rows in elements:
+        key, start = b"", 0
+        if shared:
+            own = {batch.rows[row].ids[: batch.rows[row].start].numpy().tobytes() for row in rows}
+            if len(own) == 1:  # an element of several prompts is whole
+                key, start = own.pop(), batch.rows[rows[0]].start
+        first.setdefault(key, len(first))
+        out.append((rows, sum(batch.rows[row].length - start for row in rows), (key, start)))
+    return sorted(out, key=lambda one: first[one[2][0]]) if shared else out
+
+
+def _cut(elements: Sequence[_Sized], most: int, packed: bool) -> list[tuple[int, list[int]]]:
+    """Cut into contiguous parts of at most `most` tokens (a larger element is alone); return (tokens, rows) of each."""
+    parts: list[tuple[int, list[int]]] = []
+    last = b""
+    for rows, size, (key, start) in elements:
+        alone = size + start if packed else len(rows) * size
+        joined = most + 1
+        if parts and packed:
+            joined = parts[-1][0] + size + (0 if key == last and key else start)
+        elif parts:
+            joined = (len(parts[-1][1]) + len(rows)) * size
+        if joined <= most:
+            parts[-1] = (joined, parts[-1][1] + list(rows))
+        else:
+            parts.append((alone, list(rows)))
+        last = key
+    return parts
 
 
 def pad_ids(rows: Sequence[Row]) -> torch.Tensor:

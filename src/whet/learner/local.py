@@ -19,7 +19,7 @@ from whet.learner.state import as_tensor, fingerprint, optimizers_of
 from whet.learner.store import Stored, write
 from whet.methods.options import Optim
 from whet.models.dropout import Dropout
-from whet.models.readers import BARE, read
+from whet.models.readers import BARE, packs, read
 from whet.models.roles import Role
 from whet.models.router import Routed
 from whet.ops import address
@@ -33,7 +33,8 @@ class LocalLearner:
     depend on is here: the micro-batches, the columns and the losses.
 
     `budget` is the largest number of tokens in one forward, including padding. `packed` concatenates rows instead of
-    padding them. `total` is the number of updates of the whole run, for the learning-rate schedules. Residual `dropout` is
+    padding them, and `shared` then computes a prompt once for all rows of a micro-batch that have it (see `models.readers`).
+    `total` is the number of updates of the whole run, for the learning-rate schedules. Residual `dropout` is
     active only in updates; its masks depend on (seed, version). With `bf16` all roles with float32 weights compute in
     bfloat16, while weights, gradients and moments stay float32.
     """
@@ -49,6 +50,7 @@ class LocalLearner:
         total: int,
         budget: int = 8192,
         packed: bool = False,
+        shared: bool = False,
         dropout: float = 0.0,
         seed: int = 0,
         workers: Workers = Workers(),
@@ -58,7 +60,7 @@ class LocalLearner:
         for role in roles.values():
             role.compute_in(bf16 and self.autocasts)
         self.roles, self.optims, self.total = dict(roles), dict(optims), total
-        self.budget, self.packed, self.dropout, self.seed = budget, packed, dropout, seed
+        self.budget, self.packed, self.shared, self.dropout, self.seed = budget, packed, shared, dropout, seed
         self.version = 0
         self.workers = workers
         self.writer: WeightsWriter | None = None
@@ -84,7 +86,7 @@ class LocalLearner:
     def columns(self, name: str, batch: Batch, bare: frozenset[str]) -> dict[str, Tensor]:
         """See `Learner.columns`."""
         now: dict[str, Tensor] = {}
-        for rows, real in self._dealt(batch):
+        for rows, real in self._dealt(name, batch):
             with torch.set_grad_enabled(self.roles[name].paths.gradient is False):
                 fresh = {one: value.detach() for one, value in self._read(name, batch.take(rows), bare).items()}
             _collect(now, fresh, rows if real else [], batch)
@@ -127,12 +129,11 @@ class LocalLearner:
 
     def rehearse(self, batch: Batch, columns: Mapping[str, frozenset[str]]) -> None:
         """See `Learner.rehearse`."""
-        turns = self._dealt(batch)
-        rows = max(
-            (rows for rows, _ in turns), key=lambda rows: len(rows) * max(batch.rows[row].length for row in rows)
-        )
-        micro = batch.take(rows)
         for name, bare in columns.items():
+            turns = self._dealt(name, batch)
+            micro = batch.take(
+                max((rows for rows, _ in turns), key=lambda rows: len(rows) * max(batch.rows[row].length for row in rows))
+            )
             with self._memory(micro):
                 made = self._read(name, micro, bare)
                 self._backward(name, torch.stack([value.sum().float() for value in made.values()]).sum() * 0.0, True)
@@ -338,12 +339,21 @@ class LocalLearner:
 
     # --- helpers --------------------------------------------------------------------------------------------------
 
-    def _dealt(self, batch: Batch) -> list[tuple[list[int], bool]]:
-        """Return the micro-batches of this worker as (rows, real). Each worker has the same number of micro-batches.
+    def _shares(self, role: Role) -> bool:
+        """Return whether a prompt is computed once for the rows that have it. Dropout and a trained router look at each token of
+        each row, in updates; measuring must compute the same bits."""
+        alone = role.trained and (bool(self.dropout) or role.router is not None)
+        return self.shared and not alone and role.paths.sharing is not False
+
+    def _dealt(self, name: str, batch: Batch) -> list[tuple[list[int], bool]]:
+        """Return the micro-batches of this worker for a role as (rows, real). Each worker has the same number of micro-batches.
 
         If the worker has too few, it repeats an element with real False; these micro-batches get weight 0.
         """
-        own = dealt(batch, self.budget, self.workers.size)[self.workers.rank]
+        role = self.roles[name]
+        packed = packs(role, batch.rows, self.packed) if batch.rows else False
+        shared = packed and self._shares(role)
+        own = dealt(batch, self.budget, self.workers.size, packed=packed, shared=shared)[self.workers.rank]
         if all(own):
             return [(rows, True) for rows in own]
         spare = min(batch.elements(), key=lambda rows: max(batch.rows[row].length for row in rows))
@@ -362,9 +372,10 @@ class LocalLearner:
         routed: list[Routed] | None = None,
     ) -> dict[str, Tensor]:
         reference = self.roles.get("reference")
+        role = self.roles[name]
         return read(
-            self.roles[name], batch, columns, packed=self.packed, dropout=dropout, reference=reference, routed=routed
-        )
+            role, batch, columns, packed=self.packed, shared=self._shares(role), dropout=dropout, reference=reference, routed=routed
+        )  # fmt: skip
 
     @torch.no_grad()
     def _chosen(
@@ -442,7 +453,7 @@ class LocalLearner:
                 wanted |= {"logp"}  # for the metrics of how far the policy moved
             if name == "policy" and all(term.reads() == {"logp", term.mask} for term, _, _ in items):
                 wanted |= {"correct"}  # for the accuracy of next-token prediction
-            turns = self._dealt(batch)
+            turns = self._dealt(name, batch)
             router = self.roles[name].router if train and first[name] == key else None
             chosen = self._chosen(name, batch, turns, dropout) if router is not None else None
             for number, (rows, real) in enumerate(turns):

@@ -17,6 +17,7 @@ from whet.data import Batch, Row
 from whet.distributed import first
 from whet.errors import ModelError, first_line
 from whet.models.decode import Cached
+from whet.models.packing import install, local_attention, uninstall
 from whet.models.readers import read
 from whet.models.roles import Role
 from whet.ops import token_logprobs
@@ -41,9 +42,10 @@ LONGEST, SHORTEST, STEPS = 128, 9, 4
 def probe(role: Role, rows: Sequence[Tensor], *, packed: bool = False, cached: bool = False) -> None:
     """Try padding, and packing and decoding with a cache if they are wanted, and note in `role.paths` what is right.
 
+    With packing, a model that has transformers' "sdpa" attention gets the one of `whet.models.packing`, if it is right.
+
     `rows` are token ids (S,) of the run, of which a few are taken. What was tried before is not tried again. Call it while
     the weights are whole, before a backend shards them. Raises ModelError if
-    - packing is wanted and the role is trained, but packed rows are not read as alone (a frozen role is padded instead),
     - the model is no causal language model: later tokens change the log-probs of earlier ones,
     - its forward fails, gives numbers that are not finite, changes weights, or differs with gradient checkpointing,
     - it computes in bfloat16 over float32 weights and then fails or gives other numbers, on average by more than rounding.
@@ -171,10 +173,14 @@ class _Trial:
     def _alone(self) -> Tensor:
         return torch.cat([self._read([row]) for row in self.rows])
 
-    def _read(self, rows: Sequence[Row], *, packed: bool = False) -> Tensor:
+    def _read(self, rows: Sequence[Row], *, packed: bool = False, shared: bool = False) -> Tensor:
         batch = Batch.of(rows)
-        (column,) = read(self.role, batch, self.names, packed=packed).values()
+        (column,) = read(self.role, batch, self.names, packed=packed, shared=shared).values()
         return column.cpu()[batch["mask"]]
+
+    def _fastest(self) -> Tensor:
+        """Read the rows in the layout that the learner will use."""
+        return self._read(self.rows, packed=bool(self.role.paths.packing))
 
     def _gap(self, other: Callable[[], Tensor], truth: Tensor | None = None, mean: bool = False) -> tuple[float, str]:
         """Return the largest (or the mean) difference to the truth and words for it; infinity if `other` fails."""
@@ -265,7 +271,7 @@ class _Trial:
         """Compare the role in bfloat16 with what its weights compute on their own; on average, since single numbers round far."""
         limit = self.limit * HALF / self.bound
         with self.role.sampling():
-            gap, why = self._gap(lambda: self._read(self.rows), mean=True)
+            gap, why = self._gap(self._fastest, mean=True)
             if not gap <= limit:
                 raise ModelError(
                     f"learner.precision: in bfloat16 the {self.role.name} differs {why}; set it to float32"
@@ -284,23 +290,46 @@ class _Trial:
         """Compare the bits: the ratio is exactly 1 only if measuring and updating compute the same."""
         with torch.enable_grad():
             try:
-                found = self._read(self.rows).detach()
+                found = self._fastest().detach()
             except Exception as error:
                 kernel = self.role.model.config._attn_implementation
                 raise ModelError(
                     f"the {self.role.name} cannot be read with a gradient ({first_line(error)}); its attention kernels are {kernel} "
                     "(model.attn_implementation)"
                 ) from error
-        self.role.paths = replace(self.role.paths, gradient=torch.equal(found, self._read(self.rows)))
+        self.role.paths = replace(self.role.paths, gradient=torch.equal(found, self._fastest()))
 
     def _packing(self) -> None:
-        gap, why = self._gap(lambda: self._read(self.rows, packed=True))
+        role = self.role
+        kernel = role.model.config._attn_implementation
+        own = install(role.model)
+        if not own and not str(kernel).startswith("flash"):
+            role.paths = replace(role.paths, packing=False)
+            self._say(f"its attention ({kernel}) has no packed rows; they are padded")
+            return
+        with local_attention() as windows:
+            gap, why = self._gap(lambda: self._read(self.rows, packed=True))
         right = gap <= self.limit
-        if not right and self.role.trained:
-            raise ModelError(f"train.packing: packed rows of the {self.role.name} differ {why}; leave it out")
-        self.role.paths = replace(self.role.paths, packing=right)
         if not right:
-            self._say(f"packed rows differ {why}; it reads padded rows")
+            uninstall(role.model)
+            self._say(f"packed rows differ {why}; they are padded")
+        role.paths = replace(role.paths, packing=right, window=min(windows, default=None), sharing=False)
+        if right and own:
+            self._sharing()
+
+    def _sharing(self) -> None:
+        """Try rows with the same prompt, which is computed once: each row, and the row with other tokens after its middle."""
+        rows = list[Row]()
+        for row in self.rows:
+            start = row.length // 2
+            for ids in (row.ids, torch.cat([row.ids[:start], row.ids[start:].flip(0)])):
+                rows.append(Row(ids, start, torch.ones(row.length - start, dtype=torch.bool)))
+        truth = torch.cat([self._plain(row.ids)[row.start - 1 :] for row in rows])
+        self.role.paths = replace(self.role.paths, sharing=None)
+        gap, why = self._gap(lambda: self._read(rows, packed=True, shared=True), truth)
+        self.role.paths = replace(self.role.paths, sharing=gap <= self.limit)
+        if not self.role.paths.sharing:
+            self._say(f"rows that share their prompt differ {why}; each is computed whole")
 
     def _cache(self) -> None:
         gap, why = self._gap(self._decoded, torch.cat([one[-STEPS:] for one in self._each(self.truth)]))

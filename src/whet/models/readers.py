@@ -15,6 +15,7 @@ from torch.nn import functional
 from whet.data import Batch, Row, pad_ids
 from whet.errors import ModelError
 from whet.models.dropout import Dropout
+from whet.models.packing import Packed, Pieces, Places, pieces_of_forward, uses
 from whet.models.roles import Role
 from whet.models.router import Routed
 from whet.models.shell import through
@@ -39,6 +40,7 @@ def read(
     names: frozenset[str],
     *,
     packed: bool = False,
+    shared: bool = False,
     dropout: Dropout | None = None,
     reference: Role | None = None,
     routed: list[Routed] | None = None,
@@ -46,8 +48,9 @@ def read(
     """Compute these columns of the batch (names in `BARE`) with the role's model, with gradient if it is enabled.
 
     Columns are (B, T) per token, 0 outside the mask of each row, and (B,) for score and final_value. `packed` concatenates
-    the rows with a block-causal mask instead of padding them. A role that the probe found to be disturbed by packing is
-    padded, and one that padding disturbs is read row by row. exact_kl is the KL to `reference`. If the batch has a support,
+    the rows instead of padding them (see `packs`), and `shared` then computes a prompt once for all rows that have it, except
+    with `dropout` or `routed`, which look at each token of each row. A role that the probe found to be disturbed by this is read
+    without, and one that padding disturbs is read row by row. exact_kl is the KL to `reference`. If the batch has a support,
     logp and entropy are of the truncated distribution, full_logp and full_entropy of the distribution over the whole
     vocabulary. Ids that no token has (`Role.missing`) have probability 0. The sums of the role's router over the tokens of
     the batch are appended to `routed`.
@@ -56,8 +59,9 @@ def read(
     if "exact_kl" in names:
         if reference is None:
             raise ValueError("the exact KL needs a reference model, but there is none")
-        other = _other(reference, batch, packed)
-    return through(role, _read_off, role, batch, names, packed, dropout, other, routed)
+        other = _other(reference, batch, packed, shared)
+    shared = shared and dropout is None and routed is None
+    return through(role, _read_off, role, batch, names, packed, shared, dropout, other, routed)
 
 
 def _read_off(
@@ -65,6 +69,7 @@ def _read_off(
     batch: Batch,
     names: frozenset[str],
     packed: bool,
+    shared: bool,
     dropout: Dropout | None,
     other: "_Other | None",
     routed: list[Routed] | None,
@@ -74,20 +79,20 @@ def _read_off(
         return _text_scores(role, batch, names, dropout)
     if names & ATTENTION.keys():
         rest = names - ATTENTION.keys()
-        out = _read_off(role, batch, rest, packed, dropout, other, routed) if rest else {}
+        out = _read_off(role, batch, rest, packed, shared, dropout, other, routed) if rest else {}
         return out | _attention(role, batch, names & ATTENTION.keys())
-    layouts, offsets = _laid_out(role, batch.rows, packed)
+    layouts, places = _laid_out(role, batch.rows, packed, shared)
     numbers = batch.columns["number"] if "number" in batch.columns else torch.arange(len(batch.rows))
     with ExitStack() as stack:
         stack.enter_context(role.active())
         if dropout is not None and len(layouts) > 1:
             raise ModelError(f"train.dropout: rows of the {role.name} are read one by one; leave it out")
         if dropout is not None:
-            row_of, position_of = layouts[0].addresses(offsets, numbers)
+            row_of, position_of = layouts[0].addresses(places.own, numbers)
             dropout.put_on(role.model, row_of.to(role.device), position_of.to(role.device), stack)
         flat = _forward(role, layouts, role.linear_head or not names & LANGUAGE, batch.rows, routed)
     with role.active():
-        return _columns(role, batch, names, offsets, flat, other)
+        return _columns(role, batch, names, places, flat, other)
 
 
 @dataclass(frozen=True)
@@ -100,8 +105,8 @@ class _Other:
 
 
 @torch.no_grad()
-def _other(reference: Role, batch: Batch, packed: bool) -> _Other:
-    states = through(reference, _states, reference, batch, packed)["states"]
+def _other(reference: Role, batch: Batch, packed: bool, shared: bool) -> _Other:
+    states = through(reference, _states, reference, batch, packed, shared)["states"]
     if not reference.linear_head:
         return _Other(reference.close(states), None, None)
     head = reference.model.get_output_embeddings()
@@ -110,17 +115,24 @@ def _other(reference: Role, batch: Batch, packed: bool) -> _Other:
     return _Other(states, weight, reference.output_bias(bias, weight, len(weight)))
 
 
-def _states(reference: Role, batch: Batch, packed: bool) -> dict[str, Tensor]:
-    layouts, offsets = _laid_out(reference, batch.rows, packed)
+def _states(reference: Role, batch: Batch, packed: bool, shared: bool) -> dict[str, Tensor]:
+    layouts, places = _laid_out(reference, batch.rows, packed, shared)
     with reference.active():
         flat = _forward(reference, layouts, reference.linear_head)
-    return {"states": flat[_Trained.of(batch).at(offsets) - 1]}
+    return {"states": _taken(flat, _Trained.of(batch).at(places, -1))}
 
 
-def _laid_out(role: Role, rows: Sequence[Row], packed: bool) -> tuple[list["_Layout"], Tensor]:
-    """Return the inputs of one or more forwards of the role, and where each row starts in their flat positions, (B,)."""
+def packs(role: Role, rows: Sequence[Row], packed: bool = True) -> bool:
+    """Return whether these rows are read in one sequence if `packed` asks for it: the probe found it right, and no row is longer
+    than the model's local attention (a sliding window, chunks), which packed rows do not have."""
+    wide = role.paths.window is None or max(row.length for row in rows) <= role.paths.window
+    return packed and wide and role.paths.packing is not False
+
+
+def _laid_out(role: Role, rows: Sequence[Row], packed: bool, shared: bool) -> tuple[list["_Layout"], Places]:
+    """Return the inputs of one or more forwards of the role, and where the tokens of each row are in their flat positions."""
     lengths = torch.tensor([row.length for row in rows])
-    joined = lengths.cumsum(0) - lengths
+    joined = Places.plain(lengths.cumsum(0) - lengths)
     if role.paths.limit is not None and int(lengths.max()) > role.paths.limit:
         if role.shell is not None:  # processes with other numbers of forwards would wait for each other
             raise ModelError(
@@ -128,12 +140,15 @@ def _laid_out(role: Role, rows: Sequence[Row], packed: bool) -> tuple[list["_Lay
                 "are read one by one, which sharded weights do not allow; lower --data.max-tokens, or set --learner ddp"
             )
         return [_Layout(row.ids[None]) for row in rows], joined
-    if packed and role.paths.packing is not False:
+    if packs(role, rows, packed) and uses(role.model):
+        found = Packed.of(rows, shared and role.paths.sharing is not False)
+        return [_Layout(found.ids, found.pieces.positions(), found.pieces)], found.places
+    if packs(role, rows, packed):
         return [_packed(rows)], joined
     if role.paths.padding is False:
         return [_Layout(row.ids[None]) for row in rows], joined
     ids = pad_ids(rows)
-    return [_Layout(ids)], torch.arange(len(rows)) * ids.shape[1]
+    return [_Layout(ids)], Places.plain(torch.arange(len(rows)) * ids.shape[1])
 
 
 def _forward(
@@ -146,11 +161,13 @@ def _forward(
     """Return the hidden states (N, H) or the logits (N, V) of all positions of the layouts, flat."""
     parts = []
     for layout in layouts:
-        more = layout.more(role.device)
+        more, ids = layout.more(role.device), layout.ids.to(role.device)
         if routed is None or role.router is None:
-            states = (role.hidden if hidden else role.logits)(layout.ids.to(role.device), **more)
+            with pieces_of_forward(layout.pieces):
+                states = (role.hidden if hidden else role.logits)(ids, **more)
         else:
-            states, logits = role.routed(layout.ids.to(role.device), hidden, **more)
+            with pieces_of_forward(layout.pieces):
+                states, logits = role.routed(ids, hidden, **more)
             real = torch.ones(layout.ids.shape, dtype=torch.bool)
             if len(layouts) == 1 and len(layout.ids) == len(rows):  # padded
                 real = torch.arange(real.shape[1]) < torch.tensor([row.length for row in rows])[:, None]
@@ -205,15 +222,20 @@ def _columns(
     role: Role,
     batch: Batch,
     names: frozenset[str],
-    offsets: Tensor,
+    places: Places,
     flat: Tensor,
     other: _Other | None,
 ) -> dict[str, Tensor]:
     trained = _Trained.of(batch)
     mask, row, step = trained.mask, trained.row, trained.step
     tokens = torch.cat([r.ids[r.start :][r.mask] for r in batch.rows])
-    at = trained.at(offsets)
     out: dict[str, Tensor] = {}
+
+    def states(shift: int = 0) -> Tensor:
+        return _taken(flat, trained.at(places, shift))
+
+    def of_rows(positions: list[int]) -> Tensor:
+        return _taken(flat, places.at(torch.arange(len(positions)), torch.tensor(positions)))
 
     def spread(values: Tensor) -> Tensor:
         target = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
@@ -222,9 +244,10 @@ def _columns(
     if names & LANGUAGE:
         temperature = batch["temperature"][row] if "temperature" in batch.columns else torch.ones(len(row))
         support = batch["support"][row, step] if "support" in batch.columns else None
-        read_off = _language(role, flat[at - 1], tokens, temperature, support, names)
+        before = states(-1)
+        read_off = _language(role, before, tokens, temperature, support, names)
         if other is not None:
-            read_off["exact_kl"] = _exact_kl(role, flat[at - 1], other, temperature)
+            read_off["exact_kl"] = _exact_kl(role, before, other, temperature)
         out |= {name: spread(values) for name, values in read_off.items() if name in names}
     if names & SCALAR:
         if role.head is None:
@@ -232,15 +255,13 @@ def _columns(
         # add the shift once to a sum over tokens, else to the score of each position
         each, once = (0.0, role.shift) if role.readout == "sum" else (role.shift, 0.0)
         if "value" in names:
-            out["value"] = spread(_scalar(role, flat[at - 1]) + each)
+            out["value"] = spread(_scalar(role, states(-1)) + each)
         if "final_value" in names:
-            last = offsets + torch.tensor([_last(one) for one in batch.rows])
-            out["final_value"] = _scalar(role, flat[last]) + each
+            out["final_value"] = _scalar(role, of_rows([_last(one) for one in batch.rows])) + each
         if "score" in names and role.readout == "last":
-            scored = offsets + torch.tensor([_scored(one, role.pad_id) for one in batch.rows])
-            out["score"] = _scalar(role, flat[scored]) + each
+            out["score"] = _scalar(role, of_rows([_scored(one, role.pad_id) for one in batch.rows])) + each
         if "token_score" in names or ("score" in names and role.readout != "last"):
-            dense = spread(_scalar(role, flat[at]) + each)
+            dense = spread(_scalar(role, states()) + each)
             out |= {"token_score": dense} if "token_score" in names else {}
             if "score" in names and role.readout != "last":
                 total = dense.sum(1)
@@ -344,10 +365,11 @@ def _scored(row: Row, pad_id: int | None) -> int:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Input of one forward: ids (B, S), and their positions if they do not simply count up in each row."""
+    """Input of one forward: ids (B, S), their positions if they do not simply count up in each row, and the pieces of packed rows."""
 
     ids: Tensor
     positions: Tensor | None = None
+    pieces: Pieces | None = None
 
     def more(self, device: torch.device) -> dict[str, Tensor]:
         """Return the arguments of the forward besides the ids."""
@@ -386,9 +408,15 @@ class _Trained:
         row, step = mask.nonzero(as_tuple=True)
         return cls(mask, row, step, torch.tensor([one.start for one in batch.rows])[row] + step)
 
-    def at(self, offsets: Tensor) -> Tensor:
-        """Return the flat index of each token, (N,), if the rows start at these offsets."""
-        return offsets[self.row] + self.position
+    def at(self, places: Places, shift: int = 0) -> Tensor:
+        """Return the flat position of each token, or of the one `shift` positions after it, (N,)."""
+        return places.at(self.row, self.position + shift)
+
+
+def _taken(flat: Tensor, index: Tensor) -> Tensor:
+    """Return these rows of `flat`. An index may occur twice; the sum of its gradients has one order, whatever the threads."""
+    index = index.to(flat.device)
+    return flat.index_select(0, index) if flat.device.type == "cpu" else flat[index]
 
 
 def _record_mask(rows: Sequence[Row]) -> Tensor:

@@ -30,15 +30,19 @@ class Paths:
 
     padding   rows of unlike length in one batch, padded on the right; without it rows are read one by one
     packing   rows one after the other in one sequence
+    sharing   packed rows that have the same prompt, with the prompt computed once
     cache     decoding with a cache; without it each token takes a forward over the whole sequence
     gradient  a forward without gradient, to the last bit; without it columns are measured as in an update
+    window    tokens of the longest row that can be packed, for models with local attention; None without such a limit
     limit     number of positions beyond which a row changes the numbers of others in its forward; None without such a limit
     """
 
     padding: bool | None = None
     packing: bool | None = None
+    sharing: bool | None = None
     cache: bool | None = None
     gradient: bool | None = None
+    window: int | None = None
     limit: int | None = None
 
 
