@@ -29,13 +29,13 @@ def line(kind: type, verb: str, *words: str) -> Any:
 
 
 def test_overrides_win_over_the_users_recipe_over_the_shipped_one_over_the_defaults(tmp_path: Path) -> None:
-    mine = yaml(tmp_path, "train: {batch_size: 8, packing: true}\noptim: {lr: 2.0e-5, warmup_ratio: 0.25}\n")
+    mine = yaml(tmp_path, "train: {batch_size: 8, padding_free: false}\noptim: {lr: 2.0e-5, warmup_ratio: 0.25}\n")
     recipe = line(OfflineRecipe, "sft", mine, "--optim.lr", "0.5", "--train.batch-size", "4")
     assert (recipe.optim.lr, recipe.train.batch_size) == (0.5, 4)  # the override
-    assert (recipe.optim.warmup_ratio, recipe.train.packing) == (0.25, True)  # the user's
+    assert (recipe.optim.warmup_ratio, recipe.train.padding_free) == (0.25, False)  # the user's
     assert (recipe.train.num_epochs, recipe.optim.schedule) == (3.0, "cosine")  # the shipped
     assert (recipe.train.max_tokens_per_micro_batch, recipe.optim.betas, recipe.seed) == (
-        8192,
+        None,
         (0.9, 0.95),
         0,
     )  # the defaults

@@ -43,13 +43,17 @@ def damaged(path: Path, name: str, value: float, file: str = "model.safetensors"
 SFT = ("--train.num-steps", 2, "--batch-size", 2, "--quiet")
 
 
-def test_packing_that_the_model_does_not_honor_is_refused_before_training(capsys: Any, tmp_path: Path) -> None:
+def test_a_model_without_packed_rows_is_padded_with_a_line(capsys: Any, tmp_path: Path) -> None:
     model, data = folder(tmp_path / "m", "bloom"), demonstrations(tmp_path / "d.jsonl")
-    said = whet(capsys, "sft", "--model", model, "--data", data, "--out", tmp_path / "o", "--packing", "true", *SFT)
-    assert said.status != 0
-    one_message(said.error, ["train.packing", "policy", "nats", "leave it out"])
-    assert not (tmp_path / "o" / "metrics.jsonl").exists()
-    assert whet(capsys, "sft", "--model", model, "--data", data, "--out", tmp_path / "o", *SFT).status == 0
+    said = whet(capsys, "sft", "--model", model, "--data", data, "--out", tmp_path / "o", *SFT)
+    assert said.status == 0
+    assert "policy: its attention (eager) has no packed rows; they are padded" in said.error
+    off = ("--padding-free", "false", "--out", tmp_path / "p")
+    said = whet(capsys, "sft", "--model", model, "--data", data, *off, *SFT)
+    assert said.status == 0
+    assert "packed" not in said.error
+    losses = [[json.loads(one)["loss"] for one in (tmp_path / name / "metrics.jsonl").open()] for name in "op"]
+    assert losses[0] == losses[1]
 
 
 def test_a_policy_that_looks_both_ways_is_refused_by_every_verb(capsys: Any, tmp_path: Path) -> None:

@@ -64,10 +64,10 @@ def test_a_run_passes_its_own_checks(home: Path, tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("form", ["packing", "checkpointing", "lora", "ddp"])
+@pytest.mark.parametrize("form", ["padded", "checkpointing", "lora", "ddp"])
 def test_forms_of_a_run_in_half_precision(home: Path, tmp_path: Path, form: str) -> None:
     changes: dict[str, Any] = {
-        "packing": {"train.packing": True},
+        "padded": {"train.padding_free": False},
         "checkpointing": {"model.gradient_checkpointing": True},
         "lora": {"model.lora.rank": 4},
         "ddp": {"learner": "ddp"},

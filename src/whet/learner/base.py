@@ -156,7 +156,7 @@ LEARNERS = Registry(
     },
     Learner,
     others=["auto"],
-    given=("roles", "optims", "total", "budget", "packed", "dropout", "seed", "workers"),
+    given=("roles", "optims", "total", "budget", "packed", "shared", "dropout", "seed", "workers"),
 )  # fmt: skip
 """The learners by name. `make` returns a constructor with the parameters of `LocalLearner`.
 

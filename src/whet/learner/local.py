@@ -22,6 +22,7 @@ from whet.models.dropout import Dropout
 from whet.models.readers import BARE, packs, read
 from whet.models.roles import Role
 from whet.models.router import Routed
+from whet.models.sizes import tokens_of
 from whet.ops import address
 
 
@@ -32,8 +33,8 @@ class LocalLearner:
     how whole tensors are read and written (`_whole`, `_fill`, and the same for optimizer states). Everything that results
     depend on is here: the micro-batches, the columns and the losses.
 
-    `budget` is the largest number of tokens in one forward, including padding. `packed` concatenates rows instead of
-    padding them, and `shared` then computes a prompt once for all rows of a micro-batch that have it (see `models.readers`).
+    `budget` is the largest number of tokens in one forward, including padding (None: see `models.sizes`). `packed` concatenates rows
+    instead of padding them, and `shared` then computes a prompt once for all rows of a micro-batch that have it (see `models.readers`).
     `total` is the number of updates of the whole run, for the learning-rate schedules. Residual `dropout` is
     active only in updates; its masks depend on (seed, version). With `bf16` all roles with float32 weights compute in
     bfloat16, while weights, gradients and moments stay float32.
@@ -48,7 +49,7 @@ class LocalLearner:
         optims: Mapping[str, Optim],
         *,
         total: int,
-        budget: int = 8192,
+        budget: int | None = None,
         packed: bool = False,
         shared: bool = False,
         dropout: float = 0.0,
@@ -60,7 +61,8 @@ class LocalLearner:
         for role in roles.values():
             role.compute_in(bf16 and self.autocasts)
         self.roles, self.optims, self.total = dict(roles), dict(optims), total
-        self.budget, self.packed, self.shared, self.dropout, self.seed = budget, packed, shared, dropout, seed
+        self.budget = budget or tokens_of(next(iter(roles.values())).model)
+        self.packed, self.shared, self.dropout, self.seed = packed, shared, dropout, seed
         self.version = 0
         self.workers = workers
         self.writer: WeightsWriter | None = None
@@ -132,7 +134,10 @@ class LocalLearner:
         for name, bare in columns.items():
             turns = self._dealt(name, batch)
             micro = batch.take(
-                max((rows for rows, _ in turns), key=lambda rows: len(rows) * max(batch.rows[row].length for row in rows))
+                max(
+                    (rows for rows, _ in turns),
+                    key=lambda rows: len(rows) * max(batch.rows[row].length for row in rows),
+                )
             )
             with self._memory(micro):
                 made = self._read(name, micro, bare)

@@ -14,6 +14,7 @@ from whet.models import saved_adapters
 from whet.models.code import refuse_code
 from whet.models.finite import check_finite
 from whet.models.folders import adapter_base, check_folder, has_tokenizer, settings
+from whet.models.sizes import width_of
 from whet.models.tokens import mend_generation_config, try_tokenizer, why
 from whet.ops import address
 
@@ -240,6 +241,12 @@ def positions(source: ModelSource) -> int:
             f"{source.path}: max_position_embeddings of config.json must be a number of tokens, got {most!r:.80}"
         )
     return most
+
+
+def width(source: ModelSource) -> int:
+    """Return the width of the hidden states of a model, from its configuration (see `width_of`)."""
+    base, _ = adapter_base(source.path)
+    return width_of(_configuration(base, source.trust_remote_code))
 
 
 def check_code(source: ModelSource) -> None:

@@ -196,7 +196,9 @@ def _attention(
         return out
     asked = [name for name in _CHANGES if options.get(name) is not None]
     if asked or options.get("dropout") or options.get("is_causal") is False or query.shape[:3:2] != key.shape[:3:2]:
-        raise ModelError(f"its attention is not a plain causal softmax ({', '.join(asked) or 'dropout, or another mask'})")
+        raise ModelError(
+            f"its attention is not a plain causal softmax ({', '.join(asked) or 'dropout, or another mask'})"
+        )
     lengths = list(pieces.lengths)
     queries, keys, values = (one.split(lengths, 2) for one in (query, key, value))
     grouped = query.shape[1] != key.shape[1]

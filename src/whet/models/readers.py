@@ -126,7 +126,7 @@ def packs(role: Role, rows: Sequence[Row], packed: bool = True) -> bool:
     """Return whether these rows are read in one sequence if `packed` asks for it: the probe found it right, and no row is longer
     than the model's local attention (a sliding window, chunks), which packed rows do not have."""
     wide = role.paths.window is None or max(row.length for row in rows) <= role.paths.window
-    return packed and wide and role.paths.packing is not False
+    return packed and wide and not role.whole_text and role.paths.packing is not False
 
 
 def _laid_out(role: Role, rows: Sequence[Row], packed: bool, shared: bool) -> tuple[list["_Layout"], Places]:

@@ -7,25 +7,29 @@ import torch
 from whet.data import Batch, Chat, Group, Row, extras_of, micro_batches
 from whet.errors import RecipeError, RewardError
 from whet.models.probe import probe
-from whet.models.readers import read
+from whet.models.readers import packs, read
 from whet.models.roles import Role
+from whet.models.sizes import tokens_of
 from whet.rewards.base import Scores
 
 Reading = Callable[[Batch, frozenset[str]], Mapping[str, torch.Tensor]]
 """Function that returns bare columns of a batch, such as `learner.columns` for a reward model that the learner holds."""
 
 
-def reading(role: Role, budget: int) -> Reading:
-    """Return a function that runs a role in this process, in micro-batches of at most `budget` tokens. Its first rows are
-    those that the role is tried on (see `whet.models.probe`)."""
+def reading(role: Role, budget: int | None, *, packed: bool = True, shared: bool = True) -> Reading:
+    """Return a function that runs a role in this process, in micro-batches of at most `budget` tokens (None: see
+    `whet.models.sizes`), `packed` and `shared` as in `whet.models.readers.read`. Its first rows are those that the role is tried
+    on (see `whet.models.probe`)."""
 
     @torch.no_grad()
     def read_all(batch: Batch, names: frozenset[str]) -> dict[str, torch.Tensor]:
         out: dict[str, torch.Tensor] = {}
         if role.paths.padding is None:
-            probe(role, [row.ids for row in batch.rows])
-        for places in micro_batches(batch, budget):
-            for name, values in read(role, batch.take(places), names).items():
+            probe(role, [row.ids for row in batch.rows], packed=packed)
+        flat = packs(role, batch.rows, packed)
+        once = flat and shared and role.paths.sharing is not False
+        for places in micro_batches(batch, budget or tokens_of(role.model), packed=flat, shared=once):
+            for name, values in read(role, batch.take(places), names, packed=packed, shared=shared).items():
                 batch.scatter(out, name, places, values.cpu())
         return out
 
@@ -48,7 +52,7 @@ class ModelReward:
         chat: Chat,
         *,
         same: bool = True,
-        budget: int = 16384,
+        budget: int | None = None,
         dense: bool = False,
         ends: Callable[[int], bool] | None = None,
     ) -> None:

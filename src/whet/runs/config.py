@@ -42,7 +42,8 @@ SHORT: Mapping[str, tuple[str, ...]] = {
             "save_minutes",
             "save_last",
             "on_divergence",
-            "packing",
+            "padding_free",
+            "shared_prefix",
             "drop_last",
         )
     },

@@ -62,8 +62,8 @@ def _win_rates(recipe: fields.EvalRecipe) -> dict[str, float]:
         exact = True
         roles = {"policy": generator.role, "reference": other}
         for role in roles.values():
-            probe(role, [torch.tensor(prompt.ids) for prompt in prompts[:SOME]])
-        learner = LocalLearner(roles, {}, total=1, budget=recipe.max_tokens_per_micro_batch)
+            probe(role, [torch.tensor(prompt.ids) for prompt in prompts[:SOME]], packed=True)
+        learner = LocalLearner(roles, {}, total=1, budget=recipe.max_tokens_per_micro_batch, packed=True, shared=True)
         divergence = evaluate.kl(learner, ours, recipe.sampling.temperature).tolist()
     numbers: dict[str, float] = {"prompts": len(prompts)}
     numbers |= {"kl": sum(divergence) / len(divergence)} if exact else {}
@@ -121,6 +121,8 @@ def _held_out(recipe: fields.EvalRecipe) -> dict[str, float]:
         objective, reading = compose.SFT, "demonstrations"
     read = data.cautioned(getattr(reader, reading), chat)
     elements = data.rows_of(recipe.data, data.guarded(read, objective, "eval") if scorer else read)
-    probe(role, [row.ids for row in Batch.of(elements[:SOME]).rows])
-    learner = LocalLearner({role.name: role}, {}, total=1, budget=recipe.max_tokens_per_micro_batch)
+    probe(role, [row.ids for row in Batch.of(elements[:SOME]).rows], packed=True)
+    learner = LocalLearner(
+        {role.name: role}, {}, total=1, budget=recipe.max_tokens_per_micro_batch, packed=True, shared=True
+    )
     return {key.rpartition("/")[2]: value for key, value in evaluate.held_out(learner, objective, elements).items()}

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -52,6 +52,8 @@ SAVING = ("save_every", "save_minutes", "save_last", "keep", "on_divergence")
 """Fields of the section `train` that change no result, and that a resumed run may change."""
 LENGTH = ("num_steps", "num_epochs")
 """Fields of the sections `train` and `rollout` that a resumed run may change if the learning rate does not depend on them."""
+
+RecipeT = TypeVar("RecipeT", bound=TrainingRecipe)
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def _refuse_inputs_inside(folder: Path, recipe: TrainingRecipe, recipe_file: Pat
 def _refuse_changes(folder: Path, recipe: TrainingRecipe, verb: str, accepted: Sequence[str]) -> None:
     """Raise RecipeError if the run in a folder has another recipe, except for what may change on a resume."""
     saved = config.completed(read_yaml(folder / "recipe.yaml"), type(recipe))
-    changed = differing(_kept(saved), _kept(yaml_tree(config.to_yaml(recipe, verb))))
+    changed = differing(_kept(saved), _kept(yaml_tree(config.to_yaml(_sized(recipe, saved), verb))))
     changed = [
         name for name in changed if not (name in accepted and name.startswith(("data.", "eval.", "reward.", "ptx.")))
     ]
@@ -162,6 +164,20 @@ def _refuse_changes(folder: Path, recipe: TrainingRecipe, verb: str, accepted: S
             f"--resume: the recipe of {folder} differs in {', '.join(changed)}; a resumed run needs the recipe with which it began: "
             "give the same options, or name another folder with --out"
         )
+
+
+def _sized(recipe: RecipeT, saved: Mapping[str, Any]) -> RecipeT:
+    """Return the recipe of a resumed run with the size of its micro-batches, if it names none: it determines the rounding."""
+    tokens = (saved.get("train") or {}).get("max_tokens_per_micro_batch")
+    if recipe.train.max_tokens_per_micro_batch is not None or type(tokens) is not int:
+        return recipe
+    return replace(recipe, train=replace(recipe.train, max_tokens_per_micro_batch=tokens))  # type: ignore[arg-type]
+
+
+def resumed(recipe: RecipeT, verb: str) -> RecipeT:
+    """Return the recipe of a resumed run, with what its first attempt chose for the machine that it was on."""
+    file = of(recipe, verb) / "recipe.yaml"
+    return _sized(recipe, read_yaml(file)) if file.is_file() else recipe
 
 
 def _check_length(saved: Mapping[str, Any], recipe: TrainingRecipe, changed: Sequence[str]) -> None:

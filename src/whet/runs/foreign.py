@@ -6,6 +6,7 @@ FOREIGN: Mapping[str, str] = {
     # Hugging Face TrainingArguments
     "learning_rate": "lr",
     "num_train_epochs": "num_epochs",
+    "packing": "padding_free (rows are read without padding; none is cut or merged with another)",
     "steps": "num_steps",
     "epochs": "num_epochs",
     "max_steps": "num_steps (TRL counts updates; an online method here counts rollouts)",
@@ -130,7 +131,7 @@ FOREIGN: Mapping[str, str] = {
     "zero_stage": "learner zero2 (or zero1, zero3)",
     "vllm_num_engines": "cluster.engines, or generator.count in one process",
     "colocate_all_models": "cluster.colocate",
-    "packing_samples": "packing",
+    "packing_samples": "padding_free",
     "dynamic_filtering": "dynamic_sampling",
     "freezing_actor_steps": "critic.warmup_steps",
     # verl
@@ -163,6 +164,8 @@ FOREIGN: Mapping[str, str] = {
     "train_files": "data",
     "val_files": "eval",
     "log_prob_micro_batch_size_per_gpu": "max_tokens_per_micro_batch",
+    "use_remove_padding": "padding_free",
+    "use_prefix_grouper": "shared_prefix",
     "use_dynamic_bsz": "max_tokens_per_micro_batch, which always limits tokens",
     "enable_gradient_checkpointing": "gradient_checkpointing",
     # LLaMA-Factory

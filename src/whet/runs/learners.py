@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,12 +16,15 @@ from whet.methods.options import Optim
 from whet.models import load
 from whet.models.probe import probe
 from whet.models.roles import Role
+from whet.models.sizes import micro_batch_tokens
 from whet.rewards import Weighted
 from whet.rewards.shared import RepeatedReward, SharedReward
 from whet.runs import config, models, rewards
 from whet.runs import recipe as fields
 from whet.runs.adapters import AUTO, Chosen, chosen, named
 from whet.terminal import caution
+
+RecipeT = TypeVar("RecipeT", bound=fields.TrainingRecipe)
 
 
 def chosen_of(recipe: fields.TrainingRecipe, workers: int) -> tuple[Chosen, LearnerContext]:
@@ -78,6 +81,16 @@ def is_sharded(recipe: fields.TrainingRecipe, workers: int) -> bool:
     return shards(context) if shards is not None else bool(getattr(found.adapter.home, "sharded", False))
 
 
+def sized(recipe: RecipeT) -> RecipeT:
+    """Return the recipe with the tokens of a micro-batch, for its model and this machine if it names none."""
+    if recipe.train.max_tokens_per_micro_batch is not None:
+        return recipe
+    source = models.source_of(recipe.model)
+    threads = recipe.threads or torch.get_num_threads()
+    tokens = micro_batch_tokens(load.width(source), source.torch_device().type, threads)
+    return replace(recipe, train=replace(recipe.train, max_tokens_per_micro_batch=tokens))  # type: ignore[arg-type]
+
+
 def critic_optim(recipe: fields.OfflineRecipe | fields.OnlineRecipe) -> Optim:
     """Return the optimizer options of the critic: its own, or those of the policy."""
     return (recipe.critic.optim if isinstance(recipe, fields.OnlineRecipe) else None) or recipe.optim
@@ -101,7 +114,7 @@ def learner_of(
     dropout = recipe.train.dropout if isinstance(recipe.train, fields.Train) else 0.0
     _prepare_precision(found.options, roles, in_bf16(recipe, workers.size))
     for name, role in roles.items():
-        probe(role, rows, packed=recipe.train.packing)
+        probe(role, rows, packed=recipe.train.padding_free)
         if role.paths.padding is False and (is_sharded(recipe, workers.size) or (dropout and role.trained)):
             what = (
                 "train.dropout: leave it out"
@@ -109,9 +122,10 @@ def learner_of(
                 else f"learner.backend: {context.name} shards the weights; use ddp"
             )
             raise ModelError(f"{what}, because padding disturbs the {name}, so its rows are read one by one")
+    budget = workers.broadcast(sized(recipe).train.max_tokens_per_micro_batch)
     return kind(
-        roles, optims, total=total, budget=recipe.train.max_tokens_per_micro_batch, packed=recipe.train.packing, dropout=dropout,
-        seed=recipe.seed, workers=workers,
+        roles, optims, total=total, budget=budget, packed=recipe.train.padding_free, shared=recipe.train.shared_prefix,
+        dropout=dropout, seed=recipe.seed, workers=workers,
     )  # fmt: skip
 
 

@@ -135,6 +135,7 @@ def prepare(method: str, recipe: fields.OfflineRecipe, *, problems: Problems | N
                 tokens.set_score_pad(tokenizer, lasts, recipe.model.path)
                 checks.check_score_adapter(recipe, lasts)
     problems.tell()
+    recipe = learners.sized(recipe)
     steps = checks.steps_of(recipe.train, sum(map(len, sources)))
     refresh = getattr(recipe, "sync_reference", fields.SyncReference())
     plan = offline.OfflinePlan(

@@ -160,6 +160,7 @@ def prepare(
     problems.tell()
     for one in checks.cautions(recipe, algorithm) if first() and not recorded else ():
         caution(one)
+    recipe = learners.sized(recipe)
     plan, longest = _plan_of(
         recipe, mini_batch_size, chat, prompts, held_out, refilled=bool(algorithm.collect.dynamic_sampling)
     )

@@ -110,5 +110,9 @@ def rewards_alone(recipe: fields.OnlineRecipe) -> list[Weighted]:
     roles = rewards.reward_roles(recipe)
     for role in roles.values():
         role.compute_in(learners.in_bf16(recipe, recipe.cluster.learners))
-    readers = {name: reading(role, recipe.train.max_tokens_per_micro_batch) for name, role in roles.items()}
+    train = recipe.train
+    readers = {
+        name: reading(role, train.max_tokens_per_micro_batch, packed=train.padding_free, shared=train.shared_prefix)
+        for name, role in roles.items()
+    }
     return rewards.rewards_of(recipe, tokenizer, lambda name, *given: readers[name](*given))

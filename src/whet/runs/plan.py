@@ -8,6 +8,7 @@ from whet.data.files import read_json
 from whet.errors import ModelError, RecipeError, first_line
 from whet.methods import compose
 from whet.models import saved_adapters
+from whet.models.sizes import GPU
 from whet.planning import Hardware, Network, PlannedRun, Shape, parse_backend, report
 from whet.runs import checks, config, generators, rewards
 from whet.runs import recipe as fields
@@ -48,7 +49,7 @@ def _common(recipe: fields.OfflineRecipe | fields.OnlineRecipe, options: fields.
     held = {"bfloat16": 2, "float16": 2, "float64": 8}.get(dtype, 2 if lora and dtype == "auto" else 4)
     return {
         "policy": shape_of(recipe.model.path), "prompt_tokens": options.prompt_tokens, "mean_answer": options.mean_answer,
-        "max_tokens_per_micro_batch": recipe.train.max_tokens_per_micro_batch, "checkpointing": recipe.model.gradient_checkpointing,
+        "max_tokens_per_micro_batch": recipe.train.max_tokens_per_micro_batch or GPU, "checkpointing": recipe.model.gradient_checkpointing,
         "low_precision": held == 4 and recipe.learner.options.get("precision", "auto") != "float32",  # on a GPU
         "offload": bool(recipe.learner.options.get("offload")), "held_bytes": held,
         "lora_rank": lora.rank if lora else 0, "lora_targets": lora.targets if lora else "all-linear",

@@ -166,10 +166,13 @@ class Rows:
 class Loop:
     """Micro-batches and checkpoints."""
 
-    max_tokens_per_micro_batch: Count = 8192
-    """largest number of tokens of a forward pass, with padding; changes memory and speed, but no result"""
-    packing: bool = False
-    """concatenate rows instead of padding them"""
+    max_tokens_per_micro_batch: Count | None = None
+    """largest number of tokens of a forward pass; changes memory and speed, but no result; default: a size for the model's width,
+    the kind of device and the number of threads (docs/speed.md)"""
+    padding_free: bool = True
+    """read rows one after the other without padding, if the model's attention allows it; false: pad them"""
+    shared_prefix: bool = True
+    """with padding_free, compute a prompt once for all rows of a micro-batch that have it; false: once per row"""
     save_every: NotNegativeInt = 0
     """updates (online: steps) between checkpoints; one is also saved at the end, on a signal, and if a step fails"""
     save_minutes: Annotated[float, msgspec.Meta(ge=0, le=1e7)] = 10.0
@@ -480,8 +483,8 @@ class SampleRecipe:
     ready-made one: exact_match, numeric_match, math_match, regex, json_schema, length, repetition, language, sentiment, unit_tests"""
     keep: Literal["all", "best"] = "all"
     """"best" writes the answer with the highest score alone, as prompt and completion: best of n as SFT data"""
-    max_tokens_per_micro_batch: Count = 8192
-    """most tokens of one forward pass of a reward model"""
+    max_tokens_per_micro_batch: Count | None = None
+    """most tokens of one forward pass of a reward model; default: as in training"""
     sampling: Sampling = Sampling()
     max_num_seqs: Elements = 256
     """answers that are generated at the same time"""
@@ -529,8 +532,8 @@ class EvalRecipe:
     """answers that are generated at the same time"""
     answers: str | None = None
     """JSONL file for both models' answers with their scores and KL"""
-    max_tokens_per_micro_batch: Count = 8192
-    """most tokens of one forward pass"""
+    max_tokens_per_micro_batch: Count | None = None
+    """most tokens of one forward pass; default: as in training"""
     seed: Seed = 0
     """seed of all random numbers"""
     out: str | None = None

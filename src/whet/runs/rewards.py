@@ -279,7 +279,7 @@ def reward(
     source: str,
     model: fields.Frozen,
     tokenizer: Any,
-    budget: int,
+    budget: int | None,
     options: Mapping[str, Any] = {},
     where: str = "reward",
     name: str | None = None,
@@ -295,7 +295,11 @@ def reward(
 
 
 def all_of(
-    given: Sequence[fields.RewardSpec | fields.JudgeSpec], model: fields.Frozen, tokenizer: Any, budget: int, where: str
+    given: Sequence[fields.RewardSpec | fields.JudgeSpec],
+    model: fields.Frozen,
+    tokenizer: Any,
+    budget: int | None,
+    where: str,
 ) -> list[Weighted]:
     """Build rewards in this process, in the order in which they are given. The reward models are loaded after all others are
     built, so that a wrong option or a missing package is told early. See `reward` for the arguments."""

@@ -110,6 +110,8 @@ class Session:
         if problems.found and self.sources.pending:
             problems.tell()
         self.sources.write()
+        if self.options.resume:
+            self.recipe = folder.resumed(self.recipe, method)
         if not self.options.resume:
             early.collect(method, self.recipe, problems)
         self.job: online.OnlineJob | offline.OfflineJob
