@@ -142,8 +142,9 @@ class EpochBatches(Sequence[list[tuple[int, int]]]):
         drop_last: bool,
     ) -> None:
         self._count, self._size, self._mixed, self._total = count, size, weights is not None, sum(sizes)
-        self._each = per_epoch(self._total, size, drop_last)
-        most = count * size if self._mixed else -(-count // self._each) * self._total
+        self.each = per_epoch(self._total, size, drop_last)
+        """Batches of one epoch."""
+        most = count * size if self._mixed else -(-count // self.each) * self._total
         self._order = order(sizes, most, seed, weights=weights, shuffle=shuffle)
 
     def __len__(self) -> int:
@@ -162,7 +163,7 @@ class EpochBatches(Sequence[list[tuple[int, int]]]):
             raise IndexError(f"batch {batch} of {self._count}")
         if self._mixed:
             return self._order[batch * self._size : (batch + 1) * self._size]
-        epoch, number = divmod(batch, self._each)
+        epoch, number = divmod(batch, self.each)
         start = epoch * self._total + number * self._size
         return self._order[start : min(start + self._size, (epoch + 1) * self._total)]
 

@@ -115,6 +115,9 @@ _ALL = (
     ),
     Column("old_entropy", "(B, T)", "nats", "measure", "entropy when the rollout was taken", "policy", "entropy"),
     Column(
+        "entropy_at", "(B, T)", "bool", "generate", "True where an entropy that no part reads is computed, for the log"
+    ),
+    Column(
         "ref_logp",
         "(B, T)",
         "nats",

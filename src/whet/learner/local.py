@@ -453,9 +453,12 @@ class LocalLearner:
             name = key[0]
             batch = items[0][1].with_columns(number=torch.arange(len(items[0][1].rows)))
             now = streams.setdefault(items[0][0].stream, {})
-            wanted = frozenset().union(*(term.reads() for term, _, _ in items)) & BARE - batch.columns.keys()
+            read_by = frozenset[str]().union(*(term.reads() for term, _, _ in items))
+            wanted = read_by & BARE - batch.columns.keys()
+            deferred = name == "policy" and "entropy_at" in batch.columns and "old_logp" not in batch.columns
             if name == "policy" and "old_logp" in batch.columns:
                 wanted |= {"logp"}  # for the metrics of how far the policy moved
+            wanted |= {"logp", "entropy"} if deferred else set()
             if name == "policy" and all(term.reads() == {"logp", term.mask} for term, _, _ in items):
                 wanted |= {"correct"}  # for the accuracy of next-token prediction
             turns = self._dealt(name, batch)
@@ -467,6 +470,7 @@ class LocalLearner:
                     fresh = self._read(name, micro, wanted, dropout, routed if router is not None else None)
                     device = next(iter(fresh.values())).device if fresh else self.roles[name].device
                     columns = {one: value.to(device) for one, value in micro.columns.items()} | fresh
+                    columns |= {"old_logp": fresh["logp"].detach()} if deferred else {}
                     masked: dict[str, dict[str, Tensor]] = {}  # once for all terms
                     shares = [(term.label, term.share(columns, counts, masked)) for term, _, counts in items]
                     if router is not None and chosen is not None:

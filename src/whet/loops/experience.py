@@ -12,9 +12,12 @@ from whet.data.types import Element
 from whet.learner import Learner, UpdateResult
 from whet.loops.progress import Shown
 from whet.methods.options import Sampling
-from whet.ops import address, masked_mean, masked_sum
+from whet.ops import address, addressed_uniform, masked_mean, masked_sum
 from whet.rewards import Weighted, score_all
 from whet.rewards.base import check_scored, checked, ends_of
+
+SAMPLED = 512
+"""Smallest expected number of tokens whose entropy is logged; its mean then has an error of about 0.05 nats."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,15 @@ def measured(learner: Learner, batch: Batch, turn: Sequence[Sequence[int]], colu
     return batch.with_columns(**out)
 
 
+def entropy_sample(batch: Batch, key: int) -> Tensor:
+    """Return the tokens whose entropy is logged if no part reads it, (B, T) bool: each with a probability of 1 / 8, or higher in
+    rollouts of fewer than 8 x `SAMPLED` trained tokens. They depend only on `key` and the address of the answer."""
+    mask = batch["mask"]
+    share = max(1 / 8, SAMPLED / max(1, int(mask.sum())))
+    drawn = addressed_uniform(key, batch["address"][:, None], torch.arange(mask.shape[1])[None])
+    return mask & (drawn < share)
+
+
 def scored(learner: Learner, ids: Tensor) -> Tensor:
     """Return the learner's log-probs of all tokens of a sequence but the first, (S - 1,), in nats."""
     row = Row(ids, 1, torch.ones(len(ids) - 1, dtype=torch.bool))
@@ -172,7 +184,8 @@ def policy_numbers(batch: Batch) -> dict[str, float]:
         each = batch["old_exact_kl"] if "old_exact_kl" in batch.columns else own - batch["ref_logp"]
         total = masked_sum(each, batch["mask"], 1)
         out["kl"] = float(total.sum() / batch["mask"].any(1).sum().clamp(min=1))
-    out["entropy"] = float(masked_mean(batch["old_entropy"], batch["mask"]))
+    known = batch["mask"] & batch["entropy_at"] if "entropy_at" in batch.columns else batch["mask"]
+    out["entropy"] = float(masked_mean(batch["old_entropy"], known))
     gap = (batch["sampler_logp"] - batch["old_logp"])[batch["mask"]].abs()
     return out | {"sampler_gap": float(gap.mean()) if len(gap) else 0.0} | advantage_numbers(batch)
 

@@ -79,6 +79,7 @@ class OfflineLoop:
         self.evaluation = Evaluation(
             held.plan, lambda *_: held_out_numbers(learner, self._now, held.elements), held.export, run, learner
         )
+        self.weights = weights
         self.order = epoch_batches(
             [len(source) for source in sources], plan.steps, plan.batch, plan.seed, weights=weights, shuffle=plan.shuffle,
             drop_last=plan.drop_last,
@@ -91,6 +92,7 @@ class OfflineLoop:
         self._seen: Batch | None = None
         self._trained = Batch((), {})
         self._known: dict[tuple[int, int], list[Tensor]] = {}
+        self._first: dict[tuple[int, int], int] = {}
         self._numbers: dict[str, float] = {}
         self._stack = ExitStack()
         self._progress: Progress | None = None
@@ -147,7 +149,8 @@ class OfflineLoop:
             taken = self.order[step]
             batch = self._seen = Batch.of([self.sources[source][index] for source, index in taken])
             selfcheck.tokens(step, batch, plan.end_ids)
-            if self._known:
+            if plan.precompute or self._keeps:
+                self._measure_once(taken)
                 stored = [row for key in taken for row in self._known[key]]
                 batch = batch.with_columns(ref_logp=pad(stored, batch["mask"].shape[1]))
             elif self.columns:
@@ -156,6 +159,26 @@ class OfflineLoop:
             yield self._batch
             self._end(began)
             self._next = step + 1
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether the log-probs of a reference that never changes are kept from the first epoch for the later ones."""
+        once = self.weights is None and not self.plan.sync_every and self.columns == {"ref_logp"}
+        return once and self.plan.steps > self.order.each
+
+    def _measure_once(self, taken: Sequence[tuple[int, int]]) -> None:
+        """Measure these elements if they are not known: with all elements of their batch in the first epoch, so that a resumed run
+        has the same bits."""
+        missing = [key for key in taken if key not in self._known]
+        if not missing:
+            return
+        if not self._first:
+            self._first = {key: number for number in range(self.order.each) for key in self.order[number]}
+        left = [key for key in missing if key not in self._first]  # those that `drop_last` left out
+        numbers = dict.fromkeys(self._first[key] for key in missing if key in self._first)
+        for keys in [*(self.order[number] for number in numbers), *([key] for key in left)]:
+            batch = Batch.of([self.sources[source][index] for source, index in keys])
+            self._known |= zip(keys, _by_element(self.learner.measure(batch, self.columns)), strict=True)
 
     def forward_backward(self, batch: Batch, loss: Callable[..., Tensor] | None = None) -> UpdateResult:
         """Compute the gradient of the objective on a batch; all counts are global. `loss` replaces the loss of the first
@@ -234,8 +257,10 @@ def precomputed(
     for source, elements in enumerate(sources):
         for start in range(0, len(elements), size):
             batch = learner.measure(Batch.of(elements[start : start + size]), columns)
-            for number, rows in enumerate(batch.elements()):
-                out[source, start + number] = [
-                    batch["ref_logp"][row, : batch.rows[row].response].clone() for row in rows
-                ]
+            out |= {(source, start + number): rows for number, rows in enumerate(_by_element(batch))}
     return out
+
+
+def _by_element(batch: Batch) -> list[list[Tensor]]:
+    """Return the reference's log-probs of each element of a batch, one tensor (response,) per row."""
+    return [[batch["ref_logp"][row, : batch.rows[row].response].clone() for row in rows] for rows in batch.elements()]

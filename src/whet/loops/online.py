@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from whet.data import Batch, Element, Group, Pair, Prompt, Row, minibatches, take_elements
+from whet.data import COLUMNS, Batch, Element, Group, Pair, Prompt, Row, minibatches, take_elements
 from whet.errors import RunStopped
 from whet.generate import Generator
 from whet.learner import Learner, UpdateResult, look_across
@@ -22,6 +22,7 @@ from whet.loops.experience import (
     PtxStream,
     RolloutScores,
     batch_of,
+    entropy_sample,
     gathered,
     measured,
     moved_from,
@@ -194,7 +195,7 @@ class OnlineLoop:
         self._batch = self._seen = None
         self._whole: Batch | None = None
         self._turns = None
-        self._moved = 0.0
+        self._moved, self._deferred = 0.0, False
         self._mini: MiniBatch | None = None
         self._canary, self._before = torch.zeros(0, dtype=torch.long), torch.zeros(0)
         self._stopped = self._unpublished = self._published = self._trains = False
@@ -271,11 +272,16 @@ class OnlineLoop:
         return replace(scores, baseline=score[index])
 
     def measure(
-        self, groups: Sequence[Group], scores: RolloutScores | Mapping[str, Tensor | Sequence[float | None]]
+        self,
+        groups: Sequence[Group],
+        scores: RolloutScores | Mapping[str, Tensor | Sequence[float | None]],
+        *,
+        defer: bool = False,
     ) -> Batch:
         """Return the batch with the measured columns that the method reads. Split it into mini-batches first, and measure
         those of the first epoch one by one. `scores` may also be the scores (B,) of each reward by its name, as a tensor or as a
-        list with None where the reward does not apply."""
+        list with None where the reward does not apply. With `defer`, old_logp is left to the only update of the rollout, if
+        nothing before it reads old_logp: its own log-probs, without gradient."""
         self._needs("measure")
         _check_groups("measure", groups)
         if self._turns is not None:
@@ -301,10 +307,22 @@ class OnlineLoop:
             for epoch in range(plan.epochs)
         ]
         columns = now.reads() | {"old_entropy"}
+        if "old_entropy" not in now.reads() and not any("entropy" in term.reads() for term in now.terms):
+            key = address(plan.seed, "entropy", self.step) >> 1
+            batch = batch.with_columns(entropy_at=entropy_sample(batch, key))
         if "support" in batch.columns and "ref_logp" in columns:  # a KL compares the full distributions
             columns |= {"old_full_logp"}
+        self._deferred = defer and self._defers(columns, batch)
+        columns -= {"old_logp", "old_entropy"} if self._deferred else set()
         self._seen = measured(learner, batch, self._turns[0], columns)
         return self._seen
+
+    def _defers(self, columns: frozenset[str], batch: Batch) -> bool:
+        """Return whether the only update of this rollout can have the log-probs that are measured otherwise."""
+        assert self._turns is not None
+        once = len(self._turns) == 1 and len(self._turns[0]) == 1 and self.step >= self.plan.critic_warmup
+        policy = {name for name in columns if COLUMNS[name].role == "policy"} - {"old_logp", "old_entropy"}
+        return once and not policy and "entropy_at" in batch.columns and "old_logp" in self._now.deferrable()
 
     def advantages(self, batch: Batch) -> Batch:
         """Return the batch with score, token_reward, advantage and returns (a batch of pairs is returned unchanged)."""
@@ -318,8 +336,10 @@ class OnlineLoop:
         self._trains = bool(batch.rows) and not self._is_skipped(batch)
         if self._trains:
             self._check(batch)
+            if not self._deferred:
+                self._check_logprobs(batch)
         if batch.rows:
-            self._ratio = torch.ones_like(batch["old_logp"])
+            self._ratio = torch.ones_like(batch["sampler_logp"])
         return batch
 
     def _is_skipped(self, batch: Batch) -> bool:
@@ -339,11 +359,17 @@ class OnlineLoop:
         return True
 
     def _check(self, batch: Batch) -> None:
+        """Run the self-checks of a rollout."""
+        step, now = self.step, self._now
+        assert self._whole is not None
+        selfcheck.tokens(step, batch, self.plan.end_ids, alone=False)
+        selfcheck.answers_in_place(step, self._whole, self._groups, self.plan.end_ids)
+        if "old_value" not in batch.columns and now.centered and now.truncated.rule != "mask":
+            selfcheck.groups_centered(step, batch)
+
+    def _check_logprobs(self, batch: Batch) -> None:
         """Run the self-checks between measuring and training."""
         step, plan, now = self.step, self.plan, self._now
-        assert self._whole is not None
-        selfcheck.tokens(step, batch, plan.end_ids, alone=False)
-        selfcheck.answers_in_place(step, self._whole, self._groups, plan.end_ids)
         selfcheck.finite(step, batch.columns)
         corrected = now.importance_correction is not None
         gap = selfcheck.sampler_agrees(step, batch, self.learner.version, plan.low_precision, corrected)
@@ -352,8 +378,6 @@ class OnlineLoop:
         selfcheck.kl_in_reward(step, batch, now)
         if step == 0 and plan.equal_start and "ref_logp" in batch.columns:
             selfcheck.kl_is_zero(step, batch)
-        if "old_value" not in batch.columns and now.centered and now.truncated.rule != "mask":
-            selfcheck.groups_centered(step, batch)
 
     def minibatches(self, batch: Batch) -> Iterator[MiniBatch]:
         """Yield the mini-batches of all epochs. Stop early when `target_kl` is exceeded."""
@@ -389,13 +413,25 @@ class OnlineLoop:
         self._seen = mini.batch
         streams, terms = {"rollout": mini.batch, **mini.streams}, self._now.terms
         if loss is not None:
-            own = own_loss(loss, {*mini.batch.columns, *BY_ROLE[terms[0].role]}, terms[0].loss)
+            own = own_loss(loss, {*mini.batch.columns, "old_logp", *BY_ROLE[terms[0].role]}, terms[0].loss)
             terms = (replace(terms[0], loss=own, name=name_of(loss)), *terms[1:])
         if self.step < self.plan.critic_warmup:
             terms = tuple(term for term in terms if term.role == "critic")
         result = self.learner.forward_backward(_work(terms, streams))
-        self._mini = mini
+        self._mini = self._measured_late(mini, result) if self._deferred else mini
         return result
+
+    def _measured_late(self, mini: MiniBatch, result: UpdateResult) -> MiniBatch:
+        """Add the deferred columns to the rollout and to its only mini-batch, and check them before any weight changes."""
+        assert self._batch is not None
+        now, whole = result.now["rollout"], dict[str, Tensor]()
+        late = {"old_logp": now["logp"], "old_entropy": now["entropy"]}
+        elements = self._batch.elements()
+        for name, values in late.items():
+            self._batch.scatter(whole, name, [row for one in mini.index for row in elements[one]], values)
+        self._batch = self._seen = self._batch.with_columns(**whole)
+        self._check_logprobs(self._batch)
+        return replace(mini, batch=mini.batch.with_columns(**late))
 
     def optim_step(self) -> UpdateResult:
         """Clip the gradient and take one optimizer step.
@@ -524,7 +560,7 @@ def run_steps(loop: OnlineLoop) -> None:
     for _ in loop.steps():
         groups = loop.generate()
         scores = loop.score(groups)
-        batch = loop.measure(groups, scores)
+        batch = loop.measure(groups, scores, defer=loop.plan.defer)
         batch = loop.advantages(batch)
         for mini in loop.minibatches(batch):
             loop.forward_backward(mini)

@@ -26,6 +26,7 @@ class OnlinePlan:
     per_pass             prompts of one pass, whose last step is smaller; None: each step has `prompts`, across passes
     critic_warmup        number of first steps in which only the critic is trained
     save_minutes, save_last  see `checkpoint.Keeper`
+    defer                with one update per rollout, take old_logp from the update itself, where nothing before it reads it
     on_divergence        "warn" prints signs of divergence, "stop" ends the run too (see `loops.divergence`)
     """
 
@@ -52,6 +53,7 @@ class OnlinePlan:
     per_pass: int | None = None
     save_minutes: float = 0.0
     save_last: bool = True
+    defer: bool = True
     on_divergence: str = "warn"
 
     def prompts_in(self, step: int) -> int:

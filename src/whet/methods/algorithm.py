@@ -65,6 +65,12 @@ class Algorithm:
 
     def reads(self) -> frozenset[str]:
         """Return the columns measured once per rollout; they determine whether a critic and a reference are needed."""
+        names = {"old_logp"}.union(*(one.reads() for one in self._parts()), *(term.reads() for term in self.terms))
+        names |= {"old_value"} if "returns" in names else set()
+        return frozenset(name for name in names if COLUMNS[name].role is not None and COLUMNS[name].stage == "measure")
+
+    def _parts(self) -> list[Part]:
+        """Return the parts that are computed before the updates of a rollout."""
         parts = [
             self.normalize,
             self.combine,
@@ -73,15 +79,18 @@ class Algorithm:
             self.reward_placement,
             self.advantage,
             self.target,
+            self.normalize_advantage,
+            self.importance_correction,
+            *(one for _, one in self.select),
         ]
-        parts += [self.normalize_advantage, self.importance_correction, *(one for _, one in self.select)]
-        if self.penalty is not None:
-            parts.append(self.penalty.estimator)
-        names = {"old_logp"}.union(
-            *(one.reads() for one in parts if one is not None), *(term.reads() for term in self.terms)
-        )
-        names |= {"old_value"} if "returns" in names else set()
-        return frozenset(name for name in names if COLUMNS[name].role is not None and COLUMNS[name].stage == "measure")
+        parts += [self.penalty.estimator, self.penalty.charge] if self.penalty is not None else []
+        return [one for one in parts if one is not None]
+
+    def deferrable(self) -> frozenset[str]:
+        """Return the measured columns that only the losses of the terms read. With one update per rollout, that update has them:
+        the log-probs of its own forward pass, without gradient."""
+        early = frozenset[str]().union(*(one.reads() for one in self._parts()))
+        return frozenset() if self.select else frozenset({"old_logp"}) - early
 
     def roles(self) -> frozenset[str]:
         """Return the roles that the method needs: those trained and those measured."""

@@ -430,6 +430,8 @@ class Rollout:
     ema: Share | None = None
     """decay of an exponential moving average of the policy, which is exported too"""
     sync_reference: SyncReference = SyncReference()
+    defer_old_logp: bool = True
+    """with one update per rollout, take old_logp from the update itself, if nothing before it reads it; false: always measure it"""
 
 
 @dataclass(frozen=True)
