@@ -101,6 +101,31 @@ def test_a_reference_measured_before_gives_the_numbers_of_one_measured_in_betwee
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-9)
 
 
+def test_the_reference_of_pairs_is_measured_in_the_first_epoch_alone(tmp_path: Path) -> None:
+    class Counting(Recorder):
+        """Counts the rows whose reference is measured, by the version of the policy."""
+
+        def measure(self, batch: Batch, columns: frozenset[str]) -> Batch:
+            if "ref_logp" in columns:
+                asked[self.version] = asked.get(self.version, 0) + len(batch.rows)
+            return super().measure(batch, columns)
+
+    asked: dict[int, int] = {}
+    own = preferred(tmp_path / "kept", preference("dpo"), learner=Counting)
+    assert asked == {0: 6, 1: 6, 2: 2}  # seven pairs, three at a time; steps 3 and 4 are of the second epoch
+    moving = preferred(tmp_path / "moving", preference("dpo"), sync_every=100)  # it measures in each step
+    for key, value in h.weights(moving)["policy"].items():
+        torch.testing.assert_close(h.weights(own)["policy"][key], value, rtol=1e-9, atol=1e-11)
+
+
+def test_what_drop_last_leaves_out_of_the_first_epoch_is_measured_later(tmp_path: Path) -> None:
+    own, moving = (
+        preferred(tmp_path / str(every), preference("dpo"), drop_last=True, sync_every=every) for every in (0, 100)
+    )
+    for key, value in h.weights(moving)["policy"].items():
+        torch.testing.assert_close(h.weights(own)["policy"][key], value, rtol=1e-9, atol=1e-11)
+
+
 # --- running numbers -------------------------------------------------------------------------------------------------
 
 

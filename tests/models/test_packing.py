@@ -77,8 +77,10 @@ def test_columns_and_gradients_are_those_of_padded_rows(kind: str, shared: bool)
     for name, values in padded.items():
         torch.testing.assert_close(packed[name], values, rtol=1e-10, atol=1e-12)
     assert plain.keys() == other.keys()
+    # transformers' RMSNorm rounds its gradients to float32, here once for a prompt, there once for each of its rows
+    rtol, atol = (1e-9, 1e-11) if kind == "gpt2" or not shared else (1e-5, 1e-6)
     for name, values in plain.items():
-        torch.testing.assert_close(other[name], values, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(other[name], values, rtol=rtol, atol=atol)
 
 
 def test_in_float32_they_agree_to_rounding() -> None:
@@ -172,7 +174,7 @@ def test_rows_with_the_same_prompt_are_together() -> None:
 @pytest.mark.parametrize("budget", [1, 40, 10**6])
 def test_an_update_is_the_same_in_every_layout(options: dict[str, Any], budget: int) -> None:
     def trained(**layout: Any) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-        role = policy()
+        role = policy("gpt2")
         own = LocalLearner({"policy": role}, {"policy": Optim(lr=0.01, schedule="constant")}, total=4, **layout)
         batch = Batch.of(ROWS)
         losses = own.update([(term, batch, batch.counts(term.mask)) for term in SFT.terms]).losses

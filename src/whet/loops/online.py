@@ -307,7 +307,8 @@ class OnlineLoop:
             for epoch in range(plan.epochs)
         ]
         columns = now.reads() | {"old_entropy"}
-        if "old_entropy" not in now.reads() and not any("entropy" in term.reads() for term in now.terms):
+        read = now.reads().union(*(term.reads() for term in now.terms))
+        if not read & {"old_entropy", "entropy", "full_entropy"}:
             key = address(plan.seed, "entropy", self.step) >> 1
             batch = batch.with_columns(entropy_at=entropy_sample(batch, key))
         if "support" in batch.columns and "ref_logp" in columns:  # a KL compares the full distributions
@@ -339,7 +340,7 @@ class OnlineLoop:
             if not self._deferred:
                 self._check_logprobs(batch)
         if batch.rows:
-            self._ratio = torch.ones_like(batch["sampler_logp"])
+            self._ratio = torch.ones_like(batch.columns.get("old_logp", batch["sampler_logp"]))
         return batch
 
     def _is_skipped(self, batch: Batch) -> bool:
@@ -430,6 +431,7 @@ class OnlineLoop:
         for name, values in late.items():
             self._batch.scatter(whole, name, [row for one in mini.index for row in elements[one]], values)
         self._batch = self._seen = self._batch.with_columns(**whole)
+        self._ratio = torch.ones_like(whole["old_logp"])
         self._check_logprobs(self._batch)
         return replace(mini, batch=mini.batch.with_columns(**late))
 
