@@ -100,7 +100,7 @@ def test_draws_of_one_prompt_do_not_repeat_each_other() -> None:
 
 KINDS: dict[str, Any] = {
     "qwen3": lambda dtype: tiny.causal_lm("qwen3", dtype=dtype), "llama": lambda dtype: tiny.causal_lm("llama", dtype=dtype),
-    "gpt2": lambda dtype: tiny.causal_lm("gpt2", dtype=dtype), "capped, sliding window": lambda dtype: h.gemma2(dtype=dtype),
+    "gpt2": lambda dtype: tiny.causal_lm("gpt2", dtype=dtype), "capped, sliding window": lambda dtype: h.capped(dtype=dtype),
 }  # fmt: skip
 
 

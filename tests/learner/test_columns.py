@@ -19,7 +19,7 @@ TEMPERATURES = [0.5, 1.0, 1.5, 0.25, 1.0, 0.7, 2.0, 1.0, 1.0]
 
 
 def model(kind: str, seed: int = 0, **changes: Any) -> Any:
-    return h.gemma2(seed=seed) if kind == "capped" else tiny.causal_lm(kind, seed=seed, dtype=torch.float64, **changes)
+    return h.capped(seed=seed) if kind == "capped" else tiny.causal_lm(kind, seed=seed, dtype=torch.float64, **changes)
 
 
 def roles(kind: str) -> dict[str, Role]:

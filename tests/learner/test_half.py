@@ -15,6 +15,7 @@ from whet.learner.local import LocalLearner
 from whet.methods import online
 from whet.methods.compose import SFT
 from whet.methods.options import Optim
+from whet.models.load import checkpoint_activations
 from whet.models.roles import Role
 
 FINE = Optim(lr=1e-5, schedule="constant", max_grad_norm=1e30, weight_decay=0.0)
@@ -93,8 +94,7 @@ def test_the_ratio_is_exactly_1_on_policy(packed: bool, checkpointing: bool) -> 
     """Measured and updated in the same precision, and an equal reference agrees to the bit."""
     cast = roles() | {"reference": h.policy("llama", dtype=torch.float32, name="reference")}
     if checkpointing:
-        cast["policy"].model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        cast["policy"].model.train()
+        checkpoint_activations(cast["policy"].model)
     own = learner(cast, packed=packed)
     given = own.measure(batch(), frozenset({"old_logp", "ref_logp"}))
     given = given.with_columns(advantage=torch.ones_like(given["old_logp"]))
@@ -107,8 +107,7 @@ def test_the_ratio_is_exactly_1_on_policy(packed: bool, checkpointing: bool) -> 
 def test_recomputed_activations_give_the_same_gradient() -> None:
     """The layers are computed again in the backward pass, which runs outside of autocast."""
     own, again = learner(), learner()
-    again.roles["policy"].model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    again.roles["policy"].model.train()
+    checkpoint_activations(again.roles["policy"].model)
     for one in (own, again):
         one.update(work())
     assert torch.equal(h.gradients(own)["policy"], h.gradients(again)["policy"])

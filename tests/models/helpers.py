@@ -32,17 +32,28 @@ def scorer_model(kind: str = "qwen3", *, seed: int = 0, dtype: torch.dtype = tor
     return AutoModelForSequenceClassification.from_config(config).to(dtype).eval()
 
 
-def gemma2(*, seed: int = 0, dtype: torch.dtype = DOUBLE, **changes: Any) -> Any:
+def capped(*, seed: int = 0, dtype: torch.dtype = DOUBLE, **changes: Any) -> Any:
     """A model whose logits are capped, and half of whose layers look back a few tokens only."""
+    from transformers import AutoModelForCausalLM, Gemma3TextConfig
+
+    given = _GEMMA | {"layer_types": ["sliding_attention", "full_attention"]}
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(Gemma3TextConfig(**(given | changes))).to(dtype).eval()
+
+
+def gemma2(*, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+    """The same as a Gemma 2, whose attention is never computed more precisely than in float32 since transformers 5.24."""
     from transformers import AutoModelForCausalLM, Gemma2Config
 
-    given = {
-        "vocab_size": 27, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "initializer_range": 0.2, "bos_token_id": None,
-        "eos_token_id": 1, "pad_token_id": 0, "final_logit_softcapping": 3.0, "sliding_window": 4,
-    }  # fmt: skip
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(Gemma2Config(**(given | changes))).to(dtype).eval()
+    return AutoModelForCausalLM.from_config(Gemma2Config(**_GEMMA)).to(dtype).eval()
+
+
+_GEMMA = {
+    "vocab_size": 27, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "initializer_range": 0.2, "bos_token_id": None,
+    "eos_token_id": 1, "pad_token_id": 0, "final_logit_softcapping": 3.0, "sliding_window": 4,
+}  # fmt: skip
 
 
 def opt() -> Any:

@@ -29,7 +29,7 @@ NAMES = frozenset({"logp", "full_logp", "entropy", "full_entropy", "collision", 
 HEADS: dict[str, Any] = {
     "tied": lambda seed: tiny.causal_lm("qwen3", seed=seed, dtype=h.DOUBLE, vocabulary=SIZE),
     "with bias": lambda seed: biased(seed),
-    "capped": lambda seed: h.gemma2(seed=seed, vocab_size=SIZE),
+    "capped": lambda seed: h.capped(seed=seed, vocab_size=SIZE),
 }
 
 

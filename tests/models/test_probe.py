@@ -14,6 +14,7 @@ from whet.generate import Request
 from whet.generate.local import LocalGenerator
 from whet.methods.options import LoRA, Sampling
 from whet.models import lora
+from whet.models.load import cache_argument
 from whet.models.probe import BOUND, HALF, probe
 from whet.models.readers import read
 from whet.models.roles import Role
@@ -25,6 +26,9 @@ ROWS = h.rows()
 IDS = [row.ids for row in ROWS]
 
 
+CACHE = cache_argument(Qwen3Model(tiny.config()))
+
+
 class _Model(Qwen3Model):
     """A body whose forward does one thing wrong, as `wrong` says."""
 
@@ -34,8 +38,8 @@ class _Model(Qwen3Model):
         if self.wrong == "ignores the packing mask":
             given.pop("position_ids", None)
         if self.wrong == "drops its cache":
-            given["past_key_values"] = None
-        if self.wrong == "fails with a cache" and given.get("past_key_values") is not None:
+            given[CACHE] = None
+        if self.wrong == "fails with a cache" and given.get(CACHE) is not None:
             raise AttributeError("no cache here")
         out = super().forward(*args, **given)
         if self.wrong == "is disturbed by padding":

@@ -170,7 +170,7 @@ def test_a_row_without_trained_tokens_has_no_log_probs_and_hurts_no_other(layout
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("spread", [0.2, 0.02], ids=["large logits", "small logits"])
 def test_capped_logits_are_read_as_the_model_gives_them(spread: float, layout: str) -> None:
-    role = Role("policy", h.gemma2(initializer_range=spread, final_logit_softcapping=3.0, sliding_window=64), True)
+    role = Role("policy", h.capped(initializer_range=spread, final_logit_softcapping=3.0, sliding_window=64), True)
     batch = Batch.of(h.rows())
     got = laid_out(role, batch, LANGUAGE, layout)
     for number, row in enumerate(batch.rows):
@@ -179,7 +179,7 @@ def test_capped_logits_are_read_as_the_model_gives_them(spread: float, layout: s
 
 def test_a_capped_model_is_still_read_right_after_training_has_made_its_logits_large() -> None:
     """A fresh model's logits are so small that the cap hardly acts; it does once they grow."""
-    model = h.gemma2(initializer_range=0.02, final_logit_softcapping=30.0, sliding_window=64)
+    model = h.capped(initializer_range=0.02, final_logit_softcapping=30.0, sliding_window=64)
     role = Role("policy", model, True)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(500)
@@ -189,7 +189,7 @@ def test_a_capped_model_is_still_read_right_after_training_has_made_its_logits_l
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layers_with_a_sliding_window_are_read_as_the_model_gives_them(layout: str) -> None:
-    role = Role("policy", h.gemma2(sliding_window=4), True)
+    role = Role("policy", h.capped(sliding_window=4), True)
     batch = Batch.of([h.row(i, 2 + i, 9 - i) for i in range(4)])
     got = laid_out(role, batch, LANGUAGE, layout)
     for number, row in enumerate(batch.rows):

@@ -169,10 +169,12 @@ def test_more_logits_than_the_workspace_are_not_kept(monkeypatch: pytest.MonkeyP
 def test_the_cache_is_transformers_own(kind: str, dtype: torch.dtype) -> None:
     from transformers import DynamicCache
 
+    from whet.models.load import cache_argument
+
     model, ids = tiny.causal_lm(kind, dtype=dtype), torch.arange(10).repeat(3, 1)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **{cache_argument(model): cache})
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert shape_of(model).kv_bytes(dtype.itemsize) * 30 == held
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from whet.errors import RunStopped
+from whet.models.load import cache_argument
 from whet.models.roles import Role
 from whet.ops.logprobs import precise
 
@@ -40,6 +41,7 @@ class Cached:
 
         self.role = role
         self.cache: Any = DynamicCache(config=role.model.config)
+        self.argument = cache_argument(role.model.base_model if role.linear_head else role.model)
         self.mask = torch.zeros(0, 0, dtype=torch.long)
 
     def first(self, prompts: Sequence[Sequence[int]]) -> Tensor:
@@ -72,7 +74,7 @@ class Cached:
         device, model = self.role.device, self.role.model
         given: dict[str, Any] = {
             "input_ids": ids.to(device), "attention_mask": self.mask.to(device), "position_ids": positions.to(device),
-            "past_key_values": self.cache, "use_cache": True,
+            self.argument: self.cache, "use_cache": True,
         }  # fmt: skip
         states = model.base_model(**given).last_hidden_state if self.role.linear_head else model(**given).logits
         states = states[0] if every else states[:, -1]

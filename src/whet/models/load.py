@@ -1,6 +1,8 @@
 """Loading of models and tokenizers from Hugging Face folders or names."""
 
+import inspect
 import pickle
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -268,8 +270,24 @@ def _configuration(path: str, trust_remote_code: bool = False) -> Any:
 
 def checkpoint_activations(model: Any) -> None:
     """Recompute activations in the backward pass; the model's own dropout stays off in train mode."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable = getattr(model, "activation_checkpointing_enable", None)  # its name since transformers 5.24
+    if enable is not None:
+        enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
+
+
+def cache_argument(model: nn.Module) -> str:
+    """Return the name of the argument of a model's forward that takes the cache: "past_key_values", or "cache" in the models of
+    transformers since 5.24."""
+    from transformers import GenerationMixin
+
+    own = inspect.signature(model.forward).parameters
+    if "past_key_values" in own or "cache" in own:
+        return "cache" if "cache" in own else "past_key_values"
+    library = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    return "cache" if "cache" in library else "past_key_values"
 
 
 def quiet() -> None:
@@ -278,6 +296,7 @@ def quiet() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # read by peft
 
 
 def scalar_head(model: Any) -> nn.Linear | None:
