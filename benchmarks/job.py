@@ -25,6 +25,7 @@ class Job:
     fixed: bool
     flags: tuple[str, ...]
     result: Path | None
+    device: str = "cpu"
 
     def rows(self, name: str, count: int | None = None) -> list[dict[str, Any]]:
         """Return the first rows of a file of the world, in the order of the job; rows that it does not name come last."""
@@ -35,12 +36,21 @@ class Job:
 
     def meter(self) -> Meter:
         """Return the meter. Call it when everything is imported."""
-        return Meter(self.work.warmup, imported=time.time() - BEGAN)
+        found = Meter(self.work.warmup, imported=time.time() - BEGAN)
+        if self.device != "cpu":
+            import torch
+
+            found.sync = torch.cuda.synchronize
+        return found
 
     def done(self, program: str, meter: Meter, **more: Any) -> None:
         """Write the result, and print it."""
         line = {"program": program, "algorithm": self.algorithm, "size": self.world.name, "fixed": self.fixed}
         line |= {"flags": list(self.flags), **meter.result(), **more, "versions": versions()}
+        if self.device != "cpu":
+            import torch
+
+            line |= {"peak_gpu_mb": torch.cuda.max_memory_allocated() // 2**20, "gpu": torch.cuda.get_device_name()}
         if self.result is not None:
             self.result.write_text(json.dumps(line))
         print(json.dumps(line), flush=True)
@@ -68,6 +78,7 @@ def job_of(about: str) -> Job:
     parser.add_argument("--fixed", action="store_true", help="answers of exactly max_new tokens")
     parser.add_argument("--flag", action="append", default=[], help="a variant of the program; may be repeated")
     parser.add_argument("--result", type=Path, help="JSON file for the result")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="on cuda: bfloat16")
     given = parser.parse_args()
     for name, value in (("OMP_NUM_THREADS", "1"), ("HF_HUB_OFFLINE", "1"), ("TOKENIZERS_PARALLELISM", "false")):
         os.environ.setdefault(name, value)
@@ -75,4 +86,13 @@ def job_of(about: str) -> Job:
     if given.steps is not None:
         work = replace(work, steps=given.steps, rows=given.steps * work.batch, warmup=min(work.warmup, given.steps - 1))
     order = tuple(json.loads(given.order.read_text())) if given.order else ()
-    return Job(given.algorithm, work, given.world / given.size, order, given.fixed, tuple(given.flag), given.result)
+    return Job(
+        given.algorithm,
+        work,
+        given.world / given.size,
+        order,
+        given.fixed,
+        tuple(given.flag),
+        given.result,
+        given.device,
+    )

@@ -4,6 +4,8 @@ Micro-batches are sorted by length within a fixed number of tokens, the head run
 log-probs are the old ones, and nothing is logged. Prompts are not shared between answers in training.
 """
 
+# ruff: noqa: E402 (threads and environment are set before torch is imported)
+
 from benchmarks.job import Job, job_of
 
 JOB = job_of(__doc__ or "")
@@ -184,7 +186,9 @@ def measured(model: Any, answers: Sequence[Answer]) -> dict[int, Tensor]:
     with torch.no_grad(), METER.phase("measure"):
         for micro in micro_batches(answers, len, MOST):
             logp, _ = read(model, micro)
-            out |= {one.number: own for one, own in zip(micro, logp.split([len(one.ids) for one in micro]), strict=True)}
+            out |= {
+                one.number: own for one, own in zip(micro, logp.split([len(one.ids) for one in micro]), strict=True)
+            }
     return out
 
 

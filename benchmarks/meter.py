@@ -3,7 +3,7 @@
 import os
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,9 +38,12 @@ class Meter:
     first: float = 0.0
     last: tuple[float, float] = (0.0, 0.0)
     phases: dict[str, float] = field(default_factory=dict)
+    sync: Callable[[], None] = lambda: None
+    """Waits for the device, so that a step ends when its work has ended."""
 
     def begin(self) -> None:
         """Start the clock, right before the first step."""
+        self.sync()
         self.last = (time.perf_counter(), time.process_time())
 
     @contextmanager
@@ -64,6 +67,7 @@ class Meter:
 
     def step(self, samples: int, tokens: int = 0, *, prompt_tokens: int = 0, answer_tokens: int = 0) -> None:
         """End a step. `tokens` are all real tokens; without it they are those of prompts and answers."""
+        self.sync()
         now = (time.perf_counter(), time.process_time())
         tokens = tokens or prompt_tokens + answer_tokens
         wall, cpu = now[0] - self.last[0], now[1] - self.last[1]

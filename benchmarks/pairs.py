@@ -46,6 +46,7 @@ class Setup:
     peer_ppo: str
     world: Path
     steps: int | None = None
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ def run(setup: Setup, line: Line, program: str, flags: Sequence[str], order: Pat
         command += ["--result", str(result), *(["--fixed"] if line.fixed else [])]
         command += [*(["--order", str(order)] if order else []), *(word for one in flags for word in ("--flag", one))]
         command += ["--steps", str(setup.steps)] if setup.steps else []
+        command += ["--device", setup.device]
         paths = [str(ROOT / "src")] if program == "whet" else []
         if program == "trl" and line.algorithm == "ppo":
             paths = [setup.peer_ppo]
@@ -98,6 +100,13 @@ def run(setup: Setup, line: Line, program: str, flags: Sequence[str], order: Pat
         if not result.is_file():
             raise SystemExit(f"{' '.join(command)}\nfailed:\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}")
         return dict(json.loads(result.read_text()))
+
+
+def built(setup: Setup, size: str) -> None:
+    """Build the world of a size if it is not there."""
+    if not (setup.world / size / "world.json").is_file():
+        build = [setup.whet, "-m", "benchmarks.world", size, "--out", str(setup.world / size)]
+        subprocess.run(build, cwd=ROOT, check=True)
 
 
 def turns(setup: Setup, line: Line, programs: Programs, count: int) -> dict[str, list[Result]]:
@@ -118,7 +127,7 @@ def turns(setup: Setup, line: Line, programs: Programs, count: int) -> dict[str,
     return rows
 
 
-def check(line: Line, rows: Mapping[str, Sequence[Result]]) -> list[str]:
+def check(line: Line, rows: Mapping[str, Sequence[Result]], close: float = CLOSE) -> list[str]:
     """Return what differs between the work of the programs; [] if it is the same. Variants of the peer with another order
     (packed, or grouped by length) are compared by their totals alone."""
     found = []
@@ -127,11 +136,11 @@ def check(line: Line, rows: Mapping[str, Sequence[Result]]) -> list[str]:
     for name, each in rows.items():
         for one in each:
             own = name.startswith("trl ")
-            found += [f"{name}: {text} (and {base_name})" for text in differences(line, base, one, own)]
+            found += [f"{name}: {text} (and {base_name})" for text in differences(line, base, one, own, close)]
     return sorted(set(found))
 
 
-def differences(line: Line, base: Result, one: Result, own_order: bool) -> list[str]:
+def differences(line: Line, base: Result, one: Result, own_order: bool, close: float = CLOSE) -> list[str]:
     """Return in words how the work of one result differs from that of another."""
     found = []
     for number in ("updates",) if line.algorithm != "generation" else ():
@@ -146,7 +155,7 @@ def differences(line: Line, base: Result, one: Result, own_order: bool) -> list[
             found.append(f"{name} {one[name][:4]} ..., not {base[name][:4]} ...")
     if line.algorithm in OFFLINE:
         for step, (ours, theirs) in enumerate(zip(one["losses"][:2], base["losses"][:2], strict=True)):
-            if abs(ours - theirs) > CLOSE * abs(theirs):
+            if abs(ours - theirs) > close * abs(theirs):
                 found.append(f"loss {ours:.6f} of update {step + 1}, not {theirs:.6f}")
     return found
 
@@ -162,7 +171,9 @@ def summary(line: Line, rows: Mapping[str, Sequence[Result]]) -> list[Result]:
             if other in rows
         }
         memory = {
-            f"memory_to_{other}": round(median["peak_rss_mb"] / statistics.median(two["peak_rss_mb"] for two in rows[other]), 3)
+            f"memory_to_{other}": round(
+                median["peak_rss_mb"] / statistics.median(two["peak_rss_mb"] for two in rows[other]), 3
+            )
             for other in ("trl", "lean")
             if other in rows
         }
@@ -210,9 +221,7 @@ def show(lines: Sequence[Result]) -> None:
 
 def measured(setup: Setup, line: Line, programs: Programs, count: int, out: Path | None) -> list[str]:
     """Run, print and write one line. Return what was not the same work."""
-    if not (setup.world / line.size / "world.json").is_file():
-        build = [setup.whet, "-m", "benchmarks.world", line.size, "--out", str(setup.world / line.size)]
-        subprocess.run(build, cwd=ROOT, check=True)
+    built(setup, line.size)
     rows = turns(setup, line, programs, count)
     lines = summary(line, rows)
     show(lines)

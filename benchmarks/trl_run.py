@@ -5,6 +5,8 @@ Flags: `bf16`, `gc` (gradient checkpointing), `grouplen` (group by length), `pac
 PYTHONPATH then points to a folder with trl 1.12.0. `generation` is `generate` of transformers, which TRL calls.
 """
 
+# ruff: noqa: E402 (threads and environment are set before torch is imported)
+
 from benchmarks.job import Job, job_of
 
 JOB = job_of(__doc__ or "")
@@ -124,10 +126,10 @@ def arguments(job: Job, out: str, **more: Any) -> dict[str, Any]:
     options = {
         "output_dir": out, "report_to": "none", "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "seed": 0,
         "learning_rate": job.work.lr, "lr_scheduler_type": "constant", "warmup_steps": 0, "weight_decay": 0.0,
-        "max_grad_norm": 1.0, "use_cpu": True, "dataloader_num_workers": 0, "per_device_train_batch_size": job.work.micro,
+        "max_grad_norm": 1.0, "use_cpu": job.device == "cpu", "dataloader_num_workers": 0, "per_device_train_batch_size": job.work.micro,
     }  # fmt: skip
     if "defaults" not in job.flags:
-        options |= {"gradient_checkpointing": "gc" in job.flags, "bf16": "bf16" in job.flags}
+        options |= {"gradient_checkpointing": "gc" in job.flags, "bf16": "bf16" in job.flags or job.device != "cpu"}
     if "grouplen" in job.flags:
         options["train_sampling_strategy"] = "group_by_length"
     return options | more
@@ -200,7 +202,9 @@ def ppo(job: Job, out: str) -> Any:
         raise SystemExit(f"trl {trl.__version__} has no PPOTrainer ({error}); put trl 1.12.0 on PYTHONPATH") from error
     work, where = job.work, str(job.world)
     tokenizer = AutoTokenizer.from_pretrained(f"{where}/model", padding_side="left")
-    data = datasets.Dataset.from_list([{"input_ids": tokenizer(row["prompt"])["input_ids"]} for row in job.rows("prompts")])
+    data = datasets.Dataset.from_list(
+        [{"input_ids": tokenizer(row["prompt"])["input_ids"]} for row in job.rows("prompts")]
+    )
     config = PPOConfig(**arguments(
         job, out, gradient_accumulation_steps=work.prompts // work.micro, total_episodes=work.steps * work.prompts,
         num_ppo_epochs=work.epochs, num_mini_batches=1, local_rollout_forward_batch_size=work.prompts,
@@ -230,7 +234,7 @@ def _ppo_meter(job: Job, module: Any, trainer: Any, tokenizer: Any, count: Answe
             out, logits = inner(model, queries, size, pad, config)
         answers = out[:, queries.shape[1] :]
         ends = (answers == tokenizer.eos_token_id).int()
-        length = torch.where(ends.any(1), ends.argmax(1) + 1, torch.tensor(answers.shape[1]))
+        length = torch.where(ends.any(1), ends.argmax(1) + 1, answers.shape[1])
         count.samples += len(queries)
         count.answer_tokens += int(length.sum())
         count.prompt_tokens += int((queries != pad).sum())
@@ -257,12 +261,12 @@ def generation(job: Job) -> None:
     METER.begin()
     for step in range(work.steps):
         asked = prompts[step * work.prompts : (step + 1) * work.prompts]
-        given = tokenizer.pad(
-            {"input_ids": [one for one in asked for _ in range(work.answers)]}, return_tensors="pt"
-        )
+        given = tokenizer.pad({"input_ids": [one for one in asked for _ in range(work.answers)]}, return_tensors="pt")
         torch.manual_seed(step)
         with torch.inference_mode():
-            out = model.generate(**given, max_new_tokens=work.max_new, do_sample=True, top_k=0, temperature=1.0, **least)
+            out = model.generate(
+                **given, max_new_tokens=work.max_new, do_sample=True, top_k=0, temperature=1.0, **least
+            )
         rows = out[:, given["input_ids"].shape[1] :].tolist()
         count = sum(row.index(end) + 1 if end in row else len(row) for row in rows)
         METER.step(len(rows), count, answer_tokens=count)

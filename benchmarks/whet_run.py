@@ -4,6 +4,8 @@ A flag NAME=VALUE sets an option of the recipe (`--flag train.max_tokens_per_mic
 `whet.Session`, which gives the weights of `whet.train` to the bit, and are timed from outside.
 """
 
+# ruff: noqa: E402 (threads and environment are set before torch is imported)
+
 from benchmarks.job import Job, job_of
 
 JOB = job_of(__doc__ or "")
@@ -11,7 +13,6 @@ JOB = job_of(__doc__ or "")
 import json
 import tempfile
 from contextlib import closing
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ import torch
 
 import whet
 from benchmarks import world
+from benchmarks.fixed import end_option, endless
 from whet.loops import evaluate
-from whet.methods.options import Sampling
 from whet.ops import address, permutation
 from whet.runs import config, models, sample
 from whet.runs.recipe import SampleRecipe
@@ -32,7 +33,7 @@ METER = JOB.meter()
 def common(job: Job, out: Path, model: str = "model") -> dict[str, Any]:
     """Return the options that the workload fixes for every method; all others stay at their defaults."""
     return {
-        "model": {"path": str(job.world / model), "chat_template": "none", "device": "cpu", "dtype": "float32"},
+        "model": {"path": str(job.world / model), "chat_template": "none", "device": job.device, "dtype": "float32"},
         "seed": 0, "threads": 1, "out": str(out / "run"),
         "optim": {"lr": job.work.lr, "schedule": "constant", "betas": [0.9, 0.999], "weight_decay": 0.0, "max_grad_norm": 1.0},
     } | dict(flag_of(one) for one in job.flags)  # fmt: skip
@@ -79,9 +80,12 @@ def online(job: Job, out: Path) -> None:
     work = job.work
     options = online_options(job) | common(job, out)
     with whet.Session(job.algorithm, **options) as session:
-        lengths(job, session.loop.generator)  # type: ignore[union-attr]
+        if job.fixed:
+            endless(session.loop.generator)  # type: ignore[union-attr]
         METER.begin()
-        for _ in session.steps():
+        steps = session.steps()
+        running = next(steps, None)
+        while running is not None:
             with METER.phase("generate"):
                 groups = session.generate()
             with METER.phase("score"):
@@ -99,6 +103,8 @@ def online(job: Job, out: Path) -> None:
                 session.publish()
             answers = [(len(group.prompt.ids), len(one.ids)) for group in groups for one in group.samples]
             assert len(answers) == work.prompts * work.answers
+            with METER.phase("end of step"):  # metrics and rollout are written
+                running = next(steps, None)
             METER.step(len(answers), prompt_tokens=sum(p for p, _ in answers), answer_tokens=sum(a for _, a in answers))
 
 
@@ -107,7 +113,12 @@ def online_options(job: Job) -> dict[str, Any]:
     work, kind = job.work, job.algorithm
     options: dict[str, Any] = {
         "data": handed_out(job.rows("prompts")),
-        "rollout": {"num_steps": work.steps, "prompts_per_step": work.prompts, "ppo_epochs": work.epochs},
+        "rollout": {
+            "num_steps": work.steps,
+            "prompts_per_step": work.prompts,
+            "ppo_epochs": work.epochs,
+            "mini_batch_size": work.prompts * work.answers,
+        },
         "sampling": sampling(job),
     }
     if kind == "ppo":  # TRL: gamma 1, lambda 0.95, both clips 0.2, vf_coef 0.1, advantages whitened, as whet's defaults
@@ -117,24 +128,18 @@ def online_options(job: Job) -> dict[str, Any]:
     if kind == "grpo":  # TRL: no KL, mean over all tokens (dapo)
         return options | {"kl_in_loss": None, "reduction": "token_mean"}
     # TRL: the KL in the reward, and the clipped ratio of the whole answer
-    return options | {"kl_in_reward": {"coef": work.kl}, "surrogate": "clip", "ratio": "product", "reduction": "sequence_mean"}
+    return options | {
+        "kl_in_reward": {"coef": work.kl},
+        "surrogate": "clip",
+        "ratio": "product",
+        "reduction": "sequence_mean",
+    }
 
 
 def sampling(job: Job) -> dict[str, Any]:
     """Return the sampling options; with fixed lengths no end token comes before the last one, where whet can do that."""
     options = {"max_new_tokens": job.work.max_new}
-    return options | ({"min_new_tokens": job.work.max_new} if job.fixed and forbids_ends() else {})
-
-
-def forbids_ends() -> bool:
-    """Return whether `sampling.min_new_tokens` exists."""
-    return "min_new_tokens" in {one.name for one in fields(Sampling)}
-
-
-def lengths(job: Job, generator: Any) -> None:
-    """With fixed lengths and without `sampling.min_new_tokens`: no token ends an answer. The one place that reaches inside."""
-    if job.fixed and not forbids_ends():
-        generator.end_ids = ()
+    return options | (end_option(job.work.max_new) if job.fixed else {})
 
 
 def handed_out(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -149,12 +154,18 @@ def generation(job: Job, out: Path) -> None:
     """Sample answers with the generator that `whet.sample` builds; its parts are called so that loading is not timed."""
     work = job.work
     data = file_of(job.rows("prompts"), out)
-    options = {"model": common(job, out)["model"], "data": data, "sampling": sampling(job), "out": str(out / "answers.jsonl")}
+    options = {
+        "model": common(job, out)["model"],
+        "data": data,
+        "sampling": sampling(job),
+        "out": str(out / "answers.jsonl"),
+    }
     recipe = config.resolve(SampleRecipe, "sample", None, list(options.items()))
     tokenizer, chat = models.tokenizer_and_chat(recipe.model, recipe.sampling)
     prompts = sample.prompts_of(recipe.model, recipe.data, chat, recipe.sampling)
     with closing(sample.generator_of(recipe, tokenizer, chat, prompts)) as generator:
-        lengths(job, generator)
+        if job.fixed:
+            endless(generator)
         METER.begin()
         for step in range(work.steps):
             asked = prompts[step * work.prompts : (step + 1) * work.prompts]

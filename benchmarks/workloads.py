@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 ALGORITHMS = ("sft", "reward", "dpo", "grpo", "rloo", "ppo", "generation")
 OFFLINE = ("sft", "reward", "dpo")
-SIZES = ("tiny", "nano", "micro")
-"""Sizes of the model (see `world.SIZES`). `tiny` shows in seconds that everything runs; its numbers mean nothing."""
+SIZES = ("tiny", "nano", "micro", "qwen05", "qwen15")
+"""Sizes of the model (see `world.SIZES`). `tiny` shows in seconds that everything runs; its numbers mean nothing. The last two are
+the shapes of Qwen2.5 0.5B and 1.5B with random weights, for a GPU (`benchmarks.gpu`)."""
 BUDGET = {"tiny": 1536, "nano": 1536, "micro": 1024}
 """Tokens of a micro-batch of the lean loops, padding counted."""
 
@@ -71,3 +72,11 @@ WORK: dict[str, dict[str, Work]] = {
         "micro": Work(prompts=4, answers=8, micro=8, steps=5, warmup=1, lr=1e-6),
     },
 }
+
+GPU: dict[str, Work] = {
+    "dpo": Work(rows=64, batch=16, micro=4, warmup=1, lr=1e-6),
+    "grpo": Work(prompts=8, answers=8, micro=16, steps=4, warmup=1, max_new=256, lr=1e-6),
+    "ppo": Work(prompts=32, micro=8, steps=3, warmup=1, max_new=256, lr=1e-6, epochs=4, kl=0.05),
+}
+for _algorithm, _work in GPU.items():
+    WORK[_algorithm] |= {"qwen05": _work, "qwen15": _work}

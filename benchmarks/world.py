@@ -25,11 +25,30 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-SIZES = {
-    "tiny": dict(vocab=1024, hidden=32, layers=2, heads=4, kv=2, inter=64, words=1400, steps=10, lr=3e-3, bs=8),
-    "nano": dict(vocab=2048, hidden=128, layers=4, heads=4, kv=2, inter=512, words=4000, steps=240, lr=3e-3, bs=16),
-    "micro": dict(vocab=8192, hidden=512, layers=8, heads=8, kv=4, inter=1536, words=16000, steps=60, lr=1e-3, bs=8),
-}
+SIZES: dict[str, dict[str, Any]] = {
+    "qwen05": {
+        "vocab": 8192, "ids": 151936, "hidden": 896, "layers": 24, "heads": 14, "kv": 2,
+        "inter": 4864, "words": 16000, "steps": 0, "lr": 0.001, "bs": 8,
+    },
+    "qwen15": {
+        "vocab": 8192, "ids": 151936, "hidden": 1536, "layers": 28, "heads": 12, "kv": 2,
+        "inter": 8960, "words": 16000, "steps": 0, "lr": 0.001, "bs": 8,
+    },
+    "tiny": {
+        "vocab": 1024, "hidden": 32, "layers": 2, "heads": 4, "kv": 2, "inter": 64,
+        "words": 1400, "steps": 10, "lr": 0.003, "bs": 8,
+    },
+    "nano": {
+        "vocab": 2048, "hidden": 128, "layers": 4, "heads": 4, "kv": 2, "inter": 512,
+        "words": 4000, "steps": 240, "lr": 0.003, "bs": 16,
+    },
+    "micro": {
+        "vocab": 8192, "hidden": 512, "layers": 8, "heads": 8, "kv": 4, "inter": 1536,
+        "words": 16000, "steps": 60, "lr": 0.001, "bs": 8,
+    },
+}  # fmt: skip
+"""Ids of tokenizer and model (`ids`, if it has more), shape, words of the language, and steps of pre-training. The first two
+are the shapes of Qwen2.5 with random weights."""
 SPECIAL = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}<|im_start|>assistant\n"
@@ -63,11 +82,12 @@ class Language:
         # topics: disjoint sets of 40 fairly frequent words
         pool = list(range(20, 20 + N_TOPICS * 40))
         rng.shuffle(pool)
-        self.topics = [pool[t * 40:(t + 1) * 40] for t in range(N_TOPICS)]
+        self.topics = [pool[t * 40 : (t + 1) * 40] for t in range(N_TOPICS)]
         self.topic_names = [words[t[0]] for t in self.topics]
         self.topic_sets = [{words[i] for i in t} for t in self.topics]
 
     def sentence(self, rng, n, topic=None, purity=0.0):
+        """Return n words, a share `purity` of them of the topic."""
         out = rng.choices(range(len(self.words)), cum_weights=self.cum, k=n)
         if topic is not None:
             t = self.topics[topic]
@@ -88,6 +108,7 @@ def reward(prompt, completion, lang):
 
 
 def lognormal_len(rng, median, sigma, lo, hi):
+    """Return a log-normal length between lo and hi."""
     return int(min(hi, max(lo, round(median * math.exp(sigma * rng.gauss(0, 1))))))
 
 
@@ -104,6 +125,7 @@ def make_text(lang, tok, rng, n_tokens, topic, purity, prefix=""):
 
 
 def build_tokenizer(lang, vocab, seed):
+    """Train a byte-level BPE tokenizer on texts of the language."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     rng = random.Random(f"tok-{seed}")
@@ -111,34 +133,50 @@ def build_tokenizer(lang, vocab, seed):
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=vocab,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    corpus = [" ".join(lang.sentence(rng, 60, rng.randrange(N_TOPICS), 0.4)) for _ in range(4000)]
+    texts = 400 if vocab < 2048 else 4000
+    corpus = [" ".join(lang.sentence(rng, 60, rng.randrange(N_TOPICS), 0.4)) for _ in range(texts)]
     tok.train_from_iterator(corpus, trainer)
     return tok
 
 
 def hf_tokenizer(tok):
+    """Return it as a tokenizer of transformers, with a chat template."""
     from transformers import PreTrainedTokenizerFast
 
     t = PreTrainedTokenizerFast(
-        tokenizer_object=tok, eos_token="<|endoftext|>", pad_token="<|pad|>", model_max_length=1024,
+        tokenizer_object=tok,
+        eos_token="<|endoftext|>",
+        pad_token="<|pad|>",
+        model_max_length=1024,
     )
     t.chat_template = CHAT_TEMPLATE
     return t
 
 
 def build_config(size, arch, tok):
+    """Return the configuration of the model."""
     from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
     s = SIZES[size]
-    kw = dict(
-        vocab_size=s["vocab"], hidden_size=s["hidden"], num_hidden_layers=s["layers"], num_attention_heads=s["heads"],
-        num_key_value_heads=s["kv"], intermediate_size=s["inter"], max_position_embeddings=1024,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id,
-        use_cache=True,
-    )
+    kw = {
+        "vocab_size": s.get("ids", s["vocab"]),
+        "hidden_size": s["hidden"],
+        "num_hidden_layers": s["layers"],
+        "num_attention_heads": s["heads"],
+        "num_key_value_heads": s["kv"],
+        "intermediate_size": s["inter"],
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": tok.eos_token_id,
+        "pad_token_id": tok.pad_token_id,
+        "use_cache": True,
+    }
     cls = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}[arch]
     if arch == "qwen3":
         kw["head_dim"] = s["hidden"] // s["heads"]
@@ -146,6 +184,8 @@ def build_config(size, arch, tok):
 
 
 def build_data(lang, tok, seed, n_sft, n_pref, n_prompts):
+    """Return the rows of sft, pref and prompts."""
+
     def prompt(rng):
         topic = rng.randrange(N_TOPICS)
         n = lognormal_len(rng, 32, 0.6, 8, 96)
@@ -155,7 +195,12 @@ def build_data(lang, tok, seed, n_sft, n_pref, n_prompts):
     sft = []
     for _ in range(n_sft):
         topic, p = prompt(rng)
-        sft.append({"prompt": p, "completion": " " + make_text(lang, tok, rng, lognormal_len(rng, 72, 0.6, 8, 160), topic, 0.5)})
+        sft.append(
+            {
+                "prompt": p,
+                "completion": " " + make_text(lang, tok, rng, lognormal_len(rng, 72, 0.6, 8, 160), topic, 0.5),
+            }
+        )
     rng = random.Random(f"pref-{seed}")
     pref = []
     for _ in range(n_pref):
@@ -177,7 +222,7 @@ def pretrain(model, tok, rows, steps, lr, bs, seed, log=print):
     opt = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     sched = torch.optim.lr_scheduler.LambdaLR(opt, lambda s: min(1, (s + 1) / 20) * max(0.1, 1 - s / max(1, steps)))
     model.train()
-    t0 = time.time()
+    loss, t0 = torch.zeros(()), time.time()
     for step in range(steps):
         pick = torch.randint(len(ids), (bs,), generator=g).tolist()
         L = max(len(ids[i]) for i in pick)
@@ -198,12 +243,21 @@ def pretrain(model, tok, rows, steps, lr, bs, seed, log=print):
 
 
 def stats(xs):
+    """Return the statistics of lengths."""
     xs = sorted(xs)
     n = len(xs)
-    return dict(min=xs[0], p10=xs[n // 10], p50=xs[n // 2], p90=xs[9 * n // 10], max=xs[-1], mean=round(sum(xs) / n, 1))
+    return {
+        "min": xs[0],
+        "p10": xs[n // 10],
+        "p50": xs[n // 2],
+        "p90": xs[9 * n // 10],
+        "max": xs[-1],
+        "mean": round(sum(xs) / n, 1),
+    }
 
 
 def build(size, out, seed=0, arch="qwen2", n_sft=2048, n_pref=1024, n_prompts=512, steps=None, log=print):
+    """Build a world below `out`. Return what world.json has."""
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -228,29 +282,39 @@ def build(size, out, seed=0, arch="qwen2", n_sft=2048, n_pref=1024, n_prompts=51
     tok.save_pretrained(f"{out}/model")
     torch.manual_seed(seed + 1)
     rm = AutoModelForSequenceClassification.from_config(
-        type(cfg)(**{**cfg.to_dict(), "num_labels": 1}), dtype=torch.float32, attn_implementation="sdpa")
+        type(cfg)(**{**cfg.to_dict(), "num_labels": 1}), dtype=torch.float32, attn_implementation="sdpa"
+    )
     rm.model.load_state_dict(model.model.state_dict())
     rm.save_pretrained(f"{out}/rm")
     tok.save_pretrained(f"{out}/rm")
-    ln = lambda t: len(raw.encode(t).ids)
-    info = dict(
-        size=size, arch=arch, seed=seed, params=n_params, vocab=s["vocab"], pretrain_last_loss=round(last, 3),
-        lengths=dict(
-            prompt=stats([ln(r["prompt"]) for r in sft]),
-            completion=stats([ln(r["completion"]) + 1 for r in sft]),
-            total=stats([ln(r["prompt"]) + ln(r["completion"]) + 1 for r in sft]),
-            chosen=stats([ln(r["chosen"]) + 1 for r in pref]), rejected=stats([ln(r["rejected"]) + 1 for r in pref]),
-            prompt_only=stats([ln(r["prompt"]) for r in prompts]),
-        ),
-        rows=dict(sft=len(sft), pref=len(pref), prompts=len(prompts)),
-        sha256={},
-    )
+
+    def ln(t):
+        return len(raw.encode(t).ids)
+
+    info = {
+        "size": size,
+        "arch": arch,
+        "seed": seed,
+        "params": n_params,
+        "vocab": s["vocab"],
+        "pretrain_last_loss": round(last, 3),
+        "lengths": {
+            "prompt": stats([ln(r["prompt"]) for r in sft]),
+            "completion": stats([ln(r["completion"]) + 1 for r in sft]),
+            "total": stats([ln(r["prompt"]) + ln(r["completion"]) + 1 for r in sft]),
+            "chosen": stats([ln(r["chosen"]) + 1 for r in pref]),
+            "rejected": stats([ln(r["rejected"]) + 1 for r in pref]),
+            "prompt_only": stats([ln(r["prompt"]) for r in prompts]),
+        },
+        "rows": {"sft": len(sft), "pref": len(pref), "prompts": len(prompts)},
+        "sha256": {},
+    }
     for root, _, files in os.walk(out):
         for fn in sorted(files):
             p = os.path.join(root, fn)
             if fn != "world.json":
-                info["sha256"][os.path.relpath(p, out)] = hashlib.sha256(open(p, "rb").read()).hexdigest()[:16]
-    json.dump(info, open(f"{out}/world.json", "w"), indent=1)
+                info["sha256"][os.path.relpath(p, out)] = hashlib.sha256(Path(p).read_bytes()).hexdigest()[:16]
+    (Path(out) / "world.json").write_text(json.dumps(info, indent=1))
     return info
 
 
