@@ -31,6 +31,7 @@ class Paths:
     padding   rows of unlike length in one batch, padded on the right; without it rows are read one by one
     packing   rows one after the other in one sequence
     cache     decoding with a cache; without it each token takes a forward over the whole sequence
+    decode    decoding on the weights of a standard decoder (`whet.models.direct`), which is faster than through its modules
     gradient  a forward without gradient, to the last bit; without it columns are measured as in an update
     limit     number of positions beyond which a row changes the numbers of others in its forward; None without such a limit
     """
@@ -38,6 +39,7 @@ class Paths:
     padding: bool | None = None
     packing: bool | None = None
     cache: bool | None = None
+    decode: bool | None = None
     gradient: bool | None = None
     limit: int | None = None
 
