@@ -12,7 +12,7 @@ from torch import Tensor
 
 from whet.data import Sample
 from whet.generate import Request
-from whet.generate.local import truncated_logprobs
+from whet.generate.draws import truncated_logprobs
 from whet.methods.options import Sampling
 from whet.models.roles import Role
 

@@ -11,7 +11,8 @@ from models import helpers as h
 from scipy.stats import chi2
 
 from whet.generate import Request
-from whet.generate.local import LocalGenerator, truncated_logprobs
+from whet.generate.draws import truncated_logprobs
+from whet.generate.local import LocalGenerator
 from whet.methods.options import Sampling
 from whet.models.roles import Role
 

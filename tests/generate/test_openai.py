@@ -135,7 +135,7 @@ def test_what_the_api_lacks_and_training_are_refused_with_the_reason(
     serve: Callable[..., Server], given: dict[str, Any], tmp_path: Path
 ) -> None:
     generator = {"name": "openai", "url": serve(completion).url, "model": "far"}
-    with pytest.raises(RecipeError, match="no top_k and min_p"):
+    with pytest.raises(RecipeError, match="no top_k, min_p and min_new_tokens"):
         whet.sample(generator=generator, top_k=3, num_generations=1, out=f"{tmp_path}/a.jsonl", **given)
     with pytest.raises(RecipeError, match="takes no weights and reports no log-probs, so it cannot answer in training"):
         whet.train("grpo", reward=lambda **_: [], generator="openai", out=f"{tmp_path}/r", **given)

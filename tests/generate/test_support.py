@@ -10,7 +10,8 @@ from models import helpers as h
 
 from whet.data import Batch, Group, Sample, pad, pad_support
 from whet.generate import Request
-from whet.generate.local import LocalGenerator, truncated_logprobs
+from whet.generate.draws import truncated_logprobs
+from whet.generate.local import LocalGenerator
 from whet.learner.local import LocalLearner
 from whet.methods.options import Sampling
 from whet.models.roles import Role

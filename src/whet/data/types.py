@@ -56,7 +56,8 @@ class Sample:
     `draw` is the running number of the prompt in the run, and `answer` the number of the answer for that prompt. `version`
     is the version of the weights that produced the last token; `versions` has that of each token if they differ.
     `sampler_logp` is in nats, one per id. `finish` is "stop", "length" or, for an answer to be continued, "paused". With
-    top-p, top-k or min-p, `support` has the tokens that could be sampled at each position.
+    top-p, top-k or min-p, `support` has the tokens that could be sampled at each position; where all but a few could be
+    (min_new_tokens), it has -2 - id for each of the few, and nothing where all could be.
 
     `segments` say who wrote which tokens, in order; without any, the policy wrote all. A token of another author is not
     trained, its sampler_logp is never read, and its support is empty. It counts for the context limit, not for the length.
@@ -370,7 +371,7 @@ def pad(values: Sequence[Tensor], length: int | None = None) -> Tensor:
 
 
 def pad_support(supports: Sequence[Sequence[Sequence[int]]]) -> Tensor:
-    """Return the tokens that could be sampled, per answer and position, as (B, T, S) int64, padded with -1."""
+    """Return the tokens that could be sampled, per answer and position, as (B, T, S) int64, padded with -1 (see `Sample`)."""
     longest = max(map(len, supports), default=0)
     widest = max((len(one) for answer in supports for one in answer), default=0)
     out = torch.full((len(supports), longest, widest), -1)

@@ -13,7 +13,6 @@ from whet.errors import ModelError, RecipeError
 from whet.extras import require
 from whet.methods.options import Sampling
 from whet.models.roles import Role
-from whet.ops import address, addressed_uniform
 from whet.registry import Registry, called
 
 
@@ -130,23 +129,6 @@ def require_vllm() -> None:
     require("generator.name: vllm", "vllm")
 
 
-def draw(probabilities: Tensor, requests: Sequence[Request], position: int) -> Tensor:
-    """Draw one token per row by inverting the cumulative distribution at the row's addressed uniform number.
-
-    probabilities (B, V) -> (B,). The number depends only on (seed, draw, answer, position);
-    `position` counts the new tokens.
-    """
-    seeds = torch.tensor([request.seed & (1 << 63) - 1 for request in requests])
-    places = [torch.tensor([getattr(request, name) for request in requests]) for name in ("draw", "answer")]
-    positions = torch.tensor([len(request.begun) + position for request in requests])
-    chance = addressed_uniform(address("sample"), seeds, *places, positions).to(probabilities.device)
-    cumulative = probabilities.double().cumsum(-1)
-    token = torch.searchsorted(cumulative, (chance * cumulative[:, -1])[:, None], right=True)[:, 0]
-    # rounding must not select a token of probability 0 at the end of the row
-    last = probabilities.shape[1] - 1 - (probabilities > 0).flip(-1).int().argmax(-1)
-    return torch.minimum(token, last)
-
-
 @dataclass(frozen=True)
 class Training:
     """The facts of a training run that a generator's options are checked against.
@@ -215,11 +197,11 @@ class GeneratorContext:
             )
 
     def refuse_truncation(self, name: str) -> None:
-        """Raise RecipeError for training with top-p, top-k or min-p, for a generator that does not report the support."""
+        """Raise RecipeError for training with top-p, top-k, min-p or min_new_tokens, for a generator that does not report the support."""
         if self.training is not None and self.sampling.truncates:
             raise RecipeError(
                 f"sampling: a {name} engine does not say which tokens could be drawn, so ratios would be wrong; leave "
-                "top_p, top_k and min_p out, or use generator.name local"
+                "top_p, top_k, min_p and min_new_tokens out, or use generator.name local"
             )
 
 

@@ -1,32 +1,34 @@
-"""Decoding with a transformers model in this process: batched, with a cache if it is right, and removal of finished rows."""
+"""Decoding with a transformers model in this process: batched, with a cache if it is right. Finished rows make room for others."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from whet.data import Sample, Weights
 from whet.errors import RunStopped
-from whet.generate.base import GeneratorContext, Request, cut, draw, whole
-from whet.methods.options import Sampling
-from whet.models.decode import decoder
+from whet.generate.base import GeneratorContext, Request, whole
+from whet.generate.draws import Draws
+from whet.models.decode import Decoder, decoder
+from whet.models.direct import Direct
 from whet.models.probe import probe
 from whet.models.roles import Role
-from whet.ops import log_softmax, token_logprobs
+from whet.ops import token_logprobs
 
-DROP_SHARE = 0.25
-"""Finished rows are removed from the batch when they are at least this share of its rows."""
+ROOM = 16
+"""Waiting prompts enter when this part of all rows is free, if their answers fit; reading one prompt at a time would be slow."""
 
 
 class LocalGenerator:
-    """Sample from a policy role. The requests are split into units of at most `unit`, so that tensor shapes depend only on
-    the requests.
+    """Sample from a policy role, at most `unit` answers at a time. Tensor shapes depend only on the requests and the weights.
 
-    A token of `end_ids` ends an answer and is part of it. Each prompt is read once, whatever its number of answers. With
-    `copy` the generator owns its role, and published weights are copied into it; otherwise it uses the learner's role.
-    Before the first answers the role's cache is tried (see `whet.models.probe`); a model whose cache is wrong decodes without.
-    Ids that no token has are never sampled.
+    A token of `end_ids` ends an answer and is part of it. Each prompt is read once, whatever its number of answers (more than
+    `unit` are read in parts). Waiting requests take the rows of finished ones. With `copy` the generator owns its role, and
+    published weights are copied into it; otherwise it uses the learner's role. Before the first answers the ways to decode are
+    tried (see `whet.models.probe`); `decoder` may leave out the fastest ("cached") or all but the slowest ("recomputed"). Ids that
+    no token has are never sampled.
     """
 
     reports = frozenset({"sampler_logp", "support"})
@@ -39,9 +41,10 @@ class LocalGenerator:
         *,
         unit: int = 256,
         copy: bool = False,
+        decoder: str = "auto",
     ) -> None:
         self.role, self.end_ids, self.text, self.unit, self.copy = role, tuple(end_ids), text, unit, copy
-        self.version = 0
+        self.decoder, self.version = decoder, 0
 
     def load_weights(self, weights: Weights) -> None:
         """Take the learner's policy role, or copy the weights into the own role. No cache is kept between calls.
@@ -67,14 +70,13 @@ class LocalGenerator:
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request]) -> Iterator[Sample]:
-        """See `Generator.generate`. Within a call, requests of similar prompt length share a unit."""
-        samples: list[Sample | None] = [None] * len(requests)
+        """See `Generator.generate`. The answers are yielded when all are finished."""
+        if not requests:
+            return
         self._prove([request.given() for request in requests])
         with self.role.sampling():
-            for places in cut(requests, self.unit):
-                for place, sample in zip(places, self._unit([requests[place] for place in places]), strict=True):
-                    samples[place] = sample
-        yield from (sample for sample in samples if sample is not None)
+            samples = self._answers(requests)
+        yield from samples
 
     @torch.no_grad()
     def logprobs(self, ids: Sequence[Tensor]) -> list[Tensor]:
@@ -83,7 +85,7 @@ class LocalGenerator:
         out = []
         with self.role.sampling():
             for one in ids:
-                logits = decoder(self.role).every(one[:-1])
+                logits = decoder(self.role, self.decoder).every(one[:-1])
                 out.append(token_logprobs(logits, one[1:].to(logits.device)).cpu())
         return out
 
@@ -98,97 +100,79 @@ class LocalGenerator:
     def close(self) -> None:
         """Do nothing."""
 
-    def _unit(self, requests: Sequence[Request]) -> list[Sample]:
-        prompts = list(dict.fromkeys(request.given() for request in requests))
-        own = decoder(self.role)
-        logits = own.first(prompts)
-        number = {prompt: row for row, prompt in enumerate(prompts)}
-        owner = torch.tensor([number[request.given()] for request in requests])
-        live = list(range(len(requests)))  # the request index of each row of the batch
-        logits = logits[owner.to(logits.device)]
-        own.keep(owner)
-        tokens: list[list[int]] = [[] for _ in requests]
-        logps: list[list[float]] = [[] for _ in requests]
-        supports: list[list[tuple[int, ...]]] = [[] for _ in requests]
-        ended = [False] * len(requests)
-        limit = max(request.room for request in requests)
-        for position in range(limit):
-            chosen, logp, support = _choose(logits, [requests[index] for index in live], position)
-            for index, token, value, could in zip(live, chosen.tolist(), logp.tolist(), support, strict=True):
-                if not ended[index]:
-                    tokens[index].append(token)
-                    logps[index].append(value)
-                    supports[index].append(could)
-                    full = len(tokens[index]) >= requests[index].room
-                    ended[index] = full or token in self.end_ids
-            left = [row for row, index in enumerate(live) if not ended[index]]
-            if not left:
-                break
-            if len(live) - len(left) >= DROP_SHARE * len(live):
-                own.keep(torch.tensor(left))
-                live, chosen = [live[row] for row in left], chosen[torch.tensor(left, device=chosen.device)]
-            logits = own.next(chosen)
-        return [
-            Sample(
-                request.draw, request.answer, tuple(ids_), tuple(logp_), self.version,
-                request.finish(ids_, self.end_ids), self.text((*request.begun, *ids_)),
-                tuple(support_) if request.sampling.truncates and request.sampling.temperature > 0 else None,
-            )
-            for request, ids_, logp_, support_ in zip(requests, tokens, logps, supports, strict=True)
-        ]  # fmt: skip
+    def _answers(self, requests: Sequence[Request]) -> list[Sample]:
+        """Generate all answers. The answers to one prompt enter together, shorter prompts first, as soon as there is room."""
+        draws = Draws(requests, self.end_ids, self.role.device, self.role.name)
+        waiting = _groups(requests, self.unit)
+        own = decoder(self.role, self.decoder)
+        plain = not isinstance(own, Direct)  # a model's modules may keep tensors for later forwards
+        with torch.no_grad() if plain else torch.inference_mode():
+            return self._run(own, draws, waiting)
+
+    def _run(self, own: Decoder, draws: Draws, waiting: list[list[int]]) -> list[Sample]:
+        """Generate the answers to the groups of requests that wait. Return all, in the order of the requests."""
+        logits = self._enter(own, draws, waiting)
+        while True:
+            tokens, ended = draws.step(logits)
+            gone = int(ended.sum())
+            if gone and gone >= own.drop * len(ended):
+                rows = _left(ended)
+                draws.keep(rows)
+                tokens = tokens[rows.to(tokens.device)]
+                own.keep(rows)
+            left = len(draws.live) if gone < len(ended) else 0
+            if not left and not waiting:
+                return draws.samples(self.text, self.version)
+            logits = own.next(tokens) if left else logits[:0]
+            if waiting and (not left or (own.refills and self._fits(len(draws.live), waiting))):
+                logits = torch.cat([logits, self._enter(own, draws, waiting)])
+
+    def _enter(self, own: Decoder, draws: Draws, waiting: list[list[int]]) -> Tensor:
+        """Let waiting groups enter as long as they fit. Return the logits of their rows, (B, V)."""
+        free, entered = self.unit - len(draws.live), list[list[int]]()
+        while waiting and len(waiting[0]) <= free:
+            free -= len(waiting[0])
+            entered.append(waiting.pop(0))
+        draws.enter([number for group in entered for number in group])
+        owner = torch.tensor([place for place, group in enumerate(entered) for _ in group])
+        return own.enter([draws.requests[group[0]].given() for group in entered], owner)
+
+    def _fits(self, live: int, waiting: Sequence[Sequence[int]]) -> bool:
+        least = min(self.unit // ROOM, sum(map(len, waiting)))
+        return self.unit - live >= max(least, len(waiting[0]))
 
 
-def _choose(logits: Tensor, requests: Sequence[Request], position: int) -> tuple[Tensor, Tensor, list[tuple[int, ...]]]:
-    """Sample one token per row. Return (token, its log-prob in the sampling distribution, support), each per row.
+def _groups(requests: Sequence[Request], unit: int) -> list[list[int]]:
+    """Return the numbers of the requests by prompt, at most `unit` together, shorter prompts first."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for number, request in enumerate(requests):
+        groups.setdefault(request.given(), []).append(number)
+    ordered = sorted(groups.values(), key=lambda group: (len(requests[group[0]].given()), group[0]))
+    return [group[start : start + unit] for group in ordered for start in range(0, len(group), unit)]
 
-    The support is the tokens that could be drawn if the options exclude some, otherwise (). Rows with the same options are
-    processed together.
+
+def _left(ended: Tensor) -> Tensor:
+    """Return the rows that go on: the last ones take the places of those that ended, so that few rows move.
+
+    >>> _left(torch.tensor([False, True, False, False]))
+    tensor([0, 3, 2])
     """
-    options = {request.sampling for request in requests}
-    token = torch.zeros(len(requests), dtype=torch.long, device=logits.device)
-    logp = torch.zeros(len(requests), dtype=logits.dtype, device=logits.device)
-    support: list[tuple[int, ...]] = [()] * len(requests)
-    for sampling in options:
-        rows = [row for row, request in enumerate(requests) if request.sampling == sampling]
-        index = torch.tensor(rows, device=logits.device)
-        if sampling.temperature == 0:
-            token[index] = logits[index].argmax(-1)
-            continue
-        processed = truncated_logprobs(logits[index], sampling)
-        chosen = draw(processed.exp(), [requests[row] for row in rows], position)
-        token[index], logp[index] = chosen, processed.gather(-1, chosen[:, None])[:, 0]
-        if sampling.truncates:
-            for row, kept in zip(rows, ~processed.isneginf(), strict=True):
-                support[row] = tuple(kept.nonzero()[:, 0].tolist())
-    return token, logp, support
-
-
-def truncated_logprobs(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Return log-probs (B, V) of the sampling distribution: temperature, then top-k, top-p, min-p.
-
-    top-p keeps the smallest set of most probable tokens whose total probability reaches it. min-p keeps tokens with at
-    least that fraction of the largest probability. Excluded tokens get -inf; the others are normalized again.
-    """
-    logp = log_softmax(logits / sampling.temperature)
-    if not sampling.truncates:
-        return logp
-    ordered, index = torch.sort(logp, dim=-1, descending=True, stable=True)
-    keep = torch.ones_like(ordered, dtype=torch.bool)
-    if sampling.top_k:
-        keep[:, sampling.top_k :] = False
-    if sampling.top_p < 1:
-        p = torch.where(keep, ordered.exp(), torch.zeros_like(ordered))
-        p = p / p.sum(-1, keepdim=True)
-        keep &= p.cumsum(-1) - p < sampling.top_p
-    if sampling.min_p:
-        keep &= ordered >= ordered[:, :1] + torch.tensor(sampling.min_p).log()
-    kept = torch.zeros_like(keep).scatter(-1, index, keep)
-    return log_softmax(logp.masked_fill(~kept, -torch.inf))
+    gone = ended.tolist()
+    rows = [row for row, over in enumerate(gone) if not over]
+    spare = rows[::-1]
+    kept = len(rows)
+    return torch.tensor([spare.pop(0) if gone[row] else row for row in range(kept)], dtype=torch.long)
 
 
 @dataclass(frozen=True)
 class Options:
-    """The generator of transformers has no options."""
+    """Options of the generator in this process."""
+
+    decoder: Literal["auto", "cached", "recomputed"] = "auto"
+    """how answers are decoded: "auto" is the fastest right way, "cached" transformers' cache, "recomputed" no cache (slow)"""
+
+    may_change = ("decoder",)
+    """Options that a resumed run may change."""
 
 
 def check(options: Options, context: GeneratorContext) -> None:
@@ -206,5 +190,6 @@ def make(options: Options, context: GeneratorContext) -> LocalGenerator:
         role = context.role()
     assert role is not None
     return LocalGenerator(
-        role, context.chat.end_ids, context.chat.text, unit=context.max_num_seqs, copy=copies and training is not None
-    )
+        role, context.chat.end_ids, context.chat.text, unit=context.max_num_seqs, copy=copies and training is not None,
+        decoder=options.decoder,
+    )  # fmt: skip

@@ -106,8 +106,8 @@ def check(options: Options, context: GeneratorContext) -> None:
             raise RecipeError(
                 f"generator.{name}: which {'server' if name == 'url' else 'model'}? for example {example}"
             )
-    if context.sampling.top_k or context.sampling.min_p:
-        raise RecipeError("sampling: the OpenAI API has no top_k and min_p; leave them out")
+    if context.sampling.top_k or context.sampling.min_p or context.sampling.min_new_tokens:
+        raise RecipeError("sampling: the OpenAI API has no top_k, min_p and min_new_tokens; leave them out")
 
 
 def make(options: Options, context: GeneratorContext) -> OpenAIGenerator:

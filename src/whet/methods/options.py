@@ -38,12 +38,23 @@ class Sampling:
     """keep this many of the most probable tokens; 0 is off"""
     min_p: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
     """keep tokens with at least this share of the largest probability; 0 is off"""
+    min_new_tokens: NotNegativeInt = 0
+    """an answer has at least this many tokens before its end token, which until then has probability 0; 0 is off"""
     skip_special_tokens: bool = False
     """leave special tokens out of the text of answers; without it only the closing end token is left out"""
+
+    def __post_init__(self) -> None:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(f"min_new_tokens {self.min_new_tokens} is above max_new_tokens {self.max_new_tokens}")
 
     @property
     def truncates(self) -> bool:
         """Whether some tokens are excluded, so that the sampling log-prob differs from that of the full distribution."""
+        return self.filters or self.min_new_tokens > 0
+
+    @property
+    def filters(self) -> bool:
+        """Whether improbable tokens are excluded."""
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
 

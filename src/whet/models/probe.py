@@ -16,10 +16,12 @@ from torch import Tensor
 from whet.data import Batch, Row
 from whet.distributed import first
 from whet.errors import ModelError, first_line
-from whet.models.decode import Cached
+from whet.models.decode import Cached, Decoder
+from whet.models.direct import Direct
 from whet.models.packing import install, local_attention, uninstall
 from whet.models.readers import read
 from whet.models.roles import Role
+from whet.models.structure import structure
 from whet.ops import token_logprobs
 from whet.ops.logprobs import precise
 from whet.terminal import caution
@@ -35,6 +37,11 @@ HALF = 0.12
 """The same bound for weights in half precision."""
 SOME = 16
 """Number of rows that are worth giving to `probe`."""
+SLOWER = {
+    "cache": "decoding with a cache differs {}; answers are generated without one, which is slow",
+    "decode": "decoding on its weights differs {}; answers are generated with its own modules, which is slower",
+}
+"""What is said of a way to decode that is wrong, by its name in `Paths`."""
 LONGEST, SHORTEST, STEPS = 128, 9, 4
 """Lengths of the rows that are tried, in tokens, and the tokens that are decoded of each."""
 
@@ -276,15 +283,13 @@ class _Trial:
                 raise ModelError(
                     f"learner.precision: in bfloat16 the {self.role.name} differs {why}; set it to float32"
                 )
-            if cached and self.role.paths.cache:
-                gap, why = self._gap(
-                    self._decoded, torch.cat([one[-STEPS:] for one in self._each(self.truth)]), mean=True
-                )
-                self.role.paths = replace(self.role.paths, cache=gap <= limit)
-                if not self.role.paths.cache:
-                    self._say(
-                        f"in bfloat16 decoding with a cache differs {why}; answers are generated without one, which is slow"
-                    )
+            for name in ("cache", "decode") if cached else ():
+                if not getattr(self.role.paths, name):
+                    continue
+                gap, why = self._gap(partial(self._decoded, name), self._ends(), mean=True)
+                self.role.paths = replace(self.role.paths, **{name: gap <= limit})
+                if not gap <= limit:
+                    self._say(f"in bfloat16 {SLOWER[name].format(why)}")
 
     def gradient(self) -> None:
         """Compare the bits: the ratio is exactly 1 only if measuring and updating compute the same."""
@@ -332,24 +337,34 @@ class _Trial:
             self._say(f"rows that share their prompt differ {why}; each is computed whole")
 
     def _cache(self) -> None:
-        gap, why = self._gap(self._decoded, torch.cat([one[-STEPS:] for one in self._each(self.truth)]))
-        self.role.paths = replace(self.role.paths, cache=gap <= self.limit)
-        if not self.role.paths.cache:
-            self._say(f"decoding with a cache differs {why}; answers are generated without one, which is slow")
+        """Try transformers' cache, and the decoder that reads the weights itself if the model has the structure for it."""
+        found = {}
+        for name in ("cache", "decode"):
+            if name == "decode" and structure(self.role) is None:
+                found[name] = False
+                continue
+            gap, why = self._gap(partial(self._decoded, name), self._ends())
+            found[name] = gap <= self.limit
+            if not found[name]:
+                self._say(SLOWER[name].format(why))
+        self.role.paths = replace(self.role.paths, **found)
+
+    def _ends(self) -> Tensor:
+        """Return the true numbers of the last tokens of all rows."""
+        return torch.cat([one[-STEPS:] for one in self._each(self.truth)])
 
     def _each(self, numbers: Tensor) -> tuple[Tensor, ...]:
         return numbers.split([row.length - 1 for row in self.rows])
 
-    def _decoded(self) -> Tensor:
-        """Return the log-probs of the last tokens of each row, decoded with a cache.
+    def _decoded(self, name: str) -> Tensor:
+        """Return the log-probs of the last tokens of each row, decoded with the cache of this name in `Paths`.
 
         As in sampling, one prompt has two answers, and one of them is dropped on the way.
         """
-        steps, role = Cached(self.role), self.role
-        logits = steps.first([row.ids[:-STEPS].tolist() for row in self.rows])
-        owner = torch.tensor([0, *range(len(self.rows))])
-        steps.keep(owner)
-        logits, out = logits[owner.to(logits.device)], []
+        role, parts = self.role, structure(self.role) if name == "decode" else None
+        steps: Decoder = Cached(role) if parts is None else Direct(role, parts)
+        owner, out = torch.tensor([0, *range(len(self.rows))]), []
+        logits = steps.enter([row.ids[:-STEPS].tolist() for row in self.rows], owner)
         for step in range(STEPS):
             tokens = torch.stack([self.rows[number].ids[step - STEPS] for number in owner.tolist()])
             out.append(token_logprobs(logits, tokens.to(logits.device)).cpu()[-len(self.rows) :])

@@ -32,6 +32,7 @@ class Paths:
     packing   rows one after the other in one sequence
     sharing   packed rows that have the same prompt, with the prompt computed once
     cache     decoding with a cache; without it each token takes a forward over the whole sequence
+    decode    decoding on the weights of a standard decoder (`whet.models.direct`), which is faster than through its modules
     gradient  a forward without gradient, to the last bit; without it columns are measured as in an update
     window    tokens of the longest row that can be packed, for models with local attention; None without such a limit
     limit     number of positions beyond which a row changes the numbers of others in its forward; None without such a limit
@@ -41,6 +42,7 @@ class Paths:
     packing: bool | None = None
     sharing: bool | None = None
     cache: bool | None = None
+    decode: bool | None = None
     gradient: bool | None = None
     window: int | None = None
     limit: int | None = None

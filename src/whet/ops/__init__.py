@@ -17,6 +17,7 @@ from whet.ops.advantage import (
     optimal_baseline,
 )
 from whet.ops.correction import geometric_mask, sequence_mask, sequence_weight, token_mask, token_weight
+from whet.ops.inverse import inverse
 from whet.ops.kl import (
     AdaptiveEntropy,
     AdaptiveKL,
@@ -158,6 +159,7 @@ __all__ = [
     "hard_label",
     "hinge",
     "implicit_reward",
+    "inverse",
     "ipo",
     "k1",
     "k2",

@@ -19,8 +19,8 @@ def token_logprobs(logits: Tensor, ids: Tensor, *, temperature: float = 1.0, sup
     """Compute log softmax(logits / temperature)[ids]: logits (..., V), ids (...) -> (...), in nats per token.
 
     `support` (..., S) lists token ids, padded with -1. With it, the softmax is over these tokens only: the log-prob under
-    the truncated distribution of top-p, top-k or min-p. A row of only -1 means the whole vocabulary. Half precision is
-    computed in float32.
+    the truncated distribution of top-p, top-k or min-p. A row of only -1 means the whole vocabulary, and a row of other
+    negative numbers -2 - id all tokens but these ids. Half precision is computed in float32.
 
     >>> token_logprobs(torch.zeros(1, 4), torch.tensor([2])).exp()
     tensor([0.2500])
@@ -45,11 +45,17 @@ def _within(logits: Tensor, support: Tensor | None, start: int = 0) -> Tensor:
     """Set the logits (..., V) of tokens start ... start + V - 1 to -inf outside `support` (..., S)."""
     if support is None:
         return logits
-    local = support - start
-    inside = (local >= 0) & (local < logits.shape[-1])
+    if bool((support < 0).all()):  # only the tokens -2 - x are closed
+        *rows, _ = places = (support < -1).nonzero(as_tuple=True)
+        ids = -2 - support[places] - start
+        inside = (ids >= 0) & (ids < logits.shape[-1])
+        return logits.index_put((*(row[inside] for row in rows), ids[inside]), logits.new_tensor(-torch.inf))
+    listed = torch.where(support < -1, -2 - support, support)
+    local = listed - start
+    inside = (listed >= 0) & (local >= 0) & (local < logits.shape[-1])
     extra = torch.zeros(*logits.shape[:-1], logits.shape[-1] + 1, dtype=torch.bool, device=logits.device)
-    keep = extra.scatter(-1, torch.where(inside, local, logits.shape[-1]), True)[..., :-1]
-    return logits.masked_fill(~(keep | (support < 0).all(-1, keepdim=True)), -torch.inf)
+    named = extra.scatter(-1, torch.where(inside, local, logits.shape[-1]), True)[..., :-1]
+    return logits.masked_fill(named == (support < 0).all(-1, keepdim=True), -torch.inf)
 
 
 def entropy(logits: Tensor, *, temperature: float = 1.0, support: Tensor | None = None) -> Tensor:

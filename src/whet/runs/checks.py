@@ -155,8 +155,8 @@ def cautions(recipe: fields.OnlineRecipe, algorithm: Algorithm) -> list[str]:
     )
     fixes = {"kl_in_reward": "--kl-in-reward.estimator exact", "kl_in_loss": "--kl-in-loss exact"}
     return [
-        f"algorithm.{slot}: under top_p, top_k or min_p a KL estimated on the sampled tokens is biased, since some tokens are never "
-        f"sampled; {fixes[slot]} sums over the whole vocabulary"
+        f"algorithm.{slot}: under top_p, top_k, min_p or min_new_tokens a KL estimated on the sampled tokens is biased, since some "
+        f"tokens are never sampled; {fixes[slot]} sums over the whole vocabulary"
         for slot, sampled in (("kl_in_reward", in_reward), ("kl_in_loss", in_loss))
         if sampled and recipe.sampling.truncates
     ] + [*_about_correction(recipe, algorithm), *_about_critic(recipe, algorithm)]

@@ -52,7 +52,15 @@ SHORT: Mapping[str, tuple[str, ...]] = {
     "max_tokens_per_micro_batch": ("train.max_tokens_per_micro_batch",),
     **{
         name: (f"sampling.{name}",)
-        for name in ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "skip_special_tokens")
+        for name in (
+            "max_new_tokens",
+            "min_new_tokens",
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "skip_special_tokens",
+        )
     },
     **{
         name: (f"model.{name}",)

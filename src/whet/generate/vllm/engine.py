@@ -138,7 +138,8 @@ class EngineGenerator(ABC):
         sampling = request.sampling
         seed = address("vllm", request.seed, request.draw, request.answer, len(request.begun))
         return {
-            "max_tokens": request.room, "temperature": sampling.temperature, "top_p": sampling.top_p,
+            "max_tokens": request.room, "min_tokens": max(0, min(request.room, sampling.min_new_tokens - len(request.begun))),
+            "temperature": sampling.temperature, "top_p": sampling.top_p,
             "top_k": sampling.top_k, "min_p": sampling.min_p, "seed": seed & (1 << 63) - 1, "logprobs": 0,
             "stop_token_ids": list(self.end_ids), "ignore_eos": True,
         }  # fmt: skip
