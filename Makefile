@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo demo-seeds test wheel pythons zoo engines engines-long lint format bench mutants proof fuzz soak soak-local real real-short gpu bench-push clean help
+.PHONY: demo demo-seeds test wheel pythons zoo engines engines-long lint format bench bench-growth bench-real bench-gpu mutants proof fuzz soak soak-local real real-short gpu bench-push clean help
 
 help:
 	@echo "make demo [SEED=1] [OUT=runs/demo]   the whole recipe on a little world, with a report"
@@ -27,7 +27,10 @@ help:
 	@echo "make real                            every verb on SmolLM2-135M-Instruct, with checks, before and after (25 CPU minutes)"
 	@echo "make real-short                      a few steps of each of these verbs (5 CPU minutes)"
 	@echo "make gpu                             engines, NCCL, bf16 and a short learning run on a machine with GPUs"
-	@echo "make bench                           throughput of the loops on a fixed workload"
+	@echo "make bench                           whet, TRL and lean hand-written loops in turns on the same work; writes benchmarks/RESULTS.md (hours)"
+	@echo "make bench-growth                    how cost grows with lengths, groups, batch, vocabulary and model; checked against bounds"
+	@echo "make bench-real                      SFT, GRPO and generation of the real 135M model beside plain loops"
+	@echo "make bench-gpu                       DPO, GRPO and PPO steps of 0.5B and 1.5B shapes beside TRL, on a machine with a GPU"
 	@echo "make bench-push                      seconds of a weight update of a vLLM engine, at two sizes"
 
 # The environment is made anew when the requirements change.
@@ -109,8 +112,35 @@ format: .venv/ready
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-bench: .venv/ready
-	.venv/bin/python -m benchmarks.throughput
+# TRL has an environment of its own, with the same torch; PPO is only in its older version.
+.venv-peer/ready: benchmarks/requirements-peer.txt constraints.txt
+	$(PYTHON) -m venv .venv-peer
+	.venv-peer/bin/python -m pip install --quiet -c <(grep '^torch==' constraints.txt) torch
+	.venv-peer/bin/python -m pip install --quiet -c <(grep '^torch==' constraints.txt) -r benchmarks/requirements-peer.txt
+	.venv-peer/bin/python -m pip install --quiet --no-deps --target .venv-peer/ppo trl==1.12.0
+	touch $@
+
+.venv-peer-gpu/ready: benchmarks/requirements-peer.txt constraints.txt
+	$(PYTHON) -m venv .venv-peer-gpu
+	.venv-peer-gpu/bin/python -m pip install --quiet -c <(grep '^torch==' constraints.txt) torch
+	.venv-peer-gpu/bin/python -m pip install --quiet -r benchmarks/requirements-peer.txt
+	.venv-peer-gpu/bin/python -m pip install --quiet --no-deps --target .venv-peer-gpu/ppo trl==1.12.0
+	touch $@
+
+BENCH = .cache/bench/$$(date +%Y-%m-%d).jsonl
+
+bench: .venv/ready .venv-peer/ready
+	.venv/bin/python -m benchmarks.pairs --lines --n 3 --trl grouplen --out $(BENCH)
+	.venv/bin/python -m benchmarks.results $(BENCH)
+
+bench-growth: .venv/ready
+	.venv/bin/python -m benchmarks.growth --out .cache/growth.jsonl
+
+bench-real: .venv/real
+	.venv/bin/python -m benchmarks.real --out .cache/real.jsonl
+
+bench-gpu: .venv-gpu/ready .venv-peer-gpu/ready
+	.venv-gpu/bin/python -m benchmarks.gpu --out .cache/gpu.jsonl
 
 bench-push: .venv-engines/ready
 	$(QUIET) .venv-engines/bin/python -m benchmarks.pushes
@@ -126,4 +156,4 @@ fuzz: .venv/ready
 	.venv/bin/python -m proof.fuzz
 
 clean:
-	rm -rf .venv .venv-engines .venv-gpu .cache runs build dist *.egg-info src/*.egg-info
+	rm -rf .venv .venv-engines .venv-gpu .venv-peer .venv-peer-gpu .cache runs build dist *.egg-info src/*.egg-info

@@ -1,5 +1,6 @@
 """Answers of a fixed length in whet: `sampling.min_new_tokens` where it exists, or else a generator without end tokens.
 
+Without the option a fixed answer can have end tokens inside, which a reward model refuses, so `ppo` needs the option.
 The only place of the benchmarks that reaches inside whet.
 """
 

@@ -82,7 +82,7 @@ def main() -> None:
     for size in sizes:
         built(setup, size)
         for algorithm in given.only:
-            line = Line(algorithm, size, fixed=algorithm != "dpo")
+            line = Line(algorithm, size, fixed=algorithm == "grpo")
             for told in measured(setup, line, programs, given.n, given.peak):
                 print(json.dumps(told), flush=True)
                 if given.out is not None:

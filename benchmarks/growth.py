@@ -31,12 +31,6 @@ BOUNDS = {
 }  # fmt: skip
 """Largest exponent of each series. For `memory`: largest growth as a share of the growth of full logits."""
 
-TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}<user> {{ m['content'] }} {% else %}<bot> {{ m['content'] }} <end> {% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}<bot> {% endif %}"
-)
-"""Two tokens around a prompt, and an end token after an answer."""
-
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
     """Return the slope of log cost in log size, by least squares.
@@ -50,34 +44,34 @@ def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
 
 
 def model(vocabulary: int = 2048, hidden: int = 128) -> tuple[Any, Any]:
-    """Return a random Qwen2 and a tokenizer with one word per id."""
+    """Return a random Qwen2 and a tokenizer with one token per byte; the model can have more ids."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, Qwen2Config
 
-    words = ["<end>", "<pad>", "<unk>", "<user>", "<bot>", *(f"w{number}" for number in range(vocabulary - 5))]
-    inner = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, "<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"eos_token": "<end>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    from benchmarks.world import SPECIAL, hf_tokenizer
+
+    names = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    inner = Tokenizer(models.BPE(vocab={name: number for number, name in enumerate(names)}, merges=[]))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    inner.add_special_tokens(SPECIAL)
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
         intermediate_size=4 * hidden, max_position_embeddings=4096, tie_word_embeddings=True, eos_token_id=0,
         pad_token_id=1, bos_token_id=None,
     )  # fmt: skip
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **special)
-    tokenizer.chat_template = TEMPLATE
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32), hf_tokenizer(inner)
 
 
 def words(count: int, seed: int = 0) -> str:
     """Return a text of this many tokens."""
-    return " ".join(f"w{(7 * seed + 13 * number) % 2000}" for number in range(count))
+    return "".join(chr(97 + (7 * seed + number * number) % 26) for number in range(count))
 
 
 def common(made: tuple[Any, Any], out: str) -> dict[str, Any]:
     """Return the options of every session here."""
-    where = {"model": made[0], "tokenizer": made[1], "out": out, "threads": 1}
+    where = {"model": made[0], "tokenizer": made[1], "out": out, "threads": 1, "model.chat_template": "none"}
     return where | {"model.device": "cpu", "optim.schedule": "constant", "train.save_last": False}
 
 
@@ -87,7 +81,7 @@ def update_seconds(lengths: Sequence[int], made: tuple[Any, Any], prompt: int = 
 
     repeat = 2 if SHORT else 4
     rows = [
-        {"prompt": words(prompt - 2, number), "completion": words(length - prompt - 1, number)}
+        {"prompt": words(prompt, number), "completion": words(length - prompt - 1, number)}
         for _ in range(repeat) for number, length in enumerate(lengths)
     ]  # fmt: skip
     best = math.inf
@@ -110,7 +104,7 @@ def grouped(made: tuple[Any, Any], prompts: int, answers: int, prompt: int, new:
     from benchmarks.fixed import end_option, endless
 
     best = [math.inf, math.inf]
-    rows = [{"prompt": words(prompt - 2, number)} for number in range(prompts)]
+    rows = [{"prompt": words(prompt, number)} for number in range(prompts)]
     with tempfile.TemporaryDirectory() as out:
         options = common(made, f"{out}/run") | {
             "data": rows,
@@ -141,7 +135,7 @@ def grouped(made: tuple[Any, Any], prompts: int, answers: int, prompt: int, new:
 
 def spread(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
     """A reward that differs between answers and costs nothing."""
-    return [len(set(one.split())) / 100 for one in completions]
+    return [len(set(one)) / 100 for one in completions]
 
 
 def generation() -> list[tuple[float, float]]:

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 CLOSE = 1e-4
 """Largest relative difference between the losses of the first update; DPO starts at log 2, so its second update counts too."""
 DEFAULT = (
-    "sft:nano", "reward:nano", "dpo:nano", "grpo:nano:fixed", "grpo:nano", "rloo:nano:fixed", "ppo:nano:fixed",
+    "sft:nano", "reward:nano", "dpo:nano", "grpo:nano:fixed", "grpo:nano", "rloo:nano:fixed", "ppo:nano",
     "generation:nano:fixed", "sft:micro", "reward:micro", "dpo:micro", "grpo:micro:fixed", "rloo:micro:fixed",
     "generation:micro:fixed",
 )  # fmt: skip
@@ -116,6 +116,8 @@ def turns(setup: Setup, line: Line, programs: Programs, count: int) -> dict[str,
         order: Path | None = None
         for _ in range(count):
             for name, (program, flags) in programs.of.items():
+                if program == "trl" and flags == ("grouplen",) and line.algorithm != "sft":
+                    continue
                 plain = program != "trl" or not flags
                 rows.setdefault(name, []).append(run(setup, line, program, flags, None if program == "trl" else order))
                 taken = rows[name][-1].get("order")

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "Makefile", *sorted((ROOT / "docs").glob("*.md"))]
 SHORT = {
-    "benchmarks.throughput": ["--short"],
+    "benchmarks.growth": ["--short", "--only", "training", "group"],
     "proof.fuzz": ["--count", "12", "--keep", "{out}/fuzz"],
     "proof.gpu": ["--device", "cpu", "--only", "a short learning run"],
     "proof.mutants": ["ops/value"],
@@ -31,7 +31,11 @@ SHORT = {
 ELSEWHERE = {
     "proof.demo_seeds": "tests/demo/test_story.py",
     "proof.soak": "tests/engines/test_cluster.py",
+    "benchmarks.gpu": "tests/test_benchmarks.py",
+    "benchmarks.pairs": "tests/test_benchmarks.py",
     "benchmarks.pushes": "tests/engines/test_vllm.py",
+    "benchmarks.real": "tests/test_benchmarks.py",
+    "benchmarks.results": "tests/test_benchmarks.py",
     "proof.real": ".ci/run (make real-short)",
     "proof.wheel": ".ci/run (make wheel)",
     "pytest": "make test",
