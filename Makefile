@@ -111,6 +111,7 @@ format: .venv/ready
 
 bench: .venv/ready
 	.venv/bin/python -m benchmarks.throughput
+	.venv/bin/python -m benchmarks.generation
 
 bench-push: .venv-engines/ready
 	$(QUIET) .venv-engines/bin/python -m benchmarks.pushes
