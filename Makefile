@@ -135,6 +135,7 @@ bench: .venv/ready .venv-peer/ready
 
 bench-growth: .venv/ready
 	.venv/bin/python -m benchmarks.growth --out .cache/growth.jsonl
+	.venv/bin/python -m benchmarks.generation
 
 bench-real: .venv/real
 	.venv/bin/python -m benchmarks.real --out .cache/real.jsonl

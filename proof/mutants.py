@@ -327,7 +327,7 @@ MUTANTS: list[Mutant] = [
         "models/test_probe.py",
         ("padding=gap <= self.limit", "padding=True"),
         ("packing=right)", "packing=True)"),
-        ("cache=gap <= self.limit", "cache=True"),
+        ("found[name] = gap <= self.limit", "found[name] = True"),
     ),
     *_of("models/roles.py", "models/test_missing.py", ("logits.device), -torch.inf)", "logits.device), 0.0)")),
     *_of(

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "Makefile", *sorted((ROOT / "docs").glob("*.md"))]
 SHORT = {
     "benchmarks.growth": ["--short", "--only", "training", "group"],
+    "benchmarks.generation": ["--short"],
     "proof.fuzz": ["--count", "12", "--keep", "{out}/fuzz"],
     "proof.gpu": ["--device", "cpu", "--only", "a short learning run"],
     "proof.mutants": ["ops/value"],

@@ -115,7 +115,7 @@ class Direct:
             seen = attend(number, turned[:, :heads], turned[:, heads:], y[:, keyed:])
             x = x + layer.out(seen.reshape(len(ids), -1))
             gate, up = layer.gate_up(layer.mlp_norm(x))
-            x = x + layer.down(layer.act(gate) * up)
+            x = x + layer.down(layer.act(gate).mul_(up))
         return x
 
     def _logits(self, states: Tensor) -> Tensor:
@@ -182,9 +182,12 @@ class Direct:
                 asked.to(layer.dtype), keys, values, attn_mask=mask, scale=self.parts.scale
             )
         shape = (count * groups, -1, size)
-        scores = torch.bmm(asked.mul(self.parts.scale).reshape(shape), keys.reshape(shape).transpose(1, 2))
-        if mask is not None:
-            scores.view(count, groups, -1, end).add_(mask)
+        asked, keys = asked.reshape(shape), keys.reshape(shape).transpose(1, 2)
+        if mask is None:
+            scores = torch.bmm(asked.mul_(self.parts.scale), keys)
+        else:
+            mask = mask.expand(count, groups, 1, end).reshape(-1, 1, end)
+            scores = torch.baddbmm(mask, asked, keys, alpha=self.parts.scale)
         return torch.bmm(torch.softmax(scores, -1), values.reshape(shape))
 
     # --- the cache -----------------------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ class _Reader:
         self.used.add(id(module.weight))
         if module.weight.dtype != torch.float32:  # it rounds as its own forward does
             return module
-        eps = float(getattr(module, "variance_epsilon", None) or getattr(module, "eps", 0.0))
+        eps: Any = getattr(module, "variance_epsilon", getattr(module, "eps", None))
         return partial(_normed, module, eps)
 
     def _product(self, module: Any) -> Product:

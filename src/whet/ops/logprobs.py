@@ -45,17 +45,18 @@ def _within(logits: Tensor, support: Tensor | None, start: int = 0) -> Tensor:
     """Set the logits (..., V) of tokens start ... start + V - 1 to -inf outside `support` (..., S)."""
     if support is None:
         return logits
-    if bool((support < 0).all()):  # only the tokens -2 - x are closed
+    if bool((support < -1).any()):  # these rows name what is closed
         *rows, _ = places = (support < -1).nonzero(as_tuple=True)
         ids = -2 - support[places] - start
-        inside = (ids >= 0) & (ids < logits.shape[-1])
-        return logits.index_put((*(row[inside] for row in rows), ids[inside]), logits.new_tensor(-torch.inf))
-    listed = torch.where(support < -1, -2 - support, support)
-    local = listed - start
-    inside = (listed >= 0) & (local >= 0) & (local < logits.shape[-1])
+        here = (ids >= 0) & (ids < logits.shape[-1])
+        logits = logits.index_put((*(row[here] for row in rows), ids[here]), logits.new_tensor(-torch.inf))
+    if bool((support < 0).all()):
+        return logits
+    local = support - start
+    inside = (local >= 0) & (local < logits.shape[-1])
     extra = torch.zeros(*logits.shape[:-1], logits.shape[-1] + 1, dtype=torch.bool, device=logits.device)
-    named = extra.scatter(-1, torch.where(inside, local, logits.shape[-1]), True)[..., :-1]
-    return logits.masked_fill(named == (support < 0).all(-1, keepdim=True), -torch.inf)
+    keep = extra.scatter(-1, torch.where(inside, local, logits.shape[-1]), True)[..., :-1]
+    return logits.masked_fill(~(keep | (support < 0).all(-1, keepdim=True)), -torch.inf)
 
 
 def entropy(logits: Tensor, *, temperature: float = 1.0, support: Tensor | None = None) -> Tensor:
