@@ -125,7 +125,7 @@ def grouped(made: tuple[Any, Any], prompts: int, answers: int, prompt: int, new:
                 best[0] = min(best[0], time.process_time() - began)
                 scores = session.score(groups)
                 began = time.process_time()
-                batch = session.advantages(session.measure(groups, scores))
+                batch = session.advantages(session.measure(groups, scores, defer=True))
                 for mini in session.minibatches(batch):
                     session.update(mini)
                 best[1] = min(best[1], time.process_time() - began)

@@ -91,7 +91,7 @@ def online(job: Job, out: Path) -> None:
             with METER.phase("score"):
                 scores = session.score(groups)
             with METER.phase("measure"):
-                batch = session.measure(groups, scores)
+                batch = session.measure(groups, scores, defer=True)
             with METER.phase("advantages and checks"):
                 batch = session.advantages(batch)
             with METER.phase("update"):

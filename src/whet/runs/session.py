@@ -228,12 +228,19 @@ class Session:
         return self._online("score").score(groups)
 
     def measure(
-        self, groups: Sequence[Group], scores: RolloutScores | Mapping[str, Tensor | Sequence[float | None]]
+        self,
+        groups: Sequence[Group],
+        scores: RolloutScores | Mapping[str, Tensor | Sequence[float | None]],
+        *,
+        defer: bool = False,
     ) -> Batch:
         """Compute the columns that the method reads (old_logp, ref_logp, old_value, ...), (B, T) each, without gradient.
         T is the length of the longest answer, in tokens; B counts answers, or both answers of each pair. `scores` are those of
-        `score`, or own scores: for each reward by its name a tensor (B,), or a list with None where it does not apply."""
-        return self._online("measure").measure(groups, scores)
+        `score`, or own scores: for each reward by its name a tensor (B,), or a list with None where it does not apply. With
+        `defer`, as in `whet.train`, old_logp is left to the update where that is possible (`rollout.defer_old_logp`): the batch
+        does not have it before."""
+        loop = self._online("measure")
+        return loop.measure(groups, scores, defer=defer and loop.plan.defer)
 
     def advantages(self, batch: Batch) -> Batch:
         """Add the columns score (B,), token_reward, advantage and returns (B, T); returns only with a critic. Methods on
