@@ -21,7 +21,7 @@ KINDS: dict[str, Any] = {
     "qwen3": lambda: tiny.causal_lm("qwen3", dtype=torch.float64),
     "llama": lambda: tiny.causal_lm("llama", dtype=torch.float64),
     "gpt2": lambda: tiny.causal_lm("gpt2", dtype=torch.float64),
-    "capped": h.gemma2,
+    "capped": h.capped,
 }
 DIALS = [
     Sampling(8, top_p=0.9), Sampling(8, top_p=0.3), Sampling(8, top_k=4), Sampling(8, top_k=1), Sampling(8, min_p=0.2),

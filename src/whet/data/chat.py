@@ -6,14 +6,18 @@ such a token is split, because the prompt is a text of its own.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 
+from whet.data import marks
+from whet.data.encode import Encoded, Encoder
 from whet.data.payments import TemplateLimit
-from whet.data.templates import no_template, rendered, template_file, variables
+from whet.data.templates import is_traceable, no_template, rendered, template_file, variables
 from whet.data.types import Row
 from whet.errors import DataError, ModelError, first_line
 
@@ -52,6 +56,9 @@ MARK = "answer"
 OTHER = "<<another text>>"
 """Text that replaces a content, to see whether the template writes it."""
 
+SKELETONS = 1024
+"""Largest number of sequences of roles whose skeletons are kept."""
+
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -74,6 +81,39 @@ class Chat:
     spaced: bool = False
     skip_special_tokens: bool = False
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    encoded: dict[str, Encoded] = field(default_factory=dict, compare=False, repr=False)
+    """texts that were tokenized at once, see `prepare`"""
+    skeletons: dict[tuple[Any, ...], marks.Skeleton | None] = field(default_factory=dict, compare=False, repr=False)
+    """what the template writes around the contents of messages, by their roles"""
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The tokenizer for many texts at once."""
+        return Encoder(self.tokenizer)
+
+    @cached_property
+    def ends(self) -> tuple[str, ...]:
+        """The tokens of `end_ids`."""
+        return tuple(_token(self.tokenizer, end) for end in self.end_ids)
+
+    def prepare(self, texts: Iterable[str]) -> None:
+        """Tokenize these texts at once, for the calls that follow, and forget the earlier ones. It changes no result."""
+        self.encoded.clear()
+        if self.tokenizer.is_fast:
+            texts = list(dict.fromkeys(texts))
+            found = zip(texts, self.encoder(texts), strict=True)
+            self.encoded.update({text: one for text, one in found if not (one[1][1:] < one[1][:-1]).any()})
+
+    def expected(
+        self, messages: Messages, extras: Mapping[str, Any] | None = None, *, opened: bool = False
+    ) -> list[str]:
+        """Return the texts that are usually tokenized to convert these messages: none for a conversation whose template reads its
+        contents, since rendering it twice costs more than tokenizing it alone."""
+        text = self._quick([dict(self._bare(one)) for one in messages], extras, opened)
+        if text is None or not self.raw or opened:
+            return [] if text is None else [text]
+        border = len(self._render(messages[:-1], extras, opened=True))
+        return [text, text[:border], self.ends[0] + text[border:]]
 
     def prompt_ids(self, messages: Messages, extras: Mapping[str, Any] | None = None) -> list[int]:
         """Return the ids that a generator continues: the messages and, with a template, the start of the assistant's turn.
@@ -94,7 +134,11 @@ class Chat:
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         start = [bos] if _adds_bos(self.tokenizer) else []
         out = []
-        for ids in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]:
+        if self.tokenizer.is_fast:
+            found = [ids.tolist() for ids, _ in self.encoder(texts)]
+        else:
+            found = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        for ids in found:
             ids = [*start, *(ids[1:] if start == ids[:1] else ids)]
             out.append(ids if ids[-1:] == [eos] else [*ids, eos])
         return out
@@ -239,8 +283,7 @@ class Chat:
     def _check_end(self, message: Mapping[str, Any]) -> None:
         """Raise DataError for an end token before the end of an answer: what follows it could never be sampled."""
         content = self._bare(message).get("content")
-        for end in self.end_ids if isinstance(content, str) else ():
-            token = _token(self.tokenizer, end)
+        for token in self.ends if isinstance(content, str) else ():
             if token in str(content):
                 raise DataError(
                     f"the answer has the end token {token!r} before its end; remove it, or write what follows as another message"
@@ -252,8 +295,7 @@ class Chat:
         if self.leading and isinstance(content, str):
             content = content.removeprefix(self.leading)
             message = {**message, "content": content}
-        for end in self.end_ids if isinstance(content, str) else ():
-            token = _token(self.tokenizer, end)
+        for token in self.ends if isinstance(content, str) else ():
             if str(content).rstrip().endswith(token):
                 return {**message, "content": str(content).rstrip().removesuffix(token)}
         return message
@@ -299,6 +341,11 @@ class Chat:
     ) -> Row | None:
         """Tokenize a text in which the characters of these spans are answers with their end. Return None if an answer
         other than the last has no end token."""
+        known = self.encoded.get(text)
+        if known is not None and not self.raw and len(spans) == 1:
+            row = self._simple_row(*known, spans[0], closing)
+            if row is not None:
+                return row
         ids, places = self._encode(text, [place for span in spans for place in span])
         if self.raw:
             ids, places = self._joined(text, spans[0][0], ids, places)
@@ -321,6 +368,22 @@ class Chat:
         start = trained.index(True)
         return Row(torch.tensor(ids[:length]), start, torch.tensor(trained[start:length]))
 
+    def _simple_row(self, ids: np.ndarray, ends: np.ndarray, span: tuple[int, int], closing: bool) -> Row | None:
+        """Return the row of one answer with an end token, as `_row` does, or None if it has none."""
+        first, last = np.searchsorted(ends, span, side="right").tolist()
+        answer = ids[first:last]
+        found = answer == self.end_ids[0]
+        for end in self.end_ids[1:]:
+            found |= answer == end
+        places = found.nonzero()[0]
+        if not len(places) or (self.tokenizer.bos_token_id is not None and ids[0] == self.tokenizer.bos_token_id):
+            return None
+        trained = int(places[-1 if closing else 0]) + 1
+        length = len(ids) if closing else first + trained
+        mask = torch.zeros(length - first, dtype=torch.bool)
+        mask[:trained] = True
+        return Row(torch.from_numpy(ids[:length].astype(np.int64)), first, mask)
+
     def _joined(self, text: str, border: int, ids: list[int], places: list[int]) -> tuple[list[int], list[int]]:
         """Return the ids without a token across the border of prompt and completion, so that the prompt has the ids with which
         it is continued. The completion is tokenized behind a special token, where it is not taken for the start of a text."""
@@ -336,6 +399,9 @@ class Chat:
         given = dict(extras or {})
         given |= dict(self.arguments) | dict(given.pop(EXTRAS[2], {}))
         plain = [dict(self._bare(message)) for message in messages]
+        quick = self._quick(plain, extras, opened)
+        if quick is not None:
+            return quick
 
         def text_with(empty: str | None) -> str:
             """Render with this content for messages that have a call alone."""
@@ -359,12 +425,45 @@ class Chat:
         except Exception as error:  # a template may raise any error (raise_exception of Jinja)
             raise DataError(f"the chat template refuses these messages: {error}") from error
 
+    def _quick(self, messages: Messages, extras: Mapping[str, Any] | None, opened: bool) -> str | None:
+        """Return the text of messages with a role and a content each, by the skeleton of their roles; None for other messages, and if
+        the template reads the contents."""
+        if extras or not all(len(one) == 2 and type(one.get("content")) is str for one in messages):
+            return None
+        contents = [one["content"] for one in messages]
+        key = (self.tokenizer.chat_template, opened, *(one["role"] for one in messages))
+        if key not in self.skeletons:
+            if len(self.skeletons) >= SKELETONS:
+                self.skeletons.clear()
+            self.skeletons[key] = None  # also while the next line renders the messages themselves
+            self.skeletons[key] = self._skeleton(messages, opened)
+        skeleton = self.skeletons[key]
+        return None if skeleton is None else skeleton.text(contents)
+
+    def _skeleton(self, messages: Messages, opened: bool) -> marks.Skeleton | None:
+        source, given = self.tokenizer.chat_template, dict(self.arguments)
+        if not isinstance(source, str) or marks.FIRST in source or not _is_plain(self.tokenizer):
+            return None
+        try:
+            plain = _applied(self.tokenizer, [dict(one) for one in messages], opened, given)
+            traceable = is_traceable(source)
+        except Exception:  # it is told when the messages are rendered
+            return None
+        held = [{**one, "content": mark} for one, mark in zip(messages, marks.marks(len(messages)), strict=True)]
+        found = marks.skeleton(lambda: _applied(self.tokenizer, held, opened, given)) if traceable else None
+        text = None if found is None else found.text([one["content"] for one in messages])
+        return found if text is None or text == plain else None
+
     def _encode(self, text: str, places: Sequence[int] = ()) -> tuple[list[int], list[int]]:
         """Return the ids of a text, and for each place in it (characters) the index of the first token that ends after it.
 
         A second bos token at the start is removed.
         """
-        if self.tokenizer.is_fast:
+        known = self.encoded.get(text)
+        if known is not None:
+            ids = known[0].tolist()
+            at = np.searchsorted(known[1], places, side="right").tolist() if places else []
+        elif self.tokenizer.is_fast:
             found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
             ids, ends = list(found["input_ids"]), [end for _, end in found["offset_mapping"]]
             at = [next((index for index, end in enumerate(ends) if end > place), len(ids)) for place in places]
@@ -386,7 +485,7 @@ def extras_of(row: Mapping[str, Any]) -> dict[str, Any]:
 def _applied(tokenizer: Any, messages: Messages, opened: bool, given: Mapping[str, Any]) -> str:
     """Return the text of `tokenizer.apply_chat_template`, rendered by `data.templates` with its bounds if the tokenizer has a
     Jinja template and no renderer of its own."""
-    if not type(tokenizer).apply_chat_template.__module__.startswith("transformers.tokenization_utils"):
+    if not _is_plain(tokenizer):
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened, **given)
     more = {"tools": None, "documents": None} | dict(given)
     for name in EXTRAS[:2]:
@@ -394,6 +493,11 @@ def _applied(tokenizer: Any, messages: Messages, opened: bool, given: Mapping[st
             raise DataError(f"{name!r} must be a list of objects, got {more[name]!r:.80}")
     variables_ = {**tokenizer.special_tokens_map, **more, "messages": messages, "add_generation_prompt": opened}
     return rendered(tokenizer.get_chat_template(tools=more["tools"]), **variables_)
+
+
+def _is_plain(tokenizer: Any) -> bool:
+    """Return whether the tokenizer renders conversations with its Jinja template alone."""
+    return type(tokenizer).apply_chat_template.__module__.startswith("transformers.tokenization_utils")
 
 
 def _blank(tokenizer: Any, ids: Sequence[int]) -> int:

@@ -5,7 +5,8 @@ or `scores`, `score`. An invalid row raises DataError with its file and line, th
 model is loaded.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -29,6 +30,9 @@ from whet.data.forms import prompted, split_pair
 from whet.data.types import Labeled, Pair, Prompt, Ranking, Row, Stepped, Unpaired
 from whet.data.values import Located
 from whet.errors import DataError
+
+BLOCK = 512
+"""Number of rows whose texts are tokenized at once."""
 
 
 @dataclass(frozen=True)
@@ -63,25 +67,91 @@ class Reader:
     closing: bool = False
     left_out: list[str] = field(default_factory=list, compare=False)
     """where the rows stand that were left out because they are too long"""
+    tied: list[str] = field(default_factory=list, compare=False)
+    """where the rankings stand that have ties alone and were read as pairs"""
+
+    def block(self, reading: str, rows: Sequence[Located], first: int = 0) -> list[Any]:
+        """Return the records of these rows, the result of the method `reading` for a part of a file, which may be empty. Their texts
+        are tokenized at once. `first` is the number of the first of these rows."""
+        self.chat.prepare(text for one in rows for text in self._expected(reading, one))
+        try:
+            if reading == "prompts":
+                return self._prompts(rows, first)
+            make: Callable[[Sequence[Located]], list] = getattr(self, f"_{reading}")
+            return make(rows)
+        finally:
+            self.chat.encoded.clear()
+
+    def nothing(self) -> DataError:
+        """Return the error for a source from which no record comes."""
+        why = f"all are longer than {self.max_tokens} tokens; {self.advice}"
+        if self.tied:
+            why = "every ranking has ties alone, and no pair comes from those"
+        return DataError(f"no row is left: {why}")
+
+    def _all(self, reading: str, rows: Sequence[Located]) -> list[Any]:
+        """Return the records of all rows, block by block."""
+        self.tied.clear()
+        out = []
+        for first in range(0, len(rows), BLOCK):
+            out += self.block(reading, rows[first : first + BLOCK], first)
+        if not out:
+            raise self.nothing()
+        return out
+
+    def _expected(self, reading: str, located: Located) -> Iterator[str]:
+        """Yield the texts that are tokenized for a row, as far as they can be told without checking it."""
+        row = located.row
+        try:
+            if reading == "texts" or ("prompt" not in row and "text" in row):
+                return
+            if reading == "demonstrations" and row.get("messages") is not None:
+                yield from self.chat.expected(messages_of(located, "messages"), extras_of(row))
+                return
+            located = (prompted if reading == "prompts" else split_pair)(with_messages(located))
+            row, messages = located.row, messages_of(located, "prompt")
+            if reading == "prompts":
+                yield from self.chat.expected(messages, extras_of(row), opened=True)
+                return
+            steps = row.get("completions")
+            answers = [row.get(name) for name in ("completion", "chosen", "rejected")] + list(
+                row.get("responses") or ()
+            )
+            answers += [self.separator.join(steps)] if isinstance(steps, list) else []
+            for one in answers:
+                answer = one[0] if isinstance(one, list) and len(one) == 1 else {"role": "assistant", "content": one}
+                if isinstance(answer, Mapping) and isinstance(answer.get("content"), str):
+                    yield from self.chat.expected([*messages, answer], extras_of(row))
+        except Exception:  # it is told when the row is read
+            return
 
     def texts(self, rows: Sequence[Located]) -> list[Row]:
         """Read `text` rows: all tokens are trained, including the end token, and longer texts are cut into pieces.
 
         Each piece starts with the last token of the previous piece, so each token is predicted once.
         """
+        out = [record for first in range(0, len(rows), BLOCK) for record in self._texts(rows[first : first + BLOCK])]
+        if not out:
+            raise DataError("no row is left: no text has two tokens")
+        return out
+
+    def _texts(self, rows: Sequence[Located]) -> list[Row]:
         out = []
         for ids in self.chat.text_ids([text_of(located, "text") for located in rows]):
             for start in range(0, len(ids) - 1, self.max_tokens - 1):
                 piece = ids[start : start + self.max_tokens]
                 out.append(Row(torch.tensor(piece), 1, torch.ones(len(piece) - 1, dtype=torch.bool)))
-        return self._some(out, "no text has two tokens")
+        return out
 
     def prompts(self, rows: Sequence[Located]) -> list[Prompt]:
         """Read `prompt` rows (a string or messages), or the prompts of conversations (see `whet.data.forms.prompted`). The other
         fields are passed to reward functions as columns; `tools`, `documents` and `chat_template_kwargs` also reach the chat
         template."""
+        return self._all("prompts", rows)
+
+    def _prompts(self, rows: Sequence[Located], first: int) -> list[Prompt]:
         out = []
-        for number, given in enumerate(rows):
+        for number, given in enumerate(rows, first):
             located = prompted(with_messages(given))
             messages = self._checked(located, messages_of(located, "prompt"))
             ids = self._located(located, self.chat.prompt_ids, messages, extras_of(located.row))
@@ -91,16 +161,19 @@ class Reader:
                     continue
                 raise self._long(located, "the prompt", len(ids))
             out.append(Prompt(str(located.row.get("id", number)), tuple(ids), tuple(messages), located.row))
-        return self._some(out)
+        return out
 
     def demonstrations(self, rows: Sequence[Located]) -> list[Row]:
         """Read `prompt` + `completion`, `messages`, or `text` rows, in any mixture, for SFT."""
         if all("text" in located.row and located.row.keys().isdisjoint(("messages", "prompt")) for located in rows):
             return self.texts(rows)
+        return self._all("demonstrations", rows)
+
+    def _demonstrations(self, rows: Sequence[Located]) -> list[Row]:
         out = []
         for located in rows:
             if "text" in located.row and "messages" not in located.row and "prompt" not in located.row:
-                out.extend(self.texts([located]))
+                out.extend(self._texts([located]))
                 continue
             if located.row.get("messages") is not None:
                 messages, (ended,) = self._checked(located, messages_of(located, "messages")), finish_of(located, 1)
@@ -112,7 +185,7 @@ class Reader:
                 prompt = self._checked(located, messages_of(located, "prompt"))
                 made = [self._made(located, prompt, self._one(located))]
             out.extend(kept for row in made for kept in self._fit(located, row, "the conversation"))
-        return self._some(out)
+        return out
 
     def pairs(self, rows: Sequence[Located]) -> list[Pair]:
         """Read `prompt`, `chosen`, `rejected` rows, or all untied pairs of rankings.
@@ -122,13 +195,13 @@ class Reader:
         and no `ranks` are needed. Without `prompt`, chosen and rejected are whole conversations that differ only in
         their last message (see `whet.data.forms.split_pair`).
         """
+        return self._all("pairs", rows)
+
+    def _pairs(self, rows: Sequence[Located]) -> list[Pair]:
         out: list[Pair] = []
-        tied = False
         for located in rows:
             if "responses" in located.row:
-                found, untied = self._pairs_of(located)
-                out.extend(found)
-                tied = tied or not untied
+                out.extend(self._pairs_of(located))
                 continue
             messages, answers = self._two(located)
             sides = [self._answer_row(located, messages, answer) for answer in answers]
@@ -139,10 +212,10 @@ class Reader:
                 raise DataError(f"{located.where}: field 'probability' must be in [0, 1], got {probability}")
             margin = number_of(located, "margin", located.row.get("margin", 0.0))
             out.append(_ordered(sides[0], sides[1], probability, margin))
-        return self._some(out, "every ranking has ties alone, and no pair comes from those" if tied else "")
+        return out
 
-    def _pairs_of(self, located: Located) -> tuple[list[Pair], bool]:
-        """Return the pairs of a `responses` row, and whether any two answers are untied."""
+    def _pairs_of(self, located: Located) -> list[Pair]:
+        """Return the pairs of a `responses` row."""
         messages, answers = self._answers(located)
         count = len(answers)
         probability, margin = table_of(located, "probability", count), table_of(located, "margin", count)
@@ -167,10 +240,15 @@ class Reader:
             if chosen is not None and rejected is not None:
                 likely = 1.0 if probability is None else probability[i][j]
                 pairs.append(_ordered(chosen, rejected, likely, 0.0 if margin is None else margin[i][j]))
-        return pairs, bool(picked)
+        if not picked and not self.tied:
+            self.tied.append(located.where)
+        return pairs
 
     def rankings(self, rows: Sequence[Located]) -> list[Ranking]:
         """Read `prompt`, `responses` and `ranks` (1 is best) or `scores` (higher is better) rows, or chosen / rejected pairs."""
+        return self._all("rankings", rows)
+
+    def _rankings(self, rows: Sequence[Located]) -> list[Ranking]:
         out = []
         for located in rows:
             if "chosen" in located.row:
@@ -183,10 +261,13 @@ class Reader:
             whole = tuple(side for side in sides if side is not None)
             if len(whole) == len(sides):
                 out.append(Ranking(whole, tuple(ranks)))
-        return self._some(out)
+        return out
 
     def labeled(self, rows: Sequence[Located]) -> list[Labeled]:
         """Read `prompt`, `completion`, `score` rows."""
+        return self._all("labeled", rows)
+
+    def _labeled(self, rows: Sequence[Located]) -> list[Labeled]:
         out = []
         for located in rows:
             score = number_of(located, "score", field_of(located, "score"))
@@ -194,7 +275,7 @@ class Reader:
             row = self._answer_row(located, messages, self._one(located))
             if row is not None:
                 out.append(Labeled(row, score))
-        return self._some(out)
+        return out
 
     def unpaired(self, rows: Sequence[Located]) -> list[Unpaired]:
         """Read `prompt`, `completion`, `label` (true is good) rows; a `chosen` / `rejected` row is a good and a bad answer.
@@ -217,6 +298,8 @@ class Reader:
             told.append((located, messages, self._one(located), bool(good)))
         out = []
         for number, (located, messages, answer, good) in enumerate(told):
+            if number % BLOCK == 0:
+                self.chat.prepare(self._expected_unpaired(told, number))
             others = (told[(number - back) % len(told)] for back in range(1, len(told)))
             other = next((one for one in others if one[1] != messages), None)
             if other is None:
@@ -226,7 +309,18 @@ class Reader:
             row, wrong = (self._answer_row(located, messages, one) for one in (answer, other[2]))
             if row is not None and wrong is not None:
                 out.append(Unpaired(row, wrong, good))
-        return self._some(out)
+        self.chat.encoded.clear()
+        if not out:
+            raise self.nothing()
+        return out
+
+    def _expected_unpaired(self, told: Sequence[tuple[Located, list, _Answer, bool]], first: int) -> Iterator[str]:
+        """Yield the texts that are tokenized for the answers from `first` on, as far as they can be told."""
+        for number in range(first, min(first + BLOCK, len(told))):
+            located, messages, answer, _ = told[number]
+            with suppress(Exception):  # it is told when the row is read
+                for one in (answer, told[number - 1][2]):
+                    yield from self.chat.expected([*messages, one.message], extras_of(located.row))
 
     def steps(self, rows: Sequence[Located]) -> list[Stepped]:
         """Read `prompt`, `completions` (the steps, in order) and `labels` (one in [0, 1] per step) rows.
@@ -234,6 +328,9 @@ class Reader:
         The steps are joined by the separator. A step ends with the token that contains the separator; the last step ends
         with the answer.
         """
+        return self._all("steps", rows)
+
+    def _steps(self, rows: Sequence[Located]) -> list[Stepped]:
         out = []
         for located in rows:
             steps = field_of(located, "completions")
@@ -268,7 +365,7 @@ class Reader:
             for kept in self._fit(located, row, "the prompt with its answer"):
                 if bool(ends[: kept.response].any()):  # a cut row keeps its complete steps
                     out.append(Stepped(kept, values[: kept.response], ends[: kept.response]))
-        return self._some(out)
+        return out
 
     def _two(self, located: Located) -> tuple[list[dict[str, Any]], list[_Answer]]:
         """Return the prompt and the two answers of a pair."""
@@ -385,12 +482,6 @@ class Reader:
             f"{located.where}: {what} has {length} tokens, the limit is {self.max_tokens}; {self.advice}, "
             "or leave such rows out with --data.too-long drop"
         )
-
-    def _some(self, records: list, why: str = "") -> list:
-        if not records:
-            why = why or f"all are longer than {self.max_tokens} tokens; {self.advice}"
-            raise DataError(f"no row is left: {why}")
-        return records
 
     def _located(self, located: Located, make: Callable[..., Any], *given: Any) -> Any:
         try:

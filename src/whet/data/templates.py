@@ -27,6 +27,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 from whet.data import payments
+from whet.data.marks import TRACE, Mark, joined, looked_at
 from whet.errors import ModelError
 
 LARGEST_SOURCE = 1 << 20
@@ -68,6 +69,16 @@ def variables(source: str) -> frozenset[str]:
     return frozenset(jinja2.meta.find_undeclared_variables(environment().parse(source)))
 
 
+@functools.lru_cache(maxsize=8)
+def is_traceable(source: str) -> bool:
+    """Return whether `data.marks` sees all that a template does with a text: it has no macros and no blocks that make texts, and
+    does not write the date."""
+    compiled(source)
+    payments.METER.left = payments.BUDGET
+    hidden = (nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.AssignBlock, nodes.Block)
+    return next(environment().parse(source).find_all(hidden), None) is None and "strftime_now" not in source
+
+
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}` marks what an assistant writes; it changes no text."""
 
@@ -99,11 +110,23 @@ class _Bounded(ImmutableSandboxedEnvironment):
             payments.pay_format(left, "%", right)
         else:
             payments.METER.spend(payments.size(left) + payments.size(right))
+        if operator == "+" and isinstance(left, str) and isinstance(right, str):
+            return joined(super().call_binop(context, operator, left, right), (left, right))
+        looked_at(left, right)
         return super().call_binop(context, operator, left, right)
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        TRACE.read = TRACE.read or isinstance(obj, Mark)
+        return super().getattr(obj, attribute)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        TRACE.read = TRACE.read or isinstance(obj, Mark)
+        return super().getitem(obj, argument)
 
     def call(__self, __context: Any, __obj: Any, *given: Any, **named: Any) -> Any:
         own = getattr(__obj, "__self__", None)
         payments.METER.spend(payments.CALL)
+        looked_at(own if isinstance(own, str) else None, *given, *named.values())
         if isinstance(own, (str, bytes)):
             name = getattr(__obj, "__name__", "")
             if name == "join" and given:
@@ -201,11 +224,12 @@ def _pay_slice(value: Any) -> Any:
 
 def _pay_whole(value: Any) -> Any:
     payments.METER.spend(payments.whole(value))
+    looked_at(value)
     return value
 
 
 def _joined(parts: tuple[Any, ...]) -> str:
-    return "".join(map(str, payments.pay_joined("", parts)))
+    return joined("".join(map(str, payments.pay_joined("", parts))), parts)
 
 
 def _filter(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -215,6 +239,10 @@ def _filter(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(plain)
     def counted(*given: Any, **named: Any) -> Any:
         payments.pay_for(name, given[before:], named)
+        if TRACE.on and name == "trim" and len(given) == 1 and not named and isinstance(given[0], Mark):
+            TRACE.trimmed = True
+            return given[0]
+        looked_at(*given[before:], *named.values())
         found = plain(*given, **named)
         return _each(found) if isinstance(found, Iterator) else found
 
@@ -240,6 +268,7 @@ def _test(plain: Any) -> Any:
 def _attributes(environment: Any, value: Any, attribute: Any) -> list[Any]:
     """Return the entries of a sequence, or this attribute of each, as the filters `join` and `sum` read them."""
     payments.METER.spend(payments.CALL + payments.whole(value) + payments.whole(attribute) * payments.TURN)
+    looked_at(value)
     return list(value if attribute is None else map(jinja2.filters.make_attrgetter(environment, attribute), value))
 
 
@@ -263,6 +292,8 @@ def _sum(environment: Any, iterable: Any, attribute: Any = None, start: Any = 0)
 def _written(context: Any, value: Any) -> Any:
     """Pay for what is written to the text of the conversation."""
     payments.METER.spend(payments.whole(value, payments.WRITTEN))
+    if not isinstance(value, str):
+        looked_at(value)
     return value
 
 
