@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "Makefile", *sorted((ROOT / "docs").glob("*.md"))]
 SHORT = {
+    "benchmarks.head": ["--short"],
     "benchmarks.throughput": ["--short"],
     "proof.fuzz": ["--count", "12", "--keep", "{out}/fuzz"],
     "proof.gpu": ["--device", "cpu", "--only", "a short learning run"],

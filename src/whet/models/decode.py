@@ -8,7 +8,7 @@ from torch import Tensor
 
 from whet.errors import RunStopped
 from whet.models.roles import Role
-from whet.ops.logprobs import precise
+from whet.ops.head import precise
 
 
 class Decoder(Protocol):
