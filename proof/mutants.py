@@ -261,15 +261,27 @@ MUTANTS: list[Mutant] = [
     *_of(
         "ops/logprobs.py",
         "ops/test_logprobs.py",
-        (".mul_(-grad_entropy[..., None])", ".mul_(grad_entropy[..., None])"),
-        ("(self.weighted + moved * self.total)", "self.weighted"),
+        (".mul_(-of_entropy[..., None])", ".mul_(of_entropy[..., None])"),
+        (".mul_(-of_entropy[part, None])", ".mul_(of_entropy[part, None])"),
+        ("kept[number].clone() if number", "kept[number] if number"),
+        ("(of_hidden * -of_logp[:, None])", "(of_hidden * of_logp[:, None])"),
+        ("None if of_logp is None else -of_logp[rows]", "None if of_logp is None else of_logp[rows]"),
         ("logp.exp().mul_(-grad.sum(-1, keepdim=True))", "logp.exp().mul_(-grad)"),
-        (
-            "logits.masked_fill(~(keep | (support < 0).all(-1, keepdim=True)), -torch.inf)",
-            "logits.masked_fill(~keep, -torch.inf)",
-        ),
-        ("local = support - start", "local = support"),
-        ("scaled.square().sum(-1) / scaled.sum(-1) ** 2", "scaled.sum(-1) / scaled.sum(-1) ** 2"),
+        ("x.square_().sum(-1) / total**2", "x.sum(-1) / total**2"),
+    ),
+    *_of(
+        "ops/head.py",
+        "ops/test_logprobs.py ops/test_kl.py",
+        ("return out & (support >= 0).any(-1, keepdim=True)", "return out"),
+        ("factor = inverse if factor is None else factor * inverse", "factor = inverse if factor is None else factor"),
+        ("_sum(self.weight, slope.T, _scaled(own, factor))", "_sum(None, slope.T, _scaled(own, factor))"),
+        ("if keep and tokens * vocabulary * buffers <= workspace:", "if keep:"),
+    ),
+    *_of(
+        "ops/kl.py",
+        "ops/test_kl.py",
+        ("gap.sub_(out[at, None]).mul_(p)", "gap.mul_(p)"),
+        ("torch.sub(q, p, out=logq)", "torch.sub(p, q, out=logq)"),
     ),
     *_of(
         "loops/replay.py",
@@ -397,17 +409,17 @@ MUTANTS: list[Mutant] = [
         ),
     ),
     *_of(
-        "ops/logprobs.py",
+        "ops/head.py",
         "models/test_precision.py",
-        ("hidden = hidden.to(torch.get_autocast_dtype(device))", "hidden = hidden.clone()"),
+        ("return hidden.to(torch.get_autocast_dtype(device))", "return hidden.clone()"),
     ),
     *_of(
         "models/readers.py",
         "models/test_precision.py",
         ("with torch.autocast(states.device.type, enabled=False):", "with torch.enable_grad():"),
         (
-            "tokens.to(states.device), temperature.to(states.device, _precise(states))",
-            "tokens.to(states.device), temperature.to(states)",
+            "else temperature.to(states.device, _precise(states))",
+            "else temperature.to(states)",
         ),
     ),
     *_of(

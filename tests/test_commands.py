@@ -13,6 +13,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "Makefile", *sorte
 SHORT = {
     "benchmarks.growth": ["--short", "--only", "training", "group"],
     "benchmarks.generation": ["--short"],
+    "benchmarks.head": ["--short"],
     "proof.fuzz": ["--count", "12", "--keep", "{out}/fuzz"],
     "proof.gpu": ["--device", "cpu", "--only", "a short learning run"],
     "proof.mutants": ["ops/value"],

@@ -267,6 +267,31 @@ def test_linear_kl_is_exact_kl_in_value_and_gradient_however_it_is_chunked(works
         close(one, other)
 
 
+@pytest.mark.parametrize("workspace", [1, 30, 1000])
+@pytest.mark.parametrize("trained", [(0,), (1,), (0, 1, 4), (0, 2), (3,), (5,), (2, 3, 5)])
+def test_linear_kl_computes_the_gradients_that_are_needed_and_again(workspace: int, trained: tuple[int, ...]) -> None:
+    inputs = [x.requires_grad_(n in trained) for n, x in enumerate(heads())]
+    h, w, rh, rw, b, rb = inputs
+    wanted = [x for x in inputs if x.requires_grad]
+    weights = torch.linspace(-1, 2, 7, dtype=torch.float64)
+    ours = (weights * linear_kl(h, w, rh, rw, bias=b, ref_bias=rb, workspace=workspace)).sum()
+    theirs = (weights * exact_kl(h @ w.T + b, rh @ rw.T + rb)).sum()
+    first, second = (torch.autograd.grad(ours, wanted, retain_graph=True) for _ in "12")
+    for one, two, other in zip(first, second, torch.autograd.grad(theirs, wanted), strict=True):
+        assert torch.equal(one, two)
+        close(one, other)
+
+
+def test_linear_kl_with_a_token_ruled_out_in_both() -> None:
+    out = f64([0.0, -inf, 0.0, 0.0, 0.0])
+    h, w, rh, rw, _, _ = heads()
+    got = linear_kl(h.requires_grad_(), w, rh, rw, bias=out, ref_bias=out)
+    kept = [0, 2, 3, 4]
+    expected = exact_kl(h @ w[kept].T, rh @ rw[kept].T)
+    close(got.detach(), expected.detach())
+    close(*(torch.autograd.grad(one.sum(), h)[0] for one in (got, expected)))
+
+
 def test_linear_kl_by_hand() -> None:
     # one hidden number 1, so the logits are the weights: p and q
     one = f64([[1.0]])

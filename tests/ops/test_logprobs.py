@@ -96,22 +96,107 @@ def test_chunked_equals_torch_distributions_in_value_and_gradient(chunk: int, wi
             close(one, other, within=1e-10)
 
 
-@pytest.mark.parametrize("chunk", [1, 3])
-def test_a_frozen_head_costs_no_gradient_of_its_weight(chunk: int) -> None:
+def products(run: Callable[[], object]) -> float:
+    """How many products of N x H x V one call makes."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops() / (2 * N * H * V)
+
+
+@pytest.mark.parametrize(("rows", "again"), [(1, 10 / 11), (4, 7 / 11), (N, 0)])
+def test_only_needed_gradients_are_computed_and_logits_that_fit_only_once(rows: int, again: float) -> None:
+    """The chunks have `rows` tokens: 11 with 1, (4, 4, 3) with 4, or 1 with all. The first one is kept."""
     hidden, weight, bias, ids, temperature = problem()
-    flops, grads = [], []
-    for frozen in (True, False):
-        hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_(not frozen)
-        logp, h = linear_logprobs(hidden, weight, ids, bias=bias, temperature=temperature, workspace=chunk * N)
-        with FlopCounterMode(display=False) as counter:
-            (logp.sum() + h.sum()).backward()
-        flops.append(counter.get_total_flops())
-        grads.append(hidden.grad)
-    one = (
-        2 * N * H * V
-    )  # multiplications and additions of a product: the logits again, of the hidden states, of the weight
-    assert flops == [2 * one, 3 * one]
-    assert torch.equal(*grads)
+    grads = []
+    for frozen in (False, True):
+        for with_entropy in (False, True):
+            own, head = hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)
+            early = frozen and not with_entropy
+            workspace = rows * V * (1 if rows == N and not with_entropy else 2 + (with_entropy and rows != N))
+
+            def forward(
+                own: Tensor = own, head: Tensor = head, on: bool = with_entropy, size: int = workspace
+            ) -> Tensor:
+                return linear_logprobs(
+                    own, head, ids, bias=bias, temperature=temperature, with_entropy=on, workspace=size
+                )[0]
+
+            assert products(forward) == 1 + early
+            logp = forward()
+            expected = 0 if early else again + 1 + (not frozen)
+            assert products(lambda logp=logp: logp.sum().backward()) == pytest.approx(expected)
+            grads.append(own.grad)
+    for one in grads[1:]:
+        close(one, grads[0], within=1e-12)
+
+
+@pytest.mark.parametrize("workspace", [1, 3 * V, 1000])
+@pytest.mark.parametrize("with_entropy", [True, False])
+@pytest.mark.parametrize("trained", [(0,), (1,), (2,), (0, 1, 2)])
+def test_a_second_backward_pass_gives_the_same_bits(
+    workspace: int, with_entropy: bool, trained: tuple[int, ...]
+) -> None:
+    inputs = [x.clone().requires_grad_(n in trained) for n, x in enumerate(problem()[:3])]
+    logp, h = linear_logprobs(*inputs[:2], problem()[3], bias=inputs[2], with_entropy=with_entropy, workspace=workspace)
+    loss = (logp * torch.linspace(-1, 1, N)).sum() + (0.0 if h is None else (h * torch.linspace(2, 1, N)).sum())
+    own = [x for x in inputs if x.requires_grad]
+    first, second = (torch.autograd.grad(loss, own, retain_graph=True) for _ in "12")
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("workspace", [1, 3 * V, 1000])
+def test_the_entropy_alone_has_its_gradient(workspace: int) -> None:
+    hidden, weight, bias, ids, _ = problem()
+
+    def ours(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return linear_logprobs(h, w, ids, bias=b, workspace=workspace)[1]  # type: ignore[return-value]
+
+    def theirs(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return Categorical(logits=h @ w.T + b).entropy()
+
+    for one, other in zip(*(grad_of(f, hidden, weight, bias) for f in (ours, theirs)), strict=True):
+        close(one, other, within=1e-10)
+
+
+@pytest.mark.parametrize("workspace", [1, 3 * V, 1000])
+@pytest.mark.parametrize("sampled", [[True, False], [False, False], [True, True]])
+def test_the_entropy_of_some_tokens_is_0_elsewhere_and_has_no_gradient(workspace: int, sampled: list[bool]) -> None:
+    hidden, weight, bias, ids, temperature = problem()
+    some = torch.tensor((sampled * N)[:N])
+    given = partial(linear_logprobs, ids=ids, bias=bias, temperature=temperature, workspace=workspace)
+    own, head = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    for one in (own, own.detach()):
+        logp, h = given(one, head, with_entropy=some)
+        assert h is not None
+        assert not h.requires_grad
+        full = Categorical(logits=(hidden @ weight.T + bias) / temperature[:, None])
+        close(h, full.entropy() * some)
+        close(logp.detach(), full.log_prob(ids))
+    assert logp.requires_grad  # the head is trained
+    alone = grad_of(lambda x: given(x, weight, with_entropy=False)[0], hidden)[0]
+    close(grad_of(lambda x: given(x, weight, with_entropy=some)[0], hidden)[0], alone)
+
+
+@pytest.mark.parametrize("workspace", [1, 3 * V, 1000])
+def test_a_temperature_of_one_does_not_change_a_bit(workspace: int) -> None:
+    hidden, weight, bias, ids, _ = (x.float() if x.is_floating_point() else x for x in problem())
+    results = []
+    for temperature in (None, 1.0, 1, torch.ones(N)):
+        inputs = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+        logp, h = linear_logprobs(*inputs[:2], ids, bias=inputs[2], temperature=temperature, workspace=workspace)
+        results.append((logp, h, *torch.autograd.grad((logp + h).sum(), inputs)))  # type: ignore[operator]
+    for one in results[1:]:
+        assert all(torch.equal(*pair) for pair in zip(one, results[0], strict=True))
+
+
+def test_without_gradient_nothing_is_kept() -> None:
+    hidden, weight, bias, ids, _ = problem()
+    with torch.no_grad():
+        assert linear_logprobs(hidden.requires_grad_(), weight, ids, bias=bias)[0].grad_fn is None
+    kept: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(tuple(x.shape)) or x, lambda x: x):
+        linear_logprobs(hidden, weight, ids, bias=bias, with_entropy=False)
+    assert kept == [(N, H)]  # a frozen head keeps no more than the gradient of the hidden states
 
 
 def test_gradcheck_in_chunks() -> None:
@@ -140,16 +225,13 @@ def test_no_tokens_no_numbers(workspace: int) -> None:
     assert (logp.shape, h.shape) == ((0,), (0,))
 
 
-def test_an_entropy_nobody_asked_for_is_none_or_right() -> None:
+def test_an_entropy_nobody_asked_for_is_none() -> None:
     hidden, weight, _, ids, _ = problem()
     expected = Categorical(logits=hidden @ weight.T)
     for chunk in CHUNKS:
         logp, h = linear_logprobs(hidden, weight, ids, with_entropy=False, workspace=chunk * N)
         close(logp, expected.log_prob(ids))
-        if chunk >= V:
-            assert h is None
-        elif h is not None:
-            close(h, expected.entropy())
+        assert h is None
 
 
 @pytest.mark.parametrize("workspace", [1, 3 * N, 1000])
@@ -177,14 +259,57 @@ class Shapes(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize(("workspace", "widest"), [(1, 1), (79, 1), (80, 2), (920, 23), (1999, 49), (2000, 50)])
-def test_no_piece_of_the_logits_is_larger_than_the_workspace(workspace: int, widest: int) -> None:
-    n, h, v = 40, 1, 50  # whatever is (40, x) or (x, 40) is a piece of the (40, 50) logits, x wide
+@pytest.mark.parametrize(
+    ("workspace", "trained", "with_entropy", "rows"),
+    [
+        (1, True, False, 1),
+        (1, False, False, 1),
+        (1999, True, False, 14),  # 19 tokens would fit twice: 3 chunks of 14, 13 and 13
+        (2000, True, False, 40),
+        (3999, True, True, 20),  # 26 would fit three times: 2 chunks
+        (4000, True, True, 40),
+        (1500, False, False, 20),  # nothing is kept: 30 fit
+        (1999, False, False, 20),
+        (2000, False, False, 40),
+    ],
+)
+def test_no_chunk_of_the_logits_is_larger_than_the_workspace(
+    workspace: int, trained: bool, with_entropy: bool, rows: int
+) -> None:
+    n, h, v = 40, 1, 50
     hidden, weight, bias = (torch.ones(*shape).requires_grad_() for shape in [(n, h), (v, h), (v,)])
+    if not trained:
+        weight, bias = weight.detach(), bias.detach()
     with Shapes() as shapes:
-        logp, entropy = linear_logprobs(hidden, weight, torch.arange(n), bias=bias, workspace=workspace)
-        (logp + entropy).sum().backward()
-    assert max(math.prod(shape) // n for shape in shapes.seen if n in shape) == widest
+        logp, entropy = linear_logprobs(
+            hidden, weight, torch.arange(n), bias=bias, with_entropy=with_entropy, workspace=workspace
+        )
+        (logp if entropy is None else logp + entropy).sum().backward()
+    assert max(math.prod(shape) // v for shape in shapes.seen if v in shape and shape != (v, h)) == rows
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_memory_does_not_grow_with_the_tokens(trained: bool) -> None:
+    """Bytes that are held at once, of the forward and the backward pass: the workspace and what one row of hidden states has."""
+    v, h, workspace = 1000, 4, 100_000
+
+    def most(n: int) -> int:
+        hidden, weight = torch.ones(n, h).requires_grad_(), torch.ones(v, h).requires_grad_(trained)
+        with torch.profiler.profile(profile_memory=True) as profiled:
+            linear_logprobs(hidden, weight, torch.arange(n) % v, with_entropy=False, workspace=workspace)[
+                0
+            ].sum().backward()
+        held, top = 0, 0
+        for event in profiled.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                held += event.nbytes()
+                top = max(top, held)
+        return top
+
+    few, many = most(400), most(4000)
+    assert few <= 4 * (workspace + 3 * v * h + 400 * 60)
+    assert many - few <= 4 * 3600 * 60
+    assert 4 * 3600 * v / 10 > 4 * 3600 * 60
 
 
 @pytest.mark.parametrize("workspace", [2, 4, 100])
@@ -235,6 +360,25 @@ def test_the_gradient_within_a_support_is_the_one_of_the_small_softmax() -> None
     h = stats.entropy([1, 2])
     grad = grad_of(lambda x: entropy(x[None], support=support), LOGITS)[0]
     close(grad, [0.0, -(math.log(1 / 3) + h) / 3, 0.0, -2 * (math.log(2 / 3) + h) / 3])
+
+
+@pytest.mark.parametrize("workspace", [1, 1000])
+@pytest.mark.parametrize("with_entropy", [True, False])
+def test_a_token_outside_the_support_has_no_gradient_of_its_own(workspace: int, with_entropy: bool) -> None:
+    """The gradient is that of -log sum e^l over the support, and of the entropy there."""
+    support, one = torch.tensor([[1, 3, -1]]), f64([[1.0]])
+
+    # p = 1/3, 2/3
+    h = stats.entropy([1, 2]) if with_entropy else None
+    expected = [-p - (0.0 if h is None else p * (math.log(p) + h)) for p in (1 / 3, 2 / 3)]
+    weight = LOGITS[:, None].detach().requires_grad_()
+    outputs = linear_logprobs(
+        one, weight, torch.tensor([0]), support=support, with_entropy=with_entropy, workspace=workspace
+    )
+    assert outputs[0].tolist() == [-inf]
+    wanted = [x for x in outputs if x is not None]
+    (grad,) = torch.autograd.grad(wanted, weight, [torch.ones(1, dtype=torch.float64) for _ in wanted])
+    close(grad[:, 0], [0.0, expected[0], 0.0, expected[1]])
 
 
 def supports(ids: Tensor) -> list[list[int]]:

@@ -17,7 +17,7 @@ from whet.models import load, lora
 from whet.models.load import decoder_layers
 from whet.models.readers import read
 from whet.models.roles import Role
-from whet.ops import logprobs
+from whet.ops import head
 from whet.planning import Layout, Shape, frozen, memory, serving, trained
 from whet.planning.memory import GIB
 
@@ -153,14 +153,22 @@ def test_activations_under_adapters(kind: str, dtype: torch.dtype) -> None:
 
 
 def test_more_logits_than_the_workspace_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert memory.WORKSPACE == logprobs.WORKSPACE == ops.linear_logprobs.__kwdefaults__["workspace"]
-    monkeypatch.setitem(ops.linear_logprobs.__kwdefaults__, "workspace", 500)
-    monkeypatch.setattr(memory, "WORKSPACE", 500)
+    assert memory.WORKSPACE == head.WORKSPACE == ops.linear_logprobs.__kwdefaults__["workspace"] == 1 << 25
     one = role("llama", **WIDE)
+    whole = memory.activations(shape_of(one.model), 3 * 64, head_tokens=3 * 48).stored
+    for function in (ops.linear_logprobs, ops.linear_tokens):
+        monkeypatch.setitem(function.__kwdefaults__, "workspace", 1000)
+    monkeypatch.setattr(memory, "WORKSPACE", 1000)
     told = memory.activations(shape_of(one.model), 3 * 64, head_tokens=3 * 48)
-    assert told.stored == pytest.approx(kept(one), rel=0.04)
-    monkeypatch.setattr(memory, "WORKSPACE", 1 << 24)
-    assert memory.activations(shape_of(one.model), 3 * 64, head_tokens=3 * 48).stored - told.stored == 4 * 144 * 27
+    assert told.stored == pytest.approx(kept(one), rel=0.01)
+    assert whole - told.stored == 4 * 27 * (144 - 18)  # 18 tokens fit into half of it, 8 chunks
+
+
+def test_a_frozen_head_keeps_no_logits() -> None:
+    one = role("llama", rank=4, **WIDE)
+    shape = shape_of(one.model)
+    told = [memory.activations(shape, 3 * 64, head_tokens=n, rank=4).stored for n in (48, 96)]
+    assert told[1] - told[0] == 48 * 4 * shape.hidden
 
 
 @pytest.mark.parametrize(

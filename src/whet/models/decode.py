@@ -11,7 +11,7 @@ from whet.models.direct import Direct
 from whet.models.load import cache_argument
 from whet.models.roles import Role
 from whet.models.structure import structure
-from whet.ops.logprobs import precise
+from whet.ops.head import precise
 
 
 class Decoder(Protocol):

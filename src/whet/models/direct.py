@@ -13,7 +13,7 @@ from torch.nn import functional
 from whet.errors import RunStopped
 from whet.models.roles import Role
 from whet.models.structure import Structure
-from whet.ops.logprobs import precise
+from whet.ops.head import precise
 
 SLOTS = 64
 """Slots by which a cache is allocated ahead, at least; a full one grows by half."""

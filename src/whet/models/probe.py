@@ -23,7 +23,7 @@ from whet.models.readers import read
 from whet.models.roles import Role
 from whet.models.structure import structure
 from whet.ops import token_logprobs
-from whet.ops.logprobs import precise
+from whet.ops.head import precise
 from whet.terminal import caution
 
 BOUND = {torch.float64: 1e-6, torch.float32: 1e-3}

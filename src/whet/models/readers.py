@@ -20,7 +20,7 @@ from whet.models.roles import Role
 from whet.models.router import Routed
 from whet.models.shell import through
 from whet.ops import entropy, exact_kl, linear_collision, linear_kl, linear_tokens, token_logprobs
-from whet.ops.logprobs import precise
+from whet.ops.head import precise
 
 LANGUAGE = frozenset({"logp", "full_logp", "entropy", "full_entropy", "collision", "exact_kl", "correct"})
 ATTENTION: dict[str, Callable[[Tensor], Tensor]] = {
@@ -242,10 +242,11 @@ def _columns(
         return target.index_put((row.to(values.device), step.to(values.device)), values)
 
     if names & LANGUAGE:
-        temperature = batch["temperature"][row] if "temperature" in batch.columns else torch.ones(len(row))
+        temperature = _temperature(batch, row)
         support = batch["support"][row, step] if "support" in batch.columns else None
         before = states(-1)
-        read_off = _language(role, before, tokens, temperature, support, names)
+        some = batch["entropy_at"][row, step] if "entropy_at" in batch.columns and "full_entropy" not in names else None
+        read_off = _language(role, before, tokens, temperature, support, names, some)
         if other is not None:
             read_off["exact_kl"] = _exact_kl(role, before, other, temperature)
         out |= {name: spread(values) for name, values in read_off.items() if name in names}
@@ -270,11 +271,26 @@ def _columns(
     return out
 
 
+def _temperature(batch: Batch, row: Tensor) -> Tensor | None:
+    """Return the temperature of each trained token, (N,), or None if all are 1."""
+    if "temperature" not in batch.columns or bool((batch["temperature"] == 1).all()):
+        return None
+    return batch["temperature"][row]
+
+
 def _language(
-    role: Role, states: Tensor, tokens: Tensor, temperature: Tensor, support: Tensor | None, names: frozenset[str]
+    role: Role,
+    states: Tensor,
+    tokens: Tensor,
+    temperature: Tensor | None,
+    support: Tensor | None,
+    names: frozenset[str],
+    some: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Compute logp, entropy, correct, full_logp, full_entropy and collision of the trained tokens, (N,) each, if in `names`."""
-    tokens, temperature = tokens.to(states.device), temperature.to(states.device, _precise(states))
+    """Compute logp, entropy, correct, full_logp, full_entropy and collision of the trained tokens, (N,) each, if in `names`. With
+    `some` (N,) bool, the entropy is computed for these tokens alone, without gradient, and 0 for the others."""
+    tokens = tokens.to(states.device)
+    temperature = None if temperature is None else temperature.to(states.device, _precise(states))
     support = None if support is None else support.to(states.device)
     out: dict[str, Tensor] = {}
     if role.linear_head:
@@ -283,19 +299,19 @@ def _language(
     else:  # the states are logits
         states, weight, bias = states.to(_precise(states)), None, None
 
-    def logprobs(within: Tensor | None, with_entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    def logprobs(within: Tensor | None, with_entropy: bool | Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         if weight is not None:
             return linear_tokens(
                 states, weight, tokens, bias=bias, temperature=temperature, support=within, with_entropy=with_entropy
             )
-        logits = role.close(states) / temperature[:, None]
-        uncertainty = entropy(logits, support=within) if with_entropy else None
+        logits = _divided(role.close(states), temperature)
+        uncertainty = None if with_entropy is False else _entropies(logits, within, with_entropy)
         logp = token_logprobs(logits, tokens, support=within)
         return logp, uncertainty, logits.gather(1, tokens[:, None])[:, 0] == logits.amax(1)
 
     if names & {"logp", "entropy", "correct"} or (support is None and names & {"full_logp", "full_entropy"}):
         uncertain = "entropy" in names or (support is None and "full_entropy" in names)
-        out |= _named(names, "", *logprobs(support, uncertain))
+        out |= _named(names, "", *logprobs(support, some if uncertain and some is not None else uncertain))
     if support is None:
         out |= {name: out[name.removeprefix("full_")] for name in names & {"full_logp", "full_entropy"}}
     elif names & {"full_logp", "full_entropy"}:
@@ -317,18 +333,33 @@ def _named(
     return out | ({f"{prefix}entropy": uncertainty} if uncertainty is not None else {})
 
 
-def _exact_kl(role: Role, states: Tensor, other: _Other, temperature: Tensor) -> Tensor:
+def _entropies(logits: Tensor, support: Tensor | None, some: bool | Tensor) -> Tensor:
+    """Compute the entropy of logits (N, V), (N,); with `some` (N,) bool of these tokens alone, without gradient."""
+    if isinstance(some, bool):
+        return entropy(logits, support=support)
+    out, index = logits.new_zeros(len(logits)), some.nonzero()[:, 0].to(logits.device)
+    own = None if support is None else support[index]
+    return out.index_copy(0, index, entropy(logits.detach()[index], support=own))
+
+
+def _divided(logits: Tensor, temperature: Tensor | None) -> Tensor:
+    """Divide logits (N, V) by the temperature of each token, if there is one."""
+    return logits if temperature is None else logits / temperature[:, None]
+
+
+def _exact_kl(role: Role, states: Tensor, other: _Other, temperature: Tensor | None) -> Tensor:
     """Compute KL(policy || reference) over the whole vocabulary at each trained token, (N,).
 
     Embeddings of other sizes agree on the ids that both have; the other ids have no token, so their probability is 0.
     """
-    scale, theirs = temperature.to(states.device, _precise(states)), other.states.to(states.device)
+    kind, theirs = _precise(states), other.states.to(states.device)
+    scale = None if temperature is None else temperature.to(states.device, kind)
     head = role.model.get_output_embeddings() if role.linear_head else None
     if head is None or other.weight is None:
         own = role.close(states if head is None else head(states))
         full = theirs if other.weight is None else functional.linear(theirs, other.weight, other.bias)
         size = min(own.shape[1], full.shape[1])
-        return exact_kl(*(one[:, :size].to(scale.dtype) / scale[:, None] for one in (own, full)))
+        return exact_kl(*(_divided(one[:, :size].to(kind), scale) for one in (own, full)))
     bias = role.output_bias(head.bias, head.weight, len(head.weight))
     size = min(len(head.weight), len(other.weight))
     bias, ref_bias = (None if one is None else one[:size] for one in (bias, other.bias))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from whet.errors import ModelError
-from whet.ops.logprobs import precise
+from whet.ops.head import precise
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,16 @@ E[k1] = E[k3] = KL(policy || reference). k2 is biased (the bias is small) and ne
 divergence", 2020).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
-from torch.utils.checkpoint import checkpoint
 
-from whet.ops.logprobs import WORKSPACE, log_softmax, precise
+from whet.ops.head import WORKSPACE, Cut, Gradients, Head, blocks, cast, cut, precise
+from whet.ops.logprobs import log_softmax
 from whet.ops.masked import masked_sum
 from whet.ops.overflow import expm1, times
 from whet.ops.shaping import terminal
@@ -107,25 +107,122 @@ def linear_kl(
     *,
     bias: Tensor | None = None,
     ref_bias: Tensor | None = None,
-    temperature: Tensor,
+    temperature: Tensor | None = None,
     workspace: int = WORKSPACE,
 ) -> Tensor:
     """Compute `exact_kl` of softmax((hidden @ weight.T + bias) / temperature) and the same for the reference: (N,).
 
-    hidden (N, H), weight (V, H), bias (V,), temperature (N,); H of the reference may differ. Tokens are processed in
-    chunks of at most `workspace` logits, which the backward pass computes again.
+    hidden (N, H), weight (V, H), bias (V,), temperature (N,); H of the reference may differ. Tokens are processed in chunks
+    with at most `workspace` logits of both together. What is kept for the backward pass, and what it computes again, is as in
+    `linear_logprobs`; the gradient is computed where it is needed.
     """
+    given = (cast(hidden), weight, bias, cast(ref_hidden), ref_weight, ref_bias, temperature)
+    if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in given):
+        return _LinearKL.apply(*given, workspace)
+    with torch.no_grad():
+        return _Heads.of(given, workspace, (False,) * 6).run(early=False)[0]
 
-    def piece(states: Tensor, ref_states: Tensor, scale: Tensor) -> Tensor:
-        own, other = linear(states, weight, bias), linear(ref_states, ref_weight, ref_bias)
-        return exact_kl(precise(own) / scale[:, None], precise(other) / scale[:, None])
 
-    chunk = max(1, workspace // weight.shape[0])
-    pieces = [
-        checkpoint(piece, *parts, use_reentrant=False)
-        for parts in zip(hidden.split(chunk), ref_hidden.split(chunk), temperature.split(chunk), strict=True)
-    ]
-    return torch.cat(pieces) if pieces else hidden.new_zeros(0)
+@dataclass(frozen=True)
+class _Heads:
+    """The heads of a policy and of a reference, and the chunks of their tokens."""
+
+    own: Head
+    other: Head
+    needs: tuple[bool, ...]
+    """for which gradients are needed: hidden, weight and bias of the policy, and of the reference"""
+    plan: Cut
+
+    @classmethod
+    def of(cls, given: Sequence[Any], workspace: int, needs: tuple[bool, ...]) -> "_Heads":
+        """Build it from hidden, weight and bias of both, and the temperature."""
+        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature = given
+        own, other = (
+            Head(hidden, weight, bias, temperature).cast(),
+            Head(ref_hidden, ref_weight, ref_bias, temperature).cast(),
+        )
+        keep = any(needs) and not cls.early(needs)
+        plan = cut(len(own.hidden), len(own.weight), workspace, own.hidden.device.type, keep=keep, buffers=2)
+        return cls(own, other, needs, plan)
+
+    @staticmethod
+    def early(needs: tuple[bool, ...]) -> bool:
+        """Return whether the forward pass can compute the gradient: only hidden states need one."""
+        return any(needs) and not any(needs[n] for n in (1, 2, 4, 5))
+
+    def chunk(self, rows: slice, slopes: bool) -> tuple[Tensor, list[Tensor | None]]:
+        """Return the KL of a chunk, (R,), and its gradients for the logits of policy and reference, (R, V), where needed.
+
+        d KL / d l_p = p (log p - log q - KL);  d KL / d l_q = q - p.
+        """
+        x, y = self.own.logits(rows), self.other.logits(rows)
+        out = torch.empty(len(x), dtype=x.dtype, device=x.device)
+        for at in blocks(x):
+            logp, logq = x[at], y[at]
+            for one in (logp, logq):
+                one.sub_(one.amax(-1, keepdim=True))
+                one.sub_(one.exp().sum(-1, keepdim=True).log_())
+            p = logp.exp()
+            q = logq.exp() if slopes and any(self.needs[3:]) else None
+            gap = logp.sub_(logq)
+            if self.own.unbounded:
+                gap.masked_fill_(p == 0, 0.0)  # before the product, so that it is not NaN
+            out[at] = (gap * p).sum(-1)
+            if slopes:
+                gap.sub_(out[at, None]).mul_(p)
+                if q is not None:
+                    torch.sub(q, p, out=logq)
+        return out, [x if any(self.needs[:3]) else None, y if any(self.needs[3:]) else None]
+
+    def gradients(self) -> tuple[Gradients, Gradients]:
+        """Return sums for both, still empty."""
+        return Gradients(self.own, self.needs[:3]), Gradients(self.other, self.needs[3:])  # type: ignore[arg-type]
+
+    def run(self, early: bool) -> tuple[Tensor, list[Tensor | None]]:
+        """Return the KL, (N,), and the gradients for the hidden states (`early`) or for the logits of the chunks that are kept."""
+        out, kept = precise(self.own.hidden[:0]).new_zeros(len(self.own.hidden)), []
+        sums = self.gradients() if early else ()
+        with torch.autocast(self.own.hidden.device.type, enabled=False):
+            for number, rows in enumerate(self.plan.chunks):
+                out[rows], slopes = self.chunk(rows, early or number < self.plan.kept)
+                for one, slope in zip(sums, slopes, strict=False):
+                    if slope is not None:
+                        one.add(rows, slope, None)
+                if not early and number < self.plan.kept:
+                    kept = [None if slope is None else slope.to(self.own.hidden.dtype) for slope in slopes]
+                del slopes
+        return out, [one.hidden for one in sums] if early else kept
+
+
+class _LinearKL(torch.autograd.Function):
+    """See `linear_kl`."""
+
+    @staticmethod
+    def forward(ctx, *given):
+        *tensors, workspace = given
+        heads = _Heads.of(tuple(tensors), workspace, ctx.needs_input_grad[:6])
+        out, kept = heads.run(heads.early(heads.needs))
+        ctx.workspace, ctx.kept = workspace, len(kept)
+        ctx.save_for_backward(*kept, *([] if heads.early(heads.needs) else tensors))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        kept, tensors = ctx.saved_tensors[: ctx.kept], ctx.saved_tensors[ctx.kept :]
+        if not tensors:
+            own, other = (None if one is None else (one * grad[:, None]).to(one.dtype) for one in kept)
+            return own, None, None, other, None, None, None, None
+        heads = _Heads.of(tensors, ctx.workspace, ctx.needs_input_grad[:6])
+        sums = heads.gradients()
+        with torch.autocast(heads.own.hidden.device.type, enabled=False):
+            for number, rows in enumerate(heads.plan.chunks):
+                slopes = kept if number < heads.plan.kept else heads.chunk(rows, True)[1]
+                for one, slope in zip(sums, slopes, strict=False):
+                    if slope is not None:
+                        one.add(rows, slope, grad[rows])
+                del slopes
+        return *sums[0].results(*tensors[1:3]), *sums[1].results(*tensors[4:6]), None, None
 
 
 @dataclass(frozen=True)

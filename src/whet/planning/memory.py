@@ -21,7 +21,7 @@ BUCKET = 500_000_000
 """DeepSpeed's `reduce_bucket_size`: elements that are reduced together."""
 LIVE = 1_000_000_000
 """DeepSpeed's `stage3_max_live_parameters`: parameters that ZeRO-3 keeps gathered."""
-WORKSPACE = 1 << 24
+WORKSPACE = 1 << 25
 """Number of logits that `ops.linear_logprobs` holds at once (its constant of the same name)."""
 NORM_READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "attn.c_attn", "c_fc")
 """The linear maps of a layer whose input is the output of a norm."""
@@ -217,26 +217,36 @@ def activations(
     keep their normalized rows, each linear map keeps `rank` float32 numbers, and if the base is in half precision it keeps
     a float32 copy of its input instead of the input.
     After the layers: the last norm, and for the `head_tokens` that go through the head (default: all) their hidden states.
-    The float32 log-softmax is kept only if there are at most `WORKSPACE` logits; more logits are computed in chunks, twice,
-    and none are kept. With `checkpointing` a layer keeps only its input, c H (Chen et al. 2016).
+    A trained head keeps 20 for each token, and the probabilities, c each, if there are at most `WORKSPACE` of them; else
+    those of a first chunk of at most half as many, and the others are computed twice. With LoRA the head keeps the gradient
+    of the hidden states instead of all this.
+    (With an entropy in the loss they are float32, and half as many.) With `checkpointing` a layer keeps only its input, c H
+    (Chen et al. 2016).
 
     With `autocast` (c = 2) hidden states between the layers and norms stay float32, and each linear map that reads a norm keeps
     its own copy of it, c H.
 
-    The transient part is the larger of: two gradients inside an MLP, or five buffers of logits in the head with the
-    gradient of its weights.
+    The transient part is the larger of: two gradients inside an MLP, or two buffers of a chunk's logits in the head with
+    the gradient of its weights.
     """
     c, read = bytes_each, tokens if head_tokens is None else head_tokens
     layer = float(tokens * _kept(shape, c, rank, autocast))
     between = 4 if autocast else c
     norm = _norm(shape, between, bool(rank))
     logits = min(read * shape.vocabulary, WORKSPACE) if head == "language" else 0
-    kept_logits = logits if read * shape.vocabulary <= WORKSPACE else 0
-    behind = tokens * norm + read * c * shape.hidden + 4 * kept_logits
+    kept_logits = 0 if rank else logits if read * shape.vocabulary <= WORKSPACE else _chunk(read, shape.vocabulary)
+    behind = tokens * norm + read * c * shape.hidden + c * kept_logits
+    behind += 20 * read * (head == "language" and rank == 0)
     inside = 2 * c * tokens * shape.intermediate * max(1, shape.active_experts)
-    at_head = 5 * 4 * logits + c * shape.vocabulary * shape.hidden * (head == "language" and rank == 0)
+    at_head = 2 * 4 * logits + c * shape.vocabulary * shape.hidden * (head == "language" and rank == 0)
     stored = shape.layers * (tokens * between * shape.hidden if checkpointing else layer) + behind
     return Activations(stored, layer if checkpointing else 0.0, max(inside, at_head))
+
+
+def _chunk(tokens: int, vocabulary: int) -> int:
+    """Return the number of logits in one chunk of the head if all do not fit (`ops.head.cut`)."""
+    most = max(1, WORKSPACE // (2 * vocabulary))
+    return -(-tokens // -(-tokens // most)) * vocabulary
 
 
 def _kept(shape: Shape, c: int, rank: int, autocast: bool) -> float:
