@@ -18,6 +18,7 @@ from whet.data.batching import dealt
 from whet.learner.local import LocalLearner
 from whet.methods.compose import SFT
 from whet.methods.options import Optim
+from whet.models import load
 from whet.models.packing import NAME, Packed
 from whet.models.probe import probe
 from whet.models.readers import read
@@ -134,8 +135,7 @@ def test_rows_longer_than_a_sliding_window_are_padded() -> None:
 def test_with_gradient_checkpointing_the_gradient_is_the_same() -> None:
     role = policy()
     plain = gradients(role, ROWS, packed=True, shared=True)[1]
-    role.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    role.model.train()
+    load.checkpoint_activations(role.model)
     again = gradients(role, ROWS, packed=True, shared=True)[1]
     for name, values in plain.items():
         assert torch.equal(again[name], values)
