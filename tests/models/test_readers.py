@@ -7,6 +7,7 @@ import tiny
 import torch
 from torch import Tensor
 
+from whet import ops
 from whet.data import Batch, Row
 from whet.models import readers
 from whet.models.readers import read
@@ -231,3 +232,21 @@ def test_the_gradient_of_a_column_is_that_of_the_full_forward(kind: str) -> None
 def test_a_role_without_scalar_head_says_so() -> None:
     with pytest.raises(ValueError, match="no scalar head"):
         read(h.policy(), Batch.of([h.row(1, 2, 3)]), frozenset({"value"}))
+
+
+@pytest.mark.parametrize("given", [None, [1.0], [1.0, 0.7]])
+def test_a_temperature_of_one_is_not_divided_by(given: list[float] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, seen = h.policy(), []
+
+    def noted(*args: Any, **options: Any) -> Any:
+        seen.append(options["temperature"])
+        return ops.linear_tokens(*args, **options)
+
+    monkeypatch.setattr(readers, "linear_tokens", noted)
+    batch = Batch.of(h.rows())
+    if given is not None:
+        values = torch.tensor((given * len(batch.rows))[: len(batch.rows)])
+        batch = batch.with_columns(temperature=values)
+    with torch.no_grad():
+        read(own, batch, frozenset({"logp"}))
+    assert [one is None for one in seen] == [given != [1.0, 0.7]]
