@@ -5,8 +5,7 @@ import torch
 from models import helpers as h
 from torch import Tensor
 
-from generate.test_local import asked
-from generate.test_support import batch_of, drawn
+from generate.helpers import asked, batch_of, drawn
 from whet.generate.draws import Draws
 from whet.generate.local import LocalGenerator
 from whet.learner.local import LocalLearner

@@ -8,7 +8,8 @@ import tiny
 import torch
 from models import helpers as h
 
-from whet.data import Batch, Group, Sample, pad, pad_support
+from generate.helpers import PROMPTS, batch_of, drawn
+from whet.data import Batch, Group, Sample
 from whet.generate import Request
 from whet.generate.draws import truncated_logprobs
 from whet.generate.local import LocalGenerator
@@ -16,7 +17,6 @@ from whet.learner.local import LocalLearner
 from whet.methods.options import Sampling
 from whet.models.roles import Role
 
-PROMPTS = [h.prompt(i, ids) for i, ids in enumerate([(2,), (3, 4, 6, 7, 8, 9, 4, 4, 3), (10, 11)])]
 KINDS: dict[str, Any] = {
     "qwen3": lambda: tiny.causal_lm("qwen3", dtype=torch.float64),
     "llama": lambda: tiny.causal_lm("llama", dtype=torch.float64),
@@ -27,23 +27,6 @@ DIALS = [
     Sampling(8, top_p=0.9), Sampling(8, top_p=0.3), Sampling(8, top_k=4), Sampling(8, top_k=1), Sampling(8, min_p=0.2),
     Sampling(8, 0.75, top_k=9, top_p=0.8, min_p=0.05),
 ]  # fmt: skip
-
-
-def drawn(role: Role, sampling: Sampling, count: int = 4) -> list[Group]:
-    requests = [Request(one, draw, n, sampling, 3) for draw, one in enumerate(PROMPTS) for n in range(count)]
-    samples = list(LocalGenerator(role, (1, 5), str).generate(requests))
-    return [Group(one, tuple(samples[i * count : (i + 1) * count])) for i, one in enumerate(PROMPTS)]
-
-
-def batch_of(groups: list[Group], sampling: Sampling) -> Batch:
-    """As the online loop gathers it."""
-    samples = [sample for group in groups for sample in group.samples]
-    supports = [sample.support for sample in samples if sample.support is not None]
-    return Batch.of([row for group in groups for row in group.rows()]).with_columns(
-        temperature=torch.full((len(samples),), sampling.temperature),
-        sampler_logp=pad([torch.tensor(sample.sampler_logp, dtype=torch.float64) for sample in samples]),
-        **({"support": pad_support(supports)} if supports else {}),
-    )
 
 
 def distributions(model: Any, group: Group, sample: Sample, sampling: Sampling) -> torch.Tensor:
