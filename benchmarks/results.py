@@ -53,7 +53,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def page(lines: Sequence[dict[str, Any]]) -> str:
     """Return the page."""
-    pairs = [one for one in lines if "program" in one]
+    pairs = [one for one in lines if "algorithm" in one]
     growth = [one for one in lines if "series" in one]
     out = [
         "# Results\n",
