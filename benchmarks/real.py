@@ -29,7 +29,18 @@ ROWS, STEPS, ANSWERS, NEW = 8, 3, 4, 32
 def texts() -> list[dict[str, str]]:
     """Return the rows: prompts of about 20 to 60 tokens, answers of 20 to 120."""
     words = [
-        f"{one} {two}" for one in ("river", "old", "light", "garden") for two in ("town", "market", "train", "stone")
+        "river",
+        "old",
+        "light",
+        "garden",
+        "town",
+        "market",
+        "train",
+        "stone",
+        "bridge",
+        "small",
+        "window",
+        "music",
     ]
     made = []
     for number in range(ROWS * STEPS):

@@ -53,7 +53,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def page(lines: Sequence[dict[str, Any]]) -> str:
     """Return the page."""
-    pairs = [one for one in lines if "program" in one]
+    pairs = [one for one in lines if "algorithm" in one]
     growth = [one for one in lines if "series" in one]
     out = [
         "# Results\n",
@@ -66,6 +66,21 @@ def page(lines: Sequence[dict[str, Any]]) -> str:
         out.append("## Growth of cost\n")
         rows = [[one["series"], f"{one['fitted']:.3f}", f"{one['bound']:.3f}"] for one in growth]
         out.append(table(("series", "exponent (memory: share of full logits)", "bound"), rows))
+    real = [one for one in lines if "real" in one]
+    if real:
+        out.append("## The real model, over plain loops\n")
+        names = ("whet_tokens_per_cpu_s", "plain_tokens_per_cpu_s", "whet_peak_rss_mb", "plain_peak_rss_mb")
+        rows = [[one["real"], ratio(one["over_plain"]), *(f"{one[name]:.0f}" for name in names)] for one in real]
+        out.append(table(("work", "over plain", "whet tokens / CPU s", "plain", "whet peak MB", "plain"), rows))
+    gpu = [one for one in lines if "gpu_line" in one]
+    if gpu:
+        out.append("## On a GPU, bfloat16\n")
+        rows = [
+            [one["gpu_line"], one["size"], one["program"], str(one["gpu"]), f"{one['tokens_per_s']:.0f}", ratio(one["to_trl"]),
+             str(one["peak_gpu_mb"]), str(one["utilisation"])]
+            for one in gpu
+        ]  # fmt: skip
+        out.append(table(("work", "size", "program", "GPU", "tokens / s", "over TRL", "peak MB", "utilisation"), rows))
     return "\n".join(out)
 
 
