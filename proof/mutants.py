@@ -272,7 +272,7 @@ MUTANTS: list[Mutant] = [
     *_of(
         "ops/head.py",
         "ops/test_logprobs.py ops/test_kl.py",
-        ("return out & (support >= 0).any(-1, keepdim=True)", "return out"),
+        (" & (support >= 0).any(-1, keepdim=True)", ""),
         ("factor = inverse if factor is None else factor * inverse", "factor = inverse if factor is None else factor"),
         ("_sum(self.weight, slope.T, _scaled(own, factor))", "_sum(None, slope.T, _scaled(own, factor))"),
         ("if keep and tokens * vocabulary * buffers <= workspace:", "if keep:"),
@@ -338,15 +338,16 @@ MUTANTS: list[Mutant] = [
         "models/probe.py",
         "models/test_probe.py",
         ("padding=gap <= self.limit", "padding=True"),
-        ("packing=right)", "packing=True)"),
+        ("packing=right, window", "packing=True, window"),
+        ("sharing=gap <= self.limit", "sharing=True"),
         ("found[name] = gap <= self.limit", "found[name] = True"),
     ),
     *_of("models/roles.py", "models/test_missing.py", ("logits.device), -torch.inf)", "logits.device), 0.0)")),
     *_of(
         "models/readers.py",
         "models/test_readers.py learner generate/test_support.py",
-        ("_language(role, flat[at - 1], tokens", "_language(role, flat[at], tokens"),
-        ("_scalar(role, flat[at - 1]) + each", "_scalar(role, flat[at]) + each"),
+        ("before = states(-1)", "before = states()"),
+        ("_scalar(role, states(-1)) + each", "_scalar(role, states()) + each"),
         ('*logprobs(None, "full_entropy" in names)', '*logprobs(support, "full_entropy" in names)'),
     ),
     *_of(
@@ -401,12 +402,27 @@ MUTANTS: list[Mutant] = [
     *_of(
         "data/batching.py",
         "data/test_dealt.py",
-        ("cost = (len(parts[-1][1]) + len(rows)) * longest[number]", "cost = len(rows) * longest[number]"),
-        ("places = -(-len(cut(budget)) // workers) * workers", "places = (len(cut(budget)) // workers + 1) * workers"),
+        ("joined = (len(parts[-1][1]) + len(rows)) * size", "joined = len(rows) * size"),
         (
-            "parts = sorted(cut(low), key=lambda part: -part[0])",
-            "parts = sorted(cut(budget), key=lambda part: part[0])",
+            "places = -(-len(_cut(pieces, budget, packed)) // workers) * workers",
+            "places = (len(_cut(pieces, budget, packed)) // workers + 1) * workers",
         ),
+        (
+            "parts = sorted(parts, key=lambda part: -part[0])",
+            "parts = sorted(_cut(pieces, budget, packed), key=lambda part: part[0])",
+        ),
+    ),
+    *_of(
+        "data/batching.py",
+        "models/test_packing.py",
+        ("(0 if key == last and key else start)", "0"),
+    ),
+    *_of(
+        "models/packing.py",
+        "models/test_packing.py",
+        (".tril(before)", ".tril()"),
+        ("position < self.split[row]", "position <= self.split[row]"),
+        ("self.lengths[self.after[number]] if", "0 if"),
     ),
     *_of(
         "ops/head.py",
@@ -439,6 +455,7 @@ MUTANTS: list[Mutant] = [
         "learner/test_half.py",
         ('(self.precision == "auto" and context.half)', "context.half"),
     ),
+    *_of("learner/local.py", "loops/test_defer.py", ('fresh["logp"].detach()}', 'fresh["logp"]}')),
     *_of("learner/local.py", "learner/test_half.py", ("if computed != self._precision:", "if not computed:")),
     *_of(
         "runs/generators.py",

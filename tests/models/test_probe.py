@@ -39,6 +39,8 @@ class _Model(Qwen3Model):
         if self.wrong == "ignores the packing mask" and given.pop("position_ids", None) is not None:
             with pieces_of_forward(None):
                 return super().forward(*args, **given)
+        if self.wrong == "ignores positions":
+            given.pop("position_ids", None)
         if self.wrong == "drops its cache":
             given[CACHE] = None
         if self.wrong == "fails with a cache" and given.get(CACHE) is not None:
@@ -107,6 +109,18 @@ def test_packing_that_leaks_is_left_off_with_a_line(name: str, capsys: Any) -> N
     assert own.model.config._attn_implementation == "sdpa"
     with torch.no_grad():
         got = read(own, Batch.of(ROWS), LOGP, packed=True)["logp"]
+    for row, logp in zip(ROWS, got, strict=True):
+        torch.testing.assert_close(logp[: row.response], alone(own.model, row), rtol=1e-4, atol=1e-4)
+
+
+def test_prompts_are_not_shared_by_a_model_that_counts_positions_itself(capsys: Any) -> None:
+    """A row behind others only moves all its positions, which a rotary embedding does not see; a shared prompt parts them."""
+    own = role("ignores positions")
+    probe(own, IDS, packed=True)
+    assert (own.paths.packing, own.paths.sharing) == (True, False)
+    assert "policy: rows that share their prompt differ" in capsys.readouterr().err
+    with torch.no_grad():
+        got = read(own, Batch.of(ROWS), LOGP, packed=True, shared=True)["logp"]
     for row, logp in zip(ROWS, got, strict=True):
         torch.testing.assert_close(logp[: row.response], alone(own.model, row), rtol=1e-4, atol=1e-4)
 
