@@ -169,11 +169,32 @@ def test_a_wrong_option_of_an_adapter_is_told(name: str, call: str) -> None:
         getattr(whet, call)("grpo", **given)
 
 
-def test_an_adapter_without_options_says_so() -> None:
-    with pytest.raises(RecipeError, match=r"generator\.speed: local has no options; leave it out"):
-        whet.sample(
-            model="m", data=[{"prompt": "a"}], generator={"name": "local", "speed": 2}, max_new_tokens=4, out="a.jsonl"
-        )
+BARE = """
+class Bare:
+    reports, version = frozenset(), 0
+    def generate(self, requests): yield from ()
+    def load_weights(self, weights): pass
+    def logprobs(self, ids): return []
+    def sleep(self): pass
+    def close(self): pass
+"""
+
+
+def test_an_adapter_without_options_says_so(tmp_path: Path) -> None:
+    (tmp_path / "bare.py").write_text(BARE)
+    bare = f"{tmp_path / 'bare.py'}:Bare"
+    for name, said in (
+        (bare, rf"generator\.speed: {bare} has no options; leave it out"),
+        ("local", r"unknown field 'generator\.speed'; known are generator\.decoder"),
+    ):
+        with pytest.raises(RecipeError, match=said):
+            whet.sample(
+                model="m",
+                data=[{"prompt": "a"}],
+                generator={"name": name, "speed": 2},
+                max_new_tokens=4,
+                out="a.jsonl",
+            )
 
 
 def test_options_may_be_nested_or_beside_the_name() -> None:
