@@ -52,8 +52,8 @@ def test_an_answer_ends_with_the_models_own_end_tokens_too(home: Path) -> None:
     assert (row["response_ids"], row["finish"]) == ([[first]], ["stop"])
 
 
-@pytest.mark.parametrize("packing", ["false", "true"])
-def test_rotary_embeddings_that_depend_on_the_longest_row_give_the_models_own_loss(home: Path, packing: str) -> None:
+@pytest.mark.parametrize("packed", ["false", "true"])
+def test_rotary_embeddings_that_depend_on_the_longest_row_give_the_models_own_loss(home: Path, packed: str) -> None:
     """Phi-3's longrope: beyond the original positions the factors change for all rows of a forward."""
     half = 4
     config = transformers.Phi3Config(
@@ -69,7 +69,7 @@ def test_rotary_embeddings_that_depend_on_the_longest_row_give_the_models_own_lo
     tiny.tokenizer().save_pretrained(home / "phi")
     texts = [" ".join((tiny.WORDS * 20)[: 5 + 30 * k]) for k in range(4)]
     data = tiny.write_jsonl(home / "t.jsonl", [{"text": text} for text in texts])
-    given = ["--model", home / "phi", "--data", data, "--num-steps", 1, "--batch-size", 4, "--packing", packing]
+    given = ["--model", home / "phi", "--data", data, "--num-steps", 1, "--batch-size", 4, "--padding-free", packed]
     assert main(["pretrain", *map(str, given), "--out", f"{home}/run", "--quiet"]) == 0
     tokenizer = tiny.tokenizer()
     total, count = 0.0, 0
