@@ -420,6 +420,7 @@ def test_the_recipe_of_a_run_has_every_default() -> None:
     saved = yaml.safe_load(Path("runs/r/recipe.yaml").read_text())
     assert saved["sampling"] == {
         "max_new_tokens": 6,
+        "min_new_tokens": 0,
         "temperature": 1.0,
         "top_p": 1.0,
         "top_k": 0,
@@ -427,6 +428,7 @@ def test_the_recipe_of_a_run_has_every_default() -> None:
         "skip_special_tokens": False,
     }
     assert saved["optim"]["betas"] == [0.9, 0.95]
+    assert saved["train"]["max_tokens_per_micro_batch"] >= 1024  # of the model and the machine
     with pytest.raises(RecipeError, match=r"differs in sampling.max_new_tokens; a resumed run needs"):
         whet.train("grpo", resume=True, **(ONLINE | {"max_new_tokens": 7}), reward=reward, lr=1e-3)
     saved.pop("sampling"), saved["rollout"].pop("ema")
