@@ -56,7 +56,7 @@ def sft(home: Path, out: Path, **changes: Any) -> dict[str, torch.Tensor]:
 def test_a_run_passes_its_own_checks(home: Path, tmp_path: Path) -> None:
     got, plain = grpo(home, tmp_path / "half", **HALF), grpo(home, tmp_path / "plain")
     for row in got:
-        assert row["sampler_gap"] < 1e-3  # a sampler in float32 would be 0.01 off
+        assert row["sampler_gap"] < 5e-3  # rounding of bfloat16; a sampler in float32 would be 0.01 off
         assert row["ratio_mean"] == 1.0
     assert got[0]["entropy"] != plain[0]["entropy"]
     assert {one.dtype for one in load_file(tmp_path / "half" / "model" / "model.safetensors").values()} == {
