@@ -110,7 +110,7 @@ class Session:
         if problems.found and self.sources.pending:
             problems.tell()
         self.sources.write()
-        if self.options.resume:
+        if self.options.resume and not problems.found:
             self.recipe = folder.resumed(self.recipe, method)
         if not self.options.resume:
             early.collect(method, self.recipe, problems)
