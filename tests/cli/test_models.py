@@ -52,7 +52,10 @@ def test_a_model_without_packed_rows_is_padded_with_a_line(capsys: Any, tmp_path
     said = whet(capsys, "sft", "--model", model, "--data", data, *off, *SFT)
     assert said.status == 0
     assert "packed" not in said.error
-    losses = [[json.loads(one)["loss"] for one in (tmp_path / name / "metrics.jsonl").open()] for name in "op"]
+    losses = [
+        [json.loads(one)["loss"] for one in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in "op"
+    ]
     assert losses[0] == losses[1]
 
 
