@@ -46,6 +46,7 @@ def own_logps(model: Any, row: Row) -> Tensor:
     return h.full_logits(model, row.ids).log_softmax(-1)[:-1].gather(1, row.ids[1:, None])[:, 0]
 
 
+@pytest.mark.parametrize("kind", everyone)
 def test_an_architecture_is_trained_and_sampled_as_its_own_forward_says(kind: str, capsys: Any) -> None:
     role = role_of(kind)
     probe(role, [row.ids for row in ROWS])
