@@ -192,6 +192,13 @@ def measured(model: Any, answers: Sequence[Answer]) -> dict[int, Tensor]:
     return out
 
 
+def old_measured(model: Any, answers: Sequence[Answer]) -> None:
+    """Measure the log-probs before the update with the model itself, as the peer does for a KL in the reward."""
+    own = measured(model, answers)
+    for one in answers:
+        one.old = own[one.number]
+
+
 def grouped(leave_one_out: bool) -> None:
     """GRPO (group z-score, token mean, clip), or RLOO with KL in the reward (clip on the ratio of the answer)."""
     work, model = JOB.work, loaded()
@@ -207,6 +214,7 @@ def grouped(leave_one_out: bool) -> None:
         own = [texts[(number * work.prompts + one.number // work.answers) % len(texts)] for one in answers]
         reward = rewards(answers, own, score)
         if reference is not None:
+            old_measured(model, answers)
             base = measured(reference, answers)
             reward = reward - work.kl * torch.stack([(one.old - base[one.number]).sum() for one in answers])
         group = reward.view(work.prompts, work.answers)
@@ -248,6 +256,7 @@ def ppo() -> None:
     torch.manual_seed(0)
     for number in range(work.steps):
         answers = rollout(decoder, prompts, number)
+        old_measured(model, answers)
         base = measured(reference, answers)
         scored, values = judged(reward, answers), valued(critic, answers)
         for one in answers:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -373,9 +374,11 @@ def pad(values: Sequence[Tensor], length: int | None = None) -> Tensor:
 def pad_support(supports: Sequence[Sequence[Sequence[int]]]) -> Tensor:
     """Return the tokens that could be sampled, per answer and position, as (B, T, S) int64, padded with -1 (see `Sample`)."""
     longest = max(map(len, supports), default=0)
-    widest = max((len(one) for answer in supports for one in answer), default=0)
-    out = torch.full((len(supports), longest, widest), -1)
+    widths = torch.zeros(len(supports), longest, dtype=torch.int64)
     for number, answer in enumerate(supports):
-        for place, tokens in enumerate(answer):
-            out[number, place, : len(tokens)] = torch.tensor(tokens)
+        widths[number, : len(answer)] = torch.tensor([len(one) for one in answer], dtype=torch.int64)
+    widest = int(widths.max()) if widths.numel() else 0
+    out = torch.full((len(supports), longest, widest), -1)
+    flat = chain.from_iterable(one for answer in supports for one in answer)
+    out[torch.arange(widest) < widths[..., None]] = torch.tensor(list(flat), dtype=torch.int64)
     return out

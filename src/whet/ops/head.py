@@ -92,7 +92,16 @@ class Head:
         out = precise(functional.linear(self.hidden[rows], self.weight, self.bias))
         if self.temperature is not None:
             out.div_(self.temperature[rows, None])
-        return out if self.support is None else out.masked_fill_(outside(self.support[rows], out), -torch.inf)
+        return out if self.support is None else closed_(out, self.support[rows])
+
+
+def closed_(logits: Tensor, support: Tensor) -> Tensor:
+    """Set the logits (R, V) that are not in `support` (R, S) to -inf, in place (see `outside`); a few closed ids need no mask."""
+    if bool((support >= 0).any()):
+        return logits.masked_fill_(outside(support, logits), -torch.inf)
+    rows, places = (support < -1).nonzero(as_tuple=True)
+    logits[rows, -2 - support[rows, places]] = -torch.inf
+    return logits
 
 
 def outside(support: Tensor, logits: Tensor) -> Tensor:
