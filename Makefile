@@ -7,12 +7,13 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo demo-seeds test wheel pythons zoo engines engines-long lint format bench bench-growth bench-real bench-gpu mutants proof fuzz soak soak-local real real-short gpu bench-push clean help
+.PHONY: demo demo-seeds test oldest-newest wheel pythons zoo engines engines-long lint format bench bench-growth bench-real bench-gpu mutants proof fuzz soak soak-local real real-short gpu bench-push clean help
 
 help:
 	@echo "make demo [SEED=1] [OUT=runs/demo]   the whole recipe on a little world, with a report"
 	@echo "make demo-seeds                      the demo with three seeds; writes docs/demo.md and its pictures"
 	@echo "make test                            all tests"
+	@echo "make oldest-newest                   all tests on the oldest and on the newest versions of the packages that pyproject.toml allows"
 	@echo "make wheel                           the wheel, installed into a new environment: the command, the short demo (2 minutes)"
 	@echo "make pythons                         the same for every supported Python of this machine, with a part of the tests"
 	@echo "make zoo                             every causal architecture of transformers, tiny, against its own forward"
@@ -67,6 +68,9 @@ demo-seeds: .venv/ready
 
 test: .venv/ready
 	.venv/bin/python -m pytest -q -n 2 --dist worksteal --ignore tests/engines
+
+oldest-newest: .venv/ready
+	.venv/bin/python -m proof.versions
 
 wheel: .venv/ready
 	.venv/bin/python -m proof.wheel
@@ -157,4 +161,4 @@ fuzz: .venv/ready
 	.venv/bin/python -m proof.fuzz
 
 clean:
-	rm -rf .venv .venv-engines .venv-gpu .venv-peer .venv-peer-gpu .cache runs build dist *.egg-info src/*.egg-info
+	rm -rf .venv .venv-* .cache runs build dist *.egg-info src/*.egg-info

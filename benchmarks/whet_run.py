@@ -35,7 +35,8 @@ def common(job: Job, out: Path, model: str = "model") -> dict[str, Any]:
     return {
         "model": {"path": str(job.world / model), "chat_template": "none", "device": job.device, "dtype": "float32"},
         "seed": 0, "threads": 1, "out": str(out / "run"),
-        "optim": {"lr": job.work.lr, "schedule": "constant", "warmup_ratio": 0.0, "betas": [0.9, 0.999], "weight_decay": 0.0, "max_grad_norm": 1.0},
+        "optim": {"lr": job.work.lr, "schedule": "constant", "warmup_ratio": 0.0, "betas": [0.9, 0.999], "weight_decay": 0.0,
+                  "max_grad_norm": 1.0},
     } | dict(flag_of(one) for one in job.flags)  # fmt: skip
 
 

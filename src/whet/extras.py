@@ -12,7 +12,7 @@ from whet.errors import RecipeError, UserError
 REQUIREMENTS: dict[str, tuple[str, ...]] = {
     "accelerate": ("accelerate>=1.10",),
     "aim": ("aim",),
-    "bitsandbytes": ("bitsandbytes>=0.45",),
+    "bitsandbytes": ("bitsandbytes>=0.50",),
     "clearml": ("clearml",),
     "comet_ml": ("comet-ml",),
     "datasets": ("datasets>=4",),

@@ -511,6 +511,21 @@ def test_without_the_last_checkpoint_a_run_ends_once_and_can_be_extended(capsys:
     assert result() == result("runs/whole")
 
 
+def test_rollouts_are_recorded_as_often_as_asked_and_a_resume_may_change_it(capsys: Any) -> None:
+    steady = ["--optim.schedule", "constant"]
+    assert command(capsys, "grpo", *words(GRPO, *steady, "--rollout.record-every", "2")).status == 0
+    assert sorted(path.name for path in Path("runs/r/rollouts").iterdir()) == [
+        "step-00000002.parquet", "step-00000004.parquet",
+    ]  # fmt: skip
+    longer = GRPO | {"num_steps": 5}
+    assert command(capsys, "grpo", *words(longer, *steady, "--rollout.record-every", "1", "--resume")).status == 0
+    assert Path("runs/r/rollouts/step-00000005.parquet").is_file()
+    none = longer | {"out": "runs/none"}
+    assert command(capsys, "grpo", *words(none, *steady, "--rollout.record-every", "0")).status == 0
+    assert not Path("runs/none/rollouts").exists()
+    assert result() == result("runs/none")
+
+
 # --- signals ---------------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,8 @@ from whet import ops
 from whet.data import Batch, Row
 from whet.errors import RecipeError
 from whet.learner import ddp as replica
-from whet.methods.options import LoRA
+from whet.learner.state import CONSTANTS, optimizers_of
+from whet.methods.options import LoRA, Optim
 from whet.models import load, lora
 from whet.models.load import decoder_layers
 from whet.models.readers import read
@@ -71,7 +72,19 @@ def test_states_are_those_of_a_real_optimizer(kind: str) -> None:
 
 def test_muon_has_one_moment_for_matrices_inside_the_layers() -> None:
     one = role("qwen3")
-    assert trained(shape_of(one.model), Layout(), muon=True).optimizer == step(one, muon=True)[2]
+    assert trained(shape_of(one.model), Layout(), optim="muon").optimizer == step(one, muon=True)[2]
+
+
+def test_moments_in_8_bits_have_the_bytes_of_the_library() -> None:
+    one = role("llama", hidden_size=128, intermediate_size=256)  # every matrix is large enough for 8 bits
+    read(one, Batch.of(rows()), frozenset({"logp"}))["logp"].sum().backward()
+    moments = 0
+    for optimizer, _ in optimizers_of(one, Optim(kind="adamw_8bit")):
+        optimizer.step()
+        for state in optimizer.state.values():
+            own = {name: value for name, value in state.items() if name not in CONSTANTS and torch.is_tensor(value)}
+            moments += sum(value.nbytes for value in own.values() if value.ndim)
+    assert trained(shape_of(one.model), Layout(), optim="adamw_8bit").optimizer == moments
 
 
 @pytest.mark.parametrize(("dtype", "held"), [(torch.float32, 4), (torch.bfloat16, 2)])
@@ -258,7 +271,7 @@ def test_what_cannot_be_laid_out_is_told(options: dict, what: str) -> None:
 
 def test_muon_in_shares_is_told() -> None:
     with pytest.raises(RecipeError, match=r"optim.kind: muon needs whole matrices, but zero2 shards them"):
-        trained(SMALL, Layout("zero2", 4), muon=True)
+        trained(SMALL, Layout("zero2", 4), optim="muon")
 
 
 def test_an_engine_without_room_is_told() -> None:

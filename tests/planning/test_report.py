@@ -178,7 +178,7 @@ def test_half_precision_is_offered_and_taken() -> None:
 
 
 def test_muon_is_planned_where_matrices_are_whole() -> None:
-    told = "\n".join(lines(replace(RUN, muon=True), Hardware(4, 4.0), learners=2))
+    told = "\n".join(lines(replace(RUN, optim="muon"), Hardware(4, 4.0), learners=2))
     assert "learner ddp on 2 GPUs" in told
     assert "zero2" not in told
 

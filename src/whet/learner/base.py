@@ -105,7 +105,7 @@ class LearnerContext:
 
     name          name of the backend
     workers       number of learner processes
-    muon          a role is trained with Muon, which needs whole matrices
+    whole         the kind of optimizer of a role that needs whole weights, such as "muon"; empty if there is none
     shared_trunk  several roles are trained in one model
     averaged      the run has a moving average of the policy
     refreshed     the reference moves towards the policy
@@ -114,7 +114,7 @@ class LearnerContext:
 
     name: str = "local"
     workers: int = 1
-    muon: bool = False
+    whole: str = ""
     shared_trunk: bool = False
     averaged: bool = False
     refreshed: bool = False

@@ -23,7 +23,7 @@ class DeepSpeedLearner(LocalLearner):
     """One DeepSpeed engine per model. `stage` is the ZeRO stage; frozen roles are sharded only at stage 3.
 
     `bf16` computes in bfloat16 with float32 master weights. `offload` keeps the moments (at stage 3 also the weights) in
-    CPU memory. Raises RecipeError for the muon optimizer, and for two trained roles in one model.
+    CPU memory. Raises RecipeError for an optimizer that needs whole matrices, and for two trained roles in one model.
     """
 
     autocasts = False
@@ -51,8 +51,11 @@ class DeepSpeedLearner(LocalLearner):
                         parameter.data = parameter.data.to(torch.bfloat16)
                 continue
             for role in trained:
-                if self.optims[role.name].kind != "adamw":
-                    raise RecipeError("optim.kind: muon needs whole matrices, but ZeRO shards them; use adamw or ddp")
+                if self.optims[role.name].needs_whole():
+                    kind = self.optims[role.name].kind
+                    raise RecipeError(
+                        f"optim.kind: {kind} needs whole matrices, but ZeRO shards them; use adamw or ddp"
+                    )
             optimizer = self._optimizers[trained[0].name][0][0] if trained else None
             limit = self.optims[trained[0].name].max_grad_norm if trained else 0.0
             if self.stage == 3:
@@ -227,8 +230,10 @@ Options = ShardedOptions
 
 def check(options: ShardedOptions, context: LearnerContext) -> None:
     """Raise RecipeError for what DeepSpeed does not support, or if it is not installed."""
-    if context.muon:
-        raise RecipeError(f"optim.kind: muon needs whole matrices, but {context.name} shards them; use adamw or ddp")
+    if context.whole:
+        raise RecipeError(
+            f"optim.kind: {context.whole} needs whole matrices, but {context.name} shards them; use adamw or ddp"
+        )
     if options.in_bf16(context) and (context.refreshed or (context.averaged and context.name == "zero3")):
         raise RecipeError(
             "learner.precision: DeepSpeed would keep the averaged reference in half precision; use fsdp, or --learner.precision "

@@ -19,8 +19,8 @@ class FSDPLearner(LocalLearner):
     """Apply `torch.distributed.fsdp.fully_shard` to each decoder layer and to each model with its heads.
 
     `bf16` computes in bfloat16, while weights, sums of gradients and moments keep the dtype they were loaded in. `offload`
-    keeps the shards in CPU memory between uses. Frozen roles are sharded too. Raises RecipeError for the muon optimizer,
-    which needs whole matrices.
+    keeps the shards in CPU memory between uses. Frozen roles are sharded too. Raises RecipeError for an optimizer
+    that needs whole matrices.
     """
 
     autocasts = False
@@ -48,8 +48,11 @@ class FSDPLearner(LocalLearner):
         )
         for shell, roles in shells(list(self.roles.values())).values():
             for role in roles:
-                if self.optims[role.name].kind != "adamw" if role.trained else False:
-                    raise RecipeError("optim.kind: muon needs whole matrices, but FSDP shards them; use adamw or ddp")
+                if role.trained and self.optims[role.name].needs_whole():
+                    kind = self.optims[role.name].kind
+                    raise RecipeError(
+                        f"optim.kind: {kind} needs whole matrices, but FSDP shards them; use adamw or ddp"
+                    )
                 for parameter in role.parameters().values():
                     parameter.requires_grad_(role.trained)  # before sharding: a shard keeps the flag of its creation
             for layer in decoder_layers(shell.model):
@@ -96,8 +99,8 @@ Options = ShardedOptions
 
 def check(options: ShardedOptions, context: LearnerContext) -> None:
     """Raise RecipeError for an optimizer that needs whole matrices."""
-    if context.muon:
-        raise RecipeError("optim.kind: muon needs whole matrices, but fsdp shards them; use adamw or ddp")
+    if context.whole:
+        raise RecipeError(f"optim.kind: {context.whole} needs whole matrices, but fsdp shards them; use adamw or ddp")
 
 
 def make(options: ShardedOptions, context: LearnerContext) -> Any:

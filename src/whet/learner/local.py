@@ -15,7 +15,7 @@ from whet.data.files import read_json, remove, replace_folder, write_json
 from whet.distributed import Workers
 from whet.errors import CheckpointError, RecipeError, RunStopped
 from whet.learner.base import LearnerContext, LearnerOptions, UpdateResult, WeightsWriter, Work
-from whet.learner.state import as_tensor, fingerprint, optimizers_of
+from whet.learner.state import CONSTANTS, as_tensor, fingerprint, optimizers_of, restored
 from whet.learner.store import Stored, write
 from whet.methods.options import Optim
 from whet.models.dropout import Dropout
@@ -323,6 +323,8 @@ class LocalLearner:
         for optimizer, _ in self._optimizers[name]:
             for parameter, values in optimizer.state.items():
                 for key, value in values.items():
+                    if key in CONSTANTS:
+                        continue
                     yield f"{own[id(parameter)]}|{key}", self._whole(as_tensor(value))
 
     def _put_states(self, name: str, saved: Mapping[str, Tensor]) -> None:
@@ -334,9 +336,12 @@ class LocalLearner:
             for group in optimizer.param_groups
             for p in group["params"]
         }
+        states: dict[str, dict[str, Tensor]] = {}
         for key in saved:
-            parameter = own[key.split("|")[0]]
-            mine[id(parameter)].state[parameter][key.split("|")[1]] = self._like(parameter, saved[key])
+            weight, _, state = key.rpartition("|")
+            states.setdefault(weight, {})[state] = self._like(own[weight], saved[key])
+        for weight, values in states.items():
+            restored(mine[id(own[weight])], own[weight], values)
 
     def _like(self, parameter: Tensor, value: Tensor) -> Tensor:
         """Return a whole tensor on the device of the parameter, and sharded like it."""

@@ -1,6 +1,6 @@
 """The optimizers of a role, and fingerprints of weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,10 @@ from whet.models.load import decoder_layers
 from whet.models.roles import Role
 from whet.ops import address
 
+LIBRARY = {"adamw_8bit": "AdamW8bit", "paged_adamw_32bit": "PagedAdamW", "paged_adamw_8bit": "PagedAdamW8bit"}
+"""The class of bitsandbytes for each kind of optimizer."""
+CONSTANTS = ("qmap1", "qmap2")
+"""States that the library makes anew: what each of the 256 values of a moment in 8 bits stands for, one tensor for all weights."""
 CHUNK = 1 << 24
 """Number of weights that `fingerprint` sums at a time."""
 
@@ -34,30 +38,67 @@ def fingerprint(parameters: Mapping[str, Tensor]) -> str:
 
 
 def optimizers_of(role: Role, optim: Optim) -> list[tuple[torch.optim.Optimizer, float]]:
-    """Return the optimizers of a role with their base learning rates."""
-    inside = (
-        {id(p) for layer in decoder_layers(role.model) for p in layer.parameters()} if optim.kind == "muon" else set()
-    )
-    rest: dict[bool, list] = {True: [], False: []}
-    matrices = []
+    """Return the optimizers of a role with their base learning rates: that of `optim.kind` and, for the weights which it does not
+    take, AdamW. Muon takes the matrices inside the layers; moments in 8 bits are for all weights but embeddings (Dettmers et al.
+    2022, section 2.3)."""
+    embedding = id(role.model.get_input_embeddings().weight)
+    inside = set[int]()
+    if optim.kind == "muon":
+        inside = {id(p) for layer in decoder_layers(role.model) for p in layer.parameters() if p.ndim == 2}
+    own: list[Tensor] = []
+    rest: list[Tensor] = []
     for parameter in role.parameters().values():
-        if id(parameter) in inside and parameter.ndim == 2:
-            matrices.append(parameter)
+        if optim.kind == "muon":
+            taken = id(parameter) in inside
         else:
-            rest[parameter.ndim > 1].append(parameter)
+            taken = not optim.kind.endswith("8bit") or id(parameter) != embedding
+        (own if taken else rest).append(parameter)
+    if optim.kind == "muon":
+        muon = (
+            [(torch.optim.Muon(own, lr=optim.muon_lr, weight_decay=optim.weight_decay), optim.muon_lr)] if own else []
+        )
+        return _adamw(rest, optim, "adamw") + muon
+    return _adamw(own, optim, optim.kind) + _adamw(
+        rest, optim, optim.kind.replace("_8bit", "_32bit" if "paged" in optim.kind else "")
+    )
+
+
+def _adamw(parameters: Sequence[Tensor], optim: Optim, kind: str) -> list[tuple[torch.optim.Optimizer, float]]:
+    """Return AdamW of these weights, of a kind of `Optim`, and its learning rate; [] without weights. Only matrices decay."""
+    by_shape = {True: [p for p in parameters if p.ndim > 1], False: [p for p in parameters if p.ndim <= 1]}
     groups = [
-        {"params": parameters, "weight_decay": optim.weight_decay if matrix else 0.0}
-        for matrix, parameters in rest.items()
-        if parameters
+        {"params": own, "weight_decay": optim.weight_decay if matrix else 0.0}
+        for matrix, own in by_shape.items()
+        if own
     ]
-    out: list[tuple[torch.optim.Optimizer, float]] = []
-    if groups:
-        adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
-        out.append((adamw, optim.lr))
-    if matrices:
-        muon = torch.optim.Muon(matrices, lr=optim.muon_lr, weight_decay=optim.weight_decay)
-        out.append((muon, optim.muon_lr))
-    return out
+    if not groups:
+        return []
+    options: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
+    if kind == "adamw":
+        return [(torch.optim.AdamW(groups, fused=True, **options), optim.lr)]
+    import bitsandbytes
+
+    return [(getattr(bitsandbytes.optim, LIBRARY[kind])(groups, **options), optim.lr)]
+
+
+def restored(optimizer: torch.optim.Optimizer, parameter: Tensor, states: Mapping[str, Tensor]) -> None:
+    """Put saved states of a weight into its optimizer, on the device of the weight."""
+    if not hasattr(optimizer, "init_state"):  # torch's own
+        optimizer.state[parameter] = dict(states)
+        return
+    group, place = next(
+        (number, place)
+        for number, group in enumerate(optimizer.param_groups)
+        for place, one in enumerate(group["params"])
+        if one is parameter
+    )
+    optimizer.init_state(optimizer.param_groups[group], parameter, group, place)  # memory that can be paged
+    own = optimizer.state[parameter]
+    for name, value in states.items():
+        if isinstance(own[name], Tensor):
+            own[name].copy_(value)
+        else:
+            own[name] = value.item()
 
 
 def as_tensor(value: Any) -> Tensor:

@@ -27,6 +27,7 @@ class OnlinePlan:
     critic_warmup        number of first steps in which only the critic is trained
     save_minutes, save_last  see `checkpoint.Keeper`
     defer                with one update per rollout, take old_logp from the update itself, where nothing before it reads it
+    record_every         steps between the rollouts that are written to the run folder; 0: none
     on_divergence        "warn" prints signs of divergence, "stop" ends the run too (see `loops.divergence`)
     """
 
@@ -54,6 +55,7 @@ class OnlinePlan:
     save_minutes: float = 0.0
     save_last: bool = True
     defer: bool = True
+    record_every: int = 1
     on_divergence: str = "warn"
 
     def prompts_in(self, step: int) -> int:

@@ -25,6 +25,8 @@ WORKSPACE = 1 << 25
 """Number of logits that `ops.linear_logprobs` holds at once (its constant of the same name)."""
 NORM_READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "attn.c_attn", "c_fc")
 """The linear maps of a layer whose input is the output of a norm."""
+SAVED = {"muon": 4.0, "adamw_8bit": 6 - 1 / 32, "paged_adamw_8bit": 6 - 1 / 32}
+"""Bytes of moments per weight inside the layers that a kind of optimizer does not have, of the 8 of AdamW."""
 BLOCK = 16
 """Tokens in one block of vLLM's KV cache on a GPU."""
 
@@ -108,7 +110,13 @@ class Activations:
 
 
 def trained(
-    shape: Shape, layout: Layout, *, head: str = "language", adapters: int = 0, base_bytes: int = 4, muon: bool = False
+    shape: Shape,
+    layout: Layout,
+    *,
+    head: str = "language",
+    adapters: int = 0,
+    base_bytes: int = 4,
+    optim: str = "adamw",
 ) -> Bytes:
     """Return the bytes of a policy or critic on each GPU.
 
@@ -120,15 +128,17 @@ def trained(
     are float32. With zero1 and zero2 the weights it computes with are not sharded and have c bytes each. See `working` for
     the rest.
 
-    `muon` has one moment instead of two for the matrices inside the layers. It needs whole matrices; raises RecipeError if
-    they are sharded.
+    `optim` is the kind of optimizer (see `Optim`). For the matrices inside the layers, muon has one moment instead of two, and
+    moments in 8 bits have 2 bytes and 1/32 for their scales. Raises RecipeError if it needs whole matrices and they are sharded.
     """
-    if muon and layout.backend not in ("local", "ddp"):
-        raise RecipeError(f"optim.kind: muon needs whole matrices, but {layout.backend} shards them; use adamw or ddp")
+    if optim != "adamw" and layout.backend not in ("local", "ddp"):
+        raise RecipeError(
+            f"optim.kind: {optim} needs whole matrices, but {layout.backend} shards them; use adamw or ddp"
+        )
     base = shape.parameters(head)
     count = adapters or base
     share = count / layout.workers
-    moments = (8 * count - 4 * _muon(shape, adapters) * muon) / layout.workers
+    moments = (8 * count - SAVED.get(optim, 0) * _inside(shape, adapters)) / layout.workers
     plain = 4 * count + base_bytes * base * bool(adapters)
     c = layout.computes_in(base_bytes if adapters else 4)
     extra = working(shape, layout, count, head=head, held=base_bytes if adapters else 4)
@@ -314,8 +324,8 @@ def serving(
     return Serving(weights, cache, blocks * BLOCK, sequences)
 
 
-def _muon(shape: Shape, adapters: int) -> int:
-    """Return the number of weights that have one moment fewer with muon: those of the matrices inside the layers."""
+def _inside(shape: Shape, adapters: int) -> int:
+    """Return the number of trained weights in matrices inside the layers."""
     if adapters:
         return adapters
     inside = sum(inputs * outputs for inputs, outputs in shape.linears().values())

@@ -89,7 +89,7 @@ def parts(run: PlannedRun, layout: Layout) -> list[StepPhase]:
         if shape is None:
             continue
         adapters = shape.adapter_parameters(rank, run.lora_targets) if rank else 0
-        size = memory.trained(shape, layout, head=head, adapters=adapters, base_bytes=held, muon=run.muon)
+        size = memory.trained(shape, layout, head=head, adapters=adapters, base_bytes=held, optim=run.optim)
         if run.one_trunk and name == "critic":  # the base is already counted
             alone = memory.trained(shape, Layout(), adapters=adapters)
             over = layout.workers if layout.backend != "ddp" else 1
@@ -156,10 +156,10 @@ def layouts(run: PlannedRun, backend: memory.Backend, workers: int) -> Iterator[
 
 
 def natural(run: PlannedRun, workers: int) -> memory.Backend:
-    """Return the default backend: local for one worker, ddp for muon, which needs whole matrices, otherwise fsdp."""
+    """Return the default backend: local for one worker, ddp for an optimizer that needs whole matrices, otherwise fsdp."""
     if workers == 1 and not run.offload:
         return "local"
-    return "ddp" if run.muon else "fsdp"
+    return "ddp" if run.optim != "adamw" else "fsdp"
 
 
 def times(run: PlannedRun, layout: Layout, hardware: Hardware, pushed: float) -> Times:

@@ -137,7 +137,7 @@ def _others(run: PlannedRun, hardware: Hardware, best: GpuPlacement) -> list[str
     if best.layout.workers == 1:
         return []
     rows = []
-    for backend in BACKENDS if not run.muon else ("ddp",):
+    for backend in BACKENDS if run.optim == "adamw" else ("ddp",):
         layout = replace(best.layout, backend=backend, low_precision=run.low_precision, offload=False)
         total = placement.needed(placement.parts(run, layout))
         rows.append([backend, _gib(total), _verdict(total, hardware.usable)])

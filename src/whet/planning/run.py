@@ -70,8 +70,8 @@ class PlannedRun:
     """policy, critic and rewards are adapters on one base"""
     held_bytes: int = 4
     """bytes per frozen number: 4, or 2 (model.dtype bfloat16, or adapters on a GPU)"""
-    muon: bool = False
-    """the optimizer is muon"""
+    optim: str = "adamw"
+    """optim.kind"""
     columns: int = 8
     """number of float32 columns per answer token that are gathered from the learner's workers in a step"""
 

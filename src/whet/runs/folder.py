@@ -48,8 +48,8 @@ LOGS = (".log", ".out", ".err")
 """Endings of files that a run never writes, and that often stand in its folder: the output of the command."""
 UNCHANGING = ("cluster", "threads", "trackers")
 """Fields that change no result, and that a resumed run may change."""
-SAVING = ("save_every", "save_minutes", "save_last", "keep", "on_divergence")
-"""Fields of the section `train` that change no result, and that a resumed run may change."""
+SAVING = ("save_every", "save_minutes", "save_last", "keep", "on_divergence", "record_every")
+"""Fields of the sections `train` and `rollout` that change no result, and that a resumed run may change."""
 LENGTH = ("num_steps", "num_epochs")
 """Fields of the sections `train` and `rollout` that a resumed run may change if the learning rate does not depend on them."""
 
@@ -321,7 +321,8 @@ def _kept(recipe: Mapping[str, Any]) -> dict[str, Any]:
             **out["eval"],
             "judge": [_untimed(one) for one in out["eval"]["judge"] if isinstance(one, Mapping)],
         }
-    out["train"] = {name: value for name, value in (out.get("train") or {}).items() if name not in SAVING}
+    for section in ("train", "rollout"):
+        out[section] = {name: value for name, value in (out.get(section) or {}).items() if name not in SAVING}
     if isinstance(out.get("learner"), Mapping):
         out["learner"] = adapters.fixed_options(LEARNERS, out["learner"], "backend")
     if isinstance(out.get("generator"), Mapping):

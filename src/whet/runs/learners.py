@@ -9,6 +9,7 @@ from torch import Tensor
 
 from whet.distributed import Workers, first
 from whet.errors import ModelError, RecipeError
+from whet.extras import require
 from whet.learner.base import LEARNERS, LearnerContext, LearnerOptions, ShardedOptions
 from whet.learner.local import LocalLearner
 from whet.methods import Algorithm, Objective
@@ -31,22 +32,24 @@ def chosen_of(recipe: fields.TrainingRecipe, workers: int) -> tuple[Chosen, Lear
     """Return the learner's backend with its options, and its context.
     Raises RecipeError if it does not support the recipe or the number of workers."""
     learning = recipe.learner
-    muon = "muon" in (recipe.optim.kind, critic_optim(recipe).kind)
+    whole = next((one.kind for one in (recipe.optim, critic_optim(recipe)) if one.needs_whole()), "")
     name, options = learning.backend, dict(learning.options)
     if name == "auto":
         own = config.fields_of(LearnerOptions)
         plain = all(one in own or value == getattr(ShardedOptions(), one, None) for one, value in options.items())
-        name = "local" if workers == 1 and plain else "ddp" if muon else AUTO
+        name = "local" if workers == 1 and plain else "ddp" if whole else AUTO
         if plain and name != AUTO:
             options = {one: value for one, value in options.items() if one in own}
     found = chosen(LEARNERS, named(name, options, "learner"), "learner", "backend")
     refreshed = getattr(getattr(recipe, "rollout", recipe), "sync_reference", fields.SyncReference()).every > 0
     half = models.dtype_of(recipe.model) == "float32" and models.half_by_default(recipe.model.device)
-    context = LearnerContext(name, workers, muon, refreshed=refreshed, half=half)
+    context = LearnerContext(name, workers, whole, refreshed=refreshed, half=half)
     if isinstance(recipe, fields.OnlineRecipe):
         shared, averaged = recipe.trunk == "shared", recipe.rollout.ema is not None
         context = replace(context, shared_trunk=shared, averaged=averaged)
     _check_precision(recipe, found.options)
+    if "adamw_" in whole:
+        require(f"optim.kind: {whole}", "bitsandbytes")
     found.check(context)
     return found, context
 

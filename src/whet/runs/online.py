@@ -207,7 +207,7 @@ def _plan_of(
         save_minutes=recipe.train.save_minutes, save_last=recipe.train.save_last, on_divergence=recipe.train.on_divergence,
         sync_every=rollout.sync_reference.every, sync_mix=rollout.sync_reference.mix,
         max_staleness=generator.max_staleness, segment=generator.segment_tokens, slots=rollout.max_num_seqs,
-        critic_warmup=recipe.critic.warmup_steps, defer=rollout.defer_old_logp,
+        critic_warmup=recipe.critic.warmup_steps, defer=rollout.defer_old_logp, record_every=rollout.record_every,
         per_pass=len(prompts) if rollout.num_epochs is not None and not refilled and not generator.max_staleness else None,
     )  # fmt: skip
     return plan, longest

@@ -53,7 +53,7 @@ def _common(recipe: fields.OfflineRecipe | fields.OnlineRecipe, options: fields.
         "low_precision": held == 4 and recipe.learner.options.get("precision", "auto") != "float32",  # on a GPU
         "offload": bool(recipe.learner.options.get("offload")), "held_bytes": held,
         "lora_rank": lora.rank if lora else 0, "lora_targets": lora.targets if lora else "all-linear",
-        "muon": recipe.optim.kind == "muon",
+        "optim": recipe.optim.kind,
     }  # fmt: skip
 
 

@@ -432,6 +432,8 @@ class Rollout:
     sync_reference: SyncReference = SyncReference()
     defer_old_logp: bool = True
     """with one update per rollout, take old_logp from the update itself, if nothing before it reads it; false: always measure it"""
+    record_every: NotNegativeInt = 1
+    """steps between the rollouts that are written to the run folder; 0: none. `whet why` and `whet verify` read them"""
 
 
 @dataclass(frozen=True)
