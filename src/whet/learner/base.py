@@ -139,6 +139,16 @@ class LearnerOptions:
 
 
 @dataclass(frozen=True)
+class WholeOptions(LearnerOptions):
+    """Options of learners that hold whole models."""
+
+    offload_frozen: bool = False
+    """keep the reference and reward models in CPU memory while nothing reads them; it takes a copy to the GPU per reading"""
+
+    may_change: ClassVar[tuple[str, ...]] = ("precision", "offload_frozen")
+
+
+@dataclass(frozen=True)
 class ShardedOptions(LearnerOptions):
     """Options of learners that shard their weights."""
 

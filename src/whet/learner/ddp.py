@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from whet.errors import ModelError
-from whet.learner.base import LearnerContext, LearnerOptions
+from whet.learner.base import LearnerContext, WholeOptions
 from whet.learner.local import LocalLearner, fingerprint
 from whet.models.roles import Role
 
@@ -52,9 +52,9 @@ def same_weights(learner: LocalLearner) -> None:
             )
 
 
-Options = LearnerOptions
+Options = WholeOptions
 
 
-def make(options: LearnerOptions, context: LearnerContext) -> Any:
+def make(options: WholeOptions, context: LearnerContext) -> Any:
     """Return the class of the learner with its options."""
-    return partial(ReplicaLearner, bf16=options.in_bf16(context))
+    return partial(ReplicaLearner, bf16=options.in_bf16(context), offload_frozen=options.offload_frozen)

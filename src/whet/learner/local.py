@@ -14,7 +14,7 @@ from whet.data import Batch, Weights, dealt, measured
 from whet.data.files import read_json, remove, replace_folder, write_json
 from whet.distributed import Workers
 from whet.errors import CheckpointError, RecipeError, RunStopped
-from whet.learner.base import LearnerContext, LearnerOptions, UpdateResult, WeightsWriter, Work
+from whet.learner.base import LearnerContext, UpdateResult, WeightsWriter, WholeOptions, Work
 from whet.learner.state import CONSTANTS, as_tensor, fingerprint, optimizers_of, restored
 from whet.learner.store import Stored, write
 from whet.methods.options import Optim
@@ -56,6 +56,7 @@ class LocalLearner:
         seed: int = 0,
         workers: Workers = Workers(),
         bf16: bool = False,
+        offload_frozen: bool = False,
     ) -> None:
         self.bf16 = bf16
         for role in roles.values():
@@ -73,6 +74,8 @@ class LocalLearner:
         self._scale = 1.0  # factor of each loss, for backends that average gradients over the workers
         self._optimizers: dict[str, list[tuple[torch.optim.Optimizer, float]]] = {}
         self._place()
+        if offload_frozen:
+            self._leave()
 
     @torch.no_grad()
     def measure(self, batch: Batch, columns: frozenset[str]) -> Batch:
@@ -88,11 +91,18 @@ class LocalLearner:
     def columns(self, name: str, batch: Batch, bare: frozenset[str]) -> dict[str, Tensor]:
         """See `Learner.columns`."""
         now: dict[str, Tensor] = {}
-        for rows, real in self._dealt(name, batch):
-            with torch.set_grad_enabled(self.roles[name].paths.gradient is False):
-                fresh = {one: value.detach() for one, value in self._read(name, batch.take(rows), bare).items()}
-            _collect(now, fresh, rows if real else [], batch)
+        with self.roles[name].present():
+            for rows, real in self._dealt(name, batch):
+                self._measured(name, batch, bare, rows, real, now)
         return self._joined(now)
+
+    def _measured(
+        self, name: str, batch: Batch, bare: frozenset[str], rows: list[int], real: bool, now: dict[str, Tensor]
+    ) -> None:
+        """Read a micro-batch without gradient, and copy its columns into those of the whole batch."""
+        with torch.set_grad_enabled(self.roles[name].paths.gradient is False):
+            fresh = {one: value.detach() for one, value in self._read(name, batch.take(rows), bare).items()}
+        _collect(now, fresh, rows if real else [], batch)
 
     def update(self, work: Work) -> UpdateResult:
         """See `Learner.update`. Raises RunStopped, before any weight changes, if a loss or a gradient is not finite."""
@@ -286,6 +296,13 @@ class LocalLearner:
         """Distribute the weights, then build the optimizers on the distributed weights."""
         self._optimizers = {role.name: optimizers_of(role, self.optims[role.name]) for role in self._trained()}
 
+    def _leave(self) -> None:
+        """Let each frozen role that has a model of its own stay in CPU memory between uses."""
+        held = {id(role.model) for role in self.roles.values() if role.trained}
+        for role in self.roles.values():
+            if id(role.model) not in held:
+                role.leave()
+
     def _clear(self) -> None:
         """Clear the gradients of the last update."""
         for role in self._trained():
@@ -383,9 +400,10 @@ class LocalLearner:
     ) -> dict[str, Tensor]:
         reference = self.roles.get("reference")
         role = self.roles[name]
-        return read(
-            role, batch, columns, packed=self.packed, shared=self._shares(role), dropout=dropout, reference=reference, routed=routed
-        )  # fmt: skip
+        with reference.present() if reference is not None and "exact_kl" in columns else nullcontext():
+            return read(
+                role, batch, columns, packed=self.packed, shared=self._shares(role), dropout=dropout, reference=reference, routed=routed
+            )  # fmt: skip
 
     @torch.no_grad()
     def _chosen(
@@ -499,10 +517,10 @@ def _collect(whole: dict[str, Tensor], fresh: Mapping[str, Tensor], rows: list[i
         batch.scatter(whole, name, rows, values.cpu())
 
 
-Options = LearnerOptions
+Options = WholeOptions
 
 
-def check(options: LearnerOptions, context: LearnerContext) -> None:
+def check(options: WholeOptions, context: LearnerContext) -> None:
     """Raise RecipeError for several processes."""
     if context.workers > 1:
         raise RecipeError(
@@ -510,6 +528,6 @@ def check(options: LearnerOptions, context: LearnerContext) -> None:
         )
 
 
-def make(options: LearnerOptions, context: LearnerContext) -> Any:
+def make(options: WholeOptions, context: LearnerContext) -> Any:
     """Return the class of the learner with its options."""
-    return partial(LocalLearner, bf16=options.in_bf16(context))
+    return partial(LocalLearner, bf16=options.in_bf16(context), offload_frozen=options.offload_frozen)

@@ -59,7 +59,8 @@ class Role:
     computed (see `whet.models.readers`), and `shift` is added to the score. `paths` is what `whet.models.probe` found. With
     `autocast` the model computes in bfloat16 and keeps its float32 weights (see `compute_in`). If an engine shards the weights
     over processes, `shell` is the module it wrapped (see `whet.models.shell`), and `gather` returns a full parameter; all
-    processes must call it together. `router` has the losses of a mixture of experts.
+    processes must call it together. `router` has the losses of a mixture of experts. `home` is the device of weights that stay in
+    CPU memory between uses; None if they do not.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Role:
     pads: bool = field(init=False, default=False)
     paths: Paths = field(init=False, default=Paths())
     autocast: bool = field(init=False, default=False)
+    home: torch.device | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         if self.head is None and not self.causal:
@@ -146,6 +148,28 @@ class Role:
     def base_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters of the base model, without adapters, which no role trains."""
         return {name: p for name, p in self.model.named_parameters() if saved_adapters.owner(name) is None}
+
+    def leave(self) -> None:
+        """Move the weights to CPU memory, where they stay between uses (see `present`)."""
+        self.home = self.home or self.device
+        self._move(torch.device("cpu"))
+
+    @contextmanager
+    def present(self) -> Iterator[None]:
+        """Have the weights on the device that computes. With `leave`, they are moved there and back."""
+        if self.home is None or self.device == self.home:
+            yield
+            return
+        self._move(self.home)
+        try:
+            yield
+        finally:
+            self._move(torch.device("cpu"))
+
+    def _move(self, device: torch.device) -> None:
+        self.model.to(device)
+        if self.head is not None:
+            self.head.to(device)
 
     @contextmanager
     def active(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from whet.distributed import Workers, first
 from whet.errors import ModelError, RecipeError
 from whet.extras import require
-from whet.learner.base import LEARNERS, LearnerContext, LearnerOptions, ShardedOptions
+from whet.learner.base import LEARNERS, LearnerContext, LearnerOptions, ShardedOptions, WholeOptions
 from whet.learner.local import LocalLearner
 from whet.methods import Algorithm, Objective
 from whet.methods.options import Optim
@@ -35,7 +35,7 @@ def chosen_of(recipe: fields.TrainingRecipe, workers: int) -> tuple[Chosen, Lear
     whole = next((one.kind for one in (recipe.optim, critic_optim(recipe)) if one.needs_whole()), "")
     name, options = learning.backend, dict(learning.options)
     if name == "auto":
-        own = config.fields_of(LearnerOptions)
+        own = config.fields_of(WholeOptions)
         plain = all(one in own or value == getattr(ShardedOptions(), one, None) for one, value in options.items())
         name = "local" if workers == 1 and plain else "ddp" if whole else AUTO
         if plain and name != AUTO:
