@@ -20,10 +20,14 @@ TESTS = ("-n", "2", "--dist", "worksteal", "--ignore", "tests/engines")
 """How all tests are run, as `make test` does."""
 
 
+def dependencies() -> list[str]:
+    """Return the dependencies in pyproject.toml, with their ranges."""
+    return list(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"])
+
+
 def bounds() -> dict[str, str]:
     """Return the lower bound of each dependency that has one, without torch."""
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    found = (re.match(r"([\w-]+)>=([\w.]+)", one) for one in listed)
+    found = (re.match(r"([\w-]+)>=([\w.]+)", one) for one in dependencies())
     return {one[1]: one[2] for one in found if one and one[1] != "torch"}
 
 

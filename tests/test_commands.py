@@ -39,6 +39,7 @@ ELSEWHERE = {
     "benchmarks.real": "tests/test_benchmarks.py",
     "benchmarks.results": "tests/test_benchmarks.py",
     "proof.real": ".ci/run (make real-short)",
+    "proof.versions": "tests/test_versions.py",
     "proof.wheel": ".ci/run (make wheel)",
     "pytest": "make test",
     "pip": "make test",
