@@ -59,11 +59,11 @@ def made(which: str) -> Path:
 def main(given: Sequence[str] | None = None) -> None:
     """Run the tests in both environments. End with an error if one fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", nargs="*", choices=["oldest", "newest"], default=["oldest", "newest"])
+    parser.add_argument("which", nargs="*", choices=["oldest", "newest"], help="both by default")
     parser.add_argument("--tests", nargs="+", default=[], help="these tests alone")
     asked = parser.parse_args(given)
     failed = []
-    for which in asked.which:
+    for which in asked.which or ("oldest", "newest"):
         python = made(which)
         listed = [str(python), "-m", "pip", "list", "--format", "freeze"]
         versions = subprocess.run(listed, capture_output=True, text=True, check=True).stdout.splitlines()
