@@ -1,6 +1,6 @@
 """`make oldest-newest`: the tests on the oldest and on the newest versions of the packages that pyproject.toml allows.
 
-    python -m proof.versions [oldest] [newest] [--tests tests/ops ...]
+    python -m proof.versions [--only oldest] [--tests tests/ops ...]
 
 Each has an environment of its own, `.venv-oldest` and `.venv-newest`, which is made anew when pyproject.toml changes. The
 oldest versions are the lower bounds of the dependencies. torch is that of constraints.txt in both, since other versions
@@ -59,11 +59,11 @@ def made(which: str) -> Path:
 def main(given: Sequence[str] | None = None) -> None:
     """Run the tests in both environments. End with an error if one fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", nargs="*", choices=["oldest", "newest"], help="both by default")
+    parser.add_argument("--only", choices=["oldest", "newest"], help="default: both")
     parser.add_argument("--tests", nargs="+", default=[], help="these tests alone")
     asked = parser.parse_args(given)
     failed = []
-    for which in asked.which or ("oldest", "newest"):
+    for which in [asked.only] if asked.only else ["oldest", "newest"]:
         python = made(which)
         listed = [str(python), "-m", "pip", "list", "--format", "freeze"]
         versions = subprocess.run(listed, capture_output=True, text=True, check=True).stdout.splitlines()
