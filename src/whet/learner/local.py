@@ -19,7 +19,7 @@ from whet.learner.state import CONSTANTS, as_tensor, fingerprint, optimizers_of,
 from whet.learner.store import Stored, write
 from whet.methods.options import Optim
 from whet.models.dropout import Dropout
-from whet.models.readers import BARE, packs, read
+from whet.models.readers import BARE, packs, read, shares
 from whet.models.roles import Role
 from whet.models.router import Routed
 from whet.models.sizes import tokens_of
@@ -370,7 +370,7 @@ class LocalLearner:
         """Return whether a prompt is computed once for the rows that have it. Dropout and a trained router look at each token of
         each row, in updates; measuring must compute the same bits."""
         alone = role.trained and (bool(self.dropout) or role.router is not None)
-        return self.shared and not alone and role.paths.sharing is not False
+        return not alone and shares(role, self.shared)
 
     def _dealt(self, name: str, batch: Batch) -> list[tuple[list[int], bool]]:
         """Return the micro-batches of this worker for a role as (rows, real). Each worker has the same number of micro-batches.

@@ -129,6 +129,11 @@ def packs(role: Role, rows: Sequence[Row], packed: bool = True) -> bool:
     return packed and wide and not role.whole_text and role.paths.packing is not False
 
 
+def shares(role: Role, shared: bool = True) -> bool:
+    """Return whether a prompt of packed rows is computed once if `shared` asks for it: the probe did not find it wrong."""
+    return shared and role.paths.sharing is not False
+
+
 def _laid_out(role: Role, rows: Sequence[Row], packed: bool, shared: bool) -> tuple[list["_Layout"], Places]:
     """Return the inputs of one or more forwards of the role, and where the tokens of each row are in their flat positions."""
     lengths = torch.tensor([row.length for row in rows])
@@ -141,7 +146,7 @@ def _laid_out(role: Role, rows: Sequence[Row], packed: bool, shared: bool) -> tu
             )
         return [_Layout(row.ids[None]) for row in rows], joined
     if packs(role, rows, packed) and uses(role.model):
-        found = Packed.of(rows, shared and role.paths.sharing is not False)
+        found = Packed.of(rows, shares(role, shared))
         return [_Layout(found.ids, found.pieces.positions(), found.pieces)], found.places
     if packs(role, rows, packed):
         return [_packed(rows)], joined

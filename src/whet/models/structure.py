@@ -22,8 +22,8 @@ JOINED = 1 << 18
 MERGED = 1 << 26
 """Largest number of weights of a model into which adapters are merged for decoding; larger ones call the adapted layers."""
 WIDE, PIECE = 2048, 512
-"""From this number of outputs on, a CPU multiplies few rows by pieces of so many outputs, which fit into its cache: 1.3 times
-as fast."""
+"""From this number of outputs on, a CPU multiplies few rows by pieces of so many outputs, which fit into its cache
+(`python -m benchmarks.generation` measures it)."""
 FEW = 128
 """Largest number of such rows."""
 

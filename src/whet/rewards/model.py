@@ -7,7 +7,7 @@ import torch
 from whet.data import Batch, Chat, Group, Row, extras_of, micro_batches
 from whet.errors import RecipeError, RewardError
 from whet.models.probe import probe
-from whet.models.readers import packs, read
+from whet.models.readers import packs, read, shares
 from whet.models.roles import Role
 from whet.models.sizes import tokens_of
 from whet.rewards.base import Scores
@@ -27,7 +27,7 @@ def reading(role: Role, budget: int | None, *, packed: bool = True, shared: bool
         if role.paths.padding is None:
             probe(role, [row.ids for row in batch.rows], packed=packed)
         flat = packs(role, batch.rows, packed)
-        once = flat and shared and role.paths.sharing is not False
+        once = flat and shares(role, shared)
         for places in micro_batches(batch, budget or tokens_of(role.model), packed=flat, shared=once):
             for name, values in read(role, batch.take(places), names, packed=packed, shared=shared).items():
                 batch.scatter(out, name, places, values.cpu())
