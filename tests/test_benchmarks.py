@@ -35,17 +35,18 @@ def ran(module: str, *words: str) -> str:
 
 def test_the_lean_loop_and_whet_do_the_same_work(world: Path, tmp_path: Path) -> None:
     lines = tmp_path / "lines.jsonl"
-    named = ["--lines", "sft:tiny", "reward:tiny", "dpo:tiny", "rloo:tiny:fixed"]
+    named = ["--lines", "dpo:tiny", "rloo:tiny:fixed"]
     ran("benchmarks.pairs", *named, "--n", "1", "--skip", "trl", "--world", str(world), "--out", str(lines))
     found = [json.loads(line) for line in lines.read_text().splitlines()]
     assert [(one["algorithm"], one["program"]) for one in found] == [
-        (name, program) for name in ("sft", "reward", "dpo", "rloo") for program in ("lean", "whet")
+        (name, program) for name in ("dpo", "rloo") for program in ("lean", "whet")
     ]
     ran("benchmarks.results", str(lines), "--out", str(tmp_path / "RESULTS.md"))
     assert (tmp_path / "RESULTS.md").read_text() == page(found)
     assert str(tmp_path) not in page(found)
 
 
+@pytest.mark.long
 def test_the_gpu_benchmark_runs_on_a_cpu(world: Path) -> None:
     told = json.loads(
         ran(
@@ -66,6 +67,7 @@ def test_the_gpu_benchmark_runs_on_a_cpu(world: Path) -> None:
     assert told["utilisation"] == round(utilisation(Line("dpo", "tiny"), told["tokens_per_s"], 1e12), 4)
 
 
+@pytest.mark.long
 def test_the_benchmark_of_a_real_model_runs(world: Path) -> None:
     told = json.loads(ran("benchmarks.real", "--n", "1", "--only", "grpo", "--model", str(world / "tiny" / "model")))
     assert told["real"] == "grpo"

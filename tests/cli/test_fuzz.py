@@ -12,7 +12,7 @@ import pytest
 from proof import fuzz
 from proof.limits import RAISED, Ended, limited
 
-COUNT = 500
+COUNT = 250
 CLEAR = "whet: a caution\nwhet: optim.lr: expected a finite number, got inf\n"
 
 
