@@ -1,8 +1,11 @@
 """Data from which little or nothing can be learned: equal answers, ties, one label or score, empty answers, copies."""
 
 import os
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+import numpy as np
 
 from whet.data.fields import numbers
 from whet.data.types import Labeled, Pair, Prompt, Ranking, Row, Stepped, Unpaired
@@ -22,29 +25,90 @@ def cautions(rows: Sequence[Located], records: Sequence[Any], end_ids: Sequence[
 
     Raises DataError if no pair or ranking says which of two different answers is better.
     """
-    total = len(records)
-    equal = sum(not _tied(one) and not _compares(one) for one in records if isinstance(one, (Pair, Ranking)))
-    tied = sum(_tied(one) for one in records)
-    lines = [*_ties_of(rows)] if isinstance(records[0], Pair) else []
-    if tied:
-        lines.append(f"{tied} of {total} rankings have ties alone")
-    if equal:
-        what = "chosen equal to rejected" if isinstance(records[0], Pair) else "equal answers at different ranks"
-        lines.append(f"{equal} of {total} {_name(records)} have {what}, token by token")
-    where = _source_of(rows)
-    if tied + equal == total:
-        raise DataError(f"{where}: nothing says which answer is better: {'; '.join(lines)}")
-    lines += [*_one_value(records), *_empty(records, end_ids)]
-    different = len({_content(one) for one in records})
-    if 4 * different < total:
-        lines.append(f"{total - different} of {total} {_name(records)} are copies of earlier ones")
-    return [f"{where}: {one}" for one in lines]
+    tally = Tally(end_ids, pairs=isinstance(records[0], Pair))
+    tally.add(rows, records)
+    return [f"{common_name(tally.files)}: {one}" for one in tally.lines()]
 
 
-def _source_of(rows: Sequence[Located]) -> str:
-    """Return the file of the rows, or what the names of several files have in common."""
-    files = {one.where.rpartition(":")[0]: None for one in rows}
-    return next(iter(files)) if len(files) == 1 else f"{os.path.commonpath(list(files))} ({len(files)} files)"
+class Tally:
+    """What `cautions` counts, for records that are read block by block. It keeps 8 bytes of each record. `pairs` says that the
+    records are pairs."""
+
+    def __init__(self, end_ids: Sequence[int], *, pairs: bool) -> None:
+        self.end_ids, self.pairs = end_ids, pairs
+        self.files: dict[str, None] = {}
+        """the files of the rows, in order"""
+        self.kind: type = type(None)
+        self.total = self.equal = self.tied = self.ranked = self.ties = self.answers = self.empty = 0
+        self.values: dict[str, tuple[Any, int, bool]] = {}
+        """of labels and scores: the first value, their number, and whether all are equal to it"""
+        self.contents = array("q")
+
+    def add(self, rows: Sequence[Located], records: Sequence[Any]) -> None:
+        """Count the records of these rows."""
+        self.files.update(dict.fromkeys(one.where.rpartition(":")[0] for one in rows))
+        if self.pairs:
+            self._add_ties(rows)
+        for one in records:
+            self.kind = self.kind if self.total else type(one)
+            self.total += 1
+            self.tied += _tied(one)
+            self.equal += isinstance(one, (Pair, Ranking)) and not _tied(one) and not _compares(one)
+            self._add_values(one)
+            for row in _answers(one):
+                self.answers += 1
+                self.empty += int(row.ids[row.start]) in self.end_ids and int(row.mask.sum()) == 1
+            self.contents.append(hash(_content(one)))
+
+    def lines(self) -> list[str]:
+        """Return the cautions about all records, without the name of the file. Raises DataError as `cautions` does."""
+        name = NAMES.get(self.kind, "answers")
+        lines = [f"{self.ties} of {self.ranked} rankings have ties alone"] if self.ties else []
+        if self.tied:
+            lines.append(f"{self.tied} of {self.total} rankings have ties alone")
+        if self.equal:
+            what = "chosen equal to rejected" if self.pairs else "equal answers at different ranks"
+            lines.append(f"{self.equal} of {self.total} {name} have {what}, token by token")
+        if self.tied + self.equal == self.total:
+            raise DataError(f"{common_name(self.files)}: nothing says which answer is better: {'; '.join(lines)}")
+        for what, (first, count, same) in self.values.items():
+            if count > 1 and same:
+                shown = str(first).lower() if isinstance(first, bool) else f"{first:g}"
+                lines.append(f"{count} of {count} {what} {shown}, so nothing tells good from bad")
+        if self.empty and 2 * self.empty >= self.answers:
+            lines.append(f"{self.empty} of {self.answers} answers are empty: their end token alone")
+        different = len(np.unique(np.frombuffer(self.contents, dtype=np.int64)))
+        if 4 * different < self.total:
+            lines.append(f"{self.total - different} of {self.total} {name} are copies of earlier ones")
+        return lines
+
+    def _add_ties(self, rows: Sequence[Located]) -> None:
+        """Count the rankings with ties alone among rows that are read as pairs: no pair comes from them."""
+        for one in rows:
+            if "responses" in one.row and one.row.get("probability") is None:
+                name = "ranks" if one.row.get("ranks") is not None else "scores"
+                self.ranked += 1
+                self.ties += constant(numbers(one, name, len(one.row["responses"])))
+
+    def _add_values(self, record: Any) -> None:
+        """Note the labels or the score of an answer."""
+        what: str = ""
+        values: list[Any] = []
+        if isinstance(record, Unpaired):
+            what, values = "answers have the label", [record.good]
+        elif isinstance(record, Labeled):
+            what, values = "answers have the score", [record.score]
+        elif isinstance(record, Stepped):
+            what, values = "steps have the label", record.labels[record.ends].tolist()
+        for value in values:
+            first, count, same = self.values.get(what, (value, 0, True))
+            self.values[what] = (first, count + 1, same and value == first)
+
+
+def common_name(files: Iterable[str]) -> str:
+    """Return the name of the file, or what the names of several files have in common."""
+    names = list(files)
+    return names[0] if len(names) == 1 else f"{os.path.commonpath(names)} ({len(names)} files)"
 
 
 def constant(values: Sequence[float]) -> bool:
@@ -54,10 +118,6 @@ def constant(values: Sequence[float]) -> bool:
     (True, False, False)
     """
     return len(values) > 1 and len(set(values)) == 1
-
-
-def _name(records: Sequence[Any]) -> str:
-    return NAMES.get(type(records[0]), "answers")
 
 
 def _tied(record: Any) -> bool:
@@ -76,36 +136,6 @@ def _tokens(row: Row) -> bytes:
     return bytes(row.ids.numpy().tobytes())
 
 
-def _ties_of(rows: Sequence[Located]) -> Iterator[str]:
-    """Count the rankings with ties alone among rows that are read as pairs: no pair comes from them."""
-    ranked = [one for one in rows if "responses" in one.row and one.row.get("probability") is None]
-    fields = ["ranks" if one.row.get("ranks") is not None else "scores" for one in ranked]
-    given = [numbers(one, name, len(one.row["responses"])) for one, name in zip(ranked, fields, strict=True)]
-    tied = sum(map(constant, given))
-    if tied:
-        yield f"{tied} of {len(ranked)} rankings have ties alone"
-
-
-def _one_value(records: Sequence[Any]) -> Iterator[str]:
-    """Name the label or the score if all answers have the same one."""
-    values: dict[str, list[Any]] = {
-        "answers have the label": [],
-        "answers have the score": [],
-        "steps have the label": [],
-    }
-    for one in records:
-        if isinstance(one, Unpaired):
-            values["answers have the label"].append(one.good)
-        elif isinstance(one, Labeled):
-            values["answers have the score"].append(one.score)
-        elif isinstance(one, Stepped):
-            values["steps have the label"] += one.labels[one.ends].tolist()
-    for what, found in values.items():
-        if constant(found):
-            shown = str(found[0]).lower() if isinstance(found[0], bool) else f"{found[0]:g}"
-            yield f"{len(found)} of {len(found)} {what} {shown}, so nothing tells good from bad"
-
-
 def _answers(record: Any) -> tuple[Row, ...]:
     """Return the rows of a record with the answers that it is about."""
     match record:
@@ -118,13 +148,6 @@ def _answers(record: Any) -> tuple[Row, ...]:
         case Prompt():
             return ()
     return (record.row,)
-
-
-def _empty(records: Sequence[Any], end_ids: Sequence[int]) -> Iterator[str]:
-    answers = [row for one in records for row in _answers(one)]
-    empty = sum(int(row.mask.sum()) == 1 and int(row.ids[row.start]) in end_ids for row in answers)
-    if empty and 2 * empty >= len(answers):
-        yield f"{empty} of {len(answers)} answers are empty: their end token alone"
 
 
 def _content(record: Any) -> tuple[Any, ...]:

@@ -47,10 +47,41 @@ def canonical(rows: Sequence[Located], columns: Mapping[str, str] | None = None,
     >>> canonical([Located({"instruction": "Add.", "input": "1 + 2", "output": "3"}, "a.jsonl:1")])[0].row
     {'prompt': 'Add.\\n1 + 2', 'completion': '3'}
     """
-    columns = columns or {}
-    check_names(columns)
-    rows = _renamed(rows, columns, source) if columns else rows
-    return [_canonical(one, columns) for one in rows]
+    forms = Forms(columns or {}, source)
+    found = [forms.renamed(one) for one in rows]
+    forms.check()
+    return [forms.converted(one) for one in found]
+
+
+class Forms:
+    """The conversion of the rows of one source, row by row, see `canonical`. Raises RecipeError for an unknown name in `columns`."""
+
+    def __init__(self, columns: Mapping[str, str], source: str) -> None:
+        check_names(columns)
+        self.columns, self.source = columns, source
+        self._gone = {*columns, *columns.values()}
+        self._have: dict[str, None] = {}
+
+    def renamed(self, located: Located) -> Located:
+        """Return a row with the renamed columns."""
+        if not self.columns:
+            return located
+        row = located.row
+        self._have.update(dict.fromkeys(row))
+        taken = {name: row[column] for name, column in self.columns.items() if column in row}
+        return Located({k: v for k, v in row.items() if k not in self._gone} | taken, located.where)
+
+    def converted(self, located: Located) -> Located:
+        """Return a renamed row with whet's columns. Raises DataError for a row in two forms and for a message that cannot be read."""
+        return _canonical(located, self.columns)
+
+    def check(self) -> None:
+        """Raise DataError for a column that no renamed row had. Call it after the last row."""
+        for name, column in self.columns.items():
+            if column not in self._have:
+                near = difflib.get_close_matches(column, list(self._have), n=1)
+                advice = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(self._have))}"
+                raise DataError(f"{self.source}: data.columns.{name}: no row has a column {column!r}; {advice}")
 
 
 def check_names(columns: Mapping[str, str]) -> None:
@@ -63,21 +94,6 @@ def check_names(columns: Mapping[str, str]) -> None:
                 f"; did you mean {near[0]!r}?" if near and not turned else turned or f"; it has {', '.join(FIELDS)}"
             )
             raise RecipeError(f"data.columns: whet reads no column {name!r}{advice}")
-
-
-def _renamed(rows: Sequence[Located], columns: Mapping[str, str], source: str) -> list[Located]:
-    have = {name: None for one in rows for name in one.row}
-    for name, column in columns.items():
-        if column not in have:
-            near = difflib.get_close_matches(column, list(have), n=1)
-            advice = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(have))}"
-            raise DataError(f"{source}: data.columns.{name}: no row has a column {column!r}; {advice}")
-    out = []
-    for one in rows:
-        taken = {name: one.row[column] for name, column in columns.items() if column in one.row}
-        gone = {*columns, *columns.values()}
-        out.append(Located({k: v for k, v in one.row.items() if k not in gone} | taken, one.where))
-    return out
 
 
 def _canonical(located: Located, columns: Mapping[str, str]) -> Located:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from whet.data.files import once
-from whet.data.forms import canonical
+from whet.data.forms import Forms
 from whet.data.hub import dataset_rows
 from whet.data.places import files_of, kind_of, missing
 from whet.data.values import Located, plain_row
@@ -19,6 +19,8 @@ from whet.errors import DataError, first_line
 
 BOM = b"\xef\xbb\xbf"
 """The byte-order mark of UTF-8."""
+PARQUET_ROWS = 1024
+"""Number of rows of a Parquet file that are decoded at once."""
 
 
 def read_rows(
@@ -37,6 +39,14 @@ def read_rows(
     JSON or CSV, a row that is not an object, a name that stands twice, a value that JSON cannot hold, and two rows with the
     same `id`.
     """
+    return list(iterate_rows(source, columns=columns, num_rows=num_rows, streaming=streaming))
+
+
+def iterate_rows(
+    source: str, *, columns: Mapping[str, str] | None = None, num_rows: int | None = None, streaming: bool = False
+) -> Iterator[Located]:
+    """Yield the rows of a data source one by one, see `read_rows`. JSONL and Parquet files are not read whole. If a row cannot
+    be converted, the rest is read first, since an error of the file itself, or of `columns`, is told before."""
     if not source:
         raise DataError("data: the path is empty; name a file, a folder or a dataset")
     files = files_of(source)
@@ -47,23 +57,37 @@ def read_rows(
             f"{source}: data.streaming reads the first rows of a dataset; say how many with --data.num-rows 10000"
         )
     found = _rows_of_files(files) if files is not None else _rows_of_dataset(source, streaming)
-    rows = []
+    forms = Forms(columns or {}, source)
     seen: dict[str, str] = {}
+    empty, late = True, None
     for where, raw, filled in islice(found, num_rows):
         row = {name: value for name, value in plain_row(raw, where, filled=filled).items() if value is not None}
-        rows.append(Located(row, where))
-    if not rows:
+        one, empty = forms.renamed(Located(row, where)), False
+        if late is not None:
+            continue
+        try:
+            one = forms.converted(one)
+            _check_id(one, seen)
+        except DataError as error:
+            late = error
+            continue
+        yield one
+    if empty:
         raise DataError(f"{source}: the file is empty; at least one row is needed")
-    rows = canonical(rows, columns, source)
-    for one in rows:
-        if "id" in one.row:
-            name = str(one.row["id"])
-            if name in seen:
-                raise DataError(
-                    f"{one.where}: id {one.row['id']!r} was already used at {seen[name]}; ids must be unique"
-                )
-            seen[name] = one.where
-    return rows
+    forms.check()
+    if late is not None:
+        raise late
+
+
+def _check_id(located: Located, seen: dict[str, str]) -> None:
+    """Note the `id` of a row, and raise DataError if an earlier row has it."""
+    if "id" in located.row:
+        name = str(located.row["id"])
+        if name in seen:
+            raise DataError(
+                f"{located.where}: id {located.row['id']!r} was already used at {seen[name]}; ids must be unique"
+            )
+        seen[name] = located.where
 
 
 def _rows_of_dataset(source: str, streaming: bool) -> Iterator[tuple[str, Mapping[str, Any], bool]]:
@@ -190,7 +214,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict]]:
     try:
         file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
         _check_names(file.schema_arrow.names, str(path))
-        for batch in file.iter_batches():
+        for batch in file.iter_batches(PARQUET_ROWS):
             for row in _rows_of(batch, path, number):
                 number += 1
                 yield f"{path}:{number}", row

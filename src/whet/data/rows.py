@@ -5,10 +5,11 @@ or `scores`, `score`. An invalid row raises DataError with its file and line, th
 model is loaded.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -82,6 +83,28 @@ class Reader:
         finally:
             self.chat.encoded.clear()
 
+    def stream(self, reading: str, rows: Iterable[Located]) -> Iterator[tuple[Sequence[Located], list[Any]]]:
+        """Yield the rows of a source block by block, each with its records: the result of the method `reading` in parts. Only a block
+        is kept in memory; for "unpaired", which combines distant rows, it is the source. Raises DataError if no record comes from
+        the source."""
+        if reading == "unpaired":
+            whole = list(rows)
+            yield whole, self.unpaired(whole)
+            return
+        self.tied.clear()
+        number, empty, texts = 0, True, reading in ("texts", "demonstrations")
+        rows = iter(rows)
+        while block := list(islice(rows, BLOCK)):
+            records = self.block(reading, block, number)
+            number, empty, texts = (
+                number + len(block),
+                empty and not records,
+                texts and (reading == "texts" or all(map(_is_text, block))),
+            )
+            yield block, records
+        if empty:
+            raise DataError("no row is left: no text has two tokens") if texts else self.nothing()
+
     def nothing(self) -> DataError:
         """Return the error for a source from which no record comes."""
         why = f"all are longer than {self.max_tokens} tokens; {self.advice}"
@@ -91,19 +114,13 @@ class Reader:
 
     def _all(self, reading: str, rows: Sequence[Located]) -> list[Any]:
         """Return the records of all rows, block by block."""
-        self.tied.clear()
-        out = []
-        for first in range(0, len(rows), BLOCK):
-            out += self.block(reading, rows[first : first + BLOCK], first)
-        if not out:
-            raise self.nothing()
-        return out
+        return [record for _, records in self.stream(reading, rows) for record in records]
 
     def _expected(self, reading: str, located: Located) -> Iterator[str]:
         """Yield the texts that are tokenized for a row, as far as they can be told without checking it."""
         row = located.row
         try:
-            if reading == "texts" or ("prompt" not in row and "text" in row):
+            if reading == "texts" or _is_text(located):
                 return
             if reading == "demonstrations" and row.get("messages") is not None:
                 yield from self.chat.expected(messages_of(located, "messages"), extras_of(row))
@@ -130,10 +147,7 @@ class Reader:
 
         Each piece starts with the last token of the previous piece, so each token is predicted once.
         """
-        out = [record for first in range(0, len(rows), BLOCK) for record in self._texts(rows[first : first + BLOCK])]
-        if not out:
-            raise DataError("no row is left: no text has two tokens")
-        return out
+        return self._all("texts", rows)
 
     def _texts(self, rows: Sequence[Located]) -> list[Row]:
         out = []
@@ -165,14 +179,14 @@ class Reader:
 
     def demonstrations(self, rows: Sequence[Located]) -> list[Row]:
         """Read `prompt` + `completion`, `messages`, or `text` rows, in any mixture, for SFT."""
-        if all("text" in located.row and located.row.keys().isdisjoint(("messages", "prompt")) for located in rows):
-            return self.texts(rows)
         return self._all("demonstrations", rows)
 
     def _demonstrations(self, rows: Sequence[Located]) -> list[Row]:
+        if all(map(_is_text, rows)):
+            return self._texts(rows)
         out = []
         for located in rows:
-            if "text" in located.row and "messages" not in located.row and "prompt" not in located.row:
+            if _is_text(located):
                 out.extend(self._texts([located]))
                 continue
             if located.row.get("messages") is not None:
@@ -488,6 +502,11 @@ class Reader:
             return make(*given)
         except DataError as error:
             raise DataError(f"{located.where}: {error}") from error
+
+
+def _is_text(located: Located) -> bool:
+    """Return whether a row has a plain text and no conversation."""
+    return "text" in located.row and "messages" not in located.row and "prompt" not in located.row
 
 
 def _ordered(chosen: Row, rejected: Row, probability: float, margin: float) -> Pair:
