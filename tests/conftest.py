@@ -1,4 +1,6 @@
-"""What all tests share: suites whose failures are told in full, and long tests, which run with --long alone."""
+"""What all tests share: suites whose failures are told in full, long tests, which run with --long alone, and an empty cache."""
+
+from collections.abc import Iterator
 
 import pytest
 
@@ -19,3 +21,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left = [item for item in items if "long" in item.keywords]
     items[:] = [item for item in items if "long" not in item.keywords]
     config.hook.pytest_deselected(items=left)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests and the processes that they start use no cache of the user."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WHET_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -59,3 +59,14 @@ def at(*rows: dict) -> list[Located]:
 def drawn(rows: Any) -> list[str]:
     tokenizer = tiny.tokenizer()
     return [picture(row, tokenizer) for row in rows]
+
+
+def bits(value: Any) -> Any:
+    """Everything in an element, with its types."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, tuple(value.shape), value.numpy().tobytes()
+    if isinstance(value, (tuple, list)):
+        return type(value), tuple(map(bits, value))
+    if hasattr(value, "__dataclass_fields__"):
+        return type(value), tuple(bits(getattr(value, name)) for name in value.__dataclass_fields__)
+    return type(value), repr(value)

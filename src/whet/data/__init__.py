@@ -9,8 +9,9 @@ if TYPE_CHECKING:
     from whet.data.chat import PLAIN, Chat, chat_format, extras_of
     from whet.data.columns import COLUMNS, Column, measured
     from whet.data.fields import numbers
-    from whet.data.read import read_rows
+    from whet.data.read import iterate_rows, read_rows
     from whet.data.rows import Reader, ranks_of
+    from whet.data.store import Store, lengths_of
     from whet.data.types import (
         Batch,
         Element,
@@ -53,10 +54,17 @@ _HOMES = {
         "measured",
     ),
     "whet.data.fields": ("numbers",),
-    "whet.data.read": ("read_rows",),
+    "whet.data.read": (
+        "iterate_rows",
+        "read_rows",
+    ),
     "whet.data.rows": (
         "Reader",
         "ranks_of",
+    ),
+    "whet.data.store": (
+        "Store",
+        "lengths_of",
     ),
     "whet.data.types": (
         "Batch",
@@ -99,12 +107,15 @@ __all__ = [
     "Sample",
     "Segment",
     "Stepped",
+    "Store",
     "Unpaired",
     "Weights",
     "chat_format",
     "dealt",
     "epoch_batches",
     "extras_of",
+    "iterate_rows",
+    "lengths_of",
     "measured",
     "micro_batches",
     "minibatches",

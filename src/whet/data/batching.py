@@ -40,7 +40,7 @@ class Order(Sequence[tuple[int, int]]):
         share = torch.tensor([1.0] if weights is None else weights, dtype=torch.float64)
         self._shares = (share / share.sum()).cumsum(0)
         self._mixed = weights is not None
-        self._turns: dict[tuple[int, int], list[int]] = {}
+        self._turns: dict[tuple[int, int], torch.Tensor] = {}
         self._before: list[list[int]] = [[0] * len(self._sizes)]
         self._blocks: dict[int, list[tuple[int, int]]] = {}
 
@@ -72,8 +72,8 @@ class Order(Sequence[tuple[int, int]]):
         if (source, epoch) not in self._turns:
             self._turns = {key: turn for key, turn in self._turns.items() if key[0] != source or key[1] == epoch - 1}
             parts = (source, epoch) if self._mixed else (epoch,)
-            self._turns[source, epoch] = permutation(address(self._seed, "order", *parts), self._sizes[source]).tolist()
-        return self._turns[source, epoch][place]
+            self._turns[source, epoch] = permutation(address(self._seed, "order", *parts), self._sizes[source])
+        return int(self._turns[source, epoch][place])
 
     def _drawn(self, place: int) -> tuple[int, int]:
         """Return element `place` of a mix: its source, and its index there."""

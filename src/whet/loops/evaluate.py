@@ -1,6 +1,7 @@
 """Evaluation: held-out losses, reward-model accuracy, win rates with a bootstrap interval, KL to another model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -23,13 +24,14 @@ def held_out(
     answers (a reward model, or an implicit reward), the numbers of `pair_numbers` over their untied pairs are there too. Single
     answers (KTO) have no such pairs.
     """
-    parts = [Batch.of(elements[start : start + batch]) for start in range(0, len(elements), batch)]
     terms = objective.terms
-    counts = [sum((part.counts(term.mask) for part in parts), Counts(0, 0, 0)) for term in terms]
+    counts = [Counts(0, 0, 0)] * len(terms)
+    for part in _batches(elements, batch):
+        counts = [own + part.counts(term.mask) for own, term in zip(counts, terms, strict=True)]
     losses: dict[str, float] = {}
     margins: list[Tensor] = []
     columns = objective.reads() & {"ref_logp"}
-    for part in parts:
+    for part in _batches(elements, batch):
         part = learner.measure(part, columns) if columns else part
         part = look_across(learner, objective.select, part)
         step = learner.evaluate([(term, part, own) for term, own in zip(terms, counts, strict=True)])
@@ -88,11 +90,17 @@ def kl(learner: Learner, groups: Sequence[Group], temperature: float = 1.0, *, b
     return torch.cat(out)
 
 
-def scores(learner: Learner, objective: Objective, elements: Sequence[Element], *, batch: int = 64) -> Tensor:
+def _batches(elements: Iterable[Element], size: int) -> Iterator[Batch]:
+    """Yield the elements in batches of `size`; the last may be smaller."""
+    rest = iter(elements)
+    while taken := list(islice(rest, size)):
+        yield Batch.of(taken)
+
+
+def scores(learner: Learner, objective: Objective, elements: Iterable[Element], *, batch: int = 64) -> Tensor:
     """Return the reward model's score of every row of these elements, in order, (n,)."""
     out = []
-    for start in range(0, len(elements), batch):
-        part = Batch.of(elements[start : start + batch])
+    for part in _batches(elements, batch):
         out.append(
             learner.evaluate([(term, part, part.counts(term.mask)) for term in objective.terms]).now["train"]["score"]
         )

@@ -112,8 +112,7 @@ class OfflineLoop:
         self.divergence.restore(loop["divergence"])
         self.evaluation.restore(loop)
         if self.first < plan.steps:
-            elements = [element for source in self.sources for element in source]
-            learner.rehearse(longest(elements, plan.batch), trained_columns(self.objective.terms))
+            learner.rehearse(longest(self.sources, plan.batch), trained_columns(self.objective.terms))
         if plan.precompute:
             self._known = precomputed(learner, self.sources, self.columns, plan.batch)
         self._stack.enter_context(keeper)

@@ -152,8 +152,8 @@ class OnlineLoop:
         row = Row(torch.tensor([*prompt, *prompt[-1:] * room]), len(prompt), torch.ones(room, dtype=torch.bool))
         size = min(self.plan.mini_batch_size, REHEARSED)
         if self.algorithm.pairs:
-            return longest([Pair(row, row)] * size, size)
-        return longest([*[row] * size, *self.stream.elements], size)
+            return longest([[Pair(row, row)] * size], size)
+        return longest([[row] * size, self.stream.elements], size)
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         try:

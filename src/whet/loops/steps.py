@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from whet.data import Batch, Element
+import numpy as np
+
+from whet.data import Batch, Element, lengths_of
 from whet.data.batching import per_epoch
 from whet.methods.parts import Term
 from whet.models.readers import BY_ROLE
@@ -100,13 +102,13 @@ REHEARSED = 16_384
 16,384 times the longest row."""
 
 
-def longest(elements: Sequence[Element], count: int) -> Batch:
-    """Return a batch of the `count` longest elements, the one that needs most memory, and of at most `REHEARSED` of them."""
-    size = {
-        name: max(row.length for row in Batch.of([one]).rows)
-        for name, one in {id(one): one for one in elements}.items()
-    }
-    return Batch.of(sorted(elements, key=lambda one: -size[id(one)])[: min(count, REHEARSED)])
+def longest(sources: Sequence[Sequence[Element]], count: int) -> Batch:
+    """Return a batch of the `count` longest elements of all sources, the one that needs most memory, and of at most `REHEARSED` of
+    them."""
+    lengths = [lengths_of(source) for source in sources]
+    places = [(source, index) for source, own in enumerate(lengths) for index in range(len(own))]
+    turn = np.argsort(-np.concatenate(lengths), kind="stable")[: min(count, REHEARSED)]
+    return Batch.of([sources[source][index] for source, index in map(places.__getitem__, turn)])
 
 
 def trained_columns(terms: Iterable[Term]) -> dict[str, frozenset[str]]:

@@ -119,8 +119,8 @@ def _held_out(recipe: fields.EvalRecipe) -> dict[str, float]:
     else:
         role = models.causal_role("policy", recipe.model, tokenizer, trained=False, seed=0)
         objective, reading = compose.SFT, "demonstrations"
-    read = data.cautioned(getattr(reader, reading), chat)
-    elements = data.rows_of(recipe.data, data.guarded(read, objective, "eval") if scorer else read)
+    refused = data.refused_by(objective) if scorer else ()
+    elements = data.rows_of(recipe.data, data.Reading(reader, reading, "eval", refused))
     probe(role, [row.ids for row in Batch.of(elements[:SOME]).rows], packed=True)
     learner = LocalLearner(
         {role.name: role}, {}, total=1, budget=recipe.max_tokens_per_micro_batch, packed=True, shared=True

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ class OfflineJob:
         """Write the trained model to `where / "model"`. With `head.standardize`, standardize its rewards first."""
         recipe, learner = self.recipe, loop.learner
         if isinstance(recipe, fields.RewardModelRecipe) and recipe.head.standardize:
-            elements = [element for source in self.sources for element in source]
+            elements = chain.from_iterable(self.sources)
             _standardize(learner, evaluate.scores(learner, self.objective, elements))
         self.export(learner, where / "model")
 
@@ -120,9 +121,8 @@ def prepare(method: str, recipe: fields.OfflineRecipe, *, problems: Problems | N
         tokenizer, chat = models.tokenizer_and_chat(recipe.model)
         with problems:
             reader = data.reader_of(recipe.model, recipe.data, chat, closing=rewards)
-            read: Callable[[Sequence[Any]], list] = getattr(reader, reading)
-            read = data.guarded(read, objective, name) if objective is not compose.SFT else read
-            read = data.cautioned(read, chat)
+            refused = data.refused_by(objective) if objective is not compose.SFT else ()
+            read = data.Reading(reader, reading, name, refused, recipe.data.cache)
             with problems:
                 sources, weights = data.sources_of(recipe.data, read)
             with problems:

@@ -137,17 +137,16 @@ def prepare(
         held_out: Sequence[Prompt] = []
         with problems:
             reader = data.reader_of(recipe.model, recipe.data, chat, room=recipe.sampling.max_new_tokens)
-            prompts = data.with_all_columns(data.rows_of(recipe.data, data.cautioned(reader.prompts, chat)))
+            reading = data.Reading(reader, "prompts")
+            prompts = data.with_all_columns(data.rows_of(recipe.data, reading))
             data.tell_left_out(reader)
             data.check_columns(prompts)
         with problems:
-            held_out = data.with_all_columns(
-                data.held_out_of(recipe.eval, recipe.data, data.cautioned(reader.prompts, chat))
-            )
+            held_out = data.with_all_columns(data.held_out_of(recipe.eval, recipe.data, reading))
             data.check_columns(held_out, "eval.data")
         with problems:
             ptx_reader = data.reader_of(recipe.model, fields.Rows(), chat)
-            ptx = data.ptx_of(recipe.ptx, data.cautioned(ptx_reader.demonstrations, chat))
+            ptx = data.ptx_of(recipe.ptx, data.Reading(ptx_reader, "demonstrations"))
         if not recorded:
             with problems:
                 generators.check_generator(recipe, chat, int(os.environ["WORLD_SIZE"]) if launched() else 1)

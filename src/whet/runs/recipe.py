@@ -142,6 +142,8 @@ class Data:
     """separator of the steps of `completions` rows (reward --algorithm.name process)"""
     shuffle: bool = True
     """shuffle the rows in each epoch"""
+    cache: Annotated[str, msgspec.Meta(min_length=1)] = "auto"
+    """folder for tokenized rows, read again by runs with the same rows and tokenizer; auto: ~/.cache/whet/data; none: no cache"""
 
 
 @dataclass(frozen=True)

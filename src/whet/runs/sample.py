@@ -103,7 +103,7 @@ def _best(row: Mapping[str, Any]) -> dict[str, Any]:
 def prompts_of(model: fields.Frozen, rows: fields.Rows, chat: Chat, sampling: Sampling) -> list[Prompt]:
     """Read the prompts of a file. Keep `max_new_tokens` positions free for an answer."""
     reader = data.reader_of(model, rows, chat, room=sampling.max_new_tokens)
-    return data.rows_of(rows, data.cautioned(reader.prompts, chat))
+    return list(data.rows_of(rows, data.Reading(reader, "prompts")))
 
 
 def check_generator(recipe: fields.SampleRecipe | fields.EvalRecipe, chat: Chat) -> None:

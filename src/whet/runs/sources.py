@@ -93,7 +93,7 @@ class Sources:
         about = [
             fingerprint(dict(model.named_parameters())),
             model.config.to_json_string(),
-            _tokenizer_text(self.tokenizer),
+            tokenizer_text(self.tokenizer),
         ]
         mark = _digest("\n".join(about).encode())
         path = self.folder / f"{name.replace('.', '-')}-{type(model).__name__}-{mark}"
@@ -138,7 +138,7 @@ def _put(path: Path, write: Callable[[Path], Any]) -> None:
         shutil.rmtree(aside)  # another process has written the same folder
 
 
-def _tokenizer_text(tokenizer: Any) -> str:
+def tokenizer_text(tokenizer: Any) -> str:
     """Return what a tokenizer is made of: its backend (fast tokenizers), special tokens and chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
