@@ -135,8 +135,16 @@ def write(file: BinaryIO, elements: Iterable[Element]) -> None:
     schema = pyarrow.schema(kinds, {"kind": type(first[0]).__name__})
     with pyarrow.ipc.new_file(file, schema) as writer:
         for batch in chain([first], batches):
-            columns = [pyarrow.ListArray.from_arrays(*one) for one in _lists(batch)]
+            columns = [_list_array(kind, *one) for kind, one in zip(kinds.values(), _lists(batch), strict=True)]
             writer.write_batch(pyarrow.record_batch(columns, schema=schema))
+
+
+def _list_array(kind: Any, offsets: np.ndarray, values: np.ndarray) -> Any:
+    """Return a pyarrow array of lists without a copy. (Arrays from numpy import pandas, see `_array`.)"""
+    from pyarrow import Array, py_buffer
+
+    inner = Array.from_buffers(kind.value_type, len(values), [None, py_buffer(values)])
+    return Array.from_buffers(kind, len(offsets) - 1, [None, py_buffer(offsets)], children=[inner])
 
 
 def _batches(elements: Iterable[Element]) -> Iterator[list[Element]]:
