@@ -271,6 +271,19 @@ def test_columns_and_the_number_of_rows_have_entries_of_their_own() -> None:
     assert len(entries()) == 3
 
 
+def test_splits_of_a_saved_dataset_have_entries_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [row | {"prompt": "a b c"} for row in rows_of("labeled", 300)]
+    splits = {"train": datasets.Dataset.from_list(rows), "test": datasets.Dataset.from_list(rows[::-1])}
+    datasets.DatasetDict(splits).save_to_disk("saved")
+    expected = {one: bits(reading_of("labeled", "none").read(f"saved:{one}", {})) for one in splits}
+    assert expected["train"] != expected["test"]
+    for _ in range(2):
+        assert {one: bits(list(reading_of("labeled").read(f"saved:{one}", {}))) for one in splits} == expected
+        forbid(monkeypatch)
+    assert len(entries()) == 2
+
+
 # --- faults ----------------------------------------------------------------------------------------------------------
 
 
@@ -417,7 +430,7 @@ def test_a_process_waits_for_another_one_that_writes_the_same_rows(capsys: Any) 
 
 
 def test_the_memory_does_not_grow_with_the_file() -> None:
-    """A file of 16 MB, whose tokens and masks take twice as much in memory, is tokenized and cached in the memory of one of 2 MB."""
+    """A file of 13 MB, whose tokens and masks take twice as much in memory, is tokenized and cached in the memory of one of 2 MB."""
     rng = random.Random(0)
     texts = [" ".join(rng.choices(tiny.WORDS, k=100)) for _ in range(40)]
     for file, count in (("small.jsonl", 2000), ("large.jsonl", 16_000)):

@@ -96,11 +96,8 @@ class Reader:
         rows = iter(rows)
         while block := list(islice(rows, BLOCK)):
             records = self.block(reading, block, number)
-            number, empty, texts = (
-                number + len(block),
-                empty and not records,
-                texts and (reading == "texts" or all(map(_is_text, block))),
-            )
+            number, empty = number + len(block), empty and not records
+            texts = texts and (reading == "texts" or all(map(_is_text, block)))
             yield block, records
         if empty:
             raise DataError("no row is left: no text has two tokens") if texts else self.nothing()
