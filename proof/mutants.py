@@ -276,6 +276,10 @@ MUTANTS: list[Mutant] = [
         ("factor = inverse if factor is None else factor * inverse", "factor = inverse if factor is None else factor"),
         ("_sum(self.weight, slope.T, _scaled(own, factor))", "_sum(None, slope.T, _scaled(own, factor))"),
         ("if keep and tokens * vocabulary * buffers <= workspace:", "if keep:"),
+        (
+            "logits[rows, -2 - support[rows, places]] = -torch.inf",
+            "logits[rows, -1 - support[rows, places]] = -torch.inf",
+        ),
     ),
     *_of(
         "ops/kl.py",
@@ -398,6 +402,19 @@ MUTANTS: list[Mutant] = [
         "loops/test_ahead.py",
         ("self.token_versions() + later.token_versions()", "later.token_versions() + self.token_versions()"),
         ("self.sampler_logp + later.sampler_logp", "later.sampler_logp + self.sampler_logp"),
+    ),
+    *_of(
+        "data/store.py",
+        "data/test_store.py",
+        ("end = trained + length - start", "end = trained + length"),
+        ("number = bisect_right(self._ends, index)", "number = bisect_right(self._ends, index - 1)"),
+    ),
+    *_of(
+        "learner/state.py",
+        "learner/test_optimizers.py",
+        ("own[name].copy_(value)", "pass"),
+        ("own[name] = value.item()", "pass"),
+        ("id(parameter) != embedding", "True"),
     ),
     *_of(
         "data/batching.py",
