@@ -8,6 +8,7 @@ have no build for a CPU alone in every registry; so the lower bound of torch is 
 """
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 TESTS = ("-n", "2", "--dist", "worksteal", "--ignore", "tests/engines")
 """How all tests are run, as `make test` does."""
+ALONE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def dependencies() -> list[str]:
@@ -69,7 +71,8 @@ def main(given: Sequence[str] | None = None) -> None:
         versions = subprocess.run(listed, capture_output=True, text=True, check=True).stdout.splitlines()
         names = {*bounds(), "torch", "tokenizers"}
         print(f"{which}:", *(one for one in versions if one.split("==")[0].lower() in names), flush=True)
-        done = subprocess.run([str(python), "-m", "pytest", "-q", *TESTS, *asked.tests], cwd=ROOT, check=False)
+        command = [str(python), "-m", "pytest", "-q", *TESTS, *asked.tests]
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | ALONE, check=False)
         failed += [which] if done.returncode else []
     if failed:
         sys.exit(f"tests failed on the {' and the '.join(failed)} versions")

@@ -318,6 +318,34 @@ def test_a_damaged_file_is_written_again(kind: str, monkeypatch: pytest.MonkeyPa
     assert bits(list(reading_of("pairs").read("rows.jsonl", {}))) == expected
 
 
+def test_data_that_change_while_they_are_read_are_refused_and_leave_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name of the file is of the rows before, so the rows after must not stand in it."""
+    tiny.write_jsonl(Path("rows.jsonl"), rows_of("pairs"))
+    real = data.write
+
+    def changing(*given: Any) -> None:
+        tiny.write_jsonl(Path("rows.jsonl"), rows_of("pairs")[::-1])
+        real(*given)
+
+    monkeypatch.setattr(data, "write", changing)
+    with pytest.raises(DataError, match=r"rows\.jsonl: the data changed while they were read"):
+        reading_of("pairs").read("rows.jsonl", {})
+    assert entries() == []
+
+
+def test_a_file_system_without_locks_is_said_and_the_rows_are_kept_in_memory(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    tiny.write_jsonl(Path("rows.jsonl"), rows_of("pairs"))
+
+    def lock(*_: Any, **__: Any) -> None:
+        raise NotImplementedError("no locks")
+
+    monkeypatch.setattr(cache.FileLock, "acquire", lock)
+    assert isinstance(reading_of("pairs").read("rows.jsonl", {}), list)
+    assert "cannot be written (no locks)" in capsys.readouterr().err
+
+
 def test_a_write_that_was_killed_leaves_nothing_that_is_read() -> None:
     tiny.write_jsonl(Path("rows.jsonl"), rows_of("pairs"))
     expected = bits(list(reading_of("pairs").read("rows.jsonl", {})))

@@ -96,6 +96,24 @@ def test_it_is_an_option_of_learners_that_hold_whole_models(backend: str) -> Non
     recipe = config.resolve(fields.OfflineRecipe, "sft", None, given)
     found, _ = learners.chosen_of(recipe, 1)
     assert found.options.offload_frozen is True
-    if backend == "auto":
-        with pytest.raises(RecipeError, match="offload_frozen"):
-            learners.chosen_of(recipe, 2)
+    if backend != "local":
+        assert learners.chosen_of(recipe, 2)[1].name == "ddp"
+
+
+def test_learners_that_shard_do_not_have_it() -> None:
+    given = [("model", "m"), ("data", "rows.jsonl"), ("learner.backend", "fsdp"), ("learner.offload_frozen", True)]
+    recipe = config.resolve(fields.OfflineRecipe, "sft", None, given)
+    with pytest.raises(RecipeError, match="offload_frozen"):
+        learners.chosen_of(recipe, 2)
+
+
+def test_the_reference_stays_present_during_an_update_with_an_exact_kl(monkeypatch: pytest.MonkeyPatch) -> None:
+    moves = watched(monkeypatch)
+    own = learner(roles(), offload_frozen=True)
+    reads: list[bool] = []
+    monkeypatch.setattr(own, "_forward", lambda *_, **__: (reads.append(len(moves) % 2 == 1), ({}, {}))[1])
+    moves.clear()
+    term = type("Term", (), {"reads": lambda self: {"exact_kl"}})()
+    own.evaluate([(term, None, None)])  # type: ignore[list-item]
+    assert reads == [True]
+    assert moves == [("reference", "cpu:0"), ("reference", "cpu")]

@@ -6,6 +6,7 @@ from typing import Any
 
 import bitsandbytes
 import pytest
+import tiny
 import torch
 from models import helpers as h
 
@@ -117,6 +118,23 @@ def test_a_learner_that_shards_weights_refuses_it(backend: str, kind: str) -> No
         RecipeError, match=f"optim.kind: {kind} needs whole matrices, but {backend} shards them; use adamw or ddp"
     ):
         learners.chosen_of(recipe, 2)
+
+
+def test_positions_of_gpt2_keep_32_bits_too() -> None:
+    own = Role("policy", tiny.causal_lm("gpt2", hidden_size=64, max_position_embeddings=128), True)
+    (eight, rest) = optimizers_of(own, replace(OPTIM, kind="adamw_8bit"))
+    names = {id(p): name for name, p in own.parameters().items()}
+    kept = {names[id(p)] for group in rest[0].param_groups for p in group["params"]}
+    assert {name.split(".")[1] for name in kept} == {"wte", "wpe"}
+    assert type(eight[0]).__name__ == "AdamW8bit"
+
+
+def test_the_package_is_required_for_the_critic_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("whet.extras.installed", lambda module: False)
+    given = [("model", "m"), ("data", "rows.jsonl"), ("reward", "r"), ("optim.kind", "muon")]
+    recipe = config.resolve(fields.OnlineRecipe, "ppo", None, [*given, ("critic.optim.kind", "adamw_8bit")])
+    with pytest.raises(RecipeError, match=r"optim.kind: adamw_8bit needs the package bitsandbytes"):
+        learners.chosen_of(recipe, 1)
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

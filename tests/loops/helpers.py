@@ -177,7 +177,7 @@ TINY = {
 class Light(RunFolder):
     """Writes no rollouts."""
 
-    def rollout(self, *given: Any) -> None:
+    def rollout(self, *given: Any, **options: Any) -> None:
         pass
 
 

@@ -143,7 +143,7 @@ class WholeOptions(LearnerOptions):
     """Options of learners that hold whole models."""
 
     offload_frozen: bool = False
-    """keep the reference and reward models in CPU memory while nothing reads them; it takes a copy to the GPU per reading"""
+    """keep the reference and reward models in CPU memory while nothing reads them; each reading copies them to the GPU"""
 
     may_change: ClassVar[tuple[str, ...]] = ("precision", "offload_frozen")
 

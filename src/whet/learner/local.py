@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ class LocalLearner:
     def columns(self, name: str, batch: Batch, bare: frozenset[str]) -> dict[str, Tensor]:
         """See `Learner.columns`."""
         now: dict[str, Tensor] = {}
-        with self.roles[name].present():
+        with self.roles[name].present(), self._reference("exact_kl" in bare):
             for rows, real in self._dealt(name, batch):
                 self._measured(name, batch, bare, rows, real, now)
         return self._joined(now)
@@ -114,7 +114,8 @@ class LocalLearner:
         if self._pending is not None:
             raise RuntimeError("forward_backward was called twice; call optim_step after each call")
         self._clear()
-        losses, now = self._forward(work, train=True)
+        with self._reference(any("exact_kl" in term.reads() for term, _, _ in work)):
+            losses, now = self._forward(work, train=True)
         self._check("loss", losses)
         self._pending = UpdateResult(self.version, losses, {}, {}, now)
         return self._pending
@@ -191,7 +192,8 @@ class LocalLearner:
     @torch.no_grad()
     def evaluate(self, work: Work) -> UpdateResult:
         """See `Learner.evaluate`."""
-        losses, now = self._forward(work, train=False)
+        with self._reference(any("exact_kl" in term.reads() for term, _, _ in work)):
+            losses, now = self._forward(work, train=False)
         return UpdateResult(self.version, losses, {}, {}, now)
 
     def publish(self) -> Weights:
@@ -303,6 +305,10 @@ class LocalLearner:
             if id(role.model) not in held:
                 role.leave()
 
+    def _reference(self, needed: bool) -> AbstractContextManager[None]:
+        """Have the reference on the device that computes for a block that needs it beside another role."""
+        return self.roles["reference"].present() if needed and "reference" in self.roles else nullcontext()
+
     def _clear(self) -> None:
         """Clear the gradients of the last update."""
         for role in self._trained():
@@ -353,12 +359,13 @@ class LocalLearner:
             for group in optimizer.param_groups
             for p in group["params"]
         }
-        states: dict[str, dict[str, Tensor]] = {}
+        keys: dict[str, list[str]] = {}
         for key in saved:
-            weight, _, state = key.rpartition("|")
-            states.setdefault(weight, {})[state] = self._like(own[weight], saved[key])
-        for weight, values in states.items():
-            restored(mine[id(own[weight])], own[weight], values)
+            keys.setdefault(key.rpartition("|")[0], []).append(key)
+        for weight, each in keys.items():  # one at a time: all of them could be too large for the device
+            parameter = own[weight]
+            values = {key.rpartition("|")[2]: self._like(parameter, saved[key]) for key in each}
+            restored(mine[id(parameter)], parameter, values)
 
     def _like(self, parameter: Tensor, value: Tensor) -> Tensor:
         """Return a whole tensor on the device of the parameter, and sharded like it."""
@@ -400,10 +407,9 @@ class LocalLearner:
     ) -> dict[str, Tensor]:
         reference = self.roles.get("reference")
         role = self.roles[name]
-        with reference.present() if reference is not None and "exact_kl" in columns else nullcontext():
-            return read(
-                role, batch, columns, packed=self.packed, shared=self._shares(role), dropout=dropout, reference=reference, routed=routed
-            )  # fmt: skip
+        return read(
+            role, batch, columns, packed=self.packed, shared=self._shares(role), dropout=dropout, reference=reference, routed=routed
+        )  # fmt: skip
 
     @torch.no_grad()
     def _chosen(

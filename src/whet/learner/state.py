@@ -41,7 +41,7 @@ def optimizers_of(role: Role, optim: Optim) -> list[tuple[torch.optim.Optimizer,
     """Return the optimizers of a role with their base learning rates: that of `optim.kind` and, for the weights which it does not
     take, AdamW. Muon takes the matrices inside the layers; moments in 8 bits are for all weights but embeddings (Dettmers et al.
     2022, section 2.3)."""
-    embedding = id(role.model.get_input_embeddings().weight)
+    embeddings = {id(one.weight) for one in role.model.modules() if isinstance(one, torch.nn.Embedding)}
     inside = set[int]()
     if optim.kind == "muon":
         inside = {id(p) for layer in decoder_layers(role.model) for p in layer.parameters() if p.ndim == 2}
@@ -51,7 +51,7 @@ def optimizers_of(role: Role, optim: Optim) -> list[tuple[torch.optim.Optimizer,
         if optim.kind == "muon":
             taken = id(parameter) in inside
         else:
-            taken = not optim.kind.endswith("8bit") or id(parameter) != embedding
+            taken = not optim.kind.endswith("8bit") or id(parameter) not in embeddings
         (own if taken else rest).append(parameter)
     if optim.kind == "muon":
         muon = (
@@ -82,8 +82,8 @@ def _adamw(parameters: Sequence[Tensor], optim: Optim, kind: str) -> list[tuple[
 
 
 def restored(optimizer: torch.optim.Optimizer, parameter: Tensor, states: Mapping[str, Tensor]) -> None:
-    """Put saved states of a weight into its optimizer, on the device of the weight."""
-    if not hasattr(optimizer, "init_state"):  # torch's own
+    """Put saved states of a weight into its optimizer, torch's own or that of the library, which has memory that can be paged."""
+    if not hasattr(optimizer, "init_state"):
         optimizer.state[parameter] = dict(states)
         return
     group, place = next(
@@ -92,7 +92,7 @@ def restored(optimizer: torch.optim.Optimizer, parameter: Tensor, states: Mappin
         for place, one in enumerate(group["params"])
         if one is parameter
     )
-    optimizer.init_state(optimizer.param_groups[group], parameter, group, place)  # memory that can be paged
+    optimizer.init_state(optimizer.param_groups[group], parameter, group, place)
     own = optimizer.state[parameter]
     for name, value in states.items():
         if isinstance(own[name], Tensor):

@@ -516,8 +516,8 @@ class OnlineLoop:
                 state = self.algorithm.next(state, seen)
             trained = batch.with_columns(ratio=self._ratio) if batch.rows else batch
             names = [one.name for one in self.rewards]
-            if self.plan.record_every and done % self.plan.record_every == 0:
-                self.run.rollout(done, self._groups, whole if self._now.pairs else trained, names)
+            record = self.plan.record_every > 0 and done % self.plan.record_every == 0
+            self.run.rollout(done, self._groups, whole if self._now.pairs else trained, names, record=record)
             flat = self.flat.caution(done, whole)
             if flat is not None and self.divergence.once("flat"):
                 self.run.caution(flat, done)

@@ -103,11 +103,15 @@ class RunFolder:
             write_text(self._metrics, "".join(json.dumps(row) + "\n" for row in kept))
         self.metrics(step, before, **numbers)
 
-    def rollout(self, step: int, groups: Sequence[Group], batch: Batch, names: Sequence[str]) -> None:
-        """Write `rollouts/step-00000042.parquet` (see `loops.rollouts`), and send some of its answers to the trackers."""
+    def rollout(
+        self, step: int, groups: Sequence[Group], batch: Batch, names: Sequence[str], *, record: bool = True
+    ) -> None:
+        """Write `rollouts/step-00000042.parquet` if `record` is True (see `loops.rollouts`), and send some of the answers to the
+        trackers."""
         if not self.writes:
             return
-        rollouts.write(self.folder, step, groups, batch, names)
+        if record:
+            rollouts.write(self.folder, step, groups, batch, names)
         if self.trackers:
             scores = batch["score"].tolist() if "score" in batch.columns else []
             samples = [(group.prompt.text, sample.text) for group in groups for sample in group.samples]

@@ -82,7 +82,9 @@ class RecomputedRun(RunFolder):
     def stopped(self, *given: Any) -> None:
         """Write nothing."""
 
-    def rollout(self, step: int, groups: Sequence[Group], batch: Batch, names: Sequence[str]) -> None:
+    def rollout(
+        self, step: int, groups: Sequence[Group], batch: Batch, names: Sequence[str], *, record: bool = True
+    ) -> None:
         """Keep the columns of the rollout of step `last`."""
         if step == self.last:
             self.table = rollouts.table_of(groups, batch, names)

@@ -106,9 +106,11 @@ def longest(sources: Sequence[Sequence[Element]], count: int) -> Batch:
     """Return a batch of the `count` longest elements of all sources, the one that needs most memory, and of at most `REHEARSED` of
     them."""
     lengths = [lengths_of(source) for source in sources]
-    places = [(source, index) for source, own in enumerate(lengths) for index in range(len(own))]
+    ends = np.cumsum([len(own) for own in lengths])
     turn = np.argsort(-np.concatenate(lengths), kind="stable")[: min(count, REHEARSED)]
-    return Batch.of([sources[source][index] for source, index in map(places.__getitem__, turn)])
+    owner = np.searchsorted(ends, turn, side="right")
+    places = turn - np.where(owner > 0, ends[owner - 1], 0)
+    return Batch.of([sources[source][index] for source, index in zip(owner.tolist(), places.tolist(), strict=True)])
 
 
 def trained_columns(terms: Iterable[Term]) -> dict[str, frozenset[str]]:

@@ -66,7 +66,7 @@ class Optim:
     """peak learning rate; with LoRA the default is 10 times that of full training"""
     kind: Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "muon"] = "adamw"
     """optimizer; "muon" updates the matrices of the decoder layers, and adamw the rest. Those with "8bit" keep moments in 8 bits
-    (not those of embeddings), and "paged" ones move moments out of the GPU's memory when it is full; they need bitsandbytes"""
+    (not those of embedding layers), and "paged" ones move moments out of the GPU's memory when it is full; they need bitsandbytes"""
     muon_lr: Positive = 0.02
     """peak learning rate of the matrices updated by muon"""
     betas: tuple[Decay, Decay] = (0.9, 0.95)
@@ -101,6 +101,10 @@ class Optim:
     def needs_whole(self) -> bool:
         """Return True if the optimizer does not work on a shard of a weight."""
         return self.kind != "adamw"
+
+    def needs_bitsandbytes(self) -> bool:
+        """Return True if the optimizer is one of the package bitsandbytes."""
+        return self.kind not in ("adamw", "muon")
 
     def depends_on_length(self) -> bool:
         """Return True if the learning rates of the first steps depend on the number of steps of the run."""

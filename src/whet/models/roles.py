@@ -60,7 +60,7 @@ class Role:
     `autocast` the model computes in bfloat16 and keeps its float32 weights (see `compute_in`). If an engine shards the weights
     over processes, `shell` is the module it wrapped (see `whet.models.shell`), and `gather` returns a full parameter; all
     processes must call it together. `router` has the losses of a mixture of experts. `home` is the device of weights that stay in
-    CPU memory between uses; None if they do not.
+    CPU memory between uses, as `held`; None if they do not.
     """
 
     name: str
@@ -79,6 +79,7 @@ class Role:
     paths: Paths = field(init=False, default=Paths())
     autocast: bool = field(init=False, default=False)
     home: torch.device | None = field(init=False, default=None)
+    held: list[tuple[Tensor, Tensor]] = field(init=False, default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
         if self.head is None and not self.causal:
@@ -151,12 +152,16 @@ class Role:
 
     def leave(self) -> None:
         """Move the weights to CPU memory, where they stay between uses (see `present`)."""
-        self.home = self.home or self.device
+        if self.home is None:
+            self.home = self.device
+        modules = [self.model, *([self.head] if self.head is not None else [])]
+        tensors = [one for module in modules for one in (*module.parameters(), *module.buffers())]
+        self.held = [(one, one.data.to("cpu")) for one in tensors]
         self._move(torch.device("cpu"))
 
     @contextmanager
     def present(self) -> Iterator[None]:
-        """Have the weights on the device that computes. With `leave`, they are moved there and back."""
+        """Have the weights on the device that computes. With `leave`, they are copied there, and the copy is dropped at the end."""
         if self.home is None or self.device == self.home:
             yield
             return
@@ -167,9 +172,10 @@ class Role:
             self._move(torch.device("cpu"))
 
     def _move(self, device: torch.device) -> None:
-        self.model.to(device)
-        if self.head is not None:
-            self.head.to(device)
+        for one, held in self.held:
+            one.data = held.to(device)
+        if self.home is not None and self.home.type == "cuda" and device.type == "cpu":
+            torch.cuda.empty_cache()  # for an engine on the same GPU
 
     @contextmanager
     def active(self) -> Iterator[None]:

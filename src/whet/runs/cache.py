@@ -56,7 +56,8 @@ def place_of(cache: str, source: str, chat: Chat, options: Mapping[str, Any]) ->
     except OSError:  # it is told when the rows are read
         return None
     split = named(source) if files_of(source) is None else None
-    code = sorted(Path(whet.data.__file__).parent.glob("*.py"))
+    beside = [Path(__file__).with_name(name) for name in ("cache.py", "data.py", "sources.py")]
+    code = [*sorted(Path(whet.data.__file__).parent.glob("*.py")), *beside]
     about = {
         "files": found,
         "split": split and (split.config, split.split),
@@ -64,18 +65,21 @@ def place_of(cache: str, source: str, chat: Chat, options: Mapping[str, Any]) ->
         "tokenizer": (tokenizer_text(tokenizer), getattr(tokenizer, "split_special_tokens", False)),
         "chat": (chat.raw, chat.end_ids, chat.closing_ids, chat.leading, chat.spaced, chat.skip_special_tokens, chat.arguments),
         "date": str(date.today()) if "strftime_now" in str(tokenizer.chat_template) else "",
-        "code": [sha256(one) for one in (*code, Path(__file__))],
+        "code": [sha256(one) for one in code],
         "versions": [version(one) for one in LIBRARIES],
     }  # fmt: skip
     text = json.dumps(about, sort_keys=True, default=str)
     return folder_of(cache) / f"{hashlib.sha256(text.encode()).hexdigest()}.arrow"
 
 
-def opened(path: Path, build: Callable[[BinaryIO], dict[str, Any]]) -> tuple[Store, dict[str, Any]]:
-    """Return the records in a file of the cache, and what is said about them. If it is not there or damaged, `build` writes the
-    records to a new file and returns what is said about them (as JSON); other processes wait for it.
+def opened(
+    path: Path, source: str, build: Callable[[BinaryIO], dict[str, Any]], place: Callable[[], Path | None]
+) -> tuple[Store, dict[str, Any]]:
+    """Return the records of a source in a file of the cache, and what is said about them. If it is not there or damaged, `build` writes the
+    records to a new file and returns what is said about them (as JSON); other processes wait for it. `place` returns the path of
+    what is in the source at that time.
 
-    Raises OSError if the cache cannot be written, and what `build` raises.
+    Raises OSError if the cache cannot be written, DataError if the source changed while it was read, and what `build` raises.
     """
     found = _read(path)
     if found is not None:
@@ -88,6 +92,10 @@ def opened(path: Path, build: Callable[[BinaryIO], dict[str, Any]]) -> tuple[Sto
                 caution(f"data.cache: {path} is damaged or incomplete; it is written again")
             with replacing(path) as file:
                 about = build(file)
+                if place() != path:
+                    raise DataError(
+                        f"{source}: the data changed while they were read; start again when nothing writes to them"
+                    )
             write_json(_beside(path), about | {"sha256": sha256(path)})
             found = Store(path), about
     return found
@@ -98,7 +106,7 @@ def _read(path: Path) -> tuple[Store, dict[str, Any]] | None:
     try:
         about = read_json(_beside(path), DataError)
         return (Store(path), about) if about.get("sha256") == sha256(path) else None
-    except (OSError, DataError):
+    except (OSError, DataError, ValueError):
         return None
 
 

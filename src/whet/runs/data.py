@@ -63,7 +63,7 @@ class Reading:
         begin = partial(iterate_rows, source, columns=columns, num_rows=num_rows, streaming=streaming)
         options = {"columns": dict(columns), "num_rows": num_rows, "reading": self.name, "refused": self.refused}
         path = None if num_rows is not None and num_rows <= FEW else self._place(source, options)
-        read = None if path is None else self._from_cache(path, source, begin)
+        read = None if path is None else self._from_cache(path, source, begin, options)
         if read is None:
             tally = self._tally()
             rows = [self._checked(one) for one in list(begin())]
@@ -80,15 +80,17 @@ class Reading:
         return cache.place_of(self.cached, source, self.reader.chat, {**options, **more})
 
     def _from_cache(
-        self, path: Path, source: str, begin: Callable[[], Iterator[Located]]
+        self, path: Path, source: str, begin: Callable[[], Iterator[Located]], options: Mapping[str, Any]
     ) -> tuple[Sequence[Any], list[str], list[str]] | None:
         """Return the records of a source from the cache, what is degenerate in them, and the files of the rows; None if the cache
         cannot be written."""
         left_out, names = self.reader.left_out, [str(one) for one in files_of(source) or (source,)]
         before = len(left_out)
         try:
-            records, about = cache.opened(path, lambda file: self._write(file, begin, names))
-        except OSError as error:
+            records, about = cache.opened(
+                path, source, lambda file: self._write(file, begin, names), lambda: self._place(source, options)
+            )
+        except (OSError, NotImplementedError) as error:  # a file system without locks
             if distributed.first():
                 reason = f"{path.parent} cannot be written ({first_line(error)})"
                 caution(f"data.cache: {reason}; the rows are kept in memory, name another folder with --data.cache")

@@ -32,12 +32,14 @@ def chosen_of(recipe: fields.TrainingRecipe, workers: int) -> tuple[Chosen, Lear
     """Return the learner's backend with its options, and its context.
     Raises RecipeError if it does not support the recipe or the number of workers."""
     learning = recipe.learner
-    whole = next((one.kind for one in (recipe.optim, critic_optim(recipe)) if one.needs_whole()), "")
+    optims = (recipe.optim, critic_optim(recipe))
+    whole = next((one.kind for one in optims if one.needs_whole()), "")
     name, options = learning.backend, dict(learning.options)
     if name == "auto":
         own = config.fields_of(WholeOptions)
         plain = all(one in own or value == getattr(ShardedOptions(), one, None) for one, value in options.items())
-        name = "local" if workers == 1 and plain else "ddp" if whole else AUTO
+        held = whole or options.get("offload_frozen", False)
+        name = "local" if workers == 1 and plain else "ddp" if held else AUTO
         if plain and name != AUTO:
             options = {one: value for one, value in options.items() if one in own}
     found = chosen(LEARNERS, named(name, options, "learner"), "learner", "backend")
@@ -48,8 +50,9 @@ def chosen_of(recipe: fields.TrainingRecipe, workers: int) -> tuple[Chosen, Lear
         shared, averaged = recipe.trunk == "shared", recipe.rollout.ema is not None
         context = replace(context, shared_trunk=shared, averaged=averaged)
     _check_precision(recipe, found.options)
-    if "adamw_" in whole:
-        require(f"optim.kind: {whole}", "bitsandbytes")
+    for one in optims:
+        if one.needs_bitsandbytes():
+            require(f"optim.kind: {one.kind}", "bitsandbytes")
     found.check(context)
     return found, context
 
