@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from whet.data import Reader
-from whet.data.degenerate import cautions
+from whet.data.degenerate import Tally
 from whet.errors import DataError
 
 from .helpers import at, reader
@@ -15,11 +15,12 @@ WORDS = "a b c d e f g h yes no maybe please thanks hello good bad one two three
 
 
 def said(reading: str, rows: list[dict], own: Reader | None = None) -> list[str]:
-    """The cautions about these rows, without the file's name, which begins each."""
+    """The cautions about these rows."""
     located, own = at(*rows), own or reader()
-    found = cautions(located, getattr(own, reading)(located), own.chat.end_ids)
-    assert all(one.startswith("my.jsonl: ") for one in found)
-    return [one.removeprefix("my.jsonl: ") for one in found]
+    tally = Tally(own.chat.end_ids, pairs=reading == "pairs")
+    tally.add(located, getattr(own, reading)(located))
+    assert list(tally.files) == ["my.jsonl"]
+    return tally.lines()
 
 
 def some(count: int, make: Callable[[str], dict], total: int = 8) -> list[dict]:

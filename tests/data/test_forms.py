@@ -12,7 +12,7 @@ import tiny
 
 from whet.data import Located, read_rows
 from whet.data.fields import check_fields
-from whet.data.forms import canonical, prompted, split_pair
+from whet.data.forms import Forms, prompted, split_pair
 from whet.errors import DataError, RecipeError
 
 from . import test_data
@@ -30,7 +30,10 @@ def shared(*turns: tuple[str, str]) -> list[dict[str, Any]]:
 
 
 def rows(*given: dict, **columns: str) -> list[Located]:
-    return canonical(at(*given), columns, "my.jsonl")
+    forms = Forms(columns, "my.jsonl")
+    found = [forms.renamed(one) for one in at(*given)]
+    forms.check()
+    return [forms.converted(one) for one in found]
 
 
 # --- ShareGPT ------------------------------------------------------------------------------------------------------------

@@ -16,23 +16,14 @@ NAMES = {Pair: "pairs", Ranking: "rankings", Row: "rows", Prompt: "prompts"}
 """The names of records in messages; all others are answers."""
 
 
-def cautions(rows: Sequence[Located], records: Sequence[Any], end_ids: Sequence[int]) -> list[str]:
-    """Return what is degenerate in the records that were read from the rows of one file, one line each, with counts.
-
-    Nothing is removed. Named are: pairs whose answers have the same tokens; rankings whose answers are all tied, or have
-    the same tokens at different ranks; labels or scores that are all equal; answers with no token but one of `end_ids`, if
-    half or more are; and copies, if the records stand in the file more than four times on average.
-
-    Raises DataError if no pair or ranking says which of two different answers is better.
-    """
-    tally = Tally(end_ids, pairs=isinstance(records[0], Pair))
-    tally.add(rows, records)
-    return [f"{common_name(tally.files)}: {one}" for one in tally.lines()]
-
-
 class Tally:
-    """What `cautions` counts, for records that are read block by block. It keeps 8 bytes of each record. `pairs` says that the
-    records are pairs."""
+    """Count what is degenerate in records that are read block by block. Nothing is removed.
+
+    Named are: pairs whose answers have the same tokens; rankings whose answers are all tied, or have the same tokens at different
+    ranks; labels or scores that are all equal; answers with no token but one of `end_ids`, if half or more are; and copies, if the
+    records stand in the file more than four times on average. `pairs` says that the records are pairs. It keeps 8 bytes of each
+    record.
+    """
 
     def __init__(self, end_ids: Sequence[int], *, pairs: bool) -> None:
         self.end_ids, self.pairs = end_ids, pairs
@@ -61,7 +52,8 @@ class Tally:
             self.contents.append(hash(_content(one)))
 
     def lines(self) -> list[str]:
-        """Return the cautions about all records, without the name of the file. Raises DataError as `cautions` does."""
+        """Return the cautions about all records, without the name of the file. Raises DataError if no pair or ranking says
+        which of two different answers is better."""
         name = NAMES.get(self.kind, "answers")
         lines = [f"{self.ties} of {self.ranked} rankings have ties alone"] if self.ties else []
         if self.tied:

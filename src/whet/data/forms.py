@@ -1,13 +1,13 @@
 """Forms of rows that other tools write: other column names, ShareGPT, Alpaca, and transcripts without a prompt.
 
-`canonical` gives each row the columns of whet. A pair without a prompt is split when it is read (`split_pair`), and so is
+`Forms` gives each row the columns of whet. A pair without a prompt is split when it is read (`split_pair`), and so is
 a conversation of which only the prompt is wanted (`prompted`).
 """
 
 import difflib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from whet.data.values import Located
@@ -34,27 +34,16 @@ TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 """The start of a turn in a transcript of the Anthropic HH data (Bai et al. 2022)."""
 
 
-def canonical(rows: Sequence[Located], columns: Mapping[str, str] | None = None, source: str = "") -> list[Located]:
-    """Return the rows of one source with the columns of whet.
+class Forms:
+    """The conversion of the rows of one source to the columns of whet: `renamed` for each row, `check`, then `converted` for each.
 
     `columns` renames: whet's name -> the column of the source. ShareGPT rows (`conversations`) get `messages`, or `prompt`
     beside answers. Alpaca rows (`instruction`, `input`, `output`, `system`, `history`) get `prompt` and `completion`. Other
-    rows are unchanged.
+    rows are unchanged. Raises RecipeError for an unknown name in `columns`.
 
-    Raises RecipeError for an unknown name in `columns`, DataError for a column that no row has, for a row in two forms, and
-    for a message that cannot be read.
-
-    >>> canonical([Located({"instruction": "Add.", "input": "1 + 2", "output": "3"}, "a.jsonl:1")])[0].row
+    >>> Forms({}, "a.jsonl").converted(Located({"instruction": "Add.", "input": "1 + 2", "output": "3"}, "a.jsonl:1")).row
     {'prompt': 'Add.\\n1 + 2', 'completion': '3'}
     """
-    forms = Forms(columns or {}, source)
-    found = [forms.renamed(one) for one in rows]
-    forms.check()
-    return [forms.converted(one) for one in found]
-
-
-class Forms:
-    """The conversion of the rows of one source, row by row, see `canonical`. Raises RecipeError for an unknown name in `columns`."""
 
     def __init__(self, columns: Mapping[str, str], source: str) -> None:
         check_names(columns)

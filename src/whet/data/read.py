@@ -31,7 +31,7 @@ def read_rows(
     A source is a JSONL, JSON, Parquet, CSV or TSV file (also `.jsonl.gz`), a folder or a pattern ("rows/*.jsonl") of such
     files, a folder written by `save_to_disk` of the library datasets, or the name of a dataset: "name", "name:split",
     "name:configuration:split". `columns` renames columns (whet's name -> the column of the source), and rows of other tools get whet's
-    columns (see `whet.data.forms.canonical`). Only the first `num_rows` rows are read. With `streaming` a dataset of the hub
+    columns (see `whet.data.forms.Forms`). Only the first `num_rows` rows are read. With `streaming` a dataset of the hub
     is not downloaded whole; it needs `num_rows`. Fields with the value null are left out; `whet.data.values.plain_row` says
     what the values may be.
 
