@@ -56,7 +56,8 @@ def test_a_tracker_of_ones_own_is_one_file(given: dict[str, Any], tmp_path: Path
     assert rows[-1] == {"end": True}
 
 
-def test_an_online_run_shows_samples(given: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("record_every", [1, 0])
+def test_an_online_run_shows_samples(given: dict[str, Any], tmp_path: Path, record_every: int) -> None:
     def reward(prompts: Any, completions: Any, **_: Any) -> list[float]:
         return [1.0] * len(prompts)
 
@@ -65,10 +66,12 @@ def test_an_online_run_shows_samples(given: dict[str, Any], tmp_path: Path) -> N
         **{k: v for k, v in given.items() if k not in ("batch_size", "num_steps")},
         "data": [{"prompt": "a"}],
         **more,
+        "rollout.record_every": record_every,
     }
     whet.train("grpo", trackers=[{"name": f"{tmp_path}/mine.py:Jsonl", "path": f"{tmp_path}/log.jsonl"}], **given)
     (shown,) = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines() if "samples" in line]
     assert shown["samples"] == [["completion", "prompt", "score"]] * 2
+    assert (tmp_path / "run" / "rollouts").exists() == (record_every > 0)
 
 
 def test_the_console_prints_a_line_per_step(given: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
