@@ -562,3 +562,20 @@ def test_a_second_derivative_is_refused_rather_than_wrong(function: Callable[[Te
     (first,) = torch.autograd.grad(function(logits).sum(), logits, create_graph=True)
     with pytest.raises(RuntimeError, match="does not require grad"):
         first.sum().backward()
+
+
+@pytest.mark.parametrize("rows", [[[2, -1], [-1, -1], [2, 6]], [[-1, -1], [-1, -1], [-1, -1]]], ids=["some", "none"])
+def test_a_head_without_a_few_tokens_is_the_one_whose_logits_are_minus_infinity_there(rows: list[list[int]]) -> None:
+    """The codes -2 - id of tokens that cannot come, as end tokens before a shortest length; -1 is no token."""
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((3, 4), (9, 4)))
+    support = torch.tensor([[-1 if one < 0 else -2 - one for one in row] for row in rows])
+    logits = hidden @ weight.T
+    for number, row in enumerate(rows):
+        for one in row:
+            if one >= 0:
+                logits[number, one] = -torch.inf
+    ids = torch.tensor([5, 0, 8])
+    expected = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+    got = linear_logprobs(hidden, weight, ids, support=support)[0]
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
