@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 CLOSE = 1e-4
 """Largest relative difference between the losses of the first update; DPO starts at log 2, so its second update counts too."""
 DEFAULT = (
-    "sft:nano", "reward:nano", "dpo:nano", "grpo:nano:fixed", "grpo:nano", "rloo:nano:fixed", "ppo:nano",
+    "sft:nano", "reward:nano", "dpo:nano", "grpo:nano:fixed", "grpo:nano", "rloo:nano:fixed", "ppo:nano:fixed",
     "generation:nano:fixed", "sft:micro", "reward:micro", "dpo:micro", "grpo:micro:fixed", "rloo:micro:fixed",
     "generation:micro:fixed",
 )  # fmt: skip
