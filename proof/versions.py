@@ -69,7 +69,7 @@ def main(given: Sequence[str] | None = None) -> None:
         python = made(which)
         listed = [str(python), "-m", "pip", "list", "--format", "freeze"]
         versions = subprocess.run(listed, capture_output=True, text=True, check=True).stdout.splitlines()
-        names = {*bounds(), "torch", "tokenizers"}
+        names = {*bounds(), "torch"}
         print(f"{which}:", *(one for one in versions if one.split("==")[0].lower() in names), flush=True)
         command = [str(python), "-m", "pytest", "-q", *TESTS, *asked.tests]
         done = subprocess.run(command, cwd=ROOT, env=os.environ | ALONE, check=False)
